@@ -1,0 +1,85 @@
+"""Builds torch_fused._C from csrc_mps, with every Metal source embedded in it. The metadata is in pyproject.toml."""
+
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError:
+    sys.exit(
+        "torch_fused is compiled against the torch it will run with, and no torch was found.\n"
+        "Install torch first, then build without isolation:\n"
+        "    pip install 'torch>=2.11' setuptools ninja\n"
+        "    pip install --no-build-isolation ."
+    )
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = Path("csrc_mps")
+MACOS = platform.system() == "Darwin"
+
+# The front end is plain Python; reached beside the package, whose own import needs the extension built here.
+sys.path.insert(0, str(ROOT / "torch_fused"))
+from metal.flatten import flatten  # noqa: E402
+from metal.translate import translate_to_cuda  # noqa: E402
+
+
+def embed(metal: Path, target: Path) -> Path:
+    """Writes the C++ file that carries one op's Metal text and its CUDA translation; untouched if nothing changed."""
+    text = flatten(ROOT / metal, [ROOT / SOURCES])
+    cuda = "" if MACOS else translate_to_cuda(text, metal.name)
+    # Compilers limit one string literal to 64 KB or so; neighbouring literals are joined.
+    literals = ["".join(f'R"__metal({part})__metal"\n' for part in split(source)) for source in (text, cuda or " ")]
+    code = f'#include "runtime/launch.h"\n\nstatic const torch_fused::Source source("{metal.stem}",\n{literals[0]},\n{literals[1]});\n'
+    if not target.exists() or target.read_text() != code:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(code)
+    return target
+
+
+def split(text: str, size: int = 16000) -> list[str]:
+    return [text[i : i + size] for i in range(0, len(text), size)]
+
+
+class Build(cpp_extension.BuildExtension):
+    """Keeps object files in build/, so that editing one op's file rebuilds that file only, under pip too."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.build_temp = str(ROOT / "build" / f"torch-{torch.__version__}-py{sys.version_info[0]}{sys.version_info[1]}")
+
+    def build_extensions(self):
+        for extension in self.extensions:
+            generated = [embed(path, Path("build/embedded") / f"{path.stem}_metal.cpp") for path in metal_sources()]
+            extension.sources += [str(path) for path in generated]
+        super().build_extensions()
+
+
+def metal_sources() -> list[Path]:
+    return sorted(path for path in SOURCES.glob("*/*.metal"))
+
+
+def host_sources() -> list[Path]:
+    patterns = ["**/*.cpp", "**/*.mm"] if MACOS else ["**/*.cpp"]
+    return sorted(path for pattern in patterns for path in SOURCES.glob(pattern))
+
+
+# Torch's headers as system headers: our warnings stay visible, theirs do not.
+system_includes = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
+openmp = [] if MACOS else ["-fopenmp"]  # the same libgomp.so.1 that torch has loaded, so one thread pool
+
+setup(
+    ext_modules=[
+        cpp_extension.CppExtension(
+            "torch_fused._C",
+            sources=[str(path) for path in host_sources()],
+            include_dirs=[str(ROOT / SOURCES)],
+            extra_compile_args=["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *openmp, *system_includes],
+            extra_link_args=["-framework", "Foundation", "-framework", "Metal"] if MACOS else openmp,
+        )
+    ],
+    cmdclass={"build_ext": Build},
+)
