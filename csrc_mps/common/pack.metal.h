@@ -1,0 +1,61 @@
+// A pack is 16 bytes of a row held as floats: four float32 or eight 16-bit values, the widest load a thread makes.
+#pragma once
+#include <metal_stdlib>
+using namespace metal;
+
+inline void load_pack(device const float* from, thread float* values) {
+  const float4 raw = *(device const float4*)from;
+  values[0] = raw.x;
+  values[1] = raw.y;
+  values[2] = raw.z;
+  values[3] = raw.w;
+}
+
+template <typename T>
+inline void load_pack(device const T* from, thread float* values) {
+  const uint4 raw = *(device const uint4*)from;
+  const float4 low = float4(as_type<vec<T, 4>>(uint2(raw.x, raw.y)));
+  const float4 high = float4(as_type<vec<T, 4>>(uint2(raw.z, raw.w)));
+  values[0] = low.x;
+  values[1] = low.y;
+  values[2] = low.z;
+  values[3] = low.w;
+  values[4] = high.x;
+  values[5] = high.y;
+  values[6] = high.z;
+  values[7] = high.w;
+}
+
+inline void store_pack(device float* to, thread const float* values) {
+  *(device float4*)to = float4(values[0], values[1], values[2], values[3]);
+}
+
+template <typename T>
+inline void store_pack(device T* to, thread const float* values) {
+  const uint2 low = as_type<uint2>(vec<T, 4>(float4(values[0], values[1], values[2], values[3])));
+  const uint2 high = as_type<uint2>(vec<T, 4>(float4(values[4], values[5], values[6], values[7])));
+  *(device uint4*)to = uint4(low.x, low.y, high.x, high.y);
+}
+
+// W values from `column` on, zero past the end of the row. `aligned`: every pack of the row starts at 16 bytes.
+template <int W, typename T>
+inline void load_columns(device const T* row, uint column, uint cols, bool aligned, thread float* values) {
+  if (aligned && column + W <= cols) {
+    load_pack(row + column, values);
+  } else {
+#pragma unroll
+    for (int j = 0; j < W; j++) values[j] = column + j < cols ? float(row[column + j]) : 0.0f;
+  }
+}
+
+template <int W, typename T>
+inline void store_columns(device T* row, uint column, uint cols, bool aligned, thread const float* values) {
+  if (aligned && column + W <= cols) {
+    store_pack(row + column, values);
+  } else {
+#pragma unroll
+    for (int j = 0; j < W; j++) {
+      if (column + j < cols) row[column + j] = T(values[j]);
+    }
+  }
+}

@@ -1,0 +1,21 @@
+// Sums over a threadgroup.
+#pragma once
+#include <metal_stdlib>
+using namespace metal;
+
+// Where a thread stands in its threadgroup.
+struct Place {
+  uint lane;        // in its simdgroup
+  uint simdgroup;   // in its threadgroup
+  uint simdgroups;  // of the threadgroup
+};
+
+// The sum of `value` over all threads, given to each. `scratch` holds 32 values and may be reused after the call.
+inline float threadgroup_sum(float value, threadgroup float* scratch, Place place) {
+  value = simd_sum(value);
+  if (place.lane == 0) scratch[place.simdgroup] = value;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  value = simd_sum(place.lane < place.simdgroups ? scratch[place.lane] : 0.0f);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  return value;
+}

@@ -1,0 +1,129 @@
+// RMS norm of rows: y = x * rsqrt(mean(x^2) + eps) * weight, with x = input (+ residual).
+#include <metal_stdlib>
+#include "common/pack.metal.h"
+#include "common/reduce.metal.h"
+#include "rms_norm/rms_norm.metal.h"
+using namespace metal;
+
+struct RmsNormParams {
+  long input_stride;     // elements from row to row; all other operands are dense
+  long residual_stride;
+  uint cols;
+  uint flags;
+  float eps;
+  float weight_offset;
+};
+
+// One row's operands, and how to read and write a pack of it.
+template <typename T, int W>
+struct RmsNormRow {
+  device const T* input;
+  device const T* residual;
+  device const T* weight;
+  device T* output;
+  device T* sum;
+  uint cols;
+  uint flags;
+  float weight_offset;
+
+  void load(uint column, thread float* x, thread float* residual_x) const {
+    load_columns<W>(input, column, cols, flags & ALIGNED, x);
+    if (flags & HAS_RESIDUAL) load_columns<W>(residual, column, cols, flags & ALIGNED, residual_x);
+  }
+
+  // x += residual, rounded to T, because that sum is a result of its own.
+  void add_residual(uint column, thread float* x, thread const float* residual_x) const {
+    if (!(flags & HAS_RESIDUAL)) return;
+#pragma unroll
+    for (int j = 0; j < W; j++) x[j] = float(T(x[j] + residual_x[j]));
+    store_columns<W>(sum, column, cols, flags & ALIGNED, x);
+  }
+
+  void store_normed(uint column, thread const float* x, float scale) const {
+    float w[W], y[W];
+    if (flags & HAS_WEIGHT) load_columns<W>(weight, column, cols, flags & ALIGNED, w);
+#pragma unroll
+    for (int j = 0; j < W; j++) {
+      y[j] = x[j] * scale;
+      if (flags & LLAMA) {
+        y[j] = float(T(y[j]));
+        if (flags & HAS_WEIGHT) y[j] *= float(T(w[j] + weight_offset));
+      } else if (flags & HAS_WEIGHT) {
+        y[j] *= w[j] + weight_offset;
+      }
+    }
+    store_columns<W>(output, column, cols, flags & ALIGNED, y);
+  }
+};
+
+template <int W>
+inline float sum_of_squares(thread const float* x) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < W; j++) sum += x[j] * x[j];
+  return sum;
+}
+
+// One threadgroup a row. N packs of W values a thread: the row is read once and stays in registers. N == 0: a longer row, read twice.
+template <typename T, int W, int N>
+[[kernel]] void rms_norm(device const T* input [[buffer(0)]], device const T* residual [[buffer(1)]],
+                         device const T* weight [[buffer(2)]], device T* output [[buffer(3)]],
+                         device T* sum [[buffer(4)]], constant RmsNormParams& p [[buffer(5)]],
+                         uint row [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
+                         uint threads [[threads_per_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+                         uint simdgroup [[simdgroup_index_in_threadgroup]],
+                         uint simdgroups [[simdgroups_per_threadgroup]]) {
+  threadgroup float scratch[32];
+  const Place place = {lane, simdgroup, simdgroups};
+  const RmsNormRow<T, W> r = {input + long(row) * p.input_stride,
+                              residual + long(row) * p.residual_stride,
+                              weight,
+                              output + long(row) * p.cols,
+                              sum + long(row) * p.cols,
+                              p.cols,
+                              p.flags,
+                              p.weight_offset};
+  const uint first = thread_id * W;
+  const uint step = threads * W;
+  float squares = 0.0f;
+  if (N > 0) {
+    float x[N > 0 ? N : 1][W], residual_x[N > 0 ? N : 1][W];
+    // All loads before any arithmetic: more of them in flight.
+#pragma unroll
+    for (int i = 0; i < N; i++) r.load(first + i * step, x[i], residual_x[i]);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      r.add_residual(first + i * step, x[i], residual_x[i]);
+      squares += sum_of_squares<W>(x[i]);
+    }
+    const float scale = rsqrt(threadgroup_sum(squares, scratch, place) / float(p.cols) + p.eps);
+#pragma unroll
+    for (int i = 0; i < N; i++) r.store_normed(first + i * step, x[i], scale);
+  } else {
+    float x[W], residual_x[W];
+    for (uint column = first; column < p.cols; column += step) {
+      r.load(column, x, residual_x);
+      r.add_residual(column, x, residual_x);
+      squares += sum_of_squares<W>(x);
+    }
+    const float scale = rsqrt(threadgroup_sum(squares, scratch, place) / float(p.cols) + p.eps);
+    for (uint column = first; column < p.cols; column += step) {
+      device const T* again = p.flags & HAS_RESIDUAL ? r.sum : r.input;
+      load_columns<W>(again, column, p.cols, p.flags & ALIGNED, x);
+      r.store_normed(column, x, scale);
+    }
+  }
+}
+
+#define RMS_NORM(name, T, W, N)                                                                                     \
+  template [[host_name("rms_norm_" #name "_" #N)]] [[kernel]] void rms_norm<T, W, N>(                                \
+      device const T*, device const T*, device const T*, device T*, device T*, constant RmsNormParams&, uint, uint,  \
+      uint, uint, uint, uint);
+#define RMS_NORM_ALL(name, T, W) \
+  RMS_NORM(name, T, W, 0)        \
+  RMS_NORM(name, T, W, 1)        \
+  RMS_NORM(name, T, W, 2)        \
+  RMS_NORM(name, T, W, 4)
+RMS_NORM_ALL(f32, float, 4)
+RMS_NORM_ALL(f16, half, 8)
+RMS_NORM_ALL(bf16, bfloat, 8)
