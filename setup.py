@@ -77,7 +77,7 @@ setup(
             "torch_fused._C",
             sources=[str(path) for path in host_sources()],
             include_dirs=[str(ROOT / SOURCES)],
-            extra_compile_args=["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *openmp, *system_includes],
+            extra_compile_args=["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *openmp, *system_includes],
             extra_link_args=["-framework", "Foundation", "-framework", "Metal"] if MACOS else openmp,
         )
     ],

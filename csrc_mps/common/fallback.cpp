@@ -16,8 +16,9 @@ std::map<std::string, std::string> fallbacks;  // op -> why it runs torch
 
 void note_fallback(const char* op, const char* reason) {
   const char* strict = std::getenv("TORCH_FUSED_STRICT");
-  TORCH_CHECK(!(strict && std::string(strict) == "1"), "torch_fused::", op,
-              ": its GPU kernels cannot be built here, and TORCH_FUSED_STRICT=1 forbids the fallback to torch: ", reason);
+  TORCH_CHECK(
+      !(strict && std::string(strict) == "1"), "torch_fused::", op,
+      ": its GPU kernels cannot be built here, and TORCH_FUSED_STRICT=1 forbids the fallback to torch: ", reason);
   std::lock_guard<std::mutex> lock(mutex);
   if (fallbacks.emplace(op, reason).second) {
     TORCH_WARN("torch_fused::", op, " falls back to torch: its GPU kernels cannot be built here: ", reason);

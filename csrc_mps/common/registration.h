@@ -1,4 +1,5 @@
-// Registers one op's kernels for every device, once: the CPU kernel, and the GPU function for MPS, CUDA and the emulator.
+// Registers one op's kernels for every device, once: the CPU kernel, and the GPU function for MPS, CUDA and the
+// emulator.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -23,9 +24,8 @@ struct Kernels<Op, Result(Args...)> {
     } catch (const LibraryUnavailable& error) {
       note_fallback(Op::name, error.what());
     }
-    static const auto reference = c10::Dispatcher::singleton()
-                                      .findSchemaOrThrow(Op::reference, "")
-                                      .template typed<Result(Args...)>();
+    static const auto reference =
+        c10::Dispatcher::singleton().findSchemaOrThrow(Op::reference, "").template typed<Result(Args...)>();
     return reference.call(args...);
   }
   static Result cpu(Args... args) { return emulating() ? Op::gpu(args...) : Op::cpu(args...); }
@@ -34,24 +34,30 @@ struct Kernels<Op, Result(Args...)> {
 }  // namespace torch_fused
 
 #ifdef __APPLE__
-#define TORCH_FUSED_IMPL_MPS(op, function) \
-  TORCH_LIBRARY_IMPL(torch_fused, MPS, m) { m.impl(#op, function); }
+#define TORCH_FUSED_IMPL_MPS(op, function)  \
+  TORCH_LIBRARY_IMPL(torch_fused, MPS, m) { \
+    m.impl(#op, function);                  \
+  }
 #else
 #define TORCH_FUSED_IMPL_MPS(op, function)
 #endif
 
-// TORCH_FUSED_KERNELS(rms_norm) registers rms_norm_cpu and rms_norm_gpu, two functions of one signature. If a GPU source
-// cannot be built, the op runs torch_fused_reference::rms_norm, which ops/rms_norm.py defines in plain torch.
-#define TORCH_FUSED_KERNELS(op)                                                                \
-  namespace {                                                                                  \
-  struct op##_op {                                                                             \
-    static constexpr char name[] = #op;                                                        \
-    static constexpr char reference[] = "torch_fused_reference::" #op;                         \
-    static constexpr auto cpu = &op##_cpu;                                                     \
-    static constexpr auto gpu = &op##_gpu;                                                     \
-  };                                                                                           \
+// TORCH_FUSED_KERNELS(rms_norm) registers rms_norm_cpu and rms_norm_gpu, two functions of one signature. If a GPU
+// source cannot be built, the op runs torch_fused_reference::rms_norm, which ops/rms_norm.py defines in plain torch.
+#define TORCH_FUSED_KERNELS(op)                                                                   \
+  namespace {                                                                                     \
+  struct op##_op {                                                                                \
+    static constexpr char name[] = #op;                                                           \
+    static constexpr char reference[] = "torch_fused_reference::" #op;                            \
+    static constexpr auto cpu = &op##_cpu;                                                        \
+    static constexpr auto gpu = &op##_gpu;                                                        \
+  };                                                                                              \
   using op##_kernels = torch_fused::Kernels<op##_op, std::remove_pointer_t<decltype(&op##_gpu)>>; \
-  }                                                                                            \
-  TORCH_LIBRARY_IMPL(torch_fused, CPU, m) { m.impl(#op, &op##_kernels::cpu); }                  \
-  TORCH_LIBRARY_IMPL(torch_fused, CUDA, m) { m.impl(#op, &op##_kernels::gpu); }                 \
+  }                                                                                               \
+  TORCH_LIBRARY_IMPL(torch_fused, CPU, m) {                                                       \
+    m.impl(#op, &op##_kernels::cpu);                                                              \
+  }                                                                                               \
+  TORCH_LIBRARY_IMPL(torch_fused, CUDA, m) {                                                      \
+    m.impl(#op, &op##_kernels::gpu);                                                              \
+  }                                                                                               \
   TORCH_FUSED_IMPL_MPS(op, &op##_kernels::gpu)

@@ -1,7 +1,6 @@
 #include "cubin.h"
 
 #include <c10/core/TensorImpl.h>
-#include <c10/util/sha1.h>
 #include <dlfcn.h>
 #include <unistd.h>
 
@@ -30,7 +29,7 @@ struct Nvrtc {
 
 std::string torch_library_folder() {
   Dl_info info;
-  const bool found = dladdr(reinterpret_cast<void*>(&c10::GetAutoGradMetaFactory), &info) != 0;
+  const bool found = dladdr(reinterpret_cast<void*>(&c10::impl::GetAutogradMetaFactory), &info) != 0;
   return found ? fs::path(info.dli_fname).parent_path().string() + "/" : "";
 }
 
@@ -59,7 +58,8 @@ fs::path cache_folder() {
   const auto variable = [](const char* name) { return std::getenv(name) ? std::string(std::getenv(name)) : ""; };
   fs::path base = variable("TORCH_FUSED_CACHE");
   if (base.empty()) {
-    base = variable("XDG_CACHE_HOME").empty() ? fs::path(variable("HOME")) / ".cache" : fs::path(variable("XDG_CACHE_HOME"));
+    base = variable("XDG_CACHE_HOME").empty() ? fs::path(variable("HOME")) / ".cache"
+                                              : fs::path(variable("XDG_CACHE_HOME"));
     base /= "torch_fused";
   }
   return base / "cubin";
@@ -89,6 +89,15 @@ std::string compile(const Source& source, const std::string& arch) {
   api.cubin(program, result.data());
   api.destroy(&program);
   return result;
+}
+
+// 64-bit FNV-1a, as hexadecimal digits.
+std::string digest(const std::string& text) {
+  uint64_t hash = 0xcbf29ce484222325;
+  for (const unsigned char byte : text) hash = (hash ^ byte) * 0x100000001b3;
+  std::ostringstream digits;
+  digits << std::hex << hash;
+  return digits.str();
 }
 
 // Written beside its place and renamed, so that processes starting at once never read half a file. A cache that cannot
@@ -122,9 +131,8 @@ std::string cubin(const Source& source, int major, int minor) {
   const std::string arch = "--gpu-architecture=sm_" + std::to_string(major) + std::to_string(minor);
   int version[2] = {};
   nvrtc().version(&version[0], &version[1]);
-  std::ostringstream key;
-  key << arch << ' ' << version[0] << '.' << version[1] << '\n' << source.cuda;
-  const fs::path path = cache_folder() / (std::string(source.name) + "-" + c10::sha1(key.str()).str() + ".cubin");
+  const std::string compiler = arch + " " + std::to_string(version[0]) + "." + std::to_string(version[1]) + "\n";
+  const fs::path path = cache_folder() / (std::string(source.name) + "-" + digest(compiler + source.cuda) + ".cubin");
   if (std::ifstream file{path, std::ios::binary}) {
     std::string bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
     if (!bytes.empty()) return bytes;

@@ -14,7 +14,7 @@
 namespace torch_fused {
 namespace {
 
-constexpr int kRelaxedCapture = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED
+constexpr int kRelaxedCapture = 2;                                         // CU_STREAM_CAPTURE_MODE_RELAXED
 constexpr int kComputeCapabilityMajor = 75, kComputeCapabilityMinor = 76;  // CUdevice_attribute
 
 // The few driver functions used, with their documented signatures; handles are opaque pointers.
@@ -34,7 +34,8 @@ struct Driver {
     if (status == 0) return;
     const char* name = nullptr;
     error_name(status, &name);
-    TORCH_CHECK(false, "torch_fused: CUDA kernel ", launch.kernel, ": ", step, " failed: ", name ? name : "unknown error");
+    TORCH_CHECK(false, "torch_fused: CUDA kernel ", launch.kernel, ": ", step,
+                " failed: ", name ? name : "unknown error");
   }
 };
 

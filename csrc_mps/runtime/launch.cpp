@@ -35,8 +35,8 @@ void launch(const Launch& launch) {
   TORCH_INTERNAL_ASSERT(launch.threads_per_threadgroup > 0 && launch.threads_per_threadgroup <= kMaxThreads);
   const c10::Device device = launch.tensors[0].device();
   for (const at::Tensor& tensor : launch.tensors) {
-    TORCH_CHECK(tensor.device() == device, "torch_fused::", launch.source.name, ": all tensors must be on one device, got ",
-                device, " and ", tensor.device());
+    TORCH_CHECK(tensor.device() == device, "torch_fused::", launch.source.name,
+                ": all tensors must be on one device, got ", device, " and ", tensor.device());
   }
   if (device.is_cuda()) return launch_cuda(launch);
   if (device.is_cpu()) return launch_emulated(launch);

@@ -11,9 +11,9 @@
 
 namespace torch_fused {
 
-constexpr size_t kMaxBuffers = 31;      // Metal's limit for one kernel, the parameters included
+constexpr size_t kMaxBuffers = 31;       // Metal's limit for one kernel, the parameters included
 constexpr size_t kMaxParamBytes = 4096;  // Metal's limit for setBytes
-constexpr int64_t kMaxThreads = 1024;   // threads in one threadgroup
+constexpr int64_t kMaxThreads = 1024;    // threads in one threadgroup
 
 // One op's kernels: the flattened Metal text and its CUDA translation, embedded at build time by setup.py. A Source is
 // a static object that registers itself; they form a list, for `find_source` and for the emulator.
@@ -31,7 +31,7 @@ const Source& find_source(const std::string& name);
 struct Launch {
   const Source& source;
   const std::string& kernel;
-  int64_t threadgroups;            // along x
+  int64_t threadgroups;             // along x
   int64_t threads_per_threadgroup;  // along x
   at::TensorList tensors;
   const void* params;

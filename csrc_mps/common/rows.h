@@ -1,0 +1,42 @@
+// Tensors seen as rows: the leading dimensions folded into one, the last `cols` elements dense.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+namespace torch_fused {
+
+struct Rows {
+  at::Tensor tensor;  // keeps a copy alive, if one was needed
+  int64_t stride;     // elements from row to row
+};
+
+// `tensor` as `count` rows of `cols` elements: read in place where one row stride reaches every row, else copied once.
+inline Rows as_rows(const at::Tensor& tensor, int64_t count, int64_t cols) {
+  if (tensor.is_contiguous()) return {tensor, cols};
+  int64_t dim = tensor.dim() - 1, dense = 1;
+  for (; dim >= 0 && dense < cols; --dim) {
+    if (tensor.size(dim) != 1 && tensor.stride(dim) != dense) return {tensor.contiguous(), cols};
+    dense *= tensor.size(dim);
+  }
+  if (count == 1) return {tensor, cols};
+  int64_t stride = 0, rows = 1;
+  for (; dim >= 0; --dim) {
+    if (tensor.size(dim) == 1) continue;
+    if (rows == 1) stride = tensor.stride(dim);
+    if (tensor.stride(dim) != stride * rows) return {tensor.contiguous(), cols};
+    rows *= tensor.size(dim);
+  }
+  return {tensor, stride};
+}
+
+// Whether every row starts at a multiple of 16 bytes. On MPS the address is not visible, but a buffer's start is
+// aligned.
+inline bool rows_aligned(const at::Tensor& tensor, int64_t stride) {
+  const int64_t size = static_cast<int64_t>(tensor.element_size());
+  const int64_t address =
+      tensor.is_mps() ? tensor.storage_offset() * size : reinterpret_cast<int64_t>(tensor.data_ptr());
+  return address % 16 == 0 && stride * size % 16 == 0;
+}
+
+}  // namespace torch_fused

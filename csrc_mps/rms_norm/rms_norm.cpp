@@ -1,0 +1,411 @@
+// RMS norm: schema, checks, autograd, autocast and the CPU kernels.
+#include "rms_norm.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <limits>
+
+#include "../common/rows.h"
+#include "../common/simd.h"
+#include "../common/sum.h"
+
+TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
+  m.def(
+      "rms_norm(Tensor input, int[] normalized_shape, Tensor? weight=None, float? eps=None, *, "
+      "str casting_mode=\"torch\", float weight_offset=0.0) -> Tensor");
+  m.def(
+      "add_rms_norm(Tensor input, Tensor residual, Tensor weight, float eps=1e-6, *, str casting_mode=\"llama\", "
+      "float weight_offset=0.0) -> (Tensor, Tensor)");
+  m.def(
+      "rms_norm_backward(Tensor grad, Tensor? grad_sum, Tensor x, int[] normalized_shape, Tensor? weight, float? eps, "
+      "str casting_mode, float weight_offset, bool need_weight_grad) -> (Tensor, Tensor)");
+}
+
+namespace torch_fused {
+
+using at::IntArrayRef;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---- checks ---------------------------------------------------------------------------------------------------------
+
+RmsNorm check_rms_norm(const char* op, const Tensor& input, IntArrayRef normalized_shape, const OptionalTensor& weight,
+                       std::optional<double> eps, std::string_view casting_mode, double weight_offset) {
+  TORCH_CHECK(casting_mode == "torch" || casting_mode == "llama", op,
+              ": casting_mode must be 'torch' or 'llama', got '", casting_mode, "'");
+  const at::ScalarType dtype = input.scalar_type();
+  const bool takes_double = input.is_cpu();
+  TORCH_CHECK(
+      dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 || (dtype == at::kDouble && takes_double), op,
+      ": input must be float32, float16 or bfloat16", takes_double ? " (or float64 on the CPU)" : "", ", got ", dtype);
+  const auto dims = static_cast<int64_t>(normalized_shape.size());
+  TORCH_CHECK(dims > 0 && dims <= input.dim() && input.sizes().slice(input.dim() - dims) == normalized_shape, op,
+              ": normalized_shape must be the last dimensions of input, got ", normalized_shape, " for input of shape ",
+              input.sizes());
+  if (weight) {
+    TORCH_CHECK(weight->sizes() == normalized_shape, op, ": weight must have the shape ", normalized_shape, ", got ",
+                weight->sizes());
+    TORCH_CHECK(weight->scalar_type() == dtype, op, ": weight must have input's dtype ", dtype, ", got ",
+                weight->scalar_type());
+    TORCH_CHECK(weight->device() == input.device(), op, ": weight must be on input's device ", input.device(), ", got ",
+                weight->device());
+  }
+  // As torch does: the epsilon of the type the arithmetic is done in.
+  const double smallest =
+      dtype == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
+  const int64_t cols = c10::multiply_integers(normalized_shape);
+  return {cols ? input.numel() / cols : 0, cols, eps.value_or(smallest), weight_offset, casting_mode == "llama"};
+}
+
+void check_add_rms_norm(const Tensor& input, const Tensor& residual, const Tensor& weight) {
+  TORCH_CHECK(residual.sizes() == input.sizes(), "add_rms_norm: residual must have input's shape ", input.sizes(),
+              ", got ", residual.sizes());
+  TORCH_CHECK(residual.scalar_type() == input.scalar_type(), "add_rms_norm: residual must have input's dtype ",
+              input.scalar_type(), ", got ", residual.scalar_type());
+  TORCH_CHECK(residual.device() == input.device(), "add_rms_norm: residual must be on input's device ", input.device(),
+              ", got ", residual.device());
+  TORCH_CHECK(weight.dim() > 0, "add_rms_norm: weight must have at least one dimension, got a scalar");
+}
+
+// ---- CPU ------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// Elements a thread should at least have: below that, waking one costs more than it saves.
+constexpr int64_t kGrain = 16384;
+
+template <class T>
+struct Forward {
+  RmsNorm norm;
+  const T* input;
+  const T* residual;  // or null
+  const T* weight;    // or null
+  T* output;
+  T* sum;  // input + residual, if there is one
+  int64_t input_stride, residual_stride;
+};
+
+template <class T>
+TORCH_FUSED_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t end) {
+  using Acc = at::opmath_type<T>;
+  const int64_t n = a.norm.cols;
+  const Acc eps = static_cast<Acc>(a.norm.eps), offset = static_cast<Acc>(a.norm.weight_offset);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = a.input + row * a.input_stride;
+    T* y = a.output + row * n;
+    if (a.residual) {
+      const T* residual = a.residual + row * a.residual_stride;
+      T* sum = a.sum + row * n;
+      for (int64_t i = 0; i < n; ++i) sum[i] = static_cast<T>(static_cast<Acc>(x[i]) + static_cast<Acc>(residual[i]));
+      x = sum;
+    }
+    const Acc squares = row_sum<Acc>(n, [x](int64_t i) {
+      const Acc value = static_cast<Acc>(x[i]);
+      return value * value;
+    });
+    const Acc scale = 1 / std::sqrt(squares / static_cast<Acc>(n) + eps);
+    if (!a.weight) {
+      for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(static_cast<Acc>(x[i]) * scale);
+    } else if (a.norm.llama) {
+      for (int64_t i = 0; i < n; ++i) {
+        const T normed = static_cast<T>(static_cast<Acc>(x[i]) * scale);
+        const T weight = static_cast<T>(static_cast<Acc>(a.weight[i]) + offset);
+        y[i] = static_cast<T>(static_cast<Acc>(weight) * static_cast<Acc>(normed));
+      }
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        y[i] = static_cast<T>(static_cast<Acc>(x[i]) * scale * (static_cast<Acc>(a.weight[i]) + offset));
+      }
+    }
+  }
+}
+
+template <class T>
+struct Backward {
+  RmsNorm norm;
+  const T* grad;
+  const T* grad_sum;  // or null
+  const T* x;
+  const T* weight;  // or null
+  T* grad_x;
+  at::opmath_type<T>* partial;  // a row a block: its part of the weight's gradient; or null
+  int64_t grad_stride, grad_sum_stride, x_stride, rows_per_block;
+};
+
+// With g = dy * weight and s = rsqrt(mean(x^2) + eps): dx = s * (g - x * s^2 * mean(g * x)), dweight = sum of dy * x *
+// s.
+template <class T>
+TORCH_FUSED_INLINE void backward_blocks(const Backward<T>& a, int64_t begin, int64_t end) {
+  using Acc = at::opmath_type<T>;
+  const int64_t n = a.norm.cols;
+  const Acc eps = static_cast<Acc>(a.norm.eps), offset = static_cast<Acc>(a.norm.weight_offset);
+  const auto weight = [&a, offset](int64_t i) { return static_cast<Acc>(a.weight[i]) + offset; };
+  for (int64_t block = begin; block < end; ++block) {
+    Acc* partial = a.partial ? a.partial + block * n : nullptr;
+    const int64_t last = std::min((block + 1) * a.rows_per_block, a.norm.rows);
+    for (int64_t row = block * a.rows_per_block; row < last; ++row) {
+      const T* dy = a.grad + row * a.grad_stride;
+      const T* x = a.x + row * a.x_stride;
+      T* dx = a.grad_x + row * n;
+      const auto product = [dy, x](int64_t i) { return static_cast<Acc>(dy[i]) * static_cast<Acc>(x[i]); };
+      const Acc squares = row_sum<Acc>(n, [x](int64_t i) { return static_cast<Acc>(x[i]) * static_cast<Acc>(x[i]); });
+      const Acc scale = 1 / std::sqrt(squares / static_cast<Acc>(n) + eps);
+      const Acc dot =
+          a.weight ? row_sum<Acc>(n, [&](int64_t i) { return product(i) * weight(i); }) : row_sum<Acc>(n, product);
+      const Acc slope = scale * scale * dot / static_cast<Acc>(n);
+      const auto store = [&](const auto& g, const auto& extra) {
+        for (int64_t i = 0; i < n; ++i)
+          dx[i] = static_cast<T>(extra(i) + scale * (g(i) - static_cast<Acc>(x[i]) * slope));
+      };
+      const auto with_extra = [&](const auto& g) {
+        const T* grad_sum = a.grad_sum + row * a.grad_sum_stride;
+        if (a.grad_sum) {
+          store(g, [grad_sum](int64_t i) { return static_cast<Acc>(grad_sum[i]); });
+        } else {
+          store(g, [](int64_t) { return Acc(0); });
+        }
+      };
+      if (a.weight) {
+        with_extra([&](int64_t i) { return static_cast<Acc>(dy[i]) * weight(i); });
+      } else {
+        with_extra([dy](int64_t i) { return static_cast<Acc>(dy[i]); });
+      }
+      if (partial) {
+        for (int64_t i = 0; i < n; ++i) partial[i] += product(i) * scale;
+      }
+    }
+  }
+}
+
+#define RMS_NORM_LOOPS(T)                                                       \
+  TORCH_FUSED_SIMD void run(const Forward<T>& a, int64_t begin, int64_t end) {  \
+    forward_rows(a, begin, end);                                                \
+  }                                                                             \
+  TORCH_FUSED_SIMD void run(const Backward<T>& a, int64_t begin, int64_t end) { \
+    backward_blocks(a, begin, end);                                             \
+  }
+RMS_NORM_LOOPS(float)
+RMS_NORM_LOOPS(double)
+RMS_NORM_LOOPS(at::Half)
+RMS_NORM_LOOPS(at::BFloat16)
+
+template <class Args>
+void run_parallel(const Args& args, int64_t count, int64_t elements_each) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_each));
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { run(args, begin, end); });
+}
+
+std::tuple<Tensor, Tensor> forward_cpu(const RmsNorm& norm, const Tensor& input, const OptionalTensor& residual,
+                                       const OptionalTensor& weight) {
+  const Tensor output = at::empty(input.sizes(), input.options());
+  const Tensor sum = residual ? at::empty(input.sizes(), input.options()) : Tensor();
+  if (input.numel() == 0) return {output, sum};
+  const Rows x = as_rows(input, norm.rows, norm.cols);
+  const Rows r = residual ? as_rows(*residual, norm.rows, norm.cols) : Rows{Tensor(), 0};
+  const Tensor w = weight ? weight->contiguous() : Tensor();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "rms_norm", [&] {
+    const Forward<scalar_t> args{norm,
+                                 x.tensor.const_data_ptr<scalar_t>(),
+                                 residual ? r.tensor.const_data_ptr<scalar_t>() : nullptr,
+                                 weight ? w.const_data_ptr<scalar_t>() : nullptr,
+                                 output.mutable_data_ptr<scalar_t>(),
+                                 residual ? sum.mutable_data_ptr<scalar_t>() : nullptr,
+                                 x.stride,
+                                 r.stride};
+    run_parallel(args, norm.rows, norm.cols);
+  });
+  return {output, sum};
+}
+
+}  // namespace
+
+Tensor rms_norm_cpu(const Tensor& input, IntArrayRef normalized_shape, const OptionalTensor& weight,
+                    std::optional<double> eps, std::string_view casting_mode, double weight_offset) {
+  const RmsNorm norm = check_rms_norm("rms_norm", input, normalized_shape, weight, eps, casting_mode, weight_offset);
+  return std::get<0>(forward_cpu(norm, input, std::nullopt, weight));
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm_cpu(const Tensor& input, const Tensor& residual, const Tensor& weight,
+                                            double eps, std::string_view casting_mode, double weight_offset) {
+  check_add_rms_norm(input, residual, weight);
+  const RmsNorm norm = check_rms_norm("add_rms_norm", input, weight.sizes(), weight, eps, casting_mode, weight_offset);
+  return forward_cpu(norm, input, residual, weight);
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward_cpu(const Tensor& grad, const OptionalTensor& grad_sum, const Tensor& x,
+                                                 IntArrayRef normalized_shape, const OptionalTensor& weight,
+                                                 std::optional<double> eps, std::string_view casting_mode,
+                                                 double weight_offset, bool need_weight_grad) {
+  const RmsNorm norm =
+      check_rms_norm("rms_norm_backward", x, normalized_shape, weight, eps, casting_mode, weight_offset);
+  const Tensor grad_x = at::empty(x.sizes(), x.options());
+  if (x.numel() == 0) return {grad_x, at::zeros(need_weight_grad ? normalized_shape : IntArrayRef{0}, x.options())};
+  const Rows dy = as_rows(grad, norm.rows, norm.cols), values = as_rows(x, norm.rows, norm.cols);
+  const Rows extra = grad_sum ? as_rows(*grad_sum, norm.rows, norm.cols) : Rows{Tensor(), 0};
+  const Tensor w = weight ? weight->contiguous() : Tensor();
+  // A fixed number of blocks, so that the weight's gradient does not depend on the number of threads.
+  const int64_t rows_per_block = (norm.rows + 31) / 32;
+  const int64_t blocks = (norm.rows + rows_per_block - 1) / rows_per_block;
+  const auto acc_type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const Tensor partial = at::zeros({need_weight_grad ? blocks : 0, norm.cols}, x.options().dtype(acc_type));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "rms_norm_backward", [&] {
+    using Acc = at::opmath_type<scalar_t>;
+    const Backward<scalar_t> args{norm,
+                                  dy.tensor.const_data_ptr<scalar_t>(),
+                                  grad_sum ? extra.tensor.const_data_ptr<scalar_t>() : nullptr,
+                                  values.tensor.const_data_ptr<scalar_t>(),
+                                  weight ? w.const_data_ptr<scalar_t>() : nullptr,
+                                  grad_x.mutable_data_ptr<scalar_t>(),
+                                  need_weight_grad ? partial.mutable_data_ptr<Acc>() : nullptr,
+                                  dy.stride,
+                                  extra.stride,
+                                  values.stride,
+                                  rows_per_block};
+    run_parallel(args, blocks, rows_per_block * norm.cols);
+  });
+  if (!need_weight_grad) return {grad_x, at::empty({0}, x.options())};
+  return {grad_x, partial.sum(0).to(x.scalar_type()).view(normalized_shape)};
+}
+
+// ---- autograd -------------------------------------------------------------------------------------------------------
+
+namespace {
+
+template <class Signature>
+auto find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+Tensor call_rms_norm(const Tensor& input, IntArrayRef normalized_shape, const OptionalTensor& weight,
+                     std::optional<double> eps, std::string_view casting_mode, double weight_offset) {
+  static const auto op = find_op<decltype(rms_norm_cpu)>("torch_fused::rms_norm");
+  return op.call(input, normalized_shape, weight, eps, casting_mode, weight_offset);
+}
+
+std::tuple<Tensor, Tensor> call_add_rms_norm(const Tensor& input, const Tensor& residual, const Tensor& weight,
+                                             double eps, std::string_view casting_mode, double weight_offset) {
+  static const auto op = find_op<decltype(add_rms_norm_cpu)>("torch_fused::add_rms_norm");
+  return op.call(input, residual, weight, eps, casting_mode, weight_offset);
+}
+
+bool needs_gradient(std::initializer_list<const Tensor*> tensors) {
+  if (!at::GradMode::is_enabled()) return false;
+  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor* tensor) { return tensor->requires_grad(); });
+}
+
+// Saves x and the weight; the backward pass finds the scale again from x, which it has to read anyway.
+void save(torch::autograd::AutogradContext* ctx, const Tensor& x, IntArrayRef normalized_shape,
+          const OptionalTensor& weight, std::optional<double> eps, std::string_view casting_mode,
+          double weight_offset) {
+  ctx->save_for_backward({x, weight.value_or(Tensor())});
+  ctx->saved_data["normalized_shape"] = normalized_shape;
+  ctx->saved_data["eps"] = eps;
+  ctx->saved_data["casting_mode"] = std::string(casting_mode);
+  ctx->saved_data["weight_offset"] = weight_offset;
+}
+
+std::tuple<Tensor, Tensor> call_backward(torch::autograd::AutogradContext* ctx, const Tensor& grad,
+                                         const OptionalTensor& grad_sum, bool need_weight_grad) {
+  static const auto op = find_op<decltype(rms_norm_backward_cpu)>("torch_fused::rms_norm_backward");
+  const auto saved = ctx->get_saved_variables();
+  const OptionalTensor weight = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
+  auto& data = ctx->saved_data;
+  auto [grad_x, grad_weight] = op.call(grad, grad_sum, saved[0], data["normalized_shape"].toIntVector(), weight,
+                                       data["eps"].toOptional<double>(), data["casting_mode"].toStringView(),
+                                       data["weight_offset"].toDouble(), need_weight_grad);
+  return {grad_x, need_weight_grad ? grad_weight : Tensor()};
+}
+
+struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& input, IntArrayRef normalized_shape,
+                        const OptionalTensor& weight, std::optional<double> eps, std::string_view casting_mode,
+                        double weight_offset) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    save(ctx, input, normalized_shape, weight, eps, casting_mode, weight_offset);
+    return call_rms_norm(input, normalized_shape, weight, eps, casting_mode, weight_offset);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    auto [grad_x, grad_weight] = call_backward(ctx, grads[0], std::nullopt, ctx->needs_input_grad(1));
+    return {grad_x, Tensor(), grad_weight, Tensor(), Tensor(), Tensor()};
+  }
+};
+
+struct AddRmsNormFunction : torch::autograd::Function<AddRmsNormFunction> {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& input,
+                                                const Tensor& residual, const Tensor& weight, double eps,
+                                                std::string_view casting_mode, double weight_offset) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [output, sum] = call_add_rms_norm(input, residual, weight, eps, casting_mode, weight_offset);
+    save(ctx, sum, weight.sizes(), weight, eps, casting_mode, weight_offset);
+    ctx->set_materialize_grads(false);
+    return {output, sum};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    Tensor grad_x = grads[1], grad_weight;
+    if (grads[0].defined()) {
+      const OptionalTensor grad_sum = grads[1].defined() ? OptionalTensor(grads[1]) : std::nullopt;
+      std::tie(grad_x, grad_weight) = call_backward(ctx, grads[0], grad_sum, ctx->needs_input_grad(2));
+    }
+    return {grad_x, grad_x, grad_weight, Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Tensor rms_norm_autograd(const Tensor& input, IntArrayRef normalized_shape, const OptionalTensor& weight,
+                         std::optional<double> eps, std::string_view casting_mode, double weight_offset) {
+  if (!needs_gradient({&input, weight ? &*weight : &input})) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return call_rms_norm(input, normalized_shape, weight, eps, casting_mode, weight_offset);
+  }
+  return RmsNormFunction::apply(input, normalized_shape, weight, eps, casting_mode, weight_offset);
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm_autograd(const Tensor& input, const Tensor& residual, const Tensor& weight,
+                                                 double eps, std::string_view casting_mode, double weight_offset) {
+  if (!needs_gradient({&input, &residual, &weight})) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return call_add_rms_norm(input, residual, weight, eps, casting_mode, weight_offset);
+  }
+  const auto results = AddRmsNormFunction::apply(input, residual, weight, eps, casting_mode, weight_offset);
+  return {results[0], results[1]};
+}
+
+// torch.nn.functional.rms_norm runs in float32 under autocast on GPUs. "llama" keeps the model's own roundings.
+template <c10::DispatchKey key, c10::DeviceType device>
+Tensor rms_norm_autocast(const Tensor& input, IntArrayRef normalized_shape, const OptionalTensor& weight,
+                         std::optional<double> eps, std::string_view casting_mode, double weight_offset) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+  if (casting_mode == "llama") return call_rms_norm(input, normalized_shape, weight, eps, casting_mode, weight_offset);
+  const auto cast = [](const Tensor& tensor) { return at::autocast::cached_cast(at::kFloat, tensor, device); };
+  return call_rms_norm(cast(input), normalized_shape, weight ? OptionalTensor(cast(*weight)) : weight, eps,
+                       casting_mode, weight_offset);
+}
+
+}  // namespace
+}  // namespace torch_fused
+
+TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
+  m.impl("rms_norm", torch_fused::rms_norm_autograd);
+  m.impl("add_rms_norm", torch_fused::add_rms_norm_autograd);
+  m.impl("rms_norm_backward", torch::autograd::autogradNotImplementedFallback());
+}
+TORCH_LIBRARY_IMPL(torch_fused, AutocastCUDA, m) {
+  m.impl("rms_norm", torch_fused::rms_norm_autocast<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>);
+}
+TORCH_LIBRARY_IMPL(torch_fused, AutocastMPS, m) {
+  m.impl("rms_norm", torch_fused::rms_norm_autocast<c10::DispatchKey::AutocastMPS, c10::DeviceType::MPS>);
+}

@@ -1,0 +1,135 @@
+// RMS norm on a GPU: operands, kernel, grid and parameters of each launch.
+#include "rms_norm.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+
+#include "../common/dtype.h"
+#include "../common/registration.h"
+#include "../common/rows.h"
+#include "../runtime/launch.h"
+
+namespace torch_fused {
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// As in rms_norm.metal.h.
+constexpr uint32_t ALIGNED = 1, HAS_RESIDUAL = 2, HAS_WEIGHT = 4, LLAMA = 8, GRAD_WEIGHT = 16;
+
+// As in rms_norm.metal and rms_norm_backward.metal.
+struct RmsNormParams {
+  int64_t input_stride, residual_stride;
+  uint32_t cols, flags;
+  float eps, weight_offset;
+};
+struct RmsNormBackwardParams {
+  int64_t grad_stride, x_stride;
+  uint32_t rows, cols, flags;
+  float eps, weight_offset;
+  uint32_t unused;
+};
+
+// How a threadgroup covers a row: packs of 16 bytes a thread, 0 for a row too long for registers.
+struct Shape {
+  int64_t packs, threads;
+};
+
+Shape row_shape(int64_t cols, int64_t element_size, int64_t most_packs, int64_t usual_threads) {
+  const int64_t width = 16 / element_size, packs_in_row = (cols + width - 1) / width;
+  int64_t packs = 1;
+  while (packs < most_packs && packs_in_row > packs * usual_threads) packs *= 2;
+  const int64_t threads = (packs_in_row + packs - 1) / packs;
+  if (threads > kMaxThreads) return {0, kMaxThreads};
+  return {packs, (threads + 31) / 32 * 32};
+}
+
+bool all_aligned(std::initializer_list<Rows> operands) {
+  return std::all_of(operands.begin(), operands.end(), [](const Rows& r) { return rows_aligned(r.tensor, r.stride); });
+}
+
+uint32_t flags(const RmsNorm& norm, bool residual, bool weight, bool aligned) {
+  return (aligned ? ALIGNED : 0) | (residual ? HAS_RESIDUAL : 0) | (weight ? HAS_WEIGHT : 0) | (norm.llama ? LLAMA : 0);
+}
+
+std::tuple<Tensor, Tensor> forward_gpu(const RmsNorm& norm, const Tensor& input, const OptionalTensor& residual,
+                                       const OptionalTensor& weight) {
+  const Tensor output = at::empty(input.sizes(), input.options());
+  const Tensor sum = residual ? at::empty(input.sizes(), input.options()) : Tensor();
+  if (input.numel() == 0) return {output, sum};
+  const Rows x = as_rows(input, norm.rows, norm.cols);
+  const Rows r = residual ? as_rows(*residual, norm.rows, norm.cols) : x;
+  const Tensor w = weight ? weight->contiguous() : x.tensor;
+  const Shape shape = row_shape(norm.cols, input.element_size(), 4, 256);
+  const bool aligned = all_aligned({x, r, {w, 0}, {output, norm.cols}, {residual ? sum : output, norm.cols}});
+  const RmsNormParams params{x.stride,
+                             r.stride,
+                             static_cast<uint32_t>(norm.cols),
+                             flags(norm, residual.has_value(), weight.has_value(), aligned),
+                             static_cast<float>(norm.eps),
+                             static_cast<float>(norm.weight_offset)};
+  launch("rms_norm", "rms_norm_" + dtype_name(input) + "_" + std::to_string(shape.packs), norm.rows, shape.threads,
+         {x.tensor, r.tensor, w, output, residual ? sum : output}, params);
+  return {output, sum};
+}
+
+}  // namespace
+
+Tensor rms_norm_gpu(const Tensor& input, IntArrayRef normalized_shape, const OptionalTensor& weight,
+                    std::optional<double> eps, std::string_view casting_mode, double weight_offset) {
+  const RmsNorm norm = check_rms_norm("rms_norm", input, normalized_shape, weight, eps, casting_mode, weight_offset);
+  return std::get<0>(forward_gpu(norm, input, std::nullopt, weight));
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm_gpu(const Tensor& input, const Tensor& residual, const Tensor& weight,
+                                            double eps, std::string_view casting_mode, double weight_offset) {
+  check_add_rms_norm(input, residual, weight);
+  const RmsNorm norm = check_rms_norm("add_rms_norm", input, weight.sizes(), weight, eps, casting_mode, weight_offset);
+  return forward_gpu(norm, input, residual, weight);
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward_gpu(const Tensor& grad, const OptionalTensor& grad_sum, const Tensor& x,
+                                                 IntArrayRef normalized_shape, const OptionalTensor& weight,
+                                                 std::optional<double> eps, std::string_view casting_mode,
+                                                 double weight_offset, bool need_weight_grad) {
+  const RmsNorm norm =
+      check_rms_norm("rms_norm_backward", x, normalized_shape, weight, eps, casting_mode, weight_offset);
+  const Tensor grad_x = at::empty(x.sizes(), x.options());
+  const Tensor grad_weight = at::empty(need_weight_grad ? normalized_shape : IntArrayRef{0}, x.options());
+  if (x.numel() == 0) return {grad_x, at::zeros(grad_weight.sizes(), x.options())};
+  const Rows dy = as_rows(grad, norm.rows, norm.cols), values = as_rows(x, norm.rows, norm.cols);
+  const Tensor extra = grad_sum ? grad_sum->contiguous() : grad_x;
+  const Tensor w = weight ? weight->contiguous() : values.tensor;
+  const Shape shape = row_shape(norm.cols, x.element_size(), 2, 256);
+  const int64_t groups = std::min<int64_t>(norm.rows, 512);
+  const Tensor partial = need_weight_grad ? at::empty({groups, norm.cols}, x.options().dtype(at::kFloat)) : grad_x;
+  const bool aligned = all_aligned({dy, values, {extra, norm.cols}, {w, 0}, {grad_x, norm.cols}});
+  RmsNormBackwardParams params{dy.stride,
+                               values.stride,
+                               static_cast<uint32_t>(norm.rows),
+                               static_cast<uint32_t>(norm.cols),
+                               flags(norm, grad_sum.has_value(), weight.has_value(), aligned),
+                               static_cast<float>(norm.eps),
+                               static_cast<float>(norm.weight_offset),
+                               0};
+  if (need_weight_grad) params.flags |= GRAD_WEIGHT;
+  launch("rms_norm_backward", "rms_norm_backward_" + dtype_name(x) + "_" + std::to_string(shape.packs), groups,
+         shape.threads, {dy.tensor, extra, values.tensor, w, grad_x, partial}, params);
+  if (need_weight_grad) {
+    params.rows = static_cast<uint32_t>(groups);
+    launch("rms_norm_backward", "rms_norm_grad_weight_" + dtype_name(x), (norm.cols + 31) / 32, kMaxThreads,
+           {partial, grad_weight}, params);
+  }
+  return {grad_x, grad_weight};
+}
+
+}  // namespace torch_fused
+
+using namespace torch_fused;
+TORCH_FUSED_KERNELS(rms_norm)
+TORCH_FUSED_KERNELS(add_rms_norm)
+TORCH_FUSED_KERNELS(rms_norm_backward)

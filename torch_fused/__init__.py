@@ -1,0 +1,26 @@
+"""Fused PyTorch ops for Apple GPUs, and for CUDA and the CPU from the same sources."""
+
+import importlib
+
+import torch as torch  # first: it loads the libraries that the extension is linked against
+
+try:
+    from . import _C  # type: ignore[attr-defined]  # noqa: F401  registers torch.ops.torch_fused
+except ImportError as error:
+    raise ImportError(
+        f"torch_fused: its extension cannot be loaded with torch {torch.__version__} ({error}). It is compiled for one "
+        "torch version: build it again with `pip install --no-build-isolation --force-reinstall --no-deps .`"
+    ) from error
+
+from . import functional, nn
+from .runtime import status
+
+__version__ = "0.1.0"
+__all__ = ["demo", "functional", "hf", "metal", "nn", "status"]
+
+
+def __getattr__(name: str):
+    # hf needs transformers, demo the demo extra, metal a compiler: loaded when asked for.
+    if name in ("demo", "hf", "metal"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

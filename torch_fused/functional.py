@@ -1,0 +1,5 @@
+"""Fused ops with the signatures of `torch.nn.functional`; extra arguments are keyword-only."""
+
+from .ops.rms_norm import add_rms_norm, rms_norm
+
+__all__ = ["add_rms_norm", "rms_norm"]

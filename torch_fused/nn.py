@@ -1,0 +1,45 @@
+"""Modules over the fused ops, with the parameters and state dicts of torch's modules of the same name."""
+
+import torch
+
+from . import functional
+
+__all__ = ["RMSNorm"]
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """`torch.nn.RMSNorm` on the fused op: the same arguments, parameters and state dict.
+
+    Args:
+        normalized_shape: the last dimensions of the input.
+        eps: added to the mean square; None is the machine epsilon of float32.
+        elementwise_affine: whether there is a learnable weight.
+        casting_mode, weight_offset: as in :func:`torch_fused.functional.rms_norm`.
+
+    Shapes: input ``(*, *normalized_shape)``, output the same.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | torch.Size,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        casting_mode: str = "torch",
+        weight_offset: float = 0.0,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        self.casting_mode = casting_mode
+        self.weight_offset = weight_offset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(
+            x,
+            self.normalized_shape,
+            self.weight,
+            self.eps,
+            casting_mode=self.casting_mode,
+            weight_offset=self.weight_offset,
+        )

@@ -1,0 +1,30 @@
+"""Which runtime each op uses."""
+
+import torch
+
+_RUNTIMES = {"cpu": "vectorised C++", "cuda": "Metal source translated to CUDA", "mps": "Metal"}
+
+
+def status() -> dict[str, dict[str, str]]:
+    """The runtime of every op on every device this torch can use: ``{op: {device: runtime}}``.
+
+    An op that has fallen back to torch in this process, because its GPU kernels could not be built, says so and why.
+    """
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    fallbacks = dict(zip(*torch.ops.torch_fused._fallbacks(), strict=True))
+    ops = sorted(name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if _is_op(name))
+    table = {}
+    for op in ops:
+        table[op] = {device: _RUNTIMES[device] for device in devices}
+        for device in devices[1:]:
+            if op in fallbacks:
+                table[op][device] = f"torch: {fallbacks[op]}"
+    return table
+
+
+def _is_op(name: str) -> bool:
+    return name.startswith("torch_fused::") and not name.startswith("torch_fused::_")
