@@ -2,7 +2,6 @@
 #include "rms_norm.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -15,7 +14,9 @@
 
 #include <cmath>
 #include <limits>
+#include <vector>
 
+#include "../common/convert.h"
 #include "../common/rows.h"
 #include "../common/simd.h"
 #include "../common/sum.h"
@@ -96,37 +97,61 @@ struct Forward {
   int64_t input_stride, residual_stride;
 };
 
+// The weight as the rows are multiplied by it: with the offset, and in "llama" mode rounded to its type.
+template <class T>
+TORCH_FUSED_INLINE const wide_t<T>* effective_weight(const T* weight, const RmsNorm& norm) {
+  static thread_local std::vector<wide_t<T>> buffer;
+  buffer.resize(norm.cols);
+  const auto offset = static_cast<wide_t<T>>(norm.weight_offset);
+  wide_t<T>* w = buffer.data();
+  for (int64_t i = 0; i < norm.cols; ++i) {
+    const wide_t<T> value = weight ? widen(weight[i]) + offset : 1;
+    w[i] = norm.llama ? round_to<T>(value) : value;
+  }
+  return w;
+}
+
+template <class T>
+TORCH_FUSED_INLINE wide_t<T> inverse_rms(wide_t<T> squares, const RmsNorm& norm) {
+  return 1 / std::sqrt(squares / static_cast<wide_t<T>>(norm.cols) + static_cast<wide_t<T>>(norm.eps));
+}
+
+template <class T>
+TORCH_FUSED_INLINE wide_t<T> sum_of_squares(const T* x, int64_t n) {
+  return row_sum<wide_t<T>>(n, [x](int64_t i) { return widen(x[i]) * widen(x[i]); });
+}
+
+// sum = x + residual, rounded to T because it is a result of its own; returns the sum of its squares.
+template <class T>
+TORCH_FUSED_INLINE wide_t<T> add_and_square(const T* __restrict x, const T* __restrict residual, T* __restrict sum,
+                                            int64_t n) {
+  return row_sum<wide_t<T>>(n, [=](int64_t i) {
+    const wide_t<T> value = round_to<T>(widen(x[i]) + widen(residual[i]));
+    sum[i] = narrow<T>(value);
+    return value * value;
+  });
+}
+
 template <class T>
 TORCH_FUSED_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t end) {
-  using Acc = at::opmath_type<T>;
   const int64_t n = a.norm.cols;
-  const Acc eps = static_cast<Acc>(a.norm.eps), offset = static_cast<Acc>(a.norm.weight_offset);
+  const wide_t<T>* w = effective_weight(a.weight, a.norm);
   for (int64_t row = begin; row < end; ++row) {
     const T* x = a.input + row * a.input_stride;
     T* y = a.output + row * n;
+    wide_t<T> squares;
     if (a.residual) {
-      const T* residual = a.residual + row * a.residual_stride;
       T* sum = a.sum + row * n;
-      for (int64_t i = 0; i < n; ++i) sum[i] = static_cast<T>(static_cast<Acc>(x[i]) + static_cast<Acc>(residual[i]));
+      squares = add_and_square(x, a.residual + row * a.residual_stride, sum, n);
       x = sum;
-    }
-    const Acc squares = row_sum<Acc>(n, [x](int64_t i) {
-      const Acc value = static_cast<Acc>(x[i]);
-      return value * value;
-    });
-    const Acc scale = 1 / std::sqrt(squares / static_cast<Acc>(n) + eps);
-    if (!a.weight) {
-      for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(static_cast<Acc>(x[i]) * scale);
-    } else if (a.norm.llama) {
-      for (int64_t i = 0; i < n; ++i) {
-        const T normed = static_cast<T>(static_cast<Acc>(x[i]) * scale);
-        const T weight = static_cast<T>(static_cast<Acc>(a.weight[i]) + offset);
-        y[i] = static_cast<T>(static_cast<Acc>(weight) * static_cast<Acc>(normed));
-      }
     } else {
-      for (int64_t i = 0; i < n; ++i) {
-        y[i] = static_cast<T>(static_cast<Acc>(x[i]) * scale * (static_cast<Acc>(a.weight[i]) + offset));
-      }
+      squares = sum_of_squares(x, n);
+    }
+    const wide_t<T> scale = inverse_rms<T>(squares, a.norm);
+    if (a.norm.llama) {
+      for (int64_t i = 0; i < n; ++i) y[i] = narrow<T>(w[i] * round_to<T>(widen(x[i]) * scale));
+    } else {
+      for (int64_t i = 0; i < n; ++i) y[i] = narrow<T>(widen(x[i]) * scale * w[i]);
     }
   }
 }
@@ -139,7 +164,7 @@ struct Backward {
   const T* x;
   const T* weight;  // or null
   T* grad_x;
-  at::opmath_type<T>* partial;  // a row a block: its part of the weight's gradient; or null
+  wide_t<T>* partial;  // a row a block: its part of the weight's gradient; or null
   int64_t grad_stride, grad_sum_stride, x_stride, rows_per_block;
 };
 
@@ -147,42 +172,28 @@ struct Backward {
 // s.
 template <class T>
 TORCH_FUSED_INLINE void backward_blocks(const Backward<T>& a, int64_t begin, int64_t end) {
-  using Acc = at::opmath_type<T>;
   const int64_t n = a.norm.cols;
-  const Acc eps = static_cast<Acc>(a.norm.eps), offset = static_cast<Acc>(a.norm.weight_offset);
-  const auto weight = [&a, offset](int64_t i) { return static_cast<Acc>(a.weight[i]) + offset; };
+  const wide_t<T>* w = effective_weight(a.weight, a.norm);
   for (int64_t block = begin; block < end; ++block) {
-    Acc* partial = a.partial ? a.partial + block * n : nullptr;
+    wide_t<T>* partial = a.partial ? a.partial + block * n : nullptr;
     const int64_t last = std::min((block + 1) * a.rows_per_block, a.norm.rows);
     for (int64_t row = block * a.rows_per_block; row < last; ++row) {
       const T* dy = a.grad + row * a.grad_stride;
       const T* x = a.x + row * a.x_stride;
       T* dx = a.grad_x + row * n;
-      const auto product = [dy, x](int64_t i) { return static_cast<Acc>(dy[i]) * static_cast<Acc>(x[i]); };
-      const Acc squares = row_sum<Acc>(n, [x](int64_t i) { return static_cast<Acc>(x[i]) * static_cast<Acc>(x[i]); });
-      const Acc scale = 1 / std::sqrt(squares / static_cast<Acc>(n) + eps);
-      const Acc dot =
-          a.weight ? row_sum<Acc>(n, [&](int64_t i) { return product(i) * weight(i); }) : row_sum<Acc>(n, product);
-      const Acc slope = scale * scale * dot / static_cast<Acc>(n);
-      const auto store = [&](const auto& g, const auto& extra) {
-        for (int64_t i = 0; i < n; ++i)
-          dx[i] = static_cast<T>(extra(i) + scale * (g(i) - static_cast<Acc>(x[i]) * slope));
-      };
-      const auto with_extra = [&](const auto& g) {
-        const T* grad_sum = a.grad_sum + row * a.grad_sum_stride;
-        if (a.grad_sum) {
-          store(g, [grad_sum](int64_t i) { return static_cast<Acc>(grad_sum[i]); });
-        } else {
-          store(g, [](int64_t) { return Acc(0); });
+      const wide_t<T> scale = inverse_rms<T>(sum_of_squares(x, n), a.norm);
+      const auto dot = row_sum<wide_t<T>>(n, [=](int64_t i) { return widen(dy[i]) * w[i] * widen(x[i]); });
+      const wide_t<T> slope = scale * scale * dot / static_cast<wide_t<T>>(n);
+      if (a.grad_sum) {
+        const T* extra = a.grad_sum + row * a.grad_sum_stride;
+        for (int64_t i = 0; i < n; ++i) {
+          dx[i] = narrow<T>(widen(extra[i]) + scale * (widen(dy[i]) * w[i] - widen(x[i]) * slope));
         }
-      };
-      if (a.weight) {
-        with_extra([&](int64_t i) { return static_cast<Acc>(dy[i]) * weight(i); });
       } else {
-        with_extra([dy](int64_t i) { return static_cast<Acc>(dy[i]); });
+        for (int64_t i = 0; i < n; ++i) dx[i] = narrow<T>(scale * (widen(dy[i]) * w[i] - widen(x[i]) * slope));
       }
       if (partial) {
-        for (int64_t i = 0; i < n; ++i) partial[i] += product(i) * scale;
+        for (int64_t i = 0; i < n; ++i) partial[i] += widen(dy[i]) * widen(x[i]) * scale;
       }
     }
   }
@@ -260,14 +271,13 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cpu(const Tensor& grad, const Optio
   const auto acc_type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor partial = at::zeros({need_weight_grad ? blocks : 0, norm.cols}, x.options().dtype(acc_type));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "rms_norm_backward", [&] {
-    using Acc = at::opmath_type<scalar_t>;
     const Backward<scalar_t> args{norm,
                                   dy.tensor.const_data_ptr<scalar_t>(),
                                   grad_sum ? extra.tensor.const_data_ptr<scalar_t>() : nullptr,
                                   values.tensor.const_data_ptr<scalar_t>(),
                                   weight ? w.const_data_ptr<scalar_t>() : nullptr,
                                   grad_x.mutable_data_ptr<scalar_t>(),
-                                  need_weight_grad ? partial.mutable_data_ptr<Acc>() : nullptr,
+                                  need_weight_grad ? partial.mutable_data_ptr<wide_t<scalar_t>>() : nullptr,
                                   dy.stride,
                                   extra.stride,
                                   values.stride,
