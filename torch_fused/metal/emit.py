@@ -25,14 +25,16 @@ def emit_cuda(program: Program) -> str:
     """Self-contained CUDA C++: kernel x is `extern "C" __global__ void x(...)`.
 
     Its parameters are the Metal function's buffers in increasing index: a pointer each, but a `constant T&` by value.
-    It is launched in whole blocks, one a threadgroup. The first line, `// nvrtc: ...`, lists the options to compile with.
+    It is launched in whole blocks, one a threadgroup. The first line, `// nvrtc: ...`, lists the options to compile with:
+    multiply-adds are fused, NVRTC's default, unless the source says `#pragma METAL fp contract(off)` (or `clang fp`).
     """
     # Inlining a kernel into its entry lets the compiler see which memory every pointer is in.
     inlined = {i: "__forceinline__ " + program.tokens[i].text for i in program.definitions}
     body = _rewrite(program, _erase_address_spaces(program) | _drop_instantiations(program) | inlined)
+    fused = "" if program.contracts else " --fmad=false"
     return "".join(
         [
-            "// nvrtc: --std=c++17 --device-as-default-execution-space\n",
+            f"// nvrtc: --std=c++17 --device-as-default-execution-space{fused}\n",
             _header("vector.h"),
             _header("cuda.h"),
             "namespace metal {\n",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from .errors import Diagnostics, MetalError
@@ -9,6 +10,7 @@ from .lexer import Token, tokenize
 from .preprocess import preprocess
 from .program import BUILTINS, MAX_BUFFERS, Kernel, Parameter, Program, ThreadgroupVariable, token_text
 
+NO_CONTRACTION = re.compile(r"^\s*#\s*pragma\s+(METAL|clang)\s+fp\s+contract\s*\(\s*off\s*\)", re.MULTILINE)
 ADDRESS_SPACES = ("device", "constant", "threadgroup", "thread")
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 IGNORED_ATTRIBUTES = ("likely", "unlikely", "maybe_unused", "nodiscard", "fallthrough")
@@ -49,7 +51,9 @@ def parse(text: str, name: str = "shader.metal") -> Program:
 
     `name` numbers the lines that no #line directive names. Raises MetalError naming everything that is wrong.
     """
-    return _Parser(name, tokenize(preprocess(text, name))).parse()
+    preprocessed = preprocess(text, name)
+    contracts = NO_CONTRACTION.search(preprocessed) is None
+    return _Parser(name, tokenize(preprocessed), contracts).parse()
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,10 @@ class _Function:
 
 
 class _Parser:
-    def __init__(self, name: str, tokens: list[Token]) -> None:
+    def __init__(self, name: str, tokens: list[Token], contracts: bool) -> None:
         self.name = name
         self.tokens = tokens
+        self.contracts = contracts
         self.diagnostics = Diagnostics()
         self.functions: dict[str, _Function] = {}
         self.instances: list[Kernel] = []  # without params until every function is known
@@ -86,6 +91,7 @@ class _Parser:
             self.attribute_tokens,
             self.definitions,
             self.instantiations,
+            self.contracts,
         )
 
     def step(self, i: int) -> int:
