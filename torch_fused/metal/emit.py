@@ -25,7 +25,7 @@ def emit_cuda(program: Program) -> str:
     """Self-contained CUDA C++: kernel x is `extern "C" __global__ void x(...)`.
 
     Its parameters are the Metal function's buffers in increasing index: a pointer each, but a `constant T&` by value.
-    It is launched in whole blocks, one a threadgroup. The first line, `// nvrtc: ...`, lists the options to compile with:
+    It is launched in whole blocks, one a threadgroup. The first line, `// nvrtc: ...`, is the options to compile with:
     multiply-adds are fused, NVRTC's default, unless the source says `#pragma METAL fp contract(off)` (or `clang fp`).
     """
     # Inlining a kernel into its entry lets the compiler see which memory every pointer is in.
@@ -77,7 +77,7 @@ def _literals(program: Program) -> dict[int, str]:
 
 
 def _threadgroup_variables(program: Program) -> dict[int, str]:
-    replaced = {}
+    replaced: dict[int, str] = {}
     number = 0
     for variable in program.threadgroup_variables:
         replaced |= dict.fromkeys(range(variable.start, variable.stop), "")
@@ -114,11 +114,8 @@ def _drop_instantiations(program: Program) -> dict[int, str]:
     return {i: "" for instantiation in program.instantiations for i in instantiation}
 
 
-VECTOR_TYPES = {
-    f"{element}{width}"
-    for element in ("float", "half", "bfloat", "int", "uint", "short", "ushort", "char", "uchar", "long", "ulong", "bool")
-    for width in (2, 3, 4)
-} | {"vec"}
+ELEMENTS = ("float", "half", "bfloat", "int", "uint", "short", "ushort", "char", "uchar", "long", "ulong", "bool")
+VECTOR_TYPES = {f"{element}{width}" for element in ELEMENTS for width in (2, 3, 4)} | {"vec"}
 
 
 def _make_vectors(program: Program) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""Makes one text of a Metal file and the headers it includes: what is embedded in the library and given to a compiler."""
+"""Makes one text of a Metal file and the headers it includes: the text that is embedded and given to compilers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _flatten(path: Path, include_dirs: list[Path], seen: set[Path], diagnostics:
     text = path.read_text(encoding="utf-8")
     reject_non_ascii(text, path.name)
     out = [f'#line 1 "{path.name}"\n']
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.rstrip("\n").split("\n"), 1):
         include = INCLUDE.match(line)
         if include:
             header = next((d / include[1] for d in [path.parent, *include_dirs] if (d / include[1]).is_file()), None)

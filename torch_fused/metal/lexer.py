@@ -49,7 +49,7 @@ class Token:
 
 
 def tokenize(text: str) -> list[Token]:
-    """Split what `c++ -E` printed. The last token is of kind "end", so that a look-ahead needs no bounds check."""
+    """Split what `c++ -E` printed. The last token, of kind "end" and no text, spares look-aheads a bounds check."""
     tokens = []
     file, line, space = "", 1, ""
     for match in PATTERN.finditer(text):

@@ -1,6 +1,6 @@
 """Type-checks Metal kernels with clang-19 as C++ for OpenCL, and reports what Apple's compiler would reject.
 
-    python -m metal.lint FILE.metal...        with torch_fused/ on PYTHONPATH; needs no torch
+python -m metal.lint FILE.metal...        with torch_fused/ on PYTHONPATH; needs no torch
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,10 +23,10 @@ from .parser import parse
 from .program import Program
 
 CLANG = "clang-19"
-OPTIONS = (
-    ["-x", "clcpp", "-cl-std=clc++2021", "-target", "x86_64-linux-gnu", "-cl-no-stdinc"]
-    + ["-Xclang", "-cl-ext=-cl_khr_fp64,-__opencl_c_fp64"]
-    + ["-fsyntax-only", "-fno-caret-diagnostics", "-fno-elide-type", "-Wno-everything", "-Werror=vla", "-ferror-limit=0"]
+OPTIONS = shlex.split(
+    """-x clcpp -cl-std=clc++2021 -target x86_64-linux-gnu -cl-no-stdinc
+    -Xclang -cl-ext=-cl_khr_fp64,-__opencl_c_fp64 -Xclang -ast-dump=json -fsyntax-only
+    -fno-caret-diagnostics -fno-elide-type -ferror-limit=0 -Wno-everything -Werror=vla"""
 )
 MESSAGE = re.compile(r"(.*?):(\d+):\d+: (?:fatal )?error: (.*)")
 SHIM = "lint.h"
@@ -65,7 +66,7 @@ def _check_literals(program: Program, diagnostics: Diagnostics) -> None:
 
 def _type_check(source: str, diagnostics: Diagnostics) -> dict[str, Any] | None:
     """Clang's syntax tree, as JSON."""
-    command = [CLANG, *OPTIONS, "-Xclang", "-ast-dump=json", "-"]
+    command = [CLANG, *OPTIONS, "-"]
     try:
         result = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -87,8 +88,8 @@ def _check_tree(tree: dict[str, Any], diagnostics: Diagnostics) -> None:
             continue
         if node["kind"] in FUNCTION_NODES:
             functions[node["id"]] = (node.get("name", ""), file, line)
-        if function:
-            called = node.get("referencedDecl", {}).get("id") or node.get("referencedMemberDecl")
+        called = node.get("referencedDecl", {}).get("id") or node.get("referencedMemberDecl")
+        if function and called:
             calls.setdefault(function, set()).add(called)
         if not node.get("isImplicit"):
             message = _wrong_type(node)

@@ -43,7 +43,7 @@ FORBIDDEN = {
     "memory_order_acq_rel": NO_FENCES,
     "memory_order_seq_cst": NO_FENCES,
 }
-FORBIDDEN_ATOMICS = {"float": NO_FLOAT_ATOMICS, "half": NO_FLOAT_ATOMICS, "long": NO_LONG_ATOMICS, "ulong": NO_LONG_ATOMICS}
+FORBIDDEN_ATOMICS = {"float": NO_FLOAT_ATOMICS, "long": NO_LONG_ATOMICS, "ulong": NO_LONG_ATOMICS}
 
 
 def parse(text: str, name: str = "shader.metal") -> Program:
@@ -98,7 +98,7 @@ class _Parser:
         """Parse what starts at token i; returns where to go on."""
         if self.at_attribute(i) or self.tokens[i].text == "kernel":
             return self.attributed_declaration(i)
-        if self.tokens[i].text == "threadgroup" and (i == 0 or self.tokens[i - 1].text in ("{", "}", ";")):
+        if self.tokens[i].text == "threadgroup" and self.tokens[i - 1].text in ("{", "}", ";", ""):
             return self.threadgroup_declaration(i)
         return i + 1
 
@@ -114,8 +114,6 @@ class _Parser:
                     self.error(i, FORBIDDEN[token.text])
             elif token.text == "atomic" and following[:1] == ["<"] and following[1] in FORBIDDEN_ATOMICS:
                 self.error(i, FORBIDDEN_ATOMICS[following[1]])
-            elif token.text == "#" and following[:1] == ["include"]:
-                self.error(i, "include in a source that should be flattened")
             literal = token.float_literal()
             if literal and literal[1] not in ("", "f", "h", "bf"):
                 self.error(i, f"literal {token.text}: Metal's floating-point suffixes are f, h and bf")
@@ -236,7 +234,7 @@ class _Parser:
             line=self.tokens[start].line,
         )
         if self.tokens[end].text == ";":
-            if start == 0 or self.tokens[start - 1].text != "template":
+            if self.tokens[start - 1].text != "template":
                 self.error(start, f"kernel '{function}' is declared without a body")
                 return end + 1
             self.instances.append(instance)
@@ -247,7 +245,7 @@ class _Parser:
             self.functions[function] = _Function(self.parameters(i + 1, end - 1), instance.max_threads)
             self.definitions.append(return_type)
             self.kernel_body = range(end, self.match(end))
-            if start == 0 or self.tokens[start - 1].text != ">":  # not a template
+            if self.tokens[start - 1].text != ">":  # not a template
                 self.instances.append(instance)
         else:
             self.error(i, f"expected the body of kernel '{function}'")
@@ -280,10 +278,12 @@ class _Parser:
 
     def parameters(self, start: int, stop: int) -> tuple[Parameter, ...]:
         parsed = [self.parameter(piece) for piece in self.split(start, stop)]
-        explicit = [p.index for p in parsed if p.kind == "buffer" and p.index >= 0]
+        explicit: set[int] = set()
         for p in parsed:
-            if p.kind == "buffer" and explicit.count(p.index) > 1:
+            if p.kind == "buffer" and p.index in explicit:
                 self.diagnostics.error(self.tokens[start].file, p.line, f"[[buffer({p.index})]] is used twice")
+            elif p.kind == "buffer" and p.index >= 0:
+                explicit.add(p.index)
         free = (index for index in range(MAX_BUFFERS + len(parsed)) if index not in explicit)
         numbered = [p if p.index >= 0 else replace(p, index=next(free)) for p in parsed]
         for p in numbered:

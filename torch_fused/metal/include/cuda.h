@@ -18,9 +18,15 @@
 
 namespace msl_cuda {
 
-MSL_FN unsigned thread_index() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
-MSL_FN unsigned thread_count() { return blockDim.x * blockDim.y * blockDim.z; }
-MSL_FN unsigned lane_index() { return thread_index() & 31; }
+MSL_FN unsigned thread_index() {
+  return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+}
+MSL_FN unsigned thread_count() {
+  return blockDim.x * blockDim.y * blockDim.z;
+}
+MSL_FN unsigned lane_index() {
+  return thread_index() & 31;
+}
 // The lanes this warp has: fewer than 32 in the last warp of a block that is not whole warps
 MSL_FN unsigned lane_mask() {
   const unsigned left = thread_count() - (thread_index() & ~31u);
@@ -116,23 +122,23 @@ MSL_FN typename eif<is_half_type<T>::v, T>::type operator-(T a) {
   return a;
 }
 // Two of one type make that type; with a float, the built-in operator makes a float
-#define MSL_HALF_ARITHMETIC(OP)                                                \
-  template <class T>                                                           \
-  MSL_FN typename eif<is_half_type<T>::v, T>::type operator OP(T a, T b) {     \
-    return T(float(a) OP float(b));                                            \
-  }                                                                            \
-  template <class T, class U>                                                  \
-  MSL_FN typename eif<is_half_type<T>::v, T>::type& operator OP##=(T& a, U b) { \
-    return a = T(float(a) OP float(b));                                        \
+#define MSL_HALF_ARITHMETIC(OP)                                                  \
+  template <class T>                                                             \
+  MSL_FN typename eif<is_half_type<T>::v, T>::type operator OP(T a, T b) {       \
+    return T(float(a) OP float(b));                                              \
+  }                                                                              \
+  template <class T, class U>                                                    \
+  MSL_FN typename eif<is_half_type<T>::v, T>::type& operator OP##=(T & a, U b) { \
+    return a = T(float(a) OP float(b));                                          \
   }
 MSL_HALF_ARITHMETIC(+)
 MSL_HALF_ARITHMETIC(-)
 MSL_HALF_ARITHMETIC(*)
 MSL_HALF_ARITHMETIC(/)
 
-#define MSL_VECTORS(T)     \
-  using T##2 = vec<T, 2>;  \
-  using T##3 = vec<T, 3>;  \
+#define MSL_VECTORS(T)    \
+  using T##2 = vec<T, 2>; \
+  using T##3 = vec<T, 3>; \
   using T##4 = vec<T, 4>;
 MSL_VECTORS(float)
 MSL_VECTORS(half)
@@ -174,25 +180,41 @@ using conditional_t = typename conditional<Condition, T, F>::type;
 
 template <class T>
 struct numeric_limits;
-#define MSL_INTEGER_LIMITS(T, MIN, MAX)               \
-  template <>                                         \
-  struct numeric_limits<T> {                          \
-    static constexpr T min() { return MIN; }          \
-    static constexpr T lowest() { return MIN; }       \
-    static constexpr T max() { return MAX; }          \
+#define MSL_INTEGER_LIMITS(T, MIN, MAX) \
+  template <>                           \
+  struct numeric_limits<T> {            \
+    static constexpr T min() {          \
+      return MIN;                       \
+    }                                   \
+    static constexpr T lowest() {       \
+      return MIN;                       \
+    }                                   \
+    static constexpr T max() {          \
+      return MAX;                       \
+    }                                   \
   };
 MSL_INTEGER_LIMITS(int, -0x7fffffff - 1, 0x7fffffff)
 MSL_INTEGER_LIMITS(uint, 0, ~0u)
 MSL_INTEGER_LIMITS(long, -0x7fffffffffffffff - 1, 0x7fffffffffffffff)
 MSL_INTEGER_LIMITS(ulong, 0, ~0ul)
-#define MSL_FLOAT_LIMITS(T, CONSTEXPR, MIN, MAX)                    \
-  template <>                                                       \
-  struct numeric_limits<T> {                                        \
-    static CONSTEXPR T min() { return T(MIN); }                     \
-    static CONSTEXPR T lowest() { return T(-MAX); }                 \
-    static CONSTEXPR T max() { return T(MAX); }                     \
-    static CONSTEXPR T infinity() { return T(INFINITY); }           \
-    static CONSTEXPR T quiet_NaN() { return T(NAN); }               \
+#define MSL_FLOAT_LIMITS(T, CONSTEXPR, MIN, MAX) \
+  template <>                                    \
+  struct numeric_limits<T> {                     \
+    static CONSTEXPR T min() {                   \
+      return T(MIN);                             \
+    }                                            \
+    static CONSTEXPR T lowest() {                \
+      return T(-MAX);                            \
+    }                                            \
+    static CONSTEXPR T max() {                   \
+      return T(MAX);                             \
+    }                                            \
+    static CONSTEXPR T infinity() {              \
+      return T(INFINITY);                        \
+    }                                            \
+    static CONSTEXPR T quiet_NaN() {             \
+      return T(NAN);                             \
+    }                                            \
   };
 MSL_FLOAT_LIMITS(float, constexpr, FLT_MIN, FLT_MAX)
 MSL_FLOAT_LIMITS(half, MSL_FN, 6.103515625e-05f, 65504.0f)
@@ -200,17 +222,23 @@ MSL_FLOAT_LIMITS(bfloat, MSL_FN, FLT_MIN, 3.38953139e+38f)
 
 // Mathematics
 
-#define MSL_VECTOR_UNARY(NAME)                                \
-  template <class T, int N>                                   \
-  MSL_FN vec<T, N> NAME(const vec<T, N>& v) {                 \
-    vec<T, N> result;                                         \
-    for (int i = 0; i < N; i++) result.d[i] = NAME(v.d[i]);   \
-    return result;                                            \
+#define MSL_VECTOR_UNARY(NAME)                              \
+  template <class T, int N>                                 \
+  MSL_FN vec<T, N> NAME(const vec<T, N>& v) {               \
+    vec<T, N> result;                                       \
+    for (int i = 0; i < N; i++) result.d[i] = NAME(v.d[i]); \
+    return result;                                          \
   }
-#define MSL_UNARY(NAME, EXPRESSION)                             \
-  MSL_FN float NAME(float x) { return EXPRESSION; }             \
-  MSL_FN half NAME(half h) { return half(NAME(float(h))); }     \
-  MSL_FN bfloat NAME(bfloat h) { return bfloat(NAME(float(h))); } \
+#define MSL_UNARY(NAME, EXPRESSION) \
+  MSL_FN float NAME(float x) {      \
+    return EXPRESSION;              \
+  }                                 \
+  MSL_FN half NAME(half h) {        \
+    return half(NAME(float(h)));    \
+  }                                 \
+  MSL_FN bfloat NAME(bfloat h) {    \
+    return bfloat(NAME(float(h)));  \
+  }                                 \
   MSL_VECTOR_UNARY(NAME)
 MSL_UNARY(exp, ::expf(x))
 MSL_UNARY(exp2, ::exp2f(x))
@@ -232,19 +260,25 @@ MSL_UNARY(trunc, ::truncf(x))
 MSL_UNARY(fabs, ::fabsf(x))
 MSL_UNARY(sign, x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : x)
 
-MSL_FN float abs(float x) { return ::fabsf(x); }
-MSL_FN int abs(int x) { return x < 0 ? -x : x; }
+MSL_FN float abs(float x) {
+  return ::fabsf(x);
+}
+MSL_FN int abs(int x) {
+  return x < 0 ? -x : x;
+}
 MSL_VECTOR_UNARY(abs)
 
-#define MSL_VECTOR_BINARY(NAME)                                       \
-  template <class T, int N>                                           \
-  MSL_FN vec<T, N> NAME(const vec<T, N>& a, const vec<T, N>& b) {     \
-    vec<T, N> result;                                                 \
-    for (int i = 0; i < N; i++) result.d[i] = NAME(a.d[i], b.d[i]);   \
-    return result;                                                    \
+#define MSL_VECTOR_BINARY(NAME)                                     \
+  template <class T, int N>                                         \
+  MSL_FN vec<T, N> NAME(const vec<T, N>& a, const vec<T, N>& b) {   \
+    vec<T, N> result;                                               \
+    for (int i = 0; i < N; i++) result.d[i] = NAME(a.d[i], b.d[i]); \
+    return result;                                                  \
   }
-#define MSL_BINARY(NAME, EXPRESSION)                         \
-  MSL_FN float NAME(float a, float b) { return EXPRESSION; } \
+#define MSL_BINARY(NAME, EXPRESSION)    \
+  MSL_FN float NAME(float a, float b) { \
+    return EXPRESSION;                  \
+  }                                     \
   MSL_VECTOR_BINARY(NAME)
 MSL_BINARY(pow, ::powf(a, b))
 MSL_BINARY(fmod, ::fmodf(a, b))
@@ -270,7 +304,9 @@ MSL_FN T select(T a, T b, bool condition) {
   return condition ? b : a;
 }
 
-MSL_FN float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+MSL_FN float fma(float a, float b, float c) {
+  return ::fmaf(a, b, c);
+}
 template <class T, int N>
 MSL_FN vec<T, N> fma(const vec<T, N>& a, const vec<T, N>& b, const vec<T, N>& c) {
   vec<T, N> result;
@@ -278,15 +314,31 @@ MSL_FN vec<T, N> fma(const vec<T, N>& a, const vec<T, N>& b, const vec<T, N>& c)
   return result;
 }
 
-MSL_FN bool isnan(float x) { return x != x; }
-MSL_FN bool isinf(float x) { return ::fabsf(x) == INFINITY; }
-MSL_FN bool isfinite(float x) { return ::fabsf(x) < INFINITY; }
+MSL_FN bool isnan(float x) {
+  return x != x;
+}
+MSL_FN bool isinf(float x) {
+  return ::fabsf(x) == INFINITY;
+}
+MSL_FN bool isfinite(float x) {
+  return ::fabsf(x) < INFINITY;
+}
 
-MSL_FN uint popcount(uint x) { return __popc(x); }
-MSL_FN uint clz(uint x) { return __clz(x); }
-MSL_FN uint ctz(uint x) { return x ? __ffs(x) - 1 : 32; }
-MSL_FN uint mulhi(uint a, uint b) { return __umulhi(a, b); }
-MSL_FN int mulhi(int a, int b) { return __mulhi(a, b); }
+MSL_FN uint popcount(uint x) {
+  return __popc(x);
+}
+MSL_FN uint clz(uint x) {
+  return __clz(x);
+}
+MSL_FN uint ctz(uint x) {
+  return x ? __ffs(x) - 1 : 32;
+}
+MSL_FN uint mulhi(uint a, uint b) {
+  return __umulhi(a, b);
+}
+MSL_FN int mulhi(int a, int b) {
+  return __mulhi(a, b);
+}
 
 namespace fast {
 MSL_UNARY(exp, ::__expf(x))
@@ -323,17 +375,23 @@ using metal::tanh;
 // Barriers
 
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2, mem_texture = 4 };
-MSL_FN mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(int(a) | int(b)); }
-MSL_FN void threadgroup_barrier(mem_flags) { __syncthreads(); }
-MSL_FN void simdgroup_barrier(mem_flags) { __syncwarp(msl_cuda::lane_mask()); }
+MSL_FN mem_flags operator|(mem_flags a, mem_flags b) {
+  return mem_flags(int(a) | int(b));
+}
+MSL_FN void threadgroup_barrier(mem_flags) {
+  __syncthreads();
+}
+MSL_FN void simdgroup_barrier(mem_flags) {
+  __syncwarp(msl_cuda::lane_mask());
+}
 
 // Simdgroup functions
 
-#define MSL_SHUFFLE(NAME, INTRINSIC)                                                                \
-  template <class T>                                                                                \
-  MSL_FN T NAME(T value, ushort lane) {                                                             \
-    const uint mask = msl_cuda::lane_mask();                                                                  \
-    return msl_cuda::shuffle_words(value, [=](uint word) { return INTRINSIC(mask, word, lane); });            \
+#define MSL_SHUFFLE(NAME, INTRINSIC)                                                               \
+  template <class T>                                                                               \
+  MSL_FN T NAME(T value, ushort lane) {                                                            \
+    const uint mask = msl_cuda::lane_mask();                                                       \
+    return msl_cuda::shuffle_words(value, [=](uint word) { return INTRINSIC(mask, word, lane); }); \
   }
 MSL_SHUFFLE(simd_shuffle, __shfl_sync)
 MSL_SHUFFLE(simd_broadcast, __shfl_sync)
@@ -345,10 +403,10 @@ MSL_FN T simd_broadcast_first(T value) {
   return simd_shuffle(value, 0);
 }
 
-#define MSL_REDUCE(NAME, EXPRESSION)                                     \
-  template <class T>                                                     \
-  MSL_FN T NAME(T value) {                                               \
-    return msl_cuda::reduce(value, [](T a, T b) { return T(EXPRESSION); });   \
+#define MSL_REDUCE(NAME, EXPRESSION)                                        \
+  template <class T>                                                        \
+  MSL_FN T NAME(T value) {                                                  \
+    return msl_cuda::reduce(value, [](T a, T b) { return T(EXPRESSION); }); \
   }
 MSL_REDUCE(simd_sum, a + b)
 MSL_REDUCE(simd_product, a* b)
@@ -378,9 +436,15 @@ struct simd_vote {
   MSL_FN explicit operator ulong() const { return bits; }
   MSL_FN bool any() const { return bits != 0; }
 };
-MSL_FN simd_vote simd_ballot(bool condition) { return simd_vote(__ballot_sync(msl_cuda::lane_mask(), condition)); }
-MSL_FN bool simd_any(bool condition) { return __any_sync(msl_cuda::lane_mask(), condition); }
-MSL_FN bool simd_all(bool condition) { return __all_sync(msl_cuda::lane_mask(), condition); }
+MSL_FN simd_vote simd_ballot(bool condition) {
+  return simd_vote(__ballot_sync(msl_cuda::lane_mask(), condition));
+}
+MSL_FN bool simd_any(bool condition) {
+  return __any_sync(msl_cuda::lane_mask(), condition);
+}
+MSL_FN bool simd_all(bool condition) {
+  return __all_sync(msl_cuda::lane_mask(), condition);
+}
 
 // Atomics: 32-bit integers
 
@@ -392,10 +456,10 @@ struct atomic {
 using atomic_int = atomic<int>;
 using atomic_uint = atomic<uint>;
 
-#define MSL_ATOMIC(NAME, INTRINSIC)                                             \
-  template <class T>                                                            \
+#define MSL_ATOMIC(NAME, INTRINSIC)                                                             \
+  template <class T>                                                                            \
   MSL_FN T NAME(atomic<T>* object, typename msl_cuda::same_as<T>::type operand, memory_order) { \
-    return ::INTRINSIC(&object->value, operand);                                \
+    return ::INTRINSIC(&object->value, operand);                                                \
   }
 MSL_ATOMIC(atomic_fetch_add_explicit, atomicAdd)
 MSL_ATOMIC(atomic_fetch_sub_explicit, atomicSub)
@@ -445,19 +509,30 @@ using referred = typename without_reference<argument<Function, Index>>::type;
 template <int Builtin>
 MSL_FN unsigned coordinate(unsigned thread, unsigned threads, unsigned group, unsigned groups) {
   switch (Builtin) {
-    case 0: return group * threads + thread;      // thread_position_in_grid
-    case 1: return thread;                        // thread_position_in_threadgroup
-    case 2: return thread_index();         // thread_index_in_threadgroup
-    case 3: return group;                         // threadgroup_position_in_grid
-    case 4:                                       // threads_per_threadgroup
-    case 5: return threads;                       // dispatch_threads_per_threadgroup
-    case 6: return groups;                        // threadgroups_per_grid
-    case 7: return groups * threads;              // threads_per_grid
-    case 8: return lane_index();           // thread_index_in_simdgroup
-    case 9: return thread_index() / 32;    // simdgroup_index_in_threadgroup
-    case 10:                                      // simdgroups_per_threadgroup
-    case 11: return (thread_count() + 31) / 32;  // dispatch_simdgroups_per_threadgroup
-    default: return 32;                           // threads_per_simdgroup
+    case 0:
+      return group * threads + thread;  // thread_position_in_grid
+    case 1:
+      return thread;  // thread_position_in_threadgroup
+    case 2:
+      return thread_index();  // thread_index_in_threadgroup
+    case 3:
+      return group;  // threadgroup_position_in_grid
+    case 4:          // threads_per_threadgroup
+    case 5:
+      return threads;  // dispatch_threads_per_threadgroup
+    case 6:
+      return groups;  // threadgroups_per_grid
+    case 7:
+      return groups * threads;  // threads_per_grid
+    case 8:
+      return lane_index();  // thread_index_in_simdgroup
+    case 9:
+      return thread_index() / 32;  // simdgroup_index_in_threadgroup
+    case 10:                       // simdgroups_per_threadgroup
+    case 11:
+      return (thread_count() + 31) / 32;  // dispatch_simdgroups_per_threadgroup
+    default:
+      return 32;  // threads_per_simdgroup
   }
 }
 template <int Builtin, class T>

@@ -162,8 +162,8 @@ struct msl_vector<T __attribute__((ext_vector_type(N)))> {
 template <class... A>
 constexpr int msl_width = (0 + ... + msl_vector<A>::width);
 template <class V, class... A,
-          class = enable_if_t<(sizeof...(A) > 0) && (msl_width<A...> == msl_vector<V>::width ||
-                                                     (sizeof...(A) == 1 && msl_width<A...> == 1))>>
+          class = enable_if_t<(sizeof...(A) > 0) &&
+                              (msl_width<A...> == msl_vector<V>::width || (sizeof...(A) == 1 && msl_width<A...> == 1))>>
 V msl_make(A... elements);
 
 template <class To, class From, class = enable_if_t<sizeof(To) == sizeof(From)>>
@@ -173,36 +173,36 @@ To as_type(From from);
 
 #define MSL_FOR_WIDTHS(DECLARE, T) DECLARE(T) DECLARE(T##2) DECLARE(T##3) DECLARE(T##4)
 #define MSL_FOR_FLOATS(DECLARE) MSL_FOR_WIDTHS(DECLARE, float) MSL_FOR_WIDTHS(DECLARE, half)
-#define MSL_FOR_INTEGERS(DECLARE)                                       \
-  MSL_FOR_WIDTHS(DECLARE, int) MSL_FOR_WIDTHS(DECLARE, uint)            \
-  MSL_FOR_WIDTHS(DECLARE, short) MSL_FOR_WIDTHS(DECLARE, ushort)        \
-  MSL_FOR_WIDTHS(DECLARE, char) MSL_FOR_WIDTHS(DECLARE, uchar)          \
-  MSL_FOR_WIDTHS(DECLARE, long) MSL_FOR_WIDTHS(DECLARE, ulong)
+#define MSL_FOR_INTEGERS(DECLARE)                                                                \
+  MSL_FOR_WIDTHS(DECLARE, int)                                                                   \
+  MSL_FOR_WIDTHS(DECLARE, uint) MSL_FOR_WIDTHS(DECLARE, short) MSL_FOR_WIDTHS(DECLARE, ushort)   \
+      MSL_FOR_WIDTHS(DECLARE, char) MSL_FOR_WIDTHS(DECLARE, uchar) MSL_FOR_WIDTHS(DECLARE, long) \
+          MSL_FOR_WIDTHS(DECLARE, ulong)
 
-#define MSL_MATH(T)                                                                                      \
-  T exp(T);                                                                                              \
-  T exp2(T);                                                                                             \
-  T exp10(T);                                                                                            \
-  T log(T);                                                                                              \
-  T log2(T);                                                                                             \
-  T log10(T);                                                                                            \
-  T sqrt(T);                                                                                             \
-  T rsqrt(T);                                                                                            \
-  T sin(T);                                                                                              \
-  T cos(T);                                                                                              \
-  T tan(T);                                                                                              \
-  T tanh(T);                                                                                             \
-  T floor(T);                                                                                            \
-  T ceil(T);                                                                                             \
-  T rint(T);                                                                                             \
-  T round(T);                                                                                            \
-  T trunc(T);                                                                                            \
-  T fabs(T);                                                                                             \
-  T sign(T);                                                                                             \
-  T pow(T, T);                                                                                           \
-  T fmod(T, T);                                                                                          \
-  T fmax(T, T);                                                                                          \
-  T fmin(T, T);                                                                                          \
+#define MSL_MATH(T) \
+  T exp(T);         \
+  T exp2(T);        \
+  T exp10(T);       \
+  T log(T);         \
+  T log2(T);        \
+  T log10(T);       \
+  T sqrt(T);        \
+  T rsqrt(T);       \
+  T sin(T);         \
+  T cos(T);         \
+  T tan(T);         \
+  T tanh(T);        \
+  T floor(T);       \
+  T ceil(T);        \
+  T rint(T);        \
+  T round(T);       \
+  T trunc(T);       \
+  T fabs(T);        \
+  T sign(T);        \
+  T pow(T, T);      \
+  T fmod(T, T);     \
+  T fmax(T, T);     \
+  T fmin(T, T);     \
   T copysign(T, T);
 #define MSL_COMMON(T) \
   T abs(T);           \
@@ -232,9 +232,9 @@ bool isinf(float);
 bool isinf(half);
 bool isfinite(float);
 bool isfinite(half);
-#define MSL_DOT(T)      \
-  T dot(T##2, T##2);    \
-  T dot(T##3, T##3);    \
+#define MSL_DOT(T)   \
+  T dot(T##2, T##2); \
+  T dot(T##3, T##3); \
   T dot(T##4, T##4);
 MSL_DOT(float)
 MSL_DOT(half)
@@ -264,9 +264,9 @@ void simdgroup_barrier(mem_flags);
 // Simdgroup functions take numbers of 32 bits and less, bfloat excepted, and vectors of them
 
 template <class T>
-constexpr bool msl_is_simd_element = is_same_v<T, float> || is_same_v<T, half> || is_same_v<T, int> ||
-                                     is_same_v<T, uint> || is_same_v<T, short> || is_same_v<T, ushort> ||
-                                     is_same_v<T, char> || is_same_v<T, uchar>;
+constexpr bool msl_is_simd_element =
+    is_same_v<T, float> || is_same_v<T, half> || is_same_v<T, int> || is_same_v<T, uint> || is_same_v<T, short> ||
+    is_same_v<T, ushort> || is_same_v<T, char> || is_same_v<T, uchar>;
 template <class T>
 using msl_simd_value = enable_if_t<msl_is_simd_element<typename msl_vector<T>::element>, T>;
 #define MSL_SIMD(NAME) \
@@ -314,10 +314,10 @@ template <class T>
 struct msl_same {  // keeps an argument out of template deduction
   using type = T;
 };
-#define MSL_ATOMIC(NAME)                                                           \
-  template <class T>                                                               \
-  T NAME(volatile __global atomic<T>*, typename msl_same<T>::type, memory_order);  \
-  template <class T>                                                               \
+#define MSL_ATOMIC(NAME)                                                          \
+  template <class T>                                                              \
+  T NAME(volatile __global atomic<T>*, typename msl_same<T>::type, memory_order); \
+  template <class T>                                                              \
   T NAME(volatile __local atomic<T>*, typename msl_same<T>::type, memory_order);
 MSL_ATOMIC(atomic_fetch_add_explicit)
 MSL_ATOMIC(atomic_fetch_sub_explicit)

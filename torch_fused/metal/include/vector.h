@@ -90,21 +90,25 @@ struct swz {
 };
 
 // Constructors and subscripts of every width. A scalar converts implicitly, another vector only when asked to.
-#define MSL_VEC_COMMON(N)                                                                                    \
-  vec() = default;                                                                                           \
-  MSL_FN vec(T s) {                                                                                          \
-    for (int i = 0; i < N; i++) d[i] = s;                                                                    \
-  }                                                                                                          \
+#define MSL_VEC_COMMON(N)                                                                                     \
+  vec() = default;                                                                                            \
+  MSL_FN vec(T s) {                                                                                           \
+    for (int i = 0; i < N; i++) d[i] = s;                                                                     \
+  }                                                                                                           \
   template <class U, class = typename eif<!vtraits<U>::is && !same_t<U, T>::v && convertible<U, T>::v>::type> \
-  MSL_FN vec(U s) : vec(T(s)) {}                                                                             \
-  template <class U, class = typename eif<!same_t<U, T>::v>::type>                                           \
-  MSL_FN explicit vec(vec<U, N> v) {                                                                         \
-    for (int i = 0; i < N; i++) d[i] = T(v.d[i]);                                                            \
-  }                                                                                                          \
-  template <class U, int Size, int... I, class = typename eif<!same_t<U, T>::v && sizeof...(I) == N>::type>  \
-  MSL_FN explicit vec(const swz<U, Size, I...>& v) : vec(vec<U, N>(v)) {}                                    \
-  MSL_FN T& operator[](int i) { return d[i]; }                                                               \
-  MSL_FN const T& operator[](int i) const { return d[i]; }
+  MSL_FN vec(U s) : vec(T(s)) {}                                                                              \
+  template <class U, class = typename eif<!same_t<U, T>::v>::type>                                            \
+  MSL_FN explicit vec(vec<U, N> v) {                                                                          \
+    for (int i = 0; i < N; i++) d[i] = T(v.d[i]);                                                             \
+  }                                                                                                           \
+  template <class U, int Size, int... I, class = typename eif<!same_t<U, T>::v && sizeof...(I) == N>::type>   \
+  MSL_FN explicit vec(const swz<U, Size, I...>& v) : vec(vec<U, N>(v)) {}                                     \
+  MSL_FN T& operator[](int i) {                                                                               \
+    return d[i];                                                                                              \
+  }                                                                                                           \
+  MSL_FN const T& operator[](int i) const {                                                                   \
+    return d[i];                                                                                              \
+  }
 
 template <class T>
 struct alignas(2 * sizeof(T)) vec<T, 2> {
@@ -198,16 +202,16 @@ struct boolv {
   using t = vec<bool, vtraits<V>::n>;
 };
 
-#define MSL_ARITHMETIC(OP)                                                               \
-  template <class A, class B, class R = typename binr<A, B>::type>                       \
-  MSL_FN R operator OP(const A& left, const B& right) {                                  \
-    R a(left), b(right), result;                                                         \
+#define MSL_ARITHMETIC(OP)                                                                          \
+  template <class A, class B, class R = typename binr<A, B>::type>                                  \
+  MSL_FN R operator OP(const A& left, const B& right) {                                             \
+    R a(left), b(right), result;                                                                    \
     for (int i = 0; i < vtraits<R>::n; i++) result.d[i] = typename vtraits<R>::E(a.d[i] OP b.d[i]); \
-    return result;                                                                       \
-  }                                                                                      \
-  template <class T, int N, class B, class R = typename binr<vec<T, N>, B>::type>        \
-  MSL_FN vec<T, N>& operator OP##=(vec<T, N>& a, const B& b) {                           \
-    return a = a OP b;                                                                   \
+    return result;                                                                                  \
+  }                                                                                                 \
+  template <class T, int N, class B, class R = typename binr<vec<T, N>, B>::type>                   \
+  MSL_FN vec<T, N>& operator OP##=(vec<T, N>& a, const B & b) {                                     \
+    return a = a OP b;                                                                              \
   }
 MSL_ARITHMETIC(+)
 MSL_ARITHMETIC(-)
@@ -268,10 +272,11 @@ MSL_FN bool all(const vec<bool, N>& a) {
   for (int i = 0; i < N; i++) result = result && a.d[i];
   return result;
 }
-template <class T, int N>
-MSL_FN T dot(const vec<T, N>& a, const vec<T, N>& b) {
-  T result = a.d[0] * b.d[0];
-  for (int i = 1; i < N; i++) result = result + a.d[i] * b.d[i];
+template <class A, class B, class R = typename binr<A, B>::type>
+MSL_FN typename vtraits<R>::E dot(const A& left, const B& right) {
+  R a(left), b(right);
+  typename vtraits<R>::E result = a.d[0] * b.d[0];
+  for (int i = 1; i < vtraits<R>::n; i++) result = result + a.d[i] * b.d[i];
   return result;
 }
 template <class T, int N>
