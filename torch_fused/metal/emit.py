@@ -1,0 +1,183 @@
+"""Writes a parsed Metal program as C++ for the emulator, as CUDA C++, or as the dialect that clang type-checks.
+
+Every dialect keeps the program's text, line for line, with #line directives: what a compiler, debugger or profiler says
+of it names the .metal file. Only what the target cannot express is rewritten, token by token.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .program import Kernel, Parameter, Program, ThreadgroupVariable
+
+INCLUDE = Path(__file__).parent / "include"
+ERASED_ADDRESS_SPACES = {"device": "", "thread": "", "threadgroup": "", "constant": "const"}
+BUILTIN_CODE = 1000  # argument codes of the emulator below this are buffer indices
+
+
+def emit_host(program: Program) -> str:
+    """C++17 for the emulator's metal_stdlib: kernel x is run by `extern "C" void msl_k_x(const msl_args*)`."""
+    body = _rewrite(program, _erase_address_spaces(program) | _drop_instantiations(program))
+    return '#include "metal_stdlib"\n' + body + "".join(_host_entry(kernel) for kernel in program.kernels)
+
+
+def emit_cuda(program: Program) -> str:
+    """Self-contained CUDA C++: kernel x is `extern "C" __global__ void x(...)`.
+
+    Its parameters are the Metal function's buffers in increasing index: a pointer each, but a `constant T&` by value.
+    It is launched in whole blocks, one a threadgroup. The first line, `// nvrtc: ...`, is the options to compile with:
+    multiply-adds are fused, NVRTC's default, unless the source says `#pragma METAL fp contract(off)` (or `clang fp`).
+    """
+    # Inlining a kernel into its entry lets the compiler see which memory every pointer is in.
+    inlined = {i: "__forceinline__ " + program.tokens[i].text for i in program.definitions}
+    body = _rewrite(program, _erase_address_spaces(program) | _drop_instantiations(program) | inlined)
+    fused = "" if program.contracts else " --fmad=false"
+    return "".join(
+        [
+            f"// nvrtc: --std=c++17 --device-as-default-execution-space{fused}\n",
+            _header("vector.h"),
+            _header("cuda.h"),
+            "namespace metal {\n",
+            body,
+            "\nnamespace entry {\n",
+            *(_cuda_entry(kernel) for kernel in program.kernels),
+            "}  // namespace entry\n}  // namespace metal\n",
+        ]
+    )
+
+
+def emit_lint(program: Program) -> str:
+    """C++ for OpenCL, whose address spaces are Metal's under other names: for type-checking only."""
+    return _header("lint.h") + _rewrite(program, _make_vectors(program))
+
+
+def _header(name: str) -> str:
+    text = (INCLUDE / name).read_text(encoding="ascii")
+    kept = (line for line in text.splitlines() if line != "#pragma once" and not line.startswith('#include "'))
+    return f'#line 1 "{name}"\n' + "\n".join(kept) + "\n"
+
+
+# Rewriting: {token index: text that replaces it}
+
+
+def _rewrite(program: Program, replaced: dict[int, str]) -> str:
+    replaced = _literals(program) | replaced | dict.fromkeys(program.attributes, "") | _threadgroup_variables(program)
+    return "".join(token.space + replaced.get(i, token.text) for i, token in enumerate(program.tokens))
+
+
+def _literals(program: Program) -> dict[int, str]:
+    """Metal's unsuffixed floating-point literal is a float; h and bf make a half and a bfloat."""
+    replaced = {}
+    for i, token in enumerate(program.tokens):
+        literal = token.float_literal()
+        if literal:
+            digits, suffix = literal
+            replaced[i] = {"h": f"half({digits}f)", "bf": f"bfloat({digits}f)"}.get(suffix, digits + "f")
+    return replaced
+
+
+def _threadgroup_variables(program: Program) -> dict[int, str]:
+    replaced: dict[int, str] = {}
+    number = 0
+    for variable in program.threadgroup_variables:
+        replaced |= dict.fromkeys(range(variable.start, variable.stop), "")
+        replaced[variable.start] = _threadgroup_variable(variable, number, program.tokens[variable.start].line)
+        number += len(variable.declarators)
+    return replaced
+
+
+def _threadgroup_variable(variable: ThreadgroupVariable, number: int, line: int) -> str:
+    """MSL_TG_VAR(number, line, name, type, dimensions) for each name; the semicolon stays in the text."""
+    declarations = []
+    type_name = variable.type
+    if "," in type_name:  # a macro would take vec<float, 4> for two arguments
+        type_name = f"msl_type_{number}"
+        declarations.append(f"using {type_name} = {variable.type}")
+    for offset, (name, dimensions) in enumerate(variable.declarators):
+        declarations.append(f"MSL_TG_VAR({number + offset}, {line}, {name}, {type_name}, {dimensions})")
+    return "; ".join(declarations)
+
+
+def _erase_address_spaces(program: Program) -> dict[int, str]:
+    replaced = {}
+    tokens = program.tokens
+    for i, token in enumerate(tokens):
+        if token.text in ERASED_ADDRESS_SPACES:
+            replaced[i] = ERASED_ADDRESS_SPACES[token.text]
+            if "const" in (tokens[i - 1].text, tokens[i + 1].text):  # C++ takes no second const
+                replaced[i] = ""
+    return replaced
+
+
+def _drop_instantiations(program: Program) -> dict[int, str]:
+    """The entries instantiate what they call."""
+    return {i: "" for instantiation in program.instantiations for i in instantiation}
+
+
+ELEMENTS = ("float", "half", "bfloat", "int", "uint", "short", "ushort", "char", "uchar", "long", "ulong", "bool")
+VECTOR_TYPES = {f"{element}{width}" for element in ELEMENTS for width in (2, 3, 4)} | {"vec"}
+
+
+def _make_vectors(program: Program) -> dict[int, str]:
+    """float4(a, b) becomes msl_make<float4>(a, b): clang's native vectors have no constructors."""
+    tokens = program.tokens
+    names = set(VECTOR_TYPES)
+    for i in range(len(tokens) - 3):
+        if tokens[i].text == "using" and tokens[i + 2].text == "=" and tokens[i + 3].text in names:
+            names.add(tokens[i + 1].text)
+    replaced = {}
+    for i, token in enumerate(tokens):
+        if token.text in names and token.kind == "name":
+            last = i
+            if tokens[i + 1].text == "<":
+                depth = 0
+                while depth > 0 or last == i:
+                    last += 1
+                    depth += {"<": 1, ">": -1, ">>": -2}.get(tokens[last].text, 0)
+            if tokens[last + 1].text == "(":
+                replaced[i] = f"msl_make<{token.text}"
+                replaced[last] = (replaced[i] if last == i else tokens[last].text) + ">"
+    return replaced
+
+
+# Entries
+
+
+def _line(kernel: Kernel) -> str:
+    return f'\n#line {kernel.line} "{kernel.file}"\n'
+
+
+def _host_entry(kernel: Kernel) -> str:
+    codes = ", ".join(str(p.index + (BUILTIN_CODE if p.kind == "builtin" else 0)) for p in kernel.params)
+    return (
+        _line(kernel)
+        + f'extern "C" __attribute__((visibility("default"))) void msl_k_{kernel.name}(const msl_args* a) '
+        + f"{{ msl_bind::call<{codes}>(&{kernel.function}{kernel.template_args}, *a); }}\n"
+    )
+
+
+def _cuda_entry(kernel: Kernel) -> str:
+    function = f"metal::{kernel.function}{kernel.template_args}"
+
+    def cuda_type(alias: str, param: Parameter) -> str:
+        return f"msl_cuda::{alias}<decltype(&{function}), {kernel.params.index(param)}>"
+
+    def declare(param: Parameter) -> str:
+        if param.is_pointer:
+            return f"{cuda_type('argument', param)} b{param.index}"
+        if param.address_space == "device":
+            return f"{cuda_type('referred', param)}* b{param.index}"
+        return f"const __grid_constant__ {cuda_type('referred', param)} b{param.index}"
+
+    def value(param: Parameter) -> str:
+        if param.kind == "builtin":
+            return f"msl_cuda::builtin<{param.index}, {cuda_type('argument', param)}>()"
+        is_pointer_to_reference = not param.is_pointer and param.address_space == "device"
+        return f"{'*' if is_pointer_to_reference else ''}b{param.index}"
+
+    return (
+        _line(kernel)
+        + f'extern "C" __global__ void __launch_bounds__({kernel.max_threads or 1024}) {kernel.name}('
+        + ", ".join(map(declare, kernel.buffers))
+        + f") {{ {function}({', '.join(map(value, kernel.params))}); }}\n"
+    )
