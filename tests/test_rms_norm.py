@@ -238,20 +238,14 @@ def test_mixed_dtypes_promote_as_torch_does(backend):
 
 def test_autocast(backend):
     """Autocast does what it does for F.rms_norm on that device."""
-    if backend.device not in ("cpu", "cuda"):
-        kinds = ()
-    else:
-        kinds = ("torch", "llama")
-    for mode in kinds:
-        with torch.autocast(backend.device, dtype=torch.bfloat16):
-            x, weight = make(5, 64, device=backend.device), make(64, seed=1).to(backend.device)
-            x = x.bfloat16()
-            weight = weight.bfloat16()
-            result = rms_norm(x, (64,), weight, casting_mode=mode)
-            expected = F.rms_norm(x, (64,), weight) if mode == "torch" else HfRMSNorm(weight, 1e-6)(x)
-        assert result.dtype == expected.dtype
-    x32, x64 = make(3, 8), make(3, 8, dtype=torch.float64)
-    assert rms_norm(x32, (8,)).dtype == torch.float32 if backend.name != "cpu" else rms_norm(x64, (8,)).dtype
+    x, weight = make(5, 64, dtype=torch.bfloat16, device=backend.device), make(64, dtype=torch.bfloat16, seed=1)
+    weight = weight.to(backend.device)
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        result, expected = rms_norm(x, (64,), weight, 1e-6), F.rms_norm(x, (64,), weight, 1e-6)
+        llama, module = rms_norm(x, (64,), weight, 1e-6, casting_mode="llama"), HfRMSNorm(weight, 1e-6)(x)
+    assert result.dtype == expected.dtype
+    assert llama.dtype == module.dtype
+    assert relative_error(result, expected) < 1e-3 and relative_error(llama, module) < 1e-3
 
 
 # ---- gradients ------------------------------------------------------------------------------------------------------
@@ -402,7 +396,6 @@ def test_inference_mode_and_no_grad(backend):
         (lambda x, w: rms_norm(x, (8,), w[:4]), r"rms_norm: weight must have the shape \[8\], got \[4\]"),
         (lambda x, w: rms_norm(x.int(), (8,)), r"rms_norm: input must be float32.*got Int"),
         (lambda x, w: rms_norm(x, (8,), w, casting_mode="gemma"), r"rms_norm: casting_mode .* got 'gemma'"),
-        (lambda x, w: rms_norm(x, (8,), w.to("meta")), r"rms_norm"),
         (lambda x, w: add_rms_norm(x, x[:2], w), r"add_rms_norm: residual must have input's shape \[4, 8\], got \[2, 8\]"),
         (lambda x, w: add_rms_norm(x, x.half(), w), r"add_rms_norm: residual must have input's dtype Float, got Half"),
         (lambda x, w: add_rms_norm(x, x, w.half()), r"add_rms_norm: weight must have input's dtype Float, got Half"),

@@ -101,9 +101,11 @@ register("rms_norm_backward", reference=rms_norm_backward_reference, fake=_rms_n
 
 
 @torch.library.register_vmap("torch_fused::rms_norm")
-def _rms_norm_vmap(info, in_dims, input, normalized_shape, weight=None, eps=None, *, casting_mode, weight_offset):
+def _rms_norm_vmap(
+    info, in_dims, input, normalized_shape, weight=None, eps=None, *, casting_mode="torch", weight_offset=0.0
+):
     """A batch is one more leading dimension; a batched weight is applied outside the op."""
-    input_dim, weight_dim = in_dims[0], in_dims[2]
+    input_dim, weight_dim = in_dims[0], in_dims[2] if len(in_dims) > 2 else None
     if input_dim is None:
         input, input_dim = input.expand(info.batch_size, *input.shape), 0
     input = input.movedim(input_dim, 0)
