@@ -139,12 +139,13 @@ def _make_vectors(program: Program) -> dict[int, str]:
 
 def _end_of_template_name(tokens: list[Token], i: int) -> int:
     """Index of the last token of `name` or `name<...>` at token i."""
+    if tokens[i + 1].text != "<":
+        return i
     depth = 0
-    while depth > 0 or tokens[i + 1].text == "<":
-        i += 1
-        depth += {"<": 1, ">": -1, ">>": -2}.get(tokens[i].text, 0)
-        if depth == 0:
-            break
+    for j in range(i + 1, len(tokens) - 1):
+        depth += {"<": 1, ">": -1, ">>": -2}.get(tokens[j].text, 0)
+        if depth <= 0:
+            return j
     return i
 
 
