@@ -175,11 +175,12 @@ To as_type(From from);
 
 #define MSL_FOR_WIDTHS(DECLARE, T) DECLARE(T) DECLARE(T##2) DECLARE(T##3) DECLARE(T##4)
 #define MSL_FOR_FLOATS(DECLARE) MSL_FOR_WIDTHS(DECLARE, float) MSL_FOR_WIDTHS(DECLARE, half)
-#define MSL_FOR_INTEGERS(DECLARE)                                                              \
-  MSL_FOR_WIDTHS(DECLARE, int)                                                                 \
-  MSL_FOR_WIDTHS(DECLARE, uint)                                                                \
-  MSL_FOR_WIDTHS(DECLARE, short) MSL_FOR_WIDTHS(DECLARE, ushort) MSL_FOR_WIDTHS(DECLARE, char) \
-      MSL_FOR_WIDTHS(DECLARE, uchar) MSL_FOR_WIDTHS(DECLARE, long) MSL_FOR_WIDTHS(DECLARE, ulong)
+#define MSL_FOR_SIGNED(DECLARE) \
+  MSL_FOR_WIDTHS(DECLARE, int)  \
+  MSL_FOR_WIDTHS(DECLARE, short) MSL_FOR_WIDTHS(DECLARE, char) MSL_FOR_WIDTHS(DECLARE, long)
+#define MSL_FOR_UNSIGNED(DECLARE) \
+  MSL_FOR_WIDTHS(DECLARE, uint)   \
+  MSL_FOR_WIDTHS(DECLARE, ushort) MSL_FOR_WIDTHS(DECLARE, uchar) MSL_FOR_WIDTHS(DECLARE, ulong)
 
 // The functions of which fast:: and precise:: hold variants
 #define MSL_VARIED(T) \
@@ -216,7 +217,8 @@ To as_type(From from);
 #define MSL_DIVIDE(T) T divide(T, T);
 MSL_FOR_FLOATS(MSL_VARIED)
 MSL_FOR_FLOATS(MSL_UNVARIED)
-MSL_FOR_INTEGERS(MSL_INTEGER)
+MSL_FOR_SIGNED(MSL_INTEGER)
+MSL_FOR_UNSIGNED(MSL_INTEGER)
 namespace fast {
 MSL_FOR_WIDTHS(MSL_VARIED, float)
 MSL_FOR_WIDTHS(MSL_DIVIDE, float)
