@@ -21,7 +21,9 @@ def rms_norm() -> None:
                 x, residual = (make(3, cols + start, dtype=dtype, seed=s)[:, start:] for s in range(2))
                 weight = make(cols, dtype=dtype, seed=2)
                 moved = [t.cuda() for t in (x, residual, weight)]
-                for actual, exact in zip(add_rms_norm(*moved), add_rms_norm_reference(x, residual, weight), strict=True):
+                for actual, exact in zip(
+                    add_rms_norm(*moved), add_rms_norm_reference(x, residual, weight), strict=True
+                ):
                     check("add_rms_norm", actual, exact)
                 args = (x, residual, residual, (cols,), weight, 1e-6, "torch", 0.0, True)
                 moved = [t.cuda() if isinstance(t, torch.Tensor) else t for t in args]

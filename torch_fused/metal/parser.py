@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 
 from .errors import Diagnostics, MetalError
@@ -11,7 +10,6 @@ from .preprocess import preprocess
 from .program import BUILTINS, MAX_BUFFERS, Kernel, Parameter, Program, ThreadgroupVariable, token_text
 from .rules import check_words
 
-NO_CONTRACTION = re.compile(r"^\s*#\s*pragma\s+(METAL|clang)\s+fp\s+contract\s*\(\s*off\s*\)", re.MULTILINE)
 ADDRESS_SPACES = ("device", "constant", "threadgroup", "thread")
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 IGNORED_ATTRIBUTES = ("likely", "unlikely", "maybe_unused", "nodiscard", "fallthrough")
@@ -22,9 +20,7 @@ def parse(text: str, name: str = "shader.metal") -> Program:
 
     `name` numbers the lines that no #line directive names. Raises MetalError naming everything that is wrong.
     """
-    preprocessed = preprocess(text, name)
-    contracts = NO_CONTRACTION.search(preprocessed) is None
-    return _Parser(name, tokenize(preprocessed), contracts).parse()
+    return _Parser(name, tokenize(preprocess(text, name))).parse()
 
 
 @dataclass(frozen=True)
@@ -34,10 +30,9 @@ class _Function:
 
 
 class _Parser:
-    def __init__(self, name: str, tokens: list[Token], contracts: bool) -> None:
+    def __init__(self, name: str, tokens: list[Token]) -> None:
         self.name = name
         self.tokens = tokens
-        self.contracts = contracts
         self.diagnostics = Diagnostics()
         self.functions: dict[str, _Function] = {}
         self.instances: list[Kernel] = []  # without params until every function is known
@@ -62,7 +57,6 @@ class _Parser:
             self.attribute_tokens,
             self.definitions,
             self.instantiations,
-            self.contracts,
         )
 
     def step(self, i: int) -> int:

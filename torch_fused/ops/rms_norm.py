@@ -110,9 +110,7 @@ def _rms_norm_vmap(
         input, input_dim = input.expand(info.batch_size, *input.shape), 0
     input = input.movedim(input_dim, 0)
     if weight_dim is None:
-        return rms_norm(
-            input, normalized_shape, weight, eps, casting_mode=casting_mode, weight_offset=weight_offset
-        ), 0
+        return rms_norm(input, normalized_shape, weight, eps, casting_mode=casting_mode, weight_offset=weight_offset), 0
     weight = weight.movedim(weight_dim, 0)
     weight = weight.view(info.batch_size, *[1] * (input.dim() - weight.dim()), *weight.shape[1:]) + weight_offset
     if casting_mode == "llama":
@@ -163,9 +161,7 @@ def rms_norm(
         if casting_mode == "llama":
             return (weight + weight_offset) * _rms_norm(input, normalized_shape, None, eps, casting_mode="llama")
         dtype = _arithmetic_dtype(input)
-        normed = _rms_norm(
-            input.to(dtype), normalized_shape, weight.to(dtype), eps, weight_offset=weight_offset
-        )
+        normed = _rms_norm(input.to(dtype), normalized_shape, weight.to(dtype), eps, weight_offset=weight_offset)
         return normed.to(input.dtype)
     return _rms_norm(input, normalized_shape, weight, eps, casting_mode=casting_mode, weight_offset=weight_offset)
 
