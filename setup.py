@@ -75,6 +75,8 @@ def host_sources() -> list[Path]:
 # Torch's headers as system headers: our warnings stay visible, theirs do not.
 system_includes = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
 openmp = [] if MACOS else ["-fopenmp"]  # the same libgomp.so.1 that torch has loaded, so one thread pool
+# Some Pythons link extensions with a libstdc++ of their own (-static-libstdc++), whose streams do not fit torch's.
+libraries = ["-framework", "Foundation", "-framework", "Metal"] if MACOS else ["-l:libstdc++.so.6", *openmp]
 
 setup(
     ext_modules=[
@@ -92,7 +94,7 @@ setup(
                 *openmp,
                 *system_includes,
             ],
-            extra_link_args=["-framework", "Foundation", "-framework", "Metal"] if MACOS else openmp,
+            extra_link_args=libraries,
         )
     ],
     cmdclass={"build_ext": Build},
