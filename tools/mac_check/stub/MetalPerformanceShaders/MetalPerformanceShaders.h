@@ -1,0 +1,5 @@
+#pragma once
+#include <Metal/Metal.h>
+
+@interface MPSCommandBuffer : NSObject <MTLCommandBuffer>
+@end

@@ -1,0 +1,4 @@
+#pragma once
+#include <MetalPerformanceShaders/MetalPerformanceShaders.h>
+
+@class MPSGraph, MPSGraphExecutionDescriptor, MPSGraphCompilationDescriptor;
