@@ -1,5 +1,5 @@
-// The Apple GPU runtime: encodes a launch on torch's own encoder of the current MPS stream. Torch decides when to end the
-// encoding and when to commit. This is the only file that needs a Mac to run, so it does nothing else.
+// The Apple GPU runtime: encodes a launch on torch's own encoder of the current MPS stream. Torch decides when to end
+// the encoding and when to commit. This is the only file that needs a Mac to run, so it does nothing else.
 #include "launch.h"
 
 #include <ATen/mps/MPSStream.h>
@@ -36,19 +36,19 @@ id<MTLComputePipelineState> find_pipeline(const Source& source, const std::strin
       if (!library.shaders) library.shaders = new Shaders(source.metal);
       return library.shaders->getPipelineStateForFunc(kernel);
     } catch (const c10::Error& error) {
-      library.error = c10::str("torch_fused::", source.name, ": kernel ", kernel, " cannot be built for this Apple GPU: ",
-                               error.what_without_backtrace());
+      library.error = c10::str("torch_fused::", source.name, ": kernel ", kernel,
+                               " cannot be built for this Apple GPU: ", error.what_without_backtrace());
     }
   }
   throw LibraryUnavailable(library.error);
 }
 
-struct BoundBuffer {
+struct Binding {
   id<MTLBuffer> buffer;
   NSUInteger offset;  // bytes
 };
 
-BoundBuffer bind(const at::Tensor& tensor) {
+Binding bind(const at::Tensor& tensor) {
   // On MPS a storage's data pointer is the MTLBuffer object, not an address.
   return {__builtin_bit_cast(id<MTLBuffer>, tensor.storage().data()),
           static_cast<NSUInteger>(tensor.storage_offset()) * tensor.itemsize()};
@@ -67,15 +67,16 @@ void launch_metal(const Launch& launch) {
   const id<MTLComputePipelineState> pipeline = find_pipeline(launch.source, launch.kernel);
   const auto threads = static_cast<NSUInteger>(launch.threads_per_threadgroup);
   const NSUInteger max_threads = pipeline.maxTotalThreadsPerThreadgroup;
-  TORCH_CHECK(threads <= max_threads, "torch_fused::", launch.source.name, ": kernel ", launch.kernel, " was launched with ",
-              threads, " threads per threadgroup, this Apple GPU runs at most ", max_threads, " of them");
+  TORCH_CHECK(threads <= max_threads, "torch_fused::", launch.source.name, ": kernel ", launch.kernel,
+              " was launched with ", threads, " threads per threadgroup, this Apple GPU runs at most ", max_threads,
+              " of them");
 
-  // Metal takes neither a null buffer nor an offset at a buffer's end, so an empty tensor, which no kernel reads, is bound
-  // to a tensor that has elements.
+  // Metal takes neither a null buffer nor an offset at a buffer's end, so an empty tensor, which no kernel reads, is
+  // bound to a tensor that has elements.
   const auto has_elements = [](const at::Tensor& tensor) { return tensor.numel() > 0; };
   const auto present = std::find_if(launch.tensors.begin(), launch.tensors.end(), has_elements);
   TORCH_INTERNAL_ASSERT(present != launch.tensors.end(), launch.kernel, " was launched with empty tensors only");
-  std::array<BoundBuffer, kMaxBuffers> buffers;
+  std::array<Binding, kMaxBuffers> buffers;
   for (size_t i = 0; i < launch.tensors.size(); ++i) {
     buffers[i] = bind(has_elements(launch.tensors[i]) ? launch.tensors[i] : *present);
   }

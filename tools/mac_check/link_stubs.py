@@ -1,7 +1,7 @@
-"""Writes .tbd files, the text form of a macOS library that a linker reads, without anything from Apple's SDK.
+"""Writes .tbd files: macOS libraries as a linker needs them, a list of exported names.
 
 A macOS binary names the library of every symbol it imports, so torch's libraries tell a good part of what libc++,
-libobjc and Foundation export. system_symbols.txt adds what torch happens not to use.
+libobjc and Foundation export. system_symbols.txt adds what torch happens not to use. libSystem comes with ziglang.
 """
 
 import re
@@ -57,8 +57,7 @@ def write_link_stubs(directory: Path, torch_libraries: list[Path], zig: Path) ->
         file.parent.mkdir(parents=True, exist_ok=True)
         symbols = ", ".join(f"'{symbol}'" for symbol in sorted(exports[name]))
         file.write_text(TBD.format(path=path, symbols=symbols))
-    # ziglang has the whole of libSystem, for the arm64e ABI, which exports the same names, and for one that lld-19 does
-    # not know.
+    # ziglang lists libSystem for arm64e, which exports the same names as arm64, and for an ABI that lld-19 does not know.
     system = (zig / "lib/libc/darwin/libSystem.tbd").read_text()
     system = re.sub(r",\s*arm64e\.x1-\w+", "", system).replace("arm64e-macos", "arm64-macos")
     (directory / "libSystem.tbd").write_text(system)

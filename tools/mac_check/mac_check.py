@@ -56,6 +56,7 @@ class Compiler:
         command = [*self.command, "-MMD", "-MF", str(dependencies), "-c", str(source), "-o", str(target)]
         if stamp.exists() and stamp.read_text() == fingerprint(command, dependencies):
             return target
+        stamp.unlink(missing_ok=True)
         result = subprocess.run(command, env=self.environment, capture_output=True, text=True)
         if result.returncode:
             raise CheckError(f"{source.relative_to(ROOT)} does not compile:\n{result.stderr}")
@@ -88,7 +89,8 @@ def link(objects: list[Path], output: Path, torch: Torch, stubs: Path) -> str:
     command += [f"-L{stubs}", "-lc++", "-lobjc", "-lSystem", f"-F{stubs}", "-framework", "Foundation"]
     for name in sorted(read_system_symbols()["Python"]):
         command += ["-U", name]
-    return subprocess.run(command, capture_output=True, text=True).stderr
+    result = subprocess.run(command, capture_output=True, text=True)
+    return (result.stderr or f"{command[0]} exited with {result.returncode}") if result.returncode else ""
 
 
 def sent_messages(binary: Path) -> set[str]:

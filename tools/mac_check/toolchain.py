@@ -77,4 +77,5 @@ def unfinished(target: Path) -> Iterator[Path]:
 
 
 def pip(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "pip", "--quiet", *arguments], check=True)
+    if subprocess.run([sys.executable, "-m", "pip", "--quiet", *arguments]).returncode:
+        sys.exit(f"mac-check: pip could not {arguments[0]} {arguments[-1]}")

@@ -1,3 +1,4 @@
+// The names that torch's MPSStream.h mentions.
 #pragma once
 #include <Metal/Metal.h>
 
