@@ -57,7 +57,7 @@ def write_link_stubs(directory: Path, torch_libraries: list[Path], zig: Path) ->
         file.parent.mkdir(parents=True, exist_ok=True)
         symbols = ", ".join(f"'{symbol}'" for symbol in sorted(exports[name]))
         file.write_text(TBD.format(path=path, symbols=symbols))
-    # ziglang lists libSystem for arm64e, which exports the same names as arm64, and for an ABI that lld-19 does not know.
+    # ziglang lists libSystem for arm64e, whose names are those of arm64, and for a variant that lld-19 does not know.
     system = (zig / "lib/libc/darwin/libSystem.tbd").read_text()
     system = re.sub(r",\s*arm64e\.x1-\w+", "", system).replace("arm64e-macos", "arm64-macos")
     (directory / "libSystem.tbd").write_text(system)

@@ -29,7 +29,8 @@ ROOT = HERE.parents[1]
 SOURCES = ROOT / "csrc_mps"
 MACOS = "14.0"  # torch's wheels need it from 2.13 on
 TOOLS = ("ld64.lld-19", "llvm-nm-19", "llvm-otool-19")
-WARNINGS = ["-Wall", "-Wextra", "-Wundeclared-selector", "-Werror"]
+FLAGS = ["-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-fno-sanitize=all"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wundeclared-selector", "-Werror"]
 
 
 class CheckError(Exception):
@@ -42,9 +43,9 @@ class Compiler:
     def __init__(self, zig: Path, torch: Torch, objects: Path):
         # Python's headers are this machine's: but for pyconfig.h, of which PyInit uses nothing, all systems share them.
         headers = [HERE / "stub", *torch.include, Path(sysconfig.get_path("include"))]
-        target = ["-target", f"aarch64-macos.{MACOS}", f"-std={torch.standard}", "-O1", "-fPIC", "-fno-sanitize=all"]
+        target = ["-target", f"aarch64-macos.{MACOS}", f"-std={torch.standard}"]
         includes = [f"-I{SOURCES}", *(f"-isystem{path}" for path in headers)]
-        self.command = [str(zig / "zig"), "c++", *target, *WARNINGS, *includes]
+        self.command = [str(zig / "zig"), "c++", *target, *FLAGS, *WARNINGS, *includes]
         self.objects = objects
         zig_cache = str(cache_directory() / "zig")
         self.environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": zig_cache, "ZIG_LOCAL_CACHE_DIR": zig_cache}
