@@ -1,7 +1,170 @@
+// The launch seam on the CPU: inside torch_fused.metal.emulate(), CPU tensors run the Metal kernels, compiled for the
+// host, on fibers that stand for GPU threads.
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <map>
+#include <mutex>
+
+#include "emulator/dispatch.h"
+#include "emulator/library.h"
 #include "launch.h"
+
 namespace torch_fused {
-void launch_emulated(const Launch&) {}
-bool emulating() {
-  return false;
+namespace {
+
+using emulator::Buffer;
+using emulator::Dispatch;
+using emulator::KernelLibrary;
+
+emulator::Schedule parse_schedule(const std::string& name) {
+  if (name == "sequential") return emulator::Schedule::kSequential;
+  if (name == "reversed") return emulator::Schedule::kReversed;
+  if (name == "random") return emulator::Schedule::kRandom;
+  if (name == "preemptive") return emulator::Schedule::kPreemptive;
+  TORCH_CHECK(false, "emulate: schedule is 'sequential', 'reversed', 'random' or 'preemptive', got '", name, "'");
 }
+
+// The elements that a view reaches, first to last: what lies beyond is not the kernel's, though the storage may go on.
+Buffer buffer_of(const at::Tensor& tensor, size_t index) {
+  int64_t elements = tensor.numel() > 0 ? 1 : 0;
+  for (int64_t i = 0; elements > 0 && i < tensor.dim(); ++i) elements += (tensor.size(i) - 1) * tensor.stride(i);
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  const auto size = static_cast<uint32_t>(tensor.element_size());
+  return {static_cast<int>(index), begin, begin + elements * size, size};
+}
+
+std::vector<Buffer> buffers_of(at::TensorList tensors) {
+  std::vector<Buffer> buffers;
+  for (size_t i = 0; i < tensors.size(); ++i) buffers.push_back(buffer_of(tensors[i], i));
+  return buffers;
+}
+
+// One emulate() block: what runs the kernels, how, and what was launched.
+class Emulation : public torch::CustomClassHolder {
+ public:
+  Emulation(std::vector<std::string> sources, std::vector<std::string> libraries, bool checked, std::string schedule,
+            int64_t seed)
+      : settings_{checked, parse_schedule(schedule), static_cast<uint64_t>(seed)} {
+    for (size_t i = 0; i < sources.size(); ++i) libraries_.emplace(sources[i], &KernelLibrary::open(libraries[i]));
+  }
+
+  const KernelLibrary& library(const std::string& source) const {
+    const auto found = libraries_.find(source);
+    TORCH_CHECK(found != libraries_.end(), "torch_fused emulator: ", source, " is not among the sources of emulate()");
+    return *found->second;
+  }
+
+  void run(const KernelLibrary& library, const std::string& kernel, const uint64_t (&grid)[3],
+           const uint32_t (&group)[3], std::vector<Buffer> buffers) {
+    Dispatch dispatch{library.find(kernel), library.image(), {}, {}, std::move(buffers), settings_};
+    std::copy(grid, grid + 3, dispatch.grid);
+    std::copy(group, group + 3, dispatch.group);
+    int64_t threadgroups = 1;
+    for (int i = 0; i < 3; ++i) threadgroups *= static_cast<int64_t>((grid[i] + group[i] - 1) / group[i]);
+    TORCH_CHECK(threadgroups <= int64_t{emulator::kMaxThreadgroups}, "torch_fused emulator: ", kernel, ": ",
+                threadgroups, " threadgroups are more than it can tell apart");
+    const emulator::Failure failure = emulator::run(dispatch);
+    TORCH_CHECK(failure.message.empty(), "torch_fused emulator: ", kernel, ": ", failure.message,
+                failure.pc ? library.place(failure.pc) : "");
+    std::lock_guard<std::mutex> lock(mutex_);
+    launches_.push_back({kernel, threadgroups, int64_t{group[0]} * group[1] * group[2], std::move(dispatch.buffers)});
+  }
+
+  // For compile_shader: threads in one to three dimensions.
+  void run_library(std::string path, std::string kernel, std::vector<int64_t> threads, std::vector<int64_t> group_size,
+                   std::vector<at::Tensor> tensors) {
+    uint64_t grid[3] = {1, 1, 1};
+    uint32_t group[3] = {1, 1, 1};
+    std::copy(threads.begin(), threads.end(), grid);
+    std::copy(group_size.begin(), group_size.end(), group);
+    run(KernelLibrary::open(path), kernel, grid, group, buffers_of(tensors));
+  }
+
+  // Each launch so far: kernel, threadgroups, threads in one, and for each buffer the bytes read, written, and distinct
+  // bytes read, written. Emptied by clear().
+  using Launches = std::tuple<std::vector<std::string>, std::vector<std::vector<int64_t>>>;
+  Launches launches() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    Launches result;
+    for (const Record& launch : launches_) {
+      std::get<0>(result).push_back(launch.kernel);
+      std::vector<int64_t> numbers{launch.threadgroups, launch.threads};
+      for (const Buffer& b : launch.buffers) {
+        numbers.insert(numbers.end(), {b.read, b.written, b.distinct_read, b.distinct_written});
+      }
+      std::get<1>(result).push_back(std::move(numbers));
+    }
+    return result;
+  }
+  void clear() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    launches_.clear();
+  }
+
+ private:
+  struct Record {
+    std::string kernel;
+    int64_t threadgroups, threads;
+    std::vector<Buffer> buffers;
+  };
+
+  const emulator::Settings settings_;
+  std::map<std::string, const KernelLibrary*> libraries_;
+  std::mutex mutex_;
+  std::vector<Record> launches_;
+};
+
+// The emulate() blocks that are open, the innermost last: one stack for the process, so that backward threads see it.
+std::mutex mutex;
+std::vector<c10::intrusive_ptr<Emulation>> open_emulations;
+std::atomic<bool> any_open{false};
+
+c10::intrusive_ptr<Emulation> current_emulation() {
+  std::lock_guard<std::mutex> lock(mutex);
+  TORCH_CHECK(!open_emulations.empty(), "CPU tensors run GPU kernels only inside torch_fused.metal.emulate()");
+  return open_emulations.back();
+}
+
+}  // namespace
+
+bool emulating() {
+  return any_open.load(std::memory_order_relaxed);
+}
+
+void launch_emulated(const Launch& launch) {
+  const auto emulation = current_emulation();
+  std::vector<Buffer> buffers = buffers_of(launch.tensors);
+  const auto params = reinterpret_cast<uintptr_t>(launch.params);
+  buffers.push_back({static_cast<int>(buffers.size()), params, params + launch.params_size, 4});
+  const auto threads = static_cast<uint32_t>(launch.threads_per_threadgroup);
+  emulation->run(emulation->library(launch.source.name), launch.kernel,
+                 {static_cast<uint64_t>(launch.threadgroups) * threads, 1, 1}, {threads, 1, 1}, std::move(buffers));
+}
+
 }  // namespace torch_fused
+
+TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
+  using torch_fused::Emulation;
+  m.class_<Emulation>("Emulation")
+      .def(torch::init<std::vector<std::string>, std::vector<std::string>, bool, std::string, int64_t>())
+      .def("run", &Emulation::run_library)
+      .def("launches", &Emulation::launches)
+      .def("clear", &Emulation::clear)
+      .def("open",
+           [](const c10::intrusive_ptr<Emulation>& self) {
+             std::lock_guard<std::mutex> lock(torch_fused::mutex);
+             torch_fused::open_emulations.push_back(self);
+             torch_fused::any_open = true;
+           })
+      .def("close", [](const c10::intrusive_ptr<Emulation>& self) {
+        std::lock_guard<std::mutex> lock(torch_fused::mutex);
+        auto& all = torch_fused::open_emulations;
+        const auto found = std::find(all.begin(), all.end(), self);
+        TORCH_CHECK(found != all.end(), "emulate: closed twice");
+        all.erase(found);
+        torch_fused::any_open = !all.empty();
+      });
+}

@@ -1,0 +1,114 @@
+"""Runs the Metal kernels on CPU tensors, checked, on any machine with a C++ compiler."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .host import compile_all
+
+SCHEDULES = ("sequential", "reversed", "random", "preemptive")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes between a launch and one of its buffers; all 0 in an unchecked emulation."""
+
+    read: int
+    written: int
+    distinct_read: int  # a byte read twice counts once
+    distinct_written: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch. Of buffers that share memory, the first has the traffic."""
+
+    kernel: str
+    threadgroups: int
+    threads: int  # in a threadgroup
+    buffers: list[Traffic]  # by Metal's buffer index, the parameters included
+
+
+class Emulation:
+    """What :func:`emulate` yields: the launches so far."""
+
+    def __init__(self, libraries: Mapping[str, str], checked: bool, schedule: str, seed: int) -> None:
+        if schedule not in SCHEDULES:
+            raise ValueError(f"emulate: schedule is one of {SCHEDULES}, got {schedule!r}")
+        self.checked = checked
+        create = torch.classes.torch_fused.Emulation
+        self._emulation = create(list(libraries), list(libraries.values()), checked, schedule, seed)
+
+    @property
+    def launches(self) -> list[Launch]:
+        kernels, numbers = self._emulation.launches()
+        return [_launch(*launch) for launch in zip(kernels, numbers, strict=True)]
+
+    def clear(self) -> None:
+        """Forgets the launches so far."""
+        self._emulation.clear()
+
+    def run(
+        self, library: str, kernel: str, threads: list[int], group_size: list[int], buffers: list[torch.Tensor]
+    ) -> None:
+        """Runs a kernel of a compiled library as Metal's dispatchThreads does."""
+        self._emulation.run(library, kernel, threads, group_size, buffers)
+
+
+def _launch(kernel: str, numbers: list[int]) -> Launch:
+    threadgroups, threads, *traffic = numbers
+    return Launch(kernel, threadgroups, threads, [Traffic(*traffic[i : i + 4]) for i in range(0, len(traffic), 4)])
+
+
+_open: list[Emulation] = []
+
+
+def current() -> Emulation:
+    """The innermost open emulation; outside all of them, a new checked one."""
+    return _open[-1] if _open else Emulation({}, True, "sequential", 0)
+
+
+@contextlib.contextmanager
+def emulate(
+    checked: bool = True,
+    schedule: str = "sequential",
+    seed: int = 0,
+    sources: Mapping[str, str] | None = None,
+) -> Iterator[Emulation]:
+    """Has CPU tensors of every op run the op's Metal kernels, on all threads, for a ``with`` block or a function.
+
+    All sources are compiled by the host's C++ compiler on entry and cached per user.
+
+    Args:
+        checked: stop at data races within and across threadgroups, accesses outside a tensor's elements, misaligned
+            accesses, reads of uninitialised threadgroup memory and divergent barriers. False is some ten times faster.
+        schedule: the order threads run in: ``"sequential"``, ``"reversed"``, ``"random"``, or ``"preemptive"``: random,
+            and threads are interrupted at memory accesses. A correct kernel gives the same result in every one.
+        seed: of the random schedules.
+        sources: ``{name of an op's .metal file: Metal text}``, to run in place of what is built in.
+
+    Yields:
+        An :class:`Emulation`, whose ``launches`` lists every launch and, if checked, its memory traffic.
+
+    Raises:
+        MetalError: a source does not compile.
+        ValueError: an unknown schedule or source.
+        RuntimeError: raised by the op whose kernel does something wrong, with kernel, file and line.
+    """
+    texts = dict(zip(*torch.ops.torch_fused._metal_sources(), strict=True))
+    unknown = set(sources or {}) - set(texts)
+    if unknown:
+        raise ValueError(f"emulate: no source named {min(unknown)!r}; there are {sorted(texts)}")
+    libraries = compile_all(texts | dict(sources or {}), checked)
+    emulation = Emulation({name: str(path) for name, path in libraries.items()}, checked, schedule, seed)
+    emulation._emulation.open()
+    _open.append(emulation)
+    try:
+        yield emulation
+    finally:
+        _open.remove(emulation)
+        emulation._emulation.close()
