@@ -19,7 +19,7 @@ from .parser import parse
 from .preprocess import compiler
 
 # Contraction would round otherwise than the kernels do on a GPU under safe math; -w, as the text is the kernels' own.
-FLAGS = "-std=c++17 -O1 -g1 -fPIC -shared -w -ffp-contract=off -fno-math-errno -fno-exceptions -fno-rtti -fvisibility=hidden"
+FLAGS = "-std=c++17 -O1 -g1 -gdwarf-4 -fPIC -shared -w -ffp-contract=off -fno-math-errno -fno-exceptions -fno-rtti -fvisibility=hidden"
 WORKERS = 2
 
 

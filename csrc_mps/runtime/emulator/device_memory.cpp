@@ -28,10 +28,8 @@ DeviceMemory::DeviceMemory(std::vector<Buffer>& buffers) : buffers_(buffers) {
 }
 
 std::string DeviceMemory::access(uintptr_t address, size_t size, msl_access access, const Accessor& accessor) {
-  const auto found = std::find_if(buffers_.begin(), buffers_.end(), [&](const Buffer& buffer) {
-    return address >= buffer.begin && address + size <= buffer.end;
-  });
-  if (found == buffers_.end()) {
+  Buffer* found = find(address, size, access);
+  if (!found) {
     return std::string("out-of-bounds device ") + verb(access) + " of " + std::to_string(size) + " bytes" +
            nearest(address);
   }
@@ -54,6 +52,16 @@ std::string DeviceMemory::access(uintptr_t address, size_t size, msl_access acce
     if (!race.empty()) return "data race on buffer " + std::to_string(buffer.index) + " (" + race + ")";
   }
   return {};
+}
+
+Buffer* DeviceMemory::find(uintptr_t address, size_t size, msl_access access) {
+  Buffer* found = nullptr;
+  for (Buffer& buffer : buffers_) {
+    if (address < buffer.begin || address + size > buffer.end) continue;
+    if (!writes(access) || !buffer.read_only) return &buffer;
+    found = &buffer;
+  }
+  return found;
 }
 
 DeviceMemory::Region& DeviceMemory::region_of(const Buffer& buffer) {

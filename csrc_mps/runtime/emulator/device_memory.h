@@ -36,6 +36,8 @@ class DeviceMemory {
     uint32_t bytes_per_cell;
     std::unique_ptr<Cell, void (*)(void*)> cells{nullptr, nullptr};
   };
+  // The buffer that holds the bytes, one that may be written if there is a choice, or null.
+  Buffer* find(uintptr_t address, size_t size, msl_access access);
   Region& region_of(const Buffer& buffer);
 
   std::vector<Buffer>& buffers_;

@@ -4,11 +4,15 @@
 
 #include "runtime.h"
 
+#define MSL_UNCHECKED __attribute__((no_sanitize("thread")))
+
 static msl_runtime msl_rt;
-extern "C" __attribute__((visibility("default"))) void msl_set_runtime(const msl_runtime* runtime) { msl_rt = *runtime; }
+extern "C" __attribute__((visibility("default"))) MSL_UNCHECKED void msl_set_runtime(const msl_runtime* runtime) {
+  msl_rt = *runtime;
+}
 
 #ifdef MSL_CHECKED
-#define MSL_HOOK extern "C" __attribute__((visibility("hidden"), used))
+#define MSL_HOOK extern "C" __attribute__((visibility("hidden"), used)) MSL_UNCHECKED
 #define MSL_REPORT(address, size, kind) msl_rt.access(address, size, kind, __builtin_return_address(0))
 #define MSL_ACCESS_HOOKS(size)                                                                                     \
   MSL_HOOK void __tsan_read##size(void* p) { MSL_REPORT(p, size, MSL_READ); }                                      \
