@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-_MODULES = {"MetalError": ".errors", "compile_shader": ".shader", "emulate": ".emulator"}
+_MODULES = {"MetalError": ".errors", "compile_shader": ".shader", "emulate": ".emulation"}
 __all__ = ["MetalError", "compile_shader", "emulate"]
 
 

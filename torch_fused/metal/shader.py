@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .emulator import current
+from .emulation import current
 from .host import compile_host
 from .parser import parse
 from .program import Kernel as Declaration
