@@ -37,9 +37,7 @@ void check_pair(const char* buffer_name, const Tensor& buffer, const char* fresh
               " with a capacity of ", buffer.size(2), ", got ", position);
   TORCH_CHECK(at::has_internal_overlap(buffer) != at::MemOverlap::Yes, "kv_append_: ", buffer_name,
               " must not be an expanded tensor, whose elements share memory; its strides are ", buffer.strides());
-  const at::MemOverlapStatus overlap = at::get_overlap_status(buffer, fresh);
-  TORCH_CHECK(overlap != at::MemOverlapStatus::Full && overlap != at::MemOverlapStatus::Partial,
-              "kv_append_: ", fresh_name, " must not share memory with ", buffer_name);
+  TORCH_CHECK(!fresh.is_alias_of(buffer), "kv_append_: ", fresh_name, " must not share memory with ", buffer_name);
 }
 
 void check_kv_append(const Tensor& keys, const Tensor& values, const Tensor& new_keys, const Tensor& new_values,

@@ -31,21 +31,21 @@ class FusedLayer(DynamicLayer):
     # `_capacity` is the number of tokens that may be written in place: 0 while the tensors are not ours.
 
     @property
-    def keys(self) -> Tensor | None:
+    def keys(self):
         return None if self._keys is None else self._keys.narrow(2, 0, self._length)
 
     @keys.setter
-    def keys(self, keys: Tensor | None) -> None:
+    def keys(self, keys):
         self._keys = keys
         self._length = 0 if keys is None else keys.shape[2]
         self._capacity = 0
 
     @property
-    def values(self) -> Tensor | None:
+    def values(self):
         return None if self._values is None else self._values.narrow(2, 0, self._length)
 
     @values.setter
-    def values(self, values: Tensor | None) -> None:
+    def values(self, values):
         self._values = values
         self._capacity = 0
 
@@ -74,7 +74,7 @@ class FusedLayer(DynamicLayer):
         return self._keys.narrow(2, 0, length), self._values.narrow(2, 0, length)
 
     def _capacity_for(self, length: int) -> int:
-        """Tokens to allocate when `length` are needed: the final length if it is small enough, else half as many again."""
+        """Tokens to allocate when `length` are needed: the final length if small enough, else half as many again."""
         if self.final_length is None or self.final_length < length:
             return length + length // 2
         token_bytes = sum(t.shape[0] * t.shape[1] * t.shape[3] * t.element_size() for t in (self._keys, self._values))
@@ -121,7 +121,9 @@ class FusedLayer(DynamicLayer):
         """Copies and pickles hold the tokens in use only."""
         state = self.__dict__.copy()
         if self._keys is not None:
-            state["_keys"], state["_values"] = (t.clone(memory_format=torch.contiguous_format) for t in (self.keys, self.values))
+            state["_keys"], state["_values"] = (
+                t.clone(memory_format=torch.contiguous_format) for t in (self.keys, self.values)
+            )
             state["_capacity"] = 0
         return state
 

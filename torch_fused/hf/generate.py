@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .patch import apply_torch_fused, is_patched
+from .patch import PatchHandle
 
 
 def generate(model, inputs: Tensor | Mapping[str, Tensor], **generate_kwargs: Any):
@@ -31,7 +31,6 @@ def generate(model, inputs: Tensor | Mapping[str, Tensor], **generate_kwargs: An
         inputs = {"input_ids": inputs}
     elif not isinstance(inputs, Mapping):
         raise TypeError(f"generate: inputs must be a tensor of token ids or a mapping, got {type(inputs).__name__}")
-    if is_patched(model):
-        return model.generate(**inputs, **generate_kwargs)
-    with apply_torch_fused(model, norms=False, residual=False):
+    with PatchHandle(model) as handle:
+        handle.bind_cache()
         return model.generate(**inputs, **generate_kwargs)

@@ -6,7 +6,7 @@ A new family whose modules compute what Llama's compute is one more row.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..functional import add_rms_norm, rms_norm
 
@@ -50,7 +50,7 @@ def _decoder_layer_forward(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs,
 ) -> Tensor:
-    """``LlamaDecoderLayer.forward`` (models/llama/modeling_llama.py), the first addition joined with the norm after it."""
+    """``LlamaDecoderLayer.forward`` (models/llama/modeling_llama.py), its first addition and second norm as one."""
     attended, _ = self.self_attn(
         hidden_states=self.input_layernorm(hidden_states),
         attention_mask=attention_mask,
@@ -64,18 +64,19 @@ def _decoder_layer_forward(
     return residual + self.mlp(normed)
 
 
-def _add_norm(hidden_states: Tensor, residual: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """``norm(residual + hidden_states)`` and the sum; apart where the norm has hooks, or autocast mixes dtypes."""
+def _add_norm(hidden_states: Tensor, residual: Tensor, norm) -> tuple[Tensor, Tensor]:
+    """``norm(residual + hidden_states)`` and the sum: one kernel where calling `norm` does nothing but `rms_norm`."""
+    ours = getattr(norm.__dict__.get("forward"), "__func__", None) is rms_norm_forward
     hooked = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
-    if hooked or not (hidden_states.dtype == residual.dtype == norm.weight.dtype):
-        total = residual + hidden_states
-        return norm(total), total
-    return add_rms_norm(hidden_states, residual, norm.weight, norm.variance_epsilon, casting_mode="llama")
+    # Autocast, or a norm kept in float32, mixes dtypes.
+    if ours and not hooked and hidden_states.dtype == residual.dtype == norm.weight.dtype:
+        return add_rms_norm(hidden_states, residual, norm.weight, norm.variance_epsilon, casting_mode="llama")
+    total = residual + hidden_states
+    return norm(total), total
 
 
-RMS_NORMS: dict[tuple[str, str], Callable] = {
-    family.class_path(family.rms_norm): rms_norm_forward for family in FAMILIES
-}
-DECODER_LAYERS: dict[tuple[str, str], Callable] = {
-    family.class_path(family.decoder_layer): decoder_layer_forward for family in FAMILIES
-}
+Forwards = dict[tuple[str, str], Callable]
+"""(module, class) -> the forward bound on instances of exactly that class."""
+
+RMS_NORMS: Forwards = {family.class_path(family.rms_norm): rms_norm_forward for family in FAMILIES}
+DECODER_LAYERS: Forwards = {family.class_path(family.decoder_layer): decoder_layer_forward for family in FAMILIES}

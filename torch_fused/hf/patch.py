@@ -10,7 +10,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache
 
 from .cache import FusedKVCache
-from .models import DECODER_LAYERS, RMS_NORMS
+from .models import DECODER_LAYERS, RMS_NORMS, Forwards
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,24 @@ class PatchHandle:
         self._patches: list[Patch] = []
         self._left: list[tuple[str, str]] = []  # (path, reason)
 
+    def bind_forwards(self, forwards: Forwards) -> None:
+        """Binds the forward that `forwards` has for a module's class on each such module."""
+        for path, module in self._model.named_modules():
+            forward = forwards.get((type(module).__module__, type(module).__qualname__))
+            if forward is not None:
+                self._bind(path, module, "forward", forward)
+
+    def bind_cache(self) -> None:
+        """Makes `generate` of the model, or of the model that a wrapper such as PEFT's holds, use a FusedKVCache."""
+        for path, module in self._model.named_modules():
+            if issubclass(type(module), GenerationMixin):
+                self._bind(path, module, "_prepare_cache_for_generation", prepare_cache_for_generation)
+
     def _bind(self, path: str, module: nn.Module, method: str, function: Callable) -> None:
-        """Binds `function`, unless calling the module no longer comes down to the class's own method."""
-        path = path or type(self._model).__name__
+        path = path or type(module).__name__
         if method in module.__dict__:
-            self._left.append((path, f"its {method} is replaced by {_describe(module.__dict__[method])}"))
-        elif getattr(module, "_compiled_call_impl", None) is not None:
+            self._left.append((path, f"its {method} is already replaced by {_describe(module.__dict__[method])}"))
+        elif module._compiled_call_impl is not None:
             self._left.append((path, "it is compiled by torch.compile"))
         else:
             bound = MethodType(function, module)
@@ -63,11 +75,18 @@ class PatchHandle:
             delattr(patch.module, patch.method)
         self._patches.clear()
 
+    @property
+    def patched(self) -> bool:
+        """Whether any patch is in place."""
+        return bool(self._patches)
+
     def report(self) -> str:
         """A table of what was patched, and of what was left to transformers with the reason."""
         lines = [f"torch_fused on {type(self._model).__name__}"]
         counts = Counter((type(patch.module).__name__, patch.method) for patch in self._patches)
-        lines += [f"  {count:4d} x {name}.{method}" for (name, method), count in counts.items()] or ["  nothing patched"]
+        lines += [f"  {count:4d} x {name}.{method}" for (name, method), count in counts.items()] or [
+            "  nothing patched"
+        ]
         lines += [f"  left: {path}: {reason}" for path, reason in self._left]
         return "\n".join(lines)
 
@@ -90,7 +109,8 @@ def apply_torch_fused(
     Args:
         model: a transformers model, or any module that holds one.
         norms: RMS norms run as one kernel.
-        residual: in decoder layers, the addition after the attention and the norm that follows run as one kernel.
+        residual: in decoder layers, the addition after the attention and the norm that follows run as one kernel; needs
+            ``norms``.
         cache: ``generate()`` uses a :class:`FusedKVCache` where it would make a ``DynamicCache``. Your own
             ``past_key_values``, another ``cache_implementation`` and ``use_cache=False`` are respected.
 
@@ -105,21 +125,19 @@ def apply_torch_fused(
         >>> model.generate(**tokenizer("Hello", return_tensors="pt"))
         >>> handle.revert()
     """
-    forwards = (RMS_NORMS if norms else {}) | (DECODER_LAYERS if residual else {})
-    handle = PatchHandle(model)
-    modules = list(model.named_modules())
-    for path, module in modules:
-        if is_patched(module):
+    for path, module in model.named_modules():
+        if any(getattr(value, "__func__", None) in FUNCTIONS for value in module.__dict__.values()):
             raise RuntimeError(
-                f"apply_torch_fused: model is already patched (at {path or 'its root'}); revert() the first handle"
+                f"apply_torch_fused: model is already patched, at {path or 'its root'}: revert() the first handle"
             )
-    for path, module in modules:
-        forward = forwards.get((type(module).__module__, type(module).__qualname__))
-        if forward is not None:
-            handle._bind(path, module, "forward", forward)
-        if cache and isinstance(module, GenerationMixin):
-            handle._bind(path, module, "_prepare_cache_for_generation", prepare_cache_for_generation)
-    if not handle._patches:
+    handle = PatchHandle(model)
+    if norms:
+        handle.bind_forwards(RMS_NORMS)
+    if norms and residual:
+        handle.bind_forwards(DECODER_LAYERS)
+    if cache:
+        handle.bind_cache()
+    if not handle.patched:
         raise RuntimeError(f"apply_torch_fused: nothing could be patched.\n{handle.report()}")
     return handle
 
@@ -142,11 +160,7 @@ def prepare_cache_for_generation(
 
 
 FUNCTIONS = {prepare_cache_for_generation, *RMS_NORMS.values(), *DECODER_LAYERS.values()}
-
-
-def is_patched(module: nn.Module) -> bool:
-    """Whether one of this package's methods is bound on ``module`` itself."""
-    return any(getattr(value, "__func__", None) in FUNCTIONS for value in module.__dict__.values())
+"""Every function that is ever bound."""
 
 
 def _describe(method: Callable | None) -> str:
