@@ -33,7 +33,10 @@ def embed(metal: Path, target: Path) -> Path:
     cuda = "" if MACOS else translate_to_cuda(text, metal.name)
     # Compilers limit one string literal to 64 KB or so; neighbouring literals are joined.
     literals = ["".join(f'R"__metal({part})__metal"\n' for part in split(source)) for source in (text, cuda or " ")]
-    code = f'#include "runtime/launch.h"\n\nstatic const torch_fused::Source source("{metal.stem}",\n{literals[0]},\n{literals[1]});\n'
+    code = (
+        f'#include "runtime/launch.h"\n\nstatic const torch_fused::Source source("{metal.stem}",\n'
+        f"{literals[0]},\n{literals[1]});\n"
+    )
     if not target.exists() or target.read_text() != code:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(code)
@@ -49,7 +52,9 @@ class Build(cpp_extension.BuildExtension):
 
     def finalize_options(self):
         super().finalize_options()
-        self.build_temp = str(ROOT / "build" / f"torch-{torch.__version__}-py{sys.version_info[0]}{sys.version_info[1]}")
+        self.build_temp = str(
+            ROOT / "build" / f"torch-{torch.__version__}-py{sys.version_info[0]}{sys.version_info[1]}"
+        )
 
     def build_extensions(self):
         for extension in self.extensions:
@@ -70,6 +75,8 @@ def host_sources() -> list[Path]:
 # Torch's headers as system headers: our warnings stay visible, theirs do not.
 system_includes = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
 openmp = [] if MACOS else ["-fopenmp"]  # the same libgomp.so.1 that torch has loaded, so one thread pool
+# Some Pythons link extensions with a libstdc++ of their own (-static-libstdc++), whose streams do not fit torch's.
+libraries = ["-framework", "Foundation", "-framework", "Metal"] if MACOS else ["-l:libstdc++.so.6", *openmp]
 
 setup(
     ext_modules=[
@@ -77,8 +84,17 @@ setup(
             "torch_fused._C",
             sources=[str(path) for path in host_sources()],
             include_dirs=[str(ROOT / SOURCES)],
-            extra_compile_args=["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *openmp, *system_includes],
-            extra_link_args=["-framework", "Foundation", "-framework", "Metal"] if MACOS else openmp,
+            extra_compile_args=[
+                "-O3",
+                "-ffp-contract=off",
+                "-fvisibility=hidden",
+                "-Wall",
+                "-Wextra",
+                "-Wno-unknown-pragmas",
+                *openmp,
+                *system_includes,
+            ],
+            extra_link_args=libraries,
         )
     ],
     cmdclass={"build_ext": Build},

@@ -1,4 +1,4 @@
-"""Every op test runs on each backend of this machine: the CPU, the emulated Metal kernels, and a GPU if there is one."""
+"""Every op test runs on each backend of this machine: the CPU, the emulated Metal kernels, a GPU if there is one."""
 
 import contextlib
 from dataclasses import dataclass

@@ -70,6 +70,13 @@ def test_a_good_kernel_is_clean():
     assert lint(ROW_SUM, "good.metal") == []
 
 
+def test_a_vector_as_the_argument_of_a_template_is_no_constructor():
+    cast = "in.data + 4 * i)) * factor"
+    assert cast in ROW_SUM
+    text = ROW_SUM.replace(cast, "in.data + 4 * i)) * as_type<vec<float, 4>>(uint4(1u, 2u, 3u, 4u))")
+    assert lint(text, "good.metal") == []
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 import torch_fused
 from torch_fused.functional import add_rms_norm, rms_norm
-from torch_fused.ops.rms_norm import add_rms_norm_reference, rms_norm_backward_reference, rms_norm_reference
+from torch_fused.ops.rms_norm import rms_norm_backward_reference, rms_norm_reference
 from torch_fused.testing import assert_close, assert_matches_reference, make, relative_error
 
 # One column, under one pack, a pack, a pack and a tail, Qwen's head and hidden sizes, odd, the last row in registers,
@@ -238,20 +238,14 @@ def test_mixed_dtypes_promote_as_torch_does(backend):
 
 def test_autocast(backend):
     """Autocast does what it does for F.rms_norm on that device."""
-    if backend.device not in ("cpu", "cuda"):
-        kinds = ()
-    else:
-        kinds = ("torch", "llama")
-    for mode in kinds:
-        with torch.autocast(backend.device, dtype=torch.bfloat16):
-            x, weight = make(5, 64, device=backend.device), make(64, seed=1).to(backend.device)
-            x = x.bfloat16()
-            weight = weight.bfloat16()
-            result = rms_norm(x, (64,), weight, casting_mode=mode)
-            expected = F.rms_norm(x, (64,), weight) if mode == "torch" else HfRMSNorm(weight, 1e-6)(x)
-        assert result.dtype == expected.dtype
-    x32, x64 = make(3, 8), make(3, 8, dtype=torch.float64)
-    assert rms_norm(x32, (8,)).dtype == torch.float32 if backend.name != "cpu" else rms_norm(x64, (8,)).dtype
+    x, weight = make(5, 64, dtype=torch.bfloat16, device=backend.device), make(64, dtype=torch.bfloat16, seed=1)
+    weight = weight.to(backend.device)
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        result, expected = rms_norm(x, (64,), weight, 1e-6), F.rms_norm(x, (64,), weight, 1e-6)
+        llama, module = rms_norm(x, (64,), weight, 1e-6, casting_mode="llama"), HfRMSNorm(weight, 1e-6)(x)
+    assert result.dtype == expected.dtype
+    assert llama.dtype == module.dtype
+    assert relative_error(result, expected) < 1e-3 and relative_error(llama, module) < 1e-3
 
 
 # ---- gradients ------------------------------------------------------------------------------------------------------
@@ -344,7 +338,9 @@ def test_opcheck(backend):
     opcheck(ops.rms_norm.default, (x[:, ::2], (12,)), {"casting_mode": "llama"})
     opcheck(ops.rms_norm.default, (x.detach().bfloat16(), (24,), weight.detach().bfloat16()))
     opcheck(ops.add_rms_norm.default, (x, residual, weight))
-    opcheck(ops.rms_norm_backward.default, (residual, None, x.detach(), (24,), weight.detach(), 1e-6, "torch", 0.0, True))
+    opcheck(
+        ops.rms_norm_backward.default, (residual, None, x.detach(), (24,), weight.detach(), 1e-6, "torch", 0.0, True)
+    )
     opcheck(ops.rms_norm_backward.default, (residual, residual, x.detach(), (24,), None, None, "llama", 0.0, False))
 
 
@@ -373,6 +369,7 @@ def test_vmap(backend):
     for mode in ("torch", "llama"):
         cases = [((0, None), weight[0]), ((0, 0), weight), ((None, 0), weight), ((1, None), weight[0])]
         for in_dims, w in cases:
+
             def call(a, b, mode=mode):
                 return rms_norm(a, (16,), b, casting_mode=mode)
 
@@ -402,8 +399,10 @@ def test_inference_mode_and_no_grad(backend):
         (lambda x, w: rms_norm(x, (8,), w[:4]), r"rms_norm: weight must have the shape \[8\], got \[4\]"),
         (lambda x, w: rms_norm(x.int(), (8,)), r"rms_norm: input must be float32.*got Int"),
         (lambda x, w: rms_norm(x, (8,), w, casting_mode="gemma"), r"rms_norm: casting_mode .* got 'gemma'"),
-        (lambda x, w: rms_norm(x, (8,), w.to("meta")), r"rms_norm"),
-        (lambda x, w: add_rms_norm(x, x[:2], w), r"add_rms_norm: residual must have input's shape \[4, 8\], got \[2, 8\]"),
+        (
+            lambda x, w: add_rms_norm(x, x[:2], w),
+            r"add_rms_norm: residual must have input's shape \[4, 8\], got \[2, 8\]",
+        ),
         (lambda x, w: add_rms_norm(x, x.half(), w), r"add_rms_norm: residual must have input's dtype Float, got Half"),
         (lambda x, w: add_rms_norm(x, x, w.half()), r"add_rms_norm: weight must have input's dtype Float, got Half"),
         (lambda x, w: add_rms_norm(x, x, w[:4]), r"add_rms_norm: normalized_shape"),
@@ -428,9 +427,7 @@ def test_module_is_a_drop_in(backend):
     ours.load_state_dict(theirs.state_dict())
     torch.nn.RMSNorm(32).load_state_dict(ours.state_dict())
     x = make(6, 32, seed=1)
-    torch.testing.assert_close(
-        ours.to(backend.device)(x.to(backend.device)).cpu(), theirs(x), rtol=2e-6, atol=2e-6
-    )
+    torch.testing.assert_close(ours.to(backend.device)(x.to(backend.device)).cpu(), theirs(x), rtol=2e-6, atol=2e-6)
     assert copy.deepcopy(ours).casting_mode == "torch"
     bare = torch_fused.nn.RMSNorm((4, 8), elementwise_affine=False)
     assert list(bare.parameters()) == []

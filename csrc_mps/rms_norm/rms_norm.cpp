@@ -348,7 +348,8 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    auto [grad_x, grad_weight] = call_backward(ctx, grads[0], std::nullopt, ctx->needs_input_grad(1));
+    const bool has_weight = ctx->get_saved_variables()[1].defined();  // an absent tensor is no edge
+    auto [grad_x, grad_weight] = call_backward(ctx, grads[0], std::nullopt, has_weight && ctx->needs_input_grad(1));
     return {grad_x, Tensor(), grad_weight, Tensor(), Tensor(), Tensor()};
   }
 };

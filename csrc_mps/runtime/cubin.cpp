@@ -73,7 +73,8 @@ std::string compile(const Source& source, const std::string& arch) {
     throw LibraryUnavailable("NVRTC could not create a program for " + file);
   }
   // No contraction unless the kernel says fma: the same bits as the emulator's.
-  const char* options[] = {arch.c_str(), "--std=c++17", "--fmad=false", "--generate-line-info"};
+  const char* options[] = {arch.c_str(), "--std=c++17", "--device-as-default-execution-space", "--fmad=false",
+                           "--generate-line-info"};
   const int status = api.compile(program, std::size(options), options);
   size_t size = 0;
   std::string result;

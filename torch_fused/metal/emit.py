@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .lexer import Token
 from .program import Kernel, Parameter, Program, ThreadgroupVariable
 
 INCLUDE = Path(__file__).parent / "include"
@@ -25,16 +26,13 @@ def emit_cuda(program: Program) -> str:
     """Self-contained CUDA C++: kernel x is `extern "C" __global__ void x(...)`.
 
     Its parameters are the Metal function's buffers in increasing index: a pointer each, but a `constant T&` by value.
-    It is launched in whole blocks, one a threadgroup. The first line, `// nvrtc: ...`, is the options to compile with:
-    multiply-adds are fused, NVRTC's default, unless the source says `#pragma METAL fp contract(off)` (or `clang fp`).
+    It is launched in whole blocks, one a threadgroup. NVRTC needs --std=c++17 --device-as-default-execution-space.
     """
     # Inlining a kernel into its entry lets the compiler see which memory every pointer is in.
     inlined = {i: "__forceinline__ " + program.tokens[i].text for i in program.definitions}
     body = _rewrite(program, _erase_address_spaces(program) | _drop_instantiations(program) | inlined)
-    fused = "" if program.contracts else " --fmad=false"
     return "".join(
         [
-            f"// nvrtc: --std=c++17 --device-as-default-execution-space{fused}\n",
             _header("vector.h"),
             _header("cuda.h"),
             "namespace metal {\n",
@@ -119,25 +117,33 @@ VECTOR_TYPES = {f"{element}{width}" for element in ELEMENTS for width in (2, 3, 
 
 
 def _make_vectors(program: Program) -> dict[int, str]:
-    """float4(a, b) becomes msl_make<float4>(a, b): clang's native vectors have no constructors."""
+    """float4(a, b) becomes metal::msl_make<float4>(a, b): clang's native vectors have no constructors."""
     tokens = program.tokens
     names = set(VECTOR_TYPES)
-    for i in range(len(tokens) - 3):
-        if tokens[i].text == "using" and tokens[i + 2].text == "=" and tokens[i + 3].text in names:
-            names.add(tokens[i + 1].text)
     replaced = {}
     for i, token in enumerate(tokens):
-        if token.text in names and token.kind == "name":
-            last = i
-            if tokens[i + 1].text == "<":
-                depth = 0
-                while depth > 0 or last == i:
-                    last += 1
-                    depth += {"<": 1, ">": -1, ">>": -2}.get(tokens[last].text, 0)
-            if tokens[last + 1].text == "(":
-                replaced[i] = f"msl_make<{token.text}"
-                replaced[last] = (replaced[i] if last == i else tokens[last].text) + ">"
+        if token.text not in names or token.kind != "name":
+            continue
+        first = i - 2 if tokens[i - 1].text == "::" else i  # metal::float4
+        if tokens[first - 1].text == "=" and tokens[first - 3].text == "using":
+            names.add(tokens[first - 2].text)
+        last, closes_outer = _end_of_template_name(tokens, i)
+        if tokens[last + 1].text == "(" and not closes_outer:
+            replaced[first] = f"metal::msl_make<{tokens[first].text}"
+            replaced[last] = replaced.get(last, tokens[last].text) + ">"
     return replaced
+
+
+def _end_of_template_name(tokens: list[Token], i: int) -> tuple[int, bool]:
+    """Index of the last token of `name` or `name<...>` at token i; whether a `>>` ends an outer template with it."""
+    if tokens[i + 1].text != "<":
+        return i, False
+    depth = 0
+    for j in range(i + 1, len(tokens) - 1):
+        depth += {"<": 1, ">": -1, ">>": -2}.get(tokens[j].text, 0)
+        if depth <= 0:
+            return j, depth < 0
+    return i, False
 
 
 # Entries

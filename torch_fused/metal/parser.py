@@ -2,48 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 
 from .errors import Diagnostics, MetalError
 from .lexer import Token, tokenize
 from .preprocess import preprocess
 from .program import BUILTINS, MAX_BUFFERS, Kernel, Parameter, Program, ThreadgroupVariable, token_text
+from .rules import check_words
 
-NO_CONTRACTION = re.compile(r"^\s*#\s*pragma\s+(METAL|clang)\s+fp\s+contract\s*\(\s*off\s*\)", re.MULTILINE)
 ADDRESS_SPACES = ("device", "constant", "threadgroup", "thread")
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 IGNORED_ATTRIBUTES = ("likely", "unlikely", "maybe_unused", "nodiscard", "fallthrough")
-NO_FLOAT_ATOMICS = "float atomics are not deterministic: reduce in a fixed order"
-NO_LONG_ATOMICS = "64-bit atomics are not supported"
-NO_FENCES = "a value written by one threadgroup is read by another only in a later launch: no fences, no device scope"
-FORBIDDEN = {
-    "double": "type 'double' is not supported in Metal",
-    "goto": "goto is not supported in Metal",
-    "new": "operator new is not supported in Metal",
-    "delete": "operator delete is not supported in Metal",
-    "virtual": "virtual functions are not supported in Metal",
-    "try": "exceptions are not supported in Metal",
-    "catch": "exceptions are not supported in Metal",
-    "throw": "exceptions are not supported in Metal",
-    "noexcept": "exceptions are not supported in Metal",
-    "dynamic_cast": "dynamic_cast is not supported in Metal",
-    "typeid": "typeid is not supported in Metal",
-    "thread_local": "thread_local is not supported in Metal",
-    "register": "register is not supported in Metal",
-    "asm": "inline assembly is not supported in Metal",
-    "std": "the C++ standard library is not available: use metal::",
-    "atomic_float": NO_FLOAT_ATOMICS,
-    "atomic_long": NO_LONG_ATOMICS,
-    "atomic_ulong": NO_LONG_ATOMICS,
-    "atomic_thread_fence": NO_FENCES,
-    "thread_scope_device": NO_FENCES,
-    "memory_order_acquire": NO_FENCES,
-    "memory_order_release": NO_FENCES,
-    "memory_order_acq_rel": NO_FENCES,
-    "memory_order_seq_cst": NO_FENCES,
-}
-FORBIDDEN_ATOMICS = {"float": NO_FLOAT_ATOMICS, "long": NO_LONG_ATOMICS, "ulong": NO_LONG_ATOMICS}
 
 
 def parse(text: str, name: str = "shader.metal") -> Program:
@@ -51,9 +20,7 @@ def parse(text: str, name: str = "shader.metal") -> Program:
 
     `name` numbers the lines that no #line directive names. Raises MetalError naming everything that is wrong.
     """
-    preprocessed = preprocess(text, name)
-    contracts = NO_CONTRACTION.search(preprocessed) is None
-    return _Parser(name, tokenize(preprocessed), contracts).parse()
+    return _Parser(name, tokenize(preprocess(text, name))).parse()
 
 
 @dataclass(frozen=True)
@@ -63,10 +30,9 @@ class _Function:
 
 
 class _Parser:
-    def __init__(self, name: str, tokens: list[Token], contracts: bool) -> None:
+    def __init__(self, name: str, tokens: list[Token]) -> None:
         self.name = name
         self.tokens = tokens
-        self.contracts = contracts
         self.diagnostics = Diagnostics()
         self.functions: dict[str, _Function] = {}
         self.instances: list[Kernel] = []  # without params until every function is known
@@ -77,7 +43,7 @@ class _Parser:
         self.kernel_body = range(0)
 
     def parse(self) -> Program:
-        self.check_words()
+        check_words(self.tokens, self.diagnostics)
         position = 0
         while self.tokens[position].kind != "end":
             position = self.step(position)
@@ -91,7 +57,6 @@ class _Parser:
             self.attribute_tokens,
             self.definitions,
             self.instantiations,
-            self.contracts,
         )
 
     def step(self, i: int) -> int:
@@ -104,19 +69,6 @@ class _Parser:
 
     def error(self, i: int, message: str) -> None:
         self.diagnostics.error(self.tokens[i].file, self.tokens[i].line, message)
-
-    def check_words(self) -> None:
-        """What neither Metal nor this project's rules for kernels allow, where one word tells."""
-        for i, token in enumerate(self.tokens):
-            following = [t.text for t in self.tokens[i + 1 : i + 4]]
-            if token.text in FORBIDDEN and self.tokens[i - 1].text not in (".", "->"):
-                if token.text != "std" or following[:1] == ["::"]:
-                    self.error(i, FORBIDDEN[token.text])
-            elif token.text == "atomic" and following[:1] == ["<"] and following[1] in FORBIDDEN_ATOMICS:
-                self.error(i, FORBIDDEN_ATOMICS[following[1]])
-            literal = token.float_literal()
-            if literal and literal[1] not in ("", "f", "h", "bf"):
-                self.error(i, f"literal {token.text}: Metal's floating-point suffixes are f, h and bf")
 
     # Brackets
 

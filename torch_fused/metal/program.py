@@ -76,7 +76,6 @@ class Program:
     attributes: set[int]  # indices of the tokens of [[...]] and of `kernel`
     definitions: list[int]  # index of the return type of each kernel function's definition
     instantiations: list[range]  # tokens of each explicit instantiation of a kernel template
-    contracts: bool  # False if the source asks for no fused multiply-add but those it writes
 
 
 def token_text(tokens: list[Token]) -> str:

@@ -101,16 +101,16 @@ register("rms_norm_backward", reference=rms_norm_backward_reference, fake=_rms_n
 
 
 @torch.library.register_vmap("torch_fused::rms_norm")
-def _rms_norm_vmap(info, in_dims, input, normalized_shape, weight=None, eps=None, *, casting_mode, weight_offset):
+def _rms_norm_vmap(
+    info, in_dims, input, normalized_shape, weight=None, eps=None, *, casting_mode="torch", weight_offset=0.0
+):
     """A batch is one more leading dimension; a batched weight is applied outside the op."""
-    input_dim, weight_dim = in_dims[0], in_dims[2]
+    input_dim, weight_dim = in_dims[0], in_dims[2] if len(in_dims) > 2 else None
     if input_dim is None:
         input, input_dim = input.expand(info.batch_size, *input.shape), 0
     input = input.movedim(input_dim, 0)
     if weight_dim is None:
-        return rms_norm(
-            input, normalized_shape, weight, eps, casting_mode=casting_mode, weight_offset=weight_offset
-        ), 0
+        return rms_norm(input, normalized_shape, weight, eps, casting_mode=casting_mode, weight_offset=weight_offset), 0
     weight = weight.movedim(weight_dim, 0)
     weight = weight.view(info.batch_size, *[1] * (input.dim() - weight.dim()), *weight.shape[1:]) + weight_offset
     if casting_mode == "llama":
@@ -161,9 +161,7 @@ def rms_norm(
         if casting_mode == "llama":
             return (weight + weight_offset) * _rms_norm(input, normalized_shape, None, eps, casting_mode="llama")
         dtype = _arithmetic_dtype(input)
-        normed = _rms_norm(
-            input.to(dtype), normalized_shape, weight.to(dtype), eps, weight_offset=weight_offset
-        )
+        normed = _rms_norm(input.to(dtype), normalized_shape, weight.to(dtype), eps, weight_offset=weight_offset)
         return normed.to(input.dtype)
     return _rms_norm(input, normalized_shape, weight, eps, casting_mode=casting_mode, weight_offset=weight_offset)
 

