@@ -63,7 +63,9 @@ class FusedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         states = (self._keys, self._values, key_states, value_states)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in states):
-            return super().update(key_states, value_states)
+            keys, values = torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
+            self.keys, self.values = keys, values
+            return keys, values
         length = self._length + key_states.shape[2]
         # Torch lets nobody write to an inference tensor outside of inference mode.
         locked = self._keys.is_inference() and not torch.is_inference_mode_enabled()
@@ -96,9 +98,10 @@ class FusedLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
-            super().crop(tokens_to_remove)
-        else:
-            self._length = max(0, self._length + tokens_to_remove)
+            raise ValueError(
+                f"FusedKVCache: crop takes minus the number of tokens to remove, or 0, got {tokens_to_remove}"
+            )
+        self._length = max(0, self._length + tokens_to_remove)
 
     def reset(self) -> None:
         self.keys = self.values = None
