@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from torch_fused.ops.kv_cache import kv_append_, kv_append_reference
+from torch_fused.ops.kv_cache import kv_append_, kv_append_reference, kv_update_
 from torch_fused.testing import make
 
 
@@ -44,6 +44,19 @@ def test_any_strides():
     assert torch.equal(keys, expected[0])
     assert torch.equal(values, expected[1])
     assert around.count_nonzero() == new_keys.numel() + new_values.numel()
+
+
+def test_update_appends_and_views_what_is_in_use():
+    """kv_update_ writes what kv_append_ writes; the results are views of the buffers, not copies."""
+    keys, values = buffers()
+    new_keys, new_values = states()
+    used_keys, used_values = kv_update_(keys, values, new_keys, new_values, 3)
+    assert used_keys.shape == (2, 3, 5, 5)
+    assert used_values.shape == (2, 3, 5, 4)
+    assert used_keys.data_ptr() == keys.data_ptr()
+    assert used_values.data_ptr() == values.data_ptr()
+    assert torch.equal(used_keys[:, :, 3:], new_keys)
+    assert torch.equal(used_values[:, :, 3:], new_values)
 
 
 def test_many_tokens_are_copied_by_several_threads():
@@ -126,20 +139,21 @@ def test_opcheck():
     opcheck(torch.ops.torch_fused.kv_append_.default, (*buffers(), *states(), 3))
 
 
-def test_compiles_without_graph_breaks():
-    """One graph serves every position."""
-    compilations = 0
+@pytest.mark.parametrize("op", [kv_append_, kv_update_])
+def test_compiles_without_graph_breaks(op):
+    """One graph serves every position, through AOT autograd too."""
+    graphs = []
 
-    def count(graph, _):
-        nonlocal compilations
-        compilations += 1
-        return graph.forward
+    def compile_graph(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     torch._dynamo.reset()
-    step = torch.compile(kv_append_, fullgraph=True, dynamic=True, backend=count)
+    step = torch.compile(op, fullgraph=True, dynamic=True, backend=compile_graph)
     keys, values = buffers()
     new_keys, new_values = states()
     for position in (2, 4, 6):
         step(keys, values, new_keys, new_values, position)
         assert torch.equal(keys[:, :, position : position + 2], new_keys)
-    assert compilations == 1
+        assert torch.equal(values[:, :, position : position + 2], new_values)
+    assert len(graphs) == 1

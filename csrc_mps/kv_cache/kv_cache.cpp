@@ -10,6 +10,9 @@
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def("kv_append_(Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, SymInt position) -> ()");
+  m.def(
+      "kv_update_(Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, SymInt position) -> "
+      "(Tensor(a), Tensor(b))");
 }
 
 namespace torch_fused {
@@ -53,13 +56,14 @@ void check_kv_append(const Tensor& keys, const Tensor& values, const Tensor& new
 // Bytes a thread should at least copy: below that, waking one costs more than it saves.
 constexpr int64_t kGrainBytes = 65536;
 
-// Copies rows of head_dim elements; a row is one memcpy where its elements are neighbours on both sides.
-void copy_rows(const Tensor& to, const Tensor& from) {
+// Copies `from` to tokens `position` and on of `to`; a row of head_dim elements is one memcpy where they are
+// neighbours.
+void copy_tokens(const Tensor& to, const Tensor& from, int64_t position) {
   if (from.numel() == 0) return;
   const int64_t heads = from.size(1), tokens = from.size(2), head_dim = from.size(3);
   const int64_t element = static_cast<int64_t>(from.element_size());
   const bool dense = head_dim == 1 || (to.stride(3) == 1 && from.stride(3) == 1);
-  char* const to_data = static_cast<char*>(to.mutable_data_ptr());
+  char* const to_data = static_cast<char*>(to.mutable_data_ptr()) + position * to.stride(2) * element;
   const char* const from_data = static_cast<const char*>(from.const_data_ptr());
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / (head_dim * element));
   at::parallel_for(0, from.size(0) * heads * tokens, grain, [&](int64_t begin, int64_t end) {
@@ -84,8 +88,8 @@ void copy_rows(const Tensor& to, const Tensor& from) {
 void kv_append_cpu(const Tensor& keys, const Tensor& values, const Tensor& new_keys, const Tensor& new_values,
                    int64_t position) {
   check_kv_append(keys, values, new_keys, new_values, position);
-  copy_rows(keys.narrow(2, position, new_keys.size(2)), new_keys);
-  copy_rows(values.narrow(2, position, new_values.size(2)), new_values);
+  copy_tokens(keys, new_keys, position);
+  copy_tokens(values, new_values, position);
 }
 
 // ---- other devices --------------------------------------------------------------------------------------------------
@@ -99,12 +103,17 @@ void kv_append_composite(const Tensor& keys, const Tensor& values, const Tensor&
 
 // ---- autograd -------------------------------------------------------------------------------------------------------
 
+void call_kv_append(const Tensor& keys, const Tensor& values, const Tensor& new_keys, const Tensor& new_values,
+                    const c10::SymInt& position) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_fused::kv_append_", "")
+                             .typed<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, c10::SymInt)>();
+  op.call(keys, values, new_keys, new_values, position);
+}
+
 // Not differentiable, but autograd must know that the buffers have changed.
 void kv_append_autograd(const Tensor& keys, const Tensor& values, const Tensor& new_keys, const Tensor& new_values,
                         c10::SymInt position) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_fused::kv_append_", "")
-                             .typed<decltype(kv_append_autograd)>();
   if (at::GradMode::is_enabled()) {
     const auto check = [](const char* name, const Tensor& tensor) {
       TORCH_CHECK(!tensor.requires_grad(), "kv_append_: ", name,
@@ -119,7 +128,17 @@ void kv_append_autograd(const Tensor& keys, const Tensor& values, const Tensor& 
   torch::autograd::impl::bump_version(keys);
   torch::autograd::impl::bump_version(values);
   at::AutoDispatchBelowADInplaceOrView below;
-  op.call(keys, values, new_keys, new_values, position);
+  call_kv_append(keys, values, new_keys, new_values, position);
+}
+
+// ---- append and view ------------------------------------------------------------------------------------------------
+
+// Every device and autograd see kv_append_ and two views: this only saves the way from Python and back for each.
+std::tuple<Tensor, Tensor> kv_update(const Tensor& keys, const Tensor& values, const Tensor& new_keys,
+                                     const Tensor& new_values, c10::SymInt position) {
+  call_kv_append(keys, values, new_keys, new_values, position);
+  const c10::SymInt length = position + new_keys.sym_size(2);
+  return {keys.slice_symint(2, 0, length), values.slice_symint(2, 0, length)};
 }
 
 }  // namespace
@@ -133,4 +152,7 @@ TORCH_LIBRARY_IMPL(torch_fused, CompositeExplicitAutograd, m) {
 }
 TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
   m.impl("kv_append_", torch_fused::kv_append_autograd);
+}
+TORCH_LIBRARY_IMPL(torch_fused, CompositeImplicitAutograd, m) {
+  m.impl("kv_update_", torch_fused::kv_update);
 }

@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ..ops.kv_cache import kv_append_
+from ..ops.kv_cache import kv_update_
 
 ALLOCATE_AT_ONCE = 256 * 2**20
 """Bytes up to which a whole cache is allocated for its final length with the first token; a larger one grows."""
@@ -61,8 +61,9 @@ class FusedLayer(DynamicLayer):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        states = (self._keys, self._values, key_states, value_states)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in states):
+        if torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (self._keys, self._values, key_states, value_states)
+        ):
             keys, values = torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
             self.keys, self.values = keys, values
             return keys, values
@@ -71,9 +72,9 @@ class FusedLayer(DynamicLayer):
         locked = self._keys.is_inference() and not torch.is_inference_mode_enabled()
         if length > self._capacity or locked:
             self._reallocate(self._capacity_for(length))
-        kv_append_(self._keys, self._values, key_states, value_states, self._length)
+        views = kv_update_(self._keys, self._values, key_states, value_states, self._length)
         self._length = length
-        return self._keys.narrow(2, 0, length), self._values.narrow(2, 0, length)
+        return views
 
     def _capacity_for(self, length: int) -> int:
         """Tokens to allocate when `length` are needed: the final length if small enough, else half as many again."""
@@ -176,7 +177,7 @@ class FusedKVCache(DynamicCache):
                     f"FusedKVCache: full: max_cache_len is {self.max_cache_len} tokens and {held} are held, got {new} "
                     "more. Make the cache longer, crop() or reset() it."
                 )
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return super().get_max_length(layer_idx) if self.max_cache_len is None else self.max_cache_len
