@@ -1,52 +1,58 @@
-"""Appending one token to the cache of Qwen2.5-0.5B (24 layers, 2 heads of 64, bfloat16), FusedKVCache and stock.
+"""Appending one token to the cache of Qwen2.5-0.5B (24 layers, 2 heads of 64, bfloat16): FusedKVCache beside stock.
 
-    pytest benchmarks/bench_kv_cache.py
-
-Beside the times, `extra_info` has the bytes each cache holds.
+python benchmarks/bench_kv_cache.py [--device cpu|cuda|mps] [--threads N]
 """
 
-import itertools
+import sys
+from pathlib import Path
 
-import pytest
 import torch
+from harness import arguments, measure
 from transformers import DynamicCache, Qwen2Config, StaticCache
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from torch_fused.hf import FusedKVCache
-
-LENGTHS = [512, 4096, 32768]
-STEPS = 64
-"""Tokens appended after the prompt; the caches have room for them, so that no growth falls among the timed calls."""
 
 CONFIG = Qwen2Config(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2)
 CACHES = {
-    "fused": lambda length: FusedKVCache(CONFIG, expected_len=length),
-    "dynamic": lambda length: DynamicCache(config=CONFIG),
-    "static": lambda length: StaticCache(config=CONFIG, max_cache_len=length),
+    "FusedKVCache": lambda length: FusedKVCache(CONFIG, expected_len=length),
+    "DynamicCache": lambda length: DynamicCache(config=CONFIG),
+    "StaticCache": lambda length: StaticCache(config=CONFIG, max_cache_len=length),
 }
+SAMPLES = 60
+WARM_UP = 4
 
 
-def states(tokens):
-    return torch.randn(1, tokens, 2, 64, dtype=torch.bfloat16).transpose(1, 2)
+def states(tokens: int, device: str) -> torch.Tensor:
+    """As attention hands them in: the projection's output, heads and tokens transposed."""
+    return torch.randn(1, tokens, 2, 64, dtype=torch.bfloat16, device=device).transpose(1, 2)
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("name", CACHES)
-def test_append_one_token(benchmark, name, length):
-    """One token in all 24 layers; at 32768 tokens at most 1.5x the time at 512, whatever the length."""
-    torch.set_num_threads(2)
-    cache = CACHES[name](length + STEPS)
-    layers = range(CONFIG.num_hidden_layers)
-    token = states(1)
+def bench(length: int, device: str) -> None:
+    print(f"one token behind {length}, all layers")
+    fused = None
+    for name, make in CACHES.items():
+        cache = make(length + WARM_UP + SAMPLES)
+        prompt, token = states(length, device), states(1, device)
 
-    def append():
-        for layer in layers:
-            cache.update(token, token, layer)
+        def append(tokens, cache=cache):
+            for layer in range(CONFIG.num_hidden_layers):
+                cache.update(tokens, tokens, layer)
 
+        append(prompt)
+        # A target of no time makes every sample one call, so that the cache has grown by a known number of tokens.
+        timing = measure(append, [(token,)], device, samples=SAMPLES, target=0)
+        fused = fused or timing
+        held = sum(tensor.untyped_storage().nbytes() for layer in cache.layers for tensor in (layer.keys, layer.values))
+        print(
+            f"  {name:14s} {timing.seconds * 1e6:10.1f} us  {timing.seconds / fused.seconds:7.2f}x the time"
+            f"  {held / 2**20:7.1f} MiB held",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    args = arguments(__doc__)
     with torch.no_grad():
-        for layer in layers:
-            cache.update(states(length), states(length), layer)
-        benchmark.group = f"append one token at {length}"
-        benchmark.pedantic(append, rounds=STEPS - 4, warmup_rounds=4)
-    tensors = itertools.chain.from_iterable((layer.keys, layer.values) for layer in cache.layers)
-    held = cache.nbytes if name == "fused" else sum(tensor.nbytes for tensor in tensors)
-    benchmark.extra_info["MB held"] = round(held / 2**20, 1)
+        for length in (512, 4096, 32768):
+            bench(length, args.device)

@@ -1,7 +1,4 @@
-"""Generates text with a Qwen or Llama model, stock and with torch_fused.
-
-python examples/02_generate_qwen.py [Hugging Face id or local folder]
-"""
+"""Text from a Qwen or Llama model, stock and fused: python examples/02_generate_qwen.py [model id or local folder]"""
 
 import sys
 import time
@@ -37,5 +34,5 @@ with apply_torch_fused(model) as handle:
     fused, fused_speed = timed_generate(model, inputs)
 
 print(tokenizer.decode(fused))
-print(f"transformers {stock_speed:.1f} tokens/s, torch_fused {fused_speed:.1f} tokens/s")
-print("equal tokens" if fused == stock else "DIFFERENT tokens")
+equal = "equal tokens" if fused == stock else "DIFFERENT tokens"
+print(f"transformers {stock_speed:.1f} tokens/s, torch_fused {fused_speed:.1f} tokens/s, {equal}")

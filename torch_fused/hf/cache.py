@@ -1,5 +1,7 @@
 """A key / value cache that is written in place, so that a token costs the same however long the sequence is."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -121,7 +123,7 @@ class FusedLayer(DynamicLayer):
         """Bytes that the two buffers hold, the unused part included."""
         return sum(t.numel() * t.element_size() for t in (self._keys, self._values) if t is not None)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold the tokens in use only."""
         state = self.__dict__.copy()
         if self._keys is not None:
@@ -177,7 +179,8 @@ class FusedKVCache(DynamicCache):
                     f"FusedKVCache: full: max_cache_len is {self.max_cache_len} tokens and {held} are held, got {new} "
                     "more. Make the cache longer, crop() or reset() it."
                 )
-        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        layer: Any = self.layers[layer_idx]
+        return layer.update(key_states, value_states, *args, **kwargs)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return super().get_max_length(layer_idx) if self.max_cache_len is None else self.max_cache_len
