@@ -227,11 +227,11 @@ std::tuple<Tensor, Tensor> forward_cpu(const RmsNorm& norm, const Tensor& input,
   const Tensor w = weight ? weight->contiguous() : Tensor();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "rms_norm", [&] {
     const Forward<scalar_t> args{norm,
-                                 x.tensor.const_data_ptr<scalar_t>(),
-                                 residual ? r.tensor.const_data_ptr<scalar_t>() : nullptr,
-                                 weight ? w.const_data_ptr<scalar_t>() : nullptr,
-                                 output.mutable_data_ptr<scalar_t>(),
-                                 residual ? sum.mutable_data_ptr<scalar_t>() : nullptr,
+                                 elements<const scalar_t>(x.tensor),
+                                 residual ? elements<const scalar_t>(r.tensor) : nullptr,
+                                 weight ? elements<const scalar_t>(w) : nullptr,
+                                 elements<scalar_t>(output),
+                                 residual ? elements<scalar_t>(sum) : nullptr,
                                  x.stride,
                                  r.stride};
     run_parallel(args, norm.rows, norm.cols);
@@ -272,12 +272,12 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cpu(const Tensor& grad, const Optio
   const Tensor partial = at::zeros({need_weight_grad ? blocks : 0, norm.cols}, x.options().dtype(acc_type));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "rms_norm_backward", [&] {
     const Backward<scalar_t> args{norm,
-                                  dy.tensor.const_data_ptr<scalar_t>(),
-                                  grad_sum ? extra.tensor.const_data_ptr<scalar_t>() : nullptr,
-                                  values.tensor.const_data_ptr<scalar_t>(),
-                                  weight ? w.const_data_ptr<scalar_t>() : nullptr,
-                                  grad_x.mutable_data_ptr<scalar_t>(),
-                                  need_weight_grad ? partial.mutable_data_ptr<wide_t<scalar_t>>() : nullptr,
+                                  elements<const scalar_t>(dy.tensor),
+                                  grad_sum ? elements<const scalar_t>(extra.tensor) : nullptr,
+                                  elements<const scalar_t>(values.tensor),
+                                  weight ? elements<const scalar_t>(w) : nullptr,
+                                  elements<scalar_t>(grad_x),
+                                  need_weight_grad ? elements<wide_t<scalar_t>>(partial) : nullptr,
                                   dy.stride,
                                   extra.stride,
                                   values.stride,

@@ -33,8 +33,7 @@ def emit_cuda(program: Program) -> str:
     body = _rewrite(program, _erase_address_spaces(program) | _drop_instantiations(program) | inlined)
     return "".join(
         [
-            _header("vector.h"),
-            _header("cuda.h"),
+            *map(_header, ("vector.h", "primitives_cuda.h", "standard.h", "cuda.h")),
             "namespace metal {\n",
             body,
             "\nnamespace entry {\n",

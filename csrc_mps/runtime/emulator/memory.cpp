@@ -123,7 +123,8 @@ std::string DeviceMemory::nearest(uintptr_t address) const {
   for (const Buffer& buffer : buffers_) {
     if (address >= buffer.end) consider(address - buffer.end, " bytes past the end of buffer ", buffer);
     if (address < buffer.begin) consider(buffer.begin - address, " bytes before buffer ", buffer);
-    if (address >= buffer.begin && address < buffer.end) return " (across the end of buffer " + std::to_string(buffer.index) + ")";
+    if (address >= buffer.begin && address < buffer.end)
+      return " (across the end of buffer " + std::to_string(buffer.index) + ")";
   }
   return text;
 }

@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
-#include <memory>
+#include <utility>
 
 #include "../../../torch_fused/metal/include/runtime.h"
 #include "fiber.h"
@@ -34,7 +34,7 @@ struct Fiber {
   char* stack;
   State state;
   uint32_t thread;
-  Place place;  // where it waits
+  Place place;    // where it waits
   int waits_for;  // mem_flags of a barrier, operation of an exchange
   uint32_t device_epoch, threadgroup_epoch;
   uint32_t parity;  // which of the two sets of slots its next exchange uses
@@ -59,8 +59,7 @@ struct ThreadgroupArray {
 struct Arena {
   char* stacks;
   char* threadgroup;
-  Arena()
-      : stacks(map(kMaxFibers * kStackBytes)), threadgroup(map(2 * kThreadgroupBytes)) {}
+  Arena() : stacks(map(kMaxFibers * kStackBytes)), threadgroup(map(2 * kThreadgroupBytes)) {}
   ~Arena() {
     munmap(stacks, kMaxFibers * kStackBytes);
     munmap(threadgroup, 2 * kThreadgroupBytes);
@@ -87,7 +86,8 @@ thread_local Runner* current_runner = nullptr;
 
 class Runner {
  public:
-  explicit Runner(const Dispatch& dispatch) : dispatch_(dispatch), memory_(dispatch.buffers), random_(dispatch.seed * 2 + 1) {
+  explicit Runner(const Dispatch& dispatch)
+      : dispatch_(dispatch), memory_(dispatch.buffers), random_(dispatch.seed * 2 + 1) {
     static thread_local Arena arena;
     arena_ = &arena;
     for (const Buffer& buffer : dispatch.buffers) {
@@ -114,14 +114,15 @@ class Runner {
   std::vector<Traffic> traffic() {
     std::vector<Traffic> result;
     for (const Buffer& buffer : memory_.buffers()) {
-      if (buffer.read_only) continue;
+      if (buffer.read + buffer.written == 0) continue;
       const auto [read, written] = memory_.distinct(buffer);
       result.push_back({buffer.index, buffer.read, buffer.written, read, written});
     }
     return result;
   }
 
-  // ---- called by kernels, on a fiber ---------------------------------------------------------------------------------
+  // ---- called by kernels, on a fiber
+  // ---------------------------------------------------------------------------------
 
   void access(uintptr_t address, size_t size, int kind, uintptr_t pc) {
     if (!fiber_ || !dispatch_.checked || in(address, fiber_->stack, kStackBytes)) return;
@@ -136,7 +137,8 @@ class Runner {
       access_device(*buffer, address, size, kind, pc);
     } else if (!(address >= dispatch_.image_begin && address < dispatch_.image_end) &&
                !in(address, this, sizeof(*this)) && !in(address, fiber_, sizeof(*fiber_))) {
-      if (in(address, arena_->stacks, kMaxFibers * kStackBytes)) fail("access to another thread's memory by " + who(), pc);
+      if (in(address, arena_->stacks, kMaxFibers * kStackBytes))
+        fail("access to another thread's memory by " + who(), pc);
       fail(std::string("out-of-bounds device ") + verb(kind) + " of " + std::to_string(size) + " bytes" +
                memory_.nearest(address) + " by " + who(),
            pc);
@@ -210,7 +212,8 @@ class Runner {
     return indices;
   }
 
-  // ---- memory --------------------------------------------------------------------------------------------------------
+  // ---- memory
+  // --------------------------------------------------------------------------------------------------------
 
   void access_threadgroup(uintptr_t address, size_t size, int kind, uintptr_t pc) {
     const size_t offset = address - reinterpret_cast<uintptr_t>(arena_->threadgroup);
@@ -218,7 +221,9 @@ class Runner {
       return offset >= entry.second.offset && offset + size <= entry.second.offset + entry.second.size;
     });
     if (!inside) {
-      fail(std::string("out-of-bounds threadgroup ") + verb(kind) + " of " + std::to_string(size) + " bytes by " + who(), pc);
+      fail(
+          std::string("out-of-bounds threadgroup ") + verb(kind) + " of " + std::to_string(size) + " bytes by " + who(),
+          pc);
     }
     const bool write = kind == MSL_WRITE || kind == MSL_ATOMIC_WRITE;
     for (size_t i = 0; i < size; ++i) {
@@ -247,7 +252,8 @@ class Runner {
            ("buffer " + std::to_string(buffer.index)).c_str(), pc);
   }
 
-  void record(Cell* cells, size_t count, int kind, uint32_t epoch, uint32_t simdgroup_epoch, const char* where, uintptr_t pc) {
+  void record(Cell* cells, size_t count, int kind, uint32_t epoch, uint32_t simdgroup_epoch, const char* where,
+              uintptr_t pc) {
     const bool write = kind == MSL_WRITE || kind == MSL_ATOMIC_WRITE, atomic = kind >= MSL_ATOMIC_READ;
     const Accessor accessor{threadgroup_, fiber_->thread, epoch, simdgroup_epoch};
     for (size_t i = 0; i < count; ++i) {
@@ -260,7 +266,8 @@ class Runner {
     }
   }
 
-  // ---- scheduling ----------------------------------------------------------------------------------------------------
+  // ---- scheduling
+  // ----------------------------------------------------------------------------------------------------
 
   void yield() { switch_context(&fiber_->context, scheduler_); }
 
@@ -282,7 +289,8 @@ class Runner {
 
   void start_threadgroup(uint32_t index, const uint32_t position[3], const uint32_t groups[3]) {
     uint32_t size[3];  // smaller at the edge of the grid
-    for (int i = 0; i < 3; ++i) size[i] = std::min(dispatch_.group[i], dispatch_.grid[i] - position[i] * dispatch_.group[i]);
+    for (int i = 0; i < 3; ++i)
+      size[i] = std::min(dispatch_.group[i], dispatch_.grid[i] - position[i] * dispatch_.group[i]);
     const uint32_t count = size[0] * size[1] * size[2];
     threadgroup_ = index;
     fibers_.assign(count, Fiber{});
@@ -293,7 +301,8 @@ class Runner {
     if (dispatch_.checked) threadgroup_cells_.assign(2 * kThreadgroupBytes, Cell{});
     threadgroup_used_ = 0;
     ready_.clear();
-    const uint32_t full_simdgroups = (dispatch_.group[0] * dispatch_.group[1] * dispatch_.group[2] + kSimdWidth - 1) / kSimdWidth;
+    const uint32_t full_simdgroups =
+        (dispatch_.group[0] * dispatch_.group[1] * dispatch_.group[2] + kSimdWidth - 1) / kSimdWidth;
     for (uint32_t t = 0; t < count; ++t) {
       Fiber& fiber = fibers_[t];
       fiber.thread = t;
@@ -302,7 +311,8 @@ class Runner {
       fiber.context = new_context(fiber.stack, fiber_main);
       simdgroups_[fiber.simdgroup()].lanes |= 1u << fiber.lane();
       const uint32_t p[3] = {t % size[0], t / size[0] % size[1], t / size[0] / size[1]};
-      const uint32_t values[kBuiltins][3] = {  // in the order of BUILTINS in metal/program.py
+      const uint32_t values[kBuiltins][3] = {
+          // in the order of BUILTINS in metal/program.py
           {position[0] * dispatch_.group[0] + p[0], position[1] * dispatch_.group[1] + p[1],
            position[2] * dispatch_.group[2] + p[2]},
           {p[0], p[1], p[2]},
@@ -368,7 +378,8 @@ class Runner {
       if (!(living >> lane & 1)) continue;
       const Fiber& fiber = fibers_[first + lane];
       if (!leader) leader = &fiber;
-      if (fiber.state != leader->state || fiber.waits_for != leader->waits_for || !(fiber.place == leader->place)) return;
+      if (fiber.state != leader->state || fiber.waits_for != leader->waits_for || !(fiber.place == leader->place))
+        return;
     }
     if (leader->state == State::kExchanging) {
       simdgroup.mask[leader->parity] = living;
@@ -384,7 +395,8 @@ class Runner {
     }
   }
 
-  // Nobody can run: either all threads wait at one threadgroup barrier, or the kernel is wrong. Returns whether they go on.
+  // Nobody can run: either all threads wait at one threadgroup barrier, or the kernel is wrong. Returns whether they go
+  // on.
   bool release_barrier() {
     const Fiber *at_barrier = nullptr, *elsewhere = nullptr, *in_simdgroup = nullptr;
     size_t waiting = 0;
@@ -400,8 +412,8 @@ class Runner {
     if (in_simdgroup) {
       fail(divergent_simdgroup(*in_simdgroup), 0);
     } else if (elsewhere) {
-      fail("divergent threadgroup_barrier: " + who(*at_barrier) + " waits at [" + text(at_barrier->place) + "], thread " +
-               std::to_string(elsewhere->thread) + " at [" + text(elsewhere->place) + "]",
+      fail("divergent threadgroup_barrier: " + who(*at_barrier) + " waits at [" + text(at_barrier->place) +
+               "], thread " + std::to_string(elsewhere->thread) + " at [" + text(elsewhere->place) + "]",
            0);
     } else if (waiting < fibers_.size()) {
       fail("threadgroup_barrier is reached by " + std::to_string(waiting) + " of " + std::to_string(fibers_.size()) +
@@ -454,7 +466,9 @@ const msl_runtime& runtime_table() {
       [](const volatile void* address, unsigned long size, int kind, const void* pc) {
         current_runner->access(reinterpret_cast<uintptr_t>(address), size, kind, reinterpret_cast<uintptr_t>(pc));
       },
-      [](int id, unsigned long size, unsigned long align) { return current_runner->threadgroup_array(id, size, align); },
+      [](int id, unsigned long size, unsigned long align) {
+        return current_runner->threadgroup_array(id, size, align);
+      },
       [](int simdgroup, int flags, int line, const char* file) {
         current_runner->barrier(simdgroup, flags, {file, line});
       },
