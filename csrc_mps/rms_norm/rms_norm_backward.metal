@@ -144,12 +144,13 @@ void rms_norm_backward(device const T* grad [[buffer(0)]], device const T* grad_
 
 // dweight: the column sums of `partial`. A threadgroup takes 32 columns; its simdgroups share the rows.
 template <typename T>
-[[kernel]] void rms_norm_grad_weight(device const float* partial [[buffer(0)]], device T* grad_weight [[buffer(1)]],
-                                     constant RmsNormBackwardParams& p [[buffer(2)]],
-                                     uint group [[threadgroup_position_in_grid]],
-                                     uint lane [[thread_index_in_simdgroup]],
-                                     uint simdgroup [[simdgroup_index_in_threadgroup]],
-                                     uint simdgroups [[simdgroups_per_threadgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(1024)]]
+void rms_norm_grad_weight(device const float* partial [[buffer(0)]], device T* grad_weight [[buffer(1)]],
+                          constant RmsNormBackwardParams& p [[buffer(2)]],
+                          uint group [[threadgroup_position_in_grid]],
+                          uint lane [[thread_index_in_simdgroup]],
+                          uint simdgroup [[simdgroup_index_in_threadgroup]],
+                          uint simdgroups [[simdgroups_per_threadgroup]]) {
   threadgroup float sums[32][32];
   const uint column = group * 32 + lane;
   float sum = 0.0f;
