@@ -119,7 +119,9 @@ def run(args: argparse.Namespace) -> int:
     console.print(args.prompt, style="bold")
     with apply_torch_fused(model):
         torch.manual_seed(args.seed)
-        model.generate(**inputs, **options, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+        model.generate(
+            **inputs, **options, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        )
     console.rule()
     stock, fused = _compare(model, inputs, args.max_new_tokens, args.rounds)
     console.print(_table(stock, fused))
@@ -144,7 +146,9 @@ def _encode(tokenizer, prompt: str):
 
 
 def _sampling(args: argparse.Namespace) -> dict:
-    chosen = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p") if getattr(args, name) is not None}
+    chosen = {
+        name: getattr(args, name) for name in ("temperature", "top_k", "top_p") if getattr(args, name) is not None
+    }
     return {"do_sample": True, "top_k": 0, **chosen} if chosen else {"do_sample": False}
 
 

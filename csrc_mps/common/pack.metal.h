@@ -14,16 +14,12 @@ inline void load_pack(device const float* from, thread float* values) {
 template <typename T>
 inline void load_pack(device const T* from, thread float* values) {
   const uint4 raw = *(device const uint4*)from;
-  const float4 low = float4(as_type<vec<T, 4>>(uint2(raw.x, raw.y)));
-  const float4 high = float4(as_type<vec<T, 4>>(uint2(raw.z, raw.w)));
-  values[0] = low.x;
-  values[1] = low.y;
-  values[2] = low.z;
-  values[3] = low.w;
-  values[4] = high.x;
-  values[5] = high.y;
-  values[6] = high.z;
-  values[7] = high.w;
+  const uint words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    values[2 * i] = float(as_type<T>(ushort(words[i] & 0xffffu)));
+    values[2 * i + 1] = float(as_type<T>(ushort(words[i] >> 16)));
+  }
 }
 
 inline void store_pack(device float* to, thread const float* values) {
@@ -32,9 +28,14 @@ inline void store_pack(device float* to, thread const float* values) {
 
 template <typename T>
 inline void store_pack(device T* to, thread const float* values) {
-  const uint2 low = as_type<uint2>(vec<T, 4>(float4(values[0], values[1], values[2], values[3])));
-  const uint2 high = as_type<uint2>(vec<T, 4>(float4(values[4], values[5], values[6], values[7])));
-  *(device uint4*)to = uint4(low.x, low.y, high.x, high.y);
+  uint words[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const uint low = as_type<ushort>(T(values[2 * i]));
+    const uint high = as_type<ushort>(T(values[2 * i + 1]));
+    words[i] = low | high << 16;
+  }
+  *(device uint4*)to = uint4(words[0], words[1], words[2], words[3]);
 }
 
 // W values from `column` on, zero past the end of the row. `aligned`: every pack of the row starts at 16 bytes.

@@ -2,9 +2,20 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+
+#include <type_traits>
 
 namespace torch_fused {
+
+// A tensor's memory as T*. (Tensor's own accessor templates are exported under names that depend on torch's compiler.)
+template <class T>
+T* elements(const at::Tensor& tensor) {
+  if constexpr (std::is_const_v<T>) {
+    return static_cast<T*>(tensor.const_data_ptr());
+  } else {
+    return static_cast<T*>(tensor.mutable_data_ptr());
+  }
+}
 
 struct Rows {
   at::Tensor tensor;  // keeps a copy alive, if one was needed

@@ -227,11 +227,11 @@ std::tuple<Tensor, Tensor> forward_cpu(const RmsNorm& norm, const Tensor& input,
   const Tensor w = weight ? weight->contiguous() : Tensor();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "rms_norm", [&] {
     const Forward<scalar_t> args{norm,
-                                 x.tensor.const_data_ptr<scalar_t>(),
-                                 residual ? r.tensor.const_data_ptr<scalar_t>() : nullptr,
-                                 weight ? w.const_data_ptr<scalar_t>() : nullptr,
-                                 output.mutable_data_ptr<scalar_t>(),
-                                 residual ? sum.mutable_data_ptr<scalar_t>() : nullptr,
+                                 elements<const scalar_t>(x.tensor),
+                                 residual ? elements<const scalar_t>(r.tensor) : nullptr,
+                                 weight ? elements<const scalar_t>(w) : nullptr,
+                                 elements<scalar_t>(output),
+                                 residual ? elements<scalar_t>(sum) : nullptr,
                                  x.stride,
                                  r.stride};
     run_parallel(args, norm.rows, norm.cols);
@@ -272,12 +272,12 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cpu(const Tensor& grad, const Optio
   const Tensor partial = at::zeros({need_weight_grad ? blocks : 0, norm.cols}, x.options().dtype(acc_type));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "rms_norm_backward", [&] {
     const Backward<scalar_t> args{norm,
-                                  dy.tensor.const_data_ptr<scalar_t>(),
-                                  grad_sum ? extra.tensor.const_data_ptr<scalar_t>() : nullptr,
-                                  values.tensor.const_data_ptr<scalar_t>(),
-                                  weight ? w.const_data_ptr<scalar_t>() : nullptr,
-                                  grad_x.mutable_data_ptr<scalar_t>(),
-                                  need_weight_grad ? partial.mutable_data_ptr<wide_t<scalar_t>>() : nullptr,
+                                  elements<const scalar_t>(dy.tensor),
+                                  grad_sum ? elements<const scalar_t>(extra.tensor) : nullptr,
+                                  elements<const scalar_t>(values.tensor),
+                                  weight ? elements<const scalar_t>(w) : nullptr,
+                                  elements<scalar_t>(grad_x),
+                                  need_weight_grad ? elements<wide_t<scalar_t>>(partial) : nullptr,
                                   dy.stride,
                                   extra.stride,
                                   values.stride,
@@ -320,6 +320,7 @@ void save(torch::autograd::AutogradContext* ctx, const Tensor& x, IntArrayRef no
           double weight_offset) {
   ctx->save_for_backward({x, weight.value_or(Tensor())});
   ctx->saved_data["normalized_shape"] = normalized_shape;
+  ctx->saved_data["has_weight"] = weight.has_value();
   ctx->saved_data["eps"] = eps;
   ctx->saved_data["casting_mode"] = std::string(casting_mode);
   ctx->saved_data["weight_offset"] = weight_offset;
@@ -348,7 +349,7 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    const bool has_weight = ctx->get_saved_variables()[1].defined();  // an absent tensor is no edge
+    const bool has_weight = ctx->saved_data["has_weight"].toBool();  // an absent tensor is no edge
     auto [grad_x, grad_weight] = call_backward(ctx, grads[0], std::nullopt, has_weight && ctx->needs_input_grad(1));
     return {grad_x, Tensor(), grad_weight, Tensor(), Tensor(), Tensor()};
   }
@@ -395,12 +396,17 @@ std::tuple<Tensor, Tensor> add_rms_norm_autograd(const Tensor& input, const Tens
   return {results[0], results[1]};
 }
 
-// torch.nn.functional.rms_norm runs in float32 under autocast on GPUs. "llama" keeps the model's own roundings.
+// Under autocast, what this torch does for its own rms_norm: float32 on GPUs, but not in every version. "llama" keeps
+// the model's roundings.
 template <c10::DispatchKey key, c10::DeviceType device>
 Tensor rms_norm_autocast(const Tensor& input, IntArrayRef normalized_shape, const OptionalTensor& weight,
                          std::optional<double> eps, std::string_view casting_mode, double weight_offset) {
+  static const bool torch_casts =
+      c10::Dispatcher::singleton().findSchemaOrThrow("aten::rms_norm", "").hasKernelForDispatchKey(key);
   c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
-  if (casting_mode == "llama") return call_rms_norm(input, normalized_shape, weight, eps, casting_mode, weight_offset);
+  if (!torch_casts || casting_mode == "llama") {
+    return call_rms_norm(input, normalized_shape, weight, eps, casting_mode, weight_offset);
+  }
   const auto cast = [](const Tensor& tensor) { return at::autocast::cached_cast(at::kFloat, tensor, device); };
   return call_rms_norm(cast(input), normalized_shape, weight ? OptionalTensor(cast(*weight)) : weight, eps,
                        casting_mode, weight_offset);

@@ -66,13 +66,14 @@ inline float sum_of_squares(thread const float* x) {
 
 // One threadgroup a row. N packs of W values a thread: the row is read once and stays in registers. N == 0: a longer row, read twice.
 template <typename T, int W, int N>
-[[kernel]] void rms_norm(device const T* input [[buffer(0)]], device const T* residual [[buffer(1)]],
-                         device const T* weight [[buffer(2)]], device T* output [[buffer(3)]],
-                         device T* sum [[buffer(4)]], constant RmsNormParams& p [[buffer(5)]],
-                         uint row [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
-                         uint threads [[threads_per_threadgroup]], uint lane [[thread_index_in_simdgroup]],
-                         uint simdgroup [[simdgroup_index_in_threadgroup]],
-                         uint simdgroups [[simdgroups_per_threadgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(512)]]
+void rms_norm(device const T* input [[buffer(0)]], device const T* residual [[buffer(1)]],
+              device const T* weight [[buffer(2)]], device T* output [[buffer(3)]],
+              device T* sum [[buffer(4)]], constant RmsNormParams& p [[buffer(5)]],
+              uint row [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
+              uint threads [[threads_per_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+              uint simdgroup [[simdgroup_index_in_threadgroup]],
+              uint simdgroups [[simdgroups_per_threadgroup]]) {
   threadgroup float scratch[32];
   const Place place = {lane, simdgroup, simdgroups};
   const RmsNormRow<T, W> r = {input + long(row) * p.input_stride,

@@ -78,17 +78,18 @@ inline float2 threadgroup_sums(float2 value, threadgroup float* scratch, Place p
 // Each threadgroup takes every threadgroups-th row and leaves its part of dweight in `partial` (threadgroups x cols).
 // N packs a thread in registers; N == 0: longer rows, read twice, with dweight accumulated in `partial` itself.
 template <typename T, int W, int N>
-[[kernel]] void rms_norm_backward(device const T* grad [[buffer(0)]], device const T* grad_sum [[buffer(1)]],
-                                  device const T* x [[buffer(2)]], device const T* weight [[buffer(3)]],
-                                  device T* grad_x [[buffer(4)]], device float* partial [[buffer(5)]],
-                                  constant RmsNormBackwardParams& p [[buffer(6)]],
-                                  uint group [[threadgroup_position_in_grid]],
-                                  uint groups [[threadgroups_per_grid]],
-                                  uint thread_id [[thread_position_in_threadgroup]],
-                                  uint threads [[threads_per_threadgroup]],
-                                  uint lane [[thread_index_in_simdgroup]],
-                                  uint simdgroup [[simdgroup_index_in_threadgroup]],
-                                  uint simdgroups [[simdgroups_per_threadgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(512)]]
+void rms_norm_backward(device const T* grad [[buffer(0)]], device const T* grad_sum [[buffer(1)]],
+                       device const T* x [[buffer(2)]], device const T* weight [[buffer(3)]],
+                       device T* grad_x [[buffer(4)]], device float* partial [[buffer(5)]],
+                       constant RmsNormBackwardParams& p [[buffer(6)]],
+                       uint group [[threadgroup_position_in_grid]],
+                       uint groups [[threadgroups_per_grid]],
+                       uint thread_id [[thread_position_in_threadgroup]],
+                       uint threads [[threads_per_threadgroup]],
+                       uint lane [[thread_index_in_simdgroup]],
+                       uint simdgroup [[simdgroup_index_in_threadgroup]],
+                       uint simdgroups [[simdgroups_per_threadgroup]]) {
   threadgroup float scratch[32];
   const Place place = {lane, simdgroup, simdgroups};
   const uint first = thread_id * W;
@@ -143,12 +144,13 @@ template <typename T, int W, int N>
 
 // dweight: the column sums of `partial`. A threadgroup takes 32 columns; its simdgroups share the rows.
 template <typename T>
-[[kernel]] void rms_norm_grad_weight(device const float* partial [[buffer(0)]], device T* grad_weight [[buffer(1)]],
-                                     constant RmsNormBackwardParams& p [[buffer(2)]],
-                                     uint group [[threadgroup_position_in_grid]],
-                                     uint lane [[thread_index_in_simdgroup]],
-                                     uint simdgroup [[simdgroup_index_in_threadgroup]],
-                                     uint simdgroups [[simdgroups_per_threadgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(1024)]]
+void rms_norm_grad_weight(device const float* partial [[buffer(0)]], device T* grad_weight [[buffer(1)]],
+                          constant RmsNormBackwardParams& p [[buffer(2)]],
+                          uint group [[threadgroup_position_in_grid]],
+                          uint lane [[thread_index_in_simdgroup]],
+                          uint simdgroup [[simdgroup_index_in_threadgroup]],
+                          uint simdgroups [[simdgroups_per_threadgroup]]) {
   threadgroup float sums[32][32];
   const uint column = group * 32 + lane;
   float sum = 0.0f;
@@ -171,6 +173,7 @@ template <typename T>
   RMS_NORM_BACKWARD(name, T, W, 0)                                                                \
   RMS_NORM_BACKWARD(name, T, W, 1)                                                                \
   RMS_NORM_BACKWARD(name, T, W, 2)                                                                \
+  RMS_NORM_BACKWARD(name, T, W, 4)                                                                \
   template [[host_name("rms_norm_grad_weight_" #name)]] [[kernel]] void rms_norm_grad_weight<T>(  \
       device const float*, device T*, constant RmsNormBackwardParams&, uint, uint, uint, uint);
 RMS_NORM_BACKWARD_ALL(f32, float, 4)

@@ -1,4 +1,4 @@
-"""Metal kernels on any machine: a front end that translates and checks them, and an emulator that runs them."""
+"""The Metal front end and emulator: parse and check kernels, and run them on any machine with a C++ compiler."""
 
 import importlib
 from typing import Any
@@ -8,7 +8,7 @@ __all__ = ["MetalError", "compile_shader", "emulate"]
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when asked for: the build uses the front end before there is a torch_fused to import.
+    # On demand: setup.py uses the front end before torch_fused itself can be imported.
     if name in _MODULES:
         return getattr(importlib.import_module(_MODULES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

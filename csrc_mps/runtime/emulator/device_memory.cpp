@@ -65,15 +65,13 @@ Buffer* DeviceMemory::find(uintptr_t address, size_t size, msl_access access) {
 }
 
 DeviceMemory::Region& DeviceMemory::region_of(const Buffer& buffer) {
-  return *std::find_if(regions_.begin(), regions_.end(), [&](const Region& region) {
-    return buffer.begin >= region.begin && buffer.end <= region.end;
-  });
+  return *std::find_if(regions_.begin(), regions_.end(),
+                       [&](const Region& region) { return buffer.begin >= region.begin && buffer.end <= region.end; });
 }
 
 bool DeviceMemory::holds(uintptr_t address) const {
-  return std::any_of(regions_.begin(), regions_.end(), [&](const Region& region) {
-    return address >= region.begin && address < region.end;
-  });
+  return std::any_of(regions_.begin(), regions_.end(),
+                     [&](const Region& region) { return address >= region.begin && address < region.end; });
 }
 
 std::string DeviceMemory::nearest(uintptr_t address) const {

@@ -286,7 +286,8 @@ void Runner::release_simdgroup(Simdgroup& simdgroup, uint32_t first) {
   make_ready(std::move(threads));
 }
 
-// Nobody can run: either all threads wait at one threadgroup barrier, or the kernel is wrong. Returns whether they go on.
+// Nobody can run: either all threads wait at one threadgroup barrier, or the kernel is wrong. Returns whether they go
+// on.
 bool Runner::release_barrier() {
   std::vector<uint32_t> waiting;
   for (const Fiber& fiber : fibers_) {

@@ -62,9 +62,7 @@ std::string describe(const char* hazard, uint64_t other) {
 
 std::string find_race(Cell& cell, const Accessor& accessor, msl_access access) {
   const uint64_t now = pack(accessor, is_atomic(access));
-  const auto conflicts = [now](uint64_t recorded) {
-    return unordered(recorded, now) && !(recorded & now & kAtomic);
-  };
+  const auto conflicts = [now](uint64_t recorded) { return unordered(recorded, now) && !(recorded & now & kAtomic); };
   if (conflicts(cell.write)) return describe(reads(access) ? "read-after-write" : "write-after-write", cell.write);
   if (writes(access) && conflicts(cell.read)) return describe("write-after-read", cell.read);
   if (reads(access)) cell.read = merge_reads(cell.read, now);

@@ -131,10 +131,10 @@ MSL_FN bool simd_all(bool condition) {
 
 // Atomics: 32-bit integers
 
-#define MSL_ATOMIC(NAME, INTRINSIC)                                                             \
-  template <class T>                                                                            \
+#define MSL_ATOMIC(NAME, INTRINSIC)                                                   \
+  template <class T>                                                                  \
   MSL_FN T NAME(atomic<T>* object, typename same_as<T>::type operand, memory_order) { \
-    return ::INTRINSIC(&object->value, operand);                                                \
+    return ::INTRINSIC(&object->value, operand);                                      \
   }
 MSL_ATOMIC(atomic_fetch_add_explicit, atomicAdd)
 MSL_ATOMIC(atomic_fetch_sub_explicit, atomicSub)

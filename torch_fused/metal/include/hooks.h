@@ -14,18 +14,36 @@ extern "C" __attribute__((visibility("default"))) MSL_UNCHECKED void msl_set_run
 #ifdef MSL_CHECKED
 #define MSL_HOOK extern "C" __attribute__((visibility("hidden"), used)) MSL_UNCHECKED
 #define MSL_REPORT(address, size, kind) msl_rt.access(address, size, kind, __builtin_return_address(0))
-#define MSL_ACCESS_HOOKS(size)                                                                                     \
-  MSL_HOOK void __tsan_read##size(void* p) { MSL_REPORT(p, size, MSL_READ); }                                      \
-  MSL_HOOK void __tsan_write##size(void* p) { MSL_REPORT(p, size, MSL_WRITE); }                                    \
-  MSL_HOOK void __tsan_unaligned_read##size(void* p) { MSL_REPORT(p, size, MSL_READ); }                            \
-  MSL_HOOK void __tsan_unaligned_write##size(void* p) { MSL_REPORT(p, size, MSL_WRITE); }                          \
-  MSL_HOOK void __tsan_volatile_read##size(void* p) { MSL_REPORT(p, size, MSL_READ); }                             \
-  MSL_HOOK void __tsan_volatile_write##size(void* p) { MSL_REPORT(p, size, MSL_WRITE); }                           \
-  MSL_HOOK void __tsan_unaligned_volatile_read##size(void* p) { MSL_REPORT(p, size, MSL_READ); }                   \
-  MSL_HOOK void __tsan_unaligned_volatile_write##size(void* p) { MSL_REPORT(p, size, MSL_WRITE); }                 \
-  MSL_HOOK void __tsan_read_write##size(void* p) { MSL_REPORT(p, size, MSL_READ), MSL_REPORT(p, size, MSL_WRITE); } \
-  MSL_HOOK void __tsan_unaligned_read_write##size(void* p) {                                                       \
-    MSL_REPORT(p, size, MSL_READ), MSL_REPORT(p, size, MSL_WRITE);                                                 \
+#define MSL_ACCESS_HOOKS(size)                                     \
+  MSL_HOOK void __tsan_read##size(void* p) {                       \
+    MSL_REPORT(p, size, MSL_READ);                                 \
+  }                                                                \
+  MSL_HOOK void __tsan_write##size(void* p) {                      \
+    MSL_REPORT(p, size, MSL_WRITE);                                \
+  }                                                                \
+  MSL_HOOK void __tsan_unaligned_read##size(void* p) {             \
+    MSL_REPORT(p, size, MSL_READ);                                 \
+  }                                                                \
+  MSL_HOOK void __tsan_unaligned_write##size(void* p) {            \
+    MSL_REPORT(p, size, MSL_WRITE);                                \
+  }                                                                \
+  MSL_HOOK void __tsan_volatile_read##size(void* p) {              \
+    MSL_REPORT(p, size, MSL_READ);                                 \
+  }                                                                \
+  MSL_HOOK void __tsan_volatile_write##size(void* p) {             \
+    MSL_REPORT(p, size, MSL_WRITE);                                \
+  }                                                                \
+  MSL_HOOK void __tsan_unaligned_volatile_read##size(void* p) {    \
+    MSL_REPORT(p, size, MSL_READ);                                 \
+  }                                                                \
+  MSL_HOOK void __tsan_unaligned_volatile_write##size(void* p) {   \
+    MSL_REPORT(p, size, MSL_WRITE);                                \
+  }                                                                \
+  MSL_HOOK void __tsan_read_write##size(void* p) {                 \
+    MSL_REPORT(p, size, MSL_READ), MSL_REPORT(p, size, MSL_WRITE); \
+  }                                                                \
+  MSL_HOOK void __tsan_unaligned_read_write##size(void* p) {       \
+    MSL_REPORT(p, size, MSL_READ), MSL_REPORT(p, size, MSL_WRITE); \
   }
 MSL_ACCESS_HOOKS(1)
 MSL_ACCESS_HOOKS(2)
@@ -35,8 +53,12 @@ MSL_ACCESS_HOOKS(16)
 MSL_HOOK void __tsan_init() {}
 MSL_HOOK void __tsan_func_entry(void*) {}
 MSL_HOOK void __tsan_func_exit() {}
-MSL_HOOK void __tsan_read_range(void* p, unsigned long size) { MSL_REPORT(p, size, MSL_READ); }
-MSL_HOOK void __tsan_write_range(void* p, unsigned long size) { MSL_REPORT(p, size, MSL_WRITE); }
+MSL_HOOK void __tsan_read_range(void* p, unsigned long size) {
+  MSL_REPORT(p, size, MSL_READ);
+}
+MSL_HOOK void __tsan_write_range(void* p, unsigned long size) {
+  MSL_REPORT(p, size, MSL_WRITE);
+}
 MSL_HOOK void* __tsan_memcpy(void* to, const void* from, unsigned long size) {
   MSL_REPORT(from, size, MSL_READ), MSL_REPORT(to, size, MSL_WRITE);
   return __builtin_memmove(to, from, size);

@@ -1,0 +1,265 @@
+"""FusedKVCache holds what DynamicCache holds, in fewer copies."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from transformers import DynamicCache, Qwen2Config
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+import torch_fused.hf.cache
+from torch_fused.hf import FusedKVCache
+from torch_fused.testing import make
+
+LAYERS, HEADS, HEAD_DIM = 3, 2, 8
+
+
+def config(**changes):
+    return Qwen2Config(
+        hidden_size=32,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=HEADS,
+        intermediate_size=32,
+        vocab_size=16,
+        **changes,
+    )
+
+
+def append(caches, tokens, batch=2, seed=0):
+    """Appends the same random states to every layer of each cache; gives the last layer's results, one per cache."""
+    results = []
+    for layer in range(LAYERS):
+        keys = make(batch, tokens, HEADS, HEAD_DIM, seed=seed + 2 * layer).transpose(1, 2)
+        values = make(batch, tokens, HEADS, HEAD_DIM, seed=seed + 2 * layer + 1).transpose(1, 2)
+        results = [cache.update(keys, values, layer) for cache in caches]
+    return results
+
+
+def assert_same(fused, stock):
+    assert fused.get_seq_length() == stock.get_seq_length()
+    for ours, theirs in zip(fused.layers, stock.layers, strict=True):
+        if theirs.get_seq_length():
+            assert torch.equal(ours.keys, theirs.keys)
+            assert torch.equal(ours.values, theirs.values)
+        assert ours.get_mask_sizes(3) == theirs.get_mask_sizes(3)
+
+
+@pytest.fixture
+def caches():
+    return FusedKVCache(config()), DynamicCache(config=config())
+
+
+def test_append_through_several_growths(caches):
+    """A prompt, then single tokens past the 1.5x boundary several times: every result is DynamicCache's."""
+    for step, tokens in enumerate([5, *[1] * 30, 7, 0, 40, 1]):
+        (keys, values), (stock_keys, stock_values) = append(caches, tokens, seed=100 * step)
+        assert torch.equal(keys, stock_keys)
+        assert torch.equal(values, stock_values)
+        assert_same(*caches)
+
+
+def test_appending_moves_nothing_while_there_is_room(caches):
+    """The buffers stay where they are, so a token costs its own size only."""
+    fused, _ = caches
+    append([fused], 64)
+    before = fused.layers[0].keys.data_ptr()
+    for step in range(32):
+        append([fused], 1, seed=step)
+        assert fused.layers[0].keys.data_ptr() == before
+    append([fused], 1)
+    assert fused.layers[0].keys.data_ptr() != before
+
+
+@pytest.mark.parametrize("argument", ["max_cache_len", "expected_len"])
+def test_known_length_is_allocated_once(argument):
+    """With the final length known, nothing is ever moved, and nbytes is that length exactly."""
+    cache = FusedKVCache(config(), **{argument: 100})
+    append([cache], 3)
+    before = [layer.keys.data_ptr() for layer in cache.layers]
+    for step in range(97):
+        append([cache], 1, seed=step)
+    assert [layer.keys.data_ptr() for layer in cache.layers] == before
+    assert cache.nbytes == LAYERS * 2 * 100 * 2 * HEADS * HEAD_DIM * 4
+
+
+def test_too_large_a_length_is_not_allocated_at_once(monkeypatch):
+    """Past the limit for the whole cache it grows instead, and never beyond the known length."""
+    token_bytes = LAYERS * 2 * 2 * HEADS * HEAD_DIM * 4
+    monkeypatch.setattr(torch_fused.hf.cache, "ALLOCATE_AT_ONCE", 100 * token_bytes - 1)
+    cache = FusedKVCache(config(), max_cache_len=100)
+    append([cache], 80)
+    assert cache.nbytes == 100 * token_bytes
+    cache = FusedKVCache(config(), max_cache_len=100)
+    append([cache], 40)
+    assert cache.nbytes == 60 * token_bytes
+
+
+def test_a_hint_is_not_a_limit():
+    """More tokens than expected_len are taken."""
+    cache, stock = FusedKVCache(config(), expected_len=4), DynamicCache(config=config())
+    append([cache, stock], 3)
+    append([cache, stock], 9, seed=1)
+    assert_same(cache, stock)
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_full_is_an_error_that_changes_nothing(hybrid):
+    """One token too many raises at the first layer, sliding ones included, and every layer is as it was."""
+    changes = hybrid_changes() if hybrid else {}
+    cache = FusedKVCache(config(**changes), max_cache_len=6)
+    append([cache], 5)
+    before = copy.deepcopy(cache)
+    with pytest.raises(ValueError, match="max_cache_len is 6 tokens and 5 are held, got 2 more"):
+        append([cache], 2, seed=1)
+    assert_same(cache, before)
+    append([cache], 1, seed=1)
+    assert cache.get_seq_length() == 6
+    assert cache.get_max_length() == 6
+
+
+def test_refuses_a_length_of_nothing():
+    """max_cache_len=0 would be a cache that holds no token."""
+    with pytest.raises(ValueError, match="max_cache_len must be at least 1 or None, got 0"):
+        FusedKVCache(config(), max_cache_len=0)
+
+
+def test_crop_keeps_the_buffers(caches):
+    """Tokens taken back are overwritten in place by the next ones."""
+    fused = caches[0]
+    append(caches, 10)
+    before = fused.layers[0].keys.data_ptr()
+    for cache in caches:
+        cache.crop(0)
+        cache.crop(-4)
+    assert_same(*caches)
+    append(caches, 3, seed=7)
+    assert_same(*caches)
+    assert fused.layers[0].keys.data_ptr() == before
+    with pytest.raises(ValueError, match="crop takes minus the number of tokens to remove, or 0, got 4"):
+        fused.crop(4)
+
+
+@pytest.mark.parametrize("use", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave", "reset"])
+def test_batch_operations(caches, use):
+    """What beam search and its relatives do to a cache, repeated and followed by more tokens."""
+    argument = {"batch_repeat_interleave": (3,), "reset": ()}.get(use, (torch.tensor([1, 1]),))
+    batch = 2
+    for cache in caches:
+        getattr(cache, use)(*argument)  # before the first token
+    append(caches, 5)
+    for step in range(2):
+        for cache in caches:
+            getattr(cache, use)(*argument)
+        assert_same(*caches)
+        batch *= 3 if use == "batch_repeat_interleave" else 1
+        append(caches, 4, batch=batch, seed=10 * step)
+        assert_same(*caches)
+
+
+def test_a_tensor_of_the_users_is_never_written(caches):
+    """Keys assigned from outside are copied before the first write, also after a crop or a reordering."""
+    fused, _ = caches
+    append([fused], 4)
+    theirs = torch.ones(2, HEADS, 6, HEAD_DIM)
+    for layer in fused.layers:
+        layer.keys, layer.values = theirs, theirs
+    fused.crop(-2)
+    fused.reorder_cache(torch.tensor([1, 0]))
+    append([fused], 1)
+    assert torch.equal(theirs, torch.ones_like(theirs))
+    assert fused.get_seq_length() == 5
+
+
+def test_reuse_after_reset_with_another_batch(caches):
+    """A reset cache takes states of any batch size and dtype."""
+    append(caches, 4)
+    for cache in caches:
+        cache.reset()
+        assert cache.get_seq_length() == 0
+    append(caches, 3, batch=5)
+    assert_same(*caches)
+
+
+def pickled(cache):
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_copies_are_independent_and_hold_the_used_part_only(duplicate):
+    """A copy equals the original, both can go on by themselves, and the spare room is not copied."""
+    cache, stock = FusedKVCache(config(), max_cache_len=50), DynamicCache(config=config())
+    append([cache, stock], 10)
+    other = duplicate(cache)
+    assert other.max_cache_len == 50
+    assert other.nbytes == cache.nbytes // 5
+    append([cache], 3, seed=50)
+    append([other, stock], 2, seed=60)
+    assert_same(other, stock)
+    assert cache.get_seq_length() == 13
+
+
+def test_iterates_like_dynamic_cache(caches):
+    """The legacy view: (keys, values, window) a layer."""
+    append(caches, 4)
+    for (keys, values, _), (stock_keys, stock_values, _) in zip(*caches, strict=True):
+        assert torch.equal(keys, stock_keys)
+        assert torch.equal(values, stock_values)
+
+
+def hybrid_changes():
+    types = ["sliding_attention", "full_attention", "full_attention"]
+    return {"use_sliding_window": True, "sliding_window": 8, "layer_types": types}
+
+
+def test_hybrid_models_keep_their_sliding_layers():
+    """Only full attention is replaced; windowed layers forget as transformers' own do."""
+    fused, stock = FusedKVCache(config(**hybrid_changes())), DynamicCache(config=config(**hybrid_changes()))
+    assert type(fused.layers[0]) is DynamicSlidingWindowLayer
+    for step in range(20):
+        append([fused, stock], 1, seed=step)
+        assert_same(fused, stock)
+    assert fused.nbytes > 0
+
+
+def test_leaves_inference_mode():
+    """A cache filled in inference mode goes on outside of it, as DynamicCache does."""
+    cache, stock = FusedKVCache(config(), max_cache_len=20), DynamicCache(config=config())
+    with torch.inference_mode():
+        append([cache, stock], 4)
+    append([cache, stock], 2, seed=1)
+    assert_same(cache, stock)
+    with torch.inference_mode():
+        append([cache, stock], 2, seed=2)
+    assert_same(cache, stock)
+
+
+def test_gradients_flow_through_the_cache():
+    """States that require grad are concatenated: gradients reach the tokens of both calls, and of earlier ones."""
+    gradients = []
+    for cache in (FusedKVCache(config()), DynamicCache(config=config())):
+        first = make(2, HEADS, 3, HEAD_DIM, requires_grad=True)
+        second = make(2, HEADS, 2, HEAD_DIM, seed=1, requires_grad=True)
+        cache.update(first, first, 0)
+        keys, values = cache.update(second, second, 0)
+        loss = (keys.square() * values).sum()
+        with torch.no_grad():
+            cache.crop(-1)
+            cache.update(second[:, :, :1], second[:, :, :1], 0)  # must not write into what backward needs
+        loss.backward()
+        gradients.append((first.grad, second.grad))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_is_like_dynamic_cache_to_generate():
+    """The flags by which generate() chooses its paths: can be cropped, is not compiled."""
+    cache = FusedKVCache(config())
+    assert cache.is_croppable
+    assert not cache.is_compileable
+    assert cache.get_max_length() == -1
+    assert cache.nbytes == 0

@@ -1,0 +1,280 @@
+"""A patched model generates stock's tokens, in every mode that transformers offers."""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StaticCache,
+)
+
+import torch_fused
+from torch_fused.hf import FusedKVCache, apply_torch_fused, generate
+
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+VOCABULARY = 128
+
+
+def make_model(family="qwen2", *, seed=0, dtype=torch.float32, layers=2, **changes):
+    """A small model with random weights; large enough ones that its greedy tokens do not just repeat."""
+    make_config, make_causal_lm = FAMILIES[family]
+    config = make_config(
+        hidden_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=96,
+        vocab_size=VOCABULARY,
+        initializer_range=0.15,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+        **changes,
+    )
+    torch.manual_seed(seed)
+    model = make_causal_lm(config).eval()
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(weight, 0.5, 1.5)  # ones would hide how the weight is applied
+    return model.to(dtype)
+
+
+def prompt(*shape, seed=0):
+    return torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small lose more to waking threads than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def stock():
+    return make_model()
+
+
+@pytest.fixture
+def fused(stock):
+    model = copy.deepcopy(stock)
+    apply_torch_fused(model)
+    return model
+
+
+# ---- every family gives stock's tokens ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_stocks(family, seed, dtype):
+    """200 greedy tokens; in bfloat16 too, because every rounding is the model's own."""
+    model = make_model(family, seed=seed, dtype=dtype, layers=2 + seed)
+    expected = model.generate(prompt(1, 9), max_new_tokens=200, do_sample=False)
+    with apply_torch_fused(model):
+        tokens = model.generate(prompt(1, 9), max_new_tokens=200, do_sample=False)
+    assert len(set(expected[0].tolist())) > 20  # the comparison would mean little for a loop of a few tokens
+    assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_stocks_bit_for_bit(family, attention):
+    """A prompt through the whole model in bfloat16, under both attention implementations."""
+    model = make_model(family, dtype=torch.bfloat16, attn_implementation=attention)
+    with torch.no_grad():
+        expected = model(prompt(2, 17)).logits
+        with apply_torch_fused(model):
+            assert torch.equal(model(prompt(2, 17)).logits, expected)
+
+
+def test_hybrid_sliding_window():
+    """A model with windowed and full layers, past the window."""
+    types = ["sliding_attention", "full_attention"]
+    model = make_model(use_sliding_window=True, sliding_window=8, layer_types=types)
+    expected = model.generate(prompt(1, 5), max_new_tokens=40, do_sample=False)
+    with apply_torch_fused(model):
+        assert torch.equal(model.generate(prompt(1, 5), max_new_tokens=40, do_sample=False), expected)
+
+
+# ---- every way to generate ------------------------------------------------------------------------------------------
+
+WAYS = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 1.3, "top_k": 40, "top_p": 0.9},
+    "several sequences": {"do_sample": True, "num_return_sequences": 3},
+    "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+    "sampled beams": {"do_sample": True, "num_beams": 3},
+    "chunked prefill": {"do_sample": False, "prefill_chunk_size": 3},
+    "dynamic by name": {"do_sample": False, "cache_implementation": "dynamic"},
+    "no cache": {"do_sample": False, "use_cache": False},
+    "static cache": {"do_sample": False, "cache_implementation": "static", "disable_compile": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_batch_with_left_padding(stock, fused, way):
+    """Prompts of different lengths, padded on the left; the same seed draws the same tokens, twice."""
+    ids = prompt(3, 8)
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate([0, 3, 5]):
+        ids[row, :padding] = 0
+        mask[row, :padding] = 0
+
+    def run(model):
+        torch.manual_seed(0)
+        return model.generate(ids, attention_mask=mask, max_new_tokens=30, **WAYS[way])
+
+    expected = run(stock)
+    assert torch.equal(run(fused), expected)
+    assert torch.equal(run(fused), expected)
+
+
+def test_prompt_lookup(stock, fused):
+    """Candidates copied from the prompt are verified and rejected: the cache is cropped many times."""
+    ids = prompt(1, 6).repeat(1, 4)
+    options = {"do_sample": False, "max_new_tokens": 60, "prompt_lookup_num_tokens": 4}
+    assert torch.equal(fused.generate(ids, **options), stock.generate(ids, **options))
+
+
+def test_assisted_by_a_second_model(stock, fused):
+    """The assistant, itself patched, keeps a fused cache of its own from call to call."""
+    assistant = make_model(seed=5, layers=2)
+    options = {"do_sample": False, "max_new_tokens": 40}
+    expected = stock.generate(prompt(1, 6), assistant_model=assistant, **options)
+    apply_torch_fused(assistant)
+    assert torch.equal(fused.generate(prompt(1, 6), assistant_model=assistant, **options), expected)
+
+
+def test_several_turns_with_one_cache(stock, fused):
+    """A conversation: each turn hands in everything so far and the cache of the turns before."""
+    conversations = []
+    for model, cache in ((stock, DynamicCache(config=stock.config)), (fused, FusedKVCache(fused.config))):
+        tokens = prompt(1, 5)
+        for turn in range(3):
+            tokens = torch.cat([tokens, prompt(1, 4, seed=turn)], dim=1)
+            tokens = model.generate(tokens, past_key_values=cache, max_new_tokens=20, do_sample=False)
+        assert cache.get_seq_length() == tokens.shape[1] - 1
+        conversations.append(tokens)
+    assert torch.equal(*conversations)
+
+
+def test_stops_at_the_end_token(stock, fused):
+    """Rows end at different steps and are padded from there."""
+    end = stock.generate(prompt(4, 6), max_new_tokens=40, do_sample=False)[:, 15].tolist()
+    options = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": end}
+    expected = stock.generate(prompt(4, 6), **options)
+    assert torch.equal(fused.generate(prompt(4, 6), **options), expected)
+
+
+def test_returns_scores_and_the_cache(stock, fused):
+    """return_dict_in_generate: equal scores and logits, hidden states, and a FusedKVCache one can go on with."""
+    options = {
+        "do_sample": False,
+        "max_new_tokens": 10,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "output_logits": True,
+        "output_hidden_states": True,
+    }
+    expected, output = stock.generate(prompt(2, 6), **options), fused.generate(prompt(2, 6), **options)
+    assert torch.equal(output.sequences, expected.sequences)
+    assert torch.equal(torch.stack(output.scores), torch.stack(expected.scores))
+    assert torch.equal(torch.stack(output.logits), torch.stack(expected.logits))
+    for ours, theirs in zip(output.hidden_states, expected.hidden_states, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert type(output.past_key_values) is FusedKVCache
+    assert type(expected.past_key_values) is DynamicCache
+    assert output.past_key_values.get_seq_length() == 15
+
+
+def cache_made_by(model, **options):
+    output = model.generate(
+        prompt(1, 6), max_new_tokens=4, do_sample=False, return_dict_in_generate=True, disable_compile=True, **options
+    )
+    return output.past_key_values
+
+
+def test_a_choice_of_cache_is_respected(stock, fused):
+    """Only the default is replaced: no cache, a named one, and one handed in stay what was asked for."""
+    mine = DynamicCache(config=fused.config)
+    assert cache_made_by(fused, past_key_values=mine) is mine
+    assert cache_made_by(fused, use_cache=False) is None
+    assert type(cache_made_by(fused, cache_implementation="static")) is StaticCache
+    assert type(cache_made_by(fused)) is FusedKVCache
+
+
+def test_buffers_are_allocated_for_the_final_length(fused):
+    """generate() says how long the sequence can get, so nothing is moved on the way."""
+    cache = cache_made_by(fused)
+    assert cache.nbytes == 2 * 2 * (6 + 4 - 1) * 2 * 16 * 4
+
+
+def test_a_full_cache_stops_generation(fused):
+    """max_cache_len too small for what is asked: the error of the cache, not a wrong result."""
+    cache = FusedKVCache(fused.config, max_cache_len=8)
+    with pytest.raises(ValueError, match="max_cache_len is 8 tokens"):
+        fused.generate(prompt(1, 6), past_key_values=cache, max_new_tokens=10, do_sample=False)
+    assert [layer.get_seq_length() for layer in cache.layers] == [8, 8]
+
+
+# ---- torch_fused.hf.generate ----------------------------------------------------------------------------------------
+
+
+class Streamer:
+    def __init__(self):
+        self.tokens = []
+        self.ended = False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("patch", [None, {}, {"cache": False}], ids=["stock", "patched", "patched without cache"])
+def test_generate_streams_and_leaves_the_model_as_it_was(stock, patch):
+    """For a stock model and a patched one: the tokens, the streamer's tokens, a fused cache, no trace."""
+    expected = stock.generate(prompt(1, 6), max_new_tokens=12, do_sample=False)
+    if patch is not None:
+        apply_torch_fused(stock, **patch)
+    before = [dict(module.__dict__) for module in stock.modules()]
+    streamer = Streamer()
+    output = generate(
+        stock, prompt(1, 6), max_new_tokens=12, do_sample=False, streamer=streamer, return_dict_in_generate=True
+    )
+    assert torch.equal(output.sequences, expected)
+    assert streamer.tokens == expected[0].tolist()
+    assert streamer.ended
+    assert type(output.past_key_values) is FusedKVCache
+    assert [dict(module.__dict__) for module in stock.modules()] == before
+
+
+def test_generate_takes_what_a_tokenizer_returns(stock):
+    """A mapping with a mask, as a tensor of ids; nothing else."""
+    inputs = {"input_ids": prompt(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    expected = stock.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert torch.equal(generate(stock, inputs, max_new_tokens=5, do_sample=False), expected)
+    with pytest.raises(TypeError, match="inputs must be a tensor of token ids or a mapping, got list"):
+        generate(stock, [1, 2, 3])
+
+
+def test_is_reached_from_the_package():
+    """`torch_fused.hf` loads on first use."""
+    assert torch_fused.hf.generate is generate

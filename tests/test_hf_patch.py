@@ -1,0 +1,275 @@
+"""apply_torch_fused touches the instances of one model, and revert leaves no trace."""
+
+import copy
+import functools
+import io
+
+import pytest
+import torch
+from test_hf_generate import FAMILIES, make_model, prompt
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
+
+from torch_fused.hf import apply_torch_fused
+
+
+def dicts(model):
+    return [dict(module.__dict__) for module in model.modules()]
+
+
+def kernels(function, *args):
+    """How often each torch_fused op runs in one call."""
+    with torch.profiler.profile() as profile:
+        function(*args)
+    return {
+        event.key.removeprefix("torch_fused::"): event.count for event in profile.key_averages() if "::" in event.key
+    }
+
+
+# ---- what is patched ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "norms"), [("llama", 5), ("qwen2", 5), ("qwen3", 9)])
+def test_every_norm_runs_fused(family, norms):
+    """Two layers: one norm after an addition in each, all other norms alone; no norm is computed by torch."""
+    model = make_model(family)
+    apply_torch_fused(model)
+    with torch.no_grad():
+        counts = kernels(model, prompt(1, 4))
+    assert counts["add_rms_norm"] == 2
+    assert counts["rms_norm"] == norms - 2
+    assert "aten::rsqrt" not in counts
+
+
+def test_flags():
+    """Each flag leaves its part to transformers."""
+    model = make_model()
+    with torch.no_grad():
+        with apply_torch_fused(model, residual=False):
+            assert kernels(model, prompt(1, 4))["rms_norm"] == 5
+        with apply_torch_fused(model, norms=False):
+            assert "rms_norm" not in kernels(model, prompt(1, 4))
+            assert "kv_append_" in kernels(lambda: model.generate(prompt(1, 4), max_new_tokens=2))
+        with apply_torch_fused(model, cache=False):
+            assert "kv_append_" not in kernels(lambda: model.generate(prompt(1, 4), max_new_tokens=2))
+
+
+def test_another_model_in_the_process_is_unchanged():
+    """No class and no global is patched: a stock model made before or after runs no fused op."""
+    before, patched = make_model(), make_model()
+    state = dicts(before)
+    forwards = Qwen2RMSNorm.forward, Qwen2DecoderLayer.forward
+    with torch.no_grad():
+        expected = before(prompt(1, 4)).logits
+        apply_torch_fused(patched)
+        patched.generate(prompt(1, 4), max_new_tokens=2)
+        for model in (before, make_model()):
+            assert not {"rms_norm", "add_rms_norm", "kv_append_"} & kernels(model, prompt(1, 4)).keys()
+            assert torch.equal(model(prompt(1, 4)).logits, expected)
+    assert dicts(before) == state
+    assert (Qwen2RMSNorm.forward, Qwen2DecoderLayer.forward) == forwards
+
+
+def test_weights_are_saved_and_copied_as_before():
+    """The state dict has the same keys; a deep copy is patched itself and does not reach back to the original."""
+    model = make_model()
+    keys = list(model.state_dict())
+    apply_torch_fused(model)
+    assert list(model.state_dict()) == keys
+    other = copy.deepcopy(model)
+    assert other.model.norm.forward.__self__ is other.model.norm
+    torch.save(model.state_dict(), io.BytesIO())
+
+
+# ---- revert ---------------------------------------------------------------------------------------------------------
+
+
+def test_revert_is_exact():
+    """Every module's __dict__ is as before; a second revert does nothing."""
+    model = make_model()
+    before = dicts(model)
+    handle = apply_torch_fused(model)
+    assert dicts(model) != before
+    handle.revert()
+    assert dicts(model) == before
+    handle.revert()
+    assert dicts(model) == before
+
+
+def test_context_manager_reverts_after_an_error():
+    """The model is stock again even when the block fails."""
+    model = make_model()
+    before = dicts(model)
+    with pytest.raises(KeyError), apply_torch_fused(model):
+        raise KeyError
+    assert dicts(model) == before
+
+
+def wrap(module):
+    """What accelerate and others do: keep the forward, put a wrapper in its place."""
+    original = module.forward
+
+    @functools.wraps(original)
+    def logging_forward(*args, **kwargs):
+        return original(*args, **kwargs)
+
+    del logging_forward.__wrapped__
+    logging_forward.__qualname__, logging_forward.__module__ = "logging_forward", "somebody"
+    module.forward = logging_forward
+
+
+def test_revert_refuses_when_somebody_wrapped_a_forward_since():
+    """The error names the module and the wrapper, and nothing is reverted; without the wrapper all is."""
+    model = make_model()
+    before = dicts(model)
+    handle = apply_torch_fused(model)
+    norm = model.model.layers[1].input_layernorm
+    ours = norm.forward
+    wrap(norm)
+    patched = dicts(model)
+    with pytest.raises(
+        RuntimeError, match=r"model\.layers\.1\.input_layernorm: its forward .* somebody\.logging_forward"
+    ):
+        handle.revert()
+    assert dicts(model) == patched
+    norm.forward = ours
+    handle.revert()
+    assert dicts(model) == before
+
+
+def test_applying_twice_is_an_error():
+    """Two handles could not both revert; after a revert it can be applied again."""
+    model = make_model()
+    handle = apply_torch_fused(model)
+    with pytest.raises(RuntimeError, match="already patched"):
+        apply_torch_fused(model)
+    handle.revert()
+    apply_torch_fused(model)
+
+
+# ---- what is left alone ---------------------------------------------------------------------------------------------
+
+
+class HalvedRMSNorm(Qwen2RMSNorm):
+    def forward(self, hidden_states):
+        return super().forward(hidden_states) / 2
+
+
+def test_a_subclass_is_left_alone():
+    """A norm or a layer that is not exactly the expected class keeps its own forward, and the result its value."""
+    model = make_model()
+    model.model.layers[0].post_attention_layernorm.__class__ = HalvedRMSNorm
+    model.model.norm.__class__ = HalvedRMSNorm
+    with torch.no_grad():
+        expected = model(prompt(1, 4)).logits
+        apply_torch_fused(model)
+        assert torch.equal(model(prompt(1, 4)).logits, expected)
+    assert "forward" not in model.model.norm.__dict__
+
+
+def test_wrapped_and_compiled_modules_are_left_and_reported():
+    """The report counts what was patched and says why a module was not."""
+    model = make_model()
+    layer = model.model.layers[0]
+    wrap(layer.post_attention_layernorm)
+    layer.input_layernorm.compile(backend="eager")
+    handle = apply_torch_fused(model)
+    assert handle.report().splitlines() == [
+        "torch_fused on Qwen2ForCausalLM",
+        "     3 x Qwen2RMSNorm.forward",
+        "     2 x Qwen2DecoderLayer.forward",
+        "     1 x Qwen2ForCausalLM._prepare_cache_for_generation",
+        "  left: model.layers.0.input_layernorm: it is compiled by torch.compile",
+        "  left: model.layers.0.post_attention_layernorm: its forward is already replaced by somebody.logging_forward",
+    ]
+    with torch.no_grad():
+        assert kernels(layer.post_attention_layernorm.forward, torch.ones(1, 64))["aten::rsqrt"] == 1
+
+
+def test_a_norm_wrapped_or_hooked_later_is_called():
+    """The joined addition and norm step aside for hooks and wrappers that come after the patch."""
+    model = make_model()
+    apply_torch_fused(model)
+    seen = []
+    first, second = (layer.post_attention_layernorm for layer in model.model.layers)
+    first.register_forward_hook(lambda module, args, output: seen.append("hook"))
+    second.forward = lambda hidden_states: seen.append("wrapper") or hidden_states
+    with torch.no_grad():
+        model(prompt(1, 4))
+    assert seen == ["hook", "wrapper"]
+
+
+def test_a_model_with_nothing_to_patch_is_an_error():
+    """No silent success: the message holds the report."""
+    with pytest.raises(RuntimeError, match="nothing could be patched"):
+        apply_torch_fused(nn.Linear(2, 2))
+
+
+def test_other_architectures_get_the_cache():
+    """A model of no known family still generates its own tokens with a FusedKVCache."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, bos_token_id=None, eos_token_id=None)
+    model = GPT2LMHeadModel(config).eval()
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    ids = prompt(1, 5) % 64
+    expected = model.generate(ids, **options)
+    handle = apply_torch_fused(model)
+    assert "1 x GPT2LMHeadModel._prepare_cache_for_generation" in handle.report()
+    assert torch.equal(model.generate(ids, **options), expected)
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def train_step(model, **options):
+    ids = prompt(2, 12)
+    loss = model(ids, labels=ids, **options).loss
+    loss.backward()
+    return loss.detach(), {name: weight.grad for name, weight in model.named_parameters()}
+
+
+def assert_steps_match(stock, patched):
+    torch.testing.assert_close(patched[0], stock[0])
+    for name, gradient in stock[1].items():
+        torch.testing.assert_close(patched[1][name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_training_step_is_stocks(family, use_cache):
+    """Loss and every parameter's gradient, also with the cache that transformers makes by default."""
+    stock, patched = make_model(family).train(), make_model(family).train()
+    apply_torch_fused(patched)
+    assert_steps_match(train_step(stock, use_cache=use_cache), train_step(patched, use_cache=use_cache))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_still_works(reentrant):
+    """Each layer is recomputed in backward: the patched forward keeps that, and the gradients."""
+    stock, patched = make_model().train(), make_model().train()
+    apply_torch_fused(patched)
+    patched.enable_input_require_grads()
+    patched.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    calls = []
+    patched.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    assert_steps_match(train_step(stock), train_step(patched))
+    assert len(calls) == 2
+
+
+def test_autocast():
+    """Under autocast the residual stream stays float32 while the attention is bfloat16."""
+    stock, patched = make_model(), make_model()
+    apply_torch_fused(patched)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(patched(prompt(2, 9)).logits, stock(prompt(2, 9)).logits)
+
+
+def test_compile():
+    """The patched model compiles in one graph and gives stock's logits."""
+    torch._dynamo.reset()
+    stock, patched = make_model(), make_model()
+    apply_torch_fused(patched)
+    compiled = torch.compile(patched, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(prompt(1, 6), use_cache=False).logits, stock(prompt(1, 6)).logits)

@@ -1,0 +1,57 @@
+"""Appending the keys and values of new tokens to the buffers of a cache, in place."""
+
+import torch
+from torch import Tensor
+
+from .library import register
+
+
+def kv_append_reference(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, position: int) -> None:
+    """`kv_append_` in plain torch, without its checks."""
+    keys.narrow(2, position, new_keys.shape[2]).copy_(new_keys)
+    values.narrow(2, position, new_values.shape[2]).copy_(new_values)
+
+
+def _kv_append_fake(keys, values, new_keys, new_values, position):
+    return None
+
+
+register("kv_append_", reference=kv_append_reference, fake=_kv_append_fake)
+
+
+def kv_append_(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, position: int) -> None:
+    """Writes ``new_keys`` and ``new_values`` into the buffers at tokens ``position : position + tokens``.
+
+    The time taken depends on the new tokens only, not on the size of the buffers. Not differentiable.
+
+    Args:
+        keys: ``(batch, heads, capacity, head_dim)``, written in place; any dtype, any strides but expanded ones.
+        values: as ``keys``; its head_dim may be another.
+        new_keys: ``(batch, heads, tokens, head_dim)``, any strides; the dtype and device of ``keys``.
+        new_values: as ``new_keys``, to fit into ``values``.
+        position: the first token written, from 0 to ``capacity - tokens``.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype or device, the tokens do not fit, or a gradient would be
+            lost; the message names it. Nothing is written then.
+
+    Example:
+        >>> import torch
+        >>> from torch_fused.ops.kv_cache import kv_append_
+        >>> keys, values = torch.zeros(2, 1, 1, 4, 2).unbind()
+        >>> kv_append_(keys, values, torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), 3)
+        >>> keys[0, 0, :, 0]
+        tensor([0., 0., 0., 1.])
+    """
+    _kv_append(keys, values, new_keys, new_values, position)
+
+
+def kv_update_(
+    keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, position: int
+) -> tuple[Tensor, Tensor]:
+    """:func:`kv_append_`, then views of the first ``position + tokens`` tokens of ``keys`` and ``values``."""
+    return _kv_update(keys, values, new_keys, new_values, position)
+
+
+_kv_append = torch.ops.torch_fused.kv_append_.default
+_kv_update = torch.ops.torch_fused.kv_update_.default
