@@ -239,8 +239,7 @@ WRONG = {
         r"data race on threadgroup memory|read of uninitialised threadgroup memory",
     ),
     "two threads write one element": (
-        "kernel void k(device float* o, uint i [[thread_position_in_grid]]) {\n"
-        "  o[i / 2] = float(i);  // BUG\n}",
+        "kernel void k(device float* o, uint i [[thread_position_in_grid]]) {\n  o[i / 2] = float(i);  // BUG\n}",
         r"data race on buffer 0 \(write-after-write, against thread \d+ of threadgroup 0\), by thread \d+ of",
     ),
     "lost update": (
@@ -314,7 +313,7 @@ WRONG = {
           }
           o[t] = 1.0f;
         }""",
-        r"divergent threadgroup_barrier: thread 0 of threadgroup 0 waits at \[test.metal:5\], thread 32 of threadgroup 0",
+        r"divergent threadgroup_barrier: thread 0 of threadgroup 0 waits at \[test.metal:5\], thread 32 of",
     ),
     "return before a barrier": (
         """kernel void k(device float* o, uint t [[thread_position_in_threadgroup]]) {
@@ -331,7 +330,7 @@ WRONG = {
           threadgroup_barrier(mem_flags::mem_none);
           o[t] = v;
         }""",
-        r"divergent simdgroup operation: thread 0 of threadgroup 0 waits at \[test.metal:5\], thread 3 of threadgroup 0",
+        r"divergent simdgroup operation: thread 0 of threadgroup 0 waits at \[test.metal:5\], thread 3 of",
     ),
     "shuffle from a lane that is not there": (
         "kernel void k(device float* o, uint t [[thread_position_in_threadgroup]]) {\n"
@@ -414,7 +413,7 @@ def test_a_source_that_does_not_compile_names_its_line():
 
 
 def test_settings_that_are_not_there():
-    with pytest.raises(ValueError, match="schedule is one of .*, got 'backwards'"), emulate(schedule="backwards"):
+    with pytest.raises(ValueError, match=r"schedule is one of .*, got 'backwards'"), emulate(schedule="backwards"):
         pass
     with pytest.raises(ValueError, match="no source named 'missing'"), emulate(sources={"missing": ""}):
         pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -18,8 +19,12 @@ from .errors import MetalError
 from .parser import parse
 from .preprocess import compiler
 
-# Contraction would round otherwise than the kernels do on a GPU under safe math; -w, as the text is the kernels' own.
-FLAGS = "-std=c++17 -O1 -g1 -gdwarf-4 -fPIC -shared -w -ffp-contract=off -fno-math-errno -fno-exceptions -fno-rtti -fvisibility=hidden"
+# No contraction: the bits of the source, as on a GPU under safe math. -w: warnings are the lint's work. DWARF 4: what
+# addr2line knows best.
+FLAGS = shlex.split(
+    "-std=c++17 -O1 -g1 -gdwarf-4 -fPIC -shared -w -ffp-contract=off -fno-math-errno -fno-exceptions -fno-rtti "
+    "-fvisibility=hidden"
+)
 WORKERS = 2
 
 
@@ -30,13 +35,13 @@ def compile_all(sources: dict[str, str], checked: bool) -> dict[str, Path]:
         return dict(zip(sources, libraries, strict=True))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compile_host(text: str, name: str, checked: bool) -> Path:
     """The shared object with the kernels of flattened Metal source, from the user's cache if it was compiled before.
 
     `checked` has every memory access call the emulator. Raises MetalError.
     """
-    flags = [*FLAGS.split(), *_hooks(checked)]
+    flags = [*FLAGS, *_hooks(checked)]
     library = cache_dir("emulator") / _digest(text, name, *flags) / "kernels.so"
     if not library.exists():
         _compile(emit_host(parse(text, name)), name, flags, library)

@@ -111,7 +111,9 @@ class Kernel:
         group = _dimensions(min(grid[0], self.max_threads_per_threadgroup) if group_size is None else group_size)
         group += [1] * (len(grid) - len(group) if group_size is None else 0)
         if not 1 <= len(grid) <= 3 or len(group) != len(grid) or min(*grid, *group) < 0:
-            raise ValueError(f"{name}: threads and group_size have the same one to three dimensions, got {grid}, {group}")
+            raise ValueError(
+                f"{name}: threads and group_size have the same one to three dimensions, got {grid}, {group}"
+            )
         if not 1 <= math.prod(group) <= self.max_threads_per_threadgroup:
             limit = self.max_threads_per_threadgroup
             raise ValueError(f"{name}: a threadgroup has 1 to {limit} threads, got group_size {group}")
