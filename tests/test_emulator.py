@@ -244,7 +244,7 @@ WRONG = {
     ),
     "lost update": (
         "kernel void k(device int* o, uint i [[thread_position_in_grid]]) {\n  o[0] += 1;  // BUG\n}",
-        r"data race on buffer 0 \(read-after-write",
+        r"data race on buffer 0 \((read-after-write|write-after-read)",
     ),
     "a plain read of an atomic": (
         """kernel void k(device float* o, uint t [[thread_position_in_threadgroup]]) {

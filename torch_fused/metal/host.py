@@ -53,7 +53,8 @@ def _hooks(checked: bool) -> list[str]:
     if not checked:
         return ["-lm"]
     if "clang" in _compiler_version():
-        return ["-DMSL_CHECKED", "-fsanitize=thread", "-fno-sanitize-link-runtime", "-lm"]
+        reads = ["-mllvm", "-tsan-instrument-read-before-write"]  # of what is written next, too
+        return ["-DMSL_CHECKED", "-fsanitize=thread", *reads, "-fno-sanitize-link-runtime", "-lm"]
     return ["-DMSL_CHECKED", "-fsanitize=thread", "-nodefaultlibs", "-lm", "-lc", "-lgcc"]
 
 

@@ -108,7 +108,9 @@ class Kernel:
         if threads is None and not tensors:
             raise ValueError(f"{name}: threads must be given when no argument is a tensor")
         grid = _dimensions(tensors[0].numel() if threads is None else threads)
-        group = _dimensions(min(grid[0], self.max_threads_per_threadgroup) if group_size is None else group_size)
+        group = _dimensions(
+            max(1, min(grid[0], self.max_threads_per_threadgroup)) if group_size is None else group_size
+        )
         group += [1] * (len(grid) - len(group) if group_size is None else 0)
         if not 1 <= len(grid) <= 3 or len(group) != len(grid) or min(*grid, *group) < 0:
             raise ValueError(
