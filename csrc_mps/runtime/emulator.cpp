@@ -1,11 +1,11 @@
 // The launch seam on the CPU: inside torch_fused.metal.emulate(), CPU tensors run the Metal kernels, compiled for the
 // host, on fibers that stand for GPU threads.
-#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
 #include <map>
+#include <memory>
 #include <mutex>
 
 #include "emulator/dispatch.h"
@@ -42,11 +42,12 @@ std::vector<Buffer> buffers_of(at::TensorList tensors) {
   return buffers;
 }
 
+using Strings = std::vector<std::string>;
+
 // One emulate() block: what runs the kernels, how, and what was launched.
-class Emulation : public torch::CustomClassHolder {
+class Emulation {
  public:
-  Emulation(std::vector<std::string> sources, std::vector<std::string> libraries, bool checked, std::string schedule,
-            int64_t seed)
+  Emulation(const Strings& sources, const Strings& libraries, bool checked, const std::string& schedule, int64_t seed)
       : settings_{checked, parse_schedule(schedule), static_cast<uint64_t>(seed)} {
     for (size_t i = 0; i < sources.size(); ++i) libraries_.emplace(sources[i], &KernelLibrary::open(libraries[i]));
   }
@@ -73,19 +74,9 @@ class Emulation : public torch::CustomClassHolder {
     launches_.push_back({kernel, threadgroups, int64_t{group[0]} * group[1] * group[2], std::move(dispatch.buffers)});
   }
 
-  // For compile_shader: threads in one to three dimensions.
-  void run_library(std::string path, std::string kernel, std::vector<int64_t> threads, std::vector<int64_t> group_size,
-                   std::vector<at::Tensor> tensors) {
-    uint64_t grid[3] = {1, 1, 1};
-    uint32_t group[3] = {1, 1, 1};
-    std::copy(threads.begin(), threads.end(), grid);
-    std::copy(group_size.begin(), group_size.end(), group);
-    run(KernelLibrary::open(path), kernel, grid, group, buffers_of(tensors));
-  }
-
   // Each launch so far: kernel, threadgroups, threads in one, and for each buffer the bytes read, written, and distinct
   // bytes read, written. Emptied by clear().
-  using Launches = std::tuple<std::vector<std::string>, std::vector<std::vector<int64_t>>>;
+  using Launches = std::tuple<Strings, std::vector<std::vector<int64_t>>>;
   Launches launches() {
     std::lock_guard<std::mutex> lock(mutex_);
     Launches result;
@@ -117,15 +108,20 @@ class Emulation : public torch::CustomClassHolder {
   std::vector<Record> launches_;
 };
 
-// The emulate() blocks that are open, the innermost last: one stack for the process, so that backward threads see it.
+// The emulate() blocks that are open, by number, the innermost last. The process has one set of them, so that backward
+// threads see them.
 std::mutex mutex;
-std::vector<c10::intrusive_ptr<Emulation>> open_emulations;
+std::map<int64_t, std::shared_ptr<Emulation>> open_emulations;
+int64_t next_emulation = 0;
 std::atomic<bool> any_open{false};
 
-c10::intrusive_ptr<Emulation> current_emulation() {
+std::shared_ptr<Emulation> innermost() {
   std::lock_guard<std::mutex> lock(mutex);
-  TORCH_CHECK(!open_emulations.empty(), "CPU tensors run GPU kernels only inside torch_fused.metal.emulate()");
-  return open_emulations.back();
+  return open_emulations.empty() ? nullptr : open_emulations.rbegin()->second;
+}
+std::shared_ptr<Emulation> find(int64_t number) {
+  std::lock_guard<std::mutex> lock(mutex);
+  return open_emulations.at(number);
 }
 
 }  // namespace
@@ -135,7 +131,9 @@ bool emulating() {
 }
 
 void launch_emulated(const Launch& launch) {
-  const auto emulation = current_emulation();
+  const auto emulation = innermost();
+  TORCH_CHECK(emulation, "torch_fused: ", launch.kernel, ": CPU tensors run GPU kernels only inside ",
+              "torch_fused.metal.emulate()");
   std::vector<Buffer> buffers = buffers_of(launch.tensors);
   const auto params = reinterpret_cast<uintptr_t>(launch.params);
   buffers.push_back({static_cast<int>(buffers.size()), params, params + launch.params_size, 4});
@@ -147,24 +145,37 @@ void launch_emulated(const Launch& launch) {
 }  // namespace torch_fused
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
-  using torch_fused::Emulation;
-  m.class_<Emulation>("Emulation")
-      .def(torch::init<std::vector<std::string>, std::vector<std::string>, bool, std::string, int64_t>())
-      .def("run", &Emulation::run_library)
-      .def("launches", &Emulation::launches)
-      .def("clear", &Emulation::clear)
-      .def("open",
-           [](const c10::intrusive_ptr<Emulation>& self) {
-             std::lock_guard<std::mutex> lock(torch_fused::mutex);
-             torch_fused::open_emulations.push_back(self);
-             torch_fused::any_open = true;
-           })
-      .def("close", [](const c10::intrusive_ptr<Emulation>& self) {
-        std::lock_guard<std::mutex> lock(torch_fused::mutex);
-        auto& all = torch_fused::open_emulations;
-        const auto found = std::find(all.begin(), all.end(), self);
-        TORCH_CHECK(found != all.end(), "emulate: closed twice");
-        all.erase(found);
-        torch_fused::any_open = !all.empty();
-      });
+  using namespace torch_fused;
+
+  // Opens an emulate() block and returns its number.
+  m.def("_emulator_begin(str[] sources, str[] libraries, bool checked, str schedule, int seed) -> int",
+        [](const Strings& sources, const Strings& libraries, bool checked, const std::string& schedule, int64_t seed) {
+          auto emulation = std::make_shared<Emulation>(sources, libraries, checked, schedule, seed);
+          std::lock_guard<std::mutex> lock(mutex);
+          open_emulations.emplace(next_emulation, std::move(emulation));
+          any_open = true;
+          return next_emulation++;
+        });
+  m.def("_emulator_end(int emulation) -> ()", [](int64_t emulation) {
+    std::lock_guard<std::mutex> lock(mutex);
+    open_emulations.erase(emulation);
+    any_open = !open_emulations.empty();
+  });
+  m.def("_emulator_launches(int emulation) -> (str[], int[][])",
+        [](int64_t emulation) { return find(emulation)->launches(); });
+  m.def("_emulator_clear(int emulation) -> ()", [](int64_t emulation) { find(emulation)->clear(); });
+
+  // One dispatch of a library's kernel, of threads in one to three dimensions, under the innermost emulate() block or,
+  // outside of all, checked and in order.
+  m.def("_emulator_run(str library, str kernel, int[] threads, int[] group_size, Tensor[] buffers) -> ()",
+        [](const std::string& library, const std::string& kernel, at::IntArrayRef threads, at::IntArrayRef group_size,
+           at::TensorList buffers) {
+          auto emulation = innermost();
+          if (!emulation) emulation = std::make_shared<Emulation>(Strings{}, Strings{}, true, "sequential", 0);
+          uint64_t grid[3] = {1, 1, 1};
+          uint32_t group[3] = {1, 1, 1};
+          std::copy(threads.begin(), threads.end(), grid);
+          std::copy(group_size.begin(), group_size.end(), group);
+          emulation->run(KernelLibrary::open(library), kernel, grid, group, buffers_of(buffers));
+        });
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -34,29 +35,33 @@ class Launch:
 
 
 class Emulation:
-    """What :func:`emulate` yields: the launches so far."""
+    """What :func:`emulate` yields: the launches inside the block."""
 
-    def __init__(self, libraries: Mapping[str, str], checked: bool, schedule: str, seed: int) -> None:
+    def __init__(self, libraries: Mapping[str, Path], checked: bool, schedule: str, seed: int) -> None:
         if schedule not in SCHEDULES:
             raise ValueError(f"emulate: schedule is one of {SCHEDULES}, got {schedule!r}")
         self.checked = checked
-        create = torch.classes.torch_fused.Emulation
-        self._emulation = create(list(libraries), list(libraries.values()), checked, schedule, seed)
+        paths = [str(path) for path in libraries.values()]
+        self._number = torch.ops.torch_fused._emulator_begin(list(libraries), paths, checked, schedule, seed)
+        self._launches: list[Launch] | None = None  # once the block is closed
 
     @property
     def launches(self) -> list[Launch]:
-        kernels, numbers = self._emulation.launches()
+        if self._launches is not None:
+            return self._launches
+        kernels, numbers = torch.ops.torch_fused._emulator_launches(self._number)
         return [_launch(*launch) for launch in zip(kernels, numbers, strict=True)]
 
     def clear(self) -> None:
         """Forgets the launches so far."""
-        self._emulation.clear()
+        if self._launches is None:
+            torch.ops.torch_fused._emulator_clear(self._number)
+        else:
+            self._launches = []
 
-    def run(
-        self, library: str, kernel: str, threads: list[int], group_size: list[int], buffers: list[torch.Tensor]
-    ) -> None:
-        """Runs a kernel of a compiled library as Metal's dispatchThreads does."""
-        self._emulation.run(library, kernel, threads, group_size, buffers)
+    def _close(self) -> None:
+        self._launches = self.launches
+        torch.ops.torch_fused._emulator_end(self._number)
 
 
 def _launch(kernel: str, numbers: list[int]) -> Launch:
@@ -67,9 +72,9 @@ def _launch(kernel: str, numbers: list[int]) -> Launch:
 _open: list[Emulation] = []
 
 
-def current() -> Emulation:
-    """The innermost open emulation; outside all of them, a new checked one."""
-    return _open[-1] if _open else Emulation({}, True, "sequential", 0)
+def checking() -> bool:
+    """Whether a kernel that runs now, inside the innermost block or outside of all, is checked."""
+    return _open[-1].checked if _open else True
 
 
 @contextlib.contextmanager
@@ -94,6 +99,12 @@ def emulate(
     Yields:
         An :class:`Emulation`, whose ``launches`` lists every launch and, if checked, its memory traffic.
 
+    Example:
+        >>> with torch_fused.metal.emulate(schedule="random", seed=1) as run:
+        ...     torch_fused.functional.rms_norm(torch.randn(4, 64), (64,))
+        >>> run.launches[0].kernel
+        'rms_norm_f32_1'
+
     Raises:
         MetalError: a source does not compile.
         ValueError: an unknown schedule or source.
@@ -104,11 +115,10 @@ def emulate(
     if unknown:
         raise ValueError(f"emulate: no source named {min(unknown)!r}; there are {sorted(texts)}")
     libraries = compile_all(texts | dict(sources or {}), checked)
-    emulation = Emulation({name: str(path) for name, path in libraries.items()}, checked, schedule, seed)
-    emulation._emulation.open()
+    emulation = Emulation(libraries, checked, schedule, seed)
     _open.append(emulation)
     try:
         yield emulation
     finally:
         _open.remove(emulation)
-        emulation._emulation.close()
+        emulation._close()
