@@ -363,6 +363,29 @@ def test_threadgroups_may_not_see_each_others_writes():
         library.k(torch.zeros(8), threads=4, group_size=1)
 
 
+@pytest.mark.parametrize("reader", [0, 1])
+def test_threadgroups_may_count_together_but_not_look_at_the_count(reader):
+    """Atomic updates commute, so all threadgroups may make them; what a load gives depends on who has run."""
+    library = shader("""
+    kernel void k(device atomic_uint* count, device uint* o, constant uint& reader,
+                  uint g [[threadgroup_position_in_grid]]) {
+      if (g != reader) atomic_fetch_add_explicit(count, 1u, memory_order_relaxed);
+      else o[0] = atomic_load_explicit(count, memory_order_relaxed);
+    }""")
+    library.k(ints(1), ints(1), 9, threads=4, group_size=1)
+    with pytest.raises(RuntimeError, match="data race on buffer 0"):
+        library.k(ints(1), ints(1), reader, threads=4, group_size=1)
+
+
+def test_a_thread_that_waits_for_another_is_stopped():
+    library = shader("""
+    kernel void k(device atomic_uint* flag) {
+      while (atomic_load_explicit(flag, memory_order_relaxed) == 0) {}
+    }""")
+    with pytest.raises(RuntimeError, match=r"endless wait for another thread.* \[test.metal:5\]"):
+        library.k(ints(1))
+
+
 def test_two_names_for_one_memory():
     """A write through one binding and a read through another is a race like any other."""
     library = shader("""
@@ -410,6 +433,23 @@ def test_threadgroup_memory_is_limited():
 def test_a_source_that_does_not_compile_names_its_line():
     with pytest.raises(MetalError, match=r"test.metal:4.*rsqrrt"):
         shader("kernel void k(device float* o) {\n  o[0] = rsqrrt(2.0f);\n}").k(torch.zeros(1))
+
+
+def test_libraries_are_kept_for_the_next_process(tmp_path, monkeypatch):
+    """One folder for each source and mode, that nobody else can read, and nothing half-made beside it."""
+    monkeypatch.setenv("TORCH_FUSED_CACHE", str(tmp_path))
+    library = shader("kernel void cached(device float* o) { o[0] = 2.0f; }")
+    for _ in range(2):
+        for checked in (True, False):
+            with emulate(checked=checked):
+                out = torch.zeros(1)
+                library.cached(out)
+                assert out.item() == 2.0
+    folder = tmp_path / "emulator"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    mine = [path for path in folder.iterdir() if "cached" in (path / "kernels.cpp").read_text()]
+    assert len(mine) == 2
+    assert all((path / "kernels.so").exists() for path in mine)
 
 
 def test_settings_that_are_not_there():

@@ -89,8 +89,9 @@ def emulate(
     All sources are compiled by the host's C++ compiler on entry and cached per user.
 
     Args:
-        checked: stop at data races within and across threadgroups, accesses outside a tensor's elements, misaligned
-            accesses, reads of uninitialised threadgroup memory and divergent barriers. False is some ten times faster.
+        checked: stop at data races within and across threadgroups, waits of one thread for another, accesses outside a
+            tensor's elements, misaligned accesses, reads of uninitialised threadgroup memory and divergent barriers.
+            False is several times faster.
         schedule: the order threads run in: ``"sequential"``, ``"reversed"``, ``"random"``, or ``"preemptive"``: random,
             and threads are interrupted at memory accesses. A correct kernel gives the same result in every one.
         seed: of the random schedules.

@@ -18,6 +18,7 @@ namespace {
 constexpr uint32_t kMaxFibers = 1024;
 constexpr size_t kAllStacks = kMaxFibers * kStackBytes;
 constexpr uintptr_t kPage = 4096;
+constexpr uint32_t kMostAtomicLoads = 1 << 20;  // of a thread that does not spin
 
 // What a thread that launches keeps, because mapping it costs more than a small launch.
 struct Workspace {
@@ -99,6 +100,9 @@ void Runner::declare(int index, bool read_only, size_t size) {
 }
 
 void Runner::access(uintptr_t address, size_t size, msl_access access, uintptr_t pc) {
+  if (fiber_ && access == MSL_ATOMIC_READ && ++fiber_->atomic_loads > kMostAtomicLoads) {
+    fail("endless wait for another thread: only barriers wait, by " + who(), pc);
+  }
   if (!dispatch_.settings.checked || !fiber_ || inside(address, fiber_->stack, kStackBytes)) return;
   if (order_.preempts()) {
     ready_.push_back(fiber_->thread);

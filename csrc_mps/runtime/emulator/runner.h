@@ -33,6 +33,7 @@ struct Fiber {
   Place place{};      // where it waits
   int waits_for = 0;  // mem_flags of a barrier, operation of an exchange
   uint32_t device_epoch = 0, threadgroup_epoch = 0;
+  uint32_t atomic_loads = 0;
   uint32_t parity = 0;  // which of the two sets of slots its last exchange used
 
   uint32_t simdgroup() const { return thread / kSimdWidth; }

@@ -3,12 +3,14 @@
 namespace torch_fused::emulator {
 namespace {
 
-// An access in a word: [threadgroup + 1: 22 bits][thread: 10][epoch: 15][simdgroup epoch: 13][marks: 4]
-constexpr uint64_t kAtomic = 1, kSeveralThreads = 2, kSeveralSimdgroups = 4, kSeveralThreadgroups = 8;  // marks
+// An access in a word: [threadgroup + 1: 22 bits][thread: 10][epoch: 15][simdgroup epoch: 12][marks: 5]
+constexpr uint64_t kAtomic = 1, kAtomicLoad = 2;
+constexpr uint64_t kSeveralThreads = 4, kSeveralSimdgroups = 8, kSeveralThreadgroups = 16;
 
-uint64_t pack(const Accessor& a, bool atomic) {
+uint64_t pack(const Accessor& a, msl_access access) {
   return (uint64_t{a.threadgroup + 1} << 42) | (uint64_t{a.thread & 1023} << 32) | (uint64_t{a.epoch & 0x7fff} << 17) |
-         (uint64_t{a.simdgroup_epoch & 0x1fff} << 4) | (atomic ? kAtomic : 0);
+         (uint64_t{a.simdgroup_epoch & 0xfff} << 5) | (is_atomic(access) ? kAtomic : 0) |
+         (access == MSL_ATOMIC_READ ? kAtomicLoad : 0);
 }
 uint32_t threadgroup_of(uint64_t access) {
   return static_cast<uint32_t>(access >> 42);
@@ -23,35 +25,46 @@ uint32_t epoch_of(uint64_t access) {
   return (access >> 17) & 0x7fff;
 }
 uint32_t simdgroup_epoch_of(uint64_t access) {
-  return (access >> 4) & 0x1fff;
+  return (access >> 5) & 0xfff;
 }
 
 bool in_one_simdgroup(uint64_t recorded, uint64_t now) {
   return !(recorded & kSeveralSimdgroups) && simdgroup_of(recorded) == simdgroup_of(now);
 }
 
+bool in_one_threadgroup(uint64_t recorded, uint64_t now) {
+  return !(recorded & kSeveralThreadgroups) && threadgroup_of(recorded) == threadgroup_of(now);
+}
+
 // Whether a recorded access is by another thread with no barrier between it and this one.
 bool unordered(uint64_t recorded, uint64_t now) {
   if (!recorded) return false;
-  // Nothing orders threadgroups within a launch.
-  if ((recorded & kSeveralThreadgroups) || threadgroup_of(recorded) != threadgroup_of(now)) return true;
+  if (!in_one_threadgroup(recorded, now)) return true;  // nothing orders threadgroups within a launch
   if (!(recorded & kSeveralThreads) && thread_of(recorded) == thread_of(now)) return false;
   if (epoch_of(recorded) != epoch_of(now)) return false;
   return !in_one_simdgroup(recorded, now) || simdgroup_epoch_of(recorded) == simdgroup_epoch_of(now);
 }
 
+// Whether two accesses, one of them a write, may come in either order. Atomic updates may, but a load that sees how far
+// the updates of other threadgroups have come would make them wait for one another.
+bool conflict(uint64_t recorded, uint64_t now) {
+  if (!unordered(recorded, now)) return false;
+  if (!(recorded & now & kAtomic)) return true;
+  return !in_one_threadgroup(recorded, now) && ((recorded | now) & kAtomicLoad);
+}
+
 // Reads are kept as one: the newest, with marks for what it stands for besides itself.
 uint64_t merge_reads(uint64_t recorded, uint64_t now) {
   if (!recorded) return now;
-  if ((recorded & kSeveralThreadgroups) || threadgroup_of(recorded) != threadgroup_of(now)) {
-    return (now & (recorded | ~kAtomic)) | kSeveralThreads | kSeveralSimdgroups | kSeveralThreadgroups;
-  }
-  if (epoch_of(recorded) != epoch_of(now)) return now;
-  if (in_one_simdgroup(recorded, now) && simdgroup_epoch_of(recorded) != simdgroup_epoch_of(now)) return now;
+  const bool one_threadgroup = in_one_threadgroup(recorded, now);
+  if (one_threadgroup && epoch_of(recorded) != epoch_of(now)) return now;
+  const bool one_simdgroup = one_threadgroup && in_one_simdgroup(recorded, now);
+  if (one_simdgroup && simdgroup_epoch_of(recorded) != simdgroup_epoch_of(now)) return now;
+  const bool one_thread = one_simdgroup && thread_of(recorded) == thread_of(now);
   if (!(recorded & kAtomic)) now &= ~kAtomic;
-  if (thread_of(recorded) != thread_of(now)) now |= kSeveralThreads;
-  if (simdgroup_of(recorded) != simdgroup_of(now)) now |= kSeveralSimdgroups;
-  return now | (recorded & (kSeveralThreads | kSeveralSimdgroups));
+  now |= recorded & (kAtomicLoad | kSeveralThreads | kSeveralSimdgroups | kSeveralThreadgroups);
+  return now | (one_thread ? 0 : kSeveralThreads) | (one_simdgroup ? 0 : kSeveralSimdgroups) |
+         (one_threadgroup ? 0 : kSeveralThreadgroups);
 }
 
 std::string describe(const char* hazard, uint64_t other) {
@@ -61,10 +74,9 @@ std::string describe(const char* hazard, uint64_t other) {
 }  // namespace
 
 std::string find_race(Cell& cell, const Accessor& accessor, msl_access access) {
-  const uint64_t now = pack(accessor, is_atomic(access));
-  const auto conflicts = [now](uint64_t recorded) { return unordered(recorded, now) && !(recorded & now & kAtomic); };
-  if (conflicts(cell.write)) return describe(reads(access) ? "read-after-write" : "write-after-write", cell.write);
-  if (writes(access) && conflicts(cell.read)) return describe("write-after-read", cell.read);
+  const uint64_t now = pack(accessor, access);
+  if (conflict(cell.write, now)) return describe(reads(access) ? "read-after-write" : "write-after-write", cell.write);
+  if (writes(access) && conflict(cell.read, now)) return describe("write-after-read", cell.read);
   if (reads(access)) cell.read = merge_reads(cell.read, now);
   if (writes(access)) cell.write = now;
   return {};
