@@ -1,66 +1,80 @@
-"""Runs the ops' Metal kernels on CPU tensors, checked."""
+"""Runs the Metal kernels on CPU tensors, checked, on any machine with a C++ compiler."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from .host import compile_host
+from .host import compile_all
+
+SCHEDULES = ("sequential", "reversed", "random", "preemptive")
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one launch moved through one buffer; "distinct" counts every byte once."""
+    """Bytes between a launch and one of its buffers; all 0 in an unchecked emulation."""
 
-    read: int = 0
-    written: int = 0
-    distinct_read: int = 0
-    distinct_written: int = 0
+    read: int
+    written: int
+    distinct_read: int  # a byte read twice counts once
+    distinct_written: int
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch and its traffic, by buffer index; the parameters are not counted."""
+    """One kernel launch. Of buffers that share memory, the first has the traffic."""
 
     kernel: str
     threadgroups: int
-    threads: int
-    buffers: dict[int, Traffic]
+    threads: int  # in a threadgroup
+    buffers: list[Traffic]  # by Metal's buffer index, the parameters included
 
 
 class Emulation:
-    """What :func:`emulate` gives: the launches so far, in checked mode."""
+    """What :func:`emulate` yields: the launches inside the block."""
 
-    def __init__(self) -> None:
-        self._first = 0
-        self.clear()
+    def __init__(self, libraries: Mapping[str, Path], checked: bool, schedule: str, seed: int) -> None:
+        if schedule not in SCHEDULES:
+            raise ValueError(f"emulate: schedule is one of {SCHEDULES}, got {schedule!r}")
+        self.checked = checked
+        paths = [str(path) for path in libraries.values()]
+        self._number = torch.ops.torch_fused._emulator_begin(list(libraries), paths, checked, schedule, seed)
+        self._launches: list[Launch] | None = None  # once the block is closed
 
     @property
     def launches(self) -> list[Launch]:
-        kernels, shapes, flat = torch.ops.torch_fused._emulator_launches(self._first)
-        buffers: list[dict[int, Traffic]] = [{} for _ in kernels]
-        for i in range(0, len(flat), 6):
-            launch, buffer, *traffic = flat[i : i + 6]
-            buffers[launch][buffer] = Traffic(*traffic)
-        return [Launch(kernels[i], *shapes[2 * i : 2 * i + 2], buffers[i]) for i in range(len(kernels))]
+        if self._launches is not None:
+            return self._launches
+        kernels, numbers = torch.ops.torch_fused._emulator_launches(self._number)
+        return [_launch(*launch) for launch in zip(kernels, numbers, strict=True)]
 
     def clear(self) -> None:
         """Forgets the launches so far."""
-        self._first += len(torch.ops.torch_fused._emulator_launches(self._first)[0])
+        if self._launches is None:
+            torch.ops.torch_fused._emulator_clear(self._number)
+        else:
+            self._launches = []
+
+    def _close(self) -> None:
+        self._launches = self.launches
+        torch.ops.torch_fused._emulator_end(self._number)
 
 
-@dataclass(frozen=True)
-class Settings:
-    checked: bool = True
-    schedule: str = "sequential"
-    seed: int = 0
+def _launch(kernel: str, numbers: list[int]) -> Launch:
+    threadgroups, threads, *traffic = numbers
+    return Launch(kernel, threadgroups, threads, [Traffic(*traffic[i : i + 4]) for i in range(0, len(traffic), 4)])
 
 
-settings: list[Settings] = [Settings()]  # the innermost emulate() is last; compile_shader follows it
+_open: list[Emulation] = []
+
+
+def checking() -> bool:
+    """Whether a kernel that runs now, inside the innermost block or outside of all, is checked."""
+    return _open[-1].checked if _open else True
 
 
 @contextlib.contextmanager
@@ -70,36 +84,41 @@ def emulate(
     seed: int = 0,
     sources: Mapping[str, str] | None = None,
 ) -> Iterator[Emulation]:
-    """A context inside which CPU tensors of every op run the Metal kernels, backward threads included.
+    """Has CPU tensors of every op run the op's Metal kernels, on all threads, for a ``with`` block or a function.
 
-    All kernels are compiled with the host's C++ compiler on entry, and cached per user.
+    All sources are compiled by the host's C++ compiler on entry and cached per user.
 
     Args:
-        checked: find data races, accesses out of bounds, misaligned or to uninitialised threadgroup memory, and
-            divergent barriers. An op then raises RuntimeError with the kernel, the threads and the source line. False
-            runs the kernels without checks and several times faster.
-        schedule: the order in which threads run: "sequential", "reversed", "random", or "preemptive", which also
-            switches threads at random memory accesses.
+        checked: stop at data races within and across threadgroups, accesses outside a tensor's elements, misaligned
+            accesses, reads of uninitialised threadgroup memory and divergent barriers. False is some ten times faster.
+        schedule: the order threads run in: ``"sequential"``, ``"reversed"``, ``"random"``, or ``"preemptive"``: random,
+            and threads are interrupted at memory accesses. A correct kernel gives the same result in every one.
         seed: of the random schedules.
-        sources: flattened Metal text that replaces that of the op sources named, for developing a kernel.
+        sources: ``{name of an op's .metal file: Metal text}``, to run in place of what is built in.
+
+    Yields:
+        An :class:`Emulation`, whose ``launches`` lists every launch and, if checked, its memory traffic.
 
     Example:
         >>> with torch_fused.metal.emulate(schedule="random", seed=1) as run:
         ...     torch_fused.functional.rms_norm(torch.randn(4, 64), (64,))
         >>> run.launches[0].kernel
         'rms_norm_f32_1'
+
+    Raises:
+        MetalError: a source does not compile.
+        ValueError: an unknown schedule or source.
+        RuntimeError: raised by the op whose kernel does something wrong, with kernel, file and line.
     """
     texts = dict(zip(*torch.ops.torch_fused._metal_sources(), strict=True))
-    unknown = set(sources or ()) - set(texts)
+    unknown = set(sources or {}) - set(texts)
     if unknown:
-        raise ValueError(f"emulate: sources must be among {sorted(texts)}, got {sorted(unknown)}")
-    texts.update(sources or {})
-    with ThreadPoolExecutor(2) as pool:
-        libraries = list(pool.map(lambda name: compile_host(texts[name], f"{name}.metal", checked), texts))
-    torch.ops.torch_fused._emulator_begin(list(texts), [str(path) for path in libraries], checked, schedule, seed)
-    settings.append(Settings(checked, schedule, seed))
+        raise ValueError(f"emulate: no source named {min(unknown)!r}; there are {sorted(texts)}")
+    libraries = compile_all(texts | dict(sources or {}), checked)
+    emulation = Emulation(libraries, checked, schedule, seed)
+    _open.append(emulation)
     try:
-        yield Emulation()
+        yield emulation
     finally:
-        settings.pop()
-        torch.ops.torch_fused._emulator_end()
+        _open.remove(emulation)
+        emulation._close()

@@ -1,12 +1,16 @@
-"""Compiles the host dialect of a Metal program to a library that the emulator loads, cached per user."""
+"""Compiles Metal sources with the host's C++ compiler, for the emulator."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+import shlex
+import shutil
 import subprocess
-import sys
-from functools import cache
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..cache import cache_dir
@@ -15,50 +19,86 @@ from .errors import MetalError
 from .parser import parse
 from .preprocess import compiler
 
-# No contraction: the bits of the source. -fsanitize=thread only instruments; hooks.h takes the calls.
-FLAGS = (
-    "-std=c++17 -O1 -g1 -fPIC -ffp-contract=off -fno-math-errno -fno-exceptions -fno-rtti -fvisibility=hidden -nostdinc++ "
-    "-Wno-unknown-pragmas -Wno-attributes"
-).split()
-CHECKED = ["-fsanitize=thread", "-DMSL_CHECKED"]
+# No contraction: the bits of the source, as on a GPU under safe math. -w: warnings are the lint's work. DWARF 4: what
+# addr2line knows best.
+FLAGS = shlex.split(
+    "-std=c++17 -O1 -g1 -gdwarf-4 -fPIC -shared -w -ffp-contract=off -fno-math-errno -fno-exceptions -fno-rtti "
+    "-fvisibility=hidden"
+)
+WORKERS = 2
 
 
-def compile_host(text: str, name: str, checked: bool = True) -> Path:
-    """The library of flattened Metal source `text`; diagnostics call it `name`.
+def compile_all(sources: dict[str, str], checked: bool) -> dict[str, Path]:
+    """The shared object of each Metal text, two compiled at a time. Raises MetalError."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        libraries = pool.map(lambda item: compile_host(item[1], f"{item[0]}.metal", checked), sources.items())
+        return dict(zip(sources, libraries, strict=True))
 
-    Raises MetalError if the source is not Metal that can be compiled.
+
+@functools.cache
+def compile_host(text: str, name: str, checked: bool) -> Path:
+    """The shared object with the kernels of flattened Metal source, from the user's cache if it was compiled before.
+
+    `checked` has every memory access call the emulator. Raises MetalError.
     """
-    code = emit_host(parse(text, name))
-    flags = FLAGS + (CHECKED if checked else [])
-    key = hashlib.sha256("\0".join([code, *flags, *_environment()]).encode()).hexdigest()[:24]
-    library = cache_dir("emulator") / f"{name}-{key}.so"
+    flags = [*FLAGS, *_hooks(checked)]
+    library = cache_dir("emulator") / _digest(text, name, *flags) / "kernels.so"
     if not library.exists():
-        _compile(code, flags, name, library)
+        _compile(emit_host(parse(text, name)), name, flags, library)
     return library
 
 
-def _compile(code: str, flags: list[str], name: str, library: Path) -> None:
-    partial = library.with_suffix(f".{os.getpid()}.o")
-    shared = library.with_suffix(f".{os.getpid()}.so")
-    steps = (
-        [*compiler(), *flags, f"-I{INCLUDE}", "-x", "c++", "-c", "-", "-o", str(partial)],
-        [*compiler(), "-shared", str(partial), "-o", str(shared), "-lm"],
-    )
+def _hooks(checked: bool) -> list[str]:
+    """Has the compiler call our hooks.h at every access, and leave out the sanitizer's own runtime."""
+    if not checked:
+        return ["-lm"]
+    if "clang" in _compiler_version():
+        reads = ["-mllvm", "-tsan-instrument-read-before-write"]  # of what is written next, too
+        return ["-DMSL_CHECKED", "-fsanitize=thread", *reads, "-fno-sanitize-link-runtime", "-lm"]
+    return ["-DMSL_CHECKED", "-fsanitize=thread", "-nodefaultlibs", "-lm", "-lc", "-lgcc"]
+
+
+@functools.cache
+def _compiler_version() -> str:
+    command = [*compiler(), "--version"]
     try:
-        for step in steps:
-            result = subprocess.run(step, input=code, capture_output=True, text=True)
-            if result.returncode:
-                errors = [line for line in result.stderr.splitlines() if "error" in line] or [result.stderr]
-                raise MetalError(f"{name}: the host compiler rejects the kernel:\n" + "\n".join(errors[:20]))
-        shared.rename(library)  # whole or not there: another process may be compiling the same
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise MetalError(f"the emulator needs a C++ compiler, and {command[0]} does not run: {error}") from None
+
+
+@functools.cache
+def _front_end() -> bytes:
+    """Everything besides the source that decides what is compiled."""
+    files = [*sorted(Path(__file__).parent.glob("*.py")), *sorted(INCLUDE.iterdir())]
+    return b"".join(file.read_bytes() for file in files)
+
+
+def _digest(*parts: str) -> str:
+    digest = hashlib.sha256(_front_end())
+    for part in (*compiler(), _compiler_version(), *parts):
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:32]
+
+
+def _compile(text: str, name: str, flags: list[str], library: Path) -> None:
+    """Compiles in a folder of its own, then renames it: several processes may do the same at once."""
+    folder = Path(tempfile.mkdtemp(dir=library.parent.parent))
+    try:
+        (folder / "kernels.cpp").write_text(text)
+        arguments = ["-I", str(INCLUDE), "-x", "c++", "kernels.cpp", "-x", "none", "-o", library.name, *flags]
+        result = subprocess.run([*compiler(), *arguments], cwd=folder, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise MetalError(f"{name}: the host's compiler rejects it:\n{_errors(result.stderr)}")
+        try:
+            os.rename(folder, library.parent)
+        except OSError:
+            if not library.exists():
+                raise
     finally:
-        partial.unlink(missing_ok=True)
-        shared.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-@cache
-def _environment() -> tuple[str, ...]:
-    """What a library depends on besides its own text: the shims and the compiler."""
-    shims = "".join(path.read_text() for path in sorted(INCLUDE.iterdir()))
-    version = subprocess.run([*compiler(), "--version"], capture_output=True, text=True).stdout
-    return shims, version, sys.platform
+def _errors(output: str) -> str:
+    lines: Iterable[str] = (line for line in output.splitlines() if "error" in line)
+    return "\n".join(lines) or output

@@ -1,18 +1,21 @@
-"""`torch.mps.compile_shader` for any device: CPU tensors run in the emulator."""
+"""`torch.mps.compile_shader` for CPU tensors too, which run in the emulator."""
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from . import emulation
+from .emulation import checking
 from .host import compile_host
 from .parser import parse
-from .program import MAX_BUFFERS
+from .program import Kernel as Declaration
 
-_CASTS = {
+MAX_THREADS = 1024
+CASTS = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "int32": torch.int32,
@@ -20,109 +23,17 @@ _CASTS = {
     "int8": torch.int8,
     "uint8": torch.uint8,
 }
-MAX_THREADS = 1024
-
-
-class Library:
-    """The kernels of one Metal source, as attributes."""
-
-    def __init__(self, source: str, name: str) -> None:
-        self._source = source
-        self._name = name
-        self._kernels = {kernel.name: kernel for kernel in parse(source, name).kernels}
-        self._mps: Any = None
-
-    def __dir__(self) -> list[str]:
-        return list(self._kernels)
-
-    def __getattr__(self, name: str) -> Kernel:
-        if name.startswith("_") or name not in self._kernels:
-            raise AttributeError(f"{self._name} has no kernel {name!r}; it has {sorted(self._kernels)}")
-        return Kernel(self, name)
-
-
-class Kernel:
-    """One kernel, called with tensors and scalars in the order of its buffers."""
-
-    def __init__(self, library: Library, name: str) -> None:
-        self._library = library
-        self._kernel = library._kernels[name]
-        self.max_threads_per_threadgroup = self._kernel.max_threads or MAX_THREADS
-
-    def __call__(
-        self,
-        *args: Any,
-        threads: int | Sequence[int] | None = None,
-        group_size: int | Sequence[int] | None = None,
-        arg_casts: str | Mapping[int, str] | None = None,
-    ) -> None:
-        """Runs the kernel over a grid of `threads`, in threadgroups of `group_size`, one to three numbers each.
-
-        Tensors are bound in place. A float becomes four bytes, an int or bool eight, a list an array; `arg_casts` names
-        another type, for all arguments or by index. `threads` defaults to the elements of the first tensor.
-        """
-        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        if tensors and tensors[0].device.type == "mps":
-            return self._on_mps(*args, threads=threads, group_size=group_size, arg_casts=arg_casts)
-        if threads is None:
-            threads = tensors[0].numel()
-        grid = _three(threads)
-        group = _three(group_size) if group_size is not None else [min(grid[0], self.max_threads_per_threadgroup), 1, 1]
-        count = group[0] * group[1] * group[2]
-        if count > self.max_threads_per_threadgroup:
-            raise ValueError(
-                f"{self._kernel.name}: group_size must be {self.max_threads_per_threadgroup} threads at most, got {count}"
-            )
-        if len(args) > MAX_BUFFERS:
-            raise ValueError(f"{self._kernel.name}: takes {MAX_BUFFERS} arguments at most, got {len(args)}")
-        missing = [p.index for p in self._kernel.buffers if p.index >= len(args)]
-        if missing:
-            raise ValueError(f"{self._kernel.name}: buffers {missing} are not bound, got {len(args)} arguments")
-        constants = {p.index for p in self._kernel.buffers if p.address_space == "constant"}
-        casts = dict.fromkeys(range(len(args)), arg_casts) if isinstance(arg_casts, str) else dict(arg_casts or {})
-        buffers = [_buffer(arg, casts.get(i)) for i, arg in enumerate(args)]
-        now = emulation.settings[-1]
-        library = compile_host(self._library._source, self._library._name, now.checked)
-        torch.ops.torch_fused._emulator_run(
-            str(library),
-            self._kernel.name,
-            grid,
-            group,
-            buffers,
-            [i in constants for i in range(len(args))],
-            now.checked,
-            now.schedule,
-            now.seed,
-        )
-
-    def _on_mps(self, *args: Any, **kwargs: Any) -> None:
-        library = self._library
-        if library._mps is None:
-            library._mps = torch.mps.compile_shader(library._source)
-        getattr(library._mps, self._kernel.name)(*args, **{k: v for k, v in kwargs.items() if v is not None})
-
-
-def _three(value: int | Sequence[int]) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return (values + [1, 1])[:3]
-
-
-def _buffer(value: Any, cast: str | None) -> torch.Tensor:
-    if isinstance(value, torch.Tensor):
-        return value
-    values = list(value) if isinstance(value, list | tuple) else [value]
-    dtype = _CASTS[cast] if cast else torch.float32 if isinstance(values[0], float) else torch.int64
-    return torch.tensor(values, dtype=dtype)
 
 
 def compile_shader(source: str, name: str = "shader.metal") -> Library:
-    """Compiles Metal source; its kernels are attributes that take tensors of any device torch_fused runs on.
+    """The kernels of a Metal source as attributes of a library, as :func:`torch.mps.compile_shader` gives them.
 
-    Follows `torch.mps.compile_shader`. CPU tensors run in the checking emulator with the settings of the innermost
-    :func:`emulate`; MPS tensors run on the Apple GPU.
+    Called with CPU tensors, a kernel runs in the emulator, under the settings of the :func:`emulate` block around the
+    call, or checked and in order outside of one. Called with MPS tensors, it runs on the GPU.
 
-    Raises:
-        MetalError: the source is not valid; every diagnostic as ``name:line: error: ...``.
+    Args:
+        source: Metal text; it may include ``<metal_stdlib>`` and nothing else.
+        name: the file that messages name.
 
     Example:
         >>> library = compile_shader('''
@@ -133,5 +44,113 @@ def compile_shader(source: str, name: str = "shader.metal") -> Library:
         >>> library.twice(x)
         >>> x
         tensor([2., 2., 2.])
+
+    Raises:
+        MetalError: the source is not valid.
     """
     return Library(source, name)
+
+
+class Library:
+    """Kernels by name, as attributes."""
+
+    def __init__(self, source: str, name: str) -> None:
+        self._source = source
+        self._name = name
+        self._kernels = {kernel.name: kernel for kernel in parse(source, name).kernels}
+
+    def __getattr__(self, name: str) -> Kernel:
+        if name.startswith("__") or name not in self._kernels:
+            raise AttributeError(f"{self._name} has no kernel {name!r}; it has {sorted(self._kernels)}")
+        return Kernel(self, self._kernels[name])
+
+    def __dir__(self) -> list[str]:
+        return sorted(self._kernels)
+
+    @functools.cached_property
+    def _on_mps(self) -> Any:
+        return torch.mps.compile_shader(self._source)
+
+
+class Kernel:
+    """A kernel function, to be called with its buffers in order."""
+
+    def __init__(self, library: Library, declaration: Declaration) -> None:
+        self._library = library
+        self._declaration = declaration
+
+    @property
+    def max_threads_per_threadgroup(self) -> int:
+        return self._declaration.max_threads or MAX_THREADS
+
+    @property
+    def thread_execution_width(self) -> int:
+        return 32
+
+    def __call__(
+        self,
+        *args: Any,
+        threads: int | Sequence[int] | None = None,
+        group_size: int | Sequence[int] | None = None,
+        arg_casts: str | Mapping[int, str] | None = None,
+    ) -> None:
+        """Runs the kernel.
+
+        Args:
+            args: tensors; floats (a 4-byte float), ints (8 bytes), bools and lists of them, bound as constants.
+            threads: in up to three dimensions; all elements of the first tensor if not given.
+            group_size: threads in a threadgroup, as many dimensions; threadgroups at the edge are smaller.
+            arg_casts: the type of numbers, or of those at some positions: "fp16", "bf16", "int32", "int16", "int8" or
+                "uint8".
+
+        Raises:
+            RuntimeError: the kernel does something wrong, on CPU tensors.
+        """
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if any(tensor.device.type == "mps" for tensor in tensors):
+            kernel = getattr(self._library._on_mps, self._declaration.name)
+            kernel(*args, threads=threads, group_size=group_size, arg_casts=arg_casts)
+            return
+        name = self._declaration.name
+        for i, arg in enumerate(args):
+            if isinstance(arg, torch.Tensor) and arg.device.type != "cpu":
+                raise ValueError(f"{name}: argument {i} is on {arg.device}: only cpu and mps tensors are taken")
+        if threads is None and not tensors:
+            raise ValueError(f"{name}: threads must be given when no argument is a tensor")
+        grid = _dimensions(tensors[0].numel() if threads is None else threads)
+        group = _dimensions(
+            max(1, min(grid[0], self.max_threads_per_threadgroup)) if group_size is None else group_size
+        )
+        group += [1] * (len(grid) - len(group) if group_size is None else 0)
+        if not 1 <= len(grid) <= 3 or len(group) != len(grid) or min(*grid, *group) < 0:
+            raise ValueError(
+                f"{name}: threads and group_size have the same one to three dimensions, got {grid}, {group}"
+            )
+        if not 1 <= math.prod(group) <= self.max_threads_per_threadgroup:
+            limit = self.max_threads_per_threadgroup
+            raise ValueError(f"{name}: a threadgroup has 1 to {limit} threads, got group_size {group}")
+        buffers = [_buffer(name, i, arg, arg_casts) for i, arg in enumerate(args)]
+        library = compile_host(self._library._source, self._library._name, checking())
+        torch.ops.torch_fused._emulator_run(str(library), name, grid, group, buffers)
+
+
+def _dimensions(value: int | Sequence[int]) -> list[int]:
+    return [value] if isinstance(value, int) else list(value)
+
+
+def _buffer(kernel: str, index: int, value: Any, casts: str | Mapping[int, str] | None) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value
+    numbers = list(value) if isinstance(value, (list, tuple)) else [value]
+    cast = casts.get(index) if isinstance(casts, Mapping) else casts
+    if not numbers or not all(isinstance(number, (bool, int, float)) for number in numbers):
+        raise TypeError(f"{kernel}: argument {index} is a tensor, a number or a list of numbers, got {value!r}")
+    if cast is not None and cast not in CASTS:
+        raise ValueError(f"{kernel}: arg_casts takes {sorted(CASTS)}, got {cast!r}")
+    if cast is not None:
+        dtype = CASTS[cast]
+    elif isinstance(numbers[0], bool):
+        dtype = torch.bool
+    else:
+        dtype = torch.float32 if isinstance(numbers[0], float) else torch.int64
+    return torch.tensor(numbers, dtype=dtype)

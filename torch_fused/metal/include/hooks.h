@@ -4,7 +4,7 @@
 
 #include "runtime.h"
 
-#define MSL_UNCHECKED __attribute__((noinline, no_sanitize("thread")))  // not itself reported on
+#define MSL_UNCHECKED __attribute__((no_sanitize("thread")))
 
 static msl_runtime msl_rt;
 extern "C" __attribute__((visibility("default"))) MSL_UNCHECKED void msl_set_runtime(const msl_runtime* runtime) {

@@ -1,0 +1,47 @@
+// The buffers bound to one dispatch: their bounds, the races on them and the traffic to them.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "shadow.h"
+
+namespace torch_fused::emulator {
+
+struct Buffer {
+  int index;
+  uintptr_t begin, end;   // what the kernel may touch
+  uint32_t element_size;  // of the tensor
+  bool read_only = false;
+  // Bytes: every access counted, and each byte counted once.
+  int64_t read = 0, written = 0, distinct_read = 0, distinct_written = 0;
+};
+
+class DeviceMemory {
+ public:
+  // Counts traffic in `buffers`. Buffers that overlap share their cells, and traffic to them counts for the first.
+  explicit DeviceMemory(std::vector<Buffer>& buffers);
+
+  // Checks and records an access. Returns what is wrong with it, or "".
+  std::string access(uintptr_t address, size_t size, msl_access access, const Accessor& accessor);
+
+  // Whether an address is in a buffer, if only just.
+  bool holds(uintptr_t address) const;
+  // For an access outside all buffers: " (4 bytes past the end of buffer 0)" if it is near one.
+  std::string nearest(uintptr_t address) const;
+
+ private:
+  struct Region {  // of buffers that overlap
+    uintptr_t begin, end;
+    uint32_t bytes_per_cell;
+    std::unique_ptr<Cell, void (*)(void*)> cells{nullptr, nullptr};
+  };
+  // The buffer that holds the bytes, one that may be written if there is a choice, or null.
+  Buffer* find(uintptr_t address, size_t size, msl_access access);
+  Region& region_of(const Buffer& buffer);
+
+  std::vector<Buffer>& buffers_;
+  std::vector<Region> regions_;
+};
+
+}  // namespace torch_fused::emulator
