@@ -161,7 +161,7 @@ class FusedKVCache(DynamicCache):
         if max_cache_len is not None and max_cache_len < 1:
             raise ValueError(f"FusedKVCache: max_cache_len must be at least 1 or None, got {max_cache_len}")
         super().__init__(config=config)
-        self.max_cache_len = max_cache_len
+        self._max_cache_len = max_cache_len
         final_length = expected_len if max_cache_len is None else max_cache_len
         byte_budget = ALLOCATE_AT_ONCE // max(1, sum(type(layer) is DynamicLayer for layer in self.layers))
         # Only plain attention layers: a subclass keeps its tokens in another way.
@@ -181,6 +181,11 @@ class FusedKVCache(DynamicCache):
                 )
         layer: Any = self.layers[layer_idx]
         return layer.update(key_states, value_states, *args, **kwargs)
+
+    @property
+    def max_cache_len(self) -> int | None:
+        """Tokens the cache may hold, or None. (Some transformers versions have a deprecated property of this name.)"""
+        return self._max_cache_len
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return super().get_max_length(layer_idx) if self.max_cache_len is None else self.max_cache_len
