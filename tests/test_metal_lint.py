@@ -8,6 +8,7 @@ import pytest
 
 from torch_fused.metal import lint as metal_lint
 from torch_fused.metal.errors import MetalError
+from torch_fused.metal.flatten import flatten
 from torch_fused.metal.lint import lint
 
 ROOT = Path(__file__).parents[1]
@@ -190,3 +191,32 @@ def test_the_command_needs_no_torch_and_finds_headers_beside_the_folder(tmp_path
     )
     assert result.stdout == "f.metal.h:2: error: literal 2.0 has no suffix: write 2.0f\n", result.stderr
     assert result.returncode == 1
+
+
+# Mistakes planted in a copy of a real kernel that only the lint can see: (old, new, file, message).
+PLANTED = [
+    (
+        "inline void load_pack(device const float* from,",
+        "inline void load_pack(const float* from,",
+        "common/pack.metal.h",
+        NO_SPACE,
+    ),
+    ("float squares = 0.0f;", "float squares = 0.0;", "rms_norm/rms_norm.metal", "has no suffix"),
+    ("float squares = 0.0f;", "double squares = 0.0f;", "rms_norm/rms_norm.metal", "double"),
+    (
+        "constant constexpr uint ALIGNED = 1;",
+        "constexpr uint ALIGNED = 1;",
+        "rms_norm/rms_norm.metal.h",
+        "must be in the constant address space",
+    ),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "file", "message"), PLANTED)
+def test_a_bug_planted_in_a_real_kernel_is_reported_at_its_line(old, new, file, message):
+    sources = ROOT / "csrc_mps"
+    text = flatten(sources / "rms_norm/rms_norm.metal", [sources])
+    assert old in text and lint(text, "rms_norm.metal") == []
+    errors = lint(text.replace(old, new, 1), "rms_norm.metal")
+    line = next(n for n, line in enumerate((sources / file).read_text().splitlines(), 1) if old in line)
+    assert any(error.startswith(f"{Path(file).name}:{line}: ") and message in error for error in errors), errors

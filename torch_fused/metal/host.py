@@ -55,7 +55,8 @@ def _hooks(checked: bool) -> list[str]:
     if "clang" in _compiler_version():
         reads = ["-mllvm", "-tsan-instrument-read-before-write"]  # of what is written next, too
         return ["-DMSL_CHECKED", "-fsanitize=thread", *reads, "-fno-sanitize-link-runtime", "-lm"]
-    return ["-DMSL_CHECKED", "-fsanitize=thread", "-nodefaultlibs", "-lm", "-lc", "-lgcc"]
+    # Without -fno-tree-sra a vector load of which only the elements are used becomes loads of elements.
+    return ["-DMSL_CHECKED", "-fsanitize=thread", "-fno-tree-sra", "-nodefaultlibs", "-lm", "-lc", "-lgcc"]
 
 
 @functools.cache

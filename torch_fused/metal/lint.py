@@ -104,7 +104,7 @@ def _wrong_type(node: dict[str, Any]) -> str | None:
     kind, name, type_name = node["kind"], node.get("name", "cast"), node.get("type", {}).get("qualType", "")
     if kind == "LambdaExpr":
         return "lambda expressions are not supported in Metal 3.1"
-    if kind == "VarDecl" and type_name.startswith("__global ") and "*" not in type_name and "&" not in type_name:
+    if kind == "VarDecl" and re.match("(const |volatile )*__global ", type_name) and not re.search("[*&]", type_name):
         return f"program-scope or static variable '{name}' must be in the constant address space"
     declared = type_name.split("(")[0] if kind in FUNCTION_NODES else type_name
     if kind in TYPED_NODES | CAST_NODES and _lacks_address_space(declared):

@@ -11,6 +11,7 @@ from .errors import Diagnostics, MetalError
 
 METAL_INCLUDE = re.compile(r"^[ \t]*#[ \t]*include[ \t]*<metal_\w+>.*$", re.MULTILINE)
 DEFINES = ("-D__METAL__=1", "-D__METAL_VERSION__=310", "-D__HAVE_BFLOAT__=1")
+LINE = re.compile(r'#line (\d+) "(.*)"')
 MESSAGE = re.compile(r"(.*?):(\d+):(?:\d+:)? (?:fatal )?error: (.*)")
 
 
@@ -22,8 +23,12 @@ def compiler() -> list[str]:
 def reject_non_ascii(text: str, name: str) -> None:
     """Apple's compiler takes any bytes in a comment, but the build embeds the text in C++: pure ASCII only."""
     diagnostics = Diagnostics()
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.isascii():
+    number = 0
+    for line in text.split("\n"):
+        number += 1
+        if place := LINE.match(line):
+            number, name = int(place[1]) - 1, place[2]
+        elif not line.isascii():
             diagnostics.error(name, number, "non-ASCII character " + ascii(next(c for c in line if not c.isascii())))
     diagnostics.raise_if_any()
 

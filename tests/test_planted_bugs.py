@@ -1,0 +1,264 @@
+"""Mistakes planted in copies of the ops' kernels: each is caught, and on the right line.
+
+What only the clang lint can see is in test_metal_lint.py.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from torch_fused.functional import add_rms_norm, rms_norm
+from torch_fused.metal import MetalError, emulate
+from torch_fused.testing import make
+
+SOURCES = Path(__file__).parents[1] / "csrc_mps"
+
+
+@dataclass(frozen=True)
+class Bug:
+    """`old` becomes `new`, once, in the flattened source; running then fails with `message` at the line with `at`."""
+
+    name: str
+    source: str
+    old: str
+    new: str
+    run: Callable[[], object]
+    message: str
+    file: str
+    at: str
+
+
+def forward(rows: int = 3, cols: int = 896) -> Callable[[], object]:
+    return lambda: rms_norm(make(rows, cols), (cols,), make(cols, seed=1))
+
+
+def on_view(cols: int, width: int) -> Callable[[], object]:
+    return lambda: rms_norm(make(3, width)[:, :cols], (cols,), make(cols, seed=1))
+
+
+def backward() -> object:
+    x, grad = make(4, 896), make(4, 896, seed=1)
+    return torch.ops.torch_fused.rms_norm_backward(grad, None, x, (896,), make(896, seed=2), 1e-6, "torch", 0.0, True)
+
+
+BARRIER = "  threadgroup_barrier(mem_flags::mem_threadgroup);\n"
+SECOND_SUM = "  value = simd_sum(place.lane < place.simdgroups ? scratch[place.lane] : 0.0f);\n"
+RACE = r"data race|uninitialised"
+
+BUGS = [
+    Bug(
+        "missing barrier before the scratch is read",
+        "rms_norm",
+        BARRIER + SECOND_SUM,
+        "\n" + SECOND_SUM,
+        forward(),
+        RACE,
+        "common/reduce.metal.h",
+        "value = simd_sum(place.lane < place.simdgroups",
+    ),
+    Bug(
+        "missing barrier before the scratch is used again",
+        "rms_norm_backward",
+        SECOND_SUM + BARRIER,
+        SECOND_SUM + "\n",
+        backward,
+        r"data race on threadgroup memory \(write-after-read",
+        "common/reduce.metal.h",
+        "if (place.lane == 0) scratch[place.simdgroup] = value;",
+    ),
+    Bug(
+        "barrier of the wrong memory",
+        "rms_norm",
+        BARRIER + SECOND_SUM,
+        BARRIER.replace("mem_threadgroup", "mem_device") + SECOND_SUM,
+        forward(),
+        RACE,
+        "common/reduce.metal.h",
+        "value = simd_sum(place.lane < place.simdgroups",
+    ),
+    Bug(
+        "row tail: one element too many is read",
+        "rms_norm",
+        "column + j < cols ? float(row[column + j])",
+        "column + j <= cols ? float(row[column + j])",
+        forward(cols=13),
+        "out-of-bounds.*read",
+        "common/pack.metal.h",
+        "column + j < cols ? float(row[column + j])",
+    ),
+    Bug(
+        "row tail: one element too many is written",
+        "rms_norm",
+        "if (column + j < cols) row[column + j] = T(values[j]);",
+        "if (column + j <= cols) row[column + j] = T(values[j]);",
+        forward(cols=13),
+        "data race|out-of-bounds.*write",
+        "common/pack.metal.h",
+        "if (column + j < cols) row[column + j] = T(values[j]);",
+    ),
+    Bug(
+        "vector tail: a pack past the end of the row",
+        "rms_norm",
+        "  if (aligned && column + W <= cols) {\n    load_pack",
+        "  if (aligned) {\n    load_pack",
+        forward(rows=1, cols=900),
+        "out-of-bounds.*read of 16 bytes",
+        "common/pack.metal.h",
+        "const float4 raw = *(device const float4*)from;",
+    ),
+    Bug(
+        "view tail: inside the storage, past the end of the view",
+        "rms_norm",
+        "column + j < cols ? float(row[column + j])",
+        "column + j <= cols ? float(row[column + j])",
+        on_view(13, 15),
+        "out-of-bounds.*read of 4 bytes",
+        "common/pack.metal.h",
+        "column + j < cols ? float(row[column + j])",
+    ),
+    Bug(
+        "misaligned stride: packs whatever the rows' alignment",
+        "rms_norm",
+        "load_columns<W>(input, column, cols, flags & ALIGNED, x);",
+        "load_columns<W>(input, column, cols, true, x);",
+        on_view(64, 65),
+        "misaligned read of 16 bytes",
+        "common/pack.metal.h",
+        "const float4 raw = *(device const float4*)from;",
+    ),
+    Bug(
+        "early return before a barrier",
+        "rms_norm",
+        "  const uint first = thread_id * W;\n",
+        "  const uint first = thread_id * W; if (first >= p.cols / 2) return;\n",
+        forward(),
+        "threadgroup_barrier|divergent",
+        "common/reduce.metal.h",
+        "threadgroup_barrier(mem_flags::mem_threadgroup);",
+    ),
+    Bug(
+        "overlapping rows: the output's stride is short",
+        "rms_norm",
+        "output + long(row) * p.cols,",
+        "output + long(row) * (p.cols - 4),",
+        forward(),
+        r"data race on buffer 3 \(write-after-write",
+        "common/pack.metal.h",
+        "*(device float4*)to = float4(",
+    ),
+    Bug(
+        "uninitialised scratch: one simdgroup forgets its sum",
+        "rms_norm",
+        "if (place.lane == 0) scratch[place.simdgroup] = value;",
+        "if (place.lane == 0 && place.simdgroup != 1) scratch[place.simdgroup] = value;",
+        forward(),
+        "read of uninitialised threadgroup memory",
+        "common/reduce.metal.h",
+        "value = simd_sum(place.lane < place.simdgroups",
+    ),
+    Bug(
+        "scratch for fewer simdgroups than there are",
+        "rms_norm",
+        "threadgroup float scratch[32];",
+        "threadgroup float scratch[4];",
+        forward(),
+        "out-of-bounds threadgroup",
+        "common/reduce.metal.h",
+        "if (place.lane == 0) scratch[place.simdgroup] = value;",
+    ),
+    Bug(
+        "simdgroup function that not all lanes reach",
+        "rms_norm",
+        "  value = simd_sum(value);\n",
+        "  if (place.lane != 3) value = simd_sum(value);\n",
+        forward(),
+        "simdgroup",
+        "common/reduce.metal.h",
+        "  value = simd_sum(value);",
+    ),
+    Bug(
+        "the sum is read back from the wrong row",
+        "rms_norm",
+        "sum + long(row) * p.cols,",
+        "sum + (long(row) ^ 1) * p.cols,",
+        lambda: add_rms_norm(make(3, 40000), make(3, 40000, seed=1), make(40000, seed=2)),
+        "data race|out-of-bounds",
+        "common/pack.metal.h",
+        "",
+    ),
+    Bug(
+        "partial sums of the weight's gradient share a row",
+        "rms_norm_backward",
+        "long(group) * p.cols : 0);\n  float dw",
+        "0 : 0);\n  float dw",
+        backward,
+        r"data race on buffer 5 \(write-after-write",
+        "common/pack.metal.h",
+        "if (column + j < cols) row[column + j] = T(values[j]);",
+    ),
+    Bug(
+        "double",
+        "rms_norm",
+        "  float squares = 0.0f;",
+        "  double squares = 0.0f;",
+        forward(),
+        "double",
+        "rms_norm/rms_norm.metal",
+        "  float squares = 0.0f;",
+    ),
+    Bug(
+        "non-ASCII",
+        "rms_norm",
+        "// All loads before any arithmetic",
+        "// All loads \N{RIGHTWARDS ARROW} before any arithmetic",
+        forward(),
+        "non-ASCII",
+        "rms_norm/rms_norm.metal",
+        "// All loads before any arithmetic",
+    ),
+    Bug(
+        "float atomics",
+        "rms_norm",
+        "  threadgroup float scratch[32];",
+        "  threadgroup float scratch[32]; threadgroup atomic_float total;",
+        forward(),
+        "atomic",
+        "rms_norm/rms_norm.metal",
+        "  threadgroup float scratch[32];",
+    ),
+]
+
+
+def metal_text(source: str) -> str:
+    return dict(zip(*torch.ops.torch_fused._metal_sources(), strict=True))[source]
+
+
+def lines_with(file: str, part: str) -> set[int]:
+    lines = (SOURCES / file).read_text().splitlines()
+    found = {number for number, line in enumerate(lines, 1) if part.strip() in line}
+    assert found, f"{file} has no line with {part!r}"
+    return found
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_bug_is_caught_at_its_line(bug):
+    """The planted bug raises the expected error, naming the file and line at fault."""
+    text = metal_text(bug.source)
+    assert bug.old in text
+    mutated = text.replace(bug.old, bug.new, 1)
+    with pytest.raises((RuntimeError, MetalError), match=bug.message) as error, emulate(sources={bug.source: mutated}):
+        bug.run()
+    place = re.search(rf"{re.escape(Path(bug.file).name)}:(\d+)", str(error.value))
+    assert place, str(error.value)
+    assert int(place[1]) in lines_with(bug.file, bug.at), str(error.value)
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_the_kernel_without_the_bug_is_clean(bug):
+    """The same call on the real kernel raises nothing: what was caught is the bug."""
+    with emulate():
+        bug.run()
