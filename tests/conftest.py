@@ -9,7 +9,6 @@ import torch
 
 import torch_fused.metal
 
-
 # The lint needs Debian's clang-19; .ci/run installs it.
 collect_ignore = [] if shutil.which("clang-19") else ["test_metal_lint.py"]
 

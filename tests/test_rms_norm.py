@@ -9,6 +9,7 @@ from torch.library import opcheck
 
 import torch_fused
 from torch_fused.functional import add_rms_norm, rms_norm
+from torch_fused.metal import emulate
 from torch_fused.ops.rms_norm import rms_norm_backward_reference, rms_norm_reference
 from torch_fused.testing import assert_close, assert_matches_reference, make, relative_error
 
@@ -414,6 +415,52 @@ def test_bad_arguments(backend, call, message):
     x, weight = make(4, 8, device=backend.device), make(8, seed=1).to(backend.device)
     with pytest.raises((RuntimeError, NotImplementedError), match=message):
         call(x, weight)
+
+
+# ---- the kernels under the emulator ----------------------------------------------------------------------------------
+
+SCHEDULES = [("sequential", 0), ("reversed", 0), ("preemptive", 0), ("random", 0), ("random", 1), ("random", 2)]
+
+
+def run_all(rows, cols, dtype):
+    """Forward and backward, with a residual and without, of one shape."""
+    x, residual, weight = (make(*s, dtype=dtype, seed=i) for i, s in enumerate([(rows, cols), (rows, cols), (cols,)]))
+    return [
+        rms_norm(x, (cols,), weight, 1e-6),
+        *add_rms_norm(x, residual, weight),
+        *torch.ops.torch_fused.rms_norm_backward(x, residual, x, (cols,), weight, 1e-6, "torch", 0.0, True),
+    ]
+
+
+@pytest.mark.parametrize(("schedule", "seed"), SCHEDULES)
+def test_kernels_are_clean_in_every_schedule(schedule, seed):
+    """Tiny, odd, real and long rows: no check fires, and the bits do not depend on the order of the threads."""
+    for rows, cols in ((1, 1), (3, 7), (2, 64), (2, 896), (1, 1001), (1, 4096), (1, 20000)):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            with emulate(checked=False):
+                expected = run_all(rows, cols, dtype)
+            with emulate(schedule=schedule, seed=seed):
+                actual = run_all(rows, cols, dtype)
+            assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("cols", [64, 896, 1000, 4096, 8192])
+def test_forward_moves_the_least_bytes(cols):
+    """Each row is read once and written once: at most 1.05 of that, the shared weight counted once."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x, residual, weight = make(4, cols, dtype=dtype), make(4, cols, dtype=dtype, seed=1), make(cols, dtype=dtype)
+        for call, tensors in (
+            (lambda x=x, w=weight: rms_norm(x, (cols,), w), 2),
+            (lambda x=x, r=residual, w=weight: add_rms_norm(x, r, w), 4),
+        ):
+            with emulate() as run:
+                call()
+            (launch,) = run.launches
+            shared = launch.buffers[2].distinct_read
+            moved = sum(b.read + b.written for i, b in enumerate(launch.buffers[:5]) if i != 2) + shared
+            least = tensors * x.nbytes + weight.nbytes
+            assert shared == weight.nbytes
+            assert least <= moved <= 1.05 * least
 
 
 # ---- module ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,8 +52,12 @@ def load_demo_model(dtype: torch.dtype = torch.bfloat16, device: torch.device | 
     folder = cache_dir("models") / "SmolLM2-135M-Instruct-Qwen2"
     if not folder.exists():
         _convert(_demo_file(), folder)
-    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype)
+    return _ready(model, device), AutoTokenizer.from_pretrained(folder)
+
+
+def _ready(model: torch.nn.Module, device: torch.device | str) -> Any:
+    return model.to(device).eval()
 
 
 def _demo_file() -> Path:
@@ -76,18 +81,18 @@ def _convert(source: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source.parent, **options)
     config = Qwen2Config(use_sliding_window=False, **{name: getattr(llama.config, name) for name in SHARED_CONFIG})
     with torch.device("meta"):
-        qwen = Qwen2ForCausalLM(config)
+        qwen: Any = Qwen2ForCausalLM(config)
     weights = llama.state_dict()
     for name, value in qwen.state_dict().items():
         if name.endswith("_proj.bias"):
             weights[name] = torch.zeros(value.shape)
-    qwen = qwen.to_empty(device="cpu")
+    qwen.to_empty(device="cpu").to(dtype=torch.bfloat16)
     qwen.load_state_dict(weights)
     qwen.generation_config = llama.generation_config
     # Written beside its place and renamed, so that nobody finds half a model.
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         partial = Path(temporary) / folder.name
-        qwen.to(torch.bfloat16).save_pretrained(partial)
+        qwen.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if not folder.exists():
             partial.rename(folder)
@@ -146,8 +151,8 @@ def _load(args: argparse.Namespace):
         return load_demo_model(dtype, args.device)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
-    return model, AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    return _ready(model, args.device), AutoTokenizer.from_pretrained(args.model)
 
 
 def _encode(tokenizer, prompt: str):

@@ -28,7 +28,7 @@ struct Kernels<Op, Result(Args...)> {
         c10::Dispatcher::singleton().findSchemaOrThrow(Op::reference, "").template typed<Result(Args...)>();
     return reference.call(args...);
   }
-  static Result cpu(Args... args) { return emulating() ? Op::gpu(args...) : Op::cpu(args...); }
+  static Result cpu(Args... args) { return emulating() ? gpu(args...) : Op::cpu(args...); }
 };
 
 }  // namespace torch_fused

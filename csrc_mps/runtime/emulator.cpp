@@ -54,7 +54,7 @@ class Emulation {
 
   const KernelLibrary& library(const std::string& source) const {
     const auto found = libraries_.find(source);
-    TORCH_CHECK(found != libraries_.end(), "torch_fused emulator: ", source, " is not among the sources of emulate()");
+    if (found == libraries_.end()) throw LibraryUnavailable(source + " is not among the sources being emulated");
     return *found->second;
   }
 
