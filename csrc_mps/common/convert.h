@@ -27,6 +27,7 @@ struct Wide {
   static TORCH_FUSED_INLINE T widen(T value) { return value; }
   static TORCH_FUSED_INLINE T narrow(T value) { return value; }
   static TORCH_FUSED_INLINE T round(T value) { return value; }
+  static TORCH_FUSED_INLINE T narrow_exact(T value) { return value; }
 };
 
 template <>
@@ -43,6 +44,9 @@ struct Wide<c10::BFloat16> {
     return c10::BFloat16(static_cast<uint16_t>(nearest(value) >> 16), c10::BFloat16::from_bits());
   }
   static TORCH_FUSED_INLINE float round(float value) { return bit_copy<float>(nearest(value) & 0xffff0000); }
+  static TORCH_FUSED_INLINE c10::BFloat16 narrow_exact(float value) {
+    return c10::BFloat16(static_cast<uint16_t>(bit_copy<uint32_t>(value) >> 16), c10::BFloat16::from_bits());
+  }
 };
 
 template <>
@@ -65,6 +69,7 @@ struct Wide<c10::Half> {
     return c10::Half(static_cast<uint16_t>(result | ((bits >> 16) & 0x8000)), c10::Half::from_bits());
   }
   static TORCH_FUSED_INLINE float round(float value) { return widen(narrow(value)); }
+  static TORCH_FUSED_INLINE c10::Half narrow_exact(float value) { return narrow(value); }
 };
 
 template <class T>
@@ -83,6 +88,12 @@ TORCH_FUSED_INLINE T narrow(wide_t<T> value) {
 template <class T>
 TORCH_FUSED_INLINE wide_t<T> round_to(wide_t<T> value) {
   return Wide<T>::round(value);
+}
+
+// narrow() of a value that T holds exactly, such as round_to's: nothing is left to round.
+template <class T>
+TORCH_FUSED_INLINE T narrow_exact(wide_t<T> value) {
+  return Wide<T>::narrow_exact(value);
 }
 
 }  // namespace torch_fused

@@ -128,7 +128,7 @@ TORCH_FUSED_INLINE wide_t<T> add_and_square(const T* __restrict x, const T* __re
                                             int64_t n) {
   return row_sum<wide_t<T>>(n, [=](int64_t i) {
     const wide_t<T> value = round_to<T>(widen(x[i]) + widen(residual[i]));
-    sum[i] = narrow<T>(value);
+    sum[i] = narrow_exact<T>(value);
     return value * value;
   });
 }
