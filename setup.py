@@ -91,6 +91,7 @@ setup(
                 "-Wall",
                 "-Wextra",
                 "-Wno-unknown-pragmas",
+                "-Wno-array-bounds",  # g++ 13 sees one in std::vector<bool> through torch's headers
                 *openmp,
                 *system_includes,
             ],
