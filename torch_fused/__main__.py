@@ -1,9 +1,9 @@
-"""The command line: ``python -m torch_fused demo``."""
+"""The command line: ``python -m torch_fused demo | doctor``."""
 
 import argparse
 import sys
 
-from . import demo
+from . import demo, doctor
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -12,6 +12,9 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("demo", help="a model writes text, stock Hugging Face beside torch_fused")
     demo.add_arguments(command)
     command.set_defaults(run=demo.run)
+    command = commands.add_parser("doctor", help="what runs where on this machine, and whether it is right")
+    doctor.add_arguments(command)
+    command.set_defaults(run=doctor.run)
     args = parser.parse_args(argv)
     return args.run(args)
 

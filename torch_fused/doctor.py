@@ -1,0 +1,90 @@
+"""What runs where on this machine, and whether it is right: ``python -m torch_fused doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+
+import torch
+
+from . import __version__
+from .runtime import status
+from .selfcheck import CHECKS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default=_device(), help="mps, cuda or cpu (default: the best there is)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints one block to paste into an issue. Returns 1 if any op gives a wrong result, else 0."""
+    device = args.device
+    for name, value in _machine(device).items():
+        print(f"{name:22} {value}")
+    wrong = 0
+    for op, check in CHECKS.items():
+        try:
+            first = _milliseconds(lambda check=check: check(device), device)
+            verdict = "right"
+        except (AssertionError, RuntimeError) as error:
+            first, verdict = float("nan"), f"WRONG: {str(error).splitlines()[0]}"
+            wrong += 1
+        runtime = status().get(op, {}).get(torch.device(device).type, "")
+        print(f"  {op:22} {runtime:34} first use {first:7.1f} ms  {verdict}")
+    print(f"{wrong} of {len(CHECKS)} ops are wrong" if wrong else f"all {len(CHECKS)} ops are right on {device}")
+    return 1 if wrong else 0
+
+
+def _device() -> str:
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _machine(device: str) -> dict[str, str]:
+    facts = {
+        "torch_fused": f"{__version__}, Python {platform.python_version()}, torch {torch.__version__}",
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "chip": _chip(device),
+    }
+    if platform.system() == "Darwin":
+        facts["macOS"] = f"{platform.mac_ver()[0]}, kernels written in Metal 3.1"
+    x, weight = torch.ones(1, 64, device=device), torch.ones(64, device=device)
+    op = torch.ops.torch_fused.rms_norm.default
+    op(x, (64,), weight, 1e-6)
+    calls = 1000
+    launch = _milliseconds(lambda: [op(x, (64,), weight, 1e-6) for _ in range(calls)], device) / calls * 1e3
+    facts["one call"] = f"{launch:.1f} us (rms_norm of one row, from Python, asynchronous on a GPU)"
+    source = torch.ones(64 << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    copy = min(_milliseconds(lambda: target.copy_(source), device) for _ in range(5))
+    facts["copy"] = f"{2 * source.numel() / copy / 1e6:.0f} GB/s, read and written"
+    return facts
+
+
+def _chip(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    if platform.system() == "Darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _milliseconds(call: Callable[[], object], device: str) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    call()
+    _synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def _synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    elif device == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,62 @@
+"""Every op once on a device, on small and awkward shapes that reach every kernel, against float64 on the CPU.
+
+For the doctor, and for the memory and race checkers of a GPU.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from .functional import add_rms_norm
+from .ops.rms_norm import add_rms_norm_reference, rms_norm_backward_reference, rms_norm_reference
+from .testing import make, relative_error
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def compare(what: str, actual: Iterable[Tensor], exact: Iterable[Tensor]) -> None:
+    """Raises AssertionError naming `what` if any tensor is further from float64 than its dtype explains."""
+    for i, (a, e) in enumerate(zip(actual, exact, strict=True)):
+        error = relative_error(a, e)
+        assert error < TOLERANCE[a.dtype], f"{what}, {a.dtype}, result {i}: relative error {error:.3g}"
+
+
+def row_operands(device: str):
+    """(dtype, cols, tensors on the device, the same in float64): rows of every kernel, aligned and not."""
+    # One pack a thread, two, four, and rows too long for registers; odd lengths; rows misaligned by a view.
+    for dtype in DTYPES:
+        for cols in (5, 896, 3001, 6000, 9000, 40000):
+            for start in (0, 3):
+                x, residual = (make(3, cols + start, dtype=dtype, seed=s)[:, start:] for s in range(2))
+                tensors = (x, residual, make(cols, dtype=dtype, seed=2))
+                # A view of the device's copy of the whole rows, so that it is as misaligned there.
+                moved = [make(3, cols + start, dtype=dtype, seed=s).to(device)[:, start:] for s in range(2)]
+                yield dtype, cols, [*moved, tensors[2].to(device)], [t.double() for t in tensors]
+
+
+def check_rms_norm(device: str) -> None:
+    for _, cols, (x, _, weight), (x64, _, weight64) in row_operands(device):
+        actual = torch.ops.torch_fused.rms_norm(x, (cols,), weight, 1e-6)
+        compare(f"rms_norm of {cols} columns", [actual], [rms_norm_reference(x64, (cols,), weight64, 1e-6)])
+
+
+def check_add_rms_norm(device: str) -> None:
+    for _, cols, (x, residual, weight), wide in row_operands(device):
+        compare(f"add_rms_norm of {cols} columns", add_rms_norm(x, residual, weight), add_rms_norm_reference(*wide))
+
+
+def check_rms_norm_backward(device: str) -> None:
+    for _, cols, (x, grad, weight), (x64, grad64, weight64) in row_operands(device):
+        rest = ((cols,), weight, 1e-6, "torch", 0.0, True)
+        actual = torch.ops.torch_fused.rms_norm_backward(grad, x, x, *rest)
+        exact = rms_norm_backward_reference(grad64, x64, x64, rest[0], weight64, *rest[2:])
+        compare(f"rms_norm_backward of {cols} columns", actual, exact)
+
+
+CHECKS: dict[str, Callable[[str], None]] = {
+    "rms_norm": check_rms_norm,
+    "add_rms_norm": check_add_rms_norm,
+    "rms_norm_backward": check_rms_norm_backward,
+}
