@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import platform
 import subprocess
 import time
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     wrong = 0
     for op, check in CHECKS.items():
         try:
-            first = _milliseconds(lambda check=check: check(device), device)
+            first = _milliseconds(functools.partial(check, device), device)
             verdict = "right"
         except (AssertionError, RuntimeError) as error:
             first, verdict = float("nan"), f"WRONG: {str(error).splitlines()[0]}"
