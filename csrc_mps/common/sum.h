@@ -17,10 +17,32 @@ constexpr int64_t kSumLanes = 16 / sizeof(T);
 constexpr int64_t kSumLanes = 32 / sizeof(T);
 #endif
 
-// Sums term(0) .. term(n - 1) as `Lanes` interleaved sums of four streams each. A stream's partial sums cascade through
-// four levels, so that the rounding error grows with log(n). Returns one sum a lane in `lanes`.
-template <int64_t Lanes, class T, class Term>
-TORCH_FUSED_INLINE void cascade_sum(int64_t vectors, const Term& term, T* lanes) {
+// Where add_block puts term i of a block: terms that come in pairs (pairs.h) leave the even ones in the first half.
+template <class Terms>
+constexpr int64_t place(int64_t i, int64_t width) {
+  return Terms::in_pairs ? i / 2 + i % 2 * (width / 2) : i;
+}
+
+// Adds `width` terms from `first` on to `sums`.
+template <int64_t width, class T, class Terms>
+TORCH_FUSED_INLINE void add_block(int64_t first, const Terms& terms, T* sums) {
+  if constexpr (Terms::in_pairs) {
+    T made[width];  // first all terms, then the additions: g++ vectorises both loops only when they are apart
+    for (int64_t i = 0; i < width / 2; ++i) {
+      const auto pair = terms.pair(first + 2 * i);
+      made[i] = pair.first;
+      made[width / 2 + i] = pair.second;
+    }
+    for (int64_t i = 0; i < width; ++i) sums[i] += made[i];
+  } else {
+    for (int64_t i = 0; i < width; ++i) sums[i] += terms.one(first + i);
+  }
+}
+
+// Sums terms 0 .. n - 1 as `Lanes` interleaved sums of four streams each. A stream's partial sums cascade through four
+// levels, so that the rounding error grows with log(n). Returns one sum a lane in `lanes`.
+template <int64_t Lanes, class T, class Terms>
+TORCH_FUSED_INLINE void cascade_sum(int64_t vectors, const Terms& terms, T* lanes) {
   constexpr int64_t kStreams = 4, kLevels = 4, kWidth = kStreams * Lanes;
   const int64_t groups = vectors / kStreams;
   int64_t log2_groups = 0;
@@ -32,7 +54,7 @@ TORCH_FUSED_INLINE void cascade_sum(int64_t vectors, const Term& term, T* lanes)
   while (group + block <= groups) {
     T partial[kWidth] = {};
     for (const int64_t end = group + block; group < end; ++group) {
-      for (int64_t i = 0; i < kWidth; ++i) partial[i] += term(group * kWidth + i);
+      add_block<kWidth>(group * kWidth, terms, partial);
     }
     for (int64_t i = 0; i < kWidth; ++i) sums[0][i] += partial[i];
     for (int64_t level = 1; level < kLevels; ++level) {
@@ -43,33 +65,33 @@ TORCH_FUSED_INLINE void cascade_sum(int64_t vectors, const Term& term, T* lanes)
       if (group & ((block - 1) << (level * power))) break;
     }
   }
-  for (; group < groups; ++group) {
-    for (int64_t i = 0; i < kWidth; ++i) sums[0][i] += term(group * kWidth + i);
-  }
+  for (; group < groups; ++group) add_block<kWidth>(group * kWidth, terms, sums[0]);
   for (int64_t level = 1; level < kLevels; ++level) {
     for (int64_t i = 0; i < kWidth; ++i) sums[0][i] += sums[level][i];
   }
-  for (int64_t i = 0; i < Lanes; ++i) lanes[i] = sums[0][i];
+  for (int64_t i = 0; i < Lanes; ++i) lanes[i] = sums[0][place<Terms>(i, kWidth)];
   for (int64_t vector = groups * kStreams; vector < vectors; ++vector) {
-    for (int64_t i = 0; i < Lanes; ++i) lanes[i] += term(vector * Lanes + i);
+    for (int64_t i = 0; i < Lanes; ++i) lanes[i] += terms.one(vector * Lanes + i);
   }
   for (int64_t stream = 1; stream < kStreams; ++stream) {
-    for (int64_t i = 0; i < Lanes; ++i) lanes[i] += sums[0][stream * Lanes + i];
+    for (int64_t i = 0; i < Lanes; ++i) lanes[i] += sums[0][place<Terms>(stream * Lanes + i, kWidth)];
   }
 }
 
-template <class T, class Term>
-TORCH_FUSED_INLINE T row_sum(int64_t n, const Term& term) {
+// The sum of terms 0 .. n - 1. `terms.one(i)` makes term i and, if Terms::in_pairs, `terms.pair(i)` terms i and i + 1;
+// each is made once.
+template <class T, class Terms>
+TORCH_FUSED_INLINE T row_sum(int64_t n, const Terms& terms) {
   constexpr int64_t lanes = kSumLanes<T>;
   if (n < lanes) {
     T sum;
-    cascade_sum<1>(n, term, &sum);
+    cascade_sum<1>(n, terms, &sum);
     return sum;
   }
   T partial[lanes];
-  cascade_sum<lanes>(n / lanes, term, partial);
+  cascade_sum<lanes>(n / lanes, terms, partial);
   T sum = 0;
-  for (int64_t i = n / lanes * lanes; i < n; ++i) sum += term(i);
+  for (int64_t i = n / lanes * lanes; i < n; ++i) sum += terms.one(i);
   for (int64_t i = 0; i < lanes; ++i) sum += partial[i];
   return sum;
 }

@@ -17,7 +17,7 @@
 #include <limits>
 #include <vector>
 
-#include "../common/convert.h"
+#include "../common/pairs.h"
 #include "../common/rows.h"
 #include "../common/simd.h"
 #include "../common/sum.h"
@@ -118,42 +118,87 @@ TORCH_FUSED_INLINE wide_t<T> inverse_rms(wide_t<T> squares, const RmsNorm& norm)
 }
 
 template <class T>
-TORCH_FUSED_INLINE wide_t<T> sum_of_squares(const T* x, int64_t n) {
-  return row_sum<wide_t<T>>(n, [x](int64_t i) { return widen(x[i]) * widen(x[i]); });
-}
+struct Squares {
+  static constexpr bool in_pairs = kInPairs<T>;
+  const T* x;
+  TORCH_FUSED_INLINE wide_t<T> one(int64_t i) const { return widen(x[i]) * widen(x[i]); }
+  TORCH_FUSED_INLINE Pair pair(int64_t i) const {
+    const Pair value = load_pair(x + i);
+    return {value.first * value.first, value.second * value.second};
+  }
+};
 
-// sum = x + residual, rounded to T because it is a result of its own; returns the sum of its squares.
+// Squares of sum = x + residual, which is stored on the way, rounded to T because it is a result of its own.
 template <class T>
-TORCH_FUSED_INLINE wide_t<T> add_and_square(const T* __restrict x, const T* __restrict residual, T* __restrict sum,
-                                            int64_t n) {
-  return row_sum<wide_t<T>>(n, [=](int64_t i) {
+struct AddedSquares {
+  static constexpr bool in_pairs = kInPairs<T>;
+  const T* __restrict x;
+  const T* __restrict residual;
+  T* __restrict sum;
+  TORCH_FUSED_INLINE wide_t<T> one(int64_t i) const {
     const wide_t<T> value = round_to<T>(widen(x[i]) + widen(residual[i]));
     sum[i] = narrow_exact<T>(value);
     return value * value;
-  });
+  }
+  TORCH_FUSED_INLINE Pair pair(int64_t i) const {
+    const Pair a = load_pair(x + i), b = load_pair(residual + i);
+    const Pair value = round_pair({a.first + b.first, a.second + b.second});
+    store_pair(sum + i, value);
+    return {value.first * value.first, value.second * value.second};
+  }
+};
+
+// y = x * scale * weight, with the roundings of the casting mode.
+template <bool llama, class T>
+TORCH_FUSED_INLINE void scale_row(const T* x, const wide_t<T>* w, wide_t<T> scale, T* y, int64_t begin, int64_t n) {
+  for (int64_t i = begin; i < n; ++i) {
+    const wide_t<T> normed = widen(x[i]) * scale;
+    y[i] = narrow<T>((llama ? round_to<T>(normed) : normed) * w[i]);
+  }
 }
 
-template <class T>
+// The same for pairs: `split` is the even weights, then the odd ones.
+template <bool llama>
+TORCH_FUSED_INLINE void scale_pairs(const at::BFloat16* x, const float* split, float scale, at::BFloat16* y,
+                                    int64_t pairs) {
+  for (int64_t i = 0; i < pairs; ++i) {
+    const Pair value = load_pair(x + 2 * i);
+    Pair normed{value.first * scale, value.second * scale};
+    if (llama) normed = round_pair(normed);
+    store_pair(y + 2 * i, round_pair({normed.first * split[i], normed.second * split[pairs + i]}));
+  }
+}
+
+TORCH_FUSED_INLINE const float* split_pairs(const float* w, int64_t pairs) {
+  static thread_local std::vector<float> buffer;
+  buffer.resize(2 * pairs);
+  for (int64_t i = 0; i < pairs; ++i) {
+    buffer[i] = w[2 * i];
+    buffer[pairs + i] = w[2 * i + 1];
+  }
+  return buffer.data();
+}
+
+template <bool llama, class T>
 TORCH_FUSED_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t end) {
-  const int64_t n = a.norm.cols;
+  const int64_t n = a.norm.cols, pairs = kInPairs<T> ? n / 2 : 0;
   const wide_t<T>* w = effective_weight(a.weight, a.norm);
+  const wide_t<T>* split = nullptr;
+  if constexpr (kInPairs<T>) split = split_pairs(w, pairs);
   for (int64_t row = begin; row < end; ++row) {
     const T* x = a.input + row * a.input_stride;
     T* y = a.output + row * n;
     wide_t<T> squares;
     if (a.residual) {
       T* sum = a.sum + row * n;
-      squares = add_and_square(x, a.residual + row * a.residual_stride, sum, n);
+      squares = row_sum<wide_t<T>>(n, AddedSquares<T>{x, a.residual + row * a.residual_stride, sum});
       x = sum;
     } else {
-      squares = sum_of_squares(x, n);
+      squares = row_sum<wide_t<T>>(n, Squares<T>{x});
     }
     const wide_t<T> scale = inverse_rms<T>(squares, a.norm);
-    if (a.norm.llama) {
-      for (int64_t i = 0; i < n; ++i) y[i] = narrow<T>(w[i] * round_to<T>(widen(x[i]) * scale));
-    } else {
-      for (int64_t i = 0; i < n; ++i) y[i] = narrow<T>(widen(x[i]) * scale * w[i]);
-    }
+    if constexpr (kInPairs<T>) scale_pairs<llama>(x, split, scale, y, pairs);
+    scale_row<llama>(x, w, scale, y, 2 * pairs, n);
   }
 }
 
@@ -169,6 +214,15 @@ struct Backward {
   int64_t grad_stride, grad_sum_stride, x_stride, rows_per_block;
 };
 
+// Terms of the dot product of dy * weight and x.
+template <class T>
+struct WeightedProducts {
+  static constexpr bool in_pairs = false;
+  const T *dy, *x;
+  const wide_t<T>* w;
+  TORCH_FUSED_INLINE wide_t<T> one(int64_t i) const { return widen(dy[i]) * w[i] * widen(x[i]); }
+};
+
 // With g = dy * weight and s = rsqrt(mean(x^2) + eps): dx = s * (g - x * s^2 * mean(g * x)), dweight = sum of dy * x *
 // s.
 template <class T>
@@ -182,8 +236,8 @@ TORCH_FUSED_INLINE void backward_blocks(const Backward<T>& a, int64_t begin, int
       const T* dy = a.grad + row * a.grad_stride;
       const T* x = a.x + row * a.x_stride;
       T* dx = a.grad_x + row * n;
-      const wide_t<T> scale = inverse_rms<T>(sum_of_squares(x, n), a.norm);
-      const auto dot = row_sum<wide_t<T>>(n, [=](int64_t i) { return widen(dy[i]) * w[i] * widen(x[i]); });
+      const wide_t<T> scale = inverse_rms<T>(row_sum<wide_t<T>>(n, Squares<T>{x}), a.norm);
+      const auto dot = row_sum<wide_t<T>>(n, WeightedProducts<T>{dy, x, w});
       const wide_t<T> slope = scale * scale * dot / static_cast<wide_t<T>>(n);
       if (a.grad_sum) {
         const T* extra = a.grad_sum + row * a.grad_sum_stride;
@@ -200,12 +254,12 @@ TORCH_FUSED_INLINE void backward_blocks(const Backward<T>& a, int64_t begin, int
   }
 }
 
-#define RMS_NORM_LOOPS(T)                                                       \
-  TORCH_FUSED_SIMD void run(const Forward<T>& a, int64_t begin, int64_t end) {  \
-    forward_rows(a, begin, end);                                                \
-  }                                                                             \
-  TORCH_FUSED_SIMD void run(const Backward<T>& a, int64_t begin, int64_t end) { \
-    backward_blocks(a, begin, end);                                             \
+#define RMS_NORM_LOOPS(T)                                                                  \
+  TORCH_FUSED_SIMD void run(const Forward<T>& a, int64_t begin, int64_t end) {             \
+    a.norm.llama ? forward_rows<true>(a, begin, end) : forward_rows<false>(a, begin, end); \
+  }                                                                                        \
+  TORCH_FUSED_SIMD void run(const Backward<T>& a, int64_t begin, int64_t end) {            \
+    backward_blocks(a, begin, end);                                                        \
   }
 RMS_NORM_LOOPS(float)
 RMS_NORM_LOOPS(double)
