@@ -5,27 +5,29 @@
 
 namespace torch_fused {
 
-SHARED_CONSTANT uint32_t kNoWeight = 41u << 24;  // steps at which a weight rounds to zero
-SHARED_CONSTANT uint32_t kNoTopP = 1u << 24;     // a top_p of one
+SHARED_CONSTANT uint32_t kMostSteps = 42u << 24;  // no token is further from the maximum; the weight there is zero
+SHARED_CONSTANT uint32_t kNoTopP = 1u << 24;      // a top_p of one
 
 // From a float's bits. 0: never drawn (NaN, -inf); else it grows with the float, and both zeros have one key.
 SHARED_INLINE uint32_t order_key(uint32_t bits) {
-  bits = bits == 0x80000000u ? 0u : bits;
-  const uint32_t sign = bits >> 31 ? 0xffffffffu : 0x80000000u;
-  return (bits & 0x7fffffffu) > 0x7f800000u || bits == 0xff800000u ? 0u : bits ^ sign;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t negative = 0u - (bits >> 31);  // all ones or zero
+  const uint32_t key = 0x80000000u + ((magnitude ^ negative) - negative);
+  return key & (0u - uint32_t(key - 0x00800001u < 0xff000000u));  // from the least finite value to +inf
 }
 
 // The bits of the float that has this key.
 SHARED_INLINE uint32_t key_bits(uint32_t key) {
-  return key >> 31 ? key ^ 0x80000000u : ~key;
+  return key >> 31 ? key - 0x80000000u : 0x80000000u | (0x80000000u - key);
 }
 
 // How far a logit is below the row's maximum, in 2^-24 octaves of probability. `scale` is log2(e) / temperature. No
 // product is added to anything, so no compiler can fuse two roundings into one.
 SHARED_INLINE uint32_t steps_below(float maximum, float logit, float scale) {
-  const float octaves = logit == maximum ? 0.0f : (maximum - logit) * scale;
-  const float capped = octaves < 41.0f ? octaves : 41.0f;  // NaN too
-  return uint32_t(int32_t(capped * 16777216.0f));
+  const float octaves = (maximum - logit) * scale;
+  const float capped = octaves < 42.0f ? octaves : 42.0f;  // NaN too
+  const uint32_t steps = uint32_t(int32_t(capped * 16777216.0f));
+  return steps & (0u - uint32_t(logit != maximum));  // an infinite maximum too
 }
 
 SHARED_INLINE uint32_t multiply_high(uint32_t a, uint32_t b) {
@@ -43,8 +45,8 @@ SHARED_INLINE uint64_t token_weight(uint32_t steps) {
   power = 0x1ebfdf1du + multiply_high(power, fraction);
   power = 0x58b909e8u + multiply_high(power, fraction);
   power = 0x80000000u + multiply_high(power, fraction);
-  const uint64_t weight = ((uint64_t(power) << 9) + ((uint64_t(1) << octaves) >> 1)) >> octaves;
-  return steps < kNoWeight ? weight : 0;
+  const uint64_t shift = octaves;
+  return ((uint64_t(power) << 9) + ((uint64_t(1) << shift) >> 1)) >> shift;
 }
 
 // A row's parameters as integers. All four come as floats: 0 is no top_k, 1 no top_p, 0 no min_p.

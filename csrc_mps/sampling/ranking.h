@@ -26,7 +26,7 @@ inline bool precedes(const Token& a, const Token& b) {
 constexpr int64_t kBlock = 64;        // tokens whose largest key is known
 constexpr int64_t kBlockGrain = 256;  // blocks a thread should at least have
 constexpr int kBinShift = 19;         // 32 bins an octave
-constexpr size_t kBins = (kNoWeight >> kBinShift) + 1;
+constexpr size_t kBins = (kMostSteps >> kBinShift) + 1;
 
 template <class T>
 TORCH_FUSED_INLINE uint32_t key_of(T logit) {
@@ -38,7 +38,10 @@ TORCH_FUSED_INLINE void block_maxima_loop(const T* values, int64_t count, uint32
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     uint32_t largest = 0;
     if (count - begin >= kBlock) {
-      for (int64_t i = 0; i < kBlock; ++i) largest = std::max(largest, key_of(values[begin + i]));
+      for (int64_t i = 0; i < kBlock; ++i) {
+        const uint32_t key = key_of(values[begin + i]);
+        largest = key > largest ? key : largest;
+      }
     } else {
       for (int64_t i = begin; i < count; ++i) largest = std::max(largest, key_of(values[i]));
     }
@@ -46,28 +49,25 @@ TORCH_FUSED_INLINE void block_maxima_loop(const T* values, int64_t count, uint32
   }
 }
 
-// Keys, distances from the maximum and weights of up to a block of tokens.
-struct Weighed {
+// Keys and distances from the maximum of up to a block of tokens.
+struct Measured {
   uint32_t key[kBlock], steps[kBlock];
-  uint64_t weight[kBlock];
 };
 
 template <class T>
-TORCH_FUSED_INLINE void weigh_loop(const T* values, int64_t count, float maximum, float scale, Weighed& block) {
+TORCH_FUSED_INLINE void measure_loop(const T* values, int64_t count, float maximum, float scale, Measured& block) {
+  for (int64_t i = 0; i < count; ++i) block.key[i] = key_of(values[i]);
   for (int64_t i = 0; i < count; ++i) {
-    const auto logit = static_cast<float>(widen(values[i]));
-    block.key[i] = key_of(values[i]);
-    block.steps[i] = steps_below(maximum, logit, scale);
-    block.weight[i] = token_weight(block.steps[i]);
+    block.steps[i] = steps_below(maximum, static_cast<float>(widen(values[i])), scale);
   }
 }
 
-#define RANKING_LOOPS(T)                                                                                           \
-  TORCH_FUSED_SIMD inline void block_maxima(const T* values, int64_t count, uint32_t* maxima) {                    \
-    block_maxima_loop(values, count, maxima);                                                                      \
-  }                                                                                                                \
-  TORCH_FUSED_SIMD inline void weigh(const T* values, int64_t count, float maximum, float scale, Weighed& block) { \
-    weigh_loop(values, count, maximum, scale, block);                                                              \
+#define RANKING_LOOPS(T)                                                                                              \
+  TORCH_FUSED_SIMD inline void block_maxima(const T* values, int64_t count, uint32_t* maxima) {                       \
+    block_maxima_loop(values, count, maxima);                                                                         \
+  }                                                                                                                   \
+  TORCH_FUSED_SIMD inline void measure(const T* values, int64_t count, float maximum, float scale, Measured& block) { \
+    measure_loop(values, count, maximum, scale, block);                                                               \
   }
 RANKING_LOOPS(float)
 RANKING_LOOPS(double)
@@ -120,10 +120,11 @@ class Ranking {
   void write_kept(T* output) const {
     std::fill(output, output + count_, static_cast<T>(-std::numeric_limits<float>::infinity()));
     if (!anything()) return;
-    for_each_block(0, static_cast<int64_t>(maxima_.size()), 1, [&](int64_t start, int64_t size, const Weighed& block) {
+    for_each_block(0, static_cast<int64_t>(maxima_.size()), 1, [&](int64_t start, int64_t size, const Measured& block) {
       for (int64_t i = 0; i < size; ++i) {
         const Token token{block.key[i], static_cast<uint32_t>(start + i)};
-        const bool kept = token.key >= floor_ && block.weight[i] >= filter_.min_weight && !precedes(last_, token);
+        const bool kept =
+            token.key >= floor_ && token_weight(block.steps[i]) >= filter_.min_weight && !precedes(last_, token);
         if (kept) output[start + i] = values_[start + i];
       }
     });
@@ -149,14 +150,14 @@ class Ranking {
     return std::max(*kth, 1u);
   }
 
-  // Calls visit(start, size, weighed) for the blocks from begin to end that reach `key`.
+  // Calls visit(start, size, measured) for the blocks from begin to end that reach `key`.
   template <class Visit>
   void for_each_block(int64_t begin, int64_t end, uint32_t key, const Visit& visit) const {
-    Weighed block;
+    Measured block;
     for (int64_t i = begin; i < end; ++i) {
       if (maxima_[i] < key) continue;
       const int64_t start = i * kBlock, size = std::min(kBlock, count_ - start);
-      weigh(values_ + start, size, maximum_, filter_.scale, block);
+      measure(values_ + start, size, maximum_, filter_.scale, block);
       visit(start, size, block);
     }
   }
@@ -170,13 +171,14 @@ class Ranking {
     std::mutex mutex;
     parallel_blocks([&](int64_t begin, int64_t end) {
       Histogram part;
-      for_each_block(begin, end, floor_, [&](int64_t, int64_t size, const Weighed& block) {
+      for_each_block(begin, end, floor_, [&](int64_t, int64_t size, const Measured& block) {
         for (int64_t i = 0; i < size; ++i) {
           if (block.key[i] < floor_) continue;
           const uint32_t bin = block.steps[i] >> kBinShift;
+          const uint64_t weight = token_weight(block.steps[i]);
           part.counts[bin] += 1;
-          part.masses[bin] += block.weight[i];
-          part.heavy += block.weight[i] >= filter_.min_weight ? block.weight[i] : 0;
+          part.masses[bin] += weight;
+          part.heavy += weight >= filter_.min_weight ? weight : 0;
         }
       });
       const std::lock_guard<std::mutex> lock(mutex);
@@ -193,7 +195,7 @@ class Ranking {
     std::vector<Token> tokens;
     parallel_blocks([&](int64_t begin, int64_t end) {
       std::vector<Token> part;
-      for_each_block(begin, end, floor_, [&](int64_t start, int64_t size, const Weighed& block) {
+      for_each_block(begin, end, floor_, [&](int64_t start, int64_t size, const Measured& block) {
         for (int64_t i = 0; i < size; ++i) {
           if (block.key[i] >= floor_ && block.steps[i] >> kBinShift == bin) {
             part.push_back({block.key[i], static_cast<uint32_t>(start + i)});

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .library import register
 
-_NO_WEIGHT = 41 << 24  # steps at which a weight rounds to zero
 _LOW = 0xFFFFFFFF
 
 
@@ -111,14 +110,13 @@ def _weights(x: Tensor, scale: Tensor) -> Tensor:
     """round(2^40 * 2^((x - max) * scale)): a polynomial in 32-bit fixed point, as csrc_mps/common/token_weight.h."""
     largest = x[:, :1]
     octaves = torch.where(x == largest, 0.0, (largest - x) * scale)
-    steps = (torch.where(octaves < 41, octaves, 41.0) * 2.0**24).long()
+    steps = (torch.where(octaves < 42, octaves, 42.0) * 2.0**24).long()
     whole = (steps + 0xFFFFFF) >> 24
     fraction = ((whole << 24) - steps) << 8
     power = torch.full_like(steps, 0x00072A3C)
     for coefficient in (0x00289A9A, 0x013D54D8, 0x0719FD42, 0x1EBFDF1D, 0x58B909E8, 0x80000000):
         power = coefficient + _multiply_high(power, fraction)
-    weights = ((power << 9) + ((torch.ones_like(whole) << whole) >> 1)) >> whole
-    return torch.where(steps < _NO_WEIGHT, weights, 0)
+    return ((power << 9) + ((torch.ones_like(whole) << whole) >> 1)) >> whole
 
 
 def _multiply_high(a: Tensor | int, b: Tensor) -> Tensor:
