@@ -8,6 +8,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from torch_fused.functional import add_rms_norm
 from torch_fused.ops.rms_norm import add_rms_norm_reference, rms_norm_backward_reference
+from torch_fused.ops.sampling import filter_logits_reference, greedy_reference, sample_reference
+from torch_fused.sampling import filter_logits, greedy, sample
 from torch_fused.testing import make, relative_error
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -32,6 +34,25 @@ def rms_norm() -> None:
                     check("rms_norm_backward", actual, exact)
 
 
+def sampling() -> None:
+    # One slice and several, with a tail; normal, equal and rounded logits, and a row with nothing to draw.
+    for dtype in TOLERANCE:
+        for vocabulary in (5, 2048, 9001):
+            x = make(4, vocabulary, dtype=dtype)
+            x[1], x[2], x[3] = 0, x[2].round(), float("nan")
+            for kwargs in ({}, {"top_k": 40, "top_p": 0.9, "min_p": 0.01}):
+                same("filter_logits", filter_logits(x.cuda(), **kwargs), filter_logits_reference(x, **kwargs))
+                drawn = sample(x.cuda(), seed=1, return_valid=True, **kwargs)
+                for actual, exact in zip(drawn, sample_reference(x, seed=1, **kwargs), strict=True):
+                    same("sample", actual, exact)
+            same("greedy", greedy(x.cuda()), greedy_reference(x))
+
+
+def same(op: str, actual: torch.Tensor, exact: torch.Tensor) -> None:
+    if not torch.equal(actual.cpu(), exact):
+        sys.exit(f"{op}: {actual.dtype} {tuple(actual.shape)}: differs from the reference")
+
+
 def check(op: str, actual: torch.Tensor, exact: torch.Tensor) -> None:
     error = relative_error(actual, exact)
     if not error < TOLERANCE[actual.dtype]:
@@ -39,5 +60,6 @@ def check(op: str, actual: torch.Tensor, exact: torch.Tensor) -> None:
 
 
 rms_norm()
+sampling()
 torch.cuda.synchronize()
 print("every kernel ran")
