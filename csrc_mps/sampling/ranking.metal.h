@@ -47,10 +47,12 @@ struct Weigher {
   }
 };
 
+// Values in a buffer nobody could check without waiting for the device: they are clamped.
 inline TokenFilter row_filter(constant SamplingParams& p, device const float* row_parameters, uint row) {
   if (!(p.flags & ROW_PARAMETERS)) return token_filter(p.scale, p.top_k, p.top_p, p.min_p);
   device const float* values = row_parameters + 4 * row;
-  return token_filter(values[0], clamp(values[1], 0.0f, 1048576.0f), clamp(values[2], 0.0f, 1.0f),
+  const float scale = values[0] >= 0.0f ? values[0] : 0.0f;
+  return token_filter(scale, clamp(values[1], 0.0f, 1048576.0f), clamp(values[2], 0.0f, 1.0f),
                       clamp(values[3], 0.0f, 1.0f));
 }
 

@@ -220,7 +220,8 @@ def sample(
 
     Raises:
         RuntimeError: an argument is out of its range, or, on the CPU and without ``return_valid``, a row has nothing
-            but NaN and -inf; the message names it. On a GPU tensors of parameters are not checked, to not wait for it.
+            but NaN and -inf; the message names it. On a GPU tensors of parameters are clamped to their range
+            instead, to not wait for it.
 
     Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC11), for the random numbers;
     transformers/generation/logits_process.py for the filters.
