@@ -4,12 +4,15 @@ For the doctor, and for the memory and race checkers of a GPU.
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .functional import add_rms_norm
 from .ops.rms_norm import add_rms_norm_reference, rms_norm_backward_reference, rms_norm_reference
+from .ops.sampling import filter_logits_reference, greedy_reference, sample_reference
+from .sampling import filter_logits, greedy, sample
 from .testing import make, relative_error
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -55,8 +58,46 @@ def check_rms_norm_backward(device: str) -> None:
         compare(f"rms_norm_backward of {cols} columns", actual, exact)
 
 
+def logits(device: str):
+    """(what, logits on the device, the same on the CPU): one slice and several, with a tail; equal, rounded, NaN rows."""
+    for dtype in DTYPES:
+        for vocabulary in (5, 2048, 9001):
+            x = make(4, vocabulary, dtype=dtype)
+            x[1], x[2], x[3] = 0, x[2].round(), torch.nan
+            yield f"of {vocabulary} logits, {dtype}", x.to(device), x
+
+
+def same(what: str, actual: Tensor, exact: Tensor) -> None:
+    assert torch.equal(actual.cpu(), exact), f"{what}: not the reference's"
+
+
+def check_greedy(device: str) -> None:
+    for what, x, x_cpu in logits(device):
+        same(f"greedy {what}", greedy(x), greedy_reference(x_cpu))
+
+
+FILTERS: tuple[dict[str, Any], ...] = ({}, {"top_k": 40, "top_p": 0.9, "min_p": 0.01})
+
+
+def check_filter_logits(device: str) -> None:
+    for what, x, x_cpu in logits(device):
+        for filters in FILTERS:
+            same(f"filter_logits {what}", filter_logits(x, **filters), filter_logits_reference(x_cpu, **filters))
+
+
+def check_sample(device: str) -> None:
+    for what, x, x_cpu in logits(device):
+        for filters in FILTERS:
+            actual = sample(x, seed=1, return_valid=True, **filters)
+            for a, e in zip(actual, sample_reference(x_cpu, seed=1, **filters), strict=True):
+                same(f"sample {what}", a, e)
+
+
 CHECKS: dict[str, Callable[[str], None]] = {
     "rms_norm": check_rms_norm,
     "add_rms_norm": check_add_rms_norm,
     "rms_norm_backward": check_rms_norm_backward,
+    "greedy": check_greedy,
+    "filter_logits": check_filter_logits,
+    "sample": check_sample,
 }

@@ -1,0 +1,62 @@
+// What sampling.cpp (CPU) and sampling_launch.cpp (GPU) share: the kernels' signatures and the checked call.
+#pragma once
+
+#include <ATen/core/Generator.h>
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "common/token_weight.h"
+
+namespace torch_fused {
+
+// One checked call: logits as rows, and the parameters, for all rows or in a (rows, 4) float32 tensor: scale, top_k,
+// top_p, min_p as token_filter takes them.
+struct Sampling {
+  int64_t rows;
+  int64_t vocabulary;
+  float scale, top_k, top_p, min_p;
+  std::optional<at::Tensor> row_parameters;
+};
+
+// Where the random numbers come from: a (2,) int64 tensor of seed and offset, or the two numbers.
+struct RandomState {
+  uint64_t seed, offset;
+  std::optional<at::Tensor> tensor;
+};
+
+void check_logits(const char* op, const at::Tensor& logits);
+Sampling check_sampling(const char* op, const at::Tensor& logits, double temperature, std::optional<int64_t> top_k,
+                        std::optional<double> top_p, std::optional<double> min_p,
+                        const std::optional<at::Tensor>& row_parameters);
+RandomState random_state(const at::Tensor& logits, std::optional<at::Generator> generator, std::optional<int64_t> seed,
+                         std::optional<int64_t> offset, const std::optional<at::Tensor>& state);
+
+at::Tensor greedy_cpu(const at::Tensor& logits);
+at::Tensor greedy_gpu(const at::Tensor& logits);
+
+at::Tensor filter_logits_cpu(const at::Tensor& logits, double temperature, std::optional<int64_t> top_k,
+                             std::optional<double> top_p, std::optional<double> min_p,
+                             const std::optional<at::Tensor>& row_parameters);
+at::Tensor filter_logits_gpu(const at::Tensor& logits, double temperature, std::optional<int64_t> top_k,
+                             std::optional<double> top_p, std::optional<double> min_p,
+                             const std::optional<at::Tensor>& row_parameters);
+
+// (ids, valid). On the CPU a row with nothing to draw is an error unless return_valid.
+std::tuple<at::Tensor, at::Tensor> sample_cpu(const at::Tensor& logits, double temperature,
+                                              std::optional<int64_t> top_k, std::optional<double> top_p,
+                                              std::optional<double> min_p,
+                                              const std::optional<at::Tensor>& row_parameters,
+                                              std::optional<at::Generator> generator, std::optional<int64_t> seed,
+                                              std::optional<int64_t> offset, const std::optional<at::Tensor>& state,
+                                              bool return_valid);
+std::tuple<at::Tensor, at::Tensor> sample_gpu(const at::Tensor& logits, double temperature,
+                                              std::optional<int64_t> top_k, std::optional<double> top_p,
+                                              std::optional<double> min_p,
+                                              const std::optional<at::Tensor>& row_parameters,
+                                              std::optional<at::Generator> generator, std::optional<int64_t> seed,
+                                              std::optional<int64_t> offset, const std::optional<at::Tensor>& state,
+                                              bool return_valid);
+
+}  // namespace torch_fused

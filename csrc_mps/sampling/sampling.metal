@@ -1,0 +1,189 @@
+// Sampling and filtering of logits in four launches: sort slices, weigh them, rank the pivots, then settle and draw or
+// write. Every step takes the same time whatever the logits are.
+#include <metal_stdlib>
+#include "common/philox.h"
+#include "common/scan.metal.h"
+#include "common/token_weight.h"
+#include "sampling/ranking.metal.h"
+using namespace metal;
+using namespace torch_fused;
+
+// A threadgroup a slice: its tokens in order.
+template <typename T>
+[[kernel, max_total_threads_per_threadgroup(1024)]]
+void sampling_sort(device const T* logits [[buffer(0)]], device ulong* sorted [[buffer(1)]],
+                   constant SamplingParams& p [[buffer(2)]], uint group [[threadgroup_position_in_grid]],
+                   uint thread_id [[thread_position_in_threadgroup]]) {
+  threadgroup ulong tokens[SLICE];
+  device const T* row = logits + long(group / p.slices) * p.row_stride;
+  for (uint i = thread_id; i < SLICE; i += THREADS) {
+    const uint index = group % p.slices * SLICE + i;
+    tokens[i] = index < p.vocabulary ? make_token(order_key(as_type<uint>(float(row[index]))), index) : 0;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  sort_tokens(tokens, SLICE, thread_id);
+  for (uint i = thread_id; i < SLICE; i += THREADS) sorted[long(group) * SLICE + i] = tokens[i];
+}
+
+// The largest logit of a row, which is first in one of its slices.
+inline float row_maximum(device const ulong* tokens, uint slices, threadgroup uint* maxima, uint thread_id,
+                         Place place) {
+  uint key = 0u;
+  for (uint i = thread_id; i < slices; i += THREADS) key = max(key, token_key(tokens[i * SLICE]));
+  return as_type<float>(key_bits(threadgroup_max(key, maxima, place)));
+}
+
+// A threadgroup a slice: its running weight, and a summary of it.
+[[kernel, max_total_threads_per_threadgroup(1024)]]
+void sampling_weigh(device const ulong* sorted [[buffer(0)]], device const float* row_parameters [[buffer(1)]],
+                    device ulong* masses [[buffer(2)]], device ulong* summaries [[buffer(3)]],
+                    constant SamplingParams& p [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
+                    uint thread_id [[thread_position_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+                    uint simdgroup [[simdgroup_index_in_threadgroup]],
+                    uint simdgroups [[simdgroups_per_threadgroup]]) {
+  threadgroup uint maxima[32];
+  threadgroup ulong sums[32];
+  const Place place = {lane, simdgroup, simdgroups};
+  const uint row = group / p.slices;
+  const TokenFilter filter = row_filter(p, row_parameters, row);
+  const float maximum = row_maximum(sorted + long(row) * p.slices * SLICE, p.slices, maxima, thread_id, place);
+  const Weigher weigher = {maximum, filter.scale};
+  const long first = long(group) * SLICE + 2 * thread_id;
+  ulong live = 0, heavy = 0, weights[2];
+  for (uint j = 0; j < 2; j++) {
+    const ulong token = sorted[first + j];
+    weights[j] = weigher.weight(token);
+    live += token != 0 ? 1 : 0;
+    heavy += weights[j] >= filter.min_weight ? weights[j] : 0;
+  }
+  const ulong sum = threadgroup_scan(weights[0] + weights[1], sums, place).sum;
+  masses[first] = sum - weights[1];
+  masses[first + 1] = sum;
+  live = threadgroup_scan(live, sums, place).total;
+  heavy = threadgroup_scan(heavy, sums, place).total;
+  if (thread_id == 0) {
+    summaries[2 * group] = live;
+    summaries[2 * group + 1] = heavy;
+  }
+}
+
+// A simdgroup a pivot: how many tokens of the row precede it, and their weight.
+[[kernel, max_total_threads_per_threadgroup(1024)]]
+void sampling_rank(device const ulong* sorted [[buffer(0)]], device const ulong* masses [[buffer(1)]],
+                   device uint* pivot_counts [[buffer(2)]], device ulong* pivot_masses [[buffer(3)]],
+                   constant SamplingParams& p [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
+                   uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+                   uint simdgroups [[simdgroups_per_threadgroup]]) {
+  const uint pivots = p.slices * (SLICE / p.stride);
+  const uint groups = (pivots + simdgroups - 1) / simdgroups;  // of a row
+  const uint pivot = group % groups * simdgroups + simdgroup;
+  if (pivot >= pivots) return;
+  const long row = group / groups;
+  device const ulong* tokens = sorted + row * p.slices * SLICE;
+  const ulong token = tokens[pivot * p.stride];
+  uint count = 0u;
+  ulong mass = 0;
+  if (token != 0) {
+    for (uint i = lane; i < p.slices; i += 32) {
+      const uint before = tokens_before(tokens + i * SLICE, token);
+      count += before;
+      if (before != 0u) mass += masses[(row * p.slices + i) * SLICE + before - 1];
+    }
+  }
+  count = simd_sum(count);
+  for (ushort distance = 16; distance > 0; distance /= 2) {
+    mass += as_type<ulong>(simd_shuffle_xor(as_type<uint2>(mass), distance));
+  }
+  if (lane == 0) {
+    pivot_counts[row * pivots + pivot] = token != 0 ? count : NO_PIVOT;
+    pivot_masses[row * pivots + pivot] = mass;
+  }
+}
+
+#define WORKSPACE(space)                       \
+  threadgroup ulong found[SLICE];              \
+  threadgroup ulong sums[32];                  \
+  threadgroup uint maxima[32];                 \
+  threadgroup uint pivots[2];                  \
+  threadgroup Reached reached[1];              \
+  threadgroup atomic_uint found_count[1];      \
+  const Workspace space = {found, sums, maxima, pivots, reached, found_count};
+
+inline Ranking row_ranking(device const ulong* sorted, device const ulong* masses, device const ulong* summaries,
+                           device const uint* pivot_counts, device const ulong* pivot_masses,
+                           constant SamplingParams& p, uint row, float scale, threadgroup uint* maxima,
+                           uint thread_id, Place place) {
+  const long slice = long(row) * p.slices, pivot = slice * (SLICE / p.stride);
+  device const ulong* tokens = sorted + slice * SLICE;
+  const Weigher weigher = {row_maximum(tokens, p.slices, maxima, thread_id, place), scale};
+  const Ranking ranking = {tokens,   masses + slice * SLICE, summaries + slice * 2, pivot_counts + pivot,
+                           pivot_masses + pivot, p.slices, p.stride, weigher};
+  return ranking;
+}
+
+// A threadgroup a row: the token drawn.
+[[kernel, max_total_threads_per_threadgroup(1024)]]
+void sampling_draw(device const ulong* sorted [[buffer(0)]], device const ulong* masses [[buffer(1)]],
+                   device const ulong* summaries [[buffer(2)]], device const uint* pivot_counts [[buffer(3)]],
+                   device const ulong* pivot_masses [[buffer(4)]], device const float* row_parameters [[buffer(5)]],
+                   device const ulong* state [[buffer(6)]], device long* ids [[buffer(7)]],
+                   device uchar* valid [[buffer(8)]], constant SamplingParams& p [[buffer(9)]],
+                   uint row [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
+                   uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+                   uint simdgroups [[simdgroups_per_threadgroup]]) {
+  WORKSPACE(space)
+  const Place place = {lane, simdgroup, simdgroups};
+  const TokenFilter filter = row_filter(p, row_parameters, row);
+  const Ranking ranking = row_ranking(sorted, masses, summaries, pivot_counts, pivot_masses, p, row, filter.scale,
+                                      maxima, thread_id, place);
+  const Kept kept = apply_filter(ranking, filter, space, thread_id, place);
+  uint index = 0u;
+  if (kept.total != 0) {
+    const ulong seed = p.flags & STATE ? state[0] : p.seed;
+    const ulong offset = p.flags & STATE ? state[1] : p.offset;
+    const ulong below = isinf(filter.scale) ? 0 : random_below(random_bits(seed, offset, row), kept.total);
+    index = token_index(ranking.reach(true, below + 1, space, thread_id, place).token);
+  }
+  if (thread_id == 0) {
+    ids[row] = index;
+    valid[row] = kept.total != 0 ? 1 : 0;
+  }
+}
+
+// A threadgroup a slice: its logits that are kept, and -inf in place of the others.
+template <typename T>
+[[kernel, max_total_threads_per_threadgroup(1024)]]
+void filter_logits(device const T* logits [[buffer(0)]], device const ulong* sorted [[buffer(1)]],
+                   device const ulong* masses [[buffer(2)]], device const ulong* summaries [[buffer(3)]],
+                   device const uint* pivot_counts [[buffer(4)]], device const ulong* pivot_masses [[buffer(5)]],
+                   device const float* row_parameters [[buffer(6)]], device T* output [[buffer(7)]],
+                   constant SamplingParams& p [[buffer(8)]], uint group [[threadgroup_position_in_grid]],
+                   uint thread_id [[thread_position_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+                   uint simdgroup [[simdgroup_index_in_threadgroup]],
+                   uint simdgroups [[simdgroups_per_threadgroup]]) {
+  WORKSPACE(space)
+  const Place place = {lane, simdgroup, simdgroups};
+  const uint row = group / p.slices;
+  const TokenFilter filter = row_filter(p, row_parameters, row);
+  const Ranking ranking = row_ranking(sorted, masses, summaries, pivot_counts, pivot_masses, p, row, filter.scale,
+                                      maxima, thread_id, place);
+  const Kept kept = apply_filter(ranking, filter, space, thread_id, place);
+  for (uint i = thread_id; i < SLICE; i += THREADS) {
+    const uint index = group % p.slices * SLICE + i;
+    if (index >= p.vocabulary) break;
+    const T logit = logits[long(row) * p.row_stride + index];
+    const ulong token = make_token(order_key(as_type<uint>(float(logit))), index);
+    const bool keep = token >= kept.last && ranking.weigher.weight(token) >= filter.min_weight;
+    output[long(row) * p.vocabulary + index] = keep ? logit : T(-INFINITY);
+  }
+}
+
+#define SAMPLING(name, T)                                                                                          \
+  template [[host_name("sampling_sort_" #name)]] [[kernel]] void sampling_sort<T>(                                 \
+      device const T*, device ulong*, constant SamplingParams&, uint, uint);                                       \
+  template [[host_name("filter_logits_" #name)]] [[kernel]] void filter_logits<T>(                                 \
+      device const T*, device const ulong*, device const ulong*, device const ulong*, device const uint*,          \
+      device const ulong*, device const float*, device T*, constant SamplingParams&, uint, uint, uint, uint, uint);
+SAMPLING(f32, float)
+SAMPLING(f16, half)
+SAMPLING(bf16, bfloat)

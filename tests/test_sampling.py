@@ -1,0 +1,362 @@
+"""greedy, sample and filter_logits: one token on every backend, Hugging Face's kept sets, the distribution."""
+
+import itertools
+
+import pytest
+import torch
+from torch.library import opcheck
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+import torch_fused
+from torch_fused.ops.sampling import (
+    _random_below,
+    _random_bits,
+    _weights,
+    filter_logits_reference,
+    greedy_reference,
+    sample_reference,
+)
+from torch_fused.sampling import filter_logits, greedy, sample
+from torch_fused.testing import make
+
+INF = torch.inf
+
+FILTERS = [
+    {},
+    {"temperature": 0.0},
+    {"temperature": 0.7, "top_k": 50, "top_p": 0.9},
+    {"top_k": 3},
+    {"top_p": 0.6},
+    {"temperature": 3.0, "min_p": 0.1},
+    {"temperature": 1.3, "top_k": 400, "top_p": 0.95, "min_p": 0.02},
+]
+
+
+def rows_of_every_kind(vocabulary: int) -> torch.Tensor:
+    """Normal, peaked, flat, tied, masked, special, and adversarial rows: an outlier far above nearly equal values."""
+    x = make(8, vocabulary, scale=3.0)
+    x[1] *= 20
+    x[2] = 1.5
+    x[3] = x[3].round()
+    x[4, torch.arange(vocabulary) % 3 != 0] = -INF
+    x[5, ::5], x[5, 1::7], x[5, 2::11] = torch.nan, -INF, -0.0
+    x[6] = 5 + make(vocabulary, seed=1, scale=1e-6)
+    x[6, vocabulary // 2] = 9
+    x[7] = -x[7].abs() - 1e30
+    return x
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocabulary", [1, 700, 2500])
+def test_matches_the_reference(backend, vocabulary):
+    """Every kind of row and filter gives the reference's kept set and its tokens, bit for bit."""
+    rows = rows_of_every_kind(vocabulary)
+    emulated = backend.name == "emulated"  # thorough and slow
+    seeds, filters = (range(1), FILTERS[1::3] + FILTERS[-1:]) if emulated else (range(4), FILTERS)
+    for kwargs in filters:
+        expected = filter_logits_reference(rows, **kwargs)
+        assert torch.equal(filter_logits(rows.to(backend.device), **kwargs).cpu(), expected), kwargs
+        for seed in seeds:
+            ids, valid = sample(rows.to(backend.device), seed=seed, offset=7, return_valid=True, **kwargs)
+            expected_ids, expected_valid = sample_reference(rows, seed=seed, offset=7, **kwargs)
+            assert torch.equal(ids.cpu(), expected_ids) and torch.equal(valid.cpu(), expected_valid), kwargs
+
+
+def test_whole_vocabulary(backend):
+    """Qwen's vocabulary: many slices, blocks on both CPU threads; top_k above and below the number of blocks."""
+    x = make(1, 151936, scale=2.0)
+    for kwargs in ({"top_k": 50, "top_p": 0.9}, {"top_k": 5000, "min_p": 1e-4}, {"top_p": 0.95}):
+        actual = sample(x.to(backend.device), seed=3, **kwargs)
+        assert torch.equal(actual.cpu(), sample_reference(x, seed=3, **kwargs)[0])
+        if backend.name == "emulated":
+            break
+    assert torch.equal(greedy(x.to(backend.device)).cpu(), x.argmax(-1))
+
+
+def test_every_dtype(backend):
+    """Half types rank as the float32 they stand for, float64 as rounded to float32."""
+    for dtype in backend.dtypes:
+        x = make(3, 300, dtype=dtype, scale=4.0)
+        moved, kwargs = x.to(backend.device), {"temperature": 0.8, "top_p": 0.7}
+        result = filter_logits(moved, **kwargs)
+        assert result.dtype == dtype
+        assert torch.equal(result.cpu(), filter_logits_reference(x, **kwargs))
+        assert torch.equal(sample(moved, seed=5, **kwargs).cpu(), sample_reference(x, seed=5, **kwargs)[0])
+        assert torch.equal(greedy(moved).cpu(), greedy_reference(x.float()))
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0, 8.0])
+def test_kept_set_is_hugging_faces(scale):
+    """Temperature, top-k, top-p and min-p in Hugging Face's order keep its tokens, but for 3 at a rounding edge."""
+    x = make(3, 8000, scale=scale)
+    x[1] = x[1].bfloat16().float()  # ties
+    for temperature, top_k, top_p, min_p in itertools.product((1.0, 0.6, 1.7), (None, 50), (None, 0.9), (None, 0.03)):
+        scores = TemperatureLogitsWarper(temperature)(None, x) if temperature != 1.0 else x
+        scores = TopKLogitsWarper(top_k)(None, scores) if top_k else scores
+        scores = TopPLogitsWarper(top_p)(None, scores) if top_p else scores
+        scores = MinPLogitsWarper(min_p)(None, scores) if min_p else scores
+        ours = filter_logits(x, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        # Where top_p ends among equal tokens, Hugging Face's sort may take others of them: compare how many.
+        kept, expected = ours > -INF, scores > -INF
+        values = ours.masked_fill(~kept, 0).sort(-1).values, x.masked_fill(~expected, 0).sort(-1).values
+        assert ((kept.sum(-1) - expected.sum(-1)).abs() <= 3).all()
+        assert ((values[0] != values[1]).sum(-1) <= 3).all() or ((kept ^ expected).sum(-1) <= 3).all()
+        assert torch.equal(ours[kept], x[kept])
+
+
+def test_weights_are_powers_of_two():
+    """The fixed-point weight is 2^40 * 2^x to a step of 2^-24 octaves, never grows, and rounds to 0 in the end."""
+    octaves = torch.cat([torch.zeros(1), torch.linspace(0, 43, 100001)]).neg().unsqueeze(0)
+    weights = _weights(octaves, torch.ones(1, 1))
+    exact = 2.0 ** (40 + octaves.double())
+    error = (weights - exact).abs()
+    assert (error <= exact * 6e-8 + 0.51).all()
+    assert (weights.diff() <= 0).all() and int(weights[0, 0]) == 2**40 and int(weights[0, -1]) == 0
+
+
+def test_philox_known_answers():
+    """Random123's published vectors of philox4x32-10, and the 128-bit product that scales them."""
+    high, low = _random_bits(torch.zeros(2, dtype=torch.int64), 1)
+    assert (int(high), int(low)) == (0x6627E8D5, 0xE169C58D)
+    for bits, total in (((2**64 - 1), 2**59 - 1), (0x123456789ABCDEF0, 2**40 + 12345), (2**63, 3)):
+        parts = torch.tensor([[bits >> 32]]), torch.tensor([[bits & 0xFFFFFFFF]])
+        assert int(_random_below(*parts, torch.tensor([[total]]))) == bits * total >> 64
+
+
+def chi_square(draws: int, device: str) -> None:
+    """Frequencies fit the filtered softmax: chi-square below its 1 - 1e-6 quantile (11 cells: 48.1)."""
+    x = torch.tensor(
+        [2.0, -1.0, 0.5, 0.0, 1.0, 1.5, -0.5, 0.25, -2.0, 0.75, 1.25, -1.5, -INF, torch.nan], device=device
+    )
+    for kwargs in ({}, {"temperature": 2.0}, {"top_k": 6, "temperature": 0.7}, {"top_p": 0.8}):
+        ids = sample(x.expand(draws, -1), seed=11, **kwargs)
+        kept = filter_logits_reference(x.cpu(), **kwargs)
+        expected = (kept / kwargs.get("temperature", 1.0)).double().softmax(-1) * draws
+        counts = torch.bincount(ids.cpu(), minlength=len(x)).double()
+        assert counts[expected == 0].sum() == 0
+        cells = expected > 0
+        assert ((counts - expected)[cells] ** 2 / expected[cells]).sum() < 48.1
+
+
+def test_frequencies(backend):
+    """Draws follow the distribution. The emulated kernels draw the CPU's tokens, so a few of them are enough."""
+    if backend.name == "emulated":
+        x = make(6, 40)
+        assert torch.equal(sample(x, seed=11), sample_reference(x, seed=11)[0])
+    else:
+        chi_square(20_000, backend.device)
+
+
+@pytest.mark.full
+def test_frequencies_of_many_draws():
+    """The same with ten times the draws."""
+    chi_square(200_000, "cpu")
+
+
+# ---- edges ----------------------------------------------------------------------------------------------------------
+
+
+def kept(x: torch.Tensor, backend, **kwargs) -> list[int]:
+    return (filter_logits(x.to(backend.device), **kwargs) > -INF).nonzero().flatten().tolist()
+
+
+def test_edges_of_the_filters(backend):
+    """The limits of each parameter, and ties: all at the k-th value, the lowest index first at the edge of top_p."""
+    x = torch.tensor([1.0, 3.0, 2.0, 3.0, 0.0, 2.0])
+    everything = list(range(6))
+    assert kept(x, backend, top_k=1) == [1, 3]
+    assert kept(x, backend, top_k=3) == [1, 2, 3, 5]
+    assert kept(x, backend, top_k=6) == kept(x, backend, top_k=10**9) == everything
+    assert kept(x, backend, top_p=0.0) == [1]
+    assert kept(x, backend, top_p=1.0) == kept(x, backend, min_p=0.0) == kept(x, backend) == everything
+    assert kept(torch.zeros(8), backend, top_p=0.5) == [0, 1, 2, 3]
+    assert kept(x, backend, min_p=1.0) == [1, 3]
+    assert kept(x, backend, min_p=0.3) == [1, 2, 3, 5]
+    assert kept(torch.tensor([0.0, -0.0, -1.0]), backend, top_k=1) == [0, 1]
+
+
+def test_temperature_zero_is_greedy(backend):
+    """The lowest index of the maximum, whatever the seed."""
+    x = torch.tensor([1.0, 3.0, 2.0, 3.0]).to(backend.device)
+    assert {int(sample(x, temperature=0.0, seed=seed)) for seed in range(4)} == {1}
+
+
+def test_special_values(backend):
+    """+inf is drawn with certainty, NaN and -inf never; a row with nothing to draw is invalid and gives 0."""
+    nan = torch.nan
+    x = torch.tensor([[0.0, INF, 5.0, nan], [nan, -INF, 1.0, -INF], [nan, -INF, nan, -INF], [-INF] * 4])
+    for kwargs in ({}, {"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.5}):
+        ids, valid = sample(x.to(backend.device), seed=1, return_valid=True, **kwargs)
+        assert ids.tolist() == [1, 2, 0, 0] and valid.tolist() == [True, True, False, False]
+    assert greedy(x.to(backend.device)).tolist() == [1, 2, 0, 0]
+    two = torch.tensor([INF, 3.0, INF]).to(backend.device)
+    assert {int(sample(two, seed=seed)) for seed in range(8)} == {0, 2}
+
+
+def test_a_row_with_nothing_to_draw_is_an_error_on_the_cpu():
+    """The error names the row."""
+    x = make(3, 10)
+    x[1] = -INF
+    with pytest.raises(RuntimeError, match=r"sample: logits .* row 1 has only NaN and -inf"):
+        sample(x, seed=1)
+
+
+def test_shapes_and_strides(backend):
+    """A row, a batch, no rows; row strides, expanded and transposed logits."""
+    base = make(4, 80, device=backend.device)
+    assert sample(base[0], seed=1).shape == greedy(base[0]).shape == ()
+    assert sample(base[:0], seed=1).shape == greedy(base[:0]).shape == (0,)
+    assert filter_logits(base[:0]).shape == (0, 80)
+    for view in (base[:, 3:70], base[::2], base[:1].expand(3, 80), base[:, :4].t(), base[:, ::3], base[2, 5:]):
+        dense = view.contiguous()
+        assert torch.equal(sample(view, seed=2), sample(dense, seed=2))
+        assert torch.equal(filter_logits(view, top_p=0.5), filter_logits(dense, top_p=0.5))
+        assert torch.equal(greedy(view), greedy(dense))
+
+
+def test_greedy(backend):
+    """argmax, with the lowest index of equal maxima, across slices and packs."""
+    for vocabulary in (1, 7, 64, 2048, 2049, 9001):
+        x = rows_of_every_kind(vocabulary) if vocabulary > 64 else make(8, vocabulary)
+        for dtype in (torch.float32, torch.bfloat16):
+            assert torch.equal(greedy(x.to(backend.device, dtype)).cpu(), greedy_reference(x.to(dtype)))
+
+
+# ---- parameters and random numbers ----------------------------------------------------------------------------------
+
+
+def test_parameters_of_each_row(backend):
+    """(batch,) tensors give each row what a scalar call gives it; scalars and tensors mix."""
+    x = make(4, 500, scale=2.0, device=backend.device)
+    temperature, top_k = torch.tensor([0.0, 0.7, 1.0, 1.9]), torch.tensor([0, 5, 50, 1000])
+    top_p, min_p = torch.tensor([0.9, 1.0, 0.5, 0.95]), torch.tensor([0.0, 0.1, 0.0, 0.01])
+    moved = [t.to(backend.device) for t in (temperature, top_k, top_p, min_p)]
+    names = ("temperature", "top_k", "top_p", "min_p")
+    ids = sample(x, seed=4, **dict(zip(names, moved, strict=True)))
+    filtered = filter_logits(x, **dict(zip(names, moved, strict=True)))
+    for row in range(4):
+        scalars = {"temperature": float(temperature[row]), "top_k": int(top_k[row]) or None}
+        scalars |= {"top_p": float(top_p[row]), "min_p": float(min_p[row])}
+        assert int(ids[row]) == int(sample(x, seed=4, **scalars)[row])
+        assert torch.equal(filtered[row], filter_logits(x, **scalars)[row])
+    assert torch.equal(filter_logits(x, top_k=5, top_p=moved[2])[2], filter_logits(x, top_k=5, top_p=0.5)[2])
+
+
+def test_seeds(backend):
+    """A seed and an offset fix the draw, as numbers or as tensors on the device; rows and offsets draw apart."""
+    x = torch.zeros(12, 1000, device=backend.device)
+    first = sample(x, seed=2**40 + 5, offset=9)
+    as_tensor = [torch.tensor(value, device=backend.device) for value in (2**40 + 5, 9)]
+    assert torch.equal(first, sample(x, seed=as_tensor[0], offset=as_tensor[1]))
+    assert torch.equal(first, sample(x, seed=2**40 + 5, offset=as_tensor[1]))
+    assert len(first.unique()) > 8
+    for other in (sample(x, seed=2**40 + 5, offset=10), sample(x, seed=5, offset=9)):
+        assert (other != first).float().mean() > 0.7
+
+
+def test_generators(backend):
+    """Without a seed one is drawn from the generator: reproducible, and another the next time."""
+    x = torch.zeros(12, 1000, device=backend.device)
+    for device in {"cpu", backend.device}:
+        generator = torch.Generator(device).manual_seed(1)
+        first, second = sample(x, generator=generator), sample(x, generator=generator)
+        assert (first != second).float().mean() > 0.7
+        assert torch.equal(first, sample(x, generator=generator.manual_seed(1)))
+    torch.manual_seed(3)
+    first = sample(x)
+    torch.manual_seed(3)
+    assert torch.equal(first, sample(x))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: sample(x, top_k=0), "sample: top_k must be at least 1, or None for no filter, got 0"),
+        (lambda x: sample(x, top_p=1.5), "sample: top_p must be from 0 to 1, got 1.5"),
+        (lambda x: sample(x, min_p=-0.1), "sample: min_p must be from 0 to 1, got -0.1"),
+        (lambda x: filter_logits(x, temperature=-1.0), "filter_logits: temperature must be finite and not negative"),
+        (lambda x: sample(x, temperature=float("nan")), "sample: temperature must be finite and not negative, got nan"),
+        (lambda x: sample(x[None]), r"sample: logits must be .* got \[1, 4, 8\]"),
+        (lambda x: greedy(x[:, :0]), "greedy: logits must have 1 to 1048576 tokens, got 0"),
+        (lambda x: greedy(x.int()), "greedy: logits must be float32.*got Int"),
+        (lambda x: sample(x, top_p=x[:3, 0]), r"sample: top_p must be a scalar or of shape \(4,\), got \(3,\)"),
+        (lambda x: sample(x, seed=x[0, 0]), "sample: seed must be one int64, got torch.float32"),
+        (lambda x: sample(x, offset=torch.ones(1, dtype=torch.int64)), "sample: offset as a tensor needs a seed"),
+    ],
+)
+def test_bad_arguments(backend, call, message):
+    """A bad argument raises before anything runs, naming the op, the argument, what it got and what it takes."""
+    with pytest.raises(RuntimeError, match=message):
+        call(make(4, 8, device=backend.device))
+
+
+def test_bad_values_in_parameter_tensors_name_the_row():
+    """On the CPU tensors of parameters are checked too."""
+    with pytest.raises(RuntimeError, match="top_p must be from 0 to 1, got 2 in row 1"):
+        sample(make(2, 8), top_p=torch.tensor([0.5, 2.0]))
+    with pytest.raises(RuntimeError, match="temperature must not be negative or NaN, in row 0"):
+        sample(make(2, 8), temperature=torch.tensor([-0.5, 1.0]))
+
+
+# ---- kernels and torch's machinery ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "seed"),
+    [("sequential", 0), ("reversed", 0), ("random", 0), ("random", 1), ("random", 2), ("preemptive", 0)],
+)
+def test_every_schedule_gives_the_same_bits(schedule, seed):
+    """No order of the threads changes a token or a kept set, and none races."""
+    x = rows_of_every_kind(2500)[3:7]
+    kwargs = {"top_k": 900, "top_p": 0.9, "min_p": 0.001}
+    with torch_fused.metal.emulate(schedule=schedule, seed=seed):
+        ids, filtered, best = sample(x, seed=1, **kwargs), filter_logits(x, **kwargs), greedy(x)
+    assert torch.equal(ids, sample_reference(x, seed=1, **kwargs)[0])
+    assert torch.equal(filtered, filter_logits_reference(x, **kwargs))
+    assert torch.equal(best, greedy_reference(x))
+
+
+def test_launches_and_traffic():
+    """Greedy takes two launches, sampling and filtering four whatever the row; the logits are read once to sample."""
+    nbytes = 2 * 5000 * 4
+    for x in (make(2, 5000), torch.zeros(2, 5000)):
+        with torch_fused.metal.emulate() as run:
+            greedy(x)
+            assert [launch.kernel for launch in run.launches] == ["greedy_slices_f32", "greedy_rows"]
+            assert run.launches[0].buffers[0].read == nbytes
+            run.clear()
+            sample(x, top_k=50, top_p=0.9, seed=1)
+            kernels = [launch.kernel for launch in run.launches]
+            assert kernels == ["sampling_sort_f32", "sampling_weigh", "sampling_rank", "sampling_draw"]
+            assert sum(launch.buffers[0].read for launch in run.launches[:1]) == nbytes
+            run.clear()
+            filtered = filter_logits(x, top_p=0.9)
+            assert len(run.launches) == 4
+            assert run.launches[3].buffers[7].written == filtered.nbytes
+
+
+def test_opcheck(backend):
+    """Schemas, fakes and dispatch are consistent."""
+    x, ops = make(3, 50, device=backend.device), torch.ops.torch_fused
+    opcheck(ops.greedy.default, (x,))
+    opcheck(ops.filter_logits.default, (x, 0.7, 5, 0.9, 0.1))
+    opcheck(ops.sample.default, (x, 0.7, 5, 0.9, 0.1), {"seed": 3, "offset": 4})
+    assert torch.Tag.nondeterministic_seeded in ops.sample.default.tags
+
+
+def test_compile_fullgraph(backend):
+    """torch.compile traces a step of sampling without a graph break."""
+
+    def step(x):
+        return sample(filter_logits(x, top_k=5), temperature=0.8, seed=2), greedy(x)
+
+    x = make(3, 60, device=backend.device)
+    for actual, expected in zip(torch.compile(step, fullgraph=True, backend="aot_eager")(x), step(x), strict=True):
+        assert torch.equal(actual, expected)

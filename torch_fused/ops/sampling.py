@@ -1,0 +1,302 @@
+"""Drawing the next token: greedy, and at random after temperature, top-k, top-p and min-p, in integer arithmetic."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .library import register
+
+_LOW = 0xFFFFFFFF
+
+
+def greedy_reference(logits: Tensor) -> Tensor:
+    """`greedy` in plain torch."""
+    return torch.where(logits.isnan(), -torch.inf, logits).argmax(-1)
+
+
+def filter_logits_reference(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    row_parameters: Tensor | None = None,
+) -> Tensor:
+    """`filter_logits` in plain torch."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    order, kept, _ = _rank(rows, _parameters(rows, temperature, top_k, top_p, min_p, row_parameters))
+    kept = torch.zeros_like(kept).scatter_(-1, order, kept)
+    return torch.where(kept, rows, -torch.inf).view(logits.shape)
+
+
+def sample_reference(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    row_parameters: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    seed: int | None = None,
+    offset: int | None = None,
+    state: Tensor | None = None,
+    return_valid: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`sample` in plain torch: sorts, then takes the first token whose running weight passes the random number."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    parameters = _parameters(rows, temperature, top_k, top_p, min_p, row_parameters)
+    order, kept, weights = _rank(rows, parameters)
+    running = weights.cumsum(-1)
+    total = torch.where(kept, running, 0).amax(-1, keepdim=True)
+    if state is None:
+        if seed is None:
+            device = generator.device if generator is not None else "cpu"
+            drawn = torch.empty(1, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+            seed_tensor = drawn.to(rows.device)
+        else:
+            seed_tensor = torch.full((1,), seed, device=rows.device)
+        state = torch.cat([seed_tensor, torch.full((1,), offset or 0, device=rows.device)])
+    below = _random_below(*_random_bits(state, len(rows)), total)
+    below = torch.where(parameters[:, :1].isinf(), 0, below)
+    place = (running <= below).sum(-1, keepdim=True).clamp_max(rows.shape[-1] - 1)
+    valid = kept.any(-1)
+    ids = torch.where(valid, order.gather(-1, place).squeeze(-1), 0)
+    return ids.view(logits.shape[:-1]), valid.view(logits.shape[:-1])
+
+
+def _parameters(
+    rows: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    row_parameters: Tensor | None,
+) -> Tensor:
+    """(rows, 4) float32: log2(e) / temperature, top_k or 0, top_p or 1, min_p or 0."""
+    if row_parameters is not None:
+        return row_parameters
+    values = [temperature, min(top_k or 0, 1 << 20), 1.0 if top_p is None else top_p, min_p or 0.0]
+    parameters = torch.tensor(values, device=rows.device).expand(len(rows), 4).clone()
+    parameters[:, 0] = _scale(parameters[:, 0])
+    return parameters
+
+
+def _scale(temperature: Tensor) -> Tensor:
+    """log2(e) / temperature in one rounding; a number divided by a tensor would be a reciprocal and a product."""
+    return torch.full_like(temperature, math.log2(math.e)) / temperature
+
+
+def _rank(rows: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens of each row in the sampling order, which of them are kept, and their integer weights."""
+    x = rows.float()
+    x, order = torch.where(x.isnan(), -torch.inf, x).sort(stable=True, dim=-1, descending=True)
+    scale, top_k, top_p, min_p = parameters.unsqueeze(-1).unbind(1)
+    live = x > -torch.inf
+    weights = torch.where(live, _weights(x, scale), 0)
+
+    kth = x.gather(-1, top_k.long().clamp(1, x.shape[-1]) - 1)
+    kept = live & ((x >= kth) | (top_k == 0))
+    running = weights.cumsum(-1)
+    total = torch.where(kept, weights, 0).sum(-1, keepdim=True)
+    share = (top_p * 2.0**24).long()
+    target = ((total >> 24) * share + (((total & 0xFFFFFF) * share + 0xFFFFFF) >> 24)).clamp_min(1)
+    kept &= (running - weights < target) | (share == 1 << 24)
+    kept &= weights >= (min_p * 2.0**40).ceil().long()
+    return order, kept, weights
+
+
+def _weights(x: Tensor, scale: Tensor) -> Tensor:
+    """round(2^40 * 2^((x - max) * scale)): a polynomial in 32-bit fixed point, as csrc_mps/common/token_weight.h."""
+    largest = x[:, :1]
+    octaves = torch.where(x == largest, 0.0, (largest - x) * scale)
+    steps = (torch.where(octaves < 42, octaves, 42.0) * 2.0**24).long()
+    whole = (steps + 0xFFFFFF) >> 24
+    fraction = ((whole << 24) - steps) << 8
+    power = torch.full_like(steps, 0x00072A3C)
+    for coefficient in (0x00289A9A, 0x013D54D8, 0x0719FD42, 0x1EBFDF1D, 0x58B909E8, 0x80000000):
+        power = coefficient + _multiply_high(power, fraction)
+    return ((power << 9) + ((torch.ones_like(whole) << whole) >> 1)) >> whole
+
+
+def _multiply_high(a: Tensor | int, b: Tensor) -> Tensor:
+    """The high half of the product of two 32-bit integers, which int64 holds but for its sign."""
+    return ((a * b) >> 32) & _LOW
+
+
+def _random_bits(state: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Philox 4x32-10 of (offset, row) under the key `seed`: the high and the low 32 of each row's 64 bits."""
+    seed, offset = state[:1], state[1:]
+    low, high = seed & _LOW, (seed >> 32) & _LOW
+    row = torch.arange(rows, device=state.device)
+    x, y, z, w = (offset & _LOW) + 0 * row, (offset >> 32) & _LOW, row, 0 * row
+    for _ in range(10):
+        a, b = 0xD2511F53 * x, 0xCD9E8D57 * z
+        x, y, z, w = ((b >> 32) & _LOW) ^ y ^ low, b & _LOW, ((a >> 32) & _LOW) ^ w ^ high, a & _LOW
+        low, high = (low + 0x9E3779B9) & _LOW, (high + 0xBB67AE85) & _LOW
+    return x.unsqueeze(-1), y.unsqueeze(-1)
+
+
+def _random_below(high: Tensor, low: Tensor, total: Tensor) -> Tensor:
+    """floor((high * 2^32 + low) * total / 2^64); total is below 2^60."""
+    b, c = low * (total >> 32), high * (total & _LOW)
+    middle = _multiply_high(low, total & _LOW) + (b & _LOW) + (c & _LOW)
+    return high * (total >> 32) + ((b >> 32) & _LOW) + ((c >> 32) & _LOW) + (middle >> 32)
+
+
+def _greedy_fake(logits):
+    return logits.new_empty(logits.shape[:-1], dtype=torch.int64)
+
+
+def _filter_logits_fake(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, row_parameters=None):
+    return logits.new_empty(logits.shape)
+
+
+def _sample_fake(logits, *args, **kwargs):
+    return logits.new_empty(logits.shape[:-1], dtype=torch.int64), logits.new_empty(logits.shape[:-1], dtype=torch.bool)
+
+
+register("greedy", reference=greedy_reference, fake=_greedy_fake)
+register("filter_logits", reference=filter_logits_reference, fake=_filter_logits_fake)
+register("sample", reference=sample_reference, fake=_sample_fake)
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The most probable token of each row; the lowest index where several are.
+
+    Args:
+        logits: ``(batch, vocabulary)`` or ``(vocabulary,)``, at most 2^20 tokens; float32, float16 or bfloat16, on the
+            CPU float64 too, ranked as float32. NaN is never chosen.
+
+    Returns:
+        int64 of shape ``(batch,)`` or ``()``; 0 for a row of nothing but NaN and -inf.
+
+    Raises:
+        RuntimeError: logits has the wrong shape or dtype.
+
+    Example:
+        >>> import torch, torch_fused
+        >>> torch_fused.sampling.greedy(torch.tensor([[0.0, 2.0, 2.0]]))
+        tensor([1])
+    """
+    return _greedy(logits)
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
+    return_valid: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Draws a token from each row, filtered as Hugging Face does: temperature, then top-k, top-p and min-p.
+
+    The same seed and offset give the same tokens on every device: probabilities are integers, 2^40 for the most
+    probable token. +inf is drawn with certainty, NaN and -inf never.
+
+    Args:
+        logits: ``(batch, vocabulary)`` or ``(vocabulary,)``, at most 2^20 tokens; float32, float16 or bfloat16, on the
+            CPU float64 too, computed with as float32.
+        temperature: divides the logits; 0 is greedy.
+        top_k: keeps that many of the most probable tokens, and ties of the last. None keeps all.
+        top_p: keeps the fewest most probable tokens whose probabilities reach this, at least one; equal ones lowest
+            index first. None or 1.0 keeps all.
+        min_p: drops tokens less probable than this times the most probable one.
+        generator: of the CPU or of logits' device; a seed is taken from it. None is torch's default CPU generator.
+        seed: in place of a generator, an int or an int64 tensor of one element on the device of logits.
+        offset: as ``seed``; another offset, another draw. Rows of a batch draw independently.
+        return_valid: also return which rows had a token to draw.
+
+        Each of temperature, top_k, top_p and min_p may be a ``(batch,)`` tensor; there 0 is no top_k.
+
+    Returns:
+        int64 ids of shape ``(batch,)`` or ``()``; 0 where a row has nothing to draw. With ``return_valid`` a pair of
+        ids and a bool tensor.
+
+    Raises:
+        RuntimeError: an argument is out of its range, or, on the CPU and without ``return_valid``, a row has nothing
+            but NaN and -inf; the message names it. On a GPU tensors of parameters are clamped to their range
+            instead, to not wait for it.
+
+    Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC11), for the random numbers;
+    transformers/generation/logits_process.py for the filters.
+
+    Example:
+        >>> import torch, torch_fused
+        >>> torch_fused.sampling.sample(torch.tensor([0.0, 100.0, 0.0]), top_k=2, seed=1)
+        tensor(1)
+    """
+    scalars, row_parameters = _split_parameters("sample", logits, temperature, top_k, top_p, min_p)
+    state = None
+    if isinstance(seed, Tensor) or isinstance(offset, Tensor):
+        if seed is None:
+            raise RuntimeError("sample: offset as a tensor needs a seed, got seed=None")
+        state = torch.cat([_one_integer(logits, name, value) for name, value in (("seed", seed), ("offset", offset))])
+        seed = offset = None
+    ids, valid = _sample(logits, *scalars, row_parameters, generator, seed, offset, state, return_valid)
+    return (ids, valid) if return_valid else ids
+
+
+def filter_logits(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+) -> Tensor:
+    """The logits that :func:`sample` may draw from, as they are, and -inf in place of all others.
+
+    Args:
+        logits, temperature, top_k, top_p, min_p: as in :func:`sample`. The temperature decides what is kept; the kept
+            logits are not divided by it.
+
+    Returns:
+        A dense tensor of ``logits``' shape and dtype.
+
+    Raises:
+        RuntimeError: an argument is out of its range; the message names it.
+
+    Example:
+        >>> import torch, torch_fused
+        >>> torch_fused.sampling.filter_logits(torch.tensor([1.0, 3.0, 2.0]), top_k=2)
+        tensor([-inf, 3., 2.])
+    """
+    scalars, row_parameters = _split_parameters("filter_logits", logits, temperature, top_k, top_p, min_p)
+    return _filter_logits(logits, *scalars, row_parameters)
+
+
+def _split_parameters(op: str, logits: Tensor, temperature, top_k, top_p, min_p):
+    """The four parameters as scalars, or, if one is a tensor, packed for the kernels: a row of four floats a row."""
+    named = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    if not any(isinstance(value, Tensor) for value in named.values()):
+        return (temperature, top_k, top_p, min_p), None
+    rows = logits.shape[0] if logits.dim() == 2 else 1
+    columns = []
+    for (name, value), nothing in zip(named.items(), (1.0, 0.0, 1.0, 0.0), strict=True):
+        if isinstance(value, Tensor):
+            if value.shape not in ((), (rows,)):
+                raise RuntimeError(f"{op}: {name} must be a scalar or of shape ({rows},), got {tuple(value.shape)}")
+            column = value.to(device=logits.device, dtype=torch.float32).expand(rows)
+        else:
+            column = torch.full((rows,), nothing if value is None else value, device=logits.device)
+        columns.append(_scale(column) if name == "temperature" else column)
+    return (1.0, None, None, None), torch.stack(columns, -1)
+
+
+def _one_integer(logits: Tensor, name: str, value: int | Tensor | None) -> Tensor:
+    if not isinstance(value, Tensor):
+        return torch.full((1,), value or 0, dtype=torch.int64, device=logits.device)
+    if value.dtype != torch.int64 or value.numel() != 1:
+        raise RuntimeError(f"sample: {name} must be one int64, got {value.dtype} of shape {tuple(value.shape)}")
+    return value.reshape(1)
+
+
+_greedy = torch.ops.torch_fused.greedy.default
+_filter_logits = torch.ops.torch_fused.filter_logits.default
+_sample = torch.ops.torch_fused.sample.default
