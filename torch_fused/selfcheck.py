@@ -59,7 +59,7 @@ def check_rms_norm_backward(device: str) -> None:
 
 
 def logits(device: str):
-    """(what, logits on the device, the same on the CPU): one slice and several, with a tail; equal, rounded, NaN rows."""
+    """(what, logits on the device, the same on the CPU): one slice or several and a tail; equal, rounded, NaN rows."""
     for dtype in DTYPES:
         for vocabulary in (5, 2048, 9001):
             x = make(4, vocabulary, dtype=dtype)
