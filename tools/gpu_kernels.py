@@ -8,6 +8,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from torch_fused.functional import add_rms_norm
 from torch_fused.ops.rms_norm import add_rms_norm_reference, rms_norm_backward_reference
+from torch_fused.ops.softmax import softmax_backward_reference, softmax_reference
 from torch_fused.testing import make, relative_error
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -32,6 +33,18 @@ def rms_norm() -> None:
                     check("rms_norm_backward", actual, exact)
 
 
+def softmax() -> None:
+    # As above; then long rows enough to give each a threadgroup, and few that share many.
+    for dtype in TOLERANCE:
+        for rows, cols in ((3, 5), (3, 896), (3, 3001), (3, 6000), (130, 17000), (3, 40001)):
+            for start in (0, 3):
+                x, grad = (make(rows, cols + start, dtype=dtype, seed=s)[:, start:] for s in range(2))
+                y = softmax_reference(x)
+                check("softmax", torch.ops.torch_fused.softmax(x.cuda()), y)
+                backward = torch.ops.torch_fused.softmax_backward(grad.cuda(), y.cuda())
+                check("softmax_backward", backward, softmax_backward_reference(grad, y))
+
+
 def check(op: str, actual: torch.Tensor, exact: torch.Tensor) -> None:
     error = relative_error(actual, exact)
     if not error < TOLERANCE[actual.dtype]:
@@ -39,5 +52,6 @@ def check(op: str, actual: torch.Tensor, exact: torch.Tensor) -> None:
 
 
 rms_norm()
+softmax()
 torch.cuda.synchronize()
 print("every kernel ran")
