@@ -49,10 +49,10 @@ def test_a_vocabulary_of_logits(backend):
 
 def test_error_is_not_above_eager(backend):
     """The error against float64 is at most that of torch's own softmax."""
-    for dtype in backend.dtypes:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
         x = make(64, 896, dtype=dtype, device=backend.device, scale=3.0)
         exact = torch.softmax(x.double().cpu(), -1)
-        assert relative_error(softmax(x), exact) <= relative_error(torch.softmax(x, -1), exact) * 1.3
+        assert relative_error(softmax(x), exact) <= relative_error(torch.softmax(x, -1), exact) * 1.05
 
 
 @pytest.mark.parametrize("cols", [40, 9000, 20000])
