@@ -4,7 +4,7 @@ import torch
 
 from . import functional
 
-__all__ = ["RMSNorm"]
+__all__ = ["RMSNorm", "Softmax"]
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -43,3 +43,13 @@ class RMSNorm(torch.nn.RMSNorm):
             casting_mode=self.casting_mode,
             weight_offset=self.weight_offset,
         )
+
+
+class Softmax(torch.nn.Softmax):
+    """`torch.nn.Softmax` on the fused op. `dim` None is the last dimension.
+
+    Shapes: any input, output the same.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return functional.softmax(input, -1 if self.dim is None else self.dim)

@@ -12,6 +12,7 @@ from torch import Tensor
 from .functional import add_rms_norm
 from .ops.rms_norm import add_rms_norm_reference, rms_norm_backward_reference, rms_norm_reference
 from .ops.sampling import filter_logits_reference, greedy_reference, sample_reference
+from .ops.softmax import softmax_backward_reference, softmax_reference
 from .sampling import filter_logits, greedy, sample
 from .testing import make, relative_error
 
@@ -58,6 +59,28 @@ def check_rms_norm_backward(device: str) -> None:
         compare(f"rms_norm_backward of {cols} columns", actual, exact)
 
 
+def softmax_operands(device: str):
+    """(what, x and its gradient on the device, the same in float64): many long rows, and few, which share a GPU."""
+    for dtype in DTYPES:
+        for rows, cols in ((3, 5), (3, 896), (3, 3001), (3, 6000), (130, 17000), (3, 40001)):
+            for start in (0, 3):
+                tensors = [make(rows, cols + start, dtype=dtype, seed=s) for s in range(2)]
+                moved = [t.to(device)[:, start:] for t in tensors]
+                yield f"of ({rows}, {cols})", moved, [t[:, start:].double() for t in tensors]
+
+
+def check_softmax(device: str) -> None:
+    for what, (x, _), (x64, _) in softmax_operands(device):
+        compare(f"softmax {what}", [torch.ops.torch_fused.softmax(x)], [softmax_reference(x64)])
+
+
+def check_softmax_backward(device: str) -> None:
+    for what, (x, grad), (_, grad64) in softmax_operands(device):
+        y = softmax_reference(x)
+        exact = softmax_backward_reference(grad64, y.double().cpu())
+        compare(f"softmax_backward {what}", [torch.ops.torch_fused.softmax_backward(grad, y)], [exact])
+
+
 def logits(device: str):
     """(what, logits on the device, the same on the CPU): one slice or several and a tail; equal, rounded, NaN rows."""
     for dtype in DTYPES:
@@ -97,6 +120,8 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "rms_norm": check_rms_norm,
     "add_rms_norm": check_add_rms_norm,
     "rms_norm_backward": check_rms_norm_backward,
+    "softmax": check_softmax,
+    "softmax_backward": check_softmax_backward,
     "greedy": check_greedy,
     "filter_logits": check_filter_logits,
     "sample": check_sample,

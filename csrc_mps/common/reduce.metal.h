@@ -1,4 +1,4 @@
-// Sums over a threadgroup.
+// Sums and maxima over a threadgroup.
 #pragma once
 #include <metal_stdlib>
 using namespace metal;
@@ -16,6 +16,16 @@ inline float threadgroup_sum(float value, threadgroup float* scratch, Place plac
   if (place.lane == 0) scratch[place.simdgroup] = value;
   threadgroup_barrier(mem_flags::mem_threadgroup);
   value = simd_sum(place.lane < place.simdgroups ? scratch[place.lane] : 0.0f);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  return value;
+}
+
+// The largest `value` of all threads, given to each; as threadgroup_sum otherwise.
+inline float threadgroup_max(float value, threadgroup float* scratch, Place place) {
+  value = simd_max(value);
+  if (place.lane == 0) scratch[place.simdgroup] = value;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  value = simd_max(place.lane < place.simdgroups ? scratch[place.lane] : -INFINITY);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   return value;
 }

@@ -8,6 +8,7 @@
 
 #include "../common/dtype.h"
 #include "../common/registration.h"
+#include "../common/row_shape.h"
 #include "../common/rows.h"
 #include "../runtime/launch.h"
 
@@ -34,28 +35,7 @@ struct RmsNormBackwardParams {
   uint32_t unused;
 };
 
-constexpr int64_t kRowThreads = 512;  // max_total_threads_per_threadgroup of the row kernels
-constexpr int64_t kMostPacks = 4;
 constexpr int64_t kBackwardGroups = 256;  // enough to fill a GPU; each holds a row of the weight's gradient
-
-// How a threadgroup covers a row: packs of 16 bytes a thread, 0 for a row too long for registers. Few packs and many
-// threads keep registers free, so that more rows are in flight.
-struct Shape {
-  int64_t packs, threads;
-};
-
-Shape row_shape(int64_t cols, int64_t element_size) {
-  const int64_t width = 16 / element_size, packs_in_row = (cols + width - 1) / width;
-  int64_t packs = 1;
-  while (packs < kMostPacks && packs_in_row > packs * kRowThreads) packs *= 2;
-  const int64_t threads = (packs_in_row + packs - 1) / packs;
-  if (threads > kRowThreads) return {0, kRowThreads};
-  return {packs, (threads + 31) / 32 * 32};
-}
-
-bool all_aligned(std::initializer_list<Rows> operands) {
-  return std::all_of(operands.begin(), operands.end(), [](const Rows& r) { return rows_aligned(r.tensor, r.stride); });
-}
 
 uint32_t flags(const RmsNorm& norm, bool residual, bool weight, bool aligned) {
   return (aligned ? ALIGNED : 0) | (residual ? HAS_RESIDUAL : 0) | (weight ? HAS_WEIGHT : 0) | (norm.llama ? LLAMA : 0);
@@ -69,7 +49,7 @@ std::tuple<Tensor, Tensor> forward_gpu(const RmsNorm& norm, const Tensor& input,
   const Rows x = as_rows(input, norm.rows, norm.cols);
   const Rows r = residual ? as_rows(*residual, norm.rows, norm.cols) : x;
   const Tensor w = weight ? weight->contiguous() : x.tensor;
-  const Shape shape = row_shape(norm.cols, input.element_size());
+  const RowShape shape = row_shape(norm.cols, input.element_size());
   const bool aligned = all_aligned({x, r, {w, 0}, {output, norm.cols}, {residual ? sum : output, norm.cols}});
   const RmsNormParams params{x.stride,
                              r.stride,
@@ -109,7 +89,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward_gpu(const Tensor& grad, const Optio
   const Rows dy = as_rows(grad, norm.rows, norm.cols), values = as_rows(x, norm.rows, norm.cols);
   const Tensor extra = grad_sum ? grad_sum->contiguous() : grad_x;
   const Tensor w = weight ? weight->contiguous() : values.tensor;
-  const Shape shape = row_shape(norm.cols, x.element_size());
+  const RowShape shape = row_shape(norm.cols, x.element_size());
   const int64_t groups = std::min(norm.rows, kBackwardGroups);
   const Tensor partial = need_weight_grad ? at::empty({groups, norm.cols}, x.options().dtype(at::kFloat)) : grad_x;
   const bool aligned = all_aligned({dy, values, {extra, norm.cols}, {w, 0}, {grad_x, norm.cols}});

@@ -1,0 +1,34 @@
+// How a threadgroup covers one row of a GPU kernel that keeps the row in registers.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+
+#include "rows.h"
+
+namespace torch_fused {
+
+constexpr int64_t kRowThreads = 512;  // max_total_threads_per_threadgroup of the row kernels
+constexpr int64_t kMostPacks = 4;
+
+// Packs of 16 bytes a thread, 0 for a row too long for registers. Few packs and many threads keep registers free, so
+// that more rows are in flight.
+struct RowShape {
+  int64_t packs, threads;
+};
+
+inline RowShape row_shape(int64_t cols, int64_t element_size) {
+  const int64_t width = 16 / element_size, packs_in_row = (cols + width - 1) / width;
+  int64_t packs = 1;
+  while (packs < kMostPacks && packs_in_row > packs * kRowThreads) packs *= 2;
+  const int64_t threads = (packs_in_row + packs - 1) / packs;
+  if (threads > kRowThreads) return {0, kRowThreads};
+  return {packs, (threads + 31) / 32 * 32};
+}
+
+inline bool all_aligned(std::initializer_list<Rows> operands) {
+  return std::all_of(operands.begin(), operands.end(), [](const Rows& r) { return rows_aligned(r.tensor, r.stride); });
+}
+
+}  // namespace torch_fused

@@ -1,0 +1,237 @@
+// Softmax over the last dimension: schema, checks, autograd, autocast and the CPU kernels.
+#include "softmax.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "../common/convert.h"
+#include "../common/exp.h"
+#include "../common/rows.h"
+#include "../common/simd.h"
+#include "../common/sum.h"
+
+TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
+  m.def("softmax(Tensor input, *, ScalarType? dtype=None) -> Tensor");
+  m.def("softmax_backward(Tensor grad, Tensor output) -> Tensor");
+}
+
+namespace torch_fused {
+
+using at::Tensor;
+using OptionalDtype = std::optional<at::ScalarType>;
+
+SoftmaxShape check_softmax(const char* op, const char* argument, const Tensor& tensor) {
+  const at::ScalarType dtype = tensor.scalar_type();
+  const bool takes_double = tensor.is_cpu();
+  TORCH_CHECK(
+      dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 || (dtype == at::kDouble && takes_double), op,
+      ": ", argument, " must be float32, float16 or bfloat16", takes_double ? " (or float64 on the CPU)" : "", ", got ",
+      dtype);
+  const int64_t cols = tensor.dim() ? tensor.size(-1) : 1;
+  return {cols ? tensor.numel() / cols : 0, cols};
+}
+
+SoftmaxShape check_softmax_backward(const Tensor& grad, const Tensor& output) {
+  TORCH_CHECK(grad.sizes() == output.sizes(), "softmax_backward: grad must have output's shape ", output.sizes(),
+              ", got ", grad.sizes());
+  TORCH_CHECK(grad.scalar_type() == output.scalar_type(), "softmax_backward: grad must have output's dtype ",
+              output.scalar_type(), ", got ", grad.scalar_type());
+  TORCH_CHECK(grad.device() == output.device(), "softmax_backward: grad must be on output's device ", output.device(),
+              ", got ", grad.device());
+  return check_softmax("softmax_backward", "output", output);
+}
+
+// ---- CPU ------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// Elements a thread should at least have: below that, waking one costs more than it saves.
+constexpr int64_t kGrain = 16384;
+
+template <class T>
+struct Forward {
+  const T* input;
+  T* output;
+  int64_t stride, cols;
+};
+
+// The largest value; NaNs are passed over, since they come back in the sum.
+template <class T>
+TORCH_FUSED_INLINE wide_t<T> row_max(const T* x, int64_t n) {
+  constexpr int64_t kLanes = 64;
+  wide_t<T> lanes[kLanes];
+  for (int64_t j = 0; j < kLanes; ++j) lanes[j] = -std::numeric_limits<wide_t<T>>::infinity();
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int64_t j = 0; j < kLanes; ++j) lanes[j] = widen(x[i + j]) > lanes[j] ? widen(x[i + j]) : lanes[j];
+  }
+  for (int64_t i = whole; i < n; ++i) lanes[0] = std::max(lanes[0], widen(x[i]));
+  return *std::max_element(lanes, lanes + kLanes);
+}
+
+template <class T>
+TORCH_FUSED_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t end) {
+  const int64_t n = a.cols;
+  static thread_local std::vector<wide_t<T>> buffer;  // the exponentials of a row of half type, not yet rounded
+  if constexpr (!std::is_same_v<T, wide_t<T>>) buffer.resize(n);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = a.input + row * a.stride;
+    T* y = a.output + row * n;
+    wide_t<T>* exponentials;
+    if constexpr (std::is_same_v<T, wide_t<T>>) {
+      exponentials = y;
+    } else {
+      exponentials = buffer.data();
+    }
+    const wide_t<T> largest = row_max(x, n);
+    const auto sum = row_sum<wide_t<T>>(n, [=](int64_t i) {
+      const wide_t<T> value = exp_of(widen(x[i]) - largest);
+      exponentials[i] = value;
+      return value;
+    });
+    for (int64_t i = 0; i < n; ++i) y[i] = narrow<T>(exponentials[i] / sum);
+  }
+}
+
+template <class T>
+struct Backward {
+  const T* grad;
+  const T* output;
+  T* grad_input;
+  int64_t grad_stride, output_stride, cols;
+};
+
+template <class T>
+TORCH_FUSED_INLINE void backward_rows(const Backward<T>& a, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T* dy = a.grad + row * a.grad_stride;
+    const T* y = a.output + row * a.output_stride;
+    T* dx = a.grad_input + row * a.cols;
+    const auto dot = row_sum<wide_t<T>>(a.cols, [=](int64_t i) { return widen(dy[i]) * widen(y[i]); });
+    for (int64_t i = 0; i < a.cols; ++i) dx[i] = narrow<T>(widen(y[i]) * (widen(dy[i]) - dot));
+  }
+}
+
+#define SOFTMAX_LOOPS(T)                                                        \
+  TORCH_FUSED_SIMD void run(const Forward<T>& a, int64_t begin, int64_t end) {  \
+    forward_rows(a, begin, end);                                                \
+  }                                                                             \
+  TORCH_FUSED_SIMD void run(const Backward<T>& a, int64_t begin, int64_t end) { \
+    backward_rows(a, begin, end);                                               \
+  }
+SOFTMAX_LOOPS(float)
+SOFTMAX_LOOPS(double)
+SOFTMAX_LOOPS(at::Half)
+SOFTMAX_LOOPS(at::BFloat16)
+
+template <class Args>
+void run_parallel(const Args& args, const SoftmaxShape& shape) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / shape.cols);
+  at::parallel_for(0, shape.rows, grain, [&](int64_t begin, int64_t end) { run(args, begin, end); });
+}
+
+}  // namespace
+
+Tensor softmax_cpu(const Tensor& input, OptionalDtype dtype) {
+  const Tensor converted = input.to(dtype.value_or(input.scalar_type()));
+  const SoftmaxShape shape = check_softmax("softmax", "input", converted);
+  const Tensor output = at::empty(converted.sizes(), converted.options());
+  if (output.numel() == 0) return output;
+  const Rows x = as_rows(converted, shape.rows, shape.cols);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, output.scalar_type(), "softmax", [&] {
+    run_parallel(
+        Forward<scalar_t>{elements<const scalar_t>(x.tensor), elements<scalar_t>(output), x.stride, shape.cols}, shape);
+  });
+  return output;
+}
+
+Tensor softmax_backward_cpu(const Tensor& grad, const Tensor& output) {
+  const SoftmaxShape shape = check_softmax_backward(grad, output);
+  const Tensor grad_input = at::empty(output.sizes(), output.options());
+  if (output.numel() == 0) return grad_input;
+  const Rows dy = as_rows(grad, shape.rows, shape.cols), y = as_rows(output, shape.rows, shape.cols);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, output.scalar_type(), "softmax_backward", [&] {
+    const Backward<scalar_t> args{elements<const scalar_t>(dy.tensor),
+                                  elements<const scalar_t>(y.tensor),
+                                  elements<scalar_t>(grad_input),
+                                  dy.stride,
+                                  y.stride,
+                                  shape.cols};
+    run_parallel(args, shape);
+  });
+  return grad_input;
+}
+
+// ---- autograd and autocast ------------------------------------------------------------------------------------------
+
+namespace {
+
+template <class Signature>
+auto find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+Tensor call_softmax(const Tensor& input, OptionalDtype dtype) {
+  static const auto op = find_op<decltype(softmax_cpu)>("torch_fused::softmax");
+  return op.call(input, dtype);
+}
+
+struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& input) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const Tensor output = call_softmax(input, std::nullopt);
+    ctx->save_for_backward({output});
+    return output;
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    static const auto op = find_op<decltype(softmax_backward_cpu)>("torch_fused::softmax_backward");
+    return {op.call(grads[0], ctx->get_saved_variables()[0])};
+  }
+};
+
+Tensor softmax_autograd(const Tensor& input, OptionalDtype dtype) {
+  if (!at::GradMode::is_enabled() || !input.requires_grad()) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return call_softmax(input, dtype);
+  }
+  return SoftmaxFunction::apply(input.to(dtype.value_or(input.scalar_type())));
+}
+
+// Under autocast, what this torch does for its own softmax on the device: float32 unless a dtype is asked for.
+template <c10::DispatchKey key>
+Tensor softmax_autocast(const Tensor& input, OptionalDtype dtype) {
+  static const bool torch_casts =
+      c10::Dispatcher::singleton().findSchemaOrThrow("aten::softmax", "int").hasKernelForDispatchKey(key);
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+  const bool eligible = input.is_floating_point() && input.scalar_type() != at::kDouble;
+  return call_softmax(input, torch_casts && eligible && !dtype ? OptionalDtype(at::kFloat) : dtype);
+}
+
+}  // namespace
+}  // namespace torch_fused
+
+TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
+  m.impl("softmax", torch_fused::softmax_autograd);
+  m.impl("softmax_backward", torch::autograd::autogradNotImplementedFallback());
+}
+TORCH_LIBRARY_IMPL(torch_fused, AutocastCPU, m) {
+  m.impl("softmax", torch_fused::softmax_autocast<c10::DispatchKey::AutocastCPU>);
+}
+TORCH_LIBRARY_IMPL(torch_fused, AutocastCUDA, m) {
+  m.impl("softmax", torch_fused::softmax_autocast<c10::DispatchKey::AutocastCUDA>);
+}
+TORCH_LIBRARY_IMPL(torch_fused, AutocastMPS, m) {
+  m.impl("softmax", torch_fused::softmax_autocast<c10::DispatchKey::AutocastMPS>);
+}

@@ -1,0 +1,237 @@
+// Softmax of rows, y = exp(x - max) / sum(exp(x - max)), and its gradient, dx = y * (dy - sum(dy * y)).
+#include <metal_stdlib>
+#include "common/pack.metal.h"
+#include "common/reduce.metal.h"
+using namespace metal;
+
+struct SoftmaxParams {
+  long input_stride;  // elements from row to row; the result is dense
+  long output_stride;  // of the output that the gradient starts from
+  uint cols;
+  uint aligned;       // every row of every operand starts at 16 bytes
+  uint chunk;         // columns a threadgroup takes of a row shared by several
+  uint chunks;        // threadgroups a row
+};
+
+// The largest value seen so far and the sum of exp(x - largest). A maximum of -inf, of nothing or of masked values,
+// leaves the sum 0; the result is NaN then, as torch's, because -inf - -inf is.
+struct Online {
+  float largest;
+  float sum;
+
+  static float shift(float largest) { return largest == -INFINITY ? 0.0f : largest; }
+
+  template <int W>
+  void add(thread const float* x) {
+    float top = largest;
+#pragma unroll
+    for (int j = 0; j < W; j++) top = max(top, x[j]);
+    const float by = shift(top);
+    sum *= exp(largest - by);
+#pragma unroll
+    for (int j = 0; j < W; j++) sum += exp(x[j] - by);
+    largest = top;
+  }
+
+  // Of all threads, given to each.
+  Online combined(threadgroup float* scratch, Place place) const {
+    const float top = threadgroup_max(largest, scratch, place);
+    return {top, threadgroup_sum(sum * exp(largest - shift(top)), scratch, place)};
+  }
+};
+
+// W values from `column` on, -inf past the end, which adds nothing to a sum.
+template <int W, typename T>
+inline void load_logits(device const T* row, uint column, uint cols, bool aligned, thread float* x) {
+  load_columns<W>(row, column, cols, aligned, x);
+#pragma unroll
+  for (int j = 0; j < W; j++) x[j] = column + j < cols ? x[j] : -INFINITY;
+}
+
+template <int W, typename T>
+inline void store_scaled(device T* row, uint column, uint cols, bool aligned, thread const float* x, Online total) {
+  float y[W];
+#pragma unroll
+  for (int j = 0; j < W; j++) y[j] = exp(x[j] - total.largest) / total.sum;
+  store_columns<W>(row, column, cols, aligned, y);
+}
+
+// One threadgroup a row. N packs of W values a thread: the row is read once and stays in registers. N == 0: a longer
+// row, read twice.
+template <typename T, int W, int N>
+[[kernel, max_total_threads_per_threadgroup(512)]]
+void softmax(device const T* input [[buffer(0)]], device T* output [[buffer(1)]],
+             constant SoftmaxParams& p [[buffer(2)]], uint row [[threadgroup_position_in_grid]],
+             uint thread_id [[thread_position_in_threadgroup]], uint threads [[threads_per_threadgroup]],
+             uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+             uint simdgroups [[simdgroups_per_threadgroup]]) {
+  threadgroup float scratch[32];
+  const Place place = {lane, simdgroup, simdgroups};
+  device const T* in = input + long(row) * p.input_stride;
+  device T* out = output + long(row) * p.cols;
+  const uint first = thread_id * W;
+  const uint step = threads * W;
+  if (N > 0) {
+    float x[N > 0 ? N : 1][W];
+#pragma unroll
+    for (int i = 0; i < N; i++) load_logits<W>(in, first + i * step, p.cols, p.aligned, x[i]);
+    float largest = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+#pragma unroll
+      for (int j = 0; j < W; j++) largest = max(largest, x[i][j]);
+    }
+    largest = threadgroup_max(largest, scratch, place);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+#pragma unroll
+      for (int j = 0; j < W; j++) {
+        x[i][j] = exp(x[i][j] - largest);
+        sum += x[i][j];
+      }
+    }
+    sum = threadgroup_sum(sum, scratch, place);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+#pragma unroll
+      for (int j = 0; j < W; j++) x[i][j] /= sum;
+      store_columns<W>(out, first + i * step, p.cols, p.aligned, x[i]);
+    }
+  } else {
+    float x[W];
+    Online mine = {-INFINITY, 0.0f};
+    for (uint column = first; column < p.cols; column += step) {
+      load_logits<W>(in, column, p.cols, p.aligned, x);
+      mine.add<W>(x);
+    }
+    const Online total = mine.combined(scratch, place);
+    for (uint column = first; column < p.cols; column += step) {
+      load_logits<W>(in, column, p.cols, p.aligned, x);
+      store_scaled<W>(out, column, p.cols, p.aligned, x, total);
+    }
+  }
+}
+
+// A row shared by p.chunks threadgroups: each leaves the maximum and the sum of its chunk in `partial`.
+template <typename T, int W>
+[[kernel, max_total_threads_per_threadgroup(512)]]
+void softmax_chunk(device const T* input [[buffer(0)]], device float2* partial [[buffer(1)]],
+                   constant SoftmaxParams& p [[buffer(2)]], uint group [[threadgroup_position_in_grid]],
+                   uint thread_id [[thread_position_in_threadgroup]], uint threads [[threads_per_threadgroup]],
+                   uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+                   uint simdgroups [[simdgroups_per_threadgroup]]) {
+  threadgroup float scratch[32];
+  const Place place = {lane, simdgroup, simdgroups};
+  const uint begin = group % p.chunks * p.chunk;
+  const uint end = min(begin + p.chunk, p.cols);
+  device const T* in = input + long(group / p.chunks) * p.input_stride;
+  float x[W];
+  Online mine = {-INFINITY, 0.0f};
+  for (uint column = begin + thread_id * W; column < end; column += threads * W) {
+    load_logits<W>(in, column, end, p.aligned, x);
+    mine.add<W>(x);
+  }
+  const Online total = mine.combined(scratch, place);
+  if (thread_id == 0) partial[group] = float2(total.largest, total.sum);
+}
+
+// Then each threadgroup combines its row's partial results and writes its chunk.
+template <typename T, int W>
+[[kernel, max_total_threads_per_threadgroup(512)]]
+void softmax_finish(device const T* input [[buffer(0)]], device const float2* partial [[buffer(1)]],
+                    device T* output [[buffer(2)]], constant SoftmaxParams& p [[buffer(3)]],
+                    uint group [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
+                    uint threads [[threads_per_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+                    uint simdgroup [[simdgroup_index_in_threadgroup]],
+                    uint simdgroups [[simdgroups_per_threadgroup]]) {
+  threadgroup float scratch[32];
+  const Place place = {lane, simdgroup, simdgroups};
+  const uint row = group / p.chunks;
+  const uint begin = group % p.chunks * p.chunk;
+  const uint end = min(begin + p.chunk, p.cols);
+  Online mine = {-INFINITY, 0.0f};
+  if (thread_id < p.chunks) {  // never more chunks than threads
+    const float2 part = partial[row * p.chunks + thread_id];
+    mine = {part.x, part.y};
+  }
+  const Online total = mine.combined(scratch, place);
+  device const T* in = input + long(row) * p.input_stride;
+  device T* out = output + long(row) * p.cols;
+  float x[W];
+  for (uint column = begin + thread_id * W; column < end; column += threads * W) {
+    load_logits<W>(in, column, end, p.aligned, x);
+    store_scaled<W>(out, column, end, p.aligned, x, total);
+  }
+}
+
+template <typename T, int W, int N>
+[[kernel, max_total_threads_per_threadgroup(512)]]
+void softmax_backward(device const T* grad [[buffer(0)]], device const T* output [[buffer(1)]],
+                      device T* grad_input [[buffer(2)]], constant SoftmaxParams& p [[buffer(3)]],
+                      uint row [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
+                      uint threads [[threads_per_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+                      uint simdgroup [[simdgroup_index_in_threadgroup]],
+                      uint simdgroups [[simdgroups_per_threadgroup]]) {
+  threadgroup float scratch[32];
+  const Place place = {lane, simdgroup, simdgroups};
+  device const T* grads = grad + long(row) * p.input_stride;
+  device const T* out = output + long(row) * p.output_stride;
+  device T* to = grad_input + long(row) * p.cols;
+  const uint first = thread_id * W;
+  const uint step = threads * W;
+  float dy[N > 0 ? N : 1][W], y[N > 0 ? N : 1][W];
+  float dot = 0.0f;
+  if (N > 0) {
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      load_columns<W>(grads, first + i * step, p.cols, p.aligned, dy[i]);
+      load_columns<W>(out, first + i * step, p.cols, p.aligned, y[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+#pragma unroll
+      for (int j = 0; j < W; j++) dot += dy[i][j] * y[i][j];
+    }
+    dot = threadgroup_sum(dot, scratch, place);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+#pragma unroll
+      for (int j = 0; j < W; j++) y[i][j] *= dy[i][j] - dot;
+      store_columns<W>(to, first + i * step, p.cols, p.aligned, y[i]);
+    }
+  } else {
+    for (uint column = first; column < p.cols; column += step) {
+      load_columns<W>(grads, column, p.cols, p.aligned, dy[0]);
+      load_columns<W>(out, column, p.cols, p.aligned, y[0]);
+#pragma unroll
+      for (int j = 0; j < W; j++) dot += dy[0][j] * y[0][j];
+    }
+    dot = threadgroup_sum(dot, scratch, place);
+    for (uint column = first; column < p.cols; column += step) {
+      load_columns<W>(grads, column, p.cols, p.aligned, dy[0]);
+      load_columns<W>(out, column, p.cols, p.aligned, y[0]);
+#pragma unroll
+      for (int j = 0; j < W; j++) y[0][j] *= dy[0][j] - dot;
+      store_columns<W>(to, column, p.cols, p.aligned, y[0]);
+    }
+  }
+}
+
+#define SOFTMAX(name, T, W, N)                                                                                       \
+  template [[host_name("softmax_" #name "_" #N)]] [[kernel]] void softmax<T, W, N>(                                  \
+      device const T*, device T*, constant SoftmaxParams&, uint, uint, uint, uint, uint, uint);                      \
+  template [[host_name("softmax_backward_" #name "_" #N)]] [[kernel]] void softmax_backward<T, W, N>(                \
+      device const T*, device const T*, device T*, constant SoftmaxParams&, uint, uint, uint, uint, uint, uint);
+#define SOFTMAX_ALL(name, T, W)                                                                                      \
+  SOFTMAX(name, T, W, 0)                                                                                             \
+  SOFTMAX(name, T, W, 1)                                                                                             \
+  SOFTMAX(name, T, W, 2)                                                                                             \
+  SOFTMAX(name, T, W, 4)                                                                                             \
+  template [[host_name("softmax_chunk_" #name)]] [[kernel]] void softmax_chunk<T, W>(                                \
+      device const T*, device float2*, constant SoftmaxParams&, uint, uint, uint, uint, uint, uint);                 \
+  template [[host_name("softmax_finish_" #name)]] [[kernel]] void softmax_finish<T, W>(                              \
+      device const T*, device const float2*, device T*, constant SoftmaxParams&, uint, uint, uint, uint, uint, uint);
+SOFTMAX_ALL(f32, float, 4)
+SOFTMAX_ALL(f16, half, 8)
+SOFTMAX_ALL(bf16, bfloat, 8)

@@ -1,0 +1,79 @@
+// Softmax on a GPU: operands, kernel, grid and parameters of each launch.
+#include "softmax.h"
+
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+
+#include "../common/dtype.h"
+#include "../common/registration.h"
+#include "../common/row_shape.h"
+#include "../common/rows.h"
+#include "../runtime/launch.h"
+
+namespace torch_fused {
+namespace {
+
+using at::Tensor;
+
+// As in softmax.metal.
+struct SoftmaxParams {
+  int64_t input_stride, output_stride;
+  uint32_t cols, aligned, chunk, chunks;
+};
+
+constexpr int64_t kFewRows = 128;  // too few threadgroups to fill a GPU, if each takes a whole row
+constexpr int64_t kChunk = 4096;   // columns
+constexpr int64_t kMostChunks = 256;
+
+void launch_chunked(const Rows& x, const Tensor& output, const SoftmaxShape& shape, SoftmaxParams params) {
+  const int64_t units = (shape.cols + kChunk - 1) / kChunk;
+  const int64_t chunk = (units + kMostChunks - 1) / kMostChunks * kChunk;
+  const int64_t chunks = (shape.cols + chunk - 1) / chunk;
+  params.chunk = static_cast<uint32_t>(chunk);
+  params.chunks = static_cast<uint32_t>(chunks);
+  const Tensor partial = at::empty({shape.rows, chunks, 2}, output.options().dtype(at::kFloat));
+  launch("softmax", "softmax_chunk_" + dtype_name(output), shape.rows * chunks, kRowThreads, {x.tensor, partial},
+         params);
+  launch("softmax", "softmax_finish_" + dtype_name(output), shape.rows * chunks, kRowThreads,
+         {x.tensor, partial, output}, params);
+}
+
+}  // namespace
+
+Tensor softmax_gpu(const Tensor& input, std::optional<at::ScalarType> dtype) {
+  const Tensor converted = input.to(dtype.value_or(input.scalar_type()));
+  const SoftmaxShape shape = check_softmax("softmax", "input", converted);
+  const Tensor output = at::empty(converted.sizes(), converted.options());
+  if (output.numel() == 0) return output;
+  const Rows x = as_rows(converted, shape.rows, shape.cols);
+  const RowShape row = row_shape(shape.cols, output.element_size());
+  const SoftmaxParams params{x.stride, 0, static_cast<uint32_t>(shape.cols), all_aligned({x, {output, shape.cols}}),
+                             0,        1};
+  if (row.packs == 0 && shape.rows < kFewRows) {
+    launch_chunked(x, output, shape, params);
+  } else {
+    launch("softmax", "softmax_" + dtype_name(output) + "_" + std::to_string(row.packs), shape.rows, row.threads,
+           {x.tensor, output}, params);
+  }
+  return output;
+}
+
+Tensor softmax_backward_gpu(const Tensor& grad, const Tensor& output) {
+  const SoftmaxShape shape = check_softmax_backward(grad, output);
+  const Tensor grad_input = at::empty(output.sizes(), output.options());
+  if (output.numel() == 0) return grad_input;
+  const Rows dy = as_rows(grad, shape.rows, shape.cols), y = as_rows(output, shape.rows, shape.cols);
+  const RowShape row = row_shape(shape.cols, output.element_size());
+  const SoftmaxParams params{
+      dy.stride, y.stride, static_cast<uint32_t>(shape.cols), all_aligned({dy, y, {grad_input, shape.cols}}), 0, 1};
+  launch("softmax", "softmax_backward_" + dtype_name(output) + "_" + std::to_string(row.packs), shape.rows, row.threads,
+         {dy.tensor, y.tensor, grad_input}, params);
+  return grad_input;
+}
+
+}  // namespace torch_fused
+
+using namespace torch_fused;
+TORCH_FUSED_KERNELS(softmax)
+TORCH_FUSED_KERNELS(softmax_backward)
