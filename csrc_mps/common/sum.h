@@ -17,16 +17,25 @@ constexpr int64_t kSumLanes = 16 / sizeof(T);
 constexpr int64_t kSumLanes = 32 / sizeof(T);
 #endif
 
+// Terms made by a function of the index, one by one.
+template <class Function>
+struct Terms {
+  static constexpr bool in_pairs = false;
+  Function one;
+};
+template <class Function>
+Terms(Function) -> Terms<Function>;
+
 // Where add_block puts term i of a block: terms that come in pairs (pairs.h) leave the even ones in the first half.
-template <class Terms>
+template <class Source>
 constexpr int64_t place(int64_t i, int64_t width) {
-  return Terms::in_pairs ? i / 2 + i % 2 * (width / 2) : i;
+  return Source::in_pairs ? i / 2 + i % 2 * (width / 2) : i;
 }
 
 // Adds `width` terms from `first` on to `sums`.
-template <int64_t width, class T, class Terms>
-TORCH_FUSED_INLINE void add_block(int64_t first, const Terms& terms, T* sums) {
-  if constexpr (Terms::in_pairs) {
+template <int64_t width, class T, class Source>
+TORCH_FUSED_INLINE void add_block(int64_t first, const Source& terms, T* sums) {
+  if constexpr (Source::in_pairs) {
     T made[width];  // first all terms, then the additions: g++ vectorises both loops only when they are apart
     for (int64_t i = 0; i < width / 2; ++i) {
       const auto pair = terms.pair(first + 2 * i);
@@ -41,8 +50,8 @@ TORCH_FUSED_INLINE void add_block(int64_t first, const Terms& terms, T* sums) {
 
 // Sums terms 0 .. n - 1 as `Lanes` interleaved sums of four streams each. A stream's partial sums cascade through four
 // levels, so that the rounding error grows with log(n). Returns one sum a lane in `lanes`.
-template <int64_t Lanes, class T, class Terms>
-TORCH_FUSED_INLINE void cascade_sum(int64_t vectors, const Terms& terms, T* lanes) {
+template <int64_t Lanes, class T, class Source>
+TORCH_FUSED_INLINE void cascade_sum(int64_t vectors, const Source& terms, T* lanes) {
   constexpr int64_t kStreams = 4, kLevels = 4, kWidth = kStreams * Lanes;
   const int64_t groups = vectors / kStreams;
   int64_t log2_groups = 0;
@@ -69,19 +78,19 @@ TORCH_FUSED_INLINE void cascade_sum(int64_t vectors, const Terms& terms, T* lane
   for (int64_t level = 1; level < kLevels; ++level) {
     for (int64_t i = 0; i < kWidth; ++i) sums[0][i] += sums[level][i];
   }
-  for (int64_t i = 0; i < Lanes; ++i) lanes[i] = sums[0][place<Terms>(i, kWidth)];
+  for (int64_t i = 0; i < Lanes; ++i) lanes[i] = sums[0][place<Source>(i, kWidth)];
   for (int64_t vector = groups * kStreams; vector < vectors; ++vector) {
     for (int64_t i = 0; i < Lanes; ++i) lanes[i] += terms.one(vector * Lanes + i);
   }
   for (int64_t stream = 1; stream < kStreams; ++stream) {
-    for (int64_t i = 0; i < Lanes; ++i) lanes[i] += sums[0][place<Terms>(stream * Lanes + i, kWidth)];
+    for (int64_t i = 0; i < Lanes; ++i) lanes[i] += sums[0][place<Source>(stream * Lanes + i, kWidth)];
   }
 }
 
-// The sum of terms 0 .. n - 1. `terms.one(i)` makes term i and, if Terms::in_pairs, `terms.pair(i)` terms i and i + 1;
-// each is made once.
-template <class T, class Terms>
-TORCH_FUSED_INLINE T row_sum(int64_t n, const Terms& terms) {
+// The sum of terms 0 .. n - 1. `terms.one(i)` makes term i and, if it comes in pairs, `terms.pair(i)` terms i and i +
+// 1; each is made once.
+template <class T, class Source>
+TORCH_FUSED_INLINE T row_sum(int64_t n, const Source& terms) {
   constexpr int64_t lanes = kSumLanes<T>;
   if (n < lanes) {
     T sum;

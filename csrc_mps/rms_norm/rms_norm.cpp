@@ -214,15 +214,6 @@ struct Backward {
   int64_t grad_stride, grad_sum_stride, x_stride, rows_per_block;
 };
 
-// Terms of the dot product of dy * weight and x.
-template <class T>
-struct WeightedProducts {
-  static constexpr bool in_pairs = false;
-  const T *dy, *x;
-  const wide_t<T>* w;
-  TORCH_FUSED_INLINE wide_t<T> one(int64_t i) const { return widen(dy[i]) * w[i] * widen(x[i]); }
-};
-
 // With g = dy * weight and s = rsqrt(mean(x^2) + eps): dx = s * (g - x * s^2 * mean(g * x)), dweight = sum of dy * x *
 // s.
 template <class T>
@@ -237,7 +228,7 @@ TORCH_FUSED_INLINE void backward_blocks(const Backward<T>& a, int64_t begin, int
       const T* x = a.x + row * a.x_stride;
       T* dx = a.grad_x + row * n;
       const wide_t<T> scale = inverse_rms<T>(row_sum<wide_t<T>>(n, Squares<T>{x}), a.norm);
-      const auto dot = row_sum<wide_t<T>>(n, WeightedProducts<T>{dy, x, w});
+      const auto dot = row_sum<wide_t<T>>(n, Terms{[=](int64_t i) { return widen(dy[i]) * w[i] * widen(x[i]); }});
       const wide_t<T> slope = scale * scale * dot / static_cast<wide_t<T>>(n);
       if (a.grad_sum) {
         const T* extra = a.grad_sum + row * a.grad_sum_stride;

@@ -94,11 +94,11 @@ TORCH_FUSED_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t
       exponentials = buffer.data();
     }
     const wide_t<T> largest = row_max(x, n);
-    const auto sum = row_sum<wide_t<T>>(n, [=](int64_t i) {
-      const wide_t<T> value = exp_of(widen(x[i]) - largest);
-      exponentials[i] = value;
-      return value;
-    });
+    const auto sum = row_sum<wide_t<T>>(n, Terms{[=](int64_t i) {
+                                          const wide_t<T> value = exp_of(widen(x[i]) - largest);
+                                          exponentials[i] = value;
+                                          return value;
+                                        }});
     for (int64_t i = 0; i < n; ++i) y[i] = narrow<T>(exponentials[i] / sum);
   }
 }
@@ -117,7 +117,7 @@ TORCH_FUSED_INLINE void backward_rows(const Backward<T>& a, int64_t begin, int64
     const T* dy = a.grad + row * a.grad_stride;
     const T* y = a.output + row * a.output_stride;
     T* dx = a.grad_input + row * a.cols;
-    const auto dot = row_sum<wide_t<T>>(a.cols, [=](int64_t i) { return widen(dy[i]) * widen(y[i]); });
+    const auto dot = row_sum<wide_t<T>>(a.cols, Terms{[=](int64_t i) { return widen(dy[i]) * widen(y[i]); }});
     for (int64_t i = 0; i < a.cols; ++i) dx[i] = narrow<T>(widen(y[i]) * (widen(dy[i]) - dot));
   }
 }
