@@ -413,7 +413,7 @@ def test_inference_mode_and_no_grad(backend):
 def test_bad_arguments(backend, call, message):
     """A bad argument raises before anything runs, naming the op, the argument, what it got and what it takes."""
     x, weight = make(4, 8, device=backend.device), make(8, seed=1).to(backend.device)
-    with pytest.raises((RuntimeError, NotImplementedError), match=message):
+    with pytest.raises(RuntimeError, match=message):
         call(x, weight)
 
 
