@@ -19,11 +19,16 @@ def status() -> dict[str, dict[str, str]]:
     ops = sorted(name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if _is_op(name))
     table = {}
     for op in ops:
-        table[op] = {device: _RUNTIMES[device] for device in devices}
+        table[op] = {device: _runtime(op, device) for device in devices}
         for device in devices[1:]:
             if op in fallbacks:
                 table[op][device] = f"torch: {fallbacks[op]}"
     return table
+
+
+def _runtime(op: str, device: str) -> str:
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"torch_fused::{op}", device.upper())
+    return _RUNTIMES[device] if has_kernel else "torch"
 
 
 def _is_op(name: str) -> bool:
