@@ -1,6 +1,8 @@
 """Fused ops with the signatures of `torch.nn.functional`; extra arguments are keyword-only."""
 
 from .ops.rms_norm import add_rms_norm, rms_norm
+from .ops.rope import apply_rotary_pos_emb
 from .ops.softmax import softmax
+from .ops.swiglu import silu_mul
 
-__all__ = ["add_rms_norm", "rms_norm", "softmax"]
+__all__ = ["add_rms_norm", "apply_rotary_pos_emb", "rms_norm", "silu_mul", "softmax"]
