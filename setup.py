@@ -87,6 +87,7 @@ setup(
             extra_compile_args=[
                 "-O3",
                 "-ffp-contract=off",
+                "-fno-trapping-math",  # else g++ leaves loops with a comparison unvectorised below AVX-512
                 "-fvisibility=hidden",
                 "-Wall",
                 "-Wextra",

@@ -1,4 +1,4 @@
-// exp in plain arithmetic, which the compiler vectorises; within an ulp or so, exact at 0, infinities and NaN.
+// exp in plain arithmetic, which the compiler vectorises; within an ulp or so.
 #pragma once
 
 #include <cstdint>
@@ -9,14 +9,12 @@
 namespace torch_fused {
 
 // x = n * ln(2) + r with |r| <= ln(2) / 2: the nearest integer n falls out of the low bits of x / ln(2) + 1.5 * 2^23,
-// and ln(2) in two parts keeps r exact. 2^n is applied in two halves, so that results below the normal range come out
-// right.
-TORCH_FUSED_INLINE float exp_of(float x) {
-  x = x < -104.0f ? -104.0f : x;  // 0 from here down
-  x = x > 89.0f ? 89.0f : x;      // infinity from here up
+// and ln(2) in two parts keeps r exact. The result is made as p * 2^(n + bias) * 2^-bias, so that only 2^(n + bias) has
+// to be a normal number.
+template <int bias>
+TORCH_FUSED_INLINE float exp_biased(float x) {
   const float shifted = x * 1.44269504f + 0x1.8p23f;
   const float n = shifted - 0x1.8p23f;
-  const int32_t exponent = bit_copy<int32_t>(shifted) - bit_copy<int32_t>(0x1.8p23f);
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   // The minimax polynomial of Cephes' expf.
   float p = 1.9875691500e-4f;
@@ -26,16 +24,14 @@ TORCH_FUSED_INLINE float exp_of(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = (p * (r * r) + r) + 1.0f;
-  const int32_t half = exponent >> 1;
-  return p * bit_copy<float>((half + 127) << 23) * bit_copy<float>((exponent - half + 127) << 23);
+  const auto power = bit_copy<float>((bit_copy<uint32_t>(shifted) << 23) + (uint32_t(127 + bias) << 23));
+  return p * power * (bias > 0 ? 0x1p-64f : 0x1p64f);
 }
 
-TORCH_FUSED_INLINE double exp_of(double x) {
-  x = x < -746.0 ? -746.0 : x;
-  x = x > 710.0 ? 710.0 : x;
+template <int bias>
+TORCH_FUSED_INLINE double exp_biased(double x) {
   const double shifted = x * 1.4426950408889634 + 0x1.8p52;
   const double n = shifted - 0x1.8p52;
-  const int64_t exponent = bit_copy<int64_t>(shifted) - bit_copy<int64_t>(0x1.8p52);
   const double r = (x - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
   double p = 1.0 / 6227020800.0;  // Taylor's series to r^13
   p = p * r + 1.0 / 479001600.0;
@@ -50,9 +46,26 @@ TORCH_FUSED_INLINE double exp_of(double x) {
   p = p * r + 1.0 / 6.0;
   p = p * r + 0.5;
   p = (p * (r * r) + r) + 1.0;
-  // Half of the exponent, rounded down, without an arithmetic 64-bit shift, which AVX2 lacks.
-  const int64_t half = static_cast<int64_t>(static_cast<uint64_t>(exponent + 2048) >> 1) - 1024;
-  return p * bit_copy<double>((half + 1023) << 52) * bit_copy<double>((exponent - half + 1023) << 52);
+  const auto power = bit_copy<double>((bit_copy<uint64_t>(shifted) << 52) + (uint64_t(1023 + bias) << 52));
+  return p * power * (bias > 0 ? 0x1p-64 : 0x1p64);
+}
+
+// exp(x) of x <= 0, right below the normal range too; NaN is kept.
+TORCH_FUSED_INLINE float exp_nonpositive(float x) {
+  return exp_biased<64>(x < -104.0f ? -104.0f : x);
+}
+TORCH_FUSED_INLINE double exp_nonpositive(double x) {
+  return exp_biased<64>(x < -746.0 ? -746.0 : x);
+}
+
+// 1 + exp(x) of any x; NaN is kept. Below -43 nothing is left of the exponential, in float64 neither.
+TORCH_FUSED_INLINE float one_plus_exp(float x) {
+  x = x < -43.0f ? -43.0f : x;
+  return 1.0f + exp_biased<-64>(x > 89.0f ? 89.0f : x);
+}
+TORCH_FUSED_INLINE double one_plus_exp(double x) {
+  x = x < -43.0 ? -43.0 : x;
+  return 1.0 + exp_biased<-64>(x > 710.0 ? 710.0 : x);
 }
 
 }  // namespace torch_fused
