@@ -12,6 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
 
 from torch_fused.hf import apply_torch_fused
+from torch_fused.opcount import ops_per_token
+from torch_fused.testing import relative_error
 
 
 def dicts(model):
@@ -32,14 +34,36 @@ def kernels(function, *args):
 
 @pytest.mark.parametrize(("family", "norms"), [("llama", 5), ("qwen2", 5), ("qwen3", 9)])
 def test_every_norm_runs_fused(family, norms):
-    """Two layers: one norm after an addition in each, all other norms alone; no norm is computed by torch."""
+    """Two layers: each addition with the norm that follows it, all other norms alone; torch computes none."""
     model = make_model(family)
     apply_torch_fused(model)
     with torch.no_grad():
         counts = kernels(model, prompt(1, 4))
-    assert counts["add_rms_norm"] == 2
-    assert counts["rms_norm"] == norms - 2
-    assert "aten::rsqrt" not in counts
+    assert counts["add_rms_norm"] == 4
+    assert counts["rms_norm"] == norms - 4
+    assert counts["silu_mul"] == counts["apply_rotary_pos_emb"] == 2
+    assert not {"aten::rsqrt", "aten::silu", "aten::neg"} & counts.keys()
+
+
+@pytest.mark.parametrize(
+    ("family", "shape", "most"),
+    [
+        ("qwen2", {"layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}, 340),
+        ("qwen3", {"layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8}, 460),
+    ],
+    ids=["Qwen2.5-0.5B", "Qwen3-0.6B"],
+)
+def test_ops_of_a_decoded_token(family, shape, most):
+    """In bfloat16, with the layers and heads of the real models: what reaches the device each token, views aside."""
+    model = make_model(family, dtype=torch.bfloat16, hidden_size=16 * shape["num_attention_heads"], **shape)
+
+    def generate(tokens):
+        model.generate(prompt(1, 8), max_new_tokens=tokens, do_sample=False)
+
+    stock = ops_per_token(generate, 4)
+    with apply_torch_fused(model):
+        fused = ops_per_token(generate, 4)
+    assert fused <= most < stock / 2
 
 
 def test_flags():
@@ -48,6 +72,12 @@ def test_flags():
     with torch.no_grad():
         with apply_torch_fused(model, residual=False):
             assert kernels(model, prompt(1, 4))["rms_norm"] == 5
+        with apply_torch_fused(model, rotary=False):
+            assert "apply_rotary_pos_emb" not in kernels(model, prompt(1, 4))
+        with apply_torch_fused(model, mlp=False):
+            assert "silu_mul" not in kernels(model, prompt(1, 4))
+        with apply_torch_fused(model, sampler=False):
+            assert "greedy" not in kernels(lambda: model.generate(prompt(1, 4), max_new_tokens=2))
         with apply_torch_fused(model, norms=False):
             assert "rms_norm" not in kernels(model, prompt(1, 4))
             assert "kv_append_" in kernels(lambda: model.generate(prompt(1, 4), max_new_tokens=2))
@@ -164,7 +194,7 @@ def test_a_subclass_is_left_alone():
     with torch.no_grad():
         expected = model(prompt(1, 4)).logits
         apply_torch_fused(model)
-        assert torch.equal(model(prompt(1, 4)).logits, expected)
+        torch.testing.assert_close(model(prompt(1, 4)).logits, expected)
     assert "forward" not in model.model.norm.__dict__
 
 
@@ -179,7 +209,11 @@ def test_wrapped_and_compiled_modules_are_left_and_reported():
         "torch_fused on Qwen2ForCausalLM",
         "     3 x Qwen2RMSNorm.forward",
         "     2 x Qwen2DecoderLayer.forward",
+        "     2 x Qwen2Attention.forward",
+        "     1 x Qwen2RotaryEmbedding.forward",
+        "     2 x Qwen2MLP.forward",
         "     1 x Qwen2ForCausalLM._prepare_cache_for_generation",
+        "     1 x Qwen2ForCausalLM._get_logits_processor",
         "  left: model.layers.0.input_layernorm: it is compiled by torch.compile",
         "  left: model.layers.0.post_attention_layernorm: its forward is already replaced by somebody.logging_forward",
     ]
@@ -198,6 +232,74 @@ def test_a_norm_wrapped_or_hooked_later_is_called():
     with torch.no_grad():
         model(prompt(1, 4))
     assert seen == ["hook", "wrapper"]
+
+
+def test_a_layer_result_that_is_changed_is_normed_anew():
+    """A hook that steers a layer's result, in place or not, is seen by the next layer and by the last norm."""
+
+    def in_place(module, args, output):
+        output += 1.0
+
+    def anew(module, args, output):
+        return output + 1.0
+
+    for hook in (in_place, anew):
+        stock, patched = make_model(), make_model()
+        apply_torch_fused(patched)
+        for model in (stock, patched):
+            for layer in model.model.layers:
+                layer.register_forward_hook(hook)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                torch.testing.assert_close(patched(prompt(1, 4)).logits, stock(prompt(1, 4)).logits)
+
+
+def test_hooks_of_the_next_norm_are_called():
+    """A norm that is hooked runs by itself, with the layer's result."""
+    model = make_model()
+    apply_torch_fused(model)
+    seen = []
+    for norm in (model.model.layers[1].input_layernorm, model.model.norm):
+        norm.register_forward_pre_hook(lambda module, args: seen.append(module))
+    with torch.no_grad():
+        counts = kernels(model, prompt(1, 4))
+    assert seen == [model.model.layers[1].input_layernorm, model.model.norm]
+    assert counts["add_rms_norm"] == 2
+
+
+def test_hidden_states_are_stocks():
+    """output_hidden_states gives every layer's result as before."""
+    stock, patched = make_model(), make_model()
+    apply_torch_fused(patched)
+    with torch.no_grad():
+        states = [model(prompt(1, 4), output_hidden_states=True).hidden_states for model in (stock, patched)]
+    for expected, actual in zip(*states, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_another_activation_is_left_alone():
+    """Only silu is taken over."""
+    stock, patched = (make_model(hidden_act="gelu") for _ in range(2))
+    apply_torch_fused(patched)
+    with torch.no_grad():
+        assert "silu_mul" not in kernels(patched, prompt(1, 4))
+        torch.testing.assert_close(patched(prompt(1, 4)).logits, stock(prompt(1, 4)).logits)
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn", "llama3"])
+def test_scaled_positions(rope_type):
+    """Every kind of position scaling, past the original length, in one piece and token by token."""
+    factors = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if rope_type == "llama3" else {}
+    parameters = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0, **factors}
+    parameters["original_max_position_embeddings"] = 8
+    stock, patched = (
+        make_model("llama", rope_parameters=dict(parameters), max_position_embeddings=32) for _ in range(2)
+    )
+    apply_torch_fused(patched)
+    with torch.no_grad():
+        torch.testing.assert_close(patched(prompt(1, 40)).logits, stock(prompt(1, 40)).logits)
+    options = {"max_new_tokens": 20, "do_sample": False}
+    assert torch.equal(patched.generate(prompt(1, 4), **options), stock.generate(prompt(1, 4), **options))
 
 
 def test_a_model_with_nothing_to_patch_is_an_error():
@@ -262,7 +364,7 @@ def test_autocast():
     stock, patched = make_model(), make_model()
     apply_torch_fused(patched)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(patched(prompt(2, 9)).logits, stock(prompt(2, 9)).logits)
+        assert relative_error(patched(prompt(2, 9)).logits, stock(prompt(2, 9)).logits) < 2e-3
 
 
 def test_compile():

@@ -111,9 +111,9 @@ def check_rotary(device: str) -> None:
 
 
 def check_rotary_backward(device: str) -> None:
-    for what, tensors, wide in rotary_operands(device):
+    for what, tensors, (grad_q, grad_k, cos, sin) in rotary_operands(device):
         actual = torch.ops.torch_fused.apply_rotary_pos_emb_backward(*tensors, 1)
-        exact = apply_rotary_pos_emb_backward_reference(*wide, 1)
+        exact = apply_rotary_pos_emb_backward_reference(grad_q, grad_k, cos, sin, 1)
         compare(f"apply_rotary_pos_emb_backward {what}", actual, exact)
 
 

@@ -4,27 +4,29 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType, TracebackType
+from typing import Any
 
 from torch import nn
 from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache
 
 from .cache import FusedKVCache
-from .models import DECODER_LAYERS, RMS_NORMS, Forwards
+from .models import DECODER_LAYERS, MLPS, NEXT_NORM, RMS_NORMS, ROTARY, Forwards
+from .sampling import get_logits_processor
 
 
 @dataclass(frozen=True)
 class Patch:
-    """One method bound on one module; the class's own shows again when it is taken away."""
+    """One attribute of one module; the class's own, if it is a method, shows again when it is taken away."""
 
     path: str
     module: nn.Module
-    method: str
-    bound: MethodType
+    name: str
+    value: MethodType | nn.Module
 
     @property
-    def current(self) -> Callable | None:
-        return self.module.__dict__.get(self.method)
+    def current(self) -> Any:
+        return self.module.__dict__.get(self.name)
 
 
 class PatchHandle:
@@ -42,11 +44,24 @@ class PatchHandle:
             if forward is not None:
                 self._bind(path, module, "forward", forward)
 
-    def bind_cache(self) -> None:
-        """Makes `generate` of the model, or of the model that a wrapper such as PEFT's holds, use a FusedKVCache."""
+    def bind_generation(self, method: str, function: Callable) -> None:
+        """Binds a method that `generate` calls, on the model or on the model that a wrapper such as PEFT's holds."""
         for path, module in self._model.named_modules():
             if issubclass(type(module), GenerationMixin):
-                self._bind(path, module, "_prepare_cache_for_generation", prepare_cache_for_generation)
+                self._bind(path, module, method, function)
+
+    def link_norms(self) -> None:
+        """Tells each patched decoder layer which patched norm its result goes to."""
+        patched = {id(patch.module): patch.path for patch in self._patches if patch.name == "forward"}
+        for module in self._model.modules():
+            layers = getattr(module, "layers", None)
+            if not isinstance(layers, nn.ModuleList):
+                continue
+            firsts = [getattr(layer, "input_layernorm", None) for layer in layers[1:]]
+            for layer, norm in zip(layers, [*firsts, getattr(module, "norm", None)], strict=True):
+                if id(layer) in patched and norm is not None and id(norm) in patched:
+                    layer.__dict__[NEXT_NORM] = norm  # not setattr, which would make it a part of the layer
+                    self._patches.append(Patch(patched[id(layer)], layer, NEXT_NORM, norm))
 
     def _bind(self, path: str, module: nn.Module, method: str, function: Callable) -> None:
         path = path or type(module).__name__
@@ -66,13 +81,13 @@ class PatchHandle:
             RuntimeError: someone has replaced a patched method since. Nothing is reverted then.
         """
         for patch in self._patches:
-            if patch.current is not patch.bound:
+            if patch.current is not patch.value:
                 raise RuntimeError(
-                    f"torch_fused: cannot revert {patch.path}: its {patch.method} has been replaced by "
+                    f"torch_fused: cannot revert {patch.path}: its {patch.name} has been replaced by "
                     f"{_describe(patch.current)} since apply_torch_fused; remove that first. Nothing was reverted."
                 )
         for patch in self._patches:
-            delattr(patch.module, patch.method)
+            del patch.module.__dict__[patch.name]
         self._patches.clear()
 
     @property
@@ -83,7 +98,8 @@ class PatchHandle:
     def report(self) -> str:
         """A table of what was patched, and of what was left to transformers with the reason."""
         lines = [f"torch_fused on {type(self._model).__name__}"]
-        counts = Counter((type(patch.module).__name__, patch.method) for patch in self._patches)
+        methods = [patch for patch in self._patches if patch.name != NEXT_NORM]
+        counts = Counter((type(patch.module).__name__, patch.name) for patch in methods)
         lines += [f"  {count:4d} x {name}.{method}" for (name, method), count in counts.items()] or [
             "  nothing patched"
         ]
@@ -98,9 +114,16 @@ class PatchHandle:
 
 
 def apply_torch_fused(
-    model: nn.Module, *, norms: bool = True, residual: bool = True, cache: bool = True
+    model: nn.Module,
+    *,
+    norms: bool = True,
+    residual: bool = True,
+    rotary: bool = True,
+    mlp: bool = True,
+    cache: bool = True,
+    sampler: bool = True,
 ) -> PatchHandle:
-    """Makes ``model`` use fused ops, bit for bit with the results of its own code.
+    """Makes ``model`` use fused ops with the roundings of its own code, so that it gives the same greedy tokens.
 
     Only this model's instances are touched: methods are bound on them, and no class and no global changes. Modules
     whose class is not exactly one of Llama's, Qwen2's or Qwen3's are left alone, and so are modules that accelerate,
@@ -109,10 +132,14 @@ def apply_torch_fused(
     Args:
         model: a transformers model, or any module that holds one.
         norms: RMS norms run as one kernel.
-        residual: in decoder layers, the addition after the attention and the norm that follows run as one kernel; needs
-            ``norms``.
+        residual: in decoder layers, each addition and the norm that follows it run as one kernel; needs ``norms``.
+        rotary: queries and keys are rotated by their positions in one kernel.
+        mlp: the activation between the feed-forward projections, ``silu(gate) * up``, runs as one kernel.
         cache: ``generate()`` uses a :class:`FusedKVCache` where it would make a ``DynamicCache``. Your own
             ``past_key_values``, another ``cache_implementation`` and ``use_cache=False`` are respected.
+        sampler: ``generate()`` picks tokens with :func:`torch_fused.sampling.greedy` and :func:`~torch_fused.sampling
+            .sample`, which take over temperature, top-k, top-p and min-p; other processors run as before. What is drawn
+            follows ``torch.manual_seed`` but is another draw than transformers' from the same probabilities.
 
     Returns:
         A handle with ``revert()`` and ``report()``, and a context manager that reverts.
@@ -135,8 +162,15 @@ def apply_torch_fused(
         handle.bind_forwards(RMS_NORMS)
     if norms and residual:
         handle.bind_forwards(DECODER_LAYERS)
+        handle.link_norms()
+    if rotary:
+        handle.bind_forwards(ROTARY)
+    if mlp:
+        handle.bind_forwards(MLPS)
     if cache:
-        handle.bind_cache()
+        handle.bind_generation("_prepare_cache_for_generation", prepare_cache_for_generation)
+    if sampler:
+        handle.bind_generation("_get_logits_processor", get_logits_processor)
     if not handle.patched:
         raise RuntimeError(f"apply_torch_fused: nothing could be patched.\n{handle.report()}")
     return handle
@@ -159,7 +193,11 @@ def prepare_cache_for_generation(
     model_kwargs["past_key_values"] = fused
 
 
-FUNCTIONS = {prepare_cache_for_generation, *RMS_NORMS.values(), *DECODER_LAYERS.values()}
+FUNCTIONS = {
+    prepare_cache_for_generation,
+    get_logits_processor,
+    *(forward for forwards in (RMS_NORMS, DECODER_LAYERS, ROTARY, MLPS) for forward in forwards.values()),
+}
 """Every function that is ever bound."""
 
 

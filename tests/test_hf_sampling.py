@@ -1,0 +1,144 @@
+"""`generate` picks its tokens with the fused sampler, from the probabilities that transformers' processors give."""
+
+import pytest
+import torch
+from test_hf_generate import VOCABULARY, make_model, prompt
+from test_hf_patch import kernels
+from transformers.generation import (
+    LogitNormalization,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from torch_fused.hf import apply_torch_fused, generate
+from torch_fused.hf.sampling import FusedProcessorList
+from torch_fused.testing import make
+
+TEMPERATURE, TOP_K, TOP_P, MIN_P = (
+    TemperatureLogitsWarper(0.7),
+    TopKLogitsWarper(20),
+    TopPLogitsWarper(0.9),
+    MinPLogitsWarper(0.05),
+)
+PENALTY, TYPICAL, NORMALIZE = RepetitionPenaltyLogitsProcessor(1.3), TypicalLogitsWarper(0.9), LogitNormalization()
+
+# (processors, how many of the last the sampler takes over)
+LISTS = {
+    "none": ([], 0),
+    "all": ([TEMPERATURE, TOP_K, TOP_P, MIN_P], 4),
+    "some, after another": ([PENALTY, TOP_K, TOP_P], 2),
+    "another one last": ([TEMPERATURE, TOP_K, NORMALIZE], 0),
+    "another between": ([TEMPERATURE, TYPICAL, TOP_P], 1),
+    "the user's own first": ([TOP_K, TEMPERATURE, TopKLogitsWarper(10)], 2),
+    "twice": ([TOP_P, TopPLogitsWarper(0.5)], 1),
+    "keeping two": ([TEMPERATURE, TopKLogitsWarper(1, min_tokens_to_keep=2)], 0),
+    "another filter value": ([TEMPERATURE, TopPLogitsWarper(0.9, filter_value=-1e9)], 0),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_what_the_sampler_takes_over(name):
+    """The last processors in the sampler's own order; whoever looks at the scores sees transformers' own."""
+    processors, count = LISTS[name]
+    fused = FusedProcessorList(processors)
+    assert list(fused) == processors
+    assert len(fused._later) == count
+    ids, scores = prompt(2, 5), make(2, VOCABULARY, scale=2.0)
+    expected = LogitsProcessorList(processors)(ids, scores.clone())
+    lazy = fused(ids, scores.clone())
+    assert torch.equal(lazy + 0.0, expected)
+    assert torch.equal(lazy[:, :3] * 2, expected[:, :3] * 2)
+    assert torch.equal(torch.stack([lazy, expected])[0], expected)
+    probabilities = torch.nn.functional.softmax(lazy, dim=-1)
+    assert torch.equal(probabilities + 0.0, expected.softmax(-1))
+    assert lazy.shape == probabilities.shape == expected.shape
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_draws_follow_the_processed_probabilities(name):
+    """20,000 draws a row: chi-square against transformers' softmax."""
+    processors, _ = LISTS[name]
+    ids, scores = prompt(1, 5), make(1, VOCABULARY, scale=2.0)
+    expected = LogitsProcessorList(processors)(ids, scores.clone()).softmax(-1)[0].double()
+    draws = 20000
+    lazy = FusedProcessorList(processors)(ids.expand(draws, 5), scores.repeat(draws, 1))
+    torch.manual_seed(0)
+    tokens = torch.multinomial(torch.nn.functional.softmax(lazy, dim=-1), num_samples=1).squeeze(1)
+    counts = torch.bincount(tokens, minlength=VOCABULARY).double()
+    assert (counts[expected == 0] == 0).all()
+    likely = expected * draws >= 5
+    chi_square = ((counts - expected * draws)[likely] ** 2 / (expected * draws)[likely]).sum()
+    freedom = int(likely.sum()) - 1
+    assert chi_square < freedom + 5 * (2 * max(freedom, 1)) ** 0.5 + 5
+
+
+@pytest.mark.parametrize("way", ["model.generate", "hf.generate"])
+def test_generate_runs_the_fused_sampler(way):
+    """Neither torch's multinomial nor a sort or argmax runs, with the model patched or through hf.generate."""
+    model = make_model()
+    call = model.generate
+    if way == "model.generate":
+        apply_torch_fused(model)
+    else:
+
+        def call(ids, **options):
+            return generate(model, ids, **options)
+
+    options = {"max_new_tokens": 4, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.1}
+    counts = kernels(lambda: call(prompt(2, 6), do_sample=True, **options))
+    assert counts["sample"] == 4
+    assert not {"aten::multinomial", "aten::sort", "aten::topk"} & counts.keys()
+    counts = kernels(lambda: call(prompt(2, 6), do_sample=False, max_new_tokens=4))
+    assert counts["greedy"] == 4
+    assert "aten::argmax" not in counts
+
+
+def test_draws_are_reproducible():
+    """`torch.manual_seed` decides the tokens, in a batch and one by one in later calls."""
+    model = make_model()
+    apply_torch_fused(model)
+
+    def run(seed):
+        torch.manual_seed(seed)
+        return model.generate(prompt(2, 6), do_sample=True, max_new_tokens=20)
+
+    first = run(0)
+    assert torch.equal(run(0), first)
+    assert not torch.equal(run(1), first)
+
+
+def test_scores_and_logits_are_stocks():
+    """Asked for scores, generate returns what transformers' processors make of the tokens that were drawn."""
+    model = make_model()
+    options = {"do_sample": True, "temperature": 0.8, "top_k": 20, "max_new_tokens": 6}
+    wanted = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    torch.manual_seed(0)
+    stock = model.generate(prompt(1, 6), **options, **wanted)
+    with apply_torch_fused(model):
+        torch.manual_seed(0)
+        fused = model.generate(prompt(1, 6), **options, **wanted)
+        logits = model.generate(prompt(1, 6), **options, return_dict_in_generate=True, output_logits=True).logits
+    assert torch.equal(fused.sequences, stock.sequences)
+    for name in ("scores", "logits"):
+        for a, e in zip(getattr(fused, name), getattr(stock, name), strict=True):
+            assert type(a) is torch.Tensor
+            torch.testing.assert_close(a, e)
+    assert all(type(step) is torch.Tensor for step in logits)
+
+
+def test_other_modes_are_stocks():
+    """Beams, sampled beams and assisted decoding look at the scores and get transformers' own."""
+    model, assistant = make_model(), make_model(layers=1)
+    cases = [{"num_beams": 3, "do_sample": False}, {"num_beams": 3, "do_sample": True, "top_k": 20}]
+    cases += [{"assistant_model": assistant, "do_sample": sampled} for sampled in (False, True)]
+    for options in cases:
+        torch.manual_seed(0)
+        expected = model.generate(prompt(1, 6), max_new_tokens=16, **options)
+        with apply_torch_fused(model):
+            torch.manual_seed(0)
+            assert torch.equal(model.generate(prompt(1, 6), max_new_tokens=16, **options), expected)
