@@ -1,5 +1,5 @@
-// What the kernels of layer norm share: the flags of a launch (layer_norm_launch.cpp has the same names) and how a row's
-// mean and variance are found.
+// What the kernels of layer norm share: the flags of a launch (layer_norm_launch.cpp has the same names) and how a
+// row's mean and variance are found.
 //
 // The mean is found in two parts, shift + rest, so that it is exact to more than one float: shift is the mean of the
 // packs that the threads hold, the whole row if it fits in registers, and rest is the mean of x - shift.

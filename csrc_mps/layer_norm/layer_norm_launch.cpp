@@ -66,8 +66,7 @@ std::tuple<Tensor, Tensor> layer_norm_backward_gpu(const Tensor& grad, const Ten
   const RowShape shape = row_shape(norm.cols, x.element_size());
   const int64_t groups = std::min(norm.rows, kPartialSums);
   const bool need_sums = need_weight_grad || need_bias_grad;
-  const Tensor partial =
-      need_sums ? at::empty({groups, grad_params.numel()}, x.options().dtype(at::kFloat)) : grad_x;
+  const Tensor partial = need_sums ? at::empty({groups, grad_params.numel()}, x.options().dtype(at::kFloat)) : grad_x;
   const bool aligned = all_aligned({dy, values, {w, 0}, {grad_x, norm.cols}});
   const LayerNormBackwardParams params{dy.stride,
                                        values.stride,

@@ -17,6 +17,7 @@
 #include <limits>
 #include <vector>
 
+#include "../common/autograd.h"
 #include "../common/pairs.h"
 #include "../common/rows.h"
 #include "../common/simd.h"
@@ -83,9 +84,6 @@ void check_add_rms_norm(const Tensor& input, const Tensor& residual, const Tenso
 // ---- CPU ------------------------------------------------------------------------------------------------------------
 
 namespace {
-
-// Elements a thread should at least have: below that, waking one costs more than it saves.
-constexpr int64_t kGrain = 16384;
 
 template <class T>
 struct Forward {
@@ -259,8 +257,7 @@ RMS_NORM_LOOPS(at::BFloat16)
 
 template <class Args>
 void run_parallel(const Args& args, int64_t count, int64_t elements_each) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_each));
-  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  at::parallel_for(0, count, grain(elements_each), [&](int64_t begin, int64_t end) { run(args, begin, end); });
 }
 
 std::tuple<Tensor, Tensor> forward_cpu(const RmsNorm& norm, const Tensor& input, const OptionalTensor& residual,
@@ -338,11 +335,6 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cpu(const Tensor& grad, const Optio
 
 namespace {
 
-template <class Signature>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 Tensor call_rms_norm(const Tensor& input, IntArrayRef normalized_shape, const OptionalTensor& weight,
                      std::optional<double> eps, std::string_view casting_mode, double weight_offset) {
   static const auto op = find_op<decltype(rms_norm_cpu)>("torch_fused::rms_norm");
@@ -353,11 +345,6 @@ std::tuple<Tensor, Tensor> call_add_rms_norm(const Tensor& input, const Tensor& 
                                              double eps, std::string_view casting_mode, double weight_offset) {
   static const auto op = find_op<decltype(add_rms_norm_cpu)>("torch_fused::add_rms_norm");
   return op.call(input, residual, weight, eps, casting_mode, weight_offset);
-}
-
-bool needs_gradient(std::initializer_list<const Tensor*> tensors) {
-  if (!at::GradMode::is_enabled()) return false;
-  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor* tensor) { return tensor->requires_grad(); });
 }
 
 // Saves x and the weight; the backward pass finds the scale again from x, which it has to read anyway.

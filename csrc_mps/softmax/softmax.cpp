@@ -14,6 +14,7 @@
 #include <limits>
 #include <vector>
 
+#include "../common/autograd.h"
 #include "../common/convert.h"
 #include "../common/exp.h"
 #include "../common/rows.h"
@@ -54,9 +55,6 @@ SoftmaxShape check_softmax_backward(const Tensor& grad, const Tensor& output) {
 // ---- CPU ------------------------------------------------------------------------------------------------------------
 
 namespace {
-
-// Elements a thread should at least have: below that, waking one costs more than it saves.
-constexpr int64_t kGrain = 16384;
 
 template <class T>
 struct Forward {
@@ -136,8 +134,7 @@ SOFTMAX_LOOPS(at::BFloat16)
 
 template <class Args>
 void run_parallel(const Args& args, const SoftmaxShape& shape) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / shape.cols);
-  at::parallel_for(0, shape.rows, grain, [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  at::parallel_for(0, shape.rows, grain(shape.cols), [&](int64_t begin, int64_t end) { run(args, begin, end); });
 }
 
 }  // namespace
@@ -176,11 +173,6 @@ Tensor softmax_backward_cpu(const Tensor& grad, const Tensor& output) {
 
 namespace {
 
-template <class Signature>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 Tensor call_softmax(const Tensor& input, OptionalDtype dtype) {
   static const auto op = find_op<decltype(softmax_cpu)>("torch_fused::softmax");
   return op.call(input, dtype);
@@ -202,7 +194,7 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
 };
 
 Tensor softmax_autograd(const Tensor& input, OptionalDtype dtype) {
-  if (!at::GradMode::is_enabled() || !input.requires_grad()) {
+  if (!needs_gradient({&input})) {
     at::AutoDispatchBelowADInplaceOrView below;
     return call_softmax(input, dtype);
   }
