@@ -112,7 +112,7 @@ TORCH_FUSED_INLINE const wide_t<T>* widened(const T* values, int64_t n, wide_t<T
 template <class W>
 struct Moments {
   W shift, rest, rstd;
-  TORCH_FUSED_INLINE W normed(W x) const { return ((x - shift) - rest) * rstd; }
+  TORCH_FUSED_INLINE W normed(W x) const { return std::fma(x - shift, rstd, -rest * rstd); }
 };
 
 // One pass over memory: shift is the mean of the first block, and each block is summed about it.
@@ -152,7 +152,7 @@ TORCH_FUSED_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t
     const wide_t<T>* x = widened(a.input + row * a.stride, n, wide_t<T>(0), row_buffer);
     T* y = a.output + row * n;
     const Moments<wide_t<T>> m = row_moments(x, a.norm);
-    for (int64_t i = 0; i < n; ++i) y[i] = narrow<T>(m.normed(x[i]) * w[i] + b[i]);
+    for (int64_t i = 0; i < n; ++i) y[i] = narrow<T>(std::fma(m.normed(x[i]), w[i], b[i]));
   }
 }
 

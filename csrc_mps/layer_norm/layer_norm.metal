@@ -41,9 +41,7 @@ struct LayerNormRow {
     if (flags & HAS_BIAS) load_columns<W>(bias, column, cols, flags & ALIGNED, b);
 #pragma unroll
     for (int j = 0; j < W; j++) {
-      y[j] = (x[j] - m.rest) * m.rstd;
-      if (flags & HAS_WEIGHT) y[j] *= w[j];
-      if (flags & HAS_BIAS) y[j] += b[j];
+      y[j] = fma(m.normed(x[j]), flags & HAS_WEIGHT ? w[j] : 1.0f, flags & HAS_BIAS ? b[j] : 0.0f);
     }
     store_columns<W>(output, column, cols, flags & ALIGNED, y);
   }

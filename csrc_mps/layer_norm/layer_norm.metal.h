@@ -31,6 +31,8 @@ inline void subtract(uint column, uint cols, float shift, thread float* x) {
 struct Moments {
   float rest;  // the mean less shift
   float rstd;  // 1 / sqrt(variance + eps)
+
+  float normed(float x_less_shift) const { return fma(x_less_shift, rstd, -rest * rstd); }
 };
 
 // From the sums of x - shift and of its square.

@@ -64,7 +64,7 @@ struct LayerNormGradRow {
     load_weight(column, w);
 #pragma unroll
     for (int j = 0; j < W; j++) {
-      const float normed = (values[j] - m.rest) * m.rstd;
+      const float normed = m.normed(values[j]);
       dx[j] = m.rstd * (dy[j] * w[j] - slopes.mean_g - normed * slopes.mean_gn);
       grad_weight[j] += dy[j] * normed;
       grad_bias[j] += dy[j];
