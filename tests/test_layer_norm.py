@@ -47,8 +47,8 @@ def test_long_rows(backend, cols):
 
 @pytest.mark.parametrize("cols", [40, 896, 5000, 20000])
 def test_large_mean_and_small_variance(backend, cols):
-    """The mean is exact to more than one float32: of 30000 +- 1, and of a row whose first values are far from the rest,
-    every element is right, where eager's float32 mean leaves an error of a thousandth."""
+    """The mean is exact to more than one float32: of 30000 +- 1, and of rows whose first values are far from
+    the rest, every element is right; eager's float32 mean leaves an error of a thousandth."""
     x = make(3, cols) + 30000
     x[1, 0] = -30000
     x[2, : cols // 8] = 0
@@ -60,7 +60,7 @@ def test_large_mean_and_small_variance(backend, cols):
 
 def test_error_is_not_above_eager(backend):
     """The error against float64 is at most that of torch's own composition and of F.layer_norm."""
-    for dtype in backend.dtypes:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
         x, weight, bias = operands(64, 896, dtype, backend.device)
         x = x * 3 + 1
         exact = layer_norm_reference(x.double().cpu(), (896,), weight.double().cpu(), bias.double().cpu())
@@ -194,7 +194,9 @@ def test_gradients_match_float64(backend, cols):
         grad = make(9, cols, dtype=dtype, seed=3)
         tolerance = {torch.float64: 1e-13, torch.float32: 4e-6}.get(dtype, 5e-3)
         for w in (weight, None):
-            for needs in ((True, True), (True, False), (False, True), (False, False)):
+            for needs in (
+                ((True, True), (True, False), (False, True), (False, False)) if cols < 9000 else ((True, True),)
+            ):
                 tensors = [None if t is None else t.to(backend.device) for t in (grad, x, w)]
                 actual = torch.ops.torch_fused.layer_norm_backward(*tensors[:2], (cols,), tensors[2], 1e-5, *needs)
                 wide = [None if t is None else t.double() for t in (grad, x, w)]

@@ -92,7 +92,7 @@ Tensor empty_parameter_grads(const Tensor& x, IntArrayRef normalized_shape, bool
 
 namespace {
 
-// Elements that two passes find in the L1 cache the second time.
+// Elements of a row summed at a time: they are still in the L1 cache when they are summed again.
 constexpr int64_t kBlock = 4096;
 
 // `values` in the type of the arithmetic, in `buffer` if they are not already; n times `absent` if there are none.
@@ -115,20 +115,48 @@ struct Moments {
   TORCH_FUSED_INLINE W normed(W x) const { return std::fma(x - shift, rstd, -rest * rstd); }
 };
 
+template <class W>
+struct Sums {
+  W sum, squares;
+};
+
+// The sums of x - shift and of its square, in streams that the compiler keeps in vectors.
+template <class W>
+TORCH_FUSED_INLINE Sums<W> block_sums(const W* x, int64_t n, W shift) {
+  constexpr int64_t kStreams = 32;
+  W sums[kStreams] = {}, squares[kStreams] = {};
+  const auto add = [&](int64_t i, int64_t stream) {
+    const W centred = x[i] - shift;
+    sums[stream] += centred;
+    squares[stream] = std::fma(centred, centred, squares[stream]);
+  };
+  const int64_t whole = n / kStreams * kStreams;
+  for (int64_t i = 0; i < whole; i += kStreams) {
+    for (int64_t j = 0; j < kStreams; ++j) add(i + j, j);
+  }
+  for (int64_t i = whole; i < n; ++i) add(i, i - whole);
+  for (int64_t half = kStreams / 2; half > 0; half /= 2) {
+    for (int64_t j = 0; j < half; ++j) {
+      sums[j] += sums[j + half];
+      squares[j] += squares[j + half];
+    }
+  }
+  return {sums[0], squares[0]};
+}
+
 // One pass over memory: shift is the mean of the first block, and each block is summed about it.
 template <class W>
 TORCH_FUSED_INLINE Moments<W> row_moments(const W* x, const LayerNorm& norm) {
   const int64_t n = norm.cols, first = std::min(n, kBlock);
-  const W shift = row_sum<W>(first, Terms{[=](int64_t i) { return x[i]; }}) / static_cast<W>(first);
-  W sum = 0, squares = 0;
+  const W shift = block_sums(x, first, W(0)).sum / static_cast<W>(first);
+  Sums<W> total{0, 0};
   for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const W* block = x + begin;
-    const int64_t size = std::min(n - begin, kBlock);
-    sum += row_sum<W>(size, Terms{[=](int64_t i) { return block[i] - shift; }});
-    squares += row_sum<W>(size, Terms{[=](int64_t i) { return (block[i] - shift) * (block[i] - shift); }});
+    const Sums<W> block = block_sums(x + begin, std::min(n - begin, kBlock), shift);
+    total.sum += block.sum;
+    total.squares += block.squares;
   }
-  const W count = static_cast<W>(n), rest = sum / count;
-  const W variance = std::max(squares / count - rest * rest, W(0));
+  const W count = static_cast<W>(n), rest = total.sum / count;
+  const W variance = std::max(total.squares / count - rest * rest, W(0));
   return {shift, rest, 1 / std::sqrt(variance + static_cast<W>(norm.eps))};
 }
 

@@ -130,12 +130,12 @@ def layer_norm(
         >>> torch_fused.functional.layer_norm(torch.tensor([[1.0, 3.0]]), (2,), torch.ones(2), torch.ones(2), eps=0.0)
         tensor([[0., 2.]])
     """
-    if all(parameter is None or parameter.dtype == input.dtype for parameter in (weight, bias)):
+    dtype = input.dtype
+    if (weight is None or weight.dtype == dtype) and (bias is None or bias.dtype == dtype):
         return _layer_norm(input, normalized_shape, weight, bias, eps)
-    dtype = _arithmetic_dtype(input)
-    wide = [None if tensor is None else tensor.to(dtype) for tensor in (input, weight, bias)]
+    wide = [None if tensor is None else tensor.to(_arithmetic_dtype(input)) for tensor in (input, weight, bias)]
     result = _layer_norm(wide[0], normalized_shape, wide[1], wide[2], eps)
-    return result if _autocast_to_float32(input.device.type) else result.to(input.dtype)
+    return result if _autocast_to_float32(input.device.type) else result.to(dtype)
 
 
 def _autocast_to_float32(device: str) -> bool:
