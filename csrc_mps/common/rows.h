@@ -43,7 +43,7 @@ inline Rows as_rows(const at::Tensor& tensor, int64_t count, int64_t cols) {
 }
 
 // Rows of `cols` elements that a CPU thread should at least have: below that, waking one costs more than it saves.
-inline int64_t grain(int64_t cols) {
+inline int64_t row_grain(int64_t cols) {
   return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols));
 }
 

@@ -257,7 +257,7 @@ RMS_NORM_LOOPS(at::BFloat16)
 
 template <class Args>
 void run_parallel(const Args& args, int64_t count, int64_t elements_each) {
-  at::parallel_for(0, count, grain(elements_each), [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  at::parallel_for(0, count, row_grain(elements_each), [&](int64_t begin, int64_t end) { run(args, begin, end); });
 }
 
 std::tuple<Tensor, Tensor> forward_cpu(const RmsNorm& norm, const Tensor& input, const OptionalTensor& residual,

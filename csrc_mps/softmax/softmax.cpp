@@ -134,7 +134,7 @@ SOFTMAX_LOOPS(at::BFloat16)
 
 template <class Args>
 void run_parallel(const Args& args, const SoftmaxShape& shape) {
-  at::parallel_for(0, shape.rows, grain(shape.cols), [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  at::parallel_for(0, shape.rows, row_grain(shape.cols), [&](int64_t begin, int64_t end) { run(args, begin, end); });
 }
 
 }  // namespace
