@@ -91,7 +91,8 @@ setup(
                 "-Wall",
                 "-Wextra",
                 "-Wno-unknown-pragmas",
-                "-Wno-array-bounds",  # g++ 13 sees one in std::vector<bool> through torch's headers
+                "-Wno-array-bounds",  # g++ 13 sees these in std::vector<bool> through torch's headers
+                "-Wno-stringop-overflow",
                 *openmp,
                 *system_includes,
             ],

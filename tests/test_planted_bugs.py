@@ -58,9 +58,7 @@ def layer_norm_backward(rows: int = 4, cols: int = 896, width: int = 896) -> Cal
 
 BARRIER = "  threadgroup_barrier(mem_flags::mem_threadgroup);\n"
 SECOND_SUM = "  value = simd_sum(place.lane < place.simdgroups ? scratch[place.lane] : 0.0f);\n"
-SECOND_SUMS = (
-    "    values[i] = simd_sum(place.lane < place.simdgroups ? scratch[32 * i + place.lane] : 0.0f);\n  }\n"
-)
+SECOND_SUMS = "    values[i] = simd_sum(place.lane < place.simdgroups ? scratch[32 * i + place.lane] : 0.0f);\n  }\n"
 RACE = r"data race|uninitialised"
 
 BUGS = [
@@ -391,5 +389,6 @@ def test_bug_changes_the_numbers(source, old, new, run):
             expected = run()
         with emulate(sources={source: text.replace(old, new, 1)}):
             actual = run()
-    pairs = zip([actual], [expected], strict=True) if isinstance(actual, torch.Tensor) else zip(actual, expected, strict=True)
-    assert not all(relative_error(a, e) < 1e-5 for a, e in pairs)
+    if isinstance(actual, torch.Tensor):
+        actual, expected = [actual], [expected]
+    assert not all(relative_error(a, e) < 1e-5 for a, e in zip(actual, expected, strict=True))

@@ -2,6 +2,8 @@
 
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import add_rms_norm, rms_norm
+from .ops.rope import apply_rotary_pos_emb
 from .ops.softmax import softmax
+from .ops.swiglu import silu_mul
 
-__all__ = ["add_rms_norm", "layer_norm", "rms_norm", "softmax"]
+__all__ = ["add_rms_norm", "apply_rotary_pos_emb", "layer_norm", "rms_norm", "silu_mul", "softmax"]

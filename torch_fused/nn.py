@@ -1,10 +1,10 @@
-"""Modules over the fused ops, with the parameters and state dicts of torch's modules of the same name."""
+"""Modules over the fused ops, with the parameters and state dicts of torch's or Hugging Face's modules."""
 
 import torch
 
 from . import functional
 
-__all__ = ["LayerNorm", "RMSNorm", "Softmax"]
+__all__ = ["LayerNorm", "RMSNorm", "Softmax", "SwiGLU"]
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -63,3 +63,37 @@ class Softmax(torch.nn.Softmax):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return functional.softmax(input, -1 if self.dim is None else self.dim)
+
+
+class SwiGLU(torch.nn.Module):
+    """A SwiGLU feed-forward network, ``down_proj(silu(gate_proj(x)) * up_proj(x))``, its activation on the fused op.
+
+    The parameters have the names of Hugging Face's ``LlamaMLP``, so state dicts are interchangeable.
+
+    Args:
+        hidden_size: features of the input and the output.
+        intermediate_size: features between.
+        bias: whether the projections have one.
+        casting_mode: as in :func:`torch_fused.functional.silu_mul`.
+
+    Shapes: input ``(*, hidden_size)``, output the same.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        casting_mode: str = "torch",
+    ) -> None:
+        super().__init__()
+        self.gate_proj = torch.nn.Linear(hidden_size, intermediate_size, bias, device, dtype)
+        self.up_proj = torch.nn.Linear(hidden_size, intermediate_size, bias, device, dtype)
+        self.down_proj = torch.nn.Linear(intermediate_size, hidden_size, bias, device, dtype)
+        self.casting_mode = casting_mode
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(functional.silu_mul(self.gate_proj(x), self.up_proj(x), casting_mode=self.casting_mode))

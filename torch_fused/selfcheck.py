@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import add_rms_norm
+from .functional import add_rms_norm, apply_rotary_pos_emb, silu_mul
 from .ops.layer_norm import layer_norm_backward_reference, layer_norm_reference
 from .ops.rms_norm import add_rms_norm_reference, rms_norm_backward_reference, rms_norm_reference
+from .ops.rope import apply_rotary_pos_emb_backward_reference, apply_rotary_pos_emb_reference
 from .ops.sampling import filter_logits_reference, greedy_reference, sample_reference
 from .ops.softmax import softmax_backward_reference, softmax_reference
+from .ops.swiglu import silu_mul_backward_reference, silu_mul_reference
 from .sampling import filter_logits, greedy, sample
 from .testing import make, relative_error
 
@@ -96,6 +98,40 @@ def check_softmax_backward(device: str) -> None:
         compare(f"softmax_backward {what}", [torch.ops.torch_fused.softmax_backward(grad, y)], [exact])
 
 
+def check_silu_mul(device: str) -> None:
+    for _, cols, (gate, up, _), (gate64, up64, _) in row_operands(device):
+        compare(f"silu_mul of {cols} columns", [silu_mul(gate, up)], [silu_mul_reference(gate64, up64)])
+
+
+def check_silu_mul_backward(device: str) -> None:
+    for _, cols, (gate, up, _), (gate64, up64, _) in row_operands(device):
+        actual = torch.ops.torch_fused.silu_mul_backward(up, gate, up)
+        compare(f"silu_mul_backward of {cols} columns", actual, silu_mul_backward_reference(up64, gate64, up64))
+
+
+def rotary_operands(device: str):
+    """(what, q, k, cos and sin on the device, the same in float64): whole and partial rotations, odd halves."""
+    for dtype in DTYPES:
+        for head_dim, rotary_dim in ((64, 64), (80, 32), (13, 6)):
+            q, k = (make(2, 5, heads, head_dim, dtype=dtype, seed=heads) for heads in (6, 2))
+            tables = [make(2, 5, rotary_dim, dtype=dtype, seed=s) for s in range(2)]
+            tensors = [q.transpose(1, 2), k.transpose(1, 2), *tables]
+            yield f"of {rotary_dim} in {head_dim}", [t.to(device) for t in tensors], [t.double() for t in tensors]
+
+
+def check_rotary(device: str) -> None:
+    for what, tensors, wide in rotary_operands(device):
+        exact = apply_rotary_pos_emb_reference(*wide)
+        compare(f"apply_rotary_pos_emb {what}", apply_rotary_pos_emb(*tensors), exact)
+
+
+def check_rotary_backward(device: str) -> None:
+    for what, tensors, wide in rotary_operands(device):
+        actual = torch.ops.torch_fused.apply_rotary_pos_emb_backward(*tensors, 1)
+        exact = apply_rotary_pos_emb_backward_reference(*wide, 1)
+        compare(f"apply_rotary_pos_emb_backward {what}", actual, exact)
+
+
 def logits(device: str):
     """(what, logits on the device, the same on the CPU): one slice or several and a tail; equal, rounded, NaN rows."""
     for dtype in DTYPES:
@@ -139,6 +175,10 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "layer_norm_backward": check_layer_norm_backward,
     "softmax": check_softmax,
     "softmax_backward": check_softmax_backward,
+    "silu_mul": check_silu_mul,
+    "silu_mul_backward": check_silu_mul_backward,
+    "apply_rotary_pos_emb": check_rotary,
+    "apply_rotary_pos_emb_backward": check_rotary_backward,
     "greedy": check_greedy,
     "filter_logits": check_filter_logits,
     "sample": check_sample,

@@ -1,15 +1,19 @@
-// What an op's autograd and autocast need of torch: to call an op through the dispatcher, and whether to record it.
+// What the ops' autograd and autocast functions share.
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <initializer_list>
 
 namespace torch_fused {
 
+// The op to redispatch to: `find_op<decltype(rms_norm_cpu)>("torch_fused::rms_norm")`. Keep it in a static.
 template <class Signature>
 auto find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();

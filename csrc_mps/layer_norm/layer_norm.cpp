@@ -4,18 +4,15 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "../common/autograd.h"
+#include "../common/checks.h"
 #include "../common/convert.h"
 #include "../common/rows.h"
 #include "../common/simd.h"
@@ -45,21 +42,14 @@ void check_parameter(const char* op, const char* name, const OptionalTensor& par
   if (!parameter) return;
   TORCH_CHECK(parameter->sizes() == normalized_shape, op, ": ", name, " must have the shape ", normalized_shape,
               ", got ", parameter->sizes());
-  TORCH_CHECK(parameter->scalar_type() == input.scalar_type(), op, ": ", name, " must have input's dtype ",
-              input.scalar_type(), ", got ", parameter->scalar_type());
-  TORCH_CHECK(parameter->device() == input.device(), op, ": ", name, " must be on input's device ", input.device(),
-              ", got ", parameter->device());
+  check_alike(op, name, *parameter, "input", input);
 }
 
 }  // namespace
 
 LayerNorm check_layer_norm(const char* op, const Tensor& input, IntArrayRef normalized_shape,
                            const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
-  const at::ScalarType dtype = input.scalar_type();
-  const bool takes_double = input.is_cpu();
-  TORCH_CHECK(
-      dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 || (dtype == at::kDouble && takes_double), op,
-      ": input must be float32, float16 or bfloat16", takes_double ? " (or float64 on the CPU)" : "", ", got ", dtype);
+  check_dtype(op, "input", input);
   const auto dims = static_cast<int64_t>(normalized_shape.size());
   TORCH_CHECK(dims > 0 && dims <= input.dim() && input.sizes().slice(input.dim() - dims) == normalized_shape, op,
               ": normalized_shape must be the last dimensions of input, got ", normalized_shape, " for input of shape ",
@@ -72,12 +62,8 @@ LayerNorm check_layer_norm(const char* op, const Tensor& input, IntArrayRef norm
 
 LayerNorm check_layer_norm_backward(const Tensor& grad, const Tensor& x, IntArrayRef normalized_shape,
                                     const OptionalTensor& weight, double eps) {
-  TORCH_CHECK(grad.sizes() == x.sizes(), "layer_norm_backward: grad must have x's shape ", x.sizes(), ", got ",
-              grad.sizes());
-  TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "layer_norm_backward: grad must have x's dtype ", x.scalar_type(),
-              ", got ", grad.scalar_type());
-  TORCH_CHECK(grad.device() == x.device(), "layer_norm_backward: grad must be on x's device ", x.device(), ", got ",
-              grad.device());
+  check_same_shape("layer_norm_backward", "grad", grad, "x", x);
+  check_alike("layer_norm_backward", "grad", grad, "x", x);
   return check_layer_norm("layer_norm_backward", x, normalized_shape, weight, std::nullopt, eps);
 }
 
@@ -92,8 +78,8 @@ Tensor empty_parameter_grads(const Tensor& x, IntArrayRef normalized_shape, bool
 
 namespace {
 
-// Elements of a row summed at a time: few, so that a sum's rounding error stays small, and a mean of as many is close to
-// the row's.
+// Elements of a row summed at a time: few, so that a sum's rounding error stays small, and a mean of as many is close
+// to the row's.
 constexpr int64_t kBlock = 1024;
 
 // `values` in the type of the arithmetic, in `buffer` if they are not already; n times `absent` if there are none.

@@ -4,20 +4,16 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "../common/autograd.h"
+#include "../common/checks.h"
 #include "../common/pairs.h"
 #include "../common/rows.h"
 #include "../common/simd.h"
@@ -45,13 +41,8 @@ using OptionalTensor = std::optional<Tensor>;
 
 RmsNorm check_rms_norm(const char* op, const Tensor& input, IntArrayRef normalized_shape, const OptionalTensor& weight,
                        std::optional<double> eps, std::string_view casting_mode, double weight_offset) {
-  TORCH_CHECK(casting_mode == "torch" || casting_mode == "llama", op,
-              ": casting_mode must be 'torch' or 'llama', got '", casting_mode, "'");
-  const at::ScalarType dtype = input.scalar_type();
-  const bool takes_double = input.is_cpu();
-  TORCH_CHECK(
-      dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 || (dtype == at::kDouble && takes_double), op,
-      ": input must be float32, float16 or bfloat16", takes_double ? " (or float64 on the CPU)" : "", ", got ", dtype);
+  const bool llama = is_llama(op, casting_mode);
+  check_dtype(op, "input", input);
   const auto dims = static_cast<int64_t>(normalized_shape.size());
   TORCH_CHECK(dims > 0 && dims <= input.dim() && input.sizes().slice(input.dim() - dims) == normalized_shape, op,
               ": normalized_shape must be the last dimensions of input, got ", normalized_shape, " for input of shape ",
@@ -59,25 +50,18 @@ RmsNorm check_rms_norm(const char* op, const Tensor& input, IntArrayRef normaliz
   if (weight) {
     TORCH_CHECK(weight->sizes() == normalized_shape, op, ": weight must have the shape ", normalized_shape, ", got ",
                 weight->sizes());
-    TORCH_CHECK(weight->scalar_type() == dtype, op, ": weight must have input's dtype ", dtype, ", got ",
-                weight->scalar_type());
-    TORCH_CHECK(weight->device() == input.device(), op, ": weight must be on input's device ", input.device(), ", got ",
-                weight->device());
+    check_alike(op, "weight", *weight, "input", input);
   }
   // As torch does: the epsilon of the type the arithmetic is done in.
-  const double smallest =
-      dtype == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
+  const double smallest = input.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                                             : std::numeric_limits<float>::epsilon();
   const int64_t cols = c10::multiply_integers(normalized_shape);
-  return {cols ? input.numel() / cols : 0, cols, eps.value_or(smallest), weight_offset, casting_mode == "llama"};
+  return {cols ? input.numel() / cols : 0, cols, eps.value_or(smallest), weight_offset, llama};
 }
 
 void check_add_rms_norm(const Tensor& input, const Tensor& residual, const Tensor& weight) {
-  TORCH_CHECK(residual.sizes() == input.sizes(), "add_rms_norm: residual must have input's shape ", input.sizes(),
-              ", got ", residual.sizes());
-  TORCH_CHECK(residual.scalar_type() == input.scalar_type(), "add_rms_norm: residual must have input's dtype ",
-              input.scalar_type(), ", got ", residual.scalar_type());
-  TORCH_CHECK(residual.device() == input.device(), "add_rms_norm: residual must be on input's device ", input.device(),
-              ", got ", residual.device());
+  check_same_shape("add_rms_norm", "residual", residual, "input", input);
+  check_alike("add_rms_norm", "residual", residual, "input", input);
   TORCH_CHECK(weight.dim() > 0, "add_rms_norm: weight must have at least one dimension, got a scalar");
 }
 

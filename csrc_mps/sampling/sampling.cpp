@@ -107,8 +107,10 @@ RandomState random_state(const Tensor& logits, std::optional<at::Generator> gene
   at::Generator source = generator && generator->defined() ? *generator : at::detail::getDefaultCPUGenerator();
   const std::lock_guard<std::mutex> lock(source.mutex());
   if (source.device().is_cpu()) return {source.get<at::CPUGeneratorImpl>()->random64(), from, std::nullopt};
-  TORCH_CHECK(source.device() == logits.device(), "sample: generator must be the CPU's or that of ", logits.device(),
-              ", got one of ", source.device());
+  const c10::Device device = source.device();
+  const bool on_device =  // one made for "cuda" has no index, and torch's kernels take it on any
+      device.type() == logits.device().type() && (!device.has_index() || device == logits.device());
+  TORCH_CHECK(on_device, "sample: generator must be the CPU's or that of ", logits.device(), ", got one of ", device);
   const uint64_t start = source.get_offset();
   source.set_offset(start + 4);  // what one thread of torch's own kernels takes at a time
   return {source.current_seed(), start + from, std::nullopt};

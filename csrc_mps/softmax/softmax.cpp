@@ -3,18 +3,14 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <limits>
 #include <vector>
 
 #include "../common/autograd.h"
+#include "../common/checks.h"
 #include "../common/convert.h"
 #include "../common/exp.h"
 #include "../common/rows.h"
@@ -32,23 +28,14 @@ using at::Tensor;
 using OptionalDtype = std::optional<at::ScalarType>;
 
 SoftmaxShape check_softmax(const char* op, const char* argument, const Tensor& tensor) {
-  const at::ScalarType dtype = tensor.scalar_type();
-  const bool takes_double = tensor.is_cpu();
-  TORCH_CHECK(
-      dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 || (dtype == at::kDouble && takes_double), op,
-      ": ", argument, " must be float32, float16 or bfloat16", takes_double ? " (or float64 on the CPU)" : "", ", got ",
-      dtype);
+  check_dtype(op, argument, tensor);
   const int64_t cols = tensor.dim() ? tensor.size(-1) : 1;
   return {cols ? tensor.numel() / cols : 0, cols};
 }
 
 SoftmaxShape check_softmax_backward(const Tensor& grad, const Tensor& output) {
-  TORCH_CHECK(grad.sizes() == output.sizes(), "softmax_backward: grad must have output's shape ", output.sizes(),
-              ", got ", grad.sizes());
-  TORCH_CHECK(grad.scalar_type() == output.scalar_type(), "softmax_backward: grad must have output's dtype ",
-              output.scalar_type(), ", got ", grad.scalar_type());
-  TORCH_CHECK(grad.device() == output.device(), "softmax_backward: grad must be on output's device ", output.device(),
-              ", got ", grad.device());
+  check_same_shape("softmax_backward", "grad", grad, "output", output);
+  check_alike("softmax_backward", "grad", grad, "output", output);
   return check_softmax("softmax_backward", "output", output);
 }
 

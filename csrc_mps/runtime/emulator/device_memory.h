@@ -1,6 +1,7 @@
 // The buffers bound to one dispatch: their bounds, the races on them and the traffic to them.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <vector>
 

@@ -1,6 +1,7 @@
 // One dispatch of a kernel on the emulator.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 

@@ -1,6 +1,7 @@
 // One Metal source's kernels, compiled for the host by torch_fused/metal/host.py and loaded into this process.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 struct msl_args;

@@ -2,6 +2,7 @@
 // operations and has its memory accesses checked.
 #pragma once
 
+#include <cstdint>
 #include <deque>
 #include <vector>
 

@@ -1,6 +1,7 @@
 // The memory that the threads of one threadgroup share.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <vector>
 

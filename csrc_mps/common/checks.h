@@ -1,0 +1,41 @@
+// Checks of arguments that several ops make; a message names the op, the argument, what it got and what it takes.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string_view>
+
+namespace torch_fused {
+
+inline void check_dtype(const char* op, const char* argument, const at::Tensor& tensor) {
+  const at::ScalarType dtype = tensor.scalar_type();
+  const bool takes_double = tensor.is_cpu();
+  TORCH_CHECK(
+      dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 || (dtype == at::kDouble && takes_double), op,
+      ": ", argument, " must be float32, float16 or bfloat16", takes_double ? " (or float64 on the CPU)" : "", ", got ",
+      dtype);
+}
+
+// `tensor` must have the dtype and the device of `like`.
+inline void check_alike(const char* op, const char* argument, const at::Tensor& tensor, const char* like_argument,
+                        const at::Tensor& like) {
+  TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), op, ": ", argument, " must have ", like_argument, "'s dtype ",
+              like.scalar_type(), ", got ", tensor.scalar_type());
+  TORCH_CHECK(tensor.device() == like.device(), op, ": ", argument, " must be on ", like_argument, "'s device ",
+              like.device(), ", got ", tensor.device());
+}
+
+inline void check_same_shape(const char* op, const char* argument, const at::Tensor& tensor, const char* like_argument,
+                             const at::Tensor& like) {
+  TORCH_CHECK(tensor.sizes() == like.sizes(), op, ": ", argument, " must have ", like_argument, "'s shape ",
+              like.sizes(), ", got ", tensor.sizes());
+}
+
+// Whether the casting mode is "llama"; it must be that or "torch".
+inline bool is_llama(const char* op, std::string_view casting_mode) {
+  TORCH_CHECK(casting_mode == "torch" || casting_mode == "llama", op,
+              ": casting_mode must be 'torch' or 'llama', got '", casting_mode, "'");
+  return casting_mode == "llama";
+}
+
+}  // namespace torch_fused

@@ -1,0 +1,99 @@
+// Rotary position embedding of queries and keys. A head is two halves, (a, b), and pass-through dimensions behind them:
+// (a, b) -> (a * cos - b * sin, b * cos + a * sin), each half with its own half of the tables.
+#include <metal_stdlib>
+#include "common/pack.metal.h"
+using namespace metal;
+
+enum : uint { ALIGNED = 1, LLAMA = 2, TRANSPOSED = 4 };
+
+// Strides in elements.
+struct RopeHeads {
+  long from_batch;
+  long from_token;
+  long from_head;
+  long to_batch;
+  long to_token;
+  long to_head;
+};
+
+struct RopeParams {
+  RopeHeads q;
+  RopeHeads k;
+  long cos_batch;
+  long cos_token;
+  long sin_batch;
+  long sin_token;
+  uint tokens;
+  uint q_heads;
+  uint heads;  // of q and k together
+  uint half_dim;
+  uint head_dim;
+  uint flags;
+};
+
+// `negate` is the sign of the sine, which is exact.
+template <typename T, int W>
+inline void rotate(thread const float* x, thread const float* other, thread const float* c, thread const float* s,
+                   bool negate, bool llama, thread float* y) {
+#pragma unroll
+  for (int j = 0; j < W; j++) {
+    const float straight = x[j] * c[j];
+    const float crossed = (negate ? -other[j] : other[j]) * s[j];
+    y[j] = llama ? float(T(straight)) + float(T(crossed)) : straight + crossed;
+  }
+}
+
+// One threadgroup a token; a thread takes a pack of W of each half of a head, or W pass-through values.
+template <typename T, int W>
+[[kernel, max_total_threads_per_threadgroup(512)]]
+void rope(device const T* q [[buffer(0)]], device const T* k [[buffer(1)]], device const T* cosines [[buffer(2)]],
+          device const T* sines [[buffer(3)]], device T* q_out [[buffer(4)]], device T* k_out [[buffer(5)]],
+          constant RopeParams& p [[buffer(6)]], uint group [[threadgroup_position_in_grid]],
+          uint thread_id [[thread_position_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
+  const long batch = group / p.tokens;
+  const long token = group % p.tokens;
+  device const T* cos_row = cosines + batch * p.cos_batch + token * p.cos_token;
+  device const T* sin_row = sines + batch * p.sin_batch + token * p.sin_token;
+  const uint half_packs = (p.half_dim + W - 1) / W;
+  const uint passed = p.head_dim - 2 * p.half_dim;
+  const uint packs = half_packs + (passed + W - 1) / W;
+  const bool aligned = p.flags & ALIGNED;
+  const bool llama = p.flags & LLAMA;
+  const bool transposed = p.flags & TRANSPOSED;
+  for (uint unit = thread_id; unit < p.heads * packs; unit += threads) {
+    const uint head = unit / packs;
+    const uint pack = unit % packs;
+    const bool is_q = head < p.q_heads;
+    constant RopeHeads& s = is_q ? p.q : p.k;
+    const long h = is_q ? head : head - p.q_heads;
+    device const T* from = (is_q ? q : k) + batch * s.from_batch + token * s.from_token + h * s.from_head;
+    device T* to = (is_q ? q_out : k_out) + batch * s.to_batch + token * s.to_token + h * s.to_head;
+    if (pack < half_packs) {
+      const uint column = pack * W;
+      float a[W], b[W], cos_a[W], cos_b[W], sin_a[W], sin_b[W], y[W];
+      load_columns<W>(from, column, p.half_dim, aligned, a);
+      load_columns<W>(from + p.half_dim, column, p.half_dim, aligned, b);
+      load_columns<W>(cos_row, column, p.half_dim, aligned, cos_a);
+      load_columns<W>(cos_row + p.half_dim, column, p.half_dim, aligned, cos_b);
+      load_columns<W>(sin_row, column, p.half_dim, aligned, sin_a);
+      load_columns<W>(sin_row + p.half_dim, column, p.half_dim, aligned, sin_b);
+      rotate<T, W>(a, b, cos_a, transposed ? sin_b : sin_a, !transposed, llama, y);
+      store_columns<W>(to, column, p.half_dim, aligned, y);
+      rotate<T, W>(b, a, cos_b, transposed ? sin_a : sin_b, transposed, llama, y);
+      store_columns<W>(to + p.half_dim, column, p.half_dim, aligned, y);
+    } else {
+      const uint column = (pack - half_packs) * W;
+      float x[W];
+      load_columns<W>(from + 2 * p.half_dim, column, passed, aligned, x);
+      store_columns<W>(to + 2 * p.half_dim, column, passed, aligned, x);
+    }
+  }
+}
+
+#define ROPE(name, T, W)                                                                                             \
+  template [[host_name("rope_" #name)]] [[kernel]] void rope<T, W>(device const T*, device const T*,                 \
+                                                                    device const T*, device const T*, device T*,     \
+                                                                    device T*, constant RopeParams&, uint, uint, uint);
+ROPE(f32, float, 4)
+ROPE(f16, half, 8)
+ROPE(bf16, bfloat, 8)

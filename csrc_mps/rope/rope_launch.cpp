@@ -1,0 +1,89 @@
+// Rotary position embedding on a GPU: operands, kernel, grid and parameters of the launch.
+#include <algorithm>
+
+#include "../common/dtype.h"
+#include "../common/registration.h"
+#include "../common/rows.h"
+#include "../runtime/launch.h"
+#include "rope.h"
+
+namespace torch_fused {
+namespace {
+
+using at::Tensor;
+
+// As in rope.metal.
+constexpr uint32_t ALIGNED = 1, LLAMA = 2, TRANSPOSED = 4;
+struct RopeHeadsParams {
+  int64_t from_batch, from_token, from_head, to_batch, to_token, to_head;
+};
+struct RopeParams {
+  RopeHeadsParams q, k;
+  int64_t cos_batch, cos_token, sin_batch, sin_token;
+  uint32_t tokens, q_heads, heads, half_dim, head_dim, flags;
+};
+
+constexpr int64_t kThreads = 512;
+
+RopeHeadsParams params_of(const RopeHeads& x) {
+  return {x.from.batch, x.from.token, x.from.head, x.to.batch, x.to.token, x.to.head};
+}
+
+// Whether every head, and both halves of it, start at a multiple of 16 bytes.
+bool aligned(const Rope& call) {
+  const int64_t pack = 16 / call.cos.element_size();
+  const auto whole = [&](std::initializer_list<int64_t> strides) {
+    return std::all_of(strides.begin(), strides.end(), [&](int64_t stride) { return stride % pack == 0; });
+  };
+  const auto heads = [&](const RopeHeads& x) {
+    return rows_aligned(x.input, 0) && rows_aligned(x.output, 0) &&
+           whole({x.from.batch, x.from.token, x.from.head, x.to.batch, x.to.token, x.to.head});
+  };
+  return whole({call.rotary_dim / 2, call.cos_batch, call.cos_token, call.sin_batch, call.sin_token}) &&
+         heads(call.q) && heads(call.k) && rows_aligned(call.cos, 0) && rows_aligned(call.sin, 0);
+}
+
+std::tuple<Tensor, Tensor> launch_rope(const Rope& call, uint32_t flags) {
+  if (call.q.output.numel() + call.k.output.numel() > 0) {
+    const int64_t half = call.rotary_dim / 2, pack = 16 / call.cos.element_size();
+    const int64_t packs = (half + pack - 1) / pack + (call.head_dim - call.rotary_dim + pack - 1) / pack;
+    const int64_t heads = call.q.heads + call.k.heads, threads = std::min(kThreads, (heads * packs + 31) / 32 * 32);
+    const RopeParams params{params_of(call.q),
+                            params_of(call.k),
+                            call.cos_batch,
+                            call.cos_token,
+                            call.sin_batch,
+                            call.sin_token,
+                            static_cast<uint32_t>(call.tokens),
+                            static_cast<uint32_t>(call.q.heads),
+                            static_cast<uint32_t>(heads),
+                            static_cast<uint32_t>(half),
+                            static_cast<uint32_t>(call.head_dim),
+                            flags | (aligned(call) ? ALIGNED : 0)};
+    launch("rope", "rope_" + dtype_name(call.cos), call.batch * call.tokens, threads,
+           {call.q.input, call.k.input, call.cos, call.sin, call.q.output, call.k.output}, params);
+  }
+  return {call.q.output, call.k.output};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> apply_rotary_pos_emb_gpu(const Tensor& q, const Tensor& k, const Tensor& cos,
+                                                    const Tensor& sin, int64_t unsqueeze_dim,
+                                                    std::string_view casting_mode) {
+  const Rope call = check_rope("apply_rotary_pos_emb", q, k, cos, sin, unsqueeze_dim, casting_mode);
+  return launch_rope(call, call.llama ? LLAMA : 0);
+}
+
+std::tuple<Tensor, Tensor> apply_rotary_pos_emb_backward_gpu(const Tensor& grad_q, const Tensor& grad_k,
+                                                             const Tensor& cos, const Tensor& sin,
+                                                             int64_t unsqueeze_dim) {
+  return launch_rope(check_rope("apply_rotary_pos_emb_backward", grad_q, grad_k, cos, sin, unsqueeze_dim, "torch"),
+                     TRANSPOSED);
+}
+
+}  // namespace torch_fused
+
+using namespace torch_fused;
+TORCH_FUSED_KERNELS(apply_rotary_pos_emb)
+TORCH_FUSED_KERNELS(apply_rotary_pos_emb_backward)

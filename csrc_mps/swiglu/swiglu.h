@@ -1,0 +1,32 @@
+// What swiglu.cpp (CPU) and swiglu_launch.cpp (GPU) share: the kernels' signatures and the checked call.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "../common/rows.h"
+
+namespace torch_fused {
+
+// The operands of one call as rows of `cols` elements: a single row if all of them are dense.
+struct SwigluRows {
+  int64_t rows, cols;
+  std::vector<Rows> operands;
+};
+
+// Checks that all operands of `op` are alike; a message names the op, the argument, what it got and what it takes.
+SwigluRows check_swiglu(const char* op, std::initializer_list<std::pair<const char*, const at::Tensor*>> operands);
+// silu(gate) * up
+at::Tensor silu_mul_cpu(const at::Tensor& gate, const at::Tensor& up, std::string_view casting_mode);
+at::Tensor silu_mul_gpu(const at::Tensor& gate, const at::Tensor& up, std::string_view casting_mode);
+
+// The gradients of gate and up.
+std::tuple<at::Tensor, at::Tensor> silu_mul_backward_cpu(const at::Tensor& grad, const at::Tensor& gate,
+                                                         const at::Tensor& up);
+std::tuple<at::Tensor, at::Tensor> silu_mul_backward_gpu(const at::Tensor& grad, const at::Tensor& gate,
+                                                         const at::Tensor& up);
+
+}  // namespace torch_fused

@@ -1,0 +1,79 @@
+// The activation of SwiGLU, y = silu(gate) * up with silu(g) = g / (1 + exp(-g)), and its gradients.
+#include <metal_stdlib>
+#include "common/pack.metal.h"
+using namespace metal;
+
+enum : uint { ALIGNED = 1, LLAMA = 2 };
+
+struct SwigluParams {
+  long cols;
+  long gate_stride;  // elements from row to row; the results are dense
+  long up_stride;
+  long grad_stride;
+  uint groups;  // threadgroups a row
+  uint flags;
+};
+
+// The columns of a row that one threadgroup covers, a pack of W a thread.
+template <int W>
+struct Span {
+  long row;
+  long start;  // the threadgroup's first column
+  uint cols;   // how many of the row's columns are left from there, as far as the threadgroup reaches
+  uint column; // of this thread's pack, counted from start
+
+  Span(constant SwigluParams& p, uint group, uint thread_id, uint threads) {
+    row = group / p.groups;
+    start = long(group % p.groups) * long(threads * W);
+    cols = uint(min(p.cols - start, long(threads * W)));
+    column = thread_id * W;
+  }
+};
+
+template <typename T, int W>
+[[kernel, max_total_threads_per_threadgroup(256)]]
+void silu_mul(device const T* gate [[buffer(0)]], device const T* up [[buffer(1)]], device T* output [[buffer(2)]],
+              constant SwigluParams& p [[buffer(3)]], uint group [[threadgroup_position_in_grid]],
+              uint thread_id [[thread_position_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
+  const Span<W> at(p, group, thread_id, threads);
+  float g[W], u[W], y[W];
+  load_columns<W>(gate + at.row * p.gate_stride + at.start, at.column, at.cols, p.flags & ALIGNED, g);
+  load_columns<W>(up + at.row * p.up_stride + at.start, at.column, at.cols, p.flags & ALIGNED, u);
+#pragma unroll
+  for (int j = 0; j < W; j++) {
+    const float silu = g[j] / (1.0f + exp(-g[j]));
+    y[j] = (p.flags & LLAMA ? float(T(silu)) : silu) * u[j];
+  }
+  store_columns<W>(output + at.row * p.cols + at.start, at.column, at.cols, p.flags & ALIGNED, y);
+}
+
+template <typename T, int W>
+[[kernel, max_total_threads_per_threadgroup(256)]]
+void silu_mul_backward(device const T* grad [[buffer(0)]], device const T* gate [[buffer(1)]],
+                       device const T* up [[buffer(2)]], device T* grad_gate [[buffer(3)]],
+                       device T* grad_up [[buffer(4)]], constant SwigluParams& p [[buffer(5)]],
+                       uint group [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
+                       uint threads [[threads_per_threadgroup]]) {
+  const Span<W> at(p, group, thread_id, threads);
+  float dy[W], g[W], u[W];
+  load_columns<W>(grad + at.row * p.grad_stride + at.start, at.column, at.cols, p.flags & ALIGNED, dy);
+  load_columns<W>(gate + at.row * p.gate_stride + at.start, at.column, at.cols, p.flags & ALIGNED, g);
+  load_columns<W>(up + at.row * p.up_stride + at.start, at.column, at.cols, p.flags & ALIGNED, u);
+#pragma unroll
+  for (int j = 0; j < W; j++) {
+    const float sigmoid = 1.0f / (1.0f + exp(-g[j]));
+    u[j] *= dy[j] * sigmoid * (1.0f + g[j] * (1.0f - sigmoid));
+    dy[j] *= g[j] * sigmoid;
+  }
+  store_columns<W>(grad_gate + at.row * p.cols + at.start, at.column, at.cols, p.flags & ALIGNED, u);
+  store_columns<W>(grad_up + at.row * p.cols + at.start, at.column, at.cols, p.flags & ALIGNED, dy);
+}
+
+#define SWIGLU(name, T, W)                                                                                           \
+  template [[host_name("silu_mul_" #name)]] [[kernel]] void silu_mul<T, W>(                                          \
+      device const T*, device const T*, device T*, constant SwigluParams&, uint, uint, uint);                        \
+  template [[host_name("silu_mul_backward_" #name)]] [[kernel]] void silu_mul_backward<T, W>(                        \
+      device const T*, device const T*, device const T*, device T*, device T*, constant SwigluParams&, uint, uint, uint);
+SWIGLU(f32, float, 4)
+SWIGLU(f16, half, 8)
+SWIGLU(bf16, bfloat, 8)

@@ -1,0 +1,73 @@
+// silu_mul on a GPU: operands, kernel, grid and parameters of each launch.
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+
+#include "../common/checks.h"
+#include "../common/dtype.h"
+#include "../common/registration.h"
+#include "../common/row_shape.h"
+#include "../runtime/launch.h"
+#include "swiglu.h"
+
+namespace torch_fused {
+namespace {
+
+using at::Tensor;
+
+// As in swiglu.metal.
+constexpr uint32_t ALIGNED = 1, LLAMA = 2;
+struct SwigluParams {
+  int64_t cols, gate_stride, up_stride, grad_stride;
+  uint32_t groups, flags;
+};
+
+constexpr int64_t kThreads = 256, kPackBytes = 16;
+
+// Launches `kernel` over the operands' rows, a pack a thread, with the dense results behind them.
+void launch_rows(const std::string& kernel, const SwigluRows& call, std::initializer_list<Tensor> results,
+                 SwigluParams params) {
+  const Tensor& result = *results.begin();
+  if (result.numel() == 0) return;
+  const int64_t pack = kPackBytes / result.element_size();
+  const int64_t threads = std::min(kThreads, (call.cols + 32 * pack - 1) / (32 * pack) * 32);
+  params.cols = call.cols;
+  params.groups = static_cast<uint32_t>((call.cols + threads * pack - 1) / (threads * pack));
+  std::vector<Tensor> buffers;
+  bool aligned = true;
+  for (const Rows& operand : call.operands) {
+    buffers.push_back(operand.tensor);
+    aligned = aligned && rows_aligned(operand.tensor, call.rows > 1 ? operand.stride : 0);
+  }
+  for (const Tensor& tensor : results) {
+    buffers.push_back(tensor);
+    aligned = aligned && rows_aligned(tensor, call.rows > 1 ? call.cols : 0);
+  }
+  if (aligned) params.flags |= ALIGNED;
+  launch("swiglu", kernel + "_" + dtype_name(result), call.rows * params.groups, threads, buffers, params);
+}
+
+}  // namespace
+
+Tensor silu_mul_gpu(const Tensor& gate, const Tensor& up, std::string_view casting_mode) {
+  const bool llama = is_llama("silu_mul", casting_mode);
+  const SwigluRows call = check_swiglu("silu_mul", {{"gate", &gate}, {"up", &up}});
+  const Tensor output = at::empty(gate.sizes(), gate.options());
+  launch_rows("silu_mul", call, {output},
+              {0, call.operands[0].stride, call.operands[1].stride, 0, 0, llama ? LLAMA : 0});
+  return output;
+}
+
+std::tuple<Tensor, Tensor> silu_mul_backward_gpu(const Tensor& grad, const Tensor& gate, const Tensor& up) {
+  const SwigluRows call = check_swiglu("silu_mul_backward", {{"grad", &grad}, {"gate", &gate}, {"up", &up}});
+  const Tensor grad_gate = at::empty(gate.sizes(), gate.options()), grad_up = at::empty(up.sizes(), up.options());
+  launch_rows("silu_mul_backward", call, {grad_gate, grad_up},
+              {0, call.operands[1].stride, call.operands[2].stride, call.operands[0].stride, 0, 0});
+  return {grad_gate, grad_up};
+}
+
+}  // namespace torch_fused
+
+using namespace torch_fused;
+TORCH_FUSED_KERNELS(silu_mul)
+TORCH_FUSED_KERNELS(silu_mul_backward)

@@ -1,0 +1,277 @@
+"""silu_mul: values, gradients and contracts, on every backend."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+
+import torch_fused
+from torch_fused.functional import silu_mul
+from torch_fused.metal import emulate
+from torch_fused.ops.swiglu import silu_mul_backward_reference, silu_mul_reference
+from torch_fused.testing import HALF_ULP, assert_close, assert_matches_reference, make, relative_error
+
+# Under a pack, a pack and a tail, odd, Qwen's intermediate size, more than one threadgroup.
+COLS = [1, 3, 8, 13, 1000, 1537, 4864]
+
+
+@pytest.fixture(params=["torch", "llama"])
+def casting_mode(request):
+    return request.param
+
+
+def pair(*shape, dtype=torch.float32, device="cpu", scale=3.0):
+    return tuple(make(*shape, dtype=dtype, device=device, seed=seed, scale=scale) for seed in range(2))
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cols", COLS)
+def test_matches_float64(backend, cols, casting_mode):
+    """Every dtype and row length is right to its roundings: one for "torch", two for "llama"."""
+    for dtype in backend.dtypes:
+        gate, up = pair(3, cols, dtype=dtype, device=backend.device)
+        roundings = 1.0 if casting_mode == "torch" else 2.1
+        assert_matches_reference(silu_mul, silu_mul_reference, gate, up, casting_mode=casting_mode, roundings=roundings)
+
+
+def test_every_bfloat16_gate(backend):
+    """Silu of all 65536 bfloat16 values is torch's, or its neighbour."""
+    gate = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    actual = silu_mul(gate.to(backend.device), torch.ones_like(gate).to(backend.device)).cpu()
+    expected = F.silu(gate)
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    steps = (actual.view(torch.int16).int() - expected.view(torch.int16).int()).abs()
+    assert (same | (steps <= 1)).all()
+    assert same.float().mean() > 0.99
+
+
+def test_llama_has_the_roundings_of_hugging_face(backend):
+    """Where silu rounds as torch's, the product has the bits of eager's."""
+    for dtype in (torch.float16, torch.bfloat16):
+        gate, up = pair(64, 896, dtype=dtype)
+        expected = F.silu(gate) * up
+        actual = silu_mul(gate.to(backend.device), up.to(backend.device), casting_mode="llama").cpu()
+        assert (actual == expected).float().mean() > 0.999
+        torch.testing.assert_close(actual, expected, rtol=4 * HALF_ULP[dtype], atol=1e-7)
+
+
+def test_error_is_not_above_eager(backend):
+    """The error against float64 is at most that of torch's composition."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        gate, up = pair(64, 896, dtype=dtype, device=backend.device)
+        exact = silu_mul_reference(gate.double().cpu(), up.double().cpu())
+        assert relative_error(silu_mul(gate, up), exact) <= relative_error(F.silu(gate) * up, exact) * 1.05
+
+
+def test_strides(backend):
+    """Halves of one projection and other row strides, transposed, stepped and expanded inputs, and scalars."""
+    base = make(4, 6, 40, device=backend.device)
+    views = [base.chunk(2, -1), (base[..., :17], base[..., 17:34]), (base[::2], base[1::2])]
+    views += [(base.transpose(0, 2), base.transpose(0, 2)), (base[..., ::2], base[..., 1::2])]
+    views += [(base[:, :1].expand(4, 6, 40), base), (base[0, 0, 0], base[0, 0, 1])]
+    for gate, up in views:
+        result = silu_mul(gate, up)
+        assert result.is_contiguous()
+        torch.testing.assert_close(result, F.silu(gate) * up, rtol=2e-6, atol=1e-7)
+
+
+def test_row_views_are_read_in_place(backend):
+    """The halves of one projection are not copied."""
+    gate, up = make(4, 512, device=backend.device).chunk(2, -1)
+    with torch.profiler.profile() as profile:
+        silu_mul(gate, up)
+    assert "aten::empty" in {event.key for event in profile.key_averages()}
+    assert "aten::copy_" not in {event.key for event in profile.key_averages()}
+
+
+def test_empty(backend):
+    """No elements: an empty result and empty gradients."""
+    for shape in ((0, 8), (3, 0)):
+        gate, up = (torch.empty(shape, device=backend.device, requires_grad=True) for _ in range(2))
+        silu_mul(gate, up).sum().backward()
+        assert gate.grad.shape == up.grad.shape == gate.shape
+
+
+def test_nan_and_inf(backend):
+    """NaN and infinities of either operand give what torch gives."""
+    values = torch.tensor([0.0, -0.0, 1.0, -1.0, 88.0, -88.0, -200.0, 1e30, -1e30, torch.inf, -torch.inf, torch.nan])
+    gate, up = (x.contiguous() for x in torch.meshgrid(values, values, indexing="ij"))
+    actual = silu_mul(gate.to(backend.device), up.to(backend.device)).cpu()
+    torch.testing.assert_close(actual, F.silu(gate) * up, rtol=2e-6, atol=1e-7, equal_nan=True)
+
+
+def test_inputs_are_not_written(backend):
+    """The op leaves its inputs alone."""
+    gate, up = pair(6, 64, device=backend.device)
+    before = gate.clone(), up.clone()
+    silu_mul(gate, up)
+    assert torch.equal(gate, before[0]) and torch.equal(up, before[1])
+
+
+@pytest.mark.full
+def test_more_than_two_to_the_31_elements():
+    """Offsets are 64 bits wide: expanded inputs of 2^31 + 2^16 elements, checked at their end."""
+    gate, up = (x.expand((1 << 15) + 1, 1 << 16) for x in pair(1 << 16, dtype=torch.bfloat16))
+    assert torch.equal(silu_mul(gate, up)[-1], silu_mul(gate[:1], up[:1])[0])
+
+
+def test_mixed_dtypes_promote_as_torch_does(backend, casting_mode):
+    """The result has the dtype of torch's product."""
+    gate, up = make(5, 64, dtype=torch.bfloat16, device=backend.device), make(5, 64, device=backend.device, seed=1)
+    for g, u in ((gate, up), (up, gate)):
+        expected = F.silu(g) * u
+        result = silu_mul(g, u, casting_mode=casting_mode)
+        assert result.dtype == expected.dtype
+        assert relative_error(result, expected) < 1e-2
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cols", [1, 7, 64, 3000])
+def test_gradients_match_float64(backend, cols):
+    """The backward op against float64."""
+    for dtype in backend.dtypes:
+        tensors = [make(9, cols, dtype=dtype, device=backend.device, seed=seed) for seed in range(3)]
+        actual = torch.ops.torch_fused.silu_mul_backward(*tensors)
+        exact = silu_mul_backward_reference(*(t.double().cpu() for t in tensors))
+        for a, e in zip(actual, exact, strict=True):
+            assert_close(a, e)
+
+
+def test_gradients_of_strided_operands(backend):
+    """The halves of one projection and an expanded gradient."""
+    gate, up = make(4, 6, 40, device=backend.device).chunk(2, -1)
+    grad = make(6, 20, device=backend.device, seed=1).expand(4, 6, 20)
+    actual = torch.ops.torch_fused.silu_mul_backward(grad, gate, up)
+    for a, e in zip(actual, silu_mul_backward_reference(grad, gate, up), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_gradcheck():
+    """Analytic gradients equal numeric ones in float64."""
+    operands = tuple(x.requires_grad_() for x in pair(4, 6, dtype=torch.float64))
+    assert torch.autograd.gradcheck(silu_mul, operands)
+
+
+def test_backward_through_autograd(backend):
+    """loss.backward() reaches the kernels of the backend."""
+    operands, grad = pair(9, 64), make(9, 64, seed=2)
+    ours = [x.to(backend.device, copy=True).requires_grad_() for x in operands]
+    silu_mul(*ours).backward(grad.to(backend.device))
+    exact = [x.double().requires_grad_() for x in operands]
+    (F.silu(exact[0]) * exact[1]).backward(grad.double())
+    for a, e in zip(ours, exact, strict=True):
+        assert relative_error(a.grad, e.grad) < 1e-6
+
+
+def test_second_derivative_is_refused():
+    """The backward op has no derivative, and says so instead of giving a wrong one."""
+    gate, up = (x.requires_grad_() for x in pair(3, 8))
+    (grad,) = torch.autograd.grad(silu_mul(gate, up).square().sum(), gate, create_graph=True)
+    with pytest.raises(RuntimeError, match="silu_mul_backward"):
+        grad.sum().backward()
+
+
+# ---- GPU kernels ----------------------------------------------------------------------------------------------------
+
+
+SCHEDULES = [("sequential", 0), ("reversed", 0), ("preemptive", 0), ("random", 0), ("random", 1), ("random", 2)]
+
+
+@pytest.mark.parametrize(("schedule", "seed"), SCHEDULES)
+def test_kernels_are_clean_in_every_schedule(schedule, seed):
+    """No check fires and no bit changes, whatever the order of threads and threadgroups."""
+
+    def run():
+        gate, up = pair(3, 3001)
+        return silu_mul(gate, up), *torch.ops.torch_fused.silu_mul_backward(up, gate, up)
+
+    with emulate(checked=False):
+        expected = run()
+    with emulate(checked=True, schedule=schedule, seed=seed):
+        assert all(torch.equal(a, e) for a, e in zip(run(), expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_traffic(dtype):
+    """Every operand is read once, and every result written once."""
+    gate, up = pair(3, 3000, dtype=dtype)
+    with emulate() as run:
+        silu_mul(gate, up)
+        torch.ops.torch_fused.silu_mul_backward(up, gate, up)
+    for launch, operands in zip(run.launches, (3, 5), strict=True):
+        moved = sum(buffer.read + buffer.written for buffer in launch.buffers[:-1])
+        assert moved == operands * gate.nbytes
+
+
+# ---- torch's machinery ----------------------------------------------------------------------------------------------
+
+
+def test_opcheck(backend):
+    """Schema, fake tensors, autograd registration and AOT dispatch are consistent."""
+    gate, up = (make(4, 24, device=backend.device, seed=s, requires_grad=True) for s in range(2))
+    opcheck(torch.ops.torch_fused.silu_mul.default, (gate, up))
+    opcheck(torch.ops.torch_fused.silu_mul.default, (gate[:, ::2], up[:, ::2]), {"casting_mode": "llama"})
+    opcheck(torch.ops.torch_fused.silu_mul_backward.default, (gate.detach(), gate.detach(), up.detach()))
+
+
+def test_compile_fullgraph(backend):
+    """torch.compile traces forward and backward without a graph break and gives the same numbers."""
+    plain = [make(6, 48, device=backend.device, seed=s, requires_grad=True) for s in range(2)]
+    compiled = [x.detach().clone().requires_grad_() for x in plain]
+    expected = silu_mul(*plain)
+    result = torch.compile(silu_mul, fullgraph=True, backend="aot_eager")(*compiled)
+    assert torch.equal(result, expected)
+    expected.square().sum().backward()
+    result.square().sum().backward()
+    for p, c in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(p.grad, c.grad)
+
+
+def test_vmap(backend):
+    """torch.func.vmap over either operand or both."""
+    gate, up = pair(3, 5, 16, device=backend.device)
+    for in_dims in ((0, 0), (1, 1)):
+        result = torch.func.vmap(silu_mul, in_dims, in_dims[0])(gate, up)
+        torch.testing.assert_close(result, silu_mul(gate, up))
+    torch.testing.assert_close(
+        torch.func.vmap(silu_mul, (0, None))(gate, up[0]), silu_mul(gate, up[:1].expand(3, 5, 16))
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: silu_mul(x, x[:2]), r"silu_mul: up must have gate's shape \[4, 8\], got \[2, 8\]"),
+        (lambda x: silu_mul(x.int(), x.int()), r"silu_mul: gate must be float32.*got Int"),
+        (lambda x: silu_mul(x, x, casting_mode="gemma"), "silu_mul: casting_mode must be 'torch' or 'llama'"),
+        (
+            lambda x: torch.ops.torch_fused.silu_mul(x, x.half()),
+            r"silu_mul: up must have gate's dtype Float, got Half",
+        ),
+        (
+            lambda x: torch.ops.torch_fused.silu_mul_backward(x, x[:2], x),
+            r"silu_mul_backward: gate must have grad's shape \[4, 8\], got \[2, 8\]",
+        ),
+    ],
+)
+def test_bad_arguments(backend, call, message):
+    """A bad argument raises before anything runs, naming the op, the argument, what it got and what it takes."""
+    with pytest.raises(RuntimeError, match=message):
+        call(make(4, 8, device=backend.device))
+
+
+def test_module_takes_a_llama_mlp(backend):
+    """nn.SwiGLU has the parameters of Hugging Face's LlamaMLP and its values."""
+    ours = torch_fused.nn.SwiGLU(16, 40, device=backend.device)
+    assert {name: tuple(p.shape) for name, p in ours.named_parameters()} == {
+        "gate_proj.weight": (40, 16),
+        "up_proj.weight": (40, 16),
+        "down_proj.weight": (16, 40),
+    }
+    x = make(3, 5, 16, device=backend.device)
+    expected = ours.down_proj(F.silu(ours.gate_proj(x)) * ours.up_proj(x))
+    torch.testing.assert_close(ours(x), expected)

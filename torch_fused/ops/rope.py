@@ -1,0 +1,94 @@
+"""Rotary position embedding."""
+
+import torch
+from torch import Tensor
+
+from .library import register
+
+
+def apply_rotary_pos_emb_reference(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1, *, casting_mode: str = "torch"
+) -> tuple[Tensor, Tensor]:
+    """`apply_rotary_pos_emb` in plain torch: float32 throughout ("torch"), or every product rounded ("llama")."""
+    dtype = cos.dtype if casting_mode == "llama" else _arithmetic_dtype(cos)
+    cos, sin = cos.unsqueeze(unsqueeze_dim).to(dtype), sin.unsqueeze(unsqueeze_dim).to(dtype)
+
+    def rotated(x: Tensor) -> Tensor:
+        wide, passed = x.to(dtype).tensor_split([cos.shape[-1]], -1)
+        a, b = wide.chunk(2, -1)
+        turned = wide * cos + torch.cat([-b, a], -1) * sin
+        return torch.empty_like(x).copy_(torch.cat([turned, passed], -1))
+
+    return rotated(q), rotated(k)
+
+
+def apply_rotary_pos_emb_backward_reference(
+    grad_q: Tensor, grad_k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q and k: rotated back by the transposed matrix, which swaps the halves of the sines."""
+    a, b = sin.chunk(2, -1)
+    return apply_rotary_pos_emb_reference(grad_q, grad_k, cos, torch.cat([-b, -a], -1), unsqueeze_dim)
+
+
+def _arithmetic_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _rope_fake(q, k, cos, sin, unsqueeze_dim=1, *, casting_mode="torch"):
+    return torch.empty_like(q), torch.empty_like(k)
+
+
+def _rope_backward_fake(grad_q, grad_k, cos, sin, unsqueeze_dim):
+    return torch.empty_like(grad_q), torch.empty_like(grad_k)
+
+
+register("apply_rotary_pos_emb", reference=apply_rotary_pos_emb_reference, fake=_rope_fake)
+register("apply_rotary_pos_emb_backward", reference=apply_rotary_pos_emb_backward_reference, fake=_rope_backward_fake)
+
+
+def apply_rotary_pos_emb(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1, *, casting_mode: str = "torch"
+) -> tuple[Tensor, Tensor]:
+    r"""Rotates queries and keys by their positions, in one launch: :math:`x \cos + \mathrm{rotate\_half}(x) \sin`.
+
+    A drop-in for Hugging Face's function of the same name (models/llama/modeling_llama.py): the half-split form, where
+    :math:`\mathrm{rotate\_half}(a, b) = (-b, a)`. Differentiable in ``q`` and ``k``.
+
+    Args:
+        q: ``(batch, heads, tokens, head_dim)``, or ``(batch, tokens, heads, head_dim)`` with ``unsqueeze_dim=2``;
+            float32, float16 or bfloat16, on the CPU float64 too. Any strides with a unit last one are read in place,
+            such as a transposed view of a projection; any other layout is copied once.
+        k: as ``q``, with any number of heads.
+        cos: ``(batch or 1, tokens or 1, rotary_dim)``; the first ``rotary_dim`` dimensions of a head are rotated, those
+            past it are passed through. Where dtypes differ, the results are promoted as in torch.
+        sin: as ``cos``.
+        unsqueeze_dim: the dimension of ``q`` and ``k`` that holds the heads, 1 or 2.
+        casting_mode: ``"torch"`` computes in float32 and rounds once. ``"llama"`` makes every rounding of Hugging
+            Face's function: of both products, then of their sum.
+
+    Returns:
+        The rotated ``q`` and ``k``: shapes as given, dense in the order of the given dimensions' strides.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype or device, or a table requires a gradient; the message
+            names it.
+
+    Source: Su et al., RoFormer, https://arxiv.org/abs/2104.09864.
+
+    Example:
+        >>> import torch, torch_fused
+        >>> q = k = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
+        >>> angle = torch.full((1, 1, 2), torch.pi / 6)
+        >>> torch_fused.functional.apply_rotary_pos_emb(q, k, angle.cos(), angle.sin())[0].flatten()
+        tensor([0.8660, 0.5000])
+    """
+    if not q.dtype == k.dtype == cos.dtype == sin.dtype:
+        dtype = torch.promote_types(cos.dtype, sin.dtype)
+        q_dtype, k_dtype = torch.promote_types(q.dtype, dtype), torch.promote_types(k.dtype, dtype)
+        dtype = torch.promote_types(q_dtype, k_dtype)
+        q, k = _rope(q.to(dtype), k.to(dtype), cos.to(dtype), sin.to(dtype), unsqueeze_dim, casting_mode=casting_mode)
+        return q.to(q_dtype), k.to(k_dtype)
+    return _rope(q, k, cos, sin, unsqueeze_dim, casting_mode=casting_mode)
+
+
+_rope = torch.ops.torch_fused.apply_rotary_pos_emb.default
