@@ -103,10 +103,10 @@ struct Reached {
 
 // Threadgroup memory for the search of a row.
 struct Workspace {
-  threadgroup ulong* tokens;  // SLICE
-  threadgroup ulong* sums;    // 32
-  threadgroup uint* maxima;   // 32
-  threadgroup uint* pivots;   // 2
+  threadgroup ulong* tokens;    // SLICE
+  threadgroup ulong* sums;      // 32
+  threadgroup uint* maxima;     // 32
+  threadgroup uint* pivots;     // 2
   threadgroup Reached* reached;
   threadgroup atomic_uint* count;
 };
