@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from torch_fused.functional import add_rms_norm, rms_norm
+from torch_fused.functional import add_rms_norm, layer_norm, rms_norm
 from torch_fused.metal import MetalError, emulate
-from torch_fused.testing import make
+from torch_fused.testing import make, relative_error
 
 SOURCES = Path(__file__).parents[1] / "csrc_mps"
 
@@ -40,13 +40,25 @@ def on_view(cols: int, width: int) -> Callable[[], object]:
     return lambda: rms_norm(make(3, width)[:, :cols], (cols,), make(cols, seed=1))
 
 
-def backward() -> object:
-    x, grad = make(4, 896), make(4, 896, seed=1)
-    return torch.ops.torch_fused.rms_norm_backward(grad, None, x, (896,), make(896, seed=2), 1e-6, "torch", 0.0, True)
+def backward(rows: int = 4, cols: int = 896) -> object:
+    x, grad, weight = make(rows, cols), make(rows, cols, seed=1), make(cols, seed=2)
+    return torch.ops.torch_fused.rms_norm_backward(grad, None, x, (cols,), weight, 1e-6, "torch", 0.0, True)
+
+
+def layer_norm_forward(rows: int = 3, cols: int = 896) -> Callable[[], torch.Tensor]:
+    return lambda: layer_norm(make(rows, cols), (cols,), make(cols, seed=1), make(cols, seed=2))
+
+
+def layer_norm_backward(rows: int = 4, cols: int = 896, width: int = 896) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """Of a gradient that is the last `cols` columns of a tensor of `width`."""
+    return lambda: torch.ops.torch_fused.layer_norm_backward(
+        make(rows, width, seed=1)[:, width - cols :], make(rows, cols), (cols,), make(cols, seed=2), 1e-5, True, True
+    )
 
 
 BARRIER = "  threadgroup_barrier(mem_flags::mem_threadgroup);\n"
 SECOND_SUM = "  value = simd_sum(place.lane < place.simdgroups ? scratch[place.lane] : 0.0f);\n"
+SECOND_SUMS = "    values[i] = simd_sum(place.lane < place.simdgroups ? scratch[32 * i + place.lane] : 0.0f);\n  }\n"
 RACE = r"data race|uninitialised"
 
 BUGS = [
@@ -62,13 +74,23 @@ BUGS = [
     ),
     Bug(
         "missing barrier before the scratch is used again",
-        "rms_norm_backward",
+        "layer_norm",
         SECOND_SUM + BARRIER,
         SECOND_SUM + "\n",
-        backward,
+        layer_norm_forward(),
         r"data race on threadgroup memory \(write-after-read",
         "common/reduce.metal.h",
-        "if (place.lane == 0) scratch[place.simdgroup] = value;",
+        "if (place.lane == 0) scratch[32 * i + place.simdgroup] = values[i];",
+    ),
+    Bug(
+        "missing barrier before the next row's sums",
+        "rms_norm_backward",
+        SECOND_SUMS + BARRIER,
+        SECOND_SUMS + "\n",
+        lambda: backward(rows=300, cols=256),
+        r"data race on threadgroup memory \(write-after-read",
+        "common/reduce.metal.h",
+        "if (place.lane == 0) scratch[32 * i + place.simdgroup] = values[i];",
     ),
     Bug(
         "barrier of the wrong memory",
@@ -201,6 +223,76 @@ BUGS = [
         "if (column + j < cols) row[column + j] = T(values[j]);",
     ),
     Bug(
+        "scratch for one sum, used for two",
+        "layer_norm",
+        "threadgroup float scratch[2 * 32];",
+        "threadgroup float scratch[32];",
+        layer_norm_forward(),
+        "out-of-bounds threadgroup",
+        "common/reduce.metal.h",
+        "if (place.lane == 0) scratch[32 * i + place.simdgroup] = values[i];",
+    ),
+    Bug(
+        "early return of the threads past the end of the row",
+        "layer_norm",
+        "  const uint step = threads * W;\n",
+        "  const uint step = threads * W; if (first >= p.cols) return;\n",
+        layer_norm_forward(cols=100),
+        "threadgroup_barrier|simdgroup|divergent",
+        "common/reduce.metal.h",
+        "",
+    ),
+    Bug(
+        "the bias is read from the row's place",
+        "layer_norm",
+        "weight, bias, output + long(row) * p.cols,",
+        "weight, bias + long(row) * p.cols, output + long(row) * p.cols,",
+        layer_norm_forward(),
+        "out-of-bounds.*read of 16 bytes",
+        "common/pack.metal.h",
+        "const float4 raw = *(device const float4*)from;",
+    ),
+    Bug(
+        "packs of the gradient whatever its rows' alignment",
+        "layer_norm_backward",
+        "load_columns<W>(grad, column, cols, flags & ALIGNED, dy);",
+        "load_columns<W>(grad, column, cols, true, dy);",
+        layer_norm_backward(cols=64, width=65),
+        "misaligned read of 16 bytes",
+        "common/pack.metal.h",
+        "const float4 raw = *(device const float4*)from;",
+    ),
+    Bug(
+        "partial sums without room for the bias",
+        "layer_norm_backward",
+        " * (uint(grad_weight) + uint(grad_bias));",
+        ";",
+        layer_norm_backward(),
+        r"data race on buffer 4 \(write-after-write",
+        "common/pack.metal.h",
+        "if (column + j < cols) row[column + j] = T(values[j]);",
+    ),
+    Bug(
+        "column sums of one row too many",
+        "column_sum",
+        "row < p.rows;",
+        "row <= p.rows;",
+        layer_norm_backward(),
+        "out-of-bounds.*read of 4 bytes",
+        "common/column_sum.metal",
+        "sum += partial[long(row) * p.cols + column];",
+    ),
+    Bug(
+        "missing barrier before the simdgroups' column sums are added",
+        "column_sum",
+        BARRIER,
+        "\n",
+        layer_norm_backward(),
+        RACE,
+        "common/column_sum.metal",
+        "sum += scratch[i][lane];",
+    ),
+    Bug(
         "double",
         "rms_norm",
         "  float squares = 0.0f;",
@@ -262,3 +354,36 @@ def test_the_kernel_without_the_bug_is_clean(bug):
     """The same call on the real kernel raises nothing: what was caught is the bug."""
     with emulate():
         bug.run()
+
+
+# ---- what only the numbers show -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "old", "new", "run"),
+    [
+        ("layer_norm", "column + j < cols ? x[j] - shift : 0.0f", "x[j] - shift", layer_norm_forward(cols=13)),
+        ("layer_norm", " - rest * rest", "", layer_norm_forward(cols=9000)),
+        ("layer_norm", "fma(x_less_shift, rstd, -rest * rstd)", "x_less_shift * rstd", layer_norm_forward(cols=9000)),
+        ("layer_norm_backward", " - m.rest * sums[2]", "", layer_norm_backward(cols=9000, width=9000)),
+        ("layer_norm_backward", "dy[j] * w[j] - slopes.mean_g", "dy[j] * w[j]", layer_norm_backward()),
+    ],
+    ids=[
+        "layer_norm: the row's tail counts as -shift",
+        "layer_norm: the variance is about the shift",
+        "layer_norm: the mean is the shift",
+        "layer_norm_backward: the slope is about the shift",
+        "layer_norm_backward: the mean gradient is left in",
+    ],
+)
+def test_bug_changes_the_numbers(source, old, new, run):
+    """No access is wrong, so only the results tell: the op's tests against float64 would fail."""
+    text = metal_text(source)
+    assert old in text
+    with emulate():
+        expected = run()
+    with emulate(sources={source: text.replace(old, new, 1)}):
+        actual = run()
+    if isinstance(actual, torch.Tensor):
+        actual, expected = [actual], [expected]
+    assert not all(relative_error(a, e) < 1e-5 for a, e in zip(actual, expected, strict=True))

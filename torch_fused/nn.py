@@ -4,7 +4,17 @@ import torch
 
 from . import functional
 
-__all__ = ["RMSNorm", "Softmax", "SwiGLU"]
+__all__ = ["LayerNorm", "RMSNorm", "Softmax", "SwiGLU"]
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """`torch.nn.LayerNorm` on the fused op: the same arguments, parameters and state dict.
+
+    Shapes: input ``(*, *normalized_shape)``, output the same.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .functional import add_rms_norm, apply_rotary_pos_emb, silu_mul
+from .ops.layer_norm import layer_norm_backward_reference, layer_norm_reference
 from .ops.rms_norm import add_rms_norm_reference, rms_norm_backward_reference, rms_norm_reference
 from .ops.rope import apply_rotary_pos_emb_backward_reference, apply_rotary_pos_emb_reference
 from .ops.sampling import filter_logits_reference, greedy_reference, sample_reference
@@ -59,6 +60,20 @@ def check_rms_norm_backward(device: str) -> None:
         actual = torch.ops.torch_fused.rms_norm_backward(grad, x, x, *rest)
         exact = rms_norm_backward_reference(grad64, x64, x64, rest[0], weight64, *rest[2:])
         compare(f"rms_norm_backward of {cols} columns", actual, exact)
+
+
+def check_layer_norm(device: str) -> None:
+    for _, cols, (x, residual, weight), (x64, residual64, weight64) in row_operands(device):
+        bias, bias64 = residual[0], residual64[0]
+        actual = torch.ops.torch_fused.layer_norm(x, (cols,), weight, bias)
+        compare(f"layer_norm of {cols} columns", [actual], [layer_norm_reference(x64, (cols,), weight64, bias64)])
+
+
+def check_layer_norm_backward(device: str) -> None:
+    for _, cols, (x, grad, weight), (x64, grad64, weight64) in row_operands(device):
+        actual = torch.ops.torch_fused.layer_norm_backward(grad, x, (cols,), weight, 1e-5, True, True)
+        exact = layer_norm_backward_reference(grad64, x64, (cols,), weight64, 1e-5, True, True)
+        compare(f"layer_norm_backward of {cols} columns", actual, exact)
 
 
 def softmax_operands(device: str):
@@ -156,6 +171,8 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "rms_norm": check_rms_norm,
     "add_rms_norm": check_add_rms_norm,
     "rms_norm_backward": check_rms_norm_backward,
+    "layer_norm": check_layer_norm,
+    "layer_norm_backward": check_layer_norm_backward,
     "softmax": check_softmax,
     "softmax_backward": check_softmax_backward,
     "silu_mul": check_silu_mul,

@@ -20,6 +20,23 @@ inline float threadgroup_sum(float value, threadgroup float* scratch, Place plac
   return value;
 }
 
+// Several sums at once, for the barriers of one: each of the N values becomes its sum over all threads. `scratch` holds
+// 32 * N values and may be reused after the call.
+template <int N>
+inline void threadgroup_sums(thread float* values, threadgroup float* scratch, Place place) {
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    values[i] = simd_sum(values[i]);
+    if (place.lane == 0) scratch[32 * i + place.simdgroup] = values[i];
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    values[i] = simd_sum(place.lane < place.simdgroups ? scratch[32 * i + place.lane] : 0.0f);
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
 // The largest `value` of all threads, given to each; as threadgroup_sum otherwise.
 inline float threadgroup_max(float value, threadgroup float* scratch, Place place) {
   value = simd_max(value);

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <type_traits>
 
 namespace torch_fused {
@@ -39,6 +40,11 @@ inline Rows as_rows(const at::Tensor& tensor, int64_t count, int64_t cols) {
     rows *= tensor.size(dim);
   }
   return {tensor, stride};
+}
+
+// Rows of `cols` elements that a CPU thread should at least have: below that, waking one costs more than it saves.
+inline int64_t row_grain(int64_t cols) {
+  return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols));
 }
 
 // Whether every row starts at a multiple of 16 bytes. On MPS the address is not visible, but a buffer's start is

@@ -69,9 +69,6 @@ void check_add_rms_norm(const Tensor& input, const Tensor& residual, const Tenso
 
 namespace {
 
-// Elements a thread should at least have: below that, waking one costs more than it saves.
-constexpr int64_t kGrain = 16384;
-
 template <class T>
 struct Forward {
   RmsNorm norm;
@@ -244,8 +241,7 @@ RMS_NORM_LOOPS(at::BFloat16)
 
 template <class Args>
 void run_parallel(const Args& args, int64_t count, int64_t elements_each) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_each));
-  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  at::parallel_for(0, count, row_grain(elements_each), [&](int64_t begin, int64_t end) { run(args, begin, end); });
 }
 
 std::tuple<Tensor, Tensor> forward_cpu(const RmsNorm& norm, const Tensor& input, const OptionalTensor& residual,

@@ -40,17 +40,15 @@ struct RmsNormGradRow {
     for (int j = 0; j < W; j++) w[j] = flags & HAS_WEIGHT ? w[j] + weight_offset : 1.0f;
   }
 
-  // (sum of x^2, sum of g * x) of one pack.
-  float2 sums(uint column, thread const float* dy, thread const float* values) const {
+  // Adds x^2 and g * x of one pack to `sums`.
+  void add(uint column, thread const float* dy, thread const float* values, thread float* sums) const {
     float w[W];
     load_weight(column, w);
-    float2 sum = float2(0.0f, 0.0f);
 #pragma unroll
     for (int j = 0; j < W; j++) {
-      sum.x += values[j] * values[j];
-      sum.y += dy[j] * w[j] * values[j];
+      sums[0] += values[j] * values[j];
+      sums[1] += dy[j] * w[j] * values[j];
     }
-    return sum;
   }
 
   // Stores dx of one pack and adds its part of dweight.
@@ -70,11 +68,6 @@ struct RmsNormGradRow {
   }
 };
 
-inline float2 threadgroup_sums(float2 value, threadgroup float* scratch, Place place) {
-  const float x = threadgroup_sum(value.x, scratch, place);
-  return float2(x, threadgroup_sum(value.y, scratch, place));
-}
-
 // Each threadgroup takes every threadgroups-th row and leaves its part of dweight in `partial` (threadgroups x cols).
 // N packs a thread in registers; N == 0: longer rows, read twice, with dweight accumulated in `partial` itself.
 template <typename T, int W, int N>
@@ -90,7 +83,7 @@ void rms_norm_backward(device const T* grad [[buffer(0)]], device const T* grad_
                        uint lane [[thread_index_in_simdgroup]],
                        uint simdgroup [[simdgroup_index_in_threadgroup]],
                        uint simdgroups [[simdgroups_per_threadgroup]]) {
-  threadgroup float scratch[32];
+  threadgroup float scratch[2 * 32];
   const Place place = {lane, simdgroup, simdgroups};
   const uint first = thread_id * W;
   const uint step = threads * W;
@@ -107,21 +100,21 @@ void rms_norm_backward(device const T* grad [[buffer(0)]], device const T* grad_
                                     p.flags,
                                     p.weight_offset};
     float dy[N > 0 ? N : 1][W], values[N > 0 ? N : 1][W];
-    float2 sums = float2(0.0f, 0.0f);
+    float sums[2] = {0.0f, 0.0f};
     if (N > 0) {
 #pragma unroll
       for (int i = 0; i < N; i++) r.load(first + i * step, dy[i], values[i]);
 #pragma unroll
-      for (int i = 0; i < N; i++) sums += r.sums(first + i * step, dy[i], values[i]);
+      for (int i = 0; i < N; i++) r.add(first + i * step, dy[i], values[i], sums);
     } else {
       for (uint column = first; column < p.cols; column += step) {
         r.load(column, dy[0], values[0]);
-        sums += r.sums(column, dy[0], values[0]);
+        r.add(column, dy[0], values[0], sums);
       }
     }
-    sums = threadgroup_sums(sums, scratch, place) / float(p.cols);
-    const float scale = rsqrt(sums.x + p.eps);
-    const float mean_gx = sums.y * scale;
+    threadgroup_sums<2>(sums, scratch, place);
+    const float scale = rsqrt(sums[0] / float(p.cols) + p.eps);
+    const float mean_gx = sums[1] / float(p.cols) * scale;
     if (N > 0) {
 #pragma unroll
       for (int i = 0; i < N; i++) r.store(first + i * step, dy[i], values[i], scale, mean_gx, dw[i]);
@@ -142,40 +135,15 @@ void rms_norm_backward(device const T* grad [[buffer(0)]], device const T* grad_
   }
 }
 
-// dweight: the column sums of `partial`. A threadgroup takes 32 columns; its simdgroups share the rows.
-template <typename T>
-[[kernel, max_total_threads_per_threadgroup(1024)]]
-void rms_norm_grad_weight(device const float* partial [[buffer(0)]], device T* grad_weight [[buffer(1)]],
-                          constant RmsNormBackwardParams& p [[buffer(2)]],
-                          uint group [[threadgroup_position_in_grid]],
-                          uint lane [[thread_index_in_simdgroup]],
-                          uint simdgroup [[simdgroup_index_in_threadgroup]],
-                          uint simdgroups [[simdgroups_per_threadgroup]]) {
-  threadgroup float sums[32][32];
-  const uint column = group * 32 + lane;
-  float sum = 0.0f;
-  if (column < p.cols) {
-    for (uint row = simdgroup; row < p.rows; row += simdgroups) sum += partial[long(row) * p.cols + column];
-  }
-  sums[simdgroup][lane] = sum;
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (simdgroup == 0 && column < p.cols) {
-    for (uint i = 1; i < simdgroups; i++) sum += sums[i][lane];
-    grad_weight[column] = T(sum);
-  }
-}
-
 #define RMS_NORM_BACKWARD(name, T, W, N)                                                                            \
   template [[host_name("rms_norm_backward_" #name "_" #N)]] [[kernel]] void rms_norm_backward<T, W, N>(              \
       device const T*, device const T*, device const T*, device const T*, device T*, device float*,                  \
       constant RmsNormBackwardParams&, uint, uint, uint, uint, uint, uint, uint);
-#define RMS_NORM_BACKWARD_ALL(name, T, W)                                                         \
-  RMS_NORM_BACKWARD(name, T, W, 0)                                                                \
-  RMS_NORM_BACKWARD(name, T, W, 1)                                                                \
-  RMS_NORM_BACKWARD(name, T, W, 2)                                                                \
-  RMS_NORM_BACKWARD(name, T, W, 4)                                                                \
-  template [[host_name("rms_norm_grad_weight_" #name)]] [[kernel]] void rms_norm_grad_weight<T>(  \
-      device const float*, device T*, constant RmsNormBackwardParams&, uint, uint, uint, uint);
+#define RMS_NORM_BACKWARD_ALL(name, T, W) \
+  RMS_NORM_BACKWARD(name, T, W, 0)        \
+  RMS_NORM_BACKWARD(name, T, W, 1)        \
+  RMS_NORM_BACKWARD(name, T, W, 2)        \
+  RMS_NORM_BACKWARD(name, T, W, 4)
 RMS_NORM_BACKWARD_ALL(f32, float, 4)
 RMS_NORM_BACKWARD_ALL(f16, half, 8)
 RMS_NORM_BACKWARD_ALL(bf16, bfloat, 8)

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "../common/column_sum.h"
 #include "../common/dtype.h"
 #include "../common/registration.h"
 #include "../common/row_shape.h"
@@ -34,8 +35,6 @@ struct RmsNormBackwardParams {
   float eps, weight_offset;
   uint32_t unused;
 };
-
-constexpr int64_t kBackwardGroups = 256;  // enough to fill a GPU; each holds a row of the weight's gradient
 
 uint32_t flags(const RmsNorm& norm, bool residual, bool weight, bool aligned) {
   return (aligned ? ALIGNED : 0) | (residual ? HAS_RESIDUAL : 0) | (weight ? HAS_WEIGHT : 0) | (norm.llama ? LLAMA : 0);
@@ -90,7 +89,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward_gpu(const Tensor& grad, const Optio
   const Tensor extra = grad_sum ? grad_sum->contiguous() : grad_x;
   const Tensor w = weight ? weight->contiguous() : values.tensor;
   const RowShape shape = row_shape(norm.cols, x.element_size());
-  const int64_t groups = std::min(norm.rows, kBackwardGroups);
+  const int64_t groups = std::min(norm.rows, kPartialSums);
   const Tensor partial = need_weight_grad ? at::empty({groups, norm.cols}, x.options().dtype(at::kFloat)) : grad_x;
   const bool aligned = all_aligned({dy, values, {extra, norm.cols}, {w, 0}, {grad_x, norm.cols}});
   RmsNormBackwardParams params{dy.stride,
@@ -104,11 +103,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward_gpu(const Tensor& grad, const Optio
   if (need_weight_grad) params.flags |= GRAD_WEIGHT;
   launch("rms_norm_backward", "rms_norm_backward_" + dtype_name(x) + "_" + std::to_string(shape.packs), groups,
          shape.threads, {dy.tensor, extra, values.tensor, w, grad_x, partial}, params);
-  if (need_weight_grad) {
-    params.rows = static_cast<uint32_t>(groups);
-    launch("rms_norm_backward", "rms_norm_grad_weight_" + dtype_name(x), (norm.cols + 31) / 32, kMaxThreads,
-           {partial, grad_weight}, params);
-  }
+  if (need_weight_grad) column_sum_gpu(partial, grad_weight);
   return {grad_x, grad_weight};
 }
 

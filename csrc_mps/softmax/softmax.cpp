@@ -48,9 +48,6 @@ SoftmaxShape check_softmax_backward(const Tensor& grad, const Tensor& output) {
 
 namespace {
 
-// Elements a thread should at least have: below that, waking one costs more than it saves.
-constexpr int64_t kGrain = 16384;
-
 template <class T>
 struct Forward {
   const T* input;
@@ -129,8 +126,7 @@ SOFTMAX_LOOPS(at::BFloat16)
 
 template <class Args>
 void run_parallel(const Args& args, const SoftmaxShape& shape) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / shape.cols);
-  at::parallel_for(0, shape.rows, grain, [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  at::parallel_for(0, shape.rows, row_grain(shape.cols), [&](int64_t begin, int64_t end) { run(args, begin, end); });
 }
 
 }  // namespace

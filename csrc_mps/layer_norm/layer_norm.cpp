@@ -1,0 +1,357 @@
+// Layer norm: schema, checks, autograd, autocast and the CPU kernels.
+#include "layer_norm.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "../common/autograd.h"
+#include "../common/checks.h"
+#include "../common/convert.h"
+#include "../common/rows.h"
+#include "../common/simd.h"
+#include "../common/sum.h"
+
+TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
+  m.def(
+      "layer_norm(Tensor input, int[] normalized_shape, Tensor? weight=None, Tensor? bias=None, float eps=1e-5) -> "
+      "Tensor");
+  m.def(
+      "layer_norm_backward(Tensor grad, Tensor x, int[] normalized_shape, Tensor? weight, float eps, "
+      "bool need_weight_grad, bool need_bias_grad) -> (Tensor, Tensor)");
+}
+
+namespace torch_fused {
+
+using at::IntArrayRef;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---- checks ---------------------------------------------------------------------------------------------------------
+
+namespace {
+
+void check_parameter(const char* op, const char* name, const OptionalTensor& parameter, const Tensor& input,
+                     IntArrayRef normalized_shape) {
+  if (!parameter) return;
+  TORCH_CHECK(parameter->sizes() == normalized_shape, op, ": ", name, " must have the shape ", normalized_shape,
+              ", got ", parameter->sizes());
+  check_alike(op, name, *parameter, "input", input);
+}
+
+}  // namespace
+
+LayerNorm check_layer_norm(const char* op, const Tensor& input, IntArrayRef normalized_shape,
+                           const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+  check_dtype(op, "input", input);
+  const auto dims = static_cast<int64_t>(normalized_shape.size());
+  TORCH_CHECK(dims > 0 && dims <= input.dim() && input.sizes().slice(input.dim() - dims) == normalized_shape, op,
+              ": normalized_shape must be the last dimensions of input, got ", normalized_shape, " for input of shape ",
+              input.sizes());
+  check_parameter(op, "weight", weight, input, normalized_shape);
+  check_parameter(op, "bias", bias, input, normalized_shape);
+  const int64_t cols = c10::multiply_integers(normalized_shape);
+  return {cols ? input.numel() / cols : 0, cols, eps};
+}
+
+LayerNorm check_layer_norm_backward(const Tensor& grad, const Tensor& x, IntArrayRef normalized_shape,
+                                    const OptionalTensor& weight, double eps) {
+  check_same_shape("layer_norm_backward", "grad", grad, "x", x);
+  check_alike("layer_norm_backward", "grad", grad, "x", x);
+  return check_layer_norm("layer_norm_backward", x, normalized_shape, weight, std::nullopt, eps);
+}
+
+Tensor empty_parameter_grads(const Tensor& x, IntArrayRef normalized_shape, bool need_weight_grad,
+                             bool need_bias_grad) {
+  std::vector<int64_t> shape{need_weight_grad + need_bias_grad};
+  shape.insert(shape.end(), normalized_shape.begin(), normalized_shape.end());
+  return at::empty(shape, x.options());
+}
+
+// ---- CPU ------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// Elements of a row summed at a time: few, so that a sum's rounding error stays small, and a mean of as many is close
+// to the row's.
+constexpr int64_t kBlock = 1024;
+
+// `values` in the type of the arithmetic, in `buffer` if they are not already; n times `absent` if there are none.
+template <class T>
+TORCH_FUSED_INLINE const wide_t<T>* widened(const T* values, int64_t n, wide_t<T> absent,
+                                            std::vector<wide_t<T>>& buffer) {
+  if constexpr (std::is_same_v<T, wide_t<T>>) {
+    if (values) return values;
+  }
+  buffer.resize(n);
+  wide_t<T>* wide = buffer.data();
+  for (int64_t i = 0; i < n; ++i) wide[i] = values ? widen(values[i]) : absent;
+  return wide;
+}
+
+// The mean is shift + rest, which is exact to more than one number of type W.
+template <class W>
+struct Moments {
+  W shift, rest, rstd;
+  TORCH_FUSED_INLINE W normed(W x) const { return std::fma(x - shift, rstd, -rest * rstd); }
+};
+
+template <class W>
+struct Sums {
+  W sum, squares;
+};
+
+// The sums of x - shift and of its square, in streams that the compiler keeps in vectors.
+template <class W>
+TORCH_FUSED_INLINE Sums<W> block_sums(const W* x, int64_t n, W shift) {
+  constexpr int64_t kStreams = 32;
+  W sums[kStreams] = {}, squares[kStreams] = {};
+  const auto add = [&](int64_t i, int64_t stream) {
+    const W centred = x[i] - shift;
+    sums[stream] += centred;
+    squares[stream] = std::fma(centred, centred, squares[stream]);
+  };
+  const int64_t whole = n / kStreams * kStreams;
+  for (int64_t i = 0; i < whole; i += kStreams) {
+    for (int64_t j = 0; j < kStreams; ++j) add(i + j, j);
+  }
+  for (int64_t i = whole; i < n; ++i) add(i, i - whole);
+  for (int64_t half = kStreams / 2; half > 0; half /= 2) {
+    for (int64_t j = 0; j < half; ++j) {
+      sums[j] += sums[j + half];
+      squares[j] += squares[j + half];
+    }
+  }
+  return {sums[0], squares[0]};
+}
+
+// One pass over memory: shift is the mean of the first block, and each block is summed about it.
+template <class W>
+TORCH_FUSED_INLINE Moments<W> row_moments(const W* x, const LayerNorm& norm) {
+  const int64_t n = norm.cols, first = std::min(n, kBlock);
+  const W shift = block_sums(x, first, W(0)).sum / static_cast<W>(first);
+  Sums<W> total{0, 0};
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const Sums<W> block = block_sums(x + begin, std::min(n - begin, kBlock), shift);
+    total.sum += block.sum;
+    total.squares += block.squares;
+  }
+  const W count = static_cast<W>(n), rest = total.sum / count;
+  const W variance = std::max(total.squares / count - rest * rest, W(0));
+  return {shift, rest, 1 / std::sqrt(variance + static_cast<W>(norm.eps))};
+}
+
+template <class T>
+struct Forward {
+  LayerNorm norm;
+  const T* input;
+  const T* weight;  // or null
+  const T* bias;    // or null
+  T* output;
+  int64_t stride;
+};
+
+template <class T>
+TORCH_FUSED_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t end) {
+  static thread_local std::vector<wide_t<T>> weight_buffer, bias_buffer, row_buffer;
+  const int64_t n = a.norm.cols;
+  const wide_t<T>* w = widened(a.weight, n, wide_t<T>(1), weight_buffer);
+  const wide_t<T>* b = widened(a.bias, n, wide_t<T>(0), bias_buffer);
+  for (int64_t row = begin; row < end; ++row) {
+    const wide_t<T>* x = widened(a.input + row * a.stride, n, wide_t<T>(0), row_buffer);
+    T* y = a.output + row * n;
+    const Moments<wide_t<T>> m = row_moments(x, a.norm);
+    for (int64_t i = 0; i < n; ++i) y[i] = narrow<T>(std::fma(m.normed(x[i]), w[i], b[i]));
+  }
+}
+
+template <class T>
+struct Backward {
+  LayerNorm norm;
+  const T* grad;
+  const T* x;
+  const T* weight;  // or null
+  T* grad_x;
+  wide_t<T>* partial;  // a row a block: its part of the weight's gradient, then of the bias's, if they are needed
+  int64_t grad_stride, x_stride, rows_per_block;
+  bool need_weight_grad, need_bias_grad;
+};
+
+// With g = dy * weight and n = (x - mean) * rstd: dx = rstd * (g - mean(g) - n * mean(g * n)), dweight = sum of dy * n,
+// dbias = sum of dy.
+template <class T>
+TORCH_FUSED_INLINE void backward_blocks(const Backward<T>& a, int64_t begin, int64_t end) {
+  using W = wide_t<T>;
+  static thread_local std::vector<W> weight_buffer, grad_buffer, row_buffer;
+  const int64_t n = a.norm.cols;
+  const W* w = widened(a.weight, n, W(1), weight_buffer);
+  for (int64_t block = begin; block < end; ++block) {
+    W* grad_weight = a.partial + block * n * (a.need_weight_grad + a.need_bias_grad);
+    W* grad_bias = grad_weight + (a.need_weight_grad ? n : 0);
+    const int64_t last = std::min((block + 1) * a.rows_per_block, a.norm.rows);
+    for (int64_t row = block * a.rows_per_block; row < last; ++row) {
+      const W* dy = widened(a.grad + row * a.grad_stride, n, W(0), grad_buffer);
+      const W* x = widened(a.x + row * a.x_stride, n, W(0), row_buffer);
+      T* dx = a.grad_x + row * n;
+      const Moments<W> m = row_moments(x, a.norm);
+      const W mean_g = row_sum<W>(n, Terms{[=](int64_t i) { return dy[i] * w[i]; }}) / static_cast<W>(n);
+      const W mean_gn =
+          row_sum<W>(n, Terms{[=](int64_t i) { return dy[i] * w[i] * m.normed(x[i]); }}) / static_cast<W>(n);
+      for (int64_t i = 0; i < n; ++i) {
+        dx[i] = narrow<T>(m.rstd * (dy[i] * w[i] - mean_g - m.normed(x[i]) * mean_gn));
+      }
+      if (a.need_weight_grad) {
+        for (int64_t i = 0; i < n; ++i) grad_weight[i] += dy[i] * m.normed(x[i]);
+      }
+      if (a.need_bias_grad) {
+        for (int64_t i = 0; i < n; ++i) grad_bias[i] += dy[i];
+      }
+    }
+  }
+}
+
+#define LAYER_NORM_LOOPS(T)                                                     \
+  TORCH_FUSED_SIMD void run(const Forward<T>& a, int64_t begin, int64_t end) {  \
+    forward_rows(a, begin, end);                                                \
+  }                                                                             \
+  TORCH_FUSED_SIMD void run(const Backward<T>& a, int64_t begin, int64_t end) { \
+    backward_blocks(a, begin, end);                                             \
+  }
+LAYER_NORM_LOOPS(float)
+LAYER_NORM_LOOPS(double)
+LAYER_NORM_LOOPS(at::Half)
+LAYER_NORM_LOOPS(at::BFloat16)
+
+template <class Args>
+void run_parallel(const Args& args, int64_t count, int64_t elements_each) {
+  at::parallel_for(0, count, row_grain(elements_each), [&](int64_t begin, int64_t end) { run(args, begin, end); });
+}
+
+}  // namespace
+
+Tensor layer_norm_cpu(const Tensor& input, IntArrayRef normalized_shape, const OptionalTensor& weight,
+                      const OptionalTensor& bias, double eps) {
+  const LayerNorm norm = check_layer_norm("layer_norm", input, normalized_shape, weight, bias, eps);
+  const Tensor output = at::empty(input.sizes(), input.options());
+  if (input.numel() == 0) return output;
+  const Rows x = as_rows(input, norm.rows, norm.cols);
+  const Tensor w = weight ? weight->contiguous() : Tensor(), b = bias ? bias->contiguous() : Tensor();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "layer_norm", [&] {
+    const Forward<scalar_t> args{norm,
+                                 elements<const scalar_t>(x.tensor),
+                                 weight ? elements<const scalar_t>(w) : nullptr,
+                                 bias ? elements<const scalar_t>(b) : nullptr,
+                                 elements<scalar_t>(output),
+                                 x.stride};
+    run_parallel(args, norm.rows, norm.cols);
+  });
+  return output;
+}
+
+std::tuple<Tensor, Tensor> layer_norm_backward_cpu(const Tensor& grad, const Tensor& x, IntArrayRef normalized_shape,
+                                                   const OptionalTensor& weight, double eps, bool need_weight_grad,
+                                                   bool need_bias_grad) {
+  const LayerNorm norm = check_layer_norm_backward(grad, x, normalized_shape, weight, eps);
+  const Tensor grad_x = at::empty(x.sizes(), x.options());
+  const Tensor grad_params = empty_parameter_grads(x, normalized_shape, need_weight_grad, need_bias_grad);
+  if (x.numel() == 0) return {grad_x, grad_params.zero_()};
+  const Rows dy = as_rows(grad, norm.rows, norm.cols), values = as_rows(x, norm.rows, norm.cols);
+  const Tensor w = weight ? weight->contiguous() : Tensor();
+  // A fixed number of blocks, so that the parameters' gradients do not depend on the number of threads.
+  const int64_t rows_per_block = (norm.rows + 31) / 32;
+  const int64_t blocks = (norm.rows + rows_per_block - 1) / rows_per_block;
+  const auto acc_type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const Tensor partial = at::zeros({blocks, grad_params.numel()}, x.options().dtype(acc_type));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "layer_norm_backward", [&] {
+    const Backward<scalar_t> args{norm,
+                                  elements<const scalar_t>(dy.tensor),
+                                  elements<const scalar_t>(values.tensor),
+                                  weight ? elements<const scalar_t>(w) : nullptr,
+                                  elements<scalar_t>(grad_x),
+                                  elements<wide_t<scalar_t>>(partial),
+                                  dy.stride,
+                                  values.stride,
+                                  rows_per_block,
+                                  need_weight_grad,
+                                  need_bias_grad};
+    run_parallel(args, blocks, rows_per_block * norm.cols);
+  });
+  return {grad_x, partial.sum(0).to(x.scalar_type()).view(grad_params.sizes())};
+}
+
+// ---- autograd and autocast ------------------------------------------------------------------------------------------
+
+namespace {
+
+Tensor call_layer_norm(const Tensor& input, IntArrayRef normalized_shape, const OptionalTensor& weight,
+                       const OptionalTensor& bias, double eps) {
+  static const auto op = find_op<decltype(layer_norm_cpu)>("torch_fused::layer_norm");
+  return op.call(input, normalized_shape, weight, bias, eps);
+}
+
+struct LayerNormFunction : torch::autograd::Function<LayerNormFunction> {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& input, IntArrayRef normalized_shape,
+                        const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({input, weight.value_or(Tensor())});
+    ctx->saved_data["normalized_shape"] = normalized_shape;
+    ctx->saved_data["has_bias"] = bias.has_value();
+    ctx->saved_data["eps"] = eps;
+    return call_layer_norm(input, normalized_shape, weight, bias, eps);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    static const auto op = find_op<decltype(layer_norm_backward_cpu)>("torch_fused::layer_norm_backward");
+    const auto saved = ctx->get_saved_variables();
+    const OptionalTensor weight = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
+    auto& data = ctx->saved_data;
+    // An absent tensor is no edge, so the bias follows whatever is there.
+    const bool need_weight_grad = weight && ctx->needs_input_grad(1);
+    const bool need_bias_grad = data["has_bias"].toBool() && ctx->needs_input_grad(weight ? 2 : 1);
+    auto [grad_x, grad_params] = op.call(grads[0], saved[0], data["normalized_shape"].toIntVector(), weight,
+                                         data["eps"].toDouble(), need_weight_grad, need_bias_grad);
+    return {grad_x, Tensor(), need_weight_grad ? grad_params[0] : Tensor(), need_bias_grad ? grad_params[-1] : Tensor(),
+            Tensor()};
+  }
+};
+
+Tensor layer_norm_autograd(const Tensor& input, IntArrayRef normalized_shape, const OptionalTensor& weight,
+                           const OptionalTensor& bias, double eps) {
+  if (!needs_gradient({&input, weight ? &*weight : &input, bias ? &*bias : &input})) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return call_layer_norm(input, normalized_shape, weight, bias, eps);
+  }
+  return LayerNormFunction::apply(input, normalized_shape, weight, bias, eps);
+}
+
+// Under autocast, what torch does for its own layer_norm on GPUs: float32.
+template <c10::DispatchKey key, c10::DeviceType device>
+Tensor layer_norm_autocast(const Tensor& input, IntArrayRef normalized_shape, const OptionalTensor& weight,
+                           const OptionalTensor& bias, double eps) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+  const auto cast = [](const OptionalTensor& tensor) {
+    return tensor ? OptionalTensor(at::autocast::cached_cast(at::kFloat, *tensor, device)) : tensor;
+  };
+  return call_layer_norm(*cast(input), normalized_shape, cast(weight), cast(bias), eps);
+}
+
+}  // namespace
+}  // namespace torch_fused
+
+TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
+  m.impl("layer_norm", torch_fused::layer_norm_autograd);
+  m.impl("layer_norm_backward", torch::autograd::autogradNotImplementedFallback());
+}
+TORCH_LIBRARY_IMPL(torch_fused, AutocastCUDA, m) {
+  m.impl("layer_norm", torch_fused::layer_norm_autocast<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>);
+}
+TORCH_LIBRARY_IMPL(torch_fused, AutocastMPS, m) {
+  m.impl("layer_norm", torch_fused::layer_norm_autocast<c10::DispatchKey::AutocastMPS, c10::DeviceType::MPS>);
+}

@@ -1,0 +1,109 @@
+// Layer norm of rows: y = (x - mean) * rsqrt(variance + eps) * weight + bias.
+#include <metal_stdlib>
+#include "common/pack.metal.h"
+#include "common/reduce.metal.h"
+#include "layer_norm/layer_norm.metal.h"
+using namespace metal;
+
+struct LayerNormParams {
+  long input_stride;  // elements from row to row; all other operands are dense
+  uint cols;
+  uint flags;
+  float eps;
+  uint unused;
+};
+
+// One row's operands, and how to read and write a pack of it.
+template <typename T, int W>
+struct LayerNormRow {
+  device const T* input;
+  device const T* weight;
+  device const T* bias;
+  device T* output;
+  uint cols;
+  uint flags;
+
+  void load(uint column, thread float* x) const { load_columns<W>(input, column, cols, flags & ALIGNED, x); }
+
+  // Turns x into x - shift and adds it and its square to `sums`.
+  void add(uint column, float shift, thread float* x, thread float* sums) const {
+    subtract<W>(column, cols, shift, x);
+#pragma unroll
+    for (int j = 0; j < W; j++) {
+      sums[0] += x[j];
+      sums[1] += x[j] * x[j];
+    }
+  }
+
+  void store_normed(uint column, thread const float* x, Moments m) const {
+    float w[W], b[W], y[W];
+    if (flags & HAS_WEIGHT) load_columns<W>(weight, column, cols, flags & ALIGNED, w);
+    if (flags & HAS_BIAS) load_columns<W>(bias, column, cols, flags & ALIGNED, b);
+#pragma unroll
+    for (int j = 0; j < W; j++) {
+      y[j] = fma(m.normed(x[j]), flags & HAS_WEIGHT ? w[j] : 1.0f, flags & HAS_BIAS ? b[j] : 0.0f);
+    }
+    store_columns<W>(output, column, cols, flags & ALIGNED, y);
+  }
+};
+
+// One threadgroup a row. N packs of W values a thread: the row is read once and stays in registers. N == 0: a longer
+// row, read twice.
+template <typename T, int W, int N>
+[[kernel, max_total_threads_per_threadgroup(512)]]
+void layer_norm(device const T* input [[buffer(0)]], device const T* weight [[buffer(1)]],
+                device const T* bias [[buffer(2)]], device T* output [[buffer(3)]],
+                constant LayerNormParams& p [[buffer(4)]], uint row [[threadgroup_position_in_grid]],
+                uint thread_id [[thread_position_in_threadgroup]], uint threads [[threads_per_threadgroup]],
+                uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+                uint simdgroups [[simdgroups_per_threadgroup]]) {
+  constexpr int packs = N > 0 ? N : 1;
+  threadgroup float scratch[2 * 32];
+  const Place place = {lane, simdgroup, simdgroups};
+  const LayerNormRow<T, W> r = {
+      input + long(row) * p.input_stride, weight, bias, output + long(row) * p.cols, p.cols, p.flags};
+  const uint first = thread_id * W;
+  const uint step = threads * W;
+  float x[packs][W];
+  // All loads before any arithmetic: more of them in flight.
+#pragma unroll
+  for (int i = 0; i < packs; i++) r.load(first + i * step, x[i]);
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < packs; i++) sum += pack_sum<W>(x[i]);
+  const float shift = threadgroup_sum(sum, scratch, place) / float(min(packs * step, p.cols));
+  float sums[2] = {0.0f, 0.0f};
+  if (N > 0) {
+#pragma unroll
+    for (int i = 0; i < packs; i++) r.add(first + i * step, shift, x[i], sums);
+    threadgroup_sums<2>(sums, scratch, place);
+    const Moments m = row_moments(sums[0], sums[1], p.cols, p.eps);
+#pragma unroll
+    for (int i = 0; i < packs; i++) r.store_normed(first + i * step, x[i], m);
+  } else {
+    for (uint column = first; column < p.cols; column += step) {
+      r.load(column, x[0]);
+      r.add(column, shift, x[0], sums);
+    }
+    threadgroup_sums<2>(sums, scratch, place);
+    const Moments m = row_moments(sums[0], sums[1], p.cols, p.eps);
+    for (uint column = first; column < p.cols; column += step) {
+      r.load(column, x[0]);
+      subtract<W>(column, p.cols, shift, x[0]);
+      r.store_normed(column, x[0], m);
+    }
+  }
+}
+
+#define LAYER_NORM(name, T, W, N)                                                                                   \
+  template [[host_name("layer_norm_" #name "_" #N)]] [[kernel]] void layer_norm<T, W, N>(                            \
+      device const T*, device const T*, device const T*, device T*, constant LayerNormParams&, uint, uint, uint,     \
+      uint, uint, uint);
+#define LAYER_NORM_ALL(name, T, W) \
+  LAYER_NORM(name, T, W, 0)        \
+  LAYER_NORM(name, T, W, 1)        \
+  LAYER_NORM(name, T, W, 2)        \
+  LAYER_NORM(name, T, W, 4)
+LAYER_NORM_ALL(f32, float, 4)
+LAYER_NORM_ALL(f16, half, 8)
+LAYER_NORM_ALL(bf16, bfloat, 8)

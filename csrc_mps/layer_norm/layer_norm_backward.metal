@@ -1,0 +1,162 @@
+// Gradients of the layer norm of rows (layer_norm.metal). Mean and variance are found again from x, which is read anyway.
+#include <metal_stdlib>
+#include "common/pack.metal.h"
+#include "common/reduce.metal.h"
+#include "layer_norm/layer_norm.metal.h"
+using namespace metal;
+
+struct LayerNormBackwardParams {
+  long grad_stride;  // elements from row to row; all other operands are dense
+  long x_stride;
+  uint rows;
+  uint cols;
+  uint flags;
+  float eps;
+};
+
+// What a row's sums say of its gradient.
+struct Slopes {
+  float mean_g;
+  float mean_gn;
+};
+
+// One row of the backward pass. With g = dy * weight and n = (x - mean) * rstd: dx = rstd * (g - mean(g) - n * mean(g * n)),
+// and dy * n and dy are the row's parts of dweight and dbias.
+template <typename T, int W>
+struct LayerNormGradRow {
+  device const T* grad;
+  device const T* x;
+  device const T* weight;
+  device T* grad_x;
+  uint cols;
+  uint flags;
+
+  void load(uint column, thread float* dy, thread float* values) const {
+    load_columns<W>(grad, column, cols, flags & ALIGNED, dy);
+    load_columns<W>(x, column, cols, flags & ALIGNED, values);
+  }
+
+  void load_weight(uint column, thread float* w) const {
+    if (flags & HAS_WEIGHT) load_columns<W>(weight, column, cols, flags & ALIGNED, w);
+#pragma unroll
+    for (int j = 0; j < W; j++) w[j] = flags & HAS_WEIGHT ? w[j] : 1.0f;
+  }
+
+  // Turns x into c = x - shift and adds c, c^2, g and g * c to `sums`.
+  void add(uint column, float shift, thread const float* dy, thread float* values, thread float* sums) const {
+    float w[W];
+    load_weight(column, w);
+    subtract<W>(column, cols, shift, values);
+#pragma unroll
+    for (int j = 0; j < W; j++) {
+      const float g = dy[j] * w[j];
+      sums[0] += values[j];
+      sums[1] += values[j] * values[j];
+      sums[2] += g;
+      sums[3] += g * values[j];
+    }
+  }
+
+  // Stores dx of one pack and adds its parts of dweight and dbias.
+  void store(uint column, thread const float* dy, thread const float* values, Moments m, Slopes slopes,
+             thread float* grad_weight, thread float* grad_bias) const {
+    float w[W], dx[W];
+    load_weight(column, w);
+#pragma unroll
+    for (int j = 0; j < W; j++) {
+      const float normed = m.normed(values[j]);
+      dx[j] = m.rstd * (dy[j] * w[j] - slopes.mean_g - normed * slopes.mean_gn);
+      grad_weight[j] += dy[j] * normed;
+      grad_bias[j] += dy[j];
+    }
+    store_columns<W>(grad_x, column, cols, flags & ALIGNED, dx);
+  }
+};
+
+// Each threadgroup takes every threadgroups-th row and leaves its part of dweight, then of dbias, in its row of `partial`,
+// without those that are not needed. N packs a thread in registers; N == 0: longer rows, read twice, with the parts
+// accumulated in `partial` itself.
+template <typename T, int W, int N>
+[[kernel, max_total_threads_per_threadgroup(512)]]
+void layer_norm_backward(device const T* grad [[buffer(0)]], device const T* x [[buffer(1)]],
+                         device const T* weight [[buffer(2)]], device T* grad_x [[buffer(3)]],
+                         device float* partial [[buffer(4)]], constant LayerNormBackwardParams& p [[buffer(5)]],
+                         uint group [[threadgroup_position_in_grid]], uint groups [[threadgroups_per_grid]],
+                         uint thread_id [[thread_position_in_threadgroup]],
+                         uint threads [[threads_per_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+                         uint simdgroup [[simdgroup_index_in_threadgroup]],
+                         uint simdgroups [[simdgroups_per_threadgroup]]) {
+  constexpr int packs = N > 0 ? N : 1;
+  threadgroup float scratch[4 * 32];
+  const Place place = {lane, simdgroup, simdgroups};
+  const uint first = thread_id * W;
+  const uint step = threads * W;
+  const bool grad_weight = p.flags & GRAD_WEIGHT, grad_bias = p.flags & GRAD_BIAS;
+  device float* weight_part = partial + long(group) * p.cols * (uint(grad_weight) + uint(grad_bias));
+  device float* bias_part = weight_part + (grad_weight ? p.cols : 0);
+  float dw[packs][W] = {}, db[packs][W] = {};
+  for (uint row = group; row < p.rows; row += groups) {
+    const LayerNormGradRow<T, W> r = {grad + long(row) * p.grad_stride,
+                                      x + long(row) * p.x_stride,
+                                      weight,
+                                      grad_x + long(row) * p.cols,
+                                      p.cols,
+                                      p.flags};
+    float dy[packs][W], values[packs][W];
+#pragma unroll
+    for (int i = 0; i < packs; i++) r.load(first + i * step, dy[i], values[i]);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < packs; i++) sum += pack_sum<W>(values[i]);
+    const float shift = threadgroup_sum(sum, scratch, place) / float(min(packs * step, p.cols));
+    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (N > 0) {
+#pragma unroll
+      for (int i = 0; i < packs; i++) r.add(first + i * step, shift, dy[i], values[i], sums);
+    } else {
+      for (uint column = first; column < p.cols; column += step) {
+        r.load(column, dy[0], values[0]);
+        r.add(column, shift, dy[0], values[0], sums);
+      }
+    }
+    threadgroup_sums<4>(sums, scratch, place);
+    const Moments m = row_moments(sums[0], sums[1], p.cols, p.eps);
+    const Slopes slopes = {sums[2] / float(p.cols), (sums[3] - m.rest * sums[2]) / float(p.cols) * m.rstd};
+    if (N > 0) {
+#pragma unroll
+      for (int i = 0; i < packs; i++) r.store(first + i * step, dy[i], values[i], m, slopes, dw[i], db[i]);
+    } else {
+      for (uint column = first; column < p.cols; column += step) {
+        r.load(column, dy[0], values[0]);
+        subtract<W>(column, p.cols, shift, values[0]);
+#pragma unroll
+        for (int j = 0; j < W; j++) dw[0][j] = db[0][j] = 0.0f;
+        if (grad_weight && row != group) load_columns<W>(weight_part, column, p.cols, false, dw[0]);
+        if (grad_bias && row != group) load_columns<W>(bias_part, column, p.cols, false, db[0]);
+        r.store(column, dy[0], values[0], m, slopes, dw[0], db[0]);
+        if (grad_weight) store_columns<W>(weight_part, column, p.cols, false, dw[0]);
+        if (grad_bias) store_columns<W>(bias_part, column, p.cols, false, db[0]);
+      }
+    }
+  }
+  if (N > 0) {
+#pragma unroll
+    for (int i = 0; i < packs; i++) {
+      if (grad_weight) store_columns<W>(weight_part, first + i * step, p.cols, false, dw[i]);
+      if (grad_bias) store_columns<W>(bias_part, first + i * step, p.cols, false, db[i]);
+    }
+  }
+}
+
+#define LAYER_NORM_BACKWARD(name, T, W, N)                                                                          \
+  template [[host_name("layer_norm_backward_" #name "_" #N)]] [[kernel]] void layer_norm_backward<T, W, N>(          \
+      device const T*, device const T*, device const T*, device T*, device float*,                                   \
+      constant LayerNormBackwardParams&, uint, uint, uint, uint, uint, uint, uint);
+#define LAYER_NORM_BACKWARD_ALL(name, T, W) \
+  LAYER_NORM_BACKWARD(name, T, W, 0)        \
+  LAYER_NORM_BACKWARD(name, T, W, 1)        \
+  LAYER_NORM_BACKWARD(name, T, W, 2)        \
+  LAYER_NORM_BACKWARD(name, T, W, 4)
+LAYER_NORM_BACKWARD_ALL(f32, float, 4)
+LAYER_NORM_BACKWARD_ALL(f16, half, 8)
+LAYER_NORM_BACKWARD_ALL(bf16, bfloat, 8)
