@@ -87,6 +87,7 @@ setup(
             extra_compile_args=[
                 "-O3",
                 "-ffp-contract=off",
+                "-fno-math-errno",  # a sqrt that may set errno keeps its loop from vectorising
                 "-fvisibility=hidden",
                 "-Wall",
                 "-Wextra",

@@ -13,6 +13,8 @@ import torch
 
 from torch_fused.functional import add_rms_norm, rms_norm
 from torch_fused.metal import MetalError, emulate
+from torch_fused.ops.adamw import adamw_
+from torch_fused.selfcheck import CHECKS
 from torch_fused.testing import make
 
 SOURCES = Path(__file__).parents[1] / "csrc_mps"
@@ -43,6 +45,16 @@ def on_view(cols: int, width: int) -> Callable[[], object]:
 def backward() -> object:
     x, grad = make(4, 896), make(4, 896, seed=1)
     return torch.ops.torch_fused.rms_norm_backward(grad, None, x, (896,), make(896, seed=2), 1e-6, "torch", 0.0, True)
+
+
+def adamw_step(*sizes: int) -> Callable[[], object]:
+    """A step over tensors of these sizes in a call of its own."""
+
+    def run() -> object:
+        lists = [[make(size, seed=i).abs() for size in sizes] for i in range(4)]
+        return adamw_(*lists, [torch.zeros(()) for _ in sizes])
+
+    return run
 
 
 BARRIER = "  threadgroup_barrier(mem_flags::mem_threadgroup);\n"
@@ -230,6 +242,58 @@ BUGS = [
         "rms_norm/rms_norm.metal",
         "  threadgroup float scratch[32];",
     ),
+    Bug(
+        "every threadgroup takes the same elements",
+        "adamw",
+        "long(group - p.first[tensor]) * (THREADS * W)",
+        "long(0 * group)",
+        adamw_step(3000),
+        r"data race on buffer 0 \(",
+        "common/pack.metal.h",
+        "",
+    ),
+    Bug(
+        "a tensor's threadgroups are counted from the first tensor",
+        "adamw",
+        "long(group - p.first[tensor])",
+        "long(group)",
+        adamw_step(3000, 3000),
+        "out-of-bounds",
+        "common/pack.metal.h",
+        "",
+    ),
+    Bug(
+        "the tail is not held back by the tensor's end",
+        "adamw",
+        "uint(min(p.numel[tensor] - begin, long(THREADS * W)))",
+        "uint(THREADS * W)",
+        adamw_step(1001),
+        "out-of-bounds.*read of 16 bytes",
+        "common/pack.metal.h",
+        "const float4 raw = *(device const float4*)from;",
+    ),
+    Bug(
+        "the alignment of the first tensor is every tensor's",
+        "adamw",
+        "(p.aligned >> tensor & 1)",
+        "(p.aligned & 1)",
+        lambda: adamw_(
+            *[[make(64, seed=i).abs(), make(65, seed=i).abs()[1:]] for i in range(4)], [torch.zeros(()) for _ in "ab"]
+        ),
+        "misaligned read of 16 bytes",
+        "common/pack.metal.h",
+        "const float4 raw = *(device const float4*)from;",
+    ),
+    Bug(
+        "the second tensor's threadgroups write the first tensor",
+        "adamw",
+        "name##0, name##1,",
+        "name##0, name##0,",
+        adamw_step(8, 8),
+        r"data race on buffer 0 \(",
+        "common/pack.metal.h",
+        "",
+    ),
 ]
 
 
@@ -262,3 +326,24 @@ def test_the_kernel_without_the_bug_is_clean(bug):
     """The same call on the real kernel raises nothing: what was caught is the bug."""
     with emulate():
         bug.run()
+
+
+# (name, source, old, new, check): memory-safe on every schedule, so that only wrong numbers show it, to the self-check.
+ONLY_NUMBERS = [
+    ("beta1 and its complement swapped", "adamw", "near ? s.lerp : s.lerp - F(1.0f)", "F(1.0f) - s.lerp", "adamw_"),
+    ("no bias correction", "adamw", "sqrt(exp_avg_sq) / s.bias_correction2", "sqrt(exp_avg_sq)", "adamw_"),
+    ("the old average of the squares", "adamw", "sqrt(exp_avg_sq)", "sqrt(x.exp_avg_sq)", "adamw_"),
+    ("bias corrections of the first tensor", "adamw", "p.bias_correction2[tensor]", "p.bias_correction2[0]", "adamw_"),
+    ("a state that is not stored", "adamw", "store_columns<W>(exp_avg, at, count, aligned, m);", ";", "adamw_"),
+]
+
+
+@pytest.mark.parametrize(("name", "source", "old", "new", "check"), ONLY_NUMBERS, ids=[bug[0] for bug in ONLY_NUMBERS])
+def test_bug_shows_in_the_numbers_only(name, source, old, new, check):
+    """The self-check of the op fails on the planted bug, and passes on the real kernel."""
+    text = metal_text(source)
+    assert old in text
+    with emulate(sources={source: text.replace(old, new, 1)}), pytest.raises(AssertionError, match="relative error"):
+        CHECKS[check]("cpu")
+    with emulate():
+        CHECKS[check]("cpu")

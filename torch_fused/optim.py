@@ -31,7 +31,7 @@ class AdamW(torch.optim.AdamW):
 
     Raises:
         ValueError: an argument is out of range, ``state_dtype`` is not None or float32, or a loaded group asks for
-            amsgrad, which has no fused kernel.
+            amsgrad, which has no fused kernel; or a gradient is sparse.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -81,6 +81,9 @@ class AdamW(torch.optim.AdamW):
         for param in group["params"]:
             if param.grad is None:
                 continue
+            if param.grad.layout != torch.strided:
+                layout = str(param.grad.layout).removeprefix("torch.")
+                raise ValueError(f"AdamW: gradients must be dense, got one that is {layout}")
             state = self.state[param] or self._new_state(param)
             lists = operands.setdefault(param.device, ([], [], [], [], []))
             tensors = (param, param.grad, state["exp_avg"], state["exp_avg_sq"], state["step"])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .functional import add_rms_norm
+from .ops.adamw import adamw_, adamw_reference
 from .ops.rms_norm import add_rms_norm_reference, rms_norm_backward_reference, rms_norm_reference
 from .ops.sampling import filter_logits_reference, greedy_reference, sample_reference
 from .ops.softmax import softmax_backward_reference, softmax_reference
@@ -81,6 +82,30 @@ def check_softmax_backward(device: str) -> None:
         compare(f"softmax_backward {what}", [torch.ops.torch_fused.softmax_backward(grad, y)], [exact])
 
 
+def adamw_operands(dtype: torch.dtype, state_dtype: torch.dtype, start: int) -> list[list[Tensor]]:
+    """Parameters, gradients, states and steps of more tensors than a launch takes, misaligned by `start` elements."""
+    shapes = [(5,), (2049,), (33, 64), (1,), (0,), (3000,), (7, 7), (4096,), (130,), (64,)]
+    dtypes = (dtype, dtype, state_dtype, state_dtype)
+    lists = [[make(*s, dtype=d, seed=9 * i + j) for j, s in enumerate(shapes)] for i, d in enumerate(dtypes)]
+    lists[3] = [tensor.abs() for tensor in lists[3]]
+    lists[:4] = [[torch.cat([t.new_zeros(start), t.flatten()])[start:] for t in tensors] for tensors in lists[:4]]
+    return [*lists, [torch.tensor(float(i)) for i in range(len(shapes))]]
+
+
+def check_adamw(device: str) -> None:
+    for dtype in DTYPES:
+        for state_dtype in {dtype, torch.float32}:
+            for start in (0, 3):
+                lists = adamw_operands(dtype, state_dtype, start)
+                exact = [[t.double() for t in tensors] for tensors in lists[:4]] + [[s.clone() for s in lists[4]]]
+                # The whole storage goes to the device, so that the view of it is as misaligned there.
+                moved = [[t._base.to(device)[start:] for t in tensors] for tensors in lists[:4]]
+                adamw_(*moved, lists[4], lr=0.02)
+                adamw_reference(*exact, lr=0.02)
+                for name, i in (("parameter", 0), ("exp_avg", 2), ("exp_avg_sq", 3)):
+                    compare(f"adamw_, {name}, states in {state_dtype}", moved[i], exact[i])
+
+
 def logits(device: str):
     """(what, logits on the device, the same on the CPU): one slice or several and a tail; equal, rounded, NaN rows."""
     for dtype in DTYPES:
@@ -122,6 +147,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "rms_norm_backward": check_rms_norm_backward,
     "softmax": check_softmax,
     "softmax_backward": check_softmax_backward,
+    "adamw_": check_adamw,
     "greedy": check_greedy,
     "filter_logits": check_filter_logits,
     "sample": check_sample,

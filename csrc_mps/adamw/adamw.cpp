@@ -56,8 +56,6 @@ void check_param(const Tensor& param, const Tensor& first, size_t i) {
 }
 
 void check_like_param(const char* name, const Tensor& tensor, const Tensor& param, size_t i) {
-  TORCH_CHECK(tensor.layout() == at::kStrided, "adamw_: ", name, "[", i, "] must be a dense tensor, got layout ",
-              tensor.layout());
   TORCH_CHECK(tensor.sizes() == param.sizes(), "adamw_: ", name, "[", i, "] must have the shape of params[", i, "], ",
               param.sizes(), ", got ", tensor.sizes());
   TORCH_CHECK(tensor.device() == param.device(), "adamw_: ", name, "[", i, "] must be on the device of params[", i,
@@ -78,6 +76,12 @@ void check_step(const Tensor& step, size_t i) {
   TORCH_CHECK(step.is_cpu() && step.scalar_type() == at::kFloat && step.numel() == 1, "adamw_: steps[", i,
               "] must be one float32 on the CPU, got ", step.numel(), " of ", step.scalar_type(), " on ",
               step.device());
+}
+
+void check_written(const char* name, const Tensor& tensor, size_t i) {
+  TORCH_CHECK(tensor.is_non_overlapping_and_dense() || at::has_internal_overlap(tensor) != at::MemOverlap::Yes,
+              "adamw_: ", name, "[", i,
+              "] must not be an expanded tensor, whose elements share memory; its strides are ", tensor.strides());
 }
 
 void check_length(const char* name, TensorList list, TensorList params) {
@@ -110,10 +114,9 @@ AdamwCall::AdamwCall(TensorList params, TensorList grads, TensorList exp_avgs, T
     check_like_param("exp_avg_sqs", exp_avg_sqs[i], params[i], i);
     check_dtypes(params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], i);
     check_step(steps[i], i);
-    for (const Tensor& written : {params[i], exp_avgs[i], exp_avg_sqs[i]}) {
-      TORCH_CHECK(written.is_non_overlapping_and_dense() || at::has_internal_overlap(written) != at::MemOverlap::Yes,
-                  "adamw_: params[", i, "] and its states must not be expanded tensors, whose elements share memory");
-    }
+    check_written("params", params[i], i);
+    check_written("exp_avgs", exp_avgs[i], i);
+    check_written("exp_avg_sqs", exp_avg_sqs[i], i);
   }
   tensors_.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {

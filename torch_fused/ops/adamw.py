@@ -60,12 +60,15 @@ def adamw_(
     r"""One step of AdamW on every parameter, in place: seven tensors a launch on a GPU.
 
     .. math::
-        m \leftarrow \beta_1 m + (1 - \beta_1) g \qquad v \leftarrow \beta_2 v + (1 - \beta_2) g^2 \qquad
-        w \leftarrow (1 - \gamma\lambda) w - \frac{\gamma}{1 - \beta_1^t} \frac{m}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+        m \leftarrow \beta_1 m + (1 - \beta_1) g \qquad v \leftarrow \beta_2 v + (1 - \beta_2) g^2
 
-    with the step :math:`t` of each parameter, the learning rate :math:`\gamma` and the weight decay :math:`\lambda`. The
-    arithmetic is in float32 (float64 for float64), each result rounded once. Not differentiable: call it under
-    :func:`torch.no_grad`.
+    .. math::
+        w \leftarrow (1 - \gamma\lambda) w
+            - \frac{\gamma}{1 - \beta_1^t} \frac{m}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+
+    with the step :math:`t` of each parameter, the learning rate :math:`\gamma` and the weight decay
+    :math:`\lambda`. The arithmetic is in float32 (float64 for float64), each result rounded once. Not differentiable:
+    call it under :func:`torch.no_grad`.
 
     Args:
         params: at least one tensor, all on one device; each float32, float16 or bfloat16, on the CPU float64 too. Any
