@@ -1,6 +1,7 @@
 """adamw_ and optim.AdamW: values, contracts and checkpoints, on every backend."""
 
 import copy
+import pickle
 from itertools import chain
 
 import pytest
@@ -273,7 +274,10 @@ def changed(place, new):
         (changed((1, 0), lambda t: t.half()), r"grads\[0\] must have the dtype of params\[0\], Float, got Half"),
         (changed((2, 0), lambda t: t.half()), r"exp_avgs\[0\] must have the dtype of params\[0\].*float32, got Half"),
         (changed((3, 0), lambda t: t.half()), r"exp_avg_sqs\[0\] must have the dtype of exp_avgs\[0\].*got Half"),
-        (changed((3, 1), lambda t: t[:, :1].expand(4, 4)), r"exp_avg_sqs\[1\] must not be an expanded tensor.*\[4, 0\]"),
+        (
+            changed((3, 1), lambda t: t[:, :1].expand(4, 4)),
+            r"exp_avg_sqs\[1\] must not be an expanded tensor.*\[4, 0\]",
+        ),
         (changed((4, 1), lambda t: t.double()), r"steps\[1\] must be one float32 on the CPU, got 1 of Double on cpu"),
         (changed((4, 1), lambda t: t.expand(2)), r"steps\[1\] must be one float32 on the CPU, got 2 of Float"),
         (lambda lists: adamw_(*lists[:4], lists[4][:1]), "steps must have as many tensors as params, 2, got 1"),
@@ -381,6 +385,37 @@ def test_own_checkpoint_resumes_bit_for_bit(backend):
         assert distance(*nets) == 0
         state = resumed.state[nets[1][0].weight]
         assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == (state_dtype or torch.bfloat16)
+
+
+def test_copies_and_pickles(backend):
+    """A copied or pickled optimizer keeps its states and options and trains its own parameters."""
+    net = model(backend.device, torch.bfloat16)
+    optimizer = AdamW(net.parameters(), lr=0.01, state_dtype=torch.float32)
+    train(net, optimizer, 2)
+    other, resumed = copy.deepcopy((net, optimizer))
+    unpickled = pickle.loads(pickle.dumps(optimizer))
+    assert unpickled.state_dtype == resumed.state_dtype == torch.float32
+    train(net, optimizer, 2, first=2)
+    train(other, resumed, 2, first=2)
+    assert distance(net, other) == 0
+
+
+def test_gradient_scaler(backend):
+    """torch.amp.GradScaler unscales the gradients before a step, and leaves out a step with an infinite one."""
+    param = torch.nn.Parameter(make(8, device=backend.device))
+    expected = param.detach().clone().requires_grad_()
+    scaler = torch.amp.GradScaler(backend.device, init_scale=1024.0)
+    for kind, p in ((AdamW, param), (torch.optim.AdamW, expected)):
+        optimizer = kind([p], lr=0.1)
+        scaler.scale(p.square().sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        before = p.detach().clone()
+        p.grad.fill_(torch.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(p, before)
+    torch.testing.assert_close(param, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_gradients_of_another_dtype(backend):

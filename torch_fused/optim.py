@@ -124,6 +124,9 @@ class AdamW(torch.optim.AdamW):
                     loaded = state_dict["state"][number][name]
                     self.state[param][name] = loaded.to(device=param.device, dtype=self.state_dtype, copy=True)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"state_dtype": self.state_dtype}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also called when a state dict is loaded: the step counters go to the host, where they are read."""
         super().__setstate__(state)

@@ -82,28 +82,25 @@ def check_softmax_backward(device: str) -> None:
         compare(f"softmax_backward {what}", [torch.ops.torch_fused.softmax_backward(grad, y)], [exact])
 
 
-def adamw_operands(dtype: torch.dtype, state_dtype: torch.dtype, start: int) -> list[list[Tensor]]:
-    """Parameters, gradients, states and steps of more tensors than a launch takes, misaligned by `start` elements."""
-    shapes = [(5,), (2049,), (33, 64), (1,), (0,), (3000,), (7, 7), (4096,), (130,), (64,)]
+def adamw_operands(device: str, dtype: torch.dtype, state_dtype: torch.dtype, start: int) -> list[list[Tensor]]:
+    """Parameters, gradients and states of more tensors than a launch takes; views that begin `start` elements in."""
+    sizes = (5, 2049, 2112, 1, 0, 3000, 49, 4096, 130, 64)
     dtypes = (dtype, dtype, state_dtype, state_dtype)
-    lists = [[make(*s, dtype=d, seed=9 * i + j) for j, s in enumerate(shapes)] for i, d in enumerate(dtypes)]
-    lists[3] = [tensor.abs() for tensor in lists[3]]
-    lists[:4] = [[torch.cat([t.new_zeros(start), t.flatten()])[start:] for t in tensors] for tensors in lists[:4]]
-    return [*lists, [torch.tensor(float(i)) for i in range(len(shapes))]]
+    wholes = [[make(n + start, dtype=d, seed=9 * i + j) for j, n in enumerate(sizes)] for i, d in enumerate(dtypes)]
+    wholes[3] = [squares.abs() for squares in wholes[3]]
+    return [[whole.to(device)[start:] for whole in tensors] for tensors in wholes]
 
 
 def check_adamw(device: str) -> None:
     for dtype in DTYPES:
         for state_dtype in {dtype, torch.float32}:
             for start in (0, 3):
-                lists = adamw_operands(dtype, state_dtype, start)
-                exact = [[t.double() for t in tensors] for tensors in lists[:4]] + [[s.clone() for s in lists[4]]]
-                # The whole storage goes to the device, so that the view of it is as misaligned there.
-                moved = [[t._base.to(device)[start:] for t in tensors] for tensors in lists[:4]]
-                adamw_(*moved, lists[4], lr=0.02)
-                adamw_reference(*exact, lr=0.02)
+                actual = adamw_operands(device, dtype, state_dtype, start)
+                exact = [[tensor.double().cpu() for tensor in tensors] for tensors in actual]
+                for step, (w, g, m, v) in ((adamw_, actual), (adamw_reference, exact)):
+                    step(w, g, m, v, [torch.tensor(float(i)) for i in range(len(w))], lr=0.02)
                 for name, i in (("parameter", 0), ("exp_avg", 2), ("exp_avg_sq", 3)):
-                    compare(f"adamw_, {name}, states in {state_dtype}", moved[i], exact[i])
+                    compare(f"adamw_, {name}, states in {state_dtype}", actual[i], exact[i])
 
 
 def logits(device: str):
