@@ -109,7 +109,7 @@ def test_mixed_dtypes(backend):
 
 
 def test_bits_of_torch_fused_on_the_cpu():
-    """On the CPU every vector of elements has the bits of torch's fused AdamW, step after step."""
+    """On the CPU torch's fused AdamW gives the same bits, but for an ulp where it leaves its vectors."""
     ours, theirs = operands(shapes=[(64, 65), (4096,)]), operands(shapes=[(64, 65), (4096,)])
     for _ in range(5):
         adamw_(*ours, lr=1e-3)
@@ -130,16 +130,6 @@ def test_bits_of_torch_fused_on_the_cpu():
     for a, b in zip(ours[:4], theirs[:4], strict=True):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y, rtol=2.0**-22, atol=0)
-
-
-def test_bits_do_not_depend_on_the_backend(backend):
-    """The GPU's text is the CPU's: the same bits, in every dtype."""
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        lists, expected = operands(dtype, device=backend.device), operands(dtype)
-        adamw_(*lists, **SETTINGS)
-        adamw_reference(*expected, **SETTINGS)
-        for a, e in zip(lists[0], expected[0], strict=True):
-            torch.testing.assert_close(a.cpu(), e, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 def test_nan_and_inf(backend):
@@ -203,11 +193,12 @@ SCHEDULES = [("sequential", 0), ("reversed", 0), ("random", 0), ("random", 1), (
 @pytest.mark.parametrize(("schedule", "seed"), SCHEDULES)
 def test_every_schedule_gives_the_same_bits(schedule, seed):
     """No result depends on the order that threads run in, and they are the CPU's."""
-    expected, actual = operands(torch.bfloat16), operands(torch.bfloat16)
-    adamw_(*expected)
-    with emulate(checked=True, schedule=schedule, seed=seed):
-        adamw_(*actual)
-    assert same(actual, expected)
+    for dtype in (torch.float32, torch.bfloat16):
+        expected, actual = operands(dtype), operands(dtype)
+        adamw_(*expected)
+        with emulate(schedule=schedule, seed=seed):
+            adamw_(*actual)
+        assert same(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
