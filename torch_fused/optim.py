@@ -1,5 +1,6 @@
 """Optimizers on the fused ops, interchangeable with torch's of the same name."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -77,7 +78,7 @@ class AdamW(torch.optim.AdamW):
     def _step_group(self, group: dict[str, Any]) -> None:
         if group["amsgrad"]:
             raise ValueError("AdamW: amsgrad must be False, got True: use torch.optim.AdamW for it")
-        operands: dict[torch.device, tuple[list[Tensor], ...]] = {}
+        operands: dict[torch.device, tuple[list[Tensor], ...]] = defaultdict(lambda: ([], [], [], [], []))
         for param in group["params"]:
             if param.grad is None:
                 continue
@@ -85,10 +86,11 @@ class AdamW(torch.optim.AdamW):
                 layout = str(param.grad.layout).removeprefix("torch.")
                 raise ValueError(f"AdamW: gradients must be dense, got one that is {layout}")
             state = self.state[param] or self._new_state(param)
-            lists = operands.setdefault(param.device, ([], [], [], [], []))
-            tensors = (param, param.grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
-            for to, tensor in zip(lists, tensors, strict=True):
-                to.append(_local(tensor))
+            tensors: tuple[Any, ...] = (param, param.grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
+            if hasattr(param, "to_local"):  # sharded: the step is elementwise, so this process updates its part
+                tensors = (*(tensor.to_local() for tensor in tensors[:4]), state["step"])
+            for to, tensor in zip(operands[param.device], tensors, strict=True):
+                to.append(tensor)
         beta1, beta2 = group["betas"]
         for params, grads, exp_avgs, exp_avg_sqs, steps in operands.values():
             adamw_(
@@ -133,8 +135,3 @@ class AdamW(torch.optim.AdamW):
         for values in self.state.values():
             if "step" in values:
                 values["step"] = values["step"].to(device="cpu", dtype=torch.float32)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor: the step is elementwise."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -67,11 +67,12 @@ void adamw_gpu(TensorList params, TensorList grads, TensorList exp_avgs, TensorL
                double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize) {
   const AdamwSettings settings{lr, beta1, beta2, eps, weight_decay, maximize};
   const AdamwCall call(params, grads, exp_avgs, exp_avg_sqs, steps, settings);
-  std::map<std::string, std::vector<AdamwTensor>> by_kernel;
+  std::map<std::pair<at::ScalarType, at::ScalarType>, std::vector<AdamwTensor>> by_types;
   for (const AdamwTensor& t : call.tensors()) {
-    by_kernel["adamw_" + dtype_name(t.param) + "_" + dtype_name(t.exp_avg)].push_back(t);
+    by_types[{t.param.scalar_type(), t.exp_avg.scalar_type()}].push_back(t);
   }
-  for (const auto& [kernel, tensors] : by_kernel) {
+  for (const auto& [types, tensors] : by_types) {
+    const std::string kernel = "adamw_" + dtype_name(tensors[0].param) + "_" + dtype_name(tensors[0].exp_avg);
     for (size_t i = 0; i < tensors.size(); i += kTensors) {
       launch_batch(kernel, Batch(tensors).slice(i, std::min(kTensors, tensors.size() - i)), settings);
     }
