@@ -88,6 +88,7 @@ setup(
                 "-O3",
                 "-ffp-contract=off",
                 "-fno-trapping-math",  # else g++ leaves loops with a comparison unvectorised below AVX-512
+                "-fno-math-errno",  # a sqrt that may set errno keeps its loop from vectorising
                 "-fvisibility=hidden",
                 "-Wall",
                 "-Wextra",

@@ -12,11 +12,11 @@ except ImportError as error:
         "torch version: build it again with `pip install --no-build-isolation --force-reinstall --no-deps .`"
     ) from error
 
-from . import functional, nn, sampling
+from . import functional, nn, optim, sampling
 from .runtime import status
 
 __version__ = "0.1.0"
-__all__ = ["demo", "functional", "hf", "metal", "nn", "sampling", "status"]
+__all__ = ["demo", "functional", "hf", "metal", "nn", "optim", "sampling", "status"]
 
 
 def __getattr__(name: str):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .functional import add_rms_norm, apply_rotary_pos_emb, silu_mul
 from .ops.layer_norm import layer_norm_backward_reference, layer_norm_reference
+from .ops.adamw import adamw_, adamw_reference
 from .ops.rms_norm import add_rms_norm_reference, rms_norm_backward_reference, rms_norm_reference
 from .ops.rope import apply_rotary_pos_emb_backward_reference, apply_rotary_pos_emb_reference
 from .ops.sampling import filter_logits_reference, greedy_reference, sample_reference
@@ -132,6 +133,27 @@ def check_rotary_backward(device: str) -> None:
         compare(f"apply_rotary_pos_emb_backward {what}", actual, exact)
 
 
+def adamw_operands(device: str, dtype: torch.dtype, state_dtype: torch.dtype, start: int) -> list[list[Tensor]]:
+    """Parameters, gradients and states of more tensors than a launch takes; views that begin `start` elements in."""
+    sizes = (5, 2049, 2112, 1, 0, 3000, 49, 4096, 130, 64)
+    dtypes = (dtype, dtype, state_dtype, state_dtype)
+    wholes = [[make(n + start, dtype=d, seed=9 * i + j) for j, n in enumerate(sizes)] for i, d in enumerate(dtypes)]
+    wholes[3] = [squares.abs() for squares in wholes[3]]
+    return [[whole.to(device)[start:] for whole in tensors] for tensors in wholes]
+
+
+def check_adamw(device: str) -> None:
+    for dtype in DTYPES:
+        for state_dtype in {dtype, torch.float32}:
+            for start in (0, 3):
+                actual = adamw_operands(device, dtype, state_dtype, start)
+                exact = [[tensor.double().cpu() for tensor in tensors] for tensors in actual]
+                for step, (w, g, m, v) in ((adamw_, actual), (adamw_reference, exact)):
+                    step(w, g, m, v, [torch.tensor(float(i)) for i in range(len(w))], lr=0.02)
+                for name, i in (("parameter", 0), ("exp_avg", 2), ("exp_avg_sq", 3)):
+                    compare(f"adamw_, {name}, states in {state_dtype}", actual[i], exact[i])
+
+
 def logits(device: str):
     """(what, logits on the device, the same on the CPU): one slice or several and a tail; equal, rounded, NaN rows."""
     for dtype in DTYPES:
@@ -179,6 +201,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "silu_mul_backward": check_silu_mul_backward,
     "apply_rotary_pos_emb": check_rotary,
     "apply_rotary_pos_emb_backward": check_rotary_backward,
+    "adamw_": check_adamw,
     "greedy": check_greedy,
     "filter_logits": check_filter_logits,
     "sample": check_sample,

@@ -38,11 +38,26 @@ inline void store_pack(device T* to, thread const float* values) {
   *(device uint4*)to = uint4(words[0], words[1], words[2], words[3]);
 }
 
+// W values that start at 16 bytes: one pack, or two of float32 where W is the pack of a 16-bit type.
+template <int W, typename T>
+inline void load_packs(device const T* from, thread float* values) {
+  constexpr int count = 16 / sizeof(T);
+#pragma unroll
+  for (int i = 0; i < W; i += count) load_pack(from + i, values + i);
+}
+
+template <int W, typename T>
+inline void store_packs(device T* to, thread const float* values) {
+  constexpr int count = 16 / sizeof(T);
+#pragma unroll
+  for (int i = 0; i < W; i += count) store_pack(to + i, values + i);
+}
+
 // W values from `column` on, zero past the end of the row. `aligned`: every pack of the row starts at 16 bytes.
 template <int W, typename T>
 inline void load_columns(device const T* row, uint column, uint cols, bool aligned, thread float* values) {
   if (aligned && column + W <= cols) {
-    load_pack(row + column, values);
+    load_packs<W>(row + column, values);
   } else {
 #pragma unroll
     for (int j = 0; j < W; j++) values[j] = column + j < cols ? float(row[column + j]) : 0.0f;
@@ -52,7 +67,7 @@ inline void load_columns(device const T* row, uint column, uint cols, bool align
 template <int W, typename T>
 inline void store_columns(device T* row, uint column, uint cols, bool aligned, thread const float* values) {
   if (aligned && column + W <= cols) {
-    store_pack(row + column, values);
+    store_packs<W>(row + column, values);
   } else {
 #pragma unroll
     for (int j = 0; j < W; j++) {

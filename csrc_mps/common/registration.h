@@ -44,20 +44,23 @@ struct Kernels<Op, Result(Args...)> {
 
 // TORCH_FUSED_KERNELS(rms_norm) registers rms_norm_cpu and rms_norm_gpu, two functions of one signature. If a GPU
 // source cannot be built, the op runs torch_fused_reference::rms_norm, which ops/rms_norm.py defines in plain torch.
-#define TORCH_FUSED_KERNELS(op)                                                                   \
-  namespace {                                                                                     \
-  struct op##_op {                                                                                \
-    static constexpr char name[] = #op;                                                           \
-    static constexpr char reference[] = "torch_fused_reference::" #op;                            \
-    static constexpr auto cpu = &op##_cpu;                                                        \
-    static constexpr auto gpu = &op##_gpu;                                                        \
-  };                                                                                              \
-  using op##_kernels = torch_fused::Kernels<op##_op, std::remove_pointer_t<decltype(&op##_gpu)>>; \
-  }                                                                                               \
-  TORCH_LIBRARY_IMPL(torch_fused, CPU, m) {                                                       \
-    m.impl(#op, &op##_kernels::cpu);                                                              \
-  }                                                                                               \
-  TORCH_LIBRARY_IMPL(torch_fused, CUDA, m) {                                                      \
-    m.impl(#op, &op##_kernels::gpu);                                                              \
-  }                                                                                               \
-  TORCH_FUSED_IMPL_MPS(op, &op##_kernels::gpu)
+#define TORCH_FUSED_KERNELS(op) TORCH_FUSED_KERNELS_NAMED(op, op)
+
+// The same for an op whose functions have another name: adamw_ of adamw_cpu and adamw_gpu.
+#define TORCH_FUSED_KERNELS_NAMED(op, function)                                                                     \
+  namespace {                                                                                                       \
+  struct function##_op {                                                                                            \
+    static constexpr char name[] = #op;                                                                             \
+    static constexpr char reference[] = "torch_fused_reference::" #op;                                              \
+    static constexpr auto cpu = &function##_cpu;                                                                    \
+    static constexpr auto gpu = &function##_gpu;                                                                    \
+  };                                                                                                                \
+  using function##_kernels = torch_fused::Kernels<function##_op, std::remove_pointer_t<decltype(&function##_gpu)>>; \
+  }                                                                                                                 \
+  TORCH_LIBRARY_IMPL(torch_fused, CPU, m) {                                                                         \
+    m.impl(#op, &function##_kernels::cpu);                                                                          \
+  }                                                                                                                 \
+  TORCH_LIBRARY_IMPL(torch_fused, CUDA, m) {                                                                        \
+    m.impl(#op, &function##_kernels::gpu);                                                                          \
+  }                                                                                                                 \
+  TORCH_FUSED_IMPL_MPS(op, &function##_kernels::gpu)

@@ -1,0 +1,465 @@
+"""adamw_ and optim.AdamW: values, contracts and checkpoints, on every backend."""
+
+import copy
+import pickle
+from itertools import chain
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from torch_fused.metal import emulate
+from torch_fused.ops.adamw import adamw_, adamw_reference
+from torch_fused.optim import AdamW
+from torch_fused.testing import assert_close, make, relative_error
+
+# A scalar, one element, under a pack, a pack and a tail, a threadgroup's elements and one more, several threadgroups,
+# an empty tensor in between; more tensors than a launch takes.
+SHAPES = [(), (1,), (3,), (13,), (0, 4), (1024,), (2049,), (33, 64), (7, 7), (96, 100), (5,), (2048,), (4,)]
+SETTINGS = {"lr": 0.02, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.3}
+
+
+def operands(dtype=torch.float32, *, device="cpu", shapes=SHAPES, state_dtype=None, misaligned=False):
+    """(params, grads, exp_avgs, exp_avg_sqs, steps); every tensor has made another number of steps."""
+
+    def tensors(kind, of):
+        made = []
+        for i, shape in enumerate(shapes):
+            values = make(*shape, dtype=of, seed=4 * i + kind)
+            values = values.abs() if kind == 3 else values
+            if misaligned:  # a view that starts one element into its storage
+                storage = torch.zeros(values.numel() + 1, dtype=of, device=device)
+                made.append(storage[1:].view(shape).copy_(values))
+            else:
+                made.append(values.to(device))
+        return made
+
+    state_dtype = state_dtype or dtype
+    steps = [torch.tensor(float(i)) for i in range(len(shapes))]
+    return tensors(0, dtype), tensors(1, dtype), tensors(2, state_dtype), tensors(3, state_dtype), steps
+
+
+def widened(lists):
+    return [[tensor.detach().double().cpu() for tensor in tensors] for tensors in lists[:4]] + [
+        [step.clone() for step in lists[4]]
+    ]
+
+
+def cloned(lists):
+    return [[tensor.clone() for tensor in tensors] for tensors in lists]
+
+
+def same(actual, expected):
+    pairs = (zip(got, want, strict=True) for got, want in zip(actual, expected, strict=True))
+    return all(torch.equal(a, b) for a, b in chain.from_iterable(pairs))
+
+
+def check(lists, roundings=1.0, **settings):
+    """adamw_ on the lists against the reference in float64."""
+    exact, grads = widened(lists), [grad.clone() for grad in lists[1]]
+    adamw_reference(*exact, **settings)
+    adamw_(*lists, **settings)
+    for name, actual, expected in zip(("param", "grad", "exp_avg", "exp_avg_sq"), lists, exact, strict=False):
+        for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+            assert_close(a, e, roundings=roundings, what=f"{name} {i}")
+    assert all(torch.equal(a, b) for a, b in zip(lists[1], grads, strict=True))
+    assert [step.item() for step in lists[4]] == [step.item() for step in exact[4]]
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("misaligned", [False, True])
+def test_matches_float64(backend, misaligned):
+    """Every dtype, size and alignment, each tensor at a step of its own, is right to one rounding of each result."""
+    for dtype in backend.dtypes:
+        check(operands(dtype, device=backend.device, misaligned=misaligned), **SETTINGS)
+
+
+@pytest.mark.parametrize("misaligned", [False, True])
+def test_float32_states_of_half_parameters(backend, misaligned):
+    """The running averages may be float32, whatever the parameter."""
+    for dtype in (torch.float16, torch.bfloat16):
+        lists = operands(dtype, device=backend.device, state_dtype=torch.float32, misaligned=misaligned)
+        check(lists, **SETTINGS)
+        assert lists[2][0].dtype == torch.float32
+
+
+def test_settings(backend):
+    """Maximising, no decay, no momentum, and a beta1 below a half, where exp_avg comes from the gradient's end."""
+    for settings in ({"maximize": True}, {"weight_decay": 0.0}, {"beta1": 0.0, "beta2": 0.0}, {"beta1": 0.3}):
+        check(operands(device=backend.device, shapes=[(33,), (64,)]), **(SETTINGS | settings))
+
+
+def test_mixed_dtypes(backend):
+    """One call takes parameters of every dtype, with states of theirs or of float32, in any order."""
+    lists = [[] for _ in range(5)]
+    for round in range(3):
+        for dtype in backend.dtypes:
+            for state_dtype in {dtype, dtype if dtype == torch.float64 else torch.float32}:
+                for to, more in zip(
+                    lists,
+                    operands(
+                        dtype, device=backend.device, shapes=[(5 + round,), (4, 16), (0,)], state_dtype=state_dtype
+                    ),
+                    strict=True,
+                ):
+                    to += more
+    check(lists, **SETTINGS)
+
+
+def test_bits_of_torch_fused_on_the_cpu():
+    """On the CPU torch's fused AdamW gives the same bits, but for an ulp where it leaves its vectors."""
+    ours, theirs = operands(shapes=[(64, 65), (4096,)]), operands(shapes=[(64, 65), (4096,)])
+    for _ in range(5):
+        adamw_(*ours, lr=1e-3)
+        for step in theirs[4]:
+            step += 1
+        torch._fused_adamw_(
+            *theirs[:4],
+            [],
+            theirs[4],
+            lr=1e-3,
+            beta1=0.9,
+            beta2=0.999,
+            weight_decay=1e-2,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+        )
+    for a, b in zip(ours[:4], theirs[:4], strict=True):
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, rtol=2.0**-22, atol=0)
+
+
+def test_nan_and_inf(backend):
+    """NaN and infinity in any operand give what torch gives, and stay where they are."""
+    lists = [[make(40, seed=i).to(backend.device)] for i in range(4)]
+    lists[3][0].abs_()
+    for i, tensors in enumerate(lists):
+        tensors[0][3 * i], tensors[0][3 * i + 1], tensors[0][3 * i + 2] = torch.nan, torch.inf, -torch.inf
+    lists.append([torch.tensor(2.0)])
+    expected = cloned(lists)
+    adamw_reference(*expected, **SETTINGS)
+    adamw_(*lists, **SETTINGS)
+    for a, e in zip(lists, expected, strict=True):
+        torch.testing.assert_close(a[0], e[0], rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+# ---- layouts --------------------------------------------------------------------------------------------------------
+
+
+def test_transposed_parameters_are_updated_in_place(backend):
+    """A dense parameter in another order of dimensions, with states like it and a gradient that is not."""
+    lists = operands(device=backend.device, shapes=[(12, 20), (3, 4, 5)])
+    for tensors in (lists[0], lists[2], lists[3]):
+        tensors[:] = [tensors[0].t().contiguous().t(), tensors[1].permute(2, 0, 1).contiguous().permute(1, 2, 0)]
+    addresses = [tensor.data_ptr() for tensor in lists[0]]
+    check(lists, **SETTINGS)
+    assert [tensor.data_ptr() for tensor in lists[0]] == addresses
+
+
+def test_states_and_gradients_in_other_orders(backend):
+    """States of another layout than the parameter's, and an expanded gradient, still meet their elements."""
+    lists = operands(device=backend.device, shapes=[(12, 20)])
+    lists[1][0] = make(1, 20, device=backend.device).expand(12, 20)
+    lists[2][0] = lists[2][0].t().contiguous().t()
+    check(lists, **SETTINGS)
+
+
+def test_parameters_with_gaps(backend):
+    """A strided view is updated, and nothing of its storage between the elements."""
+    lists = operands(device=backend.device, shapes=[(12, 10)])
+    around = torch.full((12, 20), 7.0, device=backend.device)
+    around[:, ::2] = lists[0][0]
+    lists[0][0] = around[:, ::2]
+    check(lists, **SETTINGS)
+    assert (around[:, 1::2] == 7).all()
+
+
+def test_empty_only(backend):
+    """Nothing to update: the steps are counted all the same."""
+    lists = operands(device=backend.device, shapes=[(0,), (3, 0)])
+    adamw_(*lists)
+    assert [step.item() for step in lists[4]] == [1, 2]
+
+
+# ---- GPU kernels ----------------------------------------------------------------------------------------------------
+
+
+SCHEDULES = [("sequential", 0), ("reversed", 0), ("random", 0), ("random", 1), ("random", 2), ("preemptive", 0)]
+
+
+@pytest.mark.parametrize(("schedule", "seed"), SCHEDULES)
+def test_every_schedule_gives_the_same_bits(schedule, seed):
+    """No result depends on the order that threads run in, and they are the CPU's."""
+    for dtype in (torch.float32, torch.bfloat16):
+        expected, actual = operands(dtype), operands(dtype)
+        adamw_(*expected)
+        with emulate(schedule=schedule, seed=seed):
+            adamw_(*actual)
+        assert same(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_traffic(dtype):
+    """Seven tensors a launch; every operand is read once and, but for the gradient, written once."""
+    lists = operands(dtype, shapes=[(4096,), (1000,), (64, 64)] * 3)
+    with emulate() as run:
+        adamw_(*lists)
+    assert len(run.launches) == 2
+    moved = sum(buffer.read + buffer.written for launch in run.launches for buffer in launch.buffers[:-1])
+    assert moved <= 1.05 * 7 * sum(param.nbytes for param in lists[0])
+
+
+# ---- torch's machinery ----------------------------------------------------------------------------------------------
+
+
+def test_opcheck(backend):
+    """The schema tells which lists are written; fake tensors and AOT dispatch agree."""
+    for dtype in (torch.float32, torch.bfloat16):
+        opcheck(
+            torch.ops.torch_fused.adamw_.default, tuple(operands(dtype, device=backend.device, shapes=[(9,), (4, 4)]))
+        )
+
+
+def test_compile_fullgraph(backend):
+    """torch.compile traces the op without a graph break and gives the same numbers."""
+    expected = operands(device=backend.device, shapes=[(9,), (4, 4)])
+    actual = cloned(expected)
+    adamw_(*expected)
+    torch.compile(lambda *lists: adamw_(*lists), fullgraph=True, backend="aot_eager")(*actual)
+    assert same(actual, expected)
+
+
+def test_versions_and_gradients(backend):
+    """Autograd sees that the tensors have changed, and refuses a step that it would have to differentiate."""
+    lists = operands(device=backend.device, shapes=[(4,)])
+    param = lists[0][0]
+    saved = (param.clone().requires_grad_() * param).sum()  # keeps param for its backward
+    adamw_(*lists)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()
+    param.requires_grad_()
+    with pytest.raises(RuntimeError, match="not differentiable"):
+        adamw_(*lists)
+    with torch.no_grad():
+        adamw_(*lists)
+
+
+def changed(place, new):
+    """A call whose operand at `place`, (list, index), is `new` of the right one."""
+
+    def call(lists):
+        lists[place[0]][place[1]] = new(lists[place[0]][place[1]])
+        adamw_(*lists)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (changed((0, 1), lambda t: t.int()), r"params\[1\] must be float32.*got Int"),
+        (changed((1, 1), lambda t: t[:2]), r"grads\[1\] must have the shape of params\[1\], \[4, 4\], got \[2, 4\]"),
+        (changed((1, 0), lambda t: t.half()), r"grads\[0\] must have the dtype of params\[0\], Float, got Half"),
+        (changed((2, 0), lambda t: t.half()), r"exp_avgs\[0\] must have the dtype of params\[0\].*float32, got Half"),
+        (changed((3, 0), lambda t: t.half()), r"exp_avg_sqs\[0\] must have the dtype of exp_avgs\[0\].*got Half"),
+        (
+            changed((3, 1), lambda t: t[:, :1].expand(4, 4)),
+            r"exp_avg_sqs\[1\] must not be an expanded tensor.*\[4, 0\]",
+        ),
+        (changed((4, 1), lambda t: t.double()), r"steps\[1\] must be one float32 on the CPU, got 1 of Double on cpu"),
+        (changed((4, 1), lambda t: t.expand(2)), r"steps\[1\] must be one float32 on the CPU, got 2 of Float"),
+        (lambda lists: adamw_(*lists[:4], lists[4][:1]), "steps must have as many tensors as params, 2, got 1"),
+        (lambda lists: adamw_(*lists, lr=-1.0), "lr must be at least 0 .*got -1"),
+        (lambda lists: adamw_(*lists, beta1=1.0), "beta1 must be at least 0 and below 1, got 1"),
+        (lambda lists: adamw_(*lists, eps=float("nan")), "eps must be at least 0 .*got nan"),
+    ],
+)
+def test_bad_arguments(backend, call, message):
+    """A bad argument raises before anything is written, naming the argument, what it got and what it takes."""
+    lists = operands(device=backend.device, shapes=[(9,), (4, 4)])
+    before = cloned(lists)
+    with pytest.raises(RuntimeError, match=rf"adamw_: {message}"):
+        call([list(tensors) for tensors in lists])
+    assert same(lists, before)
+
+
+# ---- the optimizer --------------------------------------------------------------------------------------------------
+
+
+def model(device="cpu", dtype=torch.float32):
+    """A small network, the same weights every time; one of its parameters never gets a gradient."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 33), torch.nn.GELU(), torch.nn.LayerNorm(33), torch.nn.Linear(33, 1))
+    net.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
+    return net.to(device, dtype)
+
+
+def train(net, optimizer, steps, first=0, scheduler=None):
+    """The losses of some steps on data that depends on the step only."""
+    losses = []
+    parameter = next(net.parameters())
+    for step in range(first, first + steps):
+        x = make(16, 6, seed=step).to(parameter)
+        y = x.sin().sum(1, keepdim=True)
+
+        def closure(x=x, y=y):
+            optimizer.zero_grad()
+            loss = (net(x) - y).square().mean()
+            loss.backward()
+            return loss
+
+        losses.append(optimizer.step(closure).item())
+        if scheduler:
+            scheduler.step()
+    return losses
+
+
+def distance(ours, theirs):
+    """Of all parameters together, relative."""
+    flat = [torch.cat([p.detach().double().cpu().flatten() for p in net.parameters()]) for net in (ours, theirs)]
+    return relative_error(*flat)
+
+
+def test_training_follows_float64(backend):
+    """50 steps with a scheduler, groups and a closure end where torch's AdamW in float64 ends."""
+    nets = model(backend.device), model(dtype=torch.float64)
+    losses = []
+    for net, kind in zip(nets, (AdamW, torch.optim.AdamW), strict=True):
+        groups = [
+            {"params": net[0].parameters(), "weight_decay": 0.3, "betas": (0.8, 0.95)},
+            {"params": net[3].parameters()},
+        ]
+        optimizer = kind(groups, lr=torch.tensor(0.01))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=51)
+        losses.append(train(net, optimizer, 50, scheduler=schedule))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][-1] < 0.5 * losses[0][0]
+    assert distance(*nets) < 1e-4
+    assert torch.equal(nets[0].unused.cpu(), torch.ones(3))
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
+def test_checkpoints_go_both_ways(backend, options):
+    """A training moves from torch to us and back, and ends where one that stayed in torch ends."""
+    nets = model(backend.device), model(backend.device)
+    stayed = torch.optim.AdamW(nets[1].parameters(), lr=0.01, weight_decay=0.1, **options)
+    train(nets[1], stayed, 15)
+
+    optimizer = torch.optim.AdamW(nets[0].parameters(), lr=0.01, weight_decay=0.1, **options)
+    train(nets[0], optimizer, 5)
+    for kind, first in ((AdamW, 5), (torch.optim.AdamW, 10)):
+        state = copy.deepcopy(optimizer.state_dict())
+        optimizer = kind(nets[0].parameters())
+        optimizer.load_state_dict(state)
+        assert all(values["step"] == first for values in optimizer.state.values())
+        train(nets[0], optimizer, 5, first=first)
+    ours, theirs = optimizer.state_dict(), stayed.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    assert ours["state"].keys() == theirs["state"].keys()
+    assert all(values["step"] == 15 for values in ours["state"].values())
+    assert distance(*nets) < 1e-6
+
+
+def test_own_checkpoint_resumes_bit_for_bit(backend):
+    """Saved and loaded, float32 states of bfloat16 parameters included, a training goes on as if never stopped."""
+    for state_dtype in (None, torch.float32):
+        nets = model(backend.device, torch.bfloat16), model(backend.device, torch.bfloat16)
+        optimizers = [AdamW(net.parameters(), lr=0.01, state_dtype=state_dtype) for net in nets]
+        train(nets[0], optimizers[0], 6)
+        train(nets[1], optimizers[1], 3)
+        resumed = AdamW(nets[1].parameters(), state_dtype=state_dtype)
+        resumed.load_state_dict(copy.deepcopy(optimizers[1].state_dict()))
+        train(nets[1], resumed, 3, first=3)
+        assert distance(*nets) == 0
+        state = resumed.state[nets[1][0].weight]
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == (state_dtype or torch.bfloat16)
+
+
+def test_copies_and_pickles(backend):
+    """A copied or pickled optimizer keeps its states and options and trains its own parameters."""
+    net = model(backend.device, torch.bfloat16)
+    optimizer = AdamW(net.parameters(), lr=0.01, state_dtype=torch.float32)
+    train(net, optimizer, 2)
+    other, resumed = copy.deepcopy((net, optimizer))
+    unpickled = pickle.loads(pickle.dumps(optimizer))
+    assert unpickled.state_dtype == resumed.state_dtype == torch.float32
+    train(net, optimizer, 2, first=2)
+    train(other, resumed, 2, first=2)
+    assert distance(net, other) == 0
+
+
+def test_gradient_scaler(backend):
+    """torch.amp.GradScaler unscales the gradients before a step, and leaves out a step with an infinite one."""
+    param = torch.nn.Parameter(make(8, device=backend.device))
+    expected = param.detach().clone().requires_grad_()
+    scaler = torch.amp.GradScaler(backend.device, init_scale=1024.0)
+    for kind, p in ((AdamW, param), (torch.optim.AdamW, expected)):
+        optimizer = kind([p], lr=0.1)
+        scaler.scale(p.square().sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        before = p.detach().clone()
+        p.grad.fill_(torch.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(p, before)
+    torch.testing.assert_close(param, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_gradients_of_another_dtype(backend):
+    """A gradient is converted to its parameter's dtype."""
+    param = torch.nn.Parameter(make(20, dtype=torch.bfloat16, device=backend.device))
+    param.grad_dtype = torch.float32
+    param.grad = make(20, seed=1, device=backend.device)
+    expected = param.detach().clone().requires_grad_()
+    expected.grad = param.grad.bfloat16()
+    for p in (param, expected):
+        AdamW([p], lr=0.1).step()
+    assert torch.equal(param, expected)
+
+
+def test_no_gradients(backend):
+    """A step without any gradient does nothing and makes no state."""
+    param = torch.nn.Parameter(make(4, device=backend.device))
+    optimizer = AdamW([param])
+    assert optimizer.step() is None
+    assert not optimizer.state
+
+
+def test_sharded_parameters(tmp_path):
+    """FSDP2's parameters, DTensors, are updated through their local parts."""
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+
+    init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        plain = torch.nn.Parameter(make(8, 4))
+        sharded = torch.nn.Parameter(distribute_tensor(make(8, 4), mesh, [Shard(0)]))
+        for param in (plain, sharded):
+            optimizer = AdamW([param], lr=0.1)
+            param.square().sum().backward()
+            optimizer.step()
+        assert isinstance(optimizer.state[sharded]["exp_avg"], DTensor)
+        assert torch.equal(sharded.full_tensor(), plain)
+    finally:
+        destroy_process_group()
+
+
+def test_bad_options():
+    """What has no fused kernel is refused with a reason."""
+    params = [torch.nn.Parameter(torch.ones(2))]
+    with pytest.raises(ValueError, match=r"state_dtype must be None or torch\.float32, got torch\.float16"):
+        AdamW(params, state_dtype=torch.float16)
+    with pytest.raises(ValueError, match="Invalid learning rate: -1"):
+        AdamW(params, lr=-1.0)
+    optimizer = AdamW(params)
+    optimizer.load_state_dict(torch.optim.AdamW(params, amsgrad=True).state_dict())
+    with pytest.raises(ValueError, match="amsgrad must be False, got True"):
+        optimizer.step()
+    params[0].grad = torch.ones(2).to_sparse()
+    with pytest.raises(ValueError, match="gradients must be dense, got one that is sparse_coo"):
+        AdamW(params).step()

@@ -1,0 +1,137 @@
+"""Optimizers on the fused ops, interchangeable with torch's of the same name."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops.adamw import adamw_
+
+__all__ = ["AdamW"]
+
+
+class AdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW` on the fused op: the same arguments, groups, states and checkpoints.
+
+    State dicts go both ways between this class and torch's in the middle of a training. On a GPU a step never waits
+    for the device; a learning rate that is a tensor is read on the host, so keep it on the CPU.
+
+    Args:
+        params: parameters, named parameters, or groups of them; float32, float16 or bfloat16, on the CPU float64 too.
+            The gradient is converted to its parameter's dtype, should it have another.
+        lr: learning rate, a float or a tensor of one element.
+        betas: coefficients of the running averages of the gradient and of its square.
+        eps: added to the denominator.
+        weight_decay: decoupled from the gradient.
+        maximize: follow the gradient instead of descending.
+        state_dtype: of both running averages; None is each parameter's own, as in torch. ``torch.float32`` keeps what
+            16-bit averages lose: with beta2 of 0.999 a bfloat16 one never shrinks.
+
+    Raises:
+        ValueError: an argument is out of range, ``state_dtype`` is not None or float32, or a loaded group asks for
+            amsgrad, which has no fused kernel; or a gradient is sparse.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = torch_fused.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        if state_dtype not in (None, torch.float32):
+            raise ValueError(f"AdamW: state_dtype must be None or torch.float32, got {state_dtype}")
+        self.state_dtype = state_dtype
+        super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss and its gradients, before the step.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        if group["amsgrad"]:
+            raise ValueError("AdamW: amsgrad must be False, got True: use torch.optim.AdamW for it")
+        operands: dict[torch.device, tuple[list[Tensor], ...]] = defaultdict(lambda: ([], [], [], [], []))
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            if param.grad.layout != torch.strided:
+                layout = str(param.grad.layout).removeprefix("torch.")
+                raise ValueError(f"AdamW: gradients must be dense, got one that is {layout}")
+            state = self.state[param] or self._new_state(param)
+            tensors: tuple[Any, ...] = (param, param.grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
+            if hasattr(param, "to_local"):  # sharded: the step is elementwise, so this process updates its part
+                tensors = (*(tensor.to_local() for tensor in tensors[:4]), state["step"])
+            for to, tensor in zip(operands[param.device], tensors, strict=True):
+                to.append(tensor)
+        beta1, beta2 = group["betas"]
+        for params, grads, exp_avgs, exp_avg_sqs, steps in operands.values():
+            adamw_(
+                params,
+                [grad.to(param.dtype) for grad, param in zip(grads, params, strict=True)],
+                exp_avgs,
+                exp_avg_sqs,
+                steps,
+                lr=float(group["lr"]),
+                beta1=beta1,
+                beta2=beta2,
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                maximize=group["maximize"],
+            )
+
+    def _new_state(self, param: Tensor) -> dict[str, Tensor]:
+        state = self.state[param]
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros_like(param, dtype=self.state_dtype or param.dtype)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes a state dict of this class or of torch's AdamW, whatever the implementation that wrote it."""
+        super().load_state_dict(state_dict)
+        # Torch has rounded the averages to the parameter's dtype.
+        numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for number, param in zip(numbers, params, strict=True):
+            for name in ("exp_avg", "exp_avg_sq"):
+                if self.state_dtype and number in state_dict["state"]:
+                    loaded = state_dict["state"][number][name]
+                    self.state[param][name] = loaded.to(device=param.device, dtype=self.state_dtype, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"state_dtype": self.state_dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also called when a state dict is loaded: the step counters go to the host, where they are read."""
+        super().__setstate__(state)
+        for values in self.state.values():
+            if "step" in values:
+                values["step"] = values["step"].to(device="cpu", dtype=torch.float32)
