@@ -78,8 +78,7 @@ Tensor empty_parameter_grads(const Tensor& x, IntArrayRef normalized_shape, bool
 
 namespace {
 
-// Elements of a row summed at a time: few, so that a sum's rounding error stays small, and a mean of as many is close
-// to the row's.
+// Elements of a row summed at a time: few, so that the rounding errors of a sum stay small.
 constexpr int64_t kBlock = 1024;
 
 // `values` in the type of the arithmetic, in `buffer` if they are not already; n times `absent` if there are none.
@@ -131,11 +130,21 @@ TORCH_FUSED_INLINE Sums<W> block_sums(const W* x, int64_t n, W shift) {
   return {sums[0], squares[0]};
 }
 
-// One pass over memory: shift is the mean of the first block, and each block is summed about it.
+// The mean of the row or, if it is long, of one block's worth of it, taken in stretches all over the row.
+template <class W>
+TORCH_FUSED_INLINE W rough_mean(const W* x, int64_t n) {
+  if (n <= kBlock) return block_sums(x, n, W(0)).sum / static_cast<W>(n);
+  constexpr int64_t kStretches = 8;
+  W sum = 0;
+  for (int64_t i = 0; i < kStretches; ++i) sum += block_sums(x + i * (n / kStretches), kBlock / kStretches, W(0)).sum;
+  return sum / static_cast<W>(kBlock);
+}
+
+// One pass over memory, about a shift that is near the mean, so that little cancels.
 template <class W>
 TORCH_FUSED_INLINE Moments<W> row_moments(const W* x, const LayerNorm& norm) {
-  const int64_t n = norm.cols, first = std::min(n, kBlock);
-  const W shift = block_sums(x, first, W(0)).sum / static_cast<W>(first);
+  const int64_t n = norm.cols;
+  const W shift = rough_mean(x, n);
   Sums<W> total{0, 0};
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const Sums<W> block = block_sums(x + begin, std::min(n - begin, kBlock), shift);
