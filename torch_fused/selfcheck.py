@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .functional import add_rms_norm, apply_rotary_pos_emb, silu_mul
-from .ops.layer_norm import layer_norm_backward_reference, layer_norm_reference
 from .ops.adamw import adamw_, adamw_reference
+from .ops.layer_norm import layer_norm_backward_reference, layer_norm_reference
 from .ops.rms_norm import add_rms_norm_reference, rms_norm_backward_reference, rms_norm_reference
 from .ops.rope import apply_rotary_pos_emb_backward_reference, apply_rotary_pos_emb_reference
 from .ops.sampling import filter_logits_reference, greedy_reference, sample_reference
