@@ -171,6 +171,14 @@ def test_second_derivative_is_refused():
         grad.sum().backward()
 
 
+def test_strides_are_those_of_torch(backend):
+    """The result is dense over any dim, and a transposed input is not followed, as in torch.softmax."""
+    x = make(3, 4, 5, device=backend.device)
+    for view in (x, x.transpose(0, 1), x.transpose(1, 2), x[:, ::2]):
+        for dim in range(3):
+            assert softmax(view, dim).stride() == torch.softmax(view, dim).stride()
+
+
 # ---- GPU kernels ----------------------------------------------------------------------------------------------------
 
 

@@ -51,12 +51,11 @@ def softmax(input: Tensor, dim: int = -1, *, dtype: torch.dtype | None = None) -
     Args:
         input: any shape; float32, float16 or bfloat16, on the CPU float64 too. Rows with a unit last stride are read in
             place; any other layout is copied once.
-        dim: the dimension whose slices sum to 1. One other than the last costs a copy, and the result is a transposed
-            view.
+        dim: the dimension whose slices sum to 1. One other than the last costs two copies.
         dtype: ``input`` is converted to it first, and the result has it; any input dtype is taken then.
 
     Returns:
-        A tensor of ``input``'s shape, of ``dtype`` or ``input``'s dtype.
+        A contiguous tensor of ``input``'s shape, of ``dtype`` or ``input``'s dtype.
 
     Raises:
         IndexError: ``input`` has no dimension ``dim``.
@@ -76,7 +75,7 @@ def softmax(input: Tensor, dim: int = -1, *, dtype: torch.dtype | None = None) -
         )
     if dim in (-1, dims - 1):
         return _softmax(input, dtype=dtype)
-    return _softmax(input.transpose(dim, -1), dtype=dtype).transpose(dim, -1)
+    return _softmax(input.transpose(dim, -1), dtype=dtype).transpose(dim, -1).contiguous()
 
 
 _softmax = torch.ops.torch_fused.softmax.default
