@@ -9,6 +9,13 @@ from torch_fused.hf import apply_torch_fused, generate
 from torch_fused.opcount import OpCounter, ops_per_token
 
 PROMPT = "Explain in a few sentences why the sky is blue."
+PROMPTS = (
+    PROMPT,
+    "Name three colours.",
+    "Write a short story about a robot that learns to paint.",
+    "How do I boil an egg?",
+    "List the planets of the solar system and one fact about each.",
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +39,14 @@ def test_200_greedy_tokens_with_real_weights_are_stocks(model_and_tokenizer):
     assert "sky" in tokenizer.decode(stock)
 
 
-def test_generate_function_and_bfloat16():
+@pytest.fixture(scope="module")
+def bfloat16_model():
+    return demo.load_demo_model(torch.bfloat16)
+
+
+def test_generate_function_and_bfloat16(bfloat16_model):
     """hf.generate on the stock model, and a patched bfloat16 model: "llama" roundings give stock's tokens."""
-    model, tokenizer = demo.load_demo_model(torch.bfloat16)
+    model, tokenizer = bfloat16_model
     inputs = demo._encode(tokenizer, "Name three colours.")
     stock = greedy(model, inputs, 60)
     length = inputs["input_ids"].shape[1]
@@ -42,6 +54,32 @@ def test_generate_function_and_bfloat16():
     assert generate(model, inputs, **options)[0, length:].tolist() == stock
     with apply_torch_fused(model):
         assert greedy(model, inputs, 60) == stock
+
+
+def test_bfloat16_tokens_of_five_prompts_are_stocks(bfloat16_model):
+    """200 tokens each, the prompts as one left-padded batch."""
+    model, tokenizer = bfloat16_model
+    encoded = [demo._encode(tokenizer, text)["input_ids"][0] for text in PROMPTS]
+    longest = max(map(len, encoded))
+    ids, mask = torch.zeros(2, len(PROMPTS), longest, dtype=torch.long)
+    for row, tokens in enumerate(encoded):
+        ids[row, longest - len(tokens) :], mask[row, longest - len(tokens) :] = tokens, 1
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    options = {"do_sample": False, "max_new_tokens": 200, "min_new_tokens": 200}
+    stock = model.generate(**inputs, **options)
+    with apply_torch_fused(model):
+        assert torch.equal(model.generate(**inputs, **options), stock)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("text", PROMPTS)
+def test_bfloat16_tokens_of_one_prompt_are_stocks(bfloat16_model, text):
+    """200 tokens of each prompt alone."""
+    model, tokenizer = bfloat16_model
+    inputs = demo._encode(tokenizer, text)
+    stock = greedy(model, inputs, 200)
+    with apply_torch_fused(model):
+        assert greedy(model, inputs, 200) == stock
 
 
 def test_fewer_ops_a_token(model_and_tokenizer):

@@ -1,4 +1,6 @@
-"""End to end: Qwen2 generates through the Metal kernels, emulated and checked, with stock's tokens."""
+"""End to end: Qwen2 generates and trains through the Metal kernels, emulated and checked, as stock."""
+
+import copy
 
 import pytest
 import torch
@@ -6,13 +8,15 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from torch_fused.hf import apply_torch_fused
 from torch_fused.metal import emulate
+from torch_fused.optim import AdamW
+
+VOCABULARY = 320
 
 
-@pytest.mark.parametrize("schedule", ["sequential", "random"])
-def test_qwen2_generates_stocks_tokens_through_metal(schedule):
+def small_qwen2() -> Qwen2ForCausalLM:
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=320,
+        vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -22,12 +26,57 @@ def test_qwen2_generates_stocks_tokens_through_metal(schedule):
         bos_token_id=None,
         pad_token_id=0,
     )
-    model = Qwen2ForCausalLM(config).eval()
-    prompt = torch.randint(1, 320, (2, 7))
+    return Qwen2ForCausalLM(config)
+
+
+def launched(run) -> set[str]:
+    """The Metal sources that were launched."""
+    return {launch.kernel.split("_f32")[0].rstrip("_0123456789") for launch in run.launches}
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "random"])
+def test_qwen2_generates_stocks_tokens_through_metal(schedule):
+    """All ops on, greedy: stock's tokens. Sampled: the same tokens as on the CPU."""
+    model = small_qwen2().eval()
+    prompt = torch.randint(1, VOCABULARY, (2, 7))
     stock = model.generate(prompt, do_sample=False, max_new_tokens=24)
-    with apply_torch_fused(model), emulate(schedule=schedule) as run:
-        fused = model.generate(prompt, do_sample=False, max_new_tokens=24)
+    sampled = {"do_sample": True, "max_new_tokens": 8, "temperature": 0.7, "top_k": 30, "top_p": 0.9}
+    with apply_torch_fused(model):
+        with emulate(schedule=schedule) as run:
+            fused = model.generate(prompt, do_sample=False, max_new_tokens=24)
+        torch.manual_seed(1)
+        drawn_on_cpu = model.generate(prompt, **sampled)
+        with emulate(schedule=schedule):
+            torch.manual_seed(1)
+            drawn = model.generate(prompt, **sampled)
     assert torch.equal(fused, stock)
-    kernels = {launch.kernel for launch in run.launches}
-    assert "rms_norm_f32_1" in kernels
-    assert len(run.launches) >= 24 * 5  # two norms a layer and the last, every token
+    assert torch.equal(drawn, drawn_on_cpu)
+    assert {"rms_norm", "rope", "silu_mul", "kv_append"} <= launched(run)
+    assert any("greedy" in kernel for kernel in launched(run))
+
+
+def test_qwen2_trains_with_stocks_losses_through_metal():
+    """20 steps, forward, backward and AdamW in emulated kernels: stock's losses to float32's tolerance."""
+    batches = torch.randint(1, VOCABULARY, (20, 2, 10), generator=torch.Generator().manual_seed(0))
+
+    def losses(model, optimizer):
+        values = []
+        for ids in batches % 40 + 1:  # few tokens, so that there is something to learn
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            values.append(loss.detach())
+        return torch.stack(values)
+
+    stock = small_qwen2().train()
+    fused = copy.deepcopy(stock)
+    expected = losses(stock, torch.optim.AdamW(stock.parameters(), lr=3e-3))
+    apply_torch_fused(fused)
+    with emulate() as run:
+        actual = losses(fused, AdamW(fused.parameters(), lr=3e-3))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert expected[-1] < 0.8 * expected[0]
+    kernels = launched(run)
+    assert {"rms_norm", "rms_norm_backward", "rope", "silu_mul", "silu_mul_backward"} <= kernels
+    assert any(kernel.startswith("adamw") for kernel in kernels)

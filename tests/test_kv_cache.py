@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from torch_fused.metal import emulate
 from torch_fused.ops.kv_cache import kv_append_, kv_append_reference, kv_update_
 from torch_fused.testing import make
 
@@ -32,13 +33,13 @@ def test_writes_only_the_tokens_at_position(backend, position):
         assert keys.count_nonzero() == new_keys.count_nonzero()
 
 
-def test_any_strides():
+def test_any_strides(backend):
     """Attention hands in transposed states; the buffers may be views, of which nothing outside is touched."""
-    new_keys = make(2, 2, 3, 5).transpose(1, 2)  # tokens before heads in memory
-    new_values = make(2, 3, 4, 2, seed=3).transpose(2, 3)  # head_dim is not the innermost dimension
-    around = torch.zeros(2, 3, 9, 16)
+    new_keys = make(2, 2, 3, 5, device=backend.device).transpose(1, 2)  # tokens before heads in memory
+    new_values = make(2, 3, 4, 2, seed=3, device=backend.device).transpose(2, 3)  # head_dim not innermost
+    around = torch.zeros(2, 3, 9, 16, device=backend.device)
     keys, values = around[..., 1:6], around[..., 7:15:2]
-    expected = torch.zeros(2, 3, 9, 5), torch.zeros(2, 3, 9, 4)
+    expected = buffers(device=backend.device)
     kv_append_reference(*expected, new_keys, new_values, 4)
     kv_append_(keys, values, new_keys, new_values, 4)
     assert torch.equal(keys, expected[0])
@@ -68,10 +69,10 @@ def test_many_tokens_are_copied_by_several_threads():
     assert torch.equal(values[:, :, 1:], new_values)
 
 
-def test_no_tokens():
+def test_no_tokens(backend):
     """Nothing to append is no error, even at the end of the buffers."""
-    keys, values = buffers()
-    kv_append_(keys, values, *states(tokens=0), 9)
+    keys, values = buffers(device=backend.device)
+    kv_append_(keys, values, *states(tokens=0, device=backend.device), 9)
     assert keys.count_nonzero() == values.count_nonzero() == 0
 
 
@@ -81,6 +82,8 @@ BAD_ARGUMENTS = {
     "new_values must be .2, 3, tokens, 4.": lambda k, v, nk, nv: (k, v, nk, nk, 0),
     "new_keys must have the dtype of keys": lambda k, v, nk, nv: (k, v, nk.half(), nv, 0),
     "new_values must have the dtype of values": lambda k, v, nk, nv: (k, v, nk, nv.double(), 0),
+    "values must have the batch and heads of keys": lambda k, v, nk, nv: (k, v[:, :2], nk, nv[:, :2], 0),
+    "values must have keys's dtype": lambda k, v, nk, nv: (k, v.half(), nk, nv.half(), 0),
     "new_values must have as many tokens": lambda k, v, nk, nv: (k, v, nk, nv[:, :, :1], 0),
     "position must be from 0 to 7 .* got -1": lambda k, v, nk, nv: (k, v, nk, nv, -1),
     "position must be from 0 to 7 .* got 8": lambda k, v, nk, nv: (k, v, nk, nv, 8),
@@ -91,13 +94,44 @@ BAD_ARGUMENTS = {
 
 
 @pytest.mark.parametrize("message", BAD_ARGUMENTS)
-def test_refuses_bad_arguments_before_writing(message):
+def test_refuses_bad_arguments_before_writing(backend, message):
     """The message names the op and the argument; neither buffer is written, whichever argument is bad."""
-    keys, values = buffers()
-    arguments = BAD_ARGUMENTS[message](keys, values, *states())
+    keys, values = buffers(device=backend.device)
+    arguments = BAD_ARGUMENTS[message](keys, values, *states(device=backend.device))
     with pytest.raises(RuntimeError, match=f"kv_append_: {message}"):
         kv_append_(*arguments)
     assert keys.count_nonzero() == values.count_nonzero() == 0
+
+
+# ---- GPU kernel -----------------------------------------------------------------------------------------------------
+
+SCHEDULES = [("sequential", 0), ("reversed", 0), ("random", 0), ("random", 1), ("random", 2), ("preemptive", 0)]
+
+
+@pytest.mark.parametrize(("schedule", "seed"), SCHEDULES)
+def test_every_schedule_is_clean(schedule, seed):
+    """No thread depends on another: packs and elements, several threadgroups."""
+    for head_dim in (5, 64):
+        keys, values = buffers(head_dim=head_dim, value_dim=64)
+        new_keys, new_values = states(tokens=6, head_dim=head_dim, value_dim=64)
+        with emulate(schedule=schedule, seed=seed):
+            kv_append_(keys, values, new_keys, new_values, 2)
+        assert torch.equal(keys[:, :, 2:8], new_keys)
+        assert torch.equal(values[:, :, 2:8], new_values)
+
+
+@pytest.mark.parametrize("head_dim", [5, 64])
+def test_traffic(head_dim):
+    """One launch reads each new element once, transposed states in place, and writes it once."""
+    keys, values = buffers(head_dim=head_dim, value_dim=head_dim)
+    new = [make(2, 6, 3, head_dim, seed=s).transpose(1, 2) for s in range(2)]
+    with emulate() as run:
+        kv_append_(keys, values, *new, 2)
+    (launch,) = run.launches
+    assert sum(b.read + b.written for b in launch.buffers[:-1]) == 2 * sum(t.nbytes for t in new)
+
+
+# ---- torch's machinery ----------------------------------------------------------------------------------------------
 
 
 def test_refuses_to_lose_a_gradient():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .functional import add_rms_norm, apply_rotary_pos_emb, silu_mul
 from .ops.adamw import adamw_, adamw_reference
+from .ops.kv_cache import kv_append_, kv_append_reference
 from .ops.layer_norm import layer_norm_backward_reference, layer_norm_reference
 from .ops.rms_norm import add_rms_norm_reference, rms_norm_backward_reference, rms_norm_reference
 from .ops.rope import apply_rotary_pos_emb_backward_reference, apply_rotary_pos_emb_reference
@@ -189,6 +190,19 @@ def check_sample(device: str) -> None:
                 same(f"sample {what}", a, e)
 
 
+def check_kv_append(device: str) -> None:
+    # Rows of whole packs, and of elements, into the middle of a buffer; states with the heads behind the tokens.
+    for dtype in DTYPES:
+        for head_dim in (5, 64):
+            fresh = [make(2, 3, 4, head_dim, dtype=dtype, seed=s).transpose(1, 2) for s in range(2)]
+            exact = [make(2, 4, 9, head_dim, dtype=dtype, seed=s) for s in (2, 3)]
+            keys, values = (t.to(device, copy=True) for t in exact)
+            kv_append_(keys, values, *(t.to(device) for t in fresh), 5)
+            kv_append_reference(exact[0], exact[1], *fresh, 5)
+            same(f"kv_append_ of {head_dim} elements, {dtype}", keys, exact[0])
+            same(f"kv_append_ of {head_dim} elements, {dtype}", values, exact[1])
+
+
 CHECKS: dict[str, Callable[[str], None]] = {
     "rms_norm": check_rms_norm,
     "add_rms_norm": check_add_rms_norm,
@@ -202,6 +216,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "apply_rotary_pos_emb": check_rotary,
     "apply_rotary_pos_emb_backward": check_rotary_backward,
     "adamw_": check_adamw,
+    "kv_append_": check_kv_append,
     "greedy": check_greedy,
     "filter_logits": check_filter_logits,
     "sample": check_sample,

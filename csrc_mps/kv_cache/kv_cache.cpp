@@ -1,4 +1,6 @@
-// Appending to a key / value cache: schema, checks, autograd, and the copy on the CPU and elsewhere.
+// Appending to a key / value cache: schema, checks, autograd and the copy on the CPU.
+#include "kv_cache.h"
+
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -8,6 +10,8 @@
 
 #include <algorithm>
 #include <cstring>
+
+#include "../common/checks.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def("kv_append_(Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, SymInt position) -> ()");
@@ -44,15 +48,22 @@ void check_pair(const char* buffer_name, const Tensor& buffer, const char* fresh
   TORCH_CHECK(!fresh.is_alias_of(buffer), "kv_append_: ", fresh_name, " must not share memory with ", buffer_name);
 }
 
+}  // namespace
+
 void check_kv_append(const Tensor& keys, const Tensor& values, const Tensor& new_keys, const Tensor& new_values,
                      int64_t position) {
   check_pair("keys", keys, "new_keys", new_keys, position);
   check_pair("values", values, "new_values", new_values, position);
+  TORCH_CHECK(values.size(0) == keys.size(0) && values.size(1) == keys.size(1),
+              "kv_append_: values must have the batch and heads of keys, ", keys.sizes(), ", got ", values.sizes());
+  check_alike("kv_append_", "values", values, "keys", keys);
   TORCH_CHECK(new_values.size(2) == new_keys.size(2), "kv_append_: new_values must have as many tokens as new_keys, ",
               new_keys.size(2), ", got ", new_values.size(2));
 }
 
 // ---- CPU ------------------------------------------------------------------------------------------------------------
+
+namespace {
 
 // Bytes a thread should at least copy: below that, waking one costs more than it saves.
 constexpr int64_t kGrainBytes = 65536;
@@ -86,23 +97,19 @@ void copy_tokens(const Tensor& to, const Tensor& from, int64_t position) {
   });
 }
 
+}  // namespace
+
 void kv_append_cpu(const Tensor& keys, const Tensor& values, const Tensor& new_keys, const Tensor& new_values,
-                   int64_t position) {
+                   c10::SymInt symbolic_position) {
+  const int64_t position = symbolic_position.expect_int();
   check_kv_append(keys, values, new_keys, new_values, position);
   copy_tokens(keys, new_keys, position);
   copy_tokens(values, new_values, position);
 }
 
-// ---- other devices --------------------------------------------------------------------------------------------------
-
-void kv_append_composite(const Tensor& keys, const Tensor& values, const Tensor& new_keys, const Tensor& new_values,
-                         int64_t position) {
-  check_kv_append(keys, values, new_keys, new_values, position);
-  keys.narrow(2, position, new_keys.size(2)).copy_(new_keys);
-  values.narrow(2, position, new_values.size(2)).copy_(new_values);
-}
-
 // ---- autograd -------------------------------------------------------------------------------------------------------
+
+namespace {
 
 void call_kv_append(const Tensor& keys, const Tensor& values, const Tensor& new_keys, const Tensor& new_values,
                     const c10::SymInt& position) {
@@ -145,12 +152,6 @@ std::tuple<Tensor, Tensor> kv_update(const Tensor& keys, const Tensor& values, c
 }  // namespace
 }  // namespace torch_fused
 
-TORCH_LIBRARY_IMPL(torch_fused, CPU, m) {
-  m.impl("kv_append_", torch_fused::kv_append_cpu);
-}
-TORCH_LIBRARY_IMPL(torch_fused, CompositeExplicitAutograd, m) {
-  m.impl("kv_append_", torch_fused::kv_append_composite);
-}
 TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
   m.impl("kv_append_", torch_fused::kv_append_autograd);
 }

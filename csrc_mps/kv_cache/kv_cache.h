@@ -1,0 +1,18 @@
+// What kv_cache.cpp (CPU) and kv_cache_launch.cpp (GPU) share: the kernels' signatures and the checks of a call.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
+
+namespace torch_fused {
+
+// Checks the operands of kv_append_; the message names the argument, what it got and what it takes.
+void check_kv_append(const at::Tensor& keys, const at::Tensor& values, const at::Tensor& new_keys,
+                     const at::Tensor& new_values, int64_t position);
+
+void kv_append_cpu(const at::Tensor& keys, const at::Tensor& values, const at::Tensor& new_keys,
+                   const at::Tensor& new_values, c10::SymInt position);
+void kv_append_gpu(const at::Tensor& keys, const at::Tensor& values, const at::Tensor& new_keys,
+                   const at::Tensor& new_values, c10::SymInt position);
+
+}  // namespace torch_fused
