@@ -197,8 +197,8 @@ def check_kv_append(device: str) -> None:
             fresh = [make(2, 3, 4, head_dim, dtype=dtype, seed=s).transpose(1, 2) for s in range(2)]
             exact = [make(2, 4, 9, head_dim, dtype=dtype, seed=s) for s in (2, 3)]
             keys, values = (t.to(device, copy=True) for t in exact)
-            kv_append_(keys, values, *(t.to(device) for t in fresh), 5)
-            kv_append_reference(exact[0], exact[1], *fresh, 5)
+            kv_append_(keys, values, fresh[0].to(device), fresh[1].to(device), 5)
+            kv_append_reference(exact[0], exact[1], fresh[0], fresh[1], 5)
             same(f"kv_append_ of {head_dim} elements, {dtype}", keys, exact[0])
             same(f"kv_append_ of {head_dim} elements, {dtype}", values, exact[1])
 
