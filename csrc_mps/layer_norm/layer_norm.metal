@@ -25,16 +25,6 @@ struct LayerNormRow {
 
   void load(uint column, thread float* x) const { load_columns<W>(input, column, cols, flags & ALIGNED, x); }
 
-  // Turns x into x - shift and adds it and its square to `sums`.
-  void add(uint column, float shift, thread float* x, thread float* sums) const {
-    subtract<W>(column, cols, shift, x);
-#pragma unroll
-    for (int j = 0; j < W; j++) {
-      sums[0] += x[j];
-      sums[1] += x[j] * x[j];
-    }
-  }
-
   void store_normed(uint column, thread const float* x, Moments m) const {
     float w[W], b[W], y[W];
     if (flags & HAS_WEIGHT) load_columns<W>(weight, column, cols, flags & ALIGNED, w);
@@ -58,7 +48,7 @@ void layer_norm(device const T* input [[buffer(0)]], device const T* weight [[bu
                 uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
                 uint simdgroups [[simdgroups_per_threadgroup]]) {
   constexpr int packs = N > 0 ? N : 1;
-  threadgroup float scratch[2 * 32];
+  threadgroup float4 scratch[32];
   const Place place = {lane, simdgroup, simdgroups};
   const LayerNormRow<T, W> r = {
       input + long(row) * p.input_stride, weight, bias, output + long(row) * p.cols, p.cols, p.flags};
@@ -69,27 +59,29 @@ void layer_norm(device const T* input [[buffer(0)]], device const T* weight [[bu
 #pragma unroll
   for (int i = 0; i < packs; i++) r.load(first + i * step, x[i]);
   float sum = 0.0f;
+  uint count = 0u;
 #pragma unroll
-  for (int i = 0; i < packs; i++) sum += pack_sum<W>(x[i]);
-  const float shift = threadgroup_sum(sum, scratch, place) / float(min(packs * step, p.cols));
-  float sums[2] = {0.0f, 0.0f};
+  for (int i = 0; i < packs; i++) {
+    sum += pack_sum<W>(x[i]);
+    count += in_row<W>(first + i * step, p.cols);
+  }
+  Seen seen = {simd_sum(sum) / float(max(simd_sum(count), 1u)), 0u, 0.0f, 0.0f};
   if (N > 0) {
 #pragma unroll
-    for (int i = 0; i < packs; i++) r.add(first + i * step, shift, x[i], sums);
-    threadgroup_sums<2>(sums, scratch, place);
-    const Moments m = row_moments(sums[0], sums[1], p.cols, p.eps);
+    for (int i = 0; i < packs; i++) seen.add<W>(first + i * step, p.cols, x[i]);
+  } else {
+    for (uint column = first; column < p.cols; column += step) {
+      r.load(column, x[0]);
+      seen.add<W>(column, p.cols, x[0]);
+    }
+  }
+  const Moments m = row_moments(seen.of_simdgroup(), p.cols, p.eps, scratch, place);
+  if (N > 0) {
 #pragma unroll
     for (int i = 0; i < packs; i++) r.store_normed(first + i * step, x[i], m);
   } else {
     for (uint column = first; column < p.cols; column += step) {
       r.load(column, x[0]);
-      r.add(column, shift, x[0], sums);
-    }
-    threadgroup_sums<2>(sums, scratch, place);
-    const Moments m = row_moments(sums[0], sums[1], p.cols, p.eps);
-    for (uint column = first; column < p.cols; column += step) {
-      r.load(column, x[0]);
-      subtract<W>(column, p.cols, shift, x[0]);
       r.store_normed(column, x[0], m);
     }
   }

@@ -1,10 +1,12 @@
 // What the kernels of layer norm share: the flags of a launch (layer_norm_launch.cpp has the same names) and how a
 // row's mean and variance are found.
 //
-// The mean is found in two parts, shift + rest, so that it is exact to more than one float: shift is the mean of the
-// packs that the threads hold, the whole row if it fits in registers, and rest is the mean of x - shift.
+// Each simdgroup subtracts its own shift, the mean of the packs that it holds, before it adds anything up; the sums of
+// all are then brought to one shift. So no sum cancels, the mean is exact to more than one float, and the threadgroup
+// meets only once.
 #pragma once
 #include <metal_stdlib>
+#include "common/reduce.metal.h"
 using namespace metal;
 
 constant constexpr uint ALIGNED = 1;  // every row of every operand starts at 16 bytes
@@ -21,22 +23,58 @@ inline float pack_sum(thread const float* x) {
   return sum;
 }
 
-// x becomes x - shift, and zero past the end of the row, which adds nothing to a sum.
+// How many of W values from `column` on are in the row.
 template <int W>
-inline void subtract(uint column, uint cols, float shift, thread float* x) {
-#pragma unroll
-  for (int j = 0; j < W; j++) x[j] = column + j < cols ? x[j] - shift : 0.0f;
+inline uint in_row(uint column, uint cols) {
+  return column < cols ? min(cols - column, uint(W)) : 0u;
 }
 
-struct Moments {
-  float rest;  // the mean less shift
-  float rstd;  // 1 / sqrt(variance + eps)
+// What a thread, then its simdgroup, has seen of a row: the number of values x, and the sums of x - shift and of its
+// square.
+struct Seen {
+  float shift;
+  uint count;
+  float sum;
+  float squares;
 
-  float normed(float x_less_shift) const { return fma(x_less_shift, rstd, -rest * rstd); }
+  template <int W>
+  void add(uint column, uint cols, thread const float* x) {
+    count += in_row<W>(column, cols);
+#pragma unroll
+    for (int j = 0; j < W; j++) {
+      const float difference = column + j < cols ? x[j] - shift : 0.0f;
+      sum += difference;
+      squares += difference * difference;
+    }
+  }
+
+  Seen of_simdgroup() const { return {shift, simd_sum(count), simd_sum(sum), simd_sum(squares)}; }
 };
 
-// From the sums of x - shift and of its square.
-inline Moments row_moments(float sum, float squares, uint cols, float eps) {
+// The mean in two parts, of which the second is what the first one's rounding left.
+struct Moments {
+  float mean;
+  float rest;
+  float rstd;  // 1 / sqrt(variance + eps)
+
+  float normed(float x) const { return fma(x - mean, rstd, -rest * rstd); }
+};
+
+// From what each simdgroup has seen. `scratch` holds 32 values and is written once.
+inline Moments row_moments(Seen mine, uint cols, float eps, threadgroup float4* scratch, Place place) {
+  if (place.lane == 0) scratch[place.simdgroup] = float4(mine.shift, float(mine.count), mine.sum, mine.squares);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  const float shift = scratch[0].x;
+  float sum = 0.0f, squares = 0.0f;
+  if (place.lane < place.simdgroups) {
+    const float4 seen = scratch[place.lane];
+    const float distance = seen.x - shift;
+    sum = fma(seen.y, distance, seen.z);
+    squares = fma(distance, seen.z + sum, seen.w);
+  }
+  sum = simd_sum(sum);
   const float rest = sum / float(cols);
-  return {rest, rsqrt(max(squares / float(cols) - rest * rest, 0.0f) + eps)};
+  const float variance = fma(-sum, rest, simd_sum(squares)) / float(cols);
+  const float mean = shift + rest;
+  return {mean, rest - (mean - shift), rsqrt(max(variance, 0.0f) + eps)};
 }

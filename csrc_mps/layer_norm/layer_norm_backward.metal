@@ -42,18 +42,17 @@ struct LayerNormGradRow {
     for (int j = 0; j < W; j++) w[j] = flags & HAS_WEIGHT ? w[j] : 1.0f;
   }
 
-  // Turns x into c = x - shift and adds c, c^2, g and g * c to `sums`.
-  void add(uint column, float shift, thread const float* dy, thread float* values, thread float* sums) const {
+  // Adds x to `seen`, g and g * (x - shift) to `sums`.
+  void add(uint column, thread const float* dy, thread const float* values, thread Seen& seen,
+           thread float* sums) const {
     float w[W];
     load_weight(column, w);
-    subtract<W>(column, cols, shift, values);
+    seen.add<W>(column, cols, values);
 #pragma unroll
     for (int j = 0; j < W; j++) {
       const float g = dy[j] * w[j];
-      sums[0] += values[j];
-      sums[1] += values[j] * values[j];
-      sums[2] += g;
-      sums[3] += g * values[j];
+      sums[0] += g;
+      sums[1] += g * (values[j] - seen.shift);
     }
   }
 
@@ -87,7 +86,8 @@ void layer_norm_backward(device const T* grad [[buffer(0)]], device const T* x [
                          uint simdgroup [[simdgroup_index_in_threadgroup]],
                          uint simdgroups [[simdgroups_per_threadgroup]]) {
   constexpr int packs = N > 0 ? N : 1;
-  threadgroup float scratch[4 * 32];
+  threadgroup float4 moments_scratch[32];
+  threadgroup float scratch[2 * 32];
   const Place place = {lane, simdgroup, simdgroups};
   const uint first = thread_id * W;
   const uint step = threads * W;
@@ -106,29 +106,33 @@ void layer_norm_backward(device const T* grad [[buffer(0)]], device const T* x [
 #pragma unroll
     for (int i = 0; i < packs; i++) r.load(first + i * step, dy[i], values[i]);
     float sum = 0.0f;
+    uint count = 0u;
 #pragma unroll
-    for (int i = 0; i < packs; i++) sum += pack_sum<W>(values[i]);
-    const float shift = threadgroup_sum(sum, scratch, place) / float(min(packs * step, p.cols));
-    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int i = 0; i < packs; i++) {
+      sum += pack_sum<W>(values[i]);
+      count += in_row<W>(first + i * step, p.cols);
+    }
+    Seen seen = {simd_sum(sum) / float(max(simd_sum(count), 1u)), 0u, 0.0f, 0.0f};
+    float sums[2] = {0.0f, 0.0f};
     if (N > 0) {
 #pragma unroll
-      for (int i = 0; i < packs; i++) r.add(first + i * step, shift, dy[i], values[i], sums);
+      for (int i = 0; i < packs; i++) r.add(first + i * step, dy[i], values[i], seen, sums);
     } else {
       for (uint column = first; column < p.cols; column += step) {
         r.load(column, dy[0], values[0]);
-        r.add(column, shift, dy[0], values[0], sums);
+        r.add(column, dy[0], values[0], seen, sums);
       }
     }
-    threadgroup_sums<4>(sums, scratch, place);
-    const Moments m = row_moments(sums[0], sums[1], p.cols, p.eps);
-    const Slopes slopes = {sums[2] / float(p.cols), (sums[3] - m.rest * sums[2]) / float(p.cols) * m.rstd};
+    const Moments m = row_moments(seen.of_simdgroup(), p.cols, p.eps, moments_scratch, place);
+    sums[1] = (sums[1] - (m.mean - seen.shift + m.rest) * sums[0]) * m.rstd;
+    threadgroup_sums<2>(sums, scratch, place);
+    const Slopes slopes = {sums[0] / float(p.cols), sums[1] / float(p.cols)};
     if (N > 0) {
 #pragma unroll
       for (int i = 0; i < packs; i++) r.store(first + i * step, dy[i], values[i], m, slopes, dw[i], db[i]);
     } else {
       for (uint column = first; column < p.cols; column += step) {
         r.load(column, dy[0], values[0]);
-        subtract<W>(column, p.cols, shift, values[0]);
 #pragma unroll
         for (int j = 0; j < W; j++) dw[0][j] = db[0][j] = 0.0f;
         if (grad_weight && row != group) load_columns<W>(weight_part, column, p.cols, false, dw[0]);

@@ -33,10 +33,19 @@ struct Online {
     largest = top;
   }
 
-  // Of all threads, given to each.
-  Online combined(threadgroup float* scratch, Place place) const {
-    const float top = threadgroup_max(largest, scratch, place);
-    return {top, threadgroup_sum(sum * exp(largest - shift(top)), scratch, place)};
+  // Of the simdgroup, given to each thread.
+  Online of_simdgroup() const {
+    const float top = simd_max(largest);
+    return {top, simd_sum(sum * exp(largest - shift(top)))};
+  }
+
+  // Of the threadgroup, from each simdgroup's. `scratch` holds 32 values and is written once.
+  Online of_threadgroup(threadgroup float2* scratch, Place place) const {
+    if (place.lane == 0) scratch[place.simdgroup] = float2(largest, sum);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    Online part = {-INFINITY, 0.0f};
+    if (place.lane < place.simdgroups) part = {scratch[place.lane].x, scratch[place.lane].y};
+    return part.of_simdgroup();
   }
 };
 
@@ -50,9 +59,10 @@ inline void load_logits(device const T* row, uint column, uint cols, bool aligne
 
 template <int W, typename T>
 inline void store_scaled(device T* row, uint column, uint cols, bool aligned, thread const float* x, Online total) {
+  const float scale = 1.0f / total.sum;
   float y[W];
 #pragma unroll
-  for (int j = 0; j < W; j++) y[j] = exp(x[j] - total.largest) / total.sum;
+  for (int j = 0; j < W; j++) y[j] = exp(x[j] - total.largest) * scale;
   store_columns<W>(row, column, cols, aligned, y);
 }
 
@@ -65,7 +75,7 @@ void softmax(device const T* input [[buffer(0)]], device T* output [[buffer(1)]]
              uint thread_id [[thread_position_in_threadgroup]], uint threads [[threads_per_threadgroup]],
              uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
              uint simdgroups [[simdgroups_per_threadgroup]]) {
-  threadgroup float scratch[32];
+  threadgroup float2 scratch[32];
   const Place place = {lane, simdgroup, simdgroups};
   device const T* in = input + long(row) * p.input_stride;
   device T* out = output + long(row) * p.cols;
@@ -75,27 +85,30 @@ void softmax(device const T* input [[buffer(0)]], device T* output [[buffer(1)]]
     float x[N > 0 ? N : 1][W];
 #pragma unroll
     for (int i = 0; i < N; i++) load_logits<W>(in, first + i * step, p.cols, p.aligned, x[i]);
-    float largest = -INFINITY;
+    // Exponentials from the simdgroup's own maximum, so that the threadgroup meets only once.
+    Online mine = {-INFINITY, 0.0f};
 #pragma unroll
     for (int i = 0; i < N; i++) {
 #pragma unroll
-      for (int j = 0; j < W; j++) largest = max(largest, x[i][j]);
+      for (int j = 0; j < W; j++) mine.largest = max(mine.largest, x[i][j]);
     }
-    largest = threadgroup_max(largest, scratch, place);
-    float sum = 0.0f;
+    mine.largest = simd_max(mine.largest);
+    const float by = Online::shift(mine.largest);
 #pragma unroll
     for (int i = 0; i < N; i++) {
 #pragma unroll
       for (int j = 0; j < W; j++) {
-        x[i][j] = exp(x[i][j] - largest);
-        sum += x[i][j];
+        x[i][j] = exp(x[i][j] - by);
+        mine.sum += x[i][j];
       }
     }
-    sum = threadgroup_sum(sum, scratch, place);
+    mine.sum = simd_sum(mine.sum);
+    const Online total = mine.of_threadgroup(scratch, place);
+    const float scale = exp(mine.largest - total.largest) / total.sum;
 #pragma unroll
     for (int i = 0; i < N; i++) {
 #pragma unroll
-      for (int j = 0; j < W; j++) x[i][j] /= sum;
+      for (int j = 0; j < W; j++) x[i][j] *= scale;
       store_columns<W>(out, first + i * step, p.cols, p.aligned, x[i]);
     }
   } else {
@@ -105,7 +118,7 @@ void softmax(device const T* input [[buffer(0)]], device T* output [[buffer(1)]]
       load_logits<W>(in, column, p.cols, p.aligned, x);
       mine.add<W>(x);
     }
-    const Online total = mine.combined(scratch, place);
+    const Online total = mine.of_simdgroup().of_threadgroup(scratch, place);
     for (uint column = first; column < p.cols; column += step) {
       load_logits<W>(in, column, p.cols, p.aligned, x);
       store_scaled<W>(out, column, p.cols, p.aligned, x, total);
@@ -121,7 +134,7 @@ void softmax_chunk(device const T* input [[buffer(0)]], device float2* partial [
                    uint thread_id [[thread_position_in_threadgroup]], uint threads [[threads_per_threadgroup]],
                    uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
                    uint simdgroups [[simdgroups_per_threadgroup]]) {
-  threadgroup float scratch[32];
+  threadgroup float2 scratch[32];
   const Place place = {lane, simdgroup, simdgroups};
   const uint begin = group % p.chunks * p.chunk;
   const uint end = min(begin + p.chunk, p.cols);
@@ -132,7 +145,7 @@ void softmax_chunk(device const T* input [[buffer(0)]], device float2* partial [
     load_logits<W>(in, column, end, p.aligned, x);
     mine.add<W>(x);
   }
-  const Online total = mine.combined(scratch, place);
+  const Online total = mine.of_simdgroup().of_threadgroup(scratch, place);
   if (thread_id == 0) partial[group] = float2(total.largest, total.sum);
 }
 
@@ -145,7 +158,7 @@ void softmax_finish(device const T* input [[buffer(0)]], device const float2* pa
                     uint threads [[threads_per_threadgroup]], uint lane [[thread_index_in_simdgroup]],
                     uint simdgroup [[simdgroup_index_in_threadgroup]],
                     uint simdgroups [[simdgroups_per_threadgroup]]) {
-  threadgroup float scratch[32];
+  threadgroup float2 scratch[32];
   const Place place = {lane, simdgroup, simdgroups};
   const uint row = group / p.chunks;
   const uint begin = group % p.chunks * p.chunk;
@@ -155,7 +168,7 @@ void softmax_finish(device const T* input [[buffer(0)]], device const float2* pa
     const float2 part = partial[row * p.chunks + thread_id];
     mine = {part.x, part.y};
   }
-  const Online total = mine.combined(scratch, place);
+  const Online total = mine.of_simdgroup().of_threadgroup(scratch, place);
   device const T* in = input + long(row) * p.input_stride;
   device T* out = output + long(row) * p.cols;
   float x[W];
