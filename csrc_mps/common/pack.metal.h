@@ -53,14 +53,15 @@ inline void store_packs(device T* to, thread const float* values) {
   for (int i = 0; i < W; i += count) store_pack(to + i, values + i);
 }
 
-// W values from `column` on, zero past the end of the row. `aligned`: every pack of the row starts at 16 bytes.
+// W values from `column` on, `fill` past the end of the row. `aligned`: every pack of the row starts at 16 bytes.
 template <int W, typename T>
-inline void load_columns(device const T* row, uint column, uint cols, bool aligned, thread float* values) {
+inline void load_columns(device const T* row, uint column, uint cols, bool aligned, thread float* values,
+                         float fill = 0.0f) {
   if (aligned && column + W <= cols) {
     load_packs<W>(row + column, values);
   } else {
 #pragma unroll
-    for (int j = 0; j < W; j++) values[j] = column + j < cols ? float(row[column + j]) : 0.0f;
+    for (int j = 0; j < W; j++) values[j] = column + j < cols ? float(row[column + j]) : fill;
   }
 }
 

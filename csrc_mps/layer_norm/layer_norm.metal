@@ -27,12 +27,18 @@ struct LayerNormRow {
 
   void store_normed(uint column, thread const float* x, Moments m) const {
     float w[W], b[W], y[W];
-    if (flags & HAS_WEIGHT) load_columns<W>(weight, column, cols, flags & ALIGNED, w);
-    if (flags & HAS_BIAS) load_columns<W>(bias, column, cols, flags & ALIGNED, b);
-#pragma unroll
-    for (int j = 0; j < W; j++) {
-      y[j] = fma(m.normed(x[j]), flags & HAS_WEIGHT ? w[j] : 1.0f, flags & HAS_BIAS ? b[j] : 0.0f);
+    if (flags & HAS_WEIGHT) {
+      load_columns<W>(weight, column, cols, flags & ALIGNED, w);
+    } else {
+      fill<W>(w, 1.0f);
     }
+    if (flags & HAS_BIAS) {
+      load_columns<W>(bias, column, cols, flags & ALIGNED, b);
+    } else {
+      fill<W>(b, 0.0f);
+    }
+#pragma unroll
+    for (int j = 0; j < W; j++) y[j] = fma(m.normed(x[j]), w[j], b[j]);
     store_columns<W>(output, column, cols, flags & ALIGNED, y);
   }
 };

@@ -16,6 +16,12 @@ constant constexpr uint GRAD_WEIGHT = 8;  // the weight needs a gradient
 constant constexpr uint GRAD_BIAS = 16;   // the bias does
 
 template <int W>
+inline void fill(thread float* x, float value) {
+#pragma unroll
+  for (int j = 0; j < W; j++) x[j] = value;
+}
+
+template <int W>
 inline float pack_sum(thread const float* x) {
   float sum = 0.0f;
 #pragma unroll
@@ -39,13 +45,23 @@ struct Seen {
 
   template <int W>
   void add(uint column, uint cols, thread const float* x) {
-    count += in_row<W>(column, cols);
+    const uint values = in_row<W>(column, cols);
+    count += values;
+    if (values == W) {
 #pragma unroll
-    for (int j = 0; j < W; j++) {
-      const float difference = column + j < cols ? x[j] - shift : 0.0f;
-      sum += difference;
-      squares += difference * difference;
+      for (int j = 0; j < W; j++) add_one(x[j]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < W; j++) {
+        if (uint(j) < values) add_one(x[j]);
+      }
     }
+  }
+
+  void add_one(float x) {
+    const float difference = x - shift;
+    sum += difference;
+    squares = fma(difference, difference, squares);
   }
 
   Seen of_simdgroup() const { return {shift, simd_sum(count), simd_sum(sum), simd_sum(squares)}; }
