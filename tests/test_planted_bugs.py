@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from torch_fused.functional import add_rms_norm, layer_norm, rms_norm
+from torch_fused.functional import add_rms_norm, apply_rotary_pos_emb, layer_norm, rms_norm, silu_mul, softmax
 from torch_fused.metal import MetalError, emulate
 from torch_fused.ops.adamw import adamw_
+from torch_fused.ops.kv_cache import kv_append_
+from torch_fused.sampling import filter_logits, greedy, sample
 from torch_fused.testing import make, relative_error
 
 SOURCES = Path(__file__).parents[1] / "csrc_mps"
@@ -69,8 +71,40 @@ def adamw_step(*sizes: int) -> Callable[[], list[torch.Tensor]]:
     return run
 
 
+def gated(backward: bool = False) -> Callable[[], object]:
+    """silu_mul of rows that take two threadgroups each, or its gradients."""
+    gate, up, grad = (make(3, 1500, seed=i) for i in range(3))
+    if backward:
+        return lambda: torch.ops.torch_fused.silu_mul_backward(grad, gate, up)
+    return lambda: silu_mul(gate, up)
+
+
+def rotated(rotary_dim: int = 16) -> Callable[[], object]:
+    """Three query heads and one key head of 24 dimensions, five tokens."""
+    q, k = make(1, 3, 5, 24), make(1, 1, 5, 24, seed=1)
+    cos, sin = make(1, 5, rotary_dim, seed=2), make(1, 5, rotary_dim, seed=3)
+    return lambda: apply_rotary_pos_emb(q, k, cos, sin)
+
+
+def appended() -> Callable[[], object]:
+    """Three tokens into a cache that has room for no more."""
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = make(2, 2, 5, 8), make(2, 2, 5, 8, seed=1)
+        kv_append_(keys, values, make(2, 2, 3, 8, seed=2), make(2, 2, 3, 8, seed=3), 2)
+        return keys, values
+
+    return run
+
+
+def draws(rows: int = 2, vocabulary: int = 5000, **filters: float) -> torch.Tensor:
+    """A draw from each row, with the logits so flat that another place in the order is another token."""
+    return sample(make(rows, vocabulary) * 0.1, seed=1, **filters).float()
+
+
 BARRIER = "  threadgroup_barrier(mem_flags::mem_threadgroup);\n"
-SECOND_SUM = "  value = simd_sum(place.lane < place.simdgroups ? scratch[place.lane] : 0.0f);\n"
+SECOND_SUM = "  return simd_sum(place.lane < place.simdgroups ? scratch[place.lane] : 0.0f);\n"
+SECOND_MAXIMUM = "  value = simd_max(place.lane < place.simdgroups ? scratch[place.lane] : 0u);\n"
 SECOND_SUMS = "    values[i] = simd_sum(place.lane < place.simdgroups ? scratch[32 * i + place.lane] : 0.0f);\n  }\n"
 RACE = r"data race|uninitialised"
 
@@ -83,17 +117,17 @@ BUGS = [
         forward(),
         RACE,
         "common/reduce.metal.h",
-        "value = simd_sum(place.lane < place.simdgroups",
+        "return simd_sum(place.lane < place.simdgroups",
     ),
     Bug(
         "missing barrier before the scratch is used again",
-        "layer_norm",
-        SECOND_SUM + BARRIER,
-        SECOND_SUM + "\n",
-        layer_norm_forward(),
+        "greedy",
+        SECOND_MAXIMUM + BARRIER,
+        SECOND_MAXIMUM + "\n",
+        lambda: greedy(make(1, 2000)),
         r"data race on threadgroup memory \(write-after-read",
-        "common/reduce.metal.h",
-        "if (place.lane == 0) scratch[32 * i + place.simdgroup] = values[i];",
+        "common/scan.metal.h",
+        "if (place.lane == 0) scratch[place.simdgroup] = value;",
     ),
     Bug(
         "missing barrier before the next row's sums",
@@ -113,7 +147,7 @@ BUGS = [
         forward(),
         RACE,
         "common/reduce.metal.h",
-        "value = simd_sum(place.lane < place.simdgroups",
+        "return simd_sum(place.lane < place.simdgroups",
     ),
     Bug(
         "row tail: one element too many is read",
@@ -193,7 +227,7 @@ BUGS = [
         forward(),
         "read of uninitialised threadgroup memory",
         "common/reduce.metal.h",
-        "value = simd_sum(place.lane < place.simdgroups",
+        "return simd_sum(place.lane < place.simdgroups",
     ),
     Bug(
         "scratch for fewer simdgroups than there are",
@@ -237,10 +271,10 @@ BUGS = [
     ),
     Bug(
         "scratch for one sum, used for two",
-        "layer_norm",
+        "layer_norm_backward",
         "threadgroup float scratch[2 * 32];",
         "threadgroup float scratch[32];",
-        layer_norm_forward(),
+        layer_norm_backward(),
         "out-of-bounds threadgroup",
         "common/reduce.metal.h",
         "if (place.lane == 0) scratch[32 * i + place.simdgroup] = values[i];",
@@ -251,9 +285,9 @@ BUGS = [
         "  const uint step = threads * W;\n",
         "  const uint step = threads * W; if (first >= p.cols) return;\n",
         layer_norm_forward(cols=100),
-        "threadgroup_barrier|simdgroup|divergent",
-        "common/reduce.metal.h",
-        "",
+        "threadgroup_barrier reached by 25 of the 32 threads",
+        "layer_norm/layer_norm.metal.h",
+        "threadgroup_barrier(mem_flags::mem_threadgroup);",
     ),
     Bug(
         "the bias is read from the row's place",
@@ -387,6 +421,216 @@ BUGS = [
         "common/pack.metal.h",
         "",
     ),
+    Bug(
+        "missing barrier before the simdgroups' maxima and sums are combined",
+        "softmax",
+        BARRIER.replace("  ", "    ", 1),
+        "\n",
+        lambda: softmax(make(3, 896)),
+        RACE,
+        "softmax/softmax.metal",
+        "part = {scratch[place.lane].x, scratch[place.lane].y};",
+    ),
+    Bug(
+        "the last chunk is not held back by the row's end",
+        "softmax",
+        "const uint end = min(begin + p.chunk, p.cols);",
+        "const uint end = begin + p.chunk;",
+        lambda: softmax(make(1, 9000)),
+        "out-of-bounds.*read of 16 bytes",
+        "common/pack.metal.h",
+        "const float4 raw = *(device const float4*)from;",
+    ),
+    Bug(
+        "every threadgroup writes the first chunk",
+        "softmax",
+        "const uint row = group / p.chunks;\n  const uint begin = group % p.chunks * p.chunk;",
+        "const uint row = group / p.chunks;\n  const uint begin = 0;",
+        lambda: softmax(make(3, 9000)),
+        r"data race on buffer 2 \(write-after-write",
+        "common/pack.metal.h",
+        "*(device float4*)to = float4(",
+    ),
+    Bug(
+        "one chunk too many is combined",
+        "softmax",
+        "if (thread_id < p.chunks) {",
+        "if (thread_id <= p.chunks) {",
+        lambda: softmax(make(1, 9000)),
+        "out-of-bounds.*read of 8 bytes",
+        "softmax/softmax.metal",
+        "const float2 part = partial[row * p.chunks + thread_id];",
+    ),
+    Bug(
+        "the gradient's rows packed whatever their alignment",
+        "softmax",
+        "load_columns<W>(grads, first + i * step, p.cols, p.aligned, dy[i]);",
+        "load_columns<W>(grads, first + i * step, p.cols, true, dy[i]);",
+        lambda: torch.ops.torch_fused.softmax_backward(make(3, 65)[:, 1:], make(3, 64)),
+        "misaligned read of 16 bytes",
+        "common/pack.metal.h",
+        "const float4 raw = *(device const float4*)from;",
+    ),
+    Bug(
+        "a slice is read past the end of the vocabulary",
+        "greedy",
+        "load_columns<W>(row, column, p.vocabulary,",
+        "load_columns<W>(row, column, start + SLICE,",
+        lambda: greedy(make(1, 5001)),
+        "out-of-bounds.*read of 4 bytes",
+        "common/pack.metal.h",
+        "",
+    ),
+    Bug(
+        "one candidate too many",
+        "greedy",
+        "i < p.slices; i += threads",
+        "i <= p.slices; i += threads",
+        lambda: greedy(make(1, 5000)),
+        "out-of-bounds.*read of 8 bytes",
+        "sampling/greedy.metal",
+        "const uint2 other = best[long(row) * p.slices + i];",
+    ),
+    Bug(
+        "the last slice without its end",
+        "sampling",
+        "index < p.vocabulary ? make_token",
+        "true ? make_token",
+        lambda: draws(),
+        "out-of-bounds.*read of 4 bytes",
+        "sampling/sampling.metal",
+        "make_token(order_key(as_type<uint>(float(row[index]))), index)",
+    ),
+    Bug(
+        "missing barrier before the slice is sorted",
+        "sampling",
+        BARRIER + "  sort_tokens(tokens, SLICE, thread_id);",
+        "  sort_tokens(tokens, SLICE, thread_id);",
+        lambda: draws(),
+        RACE,
+        "sampling/ranking.metal.h",
+        "const ulong a = tokens[first], b = tokens[first + distance];",
+    ),
+    Bug(
+        "comparisons between simdgroups without a barrier",
+        "sampling",
+        "if (max(distance, next) > 32) {",
+        "if (max(distance, next) > 64) {",
+        lambda: draws(),
+        "data race on threadgroup memory",
+        "sampling/ranking.metal.h",
+        "",
+    ),
+    Bug(
+        "the sort's padding is not set",
+        "sampling",
+        "for (uint i = found + thread_id; i < size; i += THREADS) space.tokens[i] = 0;",
+        "",
+        lambda: draws(top_k=50),
+        "uninitialised",
+        "sampling/ranking.metal.h",
+        "const ulong a = tokens[first], b = tokens[first + distance];",
+    ),
+    Bug(
+        "the candidates' count is not reset",
+        "sampling",
+        "if (thread_id == 0) atomic_store_explicit(space.count, 0u, memory_order_relaxed);",
+        "",
+        lambda: draws(top_k=50),
+        "uninitialised",
+        "sampling/ranking.metal.h",
+        "atomic_fetch_add_explicit(space.count",
+    ),
+    Bug(
+        "filtered past the end of the vocabulary",
+        "sampling",
+        "    if (index >= p.vocabulary) break;\n",
+        "\n",
+        lambda: filter_logits(make(1, 5000), top_k=50),
+        "out-of-bounds.*read of 4 bytes",
+        "sampling/sampling.metal",
+        "const T logit = logits[long(row) * p.row_stride + index];",
+    ),
+    Bug(
+        "the last threadgroup of a row is not held back by its end",
+        "swiglu",
+        "cols = uint(min(p.cols - start, long(threads * W)));",
+        "cols = threads * W;",
+        gated(),
+        "out-of-bounds.*read of 16 bytes",
+        "common/pack.metal.h",
+        "const float4 raw = *(device const float4*)from;",
+    ),
+    Bug(
+        "all threadgroups of a row take its first columns",
+        "swiglu",
+        "start = long(group % p.groups) * long(threads * W);",
+        "start = 0;",
+        gated(),
+        r"data race on buffer 2 \(write-after-write",
+        "common/pack.metal.h",
+        "*(device float4*)to = float4(",
+    ),
+    Bug(
+        "packs of one operand by the other's alignment",
+        "swiglu",
+        "at.column, at.cols, p.flags & ALIGNED, u);",
+        "at.column, at.cols, true, u);",
+        lambda: silu_mul(make(3, 64), make(3, 65)[:, 1:]),
+        "misaligned read of 16 bytes",
+        "common/pack.metal.h",
+        "const float4 raw = *(device const float4*)from;",
+    ),
+    Bug(
+        "a key head's number counts the query heads",
+        "rope",
+        "is_q ? head : head - p.q_heads",
+        "head",
+        rotated(),
+        "out-of-bounds",
+        "common/pack.metal.h",
+        "",
+    ),
+    Bug(
+        "one pack too many",
+        "rope",
+        "unit < p.heads * packs;",
+        "unit <= p.heads * packs;",
+        rotated(),
+        "out-of-bounds",
+        "common/pack.metal.h",
+        "",
+    ),
+    Bug(
+        "a half is stored as wide as the head",
+        "rope",
+        "store_columns<W>(to, column, p.half_dim, aligned, y);",
+        "store_columns<W>(to, column, p.head_dim, aligned, y);",
+        rotated(rotary_dim=12),
+        r"data race on buffer 4 \(write-after-write",
+        "common/pack.metal.h",
+        "",
+    ),
+    Bug(
+        "one unit too many",
+        "kv_append",
+        "index - p.keys.units < p.values.units",
+        "index - p.keys.units <= p.values.units",
+        appended(),
+        "out-of-bounds",
+        "kv_cache/kv_append.metal",
+        "",
+    ),
+    Bug(
+        "the row of a head taken for the batch",
+        "kv_append",
+        "const uint batch = head_row / heads,",
+        "const uint batch = head_row,",
+        appended(),
+        "out-of-bounds",
+        "kv_cache/kv_append.metal",
+        "",
+    ),
 ]
 
 
@@ -426,12 +670,14 @@ def test_the_kernel_without_the_bug_is_clean(bug):
 
 # (name, source, old, new, run): every access is right in every schedule, so only the results tell.
 ONLY_NUMBERS = [
-    ("the row's tail counts as -shift", "layer_norm", "column + j < cols ? x[j] - shift : 0.0f", "x[j] - shift",
+    ("the row's tail counts as zeros", "layer_norm", "if (uint(j) < values) add_one(x[j]);", "add_one(x[j]);",
      layer_norm_forward(cols=13)),
-    ("variance about the shift", "layer_norm", " - rest * rest", "", layer_norm_forward(cols=9000)),
-    ("the mean is the shift", "layer_norm", "fma(x_less_shift, rstd, -rest * rstd)", "x_less_shift * rstd",
+    ("variance about the shift", "layer_norm", "fma(-sum, rest, simd_sum(squares))", "simd_sum(squares)",
      layer_norm_forward(cols=9000)),
-    ("slope about the shift", "layer_norm_backward", " - m.rest * sums[2]", "",
+    ("the mean is the shift", "layer_norm", "{mean, rest - (mean - shift),", "{shift, 0.0f,",
+     layer_norm_forward(cols=9000)),
+    ("the simdgroups' shifts taken for one", "layer_norm", "= seen.x - shift;", "= 0.0f;", layer_norm_forward()),
+    ("slope about the shift", "layer_norm_backward", "sums[1] - (m.mean - seen.shift + m.rest) * sums[0]", "sums[1]",
      layer_norm_backward(cols=9000, width=9000)),
     ("mean gradient left in", "layer_norm_backward", "dy[j] * w[j] - slopes.mean_g", "dy[j] * w[j]",
      layer_norm_backward()),
@@ -443,6 +689,26 @@ ONLY_NUMBERS = [
      adamw_step(300, 40)),
     ("a state that is not stored", "adamw", "store_columns<W>(exp_avg, at, count, aligned, m);", ";",
      adamw_step(300, 40)),
+    ("the row's tail counts as zeros", "softmax", "aligned, x, -INFINITY);", "aligned, x);",
+     lambda: softmax(make(3, 13))),
+    ("every simdgroup keeps its own maximum", "softmax", "exp(mine.largest - total.largest) / total.sum",
+     "1.0f / total.sum", lambda: softmax(make(3, 896))),
+    ("the first row's chunks for all rows", "softmax", "partial[row * p.chunks + thread_id]", "partial[thread_id]",
+     lambda: softmax(make(3, 9000))),
+    ("exp of the gate, not of its negative", "swiglu", "(1.0f + exp(-g[j]))", "(1.0f + exp(g[j]))", gated()),
+    ("slope of the sigmoid", "swiglu", "1.0f + g[j] * (1.0f - sigmoid)", "1.0f + g[j] * sigmoid", gated(backward=True)),
+    ("the sine's sign", "rope", "!transposed, llama, y", "transposed, llama, y", rotated()),
+    ("both halves with the first half's cosine", "rope", "rotate<T, W>(b, a, cos_b,", "rotate<T, W>(b, a, cos_a,",
+     rotated()),
+    ("dimensions behind the tables from the start of the head", "rope",
+     "load_columns<W>(from + 2 * p.half_dim,", "load_columns<W>(from,", rotated()),
+    ("a simdgroup's sum without its last thread", "sampling", "place.lane == 31", "place.lane == 30",
+     lambda: filter_logits(make(2, 5000), top_p=0.5).exp()),
+    ("ties at the k-th value dropped", "sampling", "ulong(token_key(kth)) << 32;", "kth;",
+     lambda: filter_logits(make(2, 5000).round(), top_k=5).exp()),
+    ("every slice's weight counts", "sampling", "kept.total = edge.sum;", ";", lambda: draws(top_p=0.2)),
+    ("keys in the place of values", "kv_append", "copy_unit(values, new_values,", "copy_unit(values, new_keys,",
+     appended()),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-// Sums and maxima over a threadgroup.
+// Sums over a threadgroup.
 #pragma once
 #include <metal_stdlib>
 using namespace metal;
@@ -10,14 +10,12 @@ struct Place {
   uint simdgroups;  // of the threadgroup
 };
 
-// The sum of `value` over all threads, given to each. `scratch` holds 32 values and may be reused after the call.
+// The sum of `value` over all threads, given to each. `scratch` holds 32 values and is written once.
 inline float threadgroup_sum(float value, threadgroup float* scratch, Place place) {
   value = simd_sum(value);
   if (place.lane == 0) scratch[place.simdgroup] = value;
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  value = simd_sum(place.lane < place.simdgroups ? scratch[place.lane] : 0.0f);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  return value;
+  return simd_sum(place.lane < place.simdgroups ? scratch[place.lane] : 0.0f);
 }
 
 // Several sums at once, for the barriers of one: each of the N values becomes its sum over all threads. `scratch` holds
@@ -35,14 +33,4 @@ inline void threadgroup_sums(thread float* values, threadgroup float* scratch, P
     values[i] = simd_sum(place.lane < place.simdgroups ? scratch[32 * i + place.lane] : 0.0f);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-}
-
-// The largest `value` of all threads, given to each; as threadgroup_sum otherwise.
-inline float threadgroup_max(float value, threadgroup float* scratch, Place place) {
-  value = simd_max(value);
-  if (place.lane == 0) scratch[place.simdgroup] = value;
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  value = simd_max(place.lane < place.simdgroups ? scratch[place.lane] : -INFINITY);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  return value;
 }

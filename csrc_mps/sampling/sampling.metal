@@ -75,9 +75,8 @@ void sampling_rank(device const ulong* sorted [[buffer(0)]], device const ulong*
                    uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
                    uint simdgroups [[simdgroups_per_threadgroup]]) {
   const uint pivots = p.slices * (SLICE / p.stride);
-  const uint groups = (pivots + simdgroups - 1) / simdgroups;  // of a row
+  const uint groups = pivots / simdgroups;  // of a row; the host makes it a whole number
   const uint pivot = group % groups * simdgroups + simdgroup;
-  if (pivot >= pivots) return;
   const long row = group / groups;
   device const ulong* tokens = sorted + row * p.slices * SLICE;
   const ulong token = tokens[pivot * p.stride];
