@@ -497,7 +497,7 @@ BUGS = [
         "index < p.vocabulary ? make_token",
         "true ? make_token",
         lambda: draws(),
-        "out-of-bounds.*read of 4 bytes",
+        "out-of-bounds.*read of 4 bytes|data race",
         "sampling/sampling.metal",
         "make_token(order_key(as_type<uint>(float(row[index]))), index)",
     ),
