@@ -1,0 +1,65 @@
+// Sixteen floats as one value. The compiler makes one, two or four registers of it, as the machine has them.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "../common/simd.h"
+
+namespace torch_fused {
+
+constexpr int64_t kLanes = 16;
+
+typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t LaneBits __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t HalfLaneBits __attribute__((vector_size(2 * kLanes)));
+
+// Results come back by reference: a vector that is returned has another ABI on each machine.
+TORCH_FUSED_INLINE void load(const float* from, Lanes& to) {
+  std::memcpy(&to, from, sizeof(to));
+}
+
+TORCH_FUSED_INLINE void load_bits(const void* from, LaneBits& to) {
+  HalfLaneBits bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  to = __builtin_convertvector(bits, LaneBits);
+}
+
+TORCH_FUSED_INLINE void load(const c10::BFloat16* from, Lanes& to) {
+  LaneBits bits;
+  load_bits(from, bits);
+  bits <<= 16;
+  std::memcpy(&to, &bits, sizeof(to));
+}
+
+TORCH_FUSED_INLINE void load(const c10::Half* from, Lanes& to) {
+  LaneBits bits;
+  load_bits(from, bits);
+  const LaneBits magnitude = bits & 0x7fff;
+  // Multiplying by 2^112 moves the exponent's bias, and makes subnormals normal.
+  LaneBits result = magnitude << 13;
+  std::memcpy(&to, &result, sizeof(to));
+  to *= 0x1p112f;
+  std::memcpy(&result, &to, sizeof(to));
+  const LaneBits special = (LaneBits)(magnitude >= 0x7c00);  // infinity or NaN
+  result |= (special & 0x7f800000) | (bits & 0x8000) << 16;
+  std::memcpy(&to, &result, sizeof(to));
+}
+
+TORCH_FUSED_INLINE void store(const Lanes& from, float* to) {
+  std::memcpy(to, &from, sizeof(from));
+}
+
+TORCH_FUSED_INLINE float sum_of(const Lanes& lanes) {
+  float values[kLanes];
+  store(lanes, values);
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t i = 0; i < width; ++i) values[i] += values[i + width];
+  }
+  return values[0];
+}
+
+}  // namespace torch_fused
