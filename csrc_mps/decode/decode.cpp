@@ -1,13 +1,10 @@
 // A step of a whole decoder as one op on the CPU: schema, checks, memory and threads.
 
-// Fused multiply-adds where the machine has them.
-#pragma GCC optimize("fp-contract=fast")
-#pragma STDC FP_CONTRACT ON
-
 #include "decode.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/MemoryOverlap.h>
+#include <ATen/Version.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
@@ -15,11 +12,12 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <string>
 
 #include "../common/autograd.h"
 #include "../common/checks.h"
 #include "../common/rows.h"
-#include "step.h"
+#include "team.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def(
@@ -59,7 +57,6 @@ constexpr const char* kPartNames[] = {"input norm", "q",      "q bias", "k", "k 
                                       "v bias",     "q norm", "k norm", "o", "o bias", "post-attention norm",
                                       "gate",       "up",     "down"};
 
-constexpr int64_t kMostBatch = 8, kMostSteps = 8;
 constexpr int64_t kChunk = 256;  // slots that a chunk of the context should at least have
 
 // The arguments of one call.
@@ -242,13 +239,16 @@ int64_t count_chunks(const StepShape& s) {
   return std::max<int64_t>(1, std::min(even, s.length / kChunk));
 }
 
-#define DECODE_STEP(T)                                                      \
-  TORCH_FUSED_SIMD void run_member(const Step<T>& step, const Team& team) { \
-    run_step(step, team);                                                   \
-  }
-DECODE_STEP(float)
-DECODE_STEP(at::Half)
-DECODE_STEP(at::BFloat16)
+// With the best instructions that the machine has, or that ATEN_CPU_CAPABILITY allows torch.
+template <class T>
+void run_step(const Step<T>& step, const Team& team) {
+#ifdef TORCH_FUSED_X86_DISPATCH
+  static const std::string allowed = at::get_cpu_capability();
+  if (allowed == "AVX512" && __builtin_cpu_supports("x86-64-v4")) return avx512::run_step(step, team);
+  if (allowed != "DEFAULT" && __builtin_cpu_supports("x86-64-v3")) return avx2::run_step(step, team);
+#endif
+  baseline::run_step(step, team);
+}
 
 template <class T>
 void run(const Call& call, const StepShape& shape, const Tensor& logits) {
@@ -266,11 +266,10 @@ void run(const Call& call, const StepShape& shape, const Tensor& logits) {
   s.head = matrix_of<T>(call.head);
   s.eps = static_cast<float>(call.eps);
   s.scaling = static_cast<float>(call.scaling);
-  s.own_size = own_memory(s);
 
   const int64_t sizes[] = {
       s.tokens() * s.hidden,       s.tokens() * s.projected(),  s.tokens() * s.heads * s.chunks * s.partial(),
-      s.tokens() * s.intermediate, s.tokens() * s.intermediate, s.threads * s.own_size};
+      s.tokens() * s.intermediate, s.tokens() * s.intermediate, s.threads * s.own_size()};
   int64_t total = 0;
   for (const int64_t size : sizes) total += size;
   const Tensor memory = at::empty({total}, logits.options());
@@ -281,7 +280,7 @@ void run(const Call& call, const StepShape& shape, const Tensor& logits) {
     next += sizes[i];
   }
   s.logits = elements<float>(logits);
-  run_team(s.threads, [&s](const Team& team) { run_member(s, team); });
+  run_team(s.threads, [&s](const Team& team) { run_step(s, team); });
 }
 
 Tensor decode_cpu(const Tensor& token_ids, const Tensor& positions, const OptionalTensor& starts,

@@ -1,10 +1,16 @@
 // One step of a decoder: the model's tensors as the kernels see them, and the memory a step works in.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "team.h"
+
 namespace torch_fused {
+
+constexpr int64_t kMostBatch = 8, kMostSteps = 8;
+constexpr int64_t kKeyBlock = 32;  // keys scored before their values are added
 
 // y = x * weight^T + bias; a row of the weight for each result.
 template <class T>
@@ -49,6 +55,11 @@ struct StepShape {
   int64_t projected() const { return (heads + 2 * kv_heads) * head_dim; }  // floats of q, k and v of a token
   int64_t queries() const { return heads / kv_heads * steps; }             // that share a key
   int64_t partial() const { return head_dim + 2; }                         // weighted sum of values, maximum, sum
+
+  // Floats of a thread's own memory.
+  int64_t own_size() const {
+    return std::max({tokens() * hidden, tokens() * heads * head_dim, queries() * (2 * head_dim + kKeyBlock + 3)});
+  }
 };
 
 template <class T>
@@ -69,9 +80,20 @@ struct Step : StepShape {
   float* partials;  // (tokens, heads, chunks, partial)
   float* gates;     // (tokens, intermediate)
   float* ups;       // (tokens, intermediate)
-  float* own;       // each thread's own memory, own_size floats a thread
-  int64_t own_size;
-  float* logits;  // (batch, kept, vocabulary)
+  float* own;       // (threads, own_size()): each thread's own memory
+  float* logits;    // (batch, kept, vocabulary)
 };
+
+// One member's share of a step, for each instruction set. step/ has the code.
+#define TORCH_FUSED_DECLARE_STEP(target)             \
+  namespace target {                                 \
+  template <class T>                                 \
+  void run_step(const Step<T>& s, const Team& team); \
+  }
+TORCH_FUSED_DECLARE_STEP(baseline)
+#ifdef TORCH_FUSED_X86_DISPATCH
+TORCH_FUSED_DECLARE_STEP(avx2)
+TORCH_FUSED_DECLARE_STEP(avx512)
+#endif
 
 }  // namespace torch_fused

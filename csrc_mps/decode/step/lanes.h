@@ -1,4 +1,4 @@
-// Sixteen floats as one value. The compiler makes one, two or four registers of it, as the machine has them.
+// Sixteen floats as one value. The compiler makes one, two or four registers of it, as the instruction set has them.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -7,9 +7,9 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../common/simd.h"
+#include "../../common/simd.h"
 
-namespace torch_fused {
+namespace torch_fused::TORCH_FUSED_TARGET {
 
 constexpr int64_t kLanes = 16;
 
@@ -36,10 +36,15 @@ TORCH_FUSED_INLINE void load(const c10::BFloat16* from, Lanes& to) {
 }
 
 TORCH_FUSED_INLINE void load(const c10::Half* from, Lanes& to) {
+#ifdef TORCH_FUSED_F16C
+  const auto* halves = reinterpret_cast<const __m128i*>(from);
+  const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128(halves)), high = _mm256_cvtph_ps(_mm_loadu_si128(halves + 1));
+  to = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
   LaneBits bits;
   load_bits(from, bits);
   const LaneBits magnitude = bits & 0x7fff;
-  // Multiplying by 2^112 moves the exponent's bias, and makes subnormals normal.
+  // As Wide<c10::Half>::widen.
   LaneBits result = magnitude << 13;
   std::memcpy(&to, &result, sizeof(to));
   to *= 0x1p112f;
@@ -47,6 +52,7 @@ TORCH_FUSED_INLINE void load(const c10::Half* from, Lanes& to) {
   const LaneBits special = (LaneBits)(magnitude >= 0x7c00);  // infinity or NaN
   result |= (special & 0x7f800000) | (bits & 0x8000) << 16;
   std::memcpy(&to, &result, sizeof(to));
+#endif
 }
 
 TORCH_FUSED_INLINE void store(const Lanes& from, float* to) {
@@ -62,4 +68,4 @@ TORCH_FUSED_INLINE float sum_of(const Lanes& lanes) {
   return values[0];
 }
 
-}  // namespace torch_fused
+}  // namespace torch_fused::TORCH_FUSED_TARGET

@@ -4,10 +4,10 @@
 #include <cmath>
 #include <cstdint>
 
-#include "../common/convert.h"
+#include "../../common/convert.h"
 #include "lanes.h"
 
-namespace torch_fused {
+namespace torch_fused::TORCH_FUSED_TARGET {
 
 template <class T>
 TORCH_FUSED_INLINE void normed(const float* x, const T* weight, int64_t n, float eps, float* to) {
@@ -23,4 +23,4 @@ TORCH_FUSED_INLINE void normed(const float* x, const T* weight, int64_t n, float
   for (i = 0; i < n; ++i) to[i] = x[i] * scale * widen(weight[i]);
 }
 
-}  // namespace torch_fused
+}  // namespace torch_fused::TORCH_FUSED_TARGET

@@ -1,25 +1,19 @@
-// The phases of a step. Each member of the team runs all of them and takes its share of each; small work, such as a
-// norm, every member does for itself, which is faster than to meet.
+// The phases of a step, compiled once for each instruction set, in a namespace of its own. Each member of the team runs
+// all of them and takes its share of each; small work, such as a norm, every member does for itself, which is faster
+// than to meet.
 #pragma once
 
 #include <algorithm>
 
-#include "../common/convert.h"
-#include "../common/exp.h"
+#include "../../common/convert.h"
+#include "../../common/exp.h"
+#include "../decode.h"
+#include "../team.h"
 #include "attention.h"
-#include "decode.h"
 #include "norm.h"
 #include "products.h"
-#include "team.h"
 
-namespace torch_fused {
-
-constexpr int64_t kMostTokens = 64;
-
-// Floats of a thread's own memory that a step works in.
-inline int64_t own_memory(const StepShape& s) {
-  return std::max({s.tokens() * s.hidden, s.tokens() * s.heads * s.head_dim, attention_memory(s)});
-}
+namespace torch_fused::TORCH_FUSED_TARGET {
 
 enum class Write { kSet, kAdd };
 
@@ -27,7 +21,7 @@ enum class Write { kSet, kAdd };
 template <Write write, class T>
 TORCH_FUSED_INLINE void project(const Matrix<T>& matrix, Range rows, const float* x, int64_t count, float* to,
                                 int64_t stride) {
-  float results[kMostTokens];
+  float results[kMostBatch * kMostSteps];
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     row_products(matrix.weight + row * matrix.stride, matrix.cols, {x, matrix.cols}, count, results);
     const float bias = matrix.bias ? widen(matrix.bias[row]) : 0;
@@ -103,8 +97,8 @@ TORCH_FUSED_INLINE void logits(const Step<T>& s, const Team& team, float* own) {
 }
 
 template <class T>
-TORCH_FUSED_INLINE void run_step(const Step<T>& s, const Team& team) {
-  float* own = s.own + team.member() * s.own_size;
+void run_step(const Step<T>& s, const Team& team) {
+  float* own = s.own + team.member() * s.own_size();
   embed(s, team);
   team.meet();
   for (const Layer<T>& layer : s.layers) {
@@ -114,4 +108,8 @@ TORCH_FUSED_INLINE void run_step(const Step<T>& s, const Team& team) {
   logits(s, team, own);
 }
 
-}  // namespace torch_fused
+template void run_step(const Step<float>&, const Team&);
+template void run_step(const Step<c10::Half>&, const Team&);
+template void run_step(const Step<c10::BFloat16>&, const Team&);
+
+}  // namespace torch_fused::TORCH_FUSED_TARGET

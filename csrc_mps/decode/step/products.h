@@ -4,10 +4,10 @@
 
 #include <cstdint>
 
-#include "../common/convert.h"
+#include "../../common/convert.h"
 #include "lanes.h"
 
-namespace torch_fused {
+namespace torch_fused::TORCH_FUSED_TARGET {
 
 // Vectors of floats, `stride` floats apart.
 struct Vectors {
@@ -80,4 +80,4 @@ TORCH_FUSED_INLINE void add_scaled(const T* __restrict row, float scale, int64_t
   for (; i < n; ++i) to[i] += scale * widen(row[i]);
 }
 
-}  // namespace torch_fused
+}  // namespace torch_fused::TORCH_FUSED_TARGET

@@ -5,20 +5,13 @@
 #include <cmath>
 #include <limits>
 
-#include "../common/convert.h"
-#include "../common/exp.h"
-#include "decode.h"
+#include "../../common/convert.h"
+#include "../../common/exp.h"
+#include "../decode.h"
 #include "norm.h"
 #include "products.h"
 
-namespace torch_fused {
-
-constexpr int64_t kKeyBlock = 32;  // keys scored before their values are added
-
-// Floats of a thread's own memory that attend() works in.
-inline int64_t attention_memory(const StepShape& s) {
-  return s.queries() * (2 * s.head_dim + kKeyBlock + 3);
-}
+namespace torch_fused::TORCH_FUSED_TARGET {
 
 // A head of a query or key: normed if the model has a norm for it, then rotated by its position's angles, half-split.
 template <class T>
@@ -161,4 +154,4 @@ TORCH_FUSED_INLINE void combine_chunks(const Step<T>& s, float* to) {
   }
 }
 
-}  // namespace torch_fused
+}  // namespace torch_fused::TORCH_FUSED_TARGET

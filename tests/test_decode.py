@@ -1,0 +1,348 @@
+"""decode_: a step of a whole decoder is what plain torch computes, whatever the model's shape, the cache and the CPU."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from torch_fused.ops.decode import LAYER_PARTS, decode_, decode_reference
+from torch_fused.testing import HALF_ULP, make, relative_error
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's sizes; `qwen2` has biases on q, k and v, `qwen3` norms of queries and keys, `biased` all biases."""
+
+    family: str = "llama"
+    layers: int = 2
+    hidden: int = 48
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    rotary_dim: int = 16
+    intermediate: int = 80
+    vocabulary: int = 97
+
+    def parts(self) -> dict[str, tuple[int, ...] | None]:
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        biased, normed = self.family in ("qwen2", "biased"), self.family == "qwen3"
+        return {
+            "input_norm": (self.hidden,),
+            "q": (queries, self.hidden),
+            "q_bias": (queries,) if biased else None,
+            "k": (keys, self.hidden),
+            "k_bias": (keys,) if biased else None,
+            "v": (keys, self.hidden),
+            "v_bias": (keys,) if biased else None,
+            "q_norm": (self.head_dim,) if normed else None,
+            "k_norm": (self.head_dim,) if normed else None,
+            "o": (self.hidden, queries),
+            "o_bias": (self.hidden,) if self.family == "biased" else None,
+            "post_attention_norm": (self.hidden,),
+            "gate": (self.intermediate, self.hidden),
+            "up": (self.intermediate, self.hidden),
+            "down": (self.hidden, self.intermediate),
+        }
+
+
+@dataclass
+class Step:
+    """The arguments of one call: random weights, and a cache that holds `length` random tokens."""
+
+    shape: Shape = Shape()
+    batch: int = 1
+    steps: int = 1
+    length: int = 20
+    dtype: torch.dtype = torch.float32
+    starts: list[int] | None = None
+    logits_to_keep: int = 0
+    args: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        shape, capacity = self.shape, self.length + self.steps + 5
+        self.seed = 0
+        layers = []
+        for _ in range(shape.layers):
+            for name, size in shape.parts().items():
+                layers.append(None if size is None else self.weight(*size, around=float(name.endswith("norm"))))
+        angles = torch.arange(capacity)[:, None] * torch.logspace(0, -2, max(1, shape.rotary_dim // 2))
+        angles = torch.cat([angles, angles], -1)[:, : shape.rotary_dim]
+        embedding = self.weight(shape.vocabulary, shape.hidden) * shape.hidden**0.5
+        starts = None if self.starts is None else torch.tensor(self.starts)
+        positions = torch.arange(self.length, self.length + self.steps).expand(self.batch, -1)
+        states = (self.batch, shape.kv_heads, capacity, shape.head_dim)
+        self.args = {
+            "token_ids": torch.randint(
+                shape.vocabulary, (self.batch, self.steps), generator=torch.Generator().manual_seed(1)
+            ),
+            "positions": (positions if starts is None else positions - starts[:, None]).contiguous(),
+            "starts": starts,
+            "embedding": embedding,
+            "cos": angles.cos().to(self.dtype),
+            "sin": angles.sin().to(self.dtype),
+            "layers": layers,
+            "norm": self.weight(shape.hidden, around=1.0),
+            "head": self.weight(shape.vocabulary, shape.hidden),
+            "keys": [make(*states, dtype=self.dtype, seed=100 + i) for i in range(shape.layers)],
+            "values": [make(*states, dtype=self.dtype, seed=200 + i) for i in range(shape.layers)],
+            "length": self.length,
+            "heads": shape.heads,
+            "eps": 1e-6,
+            "scaling": shape.head_dim**-0.5,
+            "logits_to_keep": self.logits_to_keep,
+            **self.args,
+        }
+
+    def weight(self, *size: int, around: float = 0.0) -> torch.Tensor:
+        self.seed += 1
+        return (around + make(*size, seed=self.seed) * size[-1] ** -0.5).to(self.dtype)
+
+    def run(self, **changes) -> torch.Tensor:
+        return decode_(**{**self.args, **changes})
+
+    def exact(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The logits in float64, and the caches that the reference has written."""
+        args = {name: _double(value) for name, value in self.args.items()}
+        return decode_reference(*args.values()), [*args["keys"], *args["values"]]
+
+    def check(self, **changes) -> None:
+        """Compares logits and caches with float64; unused slots must stay as they are."""
+        exact, caches = self.exact()
+        logits = self.run(**changes)
+        assert logits.dtype == torch.float32
+        assert logits.shape == exact.shape
+        # All is float32 but the new keys and values, which are rounded to the cache's dtype.
+        assert relative_error(logits, exact) < 1e-5 + (0 if self.dtype == torch.float32 else HALF_ULP[self.dtype])
+        for cache, expected in zip([*self.args["keys"], *self.args["values"]], caches, strict=True):
+            new = slice(self.length, self.length + self.steps)
+            error = relative_error(cache[:, :, new], expected[:, :, new])
+            assert error < 1e-5 + (0 if self.dtype == torch.float32 else 2 * HALF_ULP[self.dtype])
+            cache[:, :, new] = expected[:, :, new] = 0
+            assert torch.equal(cache.double(), expected)
+
+
+def _double(value):
+    if isinstance(value, list):
+        return [_double(item) for item in value]
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "biased"])
+def test_families(family, dtype):
+    """Biases and norms of queries and keys, one sequence and four left-padded ones, one token and several."""
+    shape = Shape(family)
+    Step(shape, dtype=dtype).check()
+    Step(shape, dtype=dtype, batch=4, steps=3, starts=[0, 7, 20, 19]).check()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("steps", [1, 2, 7, 8])
+def test_tokens_at_once(batch, steps):
+    """Every number of vectors that a row of a weight is multiplied with; a new token sees those before it only."""
+    Step(batch=batch, steps=steps).check()
+    Step(batch=batch, steps=steps, length=0).check()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(layers=1, hidden=1, heads=1, kv_heads=1, head_dim=2, rotary_dim=2, intermediate=1, vocabulary=2),
+        Shape(hidden=17, heads=3, kv_heads=1, head_dim=6, rotary_dim=4, intermediate=5, vocabulary=3),
+        Shape("qwen3", hidden=33, heads=6, kv_heads=6, head_dim=10, rotary_dim=2, intermediate=63, vocabulary=31),
+        Shape("biased", hidden=95, heads=8, kv_heads=2, head_dim=34, rotary_dim=34, intermediate=257, vocabulary=1000),
+        Shape(rotary_dim=0),
+        Shape("qwen2", layers=3, hidden=896, heads=14, kv_heads=2, head_dim=64, rotary_dim=64, intermediate=700),
+    ],
+    ids=str,
+)
+def test_sizes(shape):
+    """Tiny and odd sizes, parts of a head without positions, one key head for all queries and one for each."""
+    for dtype in DTYPES:
+        Step(shape, batch=2, steps=2, dtype=dtype).check()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("length", [1, 255, 256, 1000, 4099])
+def test_long_contexts(length, threads):
+    """The context is split over the threads; padding may fill whole parts of it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        Step(length=length).check()
+        Step(batch=3, steps=4, length=length, starts=[0, length // 2, length]).check()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_large_scores():
+    """Scores far apart: the softmax does not overflow, and forgets what it must."""
+    step = Step(length=600)
+    for keys in step.args["keys"]:
+        keys.mul_(300)
+        keys[:, :, 400:].mul_(3)
+    step.check()
+
+
+def test_what_is_not_attended_may_hold_anything():
+    """Slots before a sequence's start and past its new tokens are never read."""
+    step = Step(batch=2, steps=2, length=300, starts=[0, 270])
+    expected = step.run()
+    for states in (*step.args["keys"], *step.args["values"]):
+        states[1, :, :270] = torch.nan
+        states[:, :, 300:] = torch.nan
+    assert torch.equal(step.run(), expected)
+
+
+def test_nan_stays_in_its_sequence():
+    step = Step(batch=2)
+    step.args["values"][0][1, 0, 3] = torch.nan
+    logits = step.run()
+    assert logits[0].isfinite().all()
+    assert logits[1].isnan().all()
+
+
+def test_layouts():
+    """Caches with tokens before heads in memory, and weights that are parts of larger ones, are used in place."""
+    step = Step(batch=2, steps=3)
+    for name in ("keys", "values"):
+        step.args[name] = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in step.args[name]]
+    padded = [None if t is None or t.dim() == 1 else torch.nn.functional.pad(t, (3, 2)) for t in step.args["layers"]]
+    step.args["layers"] = [
+        part if wide is None else wide[:, 3:-2] for part, wide in zip(step.args["layers"], padded, strict=True)
+    ]
+    step.check()
+
+
+def test_tied_head():
+    step = Step()
+    step.args["head"] = step.args["embedding"]
+    step.check()
+
+
+@pytest.mark.parametrize("kept", [1, 2, 4])
+def test_logits_of_the_last_tokens(kept):
+    step = Step(batch=3, steps=4)
+    every = step.run()
+    torch.testing.assert_close(step.run(logits_to_keep=kept), every[:, -kept:], rtol=1e-5, atol=1e-5)
+
+
+def test_threads_of_python():
+    """Calls from several threads at once do not share memory."""
+    steps = [Step(Shape(layers=4), batch=2, steps=1 + i) for i in range(6)]
+    expected = [step.run() for step in steps]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(5):
+            results = pool.map(lambda step: step.run(), steps)
+            assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_instruction_sets(capability):
+    """Each is compiled in; the environment variable that torch obeys chooses among those that the machine has."""
+    script = "import test_decode as t\nfor f in ('qwen2', 'qwen3'):\n  for d in t.DTYPES: t.test_families(f, d)"
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, cwd=os.path.dirname(__file__))
+
+
+def test_inputs_are_not_written():
+    step = Step(batch=2)
+    before = [
+        t.clone() for t in _tensors(step.args) if not any(t is s for s in step.args["keys"] + step.args["values"])
+    ]
+    step.run()
+    after = [t for t in _tensors(step.args) if not any(t is s for s in step.args["keys"] + step.args["values"])]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def _tensors(args):
+    flat = [item for value in args.values() for item in (value if isinstance(value, list) else [value])]
+    return [item for item in flat if isinstance(item, torch.Tensor)]
+
+
+def test_opcheck():
+    step = Step(batch=2, steps=2, starts=[0, 3], logits_to_keep=1)
+    opcheck(torch.ops.torch_fused.decode_.default, tuple(step.args.values()))
+
+
+def test_compiles_without_graph_breaks():
+    expected = Step(batch=2).run()
+    step = Step(batch=2)
+    compiled = torch.compile(lambda args: decode_(**args), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(step.args), expected)
+
+
+def test_autograd():
+    """No gradient is lost silently, and a cache that autograd has saved is known to have changed."""
+    step = Step()
+    step.args["layers"][1].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"decode_: the weights require grad.*torch\.no_grad"):
+        step.run()
+    version = step.args["keys"][0]._version
+    with torch.no_grad():
+        assert not step.run().requires_grad
+    assert step.args["keys"][0]._version == version + 1
+
+
+def _parts(step: Step, **changes) -> list:
+    """The layers with some parts of the last one exchanged."""
+    layers = list(step.args["layers"])
+    for name, value in changes.items():
+        layers[len(layers) - len(LAYER_PARTS) + LAYER_PARTS.index(name)] = value
+    return layers
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (lambda s: {"token_ids": torch.zeros(9, 1, dtype=torch.long)}, RuntimeError, "token_ids must be .* 1 to 8"),
+        (lambda s: {"token_ids": torch.zeros(1, 9, dtype=torch.long)}, RuntimeError, "token_ids must be .* 1 to 8"),
+        (lambda s: {"token_ids": torch.zeros(2, 0, dtype=torch.long)}, RuntimeError, "token_ids must be .* 1 to 8"),
+        (lambda s: {"token_ids": torch.zeros(2, dtype=torch.long)}, RuntimeError, "token_ids must be .* 1 to 8"),
+        (lambda s: {"token_ids": torch.zeros(2, 2, dtype=torch.int)}, RuntimeError, "token_ids must be .* int64"),
+        (lambda s: {"token_ids": torch.full((2, 2), 97)}, IndexError, "token_ids must be from 0 to 96, got 97"),
+        (lambda s: {"token_ids": torch.full((2, 2), -1)}, IndexError, "token_ids must be from 0 to 96, got -1"),
+        (lambda s: {"positions": torch.full((2, 2), 27)}, IndexError, "positions must be from 0 to 26, got 27"),
+        (lambda s: {"positions": torch.zeros(2, 3, dtype=torch.long)}, RuntimeError, "positions must be .*2, 2"),
+        (lambda s: {"starts": torch.tensor([0, 21])}, IndexError, "starts must be from 0 to 20, got 21"),
+        (lambda s: {"embedding": s.args["embedding"].double()}, RuntimeError, "embedding must be .*float32"),
+        (lambda s: {"embedding": s.args["embedding"].bfloat16()}, RuntimeError, "head must have .* dtype BFloat16"),
+        (lambda s: {"cos": s.args["cos"][:, :15]}, RuntimeError, "cos must be .* even rotary dim"),
+        (lambda s: {"sin": s.args["sin"][:4]}, RuntimeError, "sin must have shape"),
+        (lambda s: {"layers": s.args["layers"][:-1]}, RuntimeError, "layers must .* 15"),
+        (lambda s: {"layers": []}, RuntimeError, "layers must .* 15 .* got 0"),
+        (lambda s: {"layers": _parts(s, down=None)}, RuntimeError, "down of layer 1 must be a tensor"),
+        (lambda s: {"layers": _parts(s, q=torch.zeros(64, 47))}, RuntimeError, "q of layer 1 must have shape"),
+        (lambda s: {"layers": _parts(s, k=torch.zeros(31, 48))}, RuntimeError, "k of layer 1 must have shape"),
+        (lambda s: {"layers": _parts(s, up=torch.zeros(80, 48).half())}, RuntimeError, "up of layer 1 must have"),
+        (lambda s: {"layers": _parts(s, gate=torch.zeros(48, 80).t())}, RuntimeError, "gate of layer 1 .* dense rows"),
+        (lambda s: {"norm": torch.zeros(47)}, RuntimeError, "norm must have shape"),
+        (lambda s: {"head": torch.zeros(97, 47)}, RuntimeError, "head must have shape"),
+        (lambda s: {"keys": s.args["keys"][:1]}, RuntimeError, "keys must be a tensor for each of the 2 layers"),
+        (lambda s: {"values": [t[:, :, :21] for t in s.args["values"]]}, RuntimeError, "values must have room .* 22"),
+        (lambda s: {"keys": [t.half() for t in s.args["keys"]]}, RuntimeError, "keys must have"),
+        (
+            lambda s: {"keys": [t[:1].expand(2, -1, -1, -1) for t in s.args["keys"]]},
+            RuntimeError,
+            "keys .* expanded tensor",
+        ),
+        (lambda s: {"length": -1}, RuntimeError, "length must not be negative, got -1"),
+        (lambda s: {"heads": 3}, RuntimeError, "heads must"),
+        (lambda s: {"heads": 0}, RuntimeError, "heads must"),
+        (lambda s: {"logits_to_keep": 3}, RuntimeError, "logits_to_keep must be from 0 to 2, got 3"),
+    ],
+)
+def test_bad_arguments(changes, error, message):
+    """The message names the op and the argument; nothing has been written."""
+    step = Step(batch=2, steps=2)
+    before = [t.clone() for t in (*step.args["keys"], *step.args["values"])]
+    with pytest.raises(error, match=f"decode_: {message}"):
+        step.run(**changes(step))
+    assert all(torch.equal(a, b) for a, b in zip((*step.args["keys"], *step.args["values"]), before, strict=True))
