@@ -1,4 +1,4 @@
-"""decode_: a step of a whole decoder is what plain torch computes, whatever the model's shape, the cache and the CPU."""
+"""decode_: a step of a whole decoder computes what plain torch does, whatever the model, the cache and the CPU."""
 
 import os
 import subprocess

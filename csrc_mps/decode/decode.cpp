@@ -24,6 +24,11 @@ TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
       "decode_(Tensor token_ids, Tensor positions, Tensor? starts, Tensor embedding, Tensor cos, Tensor sin, "
       "Tensor?[] layers, Tensor norm, Tensor head, Tensor(a!)[] keys, Tensor(b!)[] values, int length, int heads, "
       "float eps, float scaling, int logits_to_keep) -> Tensor");
+  m.def(
+      "decode_token_(Tensor token_ids, Tensor positions, Tensor? starts, Tensor embedding, Tensor cos, Tensor sin, "
+      "Tensor?[] layers, Tensor norm, Tensor head, Tensor(a!)[] keys, Tensor(b!)[] values, int length, int heads, "
+      "float eps, float scaling, bool do_sample, float temperature, int? top_k, float? top_p, float? min_p) -> Tensor",
+      {at::Tag::nondeterministic_seeded});
 }
 
 namespace torch_fused {
@@ -327,9 +332,37 @@ Tensor decode_autograd(const Tensor& token_ids, const Tensor& positions, const O
                  eps, scaling, logits_to_keep);
 }
 
+// ---- with the choice of the next token ------------------------------------------------------------------------------
+
+Tensor decode_token(const Tensor& token_ids, const Tensor& positions, const OptionalTensor& starts,
+                    const Tensor& embedding, const Tensor& cos, const Tensor& sin, const OptionalTensors& layers,
+                    const Tensor& norm, const Tensor& head, TensorList keys, TensorList values, int64_t length,
+                    int64_t heads, double eps, double scaling, bool do_sample, double temperature,
+                    std::optional<int64_t> top_k, std::optional<double> top_p, std::optional<double> min_p) {
+  static const auto decode = find_op<decltype(decode_cpu)>("torch_fused::decode_");
+  const Tensor logits = decode
+                            .call(token_ids, positions, starts, embedding, cos, sin, layers, norm, head, keys, values,
+                                  length, heads, eps, scaling, 1)
+                            .squeeze(1);
+  if (!do_sample) {
+    static const auto greedy = find_op<Tensor(const Tensor&)>("torch_fused::greedy");
+    return greedy.call(logits);
+  }
+  static const auto sample =
+      find_op<std::tuple<Tensor, Tensor>(const Tensor&, double, std::optional<int64_t>, std::optional<double>,
+                                         std::optional<double>, const OptionalTensor&, std::optional<at::Generator>,
+                                         std::optional<int64_t>, std::optional<int64_t>, const OptionalTensor&, bool)>(
+          "torch_fused::sample");
+  return std::get<0>(sample.call(logits, temperature, top_k, top_p, min_p, std::nullopt, std::nullopt, std::nullopt,
+                                 std::nullopt, std::nullopt, false));
+}
+
 }  // namespace
 }  // namespace torch_fused
 
+TORCH_LIBRARY_IMPL(torch_fused, CompositeImplicitAutograd, m) {
+  m.impl("decode_token_", torch_fused::decode_token);
+}
 TORCH_LIBRARY_IMPL(torch_fused, CPU, m) {
   m.impl("decode_", torch_fused::decode_cpu);
 }

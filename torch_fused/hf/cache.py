@@ -70,13 +70,16 @@ class FusedLayer(DynamicLayer):
             self.keys, self.values = keys, values
             return keys, values
         length = self._length + key_states.shape[2]
+        self._make_room(length)
+        views = kv_update_(self._keys, self._values, key_states, value_states, self._length)
+        self._length = length
+        return views
+
+    def _make_room(self, length: int) -> None:
         # Torch lets nobody write to an inference tensor outside of inference mode.
         locked = self._keys.is_inference() and not torch.is_inference_mode_enabled()
         if length > self._capacity or locked:
             self._reallocate(self._capacity_for(length))
-        views = kv_update_(self._keys, self._values, key_states, value_states, self._length)
-        self._length = length
-        return views
 
     def _capacity_for(self, length: int) -> int:
         """Tokens to allocate when `length` are needed: the final length if small enough, else half as many again."""
@@ -95,6 +98,14 @@ class FusedLayer(DynamicLayer):
             new.narrow(2, 0, self._length).copy_(old.detach().narrow(2, 0, self._length))
             setattr(self, name, new)
         self._capacity = capacity
+
+    def room_for(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """The two buffers, with room for that many tokens behind those in use. `advance` makes these count."""
+        self._make_room(self._length + tokens)
+        return self._keys, self._values
+
+    def advance(self, tokens: int) -> None:
+        self._length += tokens
 
     def get_seq_length(self) -> int:
         return self._length
@@ -181,6 +192,18 @@ class FusedKVCache(DynamicCache):
                 )
         layer: Any = self.layers[layer_idx]
         return layer.update(key_states, value_states, *args, **kwargs)
+
+    def room_for(self, tokens: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The buffers of all layers' keys and of their values, with room for that many tokens behind those in use."""
+        layers: list[Any] = self.layers
+        buffers = [layer.room_for(tokens) for layer in layers]
+        return [keys for keys, _ in buffers], [values for _, values in buffers]
+
+    def advance(self, tokens: int) -> None:
+        """Counts that many tokens, which have been written to what `room_for` returned, as held."""
+        layers: list[Any] = self.layers
+        for layer in layers:
+            layer.advance(tokens)
 
     @property
     def max_cache_len(self) -> int | None:

@@ -26,16 +26,19 @@ class Family:
     attention: str
     mlp: str
     decoder_layer: str
+    model: str
+    causal_lm: str
 
     def class_path(self, name: str) -> tuple[str, str]:
         return f"transformers.models.{self.package}.modeling_{self.package}", name
 
 
-FAMILIES = (
-    Family("llama", "LlamaRMSNorm", "LlamaRotaryEmbedding", "LlamaAttention", "LlamaMLP", "LlamaDecoderLayer"),
-    Family("qwen2", "Qwen2RMSNorm", "Qwen2RotaryEmbedding", "Qwen2Attention", "Qwen2MLP", "Qwen2DecoderLayer"),
-    Family("qwen3", "Qwen3RMSNorm", "Qwen3RotaryEmbedding", "Qwen3Attention", "Qwen3MLP", "Qwen3DecoderLayer"),
-)
+def _family(package: str, prefix: str) -> Family:
+    parts = ("RMSNorm", "RotaryEmbedding", "Attention", "MLP", "DecoderLayer", "Model", "ForCausalLM")
+    return Family(package, *(prefix + part for part in parts))
+
+
+FAMILIES = (_family("llama", "Llama"), _family("qwen2", "Qwen2"), _family("qwen3", "Qwen3"))
 
 
 SILU = {nn.SiLU, type(ACT2FN["silu"])}

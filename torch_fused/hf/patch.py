@@ -11,6 +11,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache
 
 from .cache import FusedKVCache
+from .decode import CAUSAL_LMS, DECODER, Decoder, causal_lm_forward
 from .models import DECODER_LAYERS, MLPS, NEXT_NORM, RMS_NORMS, ROTARY, Forwards
 from .sampling import get_logits_processor
 
@@ -22,7 +23,7 @@ class Patch:
     path: str
     module: nn.Module
     name: str
-    value: MethodType | nn.Module
+    value: MethodType | nn.Module | Decoder
 
     @property
     def current(self) -> Any:
@@ -49,6 +50,16 @@ class PatchHandle:
         for path, module in self._model.named_modules():
             if issubclass(type(module), GenerationMixin):
                 self._bind(path, module, method, function)
+
+    def bind_decoder(self) -> None:
+        """Lets each causal language model run steps of few tokens as one op."""
+        for path, module in self._model.named_modules():
+            if (type(module).__module__, type(module).__qualname__) in CAUSAL_LMS and DECODER not in module.__dict__:
+                before = len(self._patches)
+                self._bind(path, module, "forward", causal_lm_forward)
+                if len(self._patches) > before:
+                    decoder = module.__dict__[DECODER] = Decoder(module)  # not setattr: it is no part of the model
+                    self._patches.append(Patch(path, module, DECODER, decoder))
 
     def link_norms(self) -> None:
         """Tells each patched decoder layer which patched norm its result goes to."""
@@ -98,12 +109,15 @@ class PatchHandle:
     def report(self) -> str:
         """A table of what was patched, and of what was left to transformers with the reason."""
         lines = [f"torch_fused on {type(self._model).__name__}"]
-        methods = [patch for patch in self._patches if patch.name != NEXT_NORM]
+        methods = [patch for patch in self._patches if isinstance(patch.value, MethodType)]
         counts = Counter((type(patch.module).__name__, patch.name) for patch in methods)
         lines += [f"  {count:4d} x {name}.{method}" for (name, method), count in counts.items()] or [
             "  nothing patched"
         ]
         lines += [f"  left: {path}: {reason}" for path, reason in self._left]
+        for patch in self._patches:
+            if isinstance(patch.value, Decoder):
+                lines += [f"  {line}" for line in patch.value.report()]
         return "\n".join(lines)
 
     def __enter__(self) -> "PatchHandle":
@@ -122,6 +136,7 @@ def apply_torch_fused(
     mlp: bool = True,
     cache: bool = True,
     sampler: bool = True,
+    decode: bool = True,
 ) -> PatchHandle:
     """Makes ``model`` use fused ops with the roundings of its own code, so that it gives the same greedy tokens.
 
@@ -140,6 +155,11 @@ def apply_torch_fused(
         sampler: ``generate()`` picks tokens with :func:`torch_fused.sampling.greedy` and :func:`~torch_fused.sampling
             .sample`, which take over temperature, top-k, top-p and min-p; other processors run as before. What is drawn
             follows ``torch.manual_seed`` but is another draw than transformers' from the same probabilities.
+        decode: on the CPU, with a `FusedKVCache`, up to 8 new tokens of up to 8 sequences go through the whole model in
+            one op, several times as fast. It keeps float32 between the weights, so in float32 the tokens are
+            transformers' own, and in bfloat16 and float16 the logits, which are then float32, are nearer to the exact
+            ones than transformers' are: set this to False to have its roundings. Whatever the op cannot do, such as
+            hooks, adapters, quantised weights or attention maps, runs as before; the report tells why.
 
     Returns:
         A handle with ``revert()`` and ``report()``, and a context manager that reverts.
@@ -171,6 +191,8 @@ def apply_torch_fused(
         handle.bind_generation("_prepare_cache_for_generation", prepare_cache_for_generation)
     if sampler:
         handle.bind_generation("_get_logits_processor", get_logits_processor)
+    if decode:
+        handle.bind_decoder()
     if not handle.patched:
         raise RuntimeError(f"apply_torch_fused: nothing could be patched.\n{handle.report()}")
     return handle
@@ -196,6 +218,7 @@ def prepare_cache_for_generation(
 FUNCTIONS = {
     prepare_cache_for_generation,
     get_logits_processor,
+    causal_lm_forward,
     *(forward for forwards in (RMS_NORMS, DECODER_LAYERS, ROTARY, MLPS) for forward in forwards.values()),
 }
 """Every function that is ever bound."""

@@ -54,6 +54,11 @@ class FusedProcessorList(LogitsProcessorList):
         self._later = LogitsProcessorList(processors[first:])
         self._filters = {name: value for warper in self._later for name, value in WARPERS[type(warper)](warper).items()}
 
+    @property
+    def filters(self) -> dict[str, Any] | None:
+        """What `sample` is given if it does the work of all processors; None if some must run before."""
+        return None if self._now else self._filters
+
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         scores = self._now(input_ids, scores, **kwargs)
         return LazyScores.of(scores, self._filters, lambda: self._later(input_ids, scores))

@@ -72,6 +72,11 @@ def _launch(kernel: str, numbers: list[int]) -> Launch:
 _open: list[Emulation] = []
 
 
+def active() -> bool:
+    """Whether the kernels that run now are emulated."""
+    return bool(_open)
+
+
 def checking() -> bool:
     """Whether a kernel that runs now, inside the innermost block or outside of all, is checked."""
     return _open[-1].checked if _open else True

@@ -1,6 +1,7 @@
 """One step of a whole decoder, from token ids to logits, as one op on the CPU."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,7 @@ def decode_reference(
     cos, sin = cos[positions][:, None], sin[positions][:, None]
     states = F.embedding(token_ids, embedding)
     for keys_buffer, values_buffer, first in zip(keys, values, range(0, len(layers), len(LAYER_PARTS)), strict=True):
-        part = dict(zip(LAYER_PARTS, layers[first : first + len(LAYER_PARTS)], strict=True))
+        part: dict[str, Any] = dict(zip(LAYER_PARTS, layers[first : first + len(LAYER_PARTS)], strict=True))
         x = rms_norm_reference(states, states.shape[-1:], part["input_norm"], eps)
         q, k, v = (F.linear(x, part[name], part[f"{name}_bias"]) for name in "qkv")
         q, k, v = (t.unflatten(-1, (-1, q.shape[-1] // heads)).transpose(1, 2) for t in (q, k, v))
@@ -67,7 +68,9 @@ def decode_reference(
         if part["k_norm"] is not None:
             k = rms_norm_reference(k, k.shape[-1:], part["k_norm"], eps)
         kv_append_reference(keys_buffer, values_buffer, _rotate(k, cos, sin), v, length)
-        k, v = (t[:, :, : length + steps].repeat_interleave(heads // t.shape[1], 1) for t in (keys_buffer, values_buffer))
+        k, v = (
+            t[:, :, : length + steps].repeat_interleave(heads // t.shape[1], 1) for t in (keys_buffer, values_buffer)
+        )
         # Slots that are not attended may hold anything.
         k, v = (t.masked_fill(~visible.any(2).transpose(1, 2)[:, None, :, 0, None], 0) for t in (k, v))
         x = F.scaled_dot_product_attention(_rotate(q, cos, sin), k, v, visible, scale=scaling)
@@ -184,3 +187,67 @@ def decode_(
 
 
 _decode = torch.ops.torch_fused.decode_.default
+
+
+def decode_token_(
+    token_ids: Tensor,
+    positions: Tensor,
+    starts: Tensor | None,
+    embedding: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    layers: Sequence[Tensor | None],
+    norm: Tensor,
+    head: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    length: int,
+    *,
+    heads: int,
+    eps: float,
+    scaling: float,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Tensor:
+    """:func:`decode_`, then the next token of each sequence, as ``greedy`` or ``sample`` of `torch_fused.sampling`.
+
+    Args:
+        token_ids, positions, starts, embedding, cos, sin, layers, norm, head, keys, values, length, heads, eps,
+            scaling: as in :func:`decode_`.
+        do_sample: draw with torch's default CPU generator; otherwise take the most probable token.
+        temperature, top_k, top_p, min_p: as in :func:`torch_fused.sampling.sample`; only for ``do_sample``.
+
+    Returns:
+        Token ids ``(batch,)``, int64.
+
+    Raises:
+        As :func:`decode_` and ``sample``.
+    """
+    return _decode_token(
+        token_ids,
+        positions,
+        starts,
+        embedding,
+        cos,
+        sin,
+        layers,
+        norm,
+        head,
+        keys,
+        values,
+        length,
+        heads,
+        eps,
+        scaling,
+        do_sample,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+    )
+
+
+_decode_token = torch.ops.torch_fused.decode_token_.default

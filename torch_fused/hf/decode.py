@@ -1,0 +1,372 @@
+"""Steps of a few tokens through a whole model as one op on the CPU, where that computes what transformers does."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..ops.decode import LAYER_PARTS, decode_
+from .cache import FusedKVCache, FusedLayer
+from .models import FAMILIES, SILU, Family
+
+MOST_SEQUENCES = MOST_STEPS = 8
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DECODER = "_torch_fused_decoder"
+"""The attribute of a patched causal language model that holds its `Decoder`."""
+
+CAUSAL_LMS = {family.class_path(family.causal_lm) for family in FAMILIES}
+_GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+
+
+class Left(Exception):
+    """Why a model, or one call of it, is left to transformers."""
+
+
+@dataclass
+class Plan:
+    """The tensors of a model as the op takes them, and what must stay as it is for that to hold."""
+
+    weights: dict[str, Any]
+    rotary: nn.Module
+    layers: int
+    dropout: bool
+    watched: list[tuple[dict, str, Any]]  # (a module's dict, key, what is expected there)
+    hooks: list[dict]
+    tables: tuple[Tensor, Tensor] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        self._expected = [value for _, _, value in self.watched]
+        self._kind = self._present_kind()
+
+    def _present_kind(self) -> tuple[torch.dtype, torch.device]:
+        embedding: Tensor = self.weights["embedding"]
+        return embedding.dtype, embedding.device
+
+    def holds(self) -> bool:
+        """Whether the model is still as it was read; a few microseconds for hundreds of modules."""
+        unchanged = all(map(is_, [d.get(key) for d, key, _ in self.watched], self._expected))
+        return unchanged and not any(self.hooks) and self._present_kind() == self._kind
+
+    def cos_and_sin(self, positions: int) -> tuple[Tensor, Tensor]:
+        """The model's own tables for at least that many positions, ``(positions, rotary_dim)``."""
+        if self.tables is None or self.tables[0].shape[0] < positions:
+            embedding: Tensor = self.weights["embedding"]
+            many = torch.arange(max(256, 1 << (positions - 1).bit_length()))[None]
+            cos, sin = self.rotary(embedding.new_empty(0), many)
+            self.tables = cos[0].contiguous(), sin[0].contiguous()
+        return self.tables
+
+
+class Decoder:
+    """Runs the steps of one causal language model; kept with the model while it is patched."""
+
+    def __init__(self, model: nn.Module):
+        self.model: Any = model
+        self.calls: Counter[str] = Counter()  # by the reason why they were left; "" for none
+        self._plan: Plan | None = None
+
+    def plan(self) -> Plan:
+        """The plan for the model as it is now; raises `Left`."""
+        if self._plan is None or not self._plan.holds():
+            self._plan = None  # its tensors may be gone from the model
+            self._plan = make_plan(self.model)
+        return self._plan
+
+    def why_not(self) -> str:
+        """Why the model as it is now is left to transformers; empty if it is not."""
+        try:
+            self.plan()
+        except Left as left:
+            return str(left)
+        return ""
+
+    def report(self) -> list[str]:
+        """Which path the model takes, and what the calls so far took."""
+        reason = self.why_not()
+        lines = [f"decode: left to transformers: {reason}" if reason else "decode: steps of few tokens are one op"]
+        lines += [f"  {count} calls as one op" for why, count in self.calls.items() if not why]
+        lines += [f"  {count} calls left to transformers: {why}" for why, count in self.calls.items() if why]
+        return lines
+
+    def step(
+        self,
+        run: Callable[..., Tensor],
+        input_ids: Tensor,
+        positions: Tensor,
+        starts: Tensor | None,
+        last_position: int,
+        cache: FusedKVCache,
+        **more: Any,
+    ) -> Tensor:
+        """Calls the op `run` for new tokens behind those of the cache; raises `Left` before anything is changed."""
+        plan = self.plan()
+        self._check_moment(plan)
+        self._check_cache(plan, input_ids, cache)
+        cos, sin = plan.cos_and_sin(last_position + 1)
+        keys, values = cache.room_for(input_ids.shape[1])
+        length = cache.get_seq_length()
+        result = run(
+            input_ids,
+            positions,
+            starts,
+            cos=cos,
+            sin=sin,
+            keys=keys,
+            values=values,
+            length=length,
+            **plan.weights,
+            **more,
+        )
+        cache.advance(input_ids.shape[1])
+        self.calls[""] += 1
+        return result
+
+    def _check_moment(self, plan: Plan) -> None:
+        """Of what may change from call to call, all that is not an argument."""
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise Left("gradients are enabled")
+        if torch.is_autocast_enabled("cpu"):
+            raise Left("autocast is on")
+        if torch.compiler.is_compiling():
+            raise Left("torch.compile is tracing")
+        if plan.dropout and self.model.training:
+            raise Left("the model is in training mode and has attention dropout")
+        emulation = sys.modules.get("torch_fused.metal.emulation")
+        if emulation is not None and emulation.active():
+            raise Left("the Metal kernels are being emulated")
+        config = self.model.config
+        if config.num_hidden_layers != plan.layers:
+            raise Left(f"config.num_hidden_layers has become {config.num_hidden_layers}")
+        if config._attn_implementation not in ("eager", "sdpa"):
+            raise Left(f"its attention is {config._attn_implementation!r}")
+
+    def _check_cache(self, plan: Plan, input_ids: Tensor, cache: Any) -> None:
+        batch, steps = input_ids.shape
+        if batch > MOST_SEQUENCES or steps > MOST_STEPS:
+            raise Left(f"more than {MOST_STEPS} new tokens or {MOST_SEQUENCES} sequences (a prompt)")
+        if type(cache) is not FusedKVCache:
+            raise Left(f"past_key_values is {_name(cache)}, not a FusedKVCache")
+        if len(cache.layers) != plan.layers or any(type(layer) is not FusedLayer for layer in cache.layers):
+            raise Left("the cache has layers that are not plain attention")
+        weight: Tensor = plan.weights["embedding"]
+        first: Any = cache.layers[0]
+        if not first.is_initialized:
+            raise Left("the cache is empty (a prompt)")
+        if (first.dtype, first.device) != (weight.dtype, weight.device) or first.keys.shape[0] != batch:
+            raise Left("the cache has another dtype, device or batch size than the call")
+        if cache.max_cache_len is not None and cache.get_seq_length() + steps > cache.max_cache_len:
+            raise Left("the cache is full")
+
+
+# ---- the forward of a patched model ---------------------------------------------------------------------------------
+
+
+def causal_lm_forward(self, *args: Any, **kwargs: Any) -> Any:
+    """The class's own forward, or the same logits from one op; those are float32."""
+    decoder: Decoder = self.__dict__[DECODER]
+    try:
+        return _forward(decoder, *args, **kwargs)
+    except Left as left:
+        decoder.calls[str(left)] += 1
+    return type(self).forward(self, *args, **kwargs)
+
+
+def _forward(
+    decoder: Decoder,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: Tensor | None = None,
+    labels: Tensor | None = None,
+    use_cache: bool | None = None,
+    logits_to_keep: int | Tensor = 0,
+    **kwargs: Any,
+) -> CausalLMOutputWithPast:
+    config = decoder.model.config
+    if input_ids is None or inputs_embeds is not None:
+        raise Left("inputs_embeds instead of input_ids")
+    if labels is not None:
+        raise Left("a loss is wanted")
+    if past_key_values is None or not (config.use_cache if use_cache is None else use_cache):
+        raise Left("no cache is used")
+    for name in ("output_attentions", "output_hidden_states"):
+        if kwargs.pop(name, None) or getattr(config, name, False):
+            raise Left(f"{name} is on")
+    if not kwargs.pop("return_dict", True) or not config.return_dict:
+        raise Left("a tuple is wanted")
+    unknown = [name for name, value in kwargs.items() if value is not None]
+    if unknown:
+        raise Left(f"an argument that only transformers knows: {', '.join(unknown)}")
+    if not isinstance(logits_to_keep, int):
+        raise Left("logits_to_keep is a tensor")
+    length = past_key_values.get_seq_length()
+    starts = left_padding(attention_mask, input_ids, length)
+    if position_ids is None:
+        position_ids = torch.arange(length, length + input_ids.shape[1])[None]
+    positions = position_ids.expand(input_ids.shape).contiguous()
+    logits = decoder.step(
+        decode_,
+        input_ids.contiguous(),
+        positions,
+        starts,
+        int(positions.max()),
+        past_key_values,
+        logits_to_keep=min(logits_to_keep, input_ids.shape[1]),
+    )
+    return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+
+
+def left_padding(mask: Tensor | None, input_ids: Tensor, length: int) -> Tensor | None:
+    """The first slot that each sequence attends, None if that is the first of all; raises `Left` for other masks."""
+    if mask is None:
+        return None
+    if mask.dim() != 2 or mask.shape != (input_ids.shape[0], length + input_ids.shape[1]):
+        raise Left(f"attention_mask has shape {tuple(mask.shape)}, not (batch, tokens)")
+    attended = mask != 0
+    if attended.all():
+        return None
+    starts = attended.int().argmax(-1)
+    if not torch.equal(attended.sum(-1), mask.shape[1] - starts) or int(starts.max()) > length:
+        raise Left("attention_mask is not left padding alone")
+    return starts
+
+
+# ---- what the op takes of a model -----------------------------------------------------------------------------------
+
+
+def make_plan(model: Any) -> Plan:
+    """Reads a model of exactly the classes that `FAMILIES` names; raises `Left` for anything else."""
+    family = next((f for f in FAMILIES if _path_of(model) == f.class_path(f.causal_lm)), None)
+    if family is None:
+        raise Left(f"{type(model).__name__} is not one of {', '.join(f.causal_lm for f in FAMILIES)}")
+    reader = _Reader(family)
+    _reject_foreign_forward("the model", model)
+    base = reader.child(model, "model", family.model)
+    layers = list(base.layers[: model.config.num_hidden_layers])
+    embedding = reader.child(base, "embed_tokens", nn.Embedding)
+    if embedding.max_norm is not None:
+        raise Left("model.embed_tokens has a max_norm")
+    rotary = reader.child(base, "rotary_emb", family.rotary_embedding)
+    if "dynamic" in rotary.rope_type or rotary.rope_type == "longrope":
+        raise Left(f"its rotary embedding is {rotary.rope_type!r}, whose angles depend on the length")
+    parts: list[Tensor | None] = []
+    attentions = []
+    for layer in layers:
+        if type(layer).__qualname__ != family.decoder_layer:
+            raise Left(f"a layer is a {_name(layer)}")
+        _reject_foreign_forward("a layer", layer)
+        attention = reader.child(layer, "self_attn", family.attention)
+        mlp = reader.child(layer, "mlp", family.mlp)
+        if type(mlp.act_fn) not in SILU:
+            raise Left(f"its activation is {_name(mlp.act_fn)}")
+        attentions.append(attention)
+        found = {
+            "input_norm": reader.norm(layer, "input_layernorm"),
+            "post_attention_norm": reader.norm(layer, "post_attention_layernorm"),
+            **reader.linear(attention, q="q_proj", k="k_proj", v="v_proj", o="o_proj"),
+            **reader.linear(mlp, gate="gate_proj", up="up_proj", down="down_proj"),
+        }
+        for name in ("q_norm", "k_norm"):
+            found[name] = reader.norm(attention, name) if hasattr(attention, name) else None
+        if any(found.pop(f"{name}_bias") is not None for name in ("gate", "up", "down")):
+            raise Left("its feed-forward layers have biases")
+        parts += [found[name] for name in LAYER_PARTS]
+    weights = {
+        "embedding": reader.parameter(embedding, "weight"),
+        "layers": parts,
+        "norm": reader.norm(base, "norm"),
+        **reader.linear(model, head="lm_head"),
+        "heads": model.config.num_attention_heads,
+    }
+    if weights.pop("head_bias") is not None:
+        raise Left("lm_head has a bias")
+    weights["eps"] = _only("epsilons of norms", reader.epsilons)
+    weights["scaling"] = _only("scalings of attention", [attention.scaling for attention in attentions])
+    dtypes = {(tensor.dtype, tensor.device.type) for tensor in reader.tensors}
+    dtype, device = _only("dtypes or devices", dtypes)
+    if dtype not in DTYPES or device != "cpu":
+        raise Left(f"its weights are {dtype} on {device}")
+    modules = [model, *(module for module in model.modules() if module is not model)]
+    hooks = [*_GLOBAL_HOOKS, *(h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks))]
+    if any(hooks):
+        hooked = next((path for path, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks), "all")
+        raise Left(f"hooks on {hooked or 'the model'}")
+    watched = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+    watched += [(m._parameters, name, tensor) for m in modules for name, tensor in m._parameters.items()]
+    watched += [(m._buffers, name, tensor) for m in modules for name, tensor in m._buffers.items()]
+    watched += [(m.__dict__, "forward", m.__dict__.get("forward")) for m in modules]
+    dropout = any(attention.attention_dropout for attention in attentions)
+    return Plan(weights, rotary, len(layers), dropout, watched, hooks)
+
+
+class _Reader:
+    """Takes modules and tensors out of a model, and looks that they are plain."""
+
+    def __init__(self, family: Family):
+        self.family = family
+        self.epsilons: list[float] = []
+        self.tensors: list[Tensor] = []
+
+    def child(self, parent: nn.Module, name: str, expected: str | type) -> Any:
+        module = getattr(parent, name)
+        if isinstance(expected, str):
+            plain = _path_of(module) == self.family.class_path(expected)
+        else:
+            plain = type(module) is expected
+        if not plain:
+            raise Left(f"{name} is a {_name(module)}")
+        _reject_foreign_forward(name, module)
+        return module
+
+    def norm(self, parent: nn.Module, name: str) -> Tensor:
+        norm = self.child(parent, name, self.family.rms_norm)
+        self.epsilons.append(norm.variance_epsilon)
+        return self.parameter(norm, "weight")
+
+    def linear(self, parent: nn.Module, **names: str) -> dict[str, Tensor | None]:
+        """The weights and biases of linear layers, by the op's name for each."""
+        found: dict[str, Tensor | None] = {}
+        for part, name in names.items():
+            layer = self.child(parent, name, nn.Linear)
+            found[part] = self.parameter(layer, "weight")
+            found[f"{part}_bias"] = None if layer.bias is None else self.parameter(layer, "bias")
+        return found
+
+    def parameter(self, module: nn.Module, name: str) -> Tensor:
+        tensor = getattr(module, name)
+        # A subclass holds its values in another way: quantised, or sharded over devices.
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+            raise Left(f"a weight of {_name(module)} is a {_name(tensor)}")
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise Left(f"a weight of {_name(module)} has strides {tensor.stride()}")
+        self.tensors.append(tensor)
+        return tensor
+
+
+def _reject_foreign_forward(what: str, module: nn.Module) -> None:
+    function = getattr(module.__dict__.get("forward"), "__func__", module.__dict__.get("forward"))
+    if function is not None and not function.__module__.startswith(f"{__package__}."):
+        raise Left(f"the forward of {what} has been replaced")
+    if module._compiled_call_impl is not None:
+        raise Left(f"{what} is compiled by torch.compile")
+
+
+def _only(what: str, values: Any) -> Any:
+    if len(set(values)) != 1:
+        raise Left(f"it has several {what}: {', '.join(map(str, sorted(set(values), key=str)))}")
+    return next(iter(values))
+
+
+def _path_of(module: Any) -> tuple[str, str]:
+    return type(module).__module__, type(module).__qualname__
+
+
+def _name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
