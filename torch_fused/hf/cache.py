@@ -52,8 +52,10 @@ class FusedLayer(DynamicLayer):
         self._capacity = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :, :0].detach(), value_states[:, :, :0].detach()
+        # Autocast gives float32 keys, from the rotation, and values of a half dtype.
+        self.dtype = torch.promote_types(key_states.dtype, value_states.dtype)
+        self.device = key_states.device
+        self.keys, self.values = (states[:, :, :0].detach().to(self.dtype) for states in (key_states, value_states))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -69,6 +71,8 @@ class FusedLayer(DynamicLayer):
             keys, values = torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
             self.keys, self.values = keys, values
             return keys, values
+        if key_states.dtype != value_states.dtype:
+            key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
         length = self._length + key_states.shape[2]
         self._make_room(length)
         views = kv_update_(self._keys, self._values, key_states, value_states, self._length)

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import is_
+from types import MethodType
 from typing import Any
 
 import torch
@@ -36,12 +37,14 @@ class Plan:
     rotary: nn.Module
     layers: int
     dropout: bool
+    modules: list[nn.Module]
     watched: list[tuple[dict, str, Any]]  # (a module's dict, key, what is expected there)
     hooks: list[dict]
     tables: tuple[Tensor, Tensor] | None = field(default=None)
 
     def __post_init__(self) -> None:
         self._expected = [value for _, _, value in self.watched]
+        self._classes = [type(module) for module in self.modules]
         self._kind = self._present_kind()
 
     def _present_kind(self) -> tuple[torch.dtype, torch.device]:
@@ -51,6 +54,7 @@ class Plan:
     def holds(self) -> bool:
         """Whether the model is still as it was read; a few microseconds for hundreds of modules."""
         unchanged = all(map(is_, [d.get(key) for d, key, _ in self.watched], self._expected))
+        unchanged = unchanged and all(map(is_, map(type, self.modules), self._classes))
         return unchanged and not any(self.hooks) and self._present_kind() == self._kind
 
     def cos_and_sin(self, positions: int) -> tuple[Tensor, Tensor]:
@@ -104,10 +108,12 @@ class Decoder:
         cache: FusedKVCache,
         **more: Any,
     ) -> Tensor:
-        """Calls the op `run` for new tokens behind those of the cache; raises `Left` before anything is changed."""
+        """Calls the op `run` for new tokens behind those of the cache, which has been checked.
+
+        Raises `Left` before anything is changed.
+        """
         plan = self.plan()
         self._check_moment(plan)
-        self._check_cache(plan, input_ids, cache)
         cos, sin = plan.cos_and_sin(last_position + 1)
         keys, values = cache.room_for(input_ids.shape[1])
         length = cache.get_seq_length()
@@ -146,7 +152,9 @@ class Decoder:
         if config._attn_implementation not in ("eager", "sdpa"):
             raise Left(f"its attention is {config._attn_implementation!r}")
 
-    def _check_cache(self, plan: Plan, input_ids: Tensor, cache: Any) -> None:
+    def check_cache(self, input_ids: Tensor, cache: Any) -> None:
+        """Whether the call is a step, and the cache the op's; raises `Left`."""
+        plan = self.plan()
         batch, steps = input_ids.shape
         if batch > MOST_SEQUENCES or steps > MOST_STEPS:
             raise Left(f"more than {MOST_STEPS} new tokens or {MOST_SEQUENCES} sequences (a prompt)")
@@ -167,9 +175,21 @@ class Decoder:
 # ---- the forward of a patched model ---------------------------------------------------------------------------------
 
 
-def causal_lm_forward(self, *args: Any, **kwargs: Any) -> Any:
-    """The class's own forward, or the same logits from one op; those are float32."""
+def causal_lm_forward(
+    self,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: Tensor | None = None,
+    labels: Tensor | None = None,
+    use_cache: bool | None = None,
+    logits_to_keep: int | Tensor = 0,
+    **kwargs: Any,
+) -> Any:
+    """The class's own forward, whose signature `generate` looks at, or the same logits, in float32, from one op."""
     decoder: Decoder = self.__dict__[DECODER]
+    args = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache, logits_to_keep)
     try:
         return _forward(decoder, *args, **kwargs)
     except Left as left:
@@ -179,14 +199,14 @@ def causal_lm_forward(self, *args: Any, **kwargs: Any) -> Any:
 
 def _forward(
     decoder: Decoder,
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    inputs_embeds: Tensor | None = None,
-    labels: Tensor | None = None,
-    use_cache: bool | None = None,
-    logits_to_keep: int | Tensor = 0,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    past_key_values: Any,
+    inputs_embeds: Tensor | None,
+    labels: Tensor | None,
+    use_cache: bool | None,
+    logits_to_keep: int | Tensor,
     **kwargs: Any,
 ) -> CausalLMOutputWithPast:
     config = decoder.model.config
@@ -206,6 +226,7 @@ def _forward(
         raise Left(f"an argument that only transformers knows: {', '.join(unknown)}")
     if not isinstance(logits_to_keep, int):
         raise Left("logits_to_keep is a tensor")
+    decoder.check_cache(input_ids, past_key_values)
     length = past_key_values.get_seq_length()
     starts = left_padding(attention_mask, input_ids, length)
     if position_ids is None:
@@ -227,8 +248,8 @@ def left_padding(mask: Tensor | None, input_ids: Tensor, length: int) -> Tensor 
     """The first slot that each sequence attends, None if that is the first of all; raises `Left` for other masks."""
     if mask is None:
         return None
-    if mask.dim() != 2 or mask.shape != (input_ids.shape[0], length + input_ids.shape[1]):
-        raise Left(f"attention_mask has shape {tuple(mask.shape)}, not (batch, tokens)")
+    if not isinstance(mask, Tensor) or mask.shape != (input_ids.shape[0], length + input_ids.shape[1]):
+        raise Left(f"attention_mask is not of shape (batch, tokens): {tuple(getattr(mask, 'shape', ()))}")
     attended = mask != 0
     if attended.all():
         return None
@@ -293,7 +314,7 @@ def make_plan(model: Any) -> Plan:
     dtype, device = _only("dtypes or devices", dtypes)
     if dtype not in DTYPES or device != "cpu":
         raise Left(f"its weights are {dtype} on {device}")
-    modules = [model, *(module for module in model.modules() if module is not model)]
+    modules = list(model.modules())
     hooks = [*_GLOBAL_HOOKS, *(h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks))]
     if any(hooks):
         hooked = next((path for path, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks), "all")
@@ -301,9 +322,10 @@ def make_plan(model: Any) -> Plan:
     watched = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
     watched += [(m._parameters, name, tensor) for m in modules for name, tensor in m._parameters.items()]
     watched += [(m._buffers, name, tensor) for m in modules for name, tensor in m._buffers.items()]
-    watched += [(m.__dict__, "forward", m.__dict__.get("forward")) for m in modules]
+    attributes = ("forward", "_compiled_call_impl", "variance_epsilon", "scaling")
+    watched += [(m.__dict__, name, m.__dict__.get(name)) for m in modules for name in attributes]
     dropout = any(attention.attention_dropout for attention in attentions)
-    return Plan(weights, rotary, len(layers), dropout, watched, hooks)
+    return Plan(weights, rotary, len(layers), dropout, modules, watched, hooks)
 
 
 class _Reader:
@@ -351,8 +373,10 @@ class _Reader:
 
 
 def _reject_foreign_forward(what: str, module: nn.Module) -> None:
-    function = getattr(module.__dict__.get("forward"), "__func__", module.__dict__.get("forward"))
-    if function is not None and not function.__module__.startswith(f"{__package__}."):
+    forward = module.__dict__.get("forward")
+    # A wrapper may call itself by the name and module of what it wraps; a bound method of ours is never one.
+    ours = isinstance(forward, MethodType) and forward.__func__.__module__.startswith(f"{__package__}.")
+    if forward is not None and not ours:
         raise Left(f"the forward of {what} has been replaced")
     if module._compiled_call_impl is not None:
         raise Left(f"{what} is compiled by torch.compile")

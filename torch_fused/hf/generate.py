@@ -1,6 +1,7 @@
 """`model.generate` with the fused cache, sampler and decoder, for a model that need not be patched."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..ops.decode import decode_token_
 from ..sampling import greedy, sample
@@ -16,17 +18,18 @@ from .patch import PatchHandle, prepare_cache_for_generation
 from .sampling import FusedProcessorList, get_logits_processor
 
 
-def generate(model, inputs: Tensor | Mapping[str, Tensor], **generate_kwargs: Any):
+def generate(model, inputs: Tensor | Mapping[str, Tensor], *, decode: bool = True, **generate_kwargs: Any):
     """Calls ``model.generate`` with the fused sampler, and a :class:`FusedKVCache` in place of a ``DynamicCache``.
 
     On the CPU the tokens of a greedy or sampled generation with a Llama, Qwen2 or Qwen3 model, after those of the
-    prompt, take one op each, which returns nothing but the next token ids. In bfloat16 and float16 that op rounds
-    less than transformers do. A model patched by :func:`apply_torch_fused` stays so; any other is as before when the
+    prompt, take one op each, which returns nothing but the next token ids; see ``decode`` of
+    :func:`apply_torch_fused`. A model patched by :func:`apply_torch_fused` stays so; any other is as before when the
     call returns.
 
     Args:
         model: a transformers model that can generate.
         inputs: token ids ``(batch, tokens)``, or what a tokenizer returns: a mapping with ``input_ids``.
+        decode: False leaves the steps of a model that is not patched to transformers.
         generate_kwargs: passed on to ``model.generate``, the streamer included.
 
     Returns:
@@ -45,40 +48,52 @@ def generate(model, inputs: Tensor | Mapping[str, Tensor], **generate_kwargs: An
     with PatchHandle(model) as handle:
         handle.bind_generation("_prepare_cache_for_generation", prepare_cache_for_generation)
         handle.bind_generation("_get_logits_processor", get_logits_processor)
-        handle.bind_decoder()
-        return model.generate(**inputs, **{"custom_generate": decode, **generate_kwargs})
+        if decode:
+            handle.bind_decoder()
+        decoders = [module.__dict__[DECODER] for module in model.modules() if DECODER in module.__dict__]
+        decodes = len(decoders) == 1 and not decoders[0].why_not()
+        if decodes and not NEEDED_BY_TRANSFORMERS & generate_kwargs.keys():
+            own = partial(token_loop, decoder=decoders[0], streamer=generate_kwargs.get("streamer"))
+            generate_kwargs = {"custom_generate": own, **generate_kwargs}
+        return model.generate(**inputs, **generate_kwargs)
 
 
-def decode(
+NEEDED_BY_TRANSFORMERS = {"tokenizer", "assistant_tokenizer", "assistant_model", "synced_gpus"}
+"""What transformers give to no loop but their own; theirs then calls the model, a step of which is one op too."""
+
+
+def token_loop(
     model,
     input_ids: Tensor,
+    *,
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: Any,
-    synced_gpus: bool = False,
+    decoder: Decoder,
     streamer: Any = None,
     **model_kwargs: Any,
 ):
     """The loop over new tokens; what the op cannot give, or another mode of generation, is left to the class's own."""
-    mode = generation_config.get_generation_mode(model_kwargs.get("assistant_model"))
-    decoder: Decoder | None = model.__dict__.get(DECODER)
-    whole = isinstance(logits_processor, FusedProcessorList) and logits_processor.filters is not None
-    outputs_wanted = generation_config.return_dict_in_generate and any(
+    mode = generation_config.get_generation_mode()
+    filters = logits_processor.filters if isinstance(logits_processor, FusedProcessorList) else None
+    wanted = generation_config.return_dict_in_generate and any(
         getattr(generation_config, f"output_{name}") for name in ("scores", "logits", "attentions", "hidden_states")
     )
-    plain = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and not synced_gpus
-    if decoder is None or not whole or outputs_wanted or not plain or decoder.why_not():
-        return getattr(type(model), GENERATION_MODES_MAPPING[mode])(
+    ours = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and not wanted
+    if not ours or filters is None:
+        method = GENERATION_MODES_MAPPING[mode]
+        if "/" in method:
+            raise ValueError(f"generate: {mode.value} is not a part of transformers any more: call model.generate")
+        return getattr(type(model), method)(
             model,
             input_ids,
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
             generation_config=generation_config,
-            synced_gpus=synced_gpus,
-            streamer=streamer,
+            **({} if streamer is None else {"streamer": streamer}),
             **model_kwargs,
         )
-    loop = _Loop(decoder, generation_config.do_sample, logits_processor.filters, model_kwargs)
+    loop = _Loop(decoder, generation_config.do_sample, filters, model_kwargs)
     tokens = loop.prefill(input_ids, generation_config)
     ends = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
     unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
@@ -132,11 +147,12 @@ class _Loop:
         self.model_kwargs = self.model._update_model_kwargs_for_generation(
             self._outputs, self.model_kwargs, num_new_tokens=self.pending
         )
-        inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
+        new = 1 if self.model_kwargs["use_cache"] else None
+        inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **self.model_kwargs)
         return self._took(self.model(**inputs, return_dict=True))
 
     def _took(self, outputs: Any) -> Tensor:
-        self._outputs = {"past_key_values": outputs.past_key_values}
+        self._outputs = CausalLMOutputWithPast(past_key_values=outputs.past_key_values)
         self.model_kwargs["past_key_values"] = outputs.past_key_values
         self.pending = 1
         logits = outputs.logits[:, -1].float()
@@ -145,6 +161,7 @@ class _Loop:
 
     def _decode(self, input_ids: Tensor) -> Tensor:
         mask, positions = self.model_kwargs.get("attention_mask"), self.model_kwargs.get("position_ids")
+        self.decoder.check_cache(input_ids[:, -1:], self.cache)
         length = self.cache.get_seq_length()
         if mask is not None:
             mask = F.pad(mask, (0, self.pending), value=1)

@@ -1,0 +1,511 @@
+"""A model's steps as one op: stock's tokens where it applies, and where it does not, with the reason in the report."""
+
+import contextlib
+import copy
+import re
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from test_hf_generate import FAMILIES, Streamer, make_model, prompt
+from torch import nn
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from torch_fused.hf import FusedKVCache, apply_torch_fused, generate
+from torch_fused.metal import emulate
+from torch_fused.testing import relative_error
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small lose more to waking threads than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def padded(batch, tokens, seed=0):
+    """A batch of prompts, all but the first padded on the left, and their mask."""
+    ids = prompt(batch, tokens, seed=seed)
+    mask = torch.ones_like(ids)
+    for row in range(1, batch):
+        mask[row, : min(tokens - 1, row * tokens // batch)] = 0
+    return {"input_ids": ids.where(mask == 1, 0), "attention_mask": mask}
+
+
+def calls(handle):
+    """How many calls ran as one op, and the reasons why others did not."""
+    lines = handle.report().splitlines()
+    ours = [int(found[1]) for line in lines if (found := re.match(r" +(\d+) calls as one op", line))]
+    return sum(ours), [line.split(": ", 1)[1] for line in lines if "calls left" in line]
+
+
+# ---- stock's tokens and logits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("tokens", [1, 7, 128, 2048])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_stocks(family, tokens, batch):
+    """256 tokens in float32, behind prompts of every length, padded on the left: the patched model and hf.generate."""
+    model = make_model(family, seed=3)
+    inputs = padded(batch, tokens)
+    options = {"do_sample": False, "max_new_tokens": 256}
+    expected = model.generate(**inputs, **options)
+    assert torch.equal(generate(model, inputs, **options), expected)
+    with apply_torch_fused(model) as handle:
+        assert torch.equal(model.generate(**inputs, **options), expected)
+        assert calls(handle)[0] == 255
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_against_float64(family, dtype):
+    """Ten tokens one by one and three at once, by the weights as they are: 1e-4 in float32, else stock's own error."""
+    model = make_model(family, dtype=dtype, layers=4)
+    exact_model = copy.deepcopy(model).double()
+    inputs, more = padded(4, 20), prompt(4, 13, seed=9)
+
+    def logits(model, cache):
+        mask = inputs["attention_mask"]
+        results = [model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1:]]
+        for new in (*more[:, :10].split(1, 1), more[:, 10:]):
+            mask = nn.functional.pad(mask, (0, new.shape[1]), value=1)
+            positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -new.shape[1] :]
+            output = model(new, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            results.append(output.logits)
+        return torch.cat(results[1:], 1)
+
+    with torch.no_grad():
+        exact = logits(exact_model, DynamicCache(config=model.config))
+        stock = relative_error(logits(model, DynamicCache(config=model.config)), exact)
+        with apply_torch_fused(model) as handle:
+            fused = relative_error(logits(model, FusedKVCache(model.config)), exact)
+            assert calls(handle)[0] == 11
+    assert fused <= (1e-4 if dtype == torch.float32 else stock)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": True},
+        {"num_attention_heads": 4, "num_key_value_heads": 4},
+        {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 8, "hidden_size": 48},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 64,
+            }
+        },
+        {"attention_bias": True},
+        {"attn_implementation": "eager"},
+    ],
+    ids=str,
+)
+def test_configurations(changes):
+    """Tied embeddings, numbers of heads, rotary types, biases, eager attention: one op a token, stock's tokens."""
+    model = make_model("qwen3" if "head_dim" in changes else "llama", **changes)
+    inputs, options = padded(2, 30), {"do_sample": False, "max_new_tokens": 60}
+    expected = model.generate(**inputs, **options)
+    with apply_torch_fused(model) as handle:
+        assert torch.equal(model.generate(**inputs, **options), expected)
+        assert calls(handle)[0] == 59
+
+
+def test_long_context():
+    """Behind 5000 tokens of context, filled in parts."""
+    model = make_model(max_position_embeddings=8192)
+    options = {"do_sample": False, "max_new_tokens": 20, "prefill_chunk_size": 1000}
+    expected = model.generate(prompt(1, 5000), **options)
+    assert torch.equal(generate(model, prompt(1, 5000), **options), expected)
+
+
+def test_no_copy_of_the_weights():
+    """What a step allocates is the size of activations, whatever the size of the weights."""
+    model = make_model(hidden_size=256, intermediate_size=1024, vocab_size=4096, tie_word_embeddings=True)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    apply_torch_fused(model)
+    with torch.no_grad():
+        cache = FusedKVCache(model.config, expected_len=64)
+        model(prompt(1, 20), past_key_values=cache)
+        model(prompt(1, 1), past_key_values=cache)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            model(prompt(1, 1), past_key_values=cache)
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
+    assert 4096 * 4 <= allocated < weights / 20
+
+
+# ---- what is left to transformers -----------------------------------------------------------------------------------
+
+
+class Lora(nn.Module):
+    """What an adapter that is not merged makes of a linear layer."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base_layer = base
+        self.down = nn.Linear(base.in_features, 4, bias=False)
+        self.up = nn.Linear(4, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def add_lora(model):
+    torch.manual_seed(0)
+    layer = model.model.layers[1].self_attn
+    layer.q_proj = Lora(layer.q_proj)
+
+
+def replace_forward(model):
+    module = model.model.layers[0].mlp
+    original = module.forward
+    module.forward = lambda x: original(x) * 0.5
+
+
+def quantize(model):
+    with contextlib.suppress(DeprecationWarning):
+        torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
+
+
+def use_subclass(model):
+    class Sharded(nn.Parameter):
+        pass
+
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = Sharded(layer.weight.detach())
+
+
+def use_module(model):
+    model.model.layers[0].mlp.down_proj.__class__ = Doubled
+
+
+def float64_norm(model):
+    model.model.norm.double()
+
+
+LEFT_MODELS = {
+    "hook": (lambda m: m.model.layers[0].mlp.register_forward_hook(lambda *_: None), "hooks on model.layers.0.mlp"),
+    "pre-hook": (lambda m: m.model.embed_tokens.register_forward_pre_hook(lambda *_: None), "hooks on model.embed_tok"),
+    "accelerate": (
+        lambda m: add_hook_to_module(m.model.layers[1], ModelHook()),
+        "forward of a layer has been replaced",
+    ),
+    "adapter": (add_lora, "q_proj is a test_hf_decode.Lora"),
+    "subclass": (use_module, "down_proj is a test_hf_decode.Doubled"),
+    "replaced forward": (replace_forward, "the forward of mlp has been replaced"),
+    "quantised": (quantize, "q_proj is a torch.ao.nn.quantized.dynamic.modules.linear.Linear"),
+    "tensor subclass": (use_subclass, "is a test_hf_decode.use_subclass.<locals>.Sharded"),
+    "other activation": (lambda m: setattr(m.model.layers[0].mlp, "act_fn", nn.GELU()), "activation is torch.nn.mod"),
+    "compiled layer": (lambda m: m.model.layers[0].compile(backend="eager"), "a layer is compiled by torch.compile"),
+    "bias": (lambda m: setattr(m.lm_head, "bias", nn.Parameter(torch.ones(128))), "lm_head has a bias"),
+    "epsilon": (lambda m: setattr(m.model.norm, "variance_epsilon", 0.1), "several epsilons of norms"),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("case", LEFT_MODELS)
+def test_a_model_that_is_left(case, when):
+    """Changed before it is patched or after some tokens: the changed model's own tokens, and the reason."""
+    change, reason = LEFT_MODELS[case]
+    model = make_model()
+    options = {"do_sample": False, "max_new_tokens": 20}
+    changed = copy.deepcopy(model)
+    change(changed)
+    expected = changed.generate(prompt(2, 9), **options)
+    if when == "before":
+        change(model)
+        assert torch.equal(generate(model, prompt(2, 9), **options), expected)
+    handle = apply_torch_fused(model)
+    if when == "after":
+        model.generate(prompt(2, 9), **options)
+        assert calls(handle)[0] == 19
+        change(model)
+    before = calls(handle)[0]
+    assert torch.equal(model.generate(prompt(2, 9), **options), expected)
+    assert calls(handle)[0] == before
+    assert f"decode: left to transformers: {reason}" in re.sub(r"left to transformers: .*(?=" + re.escape(reason) + ")",
+        "left to transformers: ", handle.report())  # fmt: skip
+
+
+def test_dropout_in_training_mode():
+    model = make_model(attention_dropout=0.5).train()
+    with apply_torch_fused(model) as handle, torch.no_grad():
+        cache = FusedKVCache(model.config)
+        for tokens in (9, 1):
+            model(prompt(1, tokens), past_key_values=cache)
+        assert calls(handle)[1][-1] == "the model is in training mode and has attention dropout"
+
+
+def test_angles_that_depend_on_the_length():
+    parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model = make_model(rope_parameters=parameters, max_position_embeddings=32)
+    options = {"do_sample": False, "max_new_tokens": 60}
+    expected = model.generate(prompt(1, 9), **options)
+    with apply_torch_fused(model) as handle:
+        assert torch.equal(model.generate(prompt(1, 9), **options), expected)
+        assert "rotary embedding is 'dynamic'" in handle.report()
+
+
+def test_sliding_window():
+    model = make_model(use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    options = {"do_sample": False, "max_new_tokens": 30}
+    expected = model.generate(prompt(1, 9), **options)
+    with apply_torch_fused(model) as handle:
+        output = model.generate(prompt(1, 9), return_dict_in_generate=True, **options)
+        assert torch.equal(output.sequences, expected)
+        assert type(output.past_key_values.layers[0]) is DynamicSlidingWindowLayer
+        assert "layers that are not plain attention" in calls(handle)[1][-1]
+
+
+def one_step(model, new=1, cache=None, **kwargs):
+    """Logits of `new` tokens behind nine that two sequences hold already."""
+    cache = FusedKVCache(model.config) if cache is None else cache
+    with torch.no_grad():
+        model(prompt(2, 9), past_key_values=cache)
+    arguments = {"input_ids": prompt(2, new, seed=3), "past_key_values": cache, **kwargs}
+    return model(**arguments)
+
+
+def four_dimensional(visible):
+    return torch.where(visible, 0.0, -torch.inf).expand(2, 1, 1, -1)
+
+
+def with_holes():
+    mask = torch.ones(2, 10)
+    mask[1, 4:6] = 0
+    return mask
+
+
+def right_padded():
+    mask = torch.ones(2, 10)
+    mask[1, -1] = 0
+    return mask
+
+
+LEFT_CALLS = {
+    "attention maps": ({"output_attentions": True}, "output_attentions is on"),
+    "hidden states": ({"output_hidden_states": True}, "output_hidden_states is on"),
+    "embeddings": ({"input_ids": None, "inputs_embeds": torch.ones(2, 1, 64)}, "inputs_embeds instead of input_ids"),
+    "loss": ({"new": 2, "labels": prompt(2, 2)}, "a loss is wanted"),
+    "no cache": ({"past_key_values": None}, "no cache is used"),
+    "tuple": ({"return_dict": False}, "a tuple is wanted"),
+    "mask in four dimensions": (
+        {"attention_mask": four_dimensional(torch.arange(10) != 5)},
+        "not of shape (batch, tok",
+    ),
+    "mask with a hole": ({"attention_mask": with_holes()}, "not left padding alone"),
+    "right padding": ({"attention_mask": right_padded()}, "not left padding alone"),
+    "some logits": ({"logits_to_keep": torch.tensor([0])}, "logits_to_keep is a tensor"),
+    "many tokens": ({"new": 9}, "more than 8 new tokens"),
+    "another argument": ({"cu_seq_lens_q": torch.tensor([0, 1])}, "an argument that only transformers knows: cu_seq"),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_CALLS)
+def test_a_call_that_is_left(case):
+    """Stock's result, and the reason."""
+    arguments, reason = LEFT_CALLS[case]
+    model = make_model(attn_implementation="eager")
+    with torch.no_grad():
+        expected = one_step(model, cache=DynamicCache(config=model.config), **arguments)
+        with apply_torch_fused(model) as handle:
+            output = one_step(model, **arguments)
+            ours, reasons = calls(handle)
+    assert ours == 0
+    assert any(reason in line for line in reasons), reasons
+    torch.testing.assert_close(output[0], expected[0])
+
+
+@pytest.mark.parametrize("cache_class", [DynamicCache, None], ids=["dynamic", "wrong batch"])
+def test_other_caches(cache_class):
+    """A cache of another kind is left; one of another batch size is transformers' to refuse."""
+    model = make_model()
+    with apply_torch_fused(model) as handle:
+        if cache_class is not None:
+            expected = one_step(model)
+            output = one_step(model, cache=cache_class(config=model.config))
+            torch.testing.assert_close(output.logits, expected.logits)
+            assert "not a FusedKVCache" in calls(handle)[1][-1]
+        else:
+            with pytest.raises(RuntimeError):
+                one_step(model, input_ids=prompt(3, 1))
+            assert "another dtype, device or batch size" in calls(handle)[1][-1]
+
+
+def test_gradients_autocast_and_emulation():
+    """What surrounds a call; the op runs again when it is over."""
+    model = make_model()
+    with apply_torch_fused(model) as handle:
+        logits = one_step(model).logits  # gradients are on outside of the prompt
+        assert logits.requires_grad
+        assert "gradients are enabled" in calls(handle)[1][-1]
+        with torch.no_grad():
+            with torch.autocast("cpu", torch.bfloat16):
+                assert one_step(model).logits.dtype == torch.bfloat16
+            assert "autocast is on" in calls(handle)[1][-1]
+            with emulate() as run:
+                emulated = one_step(model).logits
+            assert any("rms_norm" in launch.kernel for launch in run.launches)
+            assert "the Metal kernels are being emulated" in calls(handle)[1][-1]
+            assert calls(handle)[0] == 0
+            fused = one_step(model).logits
+        assert calls(handle)[0] == 1
+        torch.testing.assert_close(fused, logits)
+        torch.testing.assert_close(fused, emulated)
+
+
+def test_frozen_weights_need_no_no_grad():
+    """With nothing to differentiate, gradients may stay enabled."""
+    model = make_model().requires_grad_(False)
+    with apply_torch_fused(model) as handle:
+        assert not one_step(model).logits.requires_grad
+        assert calls(handle)[0] == 1
+
+
+def test_compiled_whole_model():
+    """torch.compile traces transformers' own forward."""
+    model = make_model()
+    with torch.no_grad():
+        expected = one_step(model).logits
+        with apply_torch_fused(model):
+            compiled = torch.compile(model, backend="eager")
+            torch.testing.assert_close(one_step(compiled, cache=FusedKVCache(model.config)).logits, expected)
+
+
+def test_weights_may_change():
+    """In place, by a new state dict, to another dtype: the op sees the model as it is."""
+    model = make_model()
+    with apply_torch_fused(model) as handle, torch.no_grad():
+        one_step(model)
+        for change in (
+            lambda: model.model.layers[0].mlp.up_proj.weight.mul_(2),
+            lambda: model.load_state_dict(make_model(seed=7).state_dict(), assign=True),
+            lambda: model.bfloat16(),
+            lambda: model.float(),
+        ):
+            change()
+            before = calls(handle)[0]
+            fused = one_step(model).logits
+            assert calls(handle)[0] == before + 1
+            stock = copy.deepcopy(model)
+            for module in stock.modules():
+                module.__dict__.pop("forward", None)
+            assert relative_error(fused, one_step(stock).logits) < (1e-5 if model.dtype == torch.float32 else 3e-2)
+
+
+def test_goes_on_with_either():
+    """The cache of a generation is continued with and without the op."""
+    model = make_model()
+    options = {"do_sample": False, "return_dict_in_generate": True}
+    expected = model.generate(prompt(1, 9), max_new_tokens=60, **options).sequences
+    output = generate(model, prompt(1, 9), max_new_tokens=20, **options)
+    with apply_torch_fused(model, decode=False):
+        output = model.generate(output.sequences, past_key_values=output.past_key_values, max_new_tokens=20, **options)
+    output = generate(model, output.sequences, past_key_values=output.past_key_values, max_new_tokens=20, **options)
+    assert torch.equal(output.sequences, expected)
+    assert output.past_key_values.get_seq_length() == 68
+
+
+# ---- the loop of hf.generate ----------------------------------------------------------------------------------------
+
+
+class AfterTokens(StoppingCriteria):
+    """Ends each sequence at its own length."""
+
+    def __init__(self, lengths):
+        self.lengths = torch.tensor(lengths)
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids.shape[1] >= self.lengths
+
+
+LOOPS = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "temperature": 0.9, "top_k": 30, "top_p": 0.95},
+    "min-p": {"do_sample": True, "min_p": 0.05, "top_k": 0},
+    "penalty": {"do_sample": False, "repetition_penalty": 1.3},
+    "least tokens": {"do_sample": False, "min_new_tokens": 10, "eos_token_id": list(range(64))},
+    "several": {"do_sample": True, "num_return_sequences": 2},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
+    "chunked": {"do_sample": False, "prefill_chunk_size": 3},
+    "scores": {"do_sample": False, "return_dict_in_generate": True, "output_scores": True, "output_logits": True},
+    "dict": {"do_sample": True, "return_dict_in_generate": True},
+    "attentions": {"do_sample": False, "return_dict_in_generate": True, "output_attentions": True},
+    "criteria": {"do_sample": False, "stopping_criteria": StoppingCriteriaList([AfterTokens([30, 20])])},
+    "ends": {"do_sample": False, "eos_token_id": [3, 5, 9, 40, 41, 42, 43, 44, 45]},
+    "static": {"do_sample": False, "cache_implementation": "static", "disable_compile": True},
+    "no cache": {"do_sample": False, "use_cache": False},
+    "no tokens": {"do_sample": False, "max_new_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_loop_does_what_transformers_does(loop):
+    """The same result as `model.generate` of the patched model, whose draws the seed fixes; for the greedy ones stock's
+    too."""
+    model = make_model(attn_implementation="eager")
+    inputs = padded(2 if loop != "lookup" else 1, 12)
+    options = {"max_new_tokens": 40, **LOOPS[loop]}
+    stock = model.generate(**inputs, **options)
+    with apply_torch_fused(model):
+        torch.manual_seed(1)
+        expected = model.generate(**inputs, **options)
+        torch.manual_seed(1)
+        output = generate(model, inputs, **options)
+    if isinstance(expected, torch.Tensor):
+        expected, output, stock = ({"sequences": value} for value in (expected, output, stock))
+    assert list(output) == list(expected)
+    assert torch.equal(output["sequences"], expected["sequences"])
+    if not options["do_sample"]:
+        assert torch.equal(output["sequences"], stock["sequences"])
+    for name in ("scores", "logits"):
+        if name in expected:
+            torch.testing.assert_close(torch.stack(output[name]), torch.stack(expected[name]))
+
+
+def test_only_token_ids_leave_the_op():
+    """A greedy or sampled token costs the op and the bookkeeping of the loop; no logits reach Python."""
+    model = make_model()
+    for options in ({"do_sample": False}, {"do_sample": True, "top_k": 10}):
+        with torch.profiler.profile() as profile:
+            generate(model, prompt(1, 9), max_new_tokens=11, **options)
+        counts = {event.key: event.count for event in profile.key_averages()}
+        assert counts["torch_fused::decode_token_"] == 10
+        assert counts["aten::linear"] == 7 * 2 + 1  # of the prompt
+
+
+def test_assistant():
+    model, assistant = make_model(), make_model(seed=5)
+    options = {"do_sample": False, "max_new_tokens": 40, "assistant_model": assistant}
+    expected = model.generate(prompt(1, 6), **options)
+    assert torch.equal(generate(model, prompt(1, 6), **options), expected)
+
+
+def test_a_hook_in_the_middle():
+    """Somebody registers a hook while tokens are streamed: from then on it is called, and the tokens stay right."""
+    model = make_model()
+    expected = model.generate(**padded(2, 9), max_new_tokens=40, do_sample=False)
+    seen = []
+
+    class Hooking(Streamer):
+        def put(self, value):
+            super().put(value)
+            if len(self.tokens) == 18 + 2 * 20:
+                model.model.norm.register_forward_hook(lambda *_: seen.append(1))
+            if len(self.tokens) == 18 + 2 * 30:
+                model.model.norm._forward_hooks.clear()
+
+    assert torch.equal(generate(model, padded(2, 9), max_new_tokens=40, do_sample=False, streamer=Hooking()), expected)
+    assert len(seen) == 10
