@@ -3,8 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from operator import is_
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..ops.decode import LAYER_PARTS, decode_
 from .cache import FusedKVCache, FusedLayer
 from .models import FAMILIES, SILU, Family
+from .watch import GLOBAL_HOOKS, Watch
 
 MOST_SEQUENCES = MOST_STEPS = 8
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -22,7 +22,6 @@ DECODER = "_torch_fused_decoder"
 """The attribute of a patched causal language model that holds its `Decoder`."""
 
 CAUSAL_LMS = {family.class_path(family.causal_lm) for family in FAMILIES}
-_GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
 
 
 class Left(Exception):
@@ -31,31 +30,13 @@ class Left(Exception):
 
 @dataclass
 class Plan:
-    """The tensors of a model as the op takes them, and what must stay as it is for that to hold."""
+    """What the op takes of a model."""
 
     weights: dict[str, Any]
     rotary: nn.Module
     layers: int
     dropout: bool
-    modules: list[nn.Module]
-    watched: list[tuple[dict, str, Any]]  # (a module's dict, key, what is expected there)
-    hooks: list[dict]
-    tables: tuple[Tensor, Tensor] | None = field(default=None)
-
-    def __post_init__(self) -> None:
-        self._expected = [value for _, _, value in self.watched]
-        self._classes = [type(module) for module in self.modules]
-        self._kind = self._present_kind()
-
-    def _present_kind(self) -> tuple[torch.dtype, torch.device]:
-        embedding: Tensor = self.weights["embedding"]
-        return embedding.dtype, embedding.device
-
-    def holds(self) -> bool:
-        """Whether the model is still as it was read; a few microseconds for hundreds of modules."""
-        unchanged = all(map(is_, [d.get(key) for d, key, _ in self.watched], self._expected))
-        unchanged = unchanged and all(map(is_, map(type, self.modules), self._classes))
-        return unchanged and not any(self.hooks) and self._present_kind() == self._kind
+    tables: tuple[Tensor, Tensor] | None = None
 
     def cos_and_sin(self, positions: int) -> tuple[Tensor, Tensor]:
         """The model's own tables for at least that many positions, ``(positions, rotary_dim)``."""
@@ -73,14 +54,17 @@ class Decoder:
     def __init__(self, model: nn.Module):
         self.model: Any = model
         self.calls: Counter[str] = Counter()  # by the reason why they were left; "" for none
-        self._plan: Plan | None = None
+        self._read: tuple[Watch, Plan | Left] | None = None
 
     def plan(self) -> Plan:
         """The plan for the model as it is now; raises `Left`."""
-        if self._plan is None or not self._plan.holds():
-            self._plan = None  # its tensors may be gone from the model
-            self._plan = make_plan(self.model)
-        return self._plan
+        if self._read is None or not self._read[0].holds():
+            self._read = None  # the tensors in it may be gone from the model
+            self._read = Watch(self.model), read(self.model)
+        plan = self._read[1]
+        if isinstance(plan, Left):
+            raise plan
+        return plan
 
     def why_not(self) -> str:
         """Why the model as it is now is left to transformers; empty if it is not."""
@@ -100,21 +84,16 @@ class Decoder:
 
     def step(
         self,
+        plan: Plan,
         run: Callable[..., Tensor],
         input_ids: Tensor,
         positions: Tensor,
         starts: Tensor | None,
-        last_position: int,
         cache: FusedKVCache,
         **more: Any,
     ) -> Tensor:
-        """Calls the op `run` for new tokens behind those of the cache, which has been checked.
-
-        Raises `Left` before anything is changed.
-        """
-        plan = self.plan()
-        self._check_moment(plan)
-        cos, sin = plan.cos_and_sin(last_position + 1)
+        """Calls the op `run` for new tokens behind those of the cache; `check` has given the plan."""
+        cos, sin = plan.cos_and_sin(int(positions.max()) + 1)
         keys, values = cache.room_for(input_ids.shape[1])
         length = cache.get_seq_length()
         result = run(
@@ -133,8 +112,10 @@ class Decoder:
         self.calls[""] += 1
         return result
 
-    def _check_moment(self, plan: Plan) -> None:
-        """Of what may change from call to call, all that is not an argument."""
+    def check(self, input_ids: Tensor, cache: Any) -> Plan:
+        """The plan, if the call is one for the op; raises `Left`."""
+        plan = self.plan()
+        self._check_cache(plan, input_ids, cache)
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters()):
             raise Left("gradients are enabled")
         if torch.is_autocast_enabled("cpu"):
@@ -151,10 +132,9 @@ class Decoder:
             raise Left(f"config.num_hidden_layers has become {config.num_hidden_layers}")
         if config._attn_implementation not in ("eager", "sdpa"):
             raise Left(f"its attention is {config._attn_implementation!r}")
+        return plan
 
-    def check_cache(self, input_ids: Tensor, cache: Any) -> None:
-        """Whether the call is a step, and the cache the op's; raises `Left`."""
-        plan = self.plan()
+    def _check_cache(self, plan: Plan, input_ids: Tensor, cache: Any) -> None:
         batch, steps = input_ids.shape
         if batch > MOST_SEQUENCES or steps > MOST_STEPS:
             raise Left(f"more than {MOST_STEPS} new tokens or {MOST_SEQUENCES} sequences (a prompt)")
@@ -226,18 +206,18 @@ def _forward(
         raise Left(f"an argument that only transformers knows: {', '.join(unknown)}")
     if not isinstance(logits_to_keep, int):
         raise Left("logits_to_keep is a tensor")
-    decoder.check_cache(input_ids, past_key_values)
+    plan = decoder.check(input_ids, past_key_values)
     length = past_key_values.get_seq_length()
     starts = left_padding(attention_mask, input_ids, length)
     if position_ids is None:
         position_ids = torch.arange(length, length + input_ids.shape[1])[None]
     positions = position_ids.expand(input_ids.shape).contiguous()
     logits = decoder.step(
+        plan,
         decode_,
         input_ids.contiguous(),
         positions,
         starts,
-        int(positions.max()),
         past_key_values,
         logits_to_keep=min(logits_to_keep, input_ids.shape[1]),
     )
@@ -262,8 +242,15 @@ def left_padding(mask: Tensor | None, input_ids: Tensor, length: int) -> Tensor 
 # ---- what the op takes of a model -----------------------------------------------------------------------------------
 
 
-def make_plan(model: Any) -> Plan:
-    """Reads a model of exactly the classes that `FAMILIES` names; raises `Left` for anything else."""
+def read(model: Any) -> Plan | Left:
+    """The plan for a model of exactly the classes that `FAMILIES` names, or why there is none."""
+    try:
+        return _read(model)
+    except Left as left:
+        return left
+
+
+def _read(model: Any) -> Plan:
     family = next((f for f in FAMILIES if _path_of(model) == f.class_path(f.causal_lm)), None)
     if family is None:
         raise Left(f"{type(model).__name__} is not one of {', '.join(f.causal_lm for f in FAMILIES)}")
@@ -314,18 +301,13 @@ def make_plan(model: Any) -> Plan:
     dtype, device = _only("dtypes or devices", dtypes)
     if dtype not in DTYPES or device != "cpu":
         raise Left(f"its weights are {dtype} on {device}")
-    modules = list(model.modules())
-    hooks = [*_GLOBAL_HOOKS, *(h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks))]
-    if any(hooks):
-        hooked = next((path for path, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks), "all")
-        raise Left(f"hooks on {hooked or 'the model'}")
-    watched = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
-    watched += [(m._parameters, name, tensor) for m in modules for name, tensor in m._parameters.items()]
-    watched += [(m._buffers, name, tensor) for m in modules for name, tensor in m._buffers.items()]
-    attributes = ("forward", "_compiled_call_impl", "variance_epsilon", "scaling")
-    watched += [(m.__dict__, name, m.__dict__.get(name)) for m in modules for name in attributes]
+    for path, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise Left(f"hooks on {path or 'the model'}")
+    if any(GLOBAL_HOOKS):
+        raise Left("hooks on all modules")
     dropout = any(attention.attention_dropout for attention in attentions)
-    return Plan(weights, rotary, len(layers), dropout, modules, watched, hooks)
+    return Plan(weights, rotary, len(layers), dropout)
 
 
 class _Reader:

@@ -161,7 +161,7 @@ class _Loop:
 
     def _decode(self, input_ids: Tensor) -> Tensor:
         mask, positions = self.model_kwargs.get("attention_mask"), self.model_kwargs.get("position_ids")
-        self.decoder.check_cache(input_ids[:, -1:], self.cache)
+        plan = self.decoder.check(input_ids[:, -1:], self.cache)
         length = self.cache.get_seq_length()
         if mask is not None:
             mask = F.pad(mask, (0, self.pending), value=1)
@@ -173,11 +173,11 @@ class _Loop:
         else:
             raise Left(f"position_ids has shape {tuple(positions.shape)}")
         return self.decoder.step(
+            plan,
             decode_token_,
             input_ids[:, -1:].contiguous(),
             positions,
             starts,
-            int(positions.max()),
             self.cache,
             do_sample=self.do_sample,
             **self.filters,
