@@ -14,6 +14,8 @@ namespace torch_fused::TORCH_FUSED_TARGET {
 constexpr int64_t kLanes = 16;
 
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+typedef float EightLanes __attribute__((vector_size(32)));
+typedef float FourLanes __attribute__((vector_size(16)));
 typedef uint32_t LaneBits __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t HalfLaneBits __attribute__((vector_size(2 * kLanes)));
 
@@ -60,12 +62,13 @@ TORCH_FUSED_INLINE void store(const Lanes& from, float* to) {
 }
 
 TORCH_FUSED_INLINE float sum_of(const Lanes& lanes) {
-  float values[kLanes];
-  store(lanes, values);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width; ++i) values[i] += values[i + width];
-  }
-  return values[0];
+  EightLanes eight[2];
+  std::memcpy(eight, &lanes, sizeof(lanes));
+  eight[0] += eight[1];
+  FourLanes four[2];
+  std::memcpy(four, eight, sizeof(four));
+  four[0] += four[1];
+  return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
 }
 
 }  // namespace torch_fused::TORCH_FUSED_TARGET

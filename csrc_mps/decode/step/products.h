@@ -15,7 +15,7 @@ struct Vectors {
   int64_t stride;
 };
 
-// Products of `row` with C vectors from `first` on. There are always four sums in flight.
+// Products of `row` with C vectors from `first` on. There are always three or four sums in flight.
 template <int C, class T>
 TORCH_FUSED_INLINE void row_products(const T* __restrict row, int64_t n, Vectors x, int64_t first, float* results) {
   constexpr int kSums = 4 / C;
@@ -59,11 +59,14 @@ template <class T>
 TORCH_FUSED_INLINE void row_products(const T* row, int64_t n, Vectors x, int64_t count, float* results) {
   int64_t i = 0;
   for (; i + 4 <= count; i += 4) row_products<4>(row, n, x, i, results + i);
-  if (i + 2 <= count) {
-    row_products<2>(row, n, x, i, results + i);
-    i += 2;
+  switch (count - i) {
+    case 3:
+      return row_products<3>(row, n, x, i, results + i);
+    case 2:
+      return row_products<2>(row, n, x, i, results + i);
+    case 1:
+      return row_products<1>(row, n, x, i, results + i);
   }
-  if (i < count) row_products<1>(row, n, x, i, results + i);
 }
 
 // to += scale * row
