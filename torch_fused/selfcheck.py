@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .functional import add_rms_norm, apply_rotary_pos_emb, silu_mul
 from .ops.adamw import adamw_, adamw_reference
+from .ops.decode import LAYER_PARTS, decode_, decode_reference
 from .ops.kv_cache import kv_append_, kv_append_reference
 from .ops.layer_norm import layer_norm_backward_reference, layer_norm_reference
 from .ops.rms_norm import add_rms_norm_reference, rms_norm_backward_reference, rms_norm_reference
@@ -203,6 +204,47 @@ def check_kv_append(device: str) -> None:
             same(f"kv_append_ of {head_dim} elements, {dtype}", values, exact[1])
 
 
+def check_decode(_: str) -> None:
+    """An op of the CPU, whatever the device."""
+    hidden, heads, head_dim, tokens, length = 40, 4, 12, 3, 20
+    sizes = {
+        "input_norm": (hidden,),
+        "q": (heads * head_dim, hidden),
+        "k": (2 * head_dim, hidden),
+        "v": (2 * head_dim, hidden),
+        "o": (hidden, heads * head_dim),
+        "post_attention_norm": (hidden,),
+        "gate": (70, hidden),
+        "up": (70, hidden),
+        "down": (hidden, 70),
+    }
+    for dtype in DTYPES:
+
+        def part(name: str, seed: int, dtype: torch.dtype = dtype) -> Tensor | None:
+            return make(*sizes[name], dtype=dtype, seed=seed, scale=hidden**-0.5) if name in sizes else None
+
+        layers = [part(name, seed) for seed, name in enumerate(LAYER_PARTS)]
+        embedding, angles = make(50, hidden, dtype=dtype, seed=20), make(30, head_dim, dtype=dtype, seed=21)
+        norm = make(hidden, dtype=dtype, seed=22)
+        keys, values = ([make(2, 2, length + tokens, head_dim, dtype=dtype, seed=s)] for s in (23, 24))
+        ids = torch.arange(2 * tokens).view(2, tokens)
+        starts = torch.tensor([0, 7])
+        scalars = {"heads": heads, "eps": 1e-5, "scaling": head_dim**-0.5, "logits_to_keep": 0}
+
+        def wide(tensors: list) -> list:
+            return [None if tensor is None else tensor.double() for tensor in tensors]
+
+        weights = (embedding, angles, angles)
+        exact = decode_reference(
+            ids, ids, starts, *wide([*weights]), wide(layers), norm.double(), embedding.double(), wide(keys),
+            wide(values), length, **scalars,
+        )  # fmt: skip
+        logits = decode_(
+            ids, ids, starts, *weights, layers, norm, embedding, keys, values, length, **scalars
+        )  # fmt: skip
+        compare(f"decode_ of {dtype}", [logits.to(dtype)], [exact])
+
+
 CHECKS: dict[str, Callable[[str], None]] = {
     "rms_norm": check_rms_norm,
     "add_rms_norm": check_add_rms_norm,
@@ -217,6 +259,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "apply_rotary_pos_emb_backward": check_rotary_backward,
     "adamw_": check_adamw,
     "kv_append_": check_kv_append,
+    "decode_": check_decode,
     "greedy": check_greedy,
     "filter_logits": check_filter_logits,
     "sample": check_sample,

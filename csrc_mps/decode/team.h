@@ -62,6 +62,8 @@ void run_team(int64_t size, Function function) {
     function(Team(omp_get_thread_num(), omp_get_num_threads()));
     return;
   }
+#else
+  (void)size;  // always 1
 #endif
   function(Team(0, 1));
 }
