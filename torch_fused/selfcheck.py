@@ -229,7 +229,7 @@ def check_decode(_: str) -> None:
         keys, values = ([make(2, 2, length + tokens, head_dim, dtype=dtype, seed=s)] for s in (23, 24))
         ids = torch.arange(2 * tokens).view(2, tokens)
         starts = torch.tensor([0, 7])
-        scalars = {"heads": heads, "eps": 1e-5, "scaling": head_dim**-0.5, "logits_to_keep": 0}
+        scalars: dict[str, Any] = {"heads": heads, "eps": 1e-5, "scaling": head_dim**-0.5, "logits_to_keep": 0}
 
         def wide(tensors: list) -> list:
             return [None if tensor is None else tensor.double() for tensor in tensors]
