@@ -220,29 +220,37 @@ def check_decode(_: str) -> None:
     }
     for dtype in DTYPES:
 
-        def part(name: str, seed: int, dtype: torch.dtype = dtype) -> Tensor | None:
-            return make(*sizes[name], dtype=dtype, seed=seed, scale=hidden**-0.5) if name in sizes else None
+        def weight(*shape: int, seed: int = 20, dtype: torch.dtype = dtype) -> Tensor:
+            return make(*shape, dtype=dtype, seed=seed, scale=shape[-1] ** -0.5)
 
-        layers = [part(name, seed) for seed, name in enumerate(LAYER_PARTS)]
-        embedding, angles = make(50, hidden, dtype=dtype, seed=20), make(30, head_dim, dtype=dtype, seed=21)
-        norm = make(hidden, dtype=dtype, seed=22)
-        keys, values = ([make(2, 2, length + tokens, head_dim, dtype=dtype, seed=s)] for s in (23, 24))
+        parts = enumerate(LAYER_PARTS)
         ids = torch.arange(2 * tokens).view(2, tokens)
-        starts = torch.tensor([0, 7])
-        scalars: dict[str, Any] = {"heads": heads, "eps": 1e-5, "scaling": head_dim**-0.5, "logits_to_keep": 0}
+        arguments: dict[str, Any] = {
+            "token_ids": ids,
+            "positions": ids,
+            "starts": torch.tensor([0, 7]),
+            "embedding": weight(50, hidden),
+            "cos": weight(30, head_dim, seed=21),
+            "sin": weight(30, head_dim, seed=22),
+            "layers": [weight(*sizes[name], seed=seed) if name in sizes else None for seed, name in parts],
+            "norm": weight(hidden, seed=23),
+            "head": weight(50, hidden, seed=24),
+            "keys": [weight(2, 2, length + tokens, head_dim, seed=25)],
+            "values": [weight(2, 2, length + tokens, head_dim, seed=26)],
+            "length": length,
+            "heads": heads,
+            "eps": 1e-5,
+            "scaling": head_dim**-0.5,
+            "logits_to_keep": 0,
+        }
+        exact = decode_reference(**{name: in_float64(value) for name, value in arguments.items()})
+        compare("decode_", [decode_(**arguments).to(dtype)], [exact])
 
-        def wide(tensors: list) -> list:
-            return [None if tensor is None else tensor.double() for tensor in tensors]
 
-        weights = (embedding, angles, angles)
-        exact = decode_reference(
-            ids, ids, starts, *wide([*weights]), wide(layers), norm.double(), embedding.double(), wide(keys),
-            wide(values), length, **scalars,
-        )  # fmt: skip
-        logits = decode_(
-            ids, ids, starts, *weights, layers, norm, embedding, keys, values, length, **scalars
-        )  # fmt: skip
-        compare(f"decode_ of {dtype}", [logits.to(dtype)], [exact])
+def in_float64(value: Any) -> Any:
+    if isinstance(value, list):
+        return [in_float64(item) for item in value]
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 CHECKS: dict[str, Callable[[str], None]] = {
