@@ -1,6 +1,6 @@
-// The sampling order of a row: larger logits first, equal ones by index. Each slice of a row is sorted on its own, and
-// every `stride`-th token of a slice is a pivot, whose place in the whole row is known. Between two neighbouring pivots
-// lie fewer than `stride` tokens a slice, whatever the logits are, so any place in the row is settled by sorting a few.
+// The sampling order of a row: larger logits first, equal ones by index. Each slice of a row is sorted on its own. A place
+// in the row is found by narrowing the range of tokens that it lies in, whatever the logits are: each simdgroup counts
+// what precedes another token of the range, which leaves a 33rd of it; the few tokens of the last range are sorted.
 #pragma once
 #include <metal_stdlib>
 #include "common/scan.metal.h"
@@ -18,24 +18,31 @@ struct SamplingParams {
   float min_p;
   uint vocabulary;
   uint slices;  // of a row
-  uint stride;  // tokens from pivot to pivot; slices * stride <= SLICE
   uint flags;
 };
 
 constant constexpr uint SLICE = 2048;  // tokens; two a thread
 constant constexpr uint THREADS = 1024;
+constant constexpr uint MOST_SLICES = 512;
+constant constexpr uint FEW = 512;  // tokens that are sorted to settle a place
 constant constexpr uint ROW_PARAMETERS = 1;  // flags: the filter of each row is in a buffer
 constant constexpr uint STATE = 2;           // seed and offset are in a buffer
 
 // A token is its key above its inverted index, so that the order is that of integers, descending. 0 is none.
+constant constexpr uint INDEX_BITS = 20;
+constant constexpr uint LAST_INDEX = (1u << INDEX_BITS) - 1u;
+
+inline ulong first_token(uint key) {
+  return ulong(key) << INDEX_BITS | LAST_INDEX;
+}
 inline ulong make_token(uint key, uint index) {
-  return key == 0u ? 0 : ulong(key) << 32 | ulong(~index);
+  return key == 0u ? 0 : first_token(key) - index;
 }
 inline uint token_key(ulong token) {
-  return uint(token >> 32);
+  return uint(token >> INDEX_BITS);
 }
 inline uint token_index(ulong token) {
-  return ~uint(token);
+  return LAST_INDEX - (uint(token) & LAST_INDEX);
 }
 
 struct Weigher {
@@ -94,8 +101,6 @@ inline uint tokens_before(device const ulong* slice, ulong token) {
   return low;
 }
 
-constant constexpr uint NO_PIVOT = 0xffffffffu;
-
 struct Reached {
   ulong token;
   ulong sum;  // up to and with the token
@@ -103,82 +108,100 @@ struct Reached {
 
 // Threadgroup memory for the search of a row.
 struct Workspace {
-  threadgroup ulong* tokens;    // SLICE
-  threadgroup ulong* sums;      // 32
-  threadgroup uint* maxima;     // 32
-  threadgroup uint* pivots;     // 2
+  threadgroup ulong* tokens;  // FEW
+  threadgroup ulong* sums;    // 32
+  threadgroup uint* counts;   // 32
+  threadgroup uint* ends;     // 2 * MOST_SLICES
   threadgroup Reached* reached;
   threadgroup atomic_uint* count;
 };
 
+// Tokens, and their number or weight.
+struct Tally {
+  uint count;
+  ulong sum;
+};
+
 // One row as the launches before have left it.
 struct Ranking {
-  device const ulong* tokens;        // slices of SLICE, each sorted
-  device const ulong* masses;        // running weight within each slice
-  device const ulong* summaries;     // two a slice: its tokens that can be drawn; weight of those that min_p keeps
-  device const uint* pivot_counts;   // tokens of the row before each pivot
-  device const ulong* pivot_masses;  // and their weight
+  device const ulong* tokens;     // slices of SLICE, each sorted
+  device const ulong* masses;     // running weight within each slice
+  device const ulong* summaries;  // two a slice: its tokens that can be drawn; weight of those that min_p keeps
   uint slices;
-  uint stride;
+  uint least_key;  // of a token that can be drawn
   Weigher weigher;
 
-  // The first token of the row up to and with which there are `target` tokens, or, by_mass, that much weight.
-  Reached reach(bool by_mass, ulong target, Workspace space, uint thread_id, Place place) const {
-    // The last pivot before the place and the first one after it.
-    uint below = 0u, above = 0u, below_pivot = 0u, above_pivot = 0u;
-    for (uint i = thread_id; i < slices * (SLICE / stride); i += THREADS) {
-      const uint count = pivot_counts[i];
-      if (count == NO_PIVOT) continue;
-      if ((by_mass ? pivot_masses[i] : ulong(count)) < target) {
-        if (count + 1 > below) {
-          below = count + 1;
-          below_pivot = i;
-        }
-      } else if (~count > above) {
-        above = ~count;
-        above_pivot = i;
-      }
+  // What of the row precedes `token`, by one simdgroup.
+  Tally tally_before(bool by_mass, ulong token, Place place) const {
+    Tally tally = {0u, 0};
+    for (uint i = place.lane; i < slices; i += 32) {
+      const uint before = tokens_before(tokens + i * SLICE, token);
+      tally.count += before;
+      if (by_mass && before != 0u) tally.sum += masses[i * SLICE + before - 1];
     }
-    const uint nearest_below = threadgroup_max(below, space.maxima, place);
-    const uint nearest_above = threadgroup_max(above, space.maxima, place);
-    if (below == nearest_below) space.pivots[0] = below_pivot;
-    if (above == nearest_above && above != 0u) space.pivots[1] = above_pivot;
-    if (thread_id == 0) atomic_store_explicit(space.count, 0u, memory_order_relaxed);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
+    tally.count = simd_sum(tally.count);
+    for (ushort distance = 16; distance > 0; distance /= 2) {
+      tally.sum += as_type<ulong>(simd_shuffle_xor(as_type<uint2>(tally.sum), distance));
+    }
+    if (!by_mass) tally.sum = tally.count;
+    return tally;
+  }
 
-    // What lies between them, in any order, then sorted.
-    const ulong first = tokens[space.pivots[0] * stride];
-    const ulong end = nearest_above != 0u ? tokens[space.pivots[1] * stride] : 0;
-    for (uint i = thread_id; i < slices; i += THREADS) {
-      device const ulong* slice = tokens + i * SLICE;
-      const uint from = tokens_before(slice, first), to = tokens_before(slice, end);
-      uint slot = atomic_fetch_add_explicit(space.count, to - from, memory_order_relaxed);
-      for (uint j = from; j < to; j++) space.tokens[slot++] = slice[j];
+  // The first token of the row up to and with which there are `target` of its `live` tokens, or, by_mass, that weight.
+  Reached reach(bool by_mass, ulong target, uint live, Workspace space, uint thread_id, Place place) const {
+    // The place is among the tokens first .. last + 1, in falling order; `before` precede them.
+    ulong first = first_token(order_key(as_type<uint>(weigher.maximum)));
+    ulong last = (ulong(least_key) << INDEX_BITS) - 1;
+    Tally before = {0u, 0};
+    uint until = live;  // tokens that precede `last`
+    while (until - before.count > FEW) {
+      const ulong step = (first - last) / (place.simdgroups + 1);
+      const Tally mine = tally_before(by_mass, first - step * (place.simdgroup + 1), place);
+      if (place.lane == 0) {
+        space.counts[place.simdgroup] = mine.count;
+        space.sums[place.simdgroup] = mine.sum;
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      // How many of the simdgroups' tokens lie before the place or at it.
+      const uint passed = simd_sum(place.lane < place.simdgroups && space.sums[place.lane] < target ? 1u : 0u);
+      if (passed < place.simdgroups) {
+        last = first - step * (passed + 1);
+        until = space.counts[passed];
+      }
+      if (passed > 0u) {
+        first -= step * passed;
+        before = {space.counts[passed - 1], space.sums[passed - 1]};
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
     }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    const uint found = atomic_load_explicit(space.count, memory_order_relaxed);
+
+    // They are collected in any order, then sorted.
+    for (uint i = thread_id; i < 2 * slices; i += THREADS) {
+      space.ends[i] = tokens_before(tokens + i / 2 * SLICE, i % 2 == 0 ? first : last);
+    }
+    if (thread_id == 0) atomic_store_explicit(space.count, 0u, memory_order_relaxed);
+    const uint found = until - before.count;
     uint size = 2;
     while (size < found) size *= 2;
     for (uint i = found + thread_id; i < size; i += THREADS) space.tokens[i] = 0;
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    sort_tokens(space.tokens, size, thread_id);
-
-    ulong pair[2] = {0, 0}, values[2] = {0, 0};
-    for (uint j = 0; j < 2; j++) {
-      if (2 * thread_id + j < size) pair[j] = space.tokens[2 * thread_id + j];
-      values[j] = by_mass ? weigher.weight(pair[j]) : pair[j] != 0 ? 1 : 0;
-    }
-    const ulong before = by_mass ? pivot_masses[space.pivots[0]] : ulong(nearest_below - 1);
-    ulong sum = before + threadgroup_scan(values[0] + values[1], space.sums, place).sum - values[0] - values[1];
-    for (uint j = 0; j < 2; j++) {
-      if (sum < target && sum + values[j] >= target) {
-        space.reached->token = pair[j];
-        space.reached->sum = sum + values[j];
-      }
-      sum += values[j];
+    for (uint i = place.simdgroup; i < slices; i += place.simdgroups) {
+      const uint from = space.ends[2 * i], to = space.ends[2 * i + 1];
+      if (from == to) continue;
+      uint slot = 0u;
+      if (place.lane == 0) slot = atomic_fetch_add_explicit(space.count, to - from, memory_order_relaxed);
+      slot = simd_broadcast_first(slot);
+      for (uint j = from + place.lane; j < to; j += 32) space.tokens[slot + j - from] = tokens[i * SLICE + j];
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    const Reached reached = {space.reached->token, space.reached->sum};
+    sort_tokens(space.tokens, size, thread_id);
+
+    const ulong token = thread_id < size ? space.tokens[thread_id] : 0;
+    const ulong value = by_mass ? weigher.weight(token) : token != 0 ? 1 : 0;
+    const ulong sum = before.sum + threadgroup_scan(value, space.sums, place).sum;
+    if (sum - value < target && sum >= target) *space.reached = {token, sum};
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    const Reached reached = *space.reached;
     threadgroup_barrier(mem_flags::mem_threadgroup);
     return reached;
   }
@@ -198,6 +221,7 @@ struct Ranking {
 struct Kept {
   ulong last;   // the last token in the order; 1 keeps all
   ulong total;  // weight of the tokens kept; 0: nothing can be drawn
+  uint live;    // the row's tokens that can be drawn at all
 };
 
 inline Kept apply_filter(Ranking row, TokenFilter filter, Workspace space, uint thread_id, Place place) {
@@ -209,15 +233,15 @@ inline Kept apply_filter(Ranking row, TokenFilter filter, Workspace space, uint 
   }
   live = threadgroup_scan(live, space.sums, place).total;
   heavy = threadgroup_scan(heavy, space.sums, place).total;
-  Kept kept = {1, threadgroup_scan(mass, space.sums, place).total};
+  Kept kept = {1, threadgroup_scan(mass, space.sums, place).total, uint(live)};
   if (live == 0) return kept;
   if (filter.top_k != 0u && filter.top_k < live) {
-    const ulong kth = row.reach(false, filter.top_k, space, thread_id, place).token;
-    kept.last = ulong(token_key(kth)) << 32;  // and all its ties
+    const ulong kth = row.reach(false, filter.top_k, kept.live, space, thread_id, place).token;
+    kept.last = ulong(token_key(kth)) << INDEX_BITS;  // and all its ties
     kept.total = row.mass_before(kept.last, space, thread_id, place);
   }
   if (filter.top_p < kNoTopP) {
-    const Reached edge = row.reach(true, top_p_target(kept.total, filter.top_p), space, thread_id, place);
+    const Reached edge = row.reach(true, top_p_target(kept.total, filter.top_p), kept.live, space, thread_id, place);
     kept.last = edge.token;
     kept.total = edge.sum;
   }

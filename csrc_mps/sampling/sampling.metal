@@ -1,5 +1,5 @@
-// Sampling and filtering of logits in four launches: sort slices, weigh them, rank the pivots, then settle and draw or
-// write. Every step takes the same time whatever the logits are.
+// Sampling and filtering of logits in three launches: sort slices, weigh them, then search, and draw or write. No step
+// takes much longer for some logits than for others.
 #include <metal_stdlib>
 #include "common/philox.h"
 #include "common/scan.metal.h"
@@ -67,81 +67,51 @@ void sampling_weigh(device const ulong* sorted [[buffer(0)]], device const float
   }
 }
 
-// A simdgroup a pivot: how many tokens of the row precede it, and their weight.
-[[kernel, max_total_threads_per_threadgroup(1024)]]
-void sampling_rank(device const ulong* sorted [[buffer(0)]], device const ulong* masses [[buffer(1)]],
-                   device uint* pivot_counts [[buffer(2)]], device ulong* pivot_masses [[buffer(3)]],
-                   constant SamplingParams& p [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
-                   uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-                   uint simdgroups [[simdgroups_per_threadgroup]]) {
-  const uint pivots = p.slices * (SLICE / p.stride);
-  const uint groups = pivots / simdgroups;  // of a row; the host makes it a whole number
-  const uint pivot = group % groups * simdgroups + simdgroup;
-  const long row = group / groups;
-  device const ulong* tokens = sorted + row * p.slices * SLICE;
-  const ulong token = tokens[pivot * p.stride];
-  uint count = 0u;
-  ulong mass = 0;
-  if (token != 0) {
-    for (uint i = lane; i < p.slices; i += 32) {
-      const uint before = tokens_before(tokens + i * SLICE, token);
-      count += before;
-      if (before != 0u) mass += masses[(row * p.slices + i) * SLICE + before - 1];
-    }
-  }
-  count = simd_sum(count);
-  for (ushort distance = 16; distance > 0; distance /= 2) {
-    mass += as_type<ulong>(simd_shuffle_xor(as_type<uint2>(mass), distance));
-  }
-  if (lane == 0) {
-    pivot_counts[row * pivots + pivot] = token != 0 ? count : NO_PIVOT;
-    pivot_masses[row * pivots + pivot] = mass;
-  }
-}
-
 #define WORKSPACE(space)                       \
-  threadgroup ulong found[SLICE];              \
+  threadgroup ulong found[FEW];                \
   threadgroup ulong sums[32];                  \
-  threadgroup uint maxima[32];                 \
-  threadgroup uint pivots[2];                  \
+  threadgroup uint counts[32];                 \
+  threadgroup uint ends[2 * MOST_SLICES];      \
   threadgroup Reached reached[1];              \
   threadgroup atomic_uint found_count[1];      \
-  const Workspace space = {found, sums, maxima, pivots, reached, found_count};
+  const Workspace space = {found, sums, counts, ends, reached, found_count};
 
 inline Ranking row_ranking(device const ulong* sorted, device const ulong* masses, device const ulong* summaries,
-                           device const uint* pivot_counts, device const ulong* pivot_masses,
-                           constant SamplingParams& p, uint row, float scale, threadgroup uint* maxima,
+                           constant SamplingParams& p, uint row, float scale, threadgroup uint* scratch,
                            uint thread_id, Place place) {
-  const long slice = long(row) * p.slices, pivot = slice * (SLICE / p.stride);
+  const long slice = long(row) * p.slices;
   device const ulong* tokens = sorted + slice * SLICE;
-  const Weigher weigher = {row_maximum(tokens, p.slices, maxima, thread_id, place), scale};
-  const Ranking ranking = {tokens,   masses + slice * SLICE, summaries + slice * 2, pivot_counts + pivot,
-                           pivot_masses + pivot, p.slices, p.stride, weigher};
+  const Weigher weigher = {row_maximum(tokens, p.slices, scratch, thread_id, place), scale};
+  uint least = 0u;  // as the largest of the inverted keys
+  for (uint i = thread_id; i < p.slices; i += THREADS) {
+    const uint live = uint(summaries[2 * (slice + i)]);
+    if (live != 0u) least = max(least, ~token_key(tokens[i * SLICE + live - 1]));
+  }
+  least = ~threadgroup_max(least, scratch, place);
+  const Ranking ranking = {tokens, masses + slice * SLICE, summaries + slice * 2, p.slices, least, weigher};
   return ranking;
 }
 
 // A threadgroup a row: the token drawn.
 [[kernel, max_total_threads_per_threadgroup(1024)]]
 void sampling_draw(device const ulong* sorted [[buffer(0)]], device const ulong* masses [[buffer(1)]],
-                   device const ulong* summaries [[buffer(2)]], device const uint* pivot_counts [[buffer(3)]],
-                   device const ulong* pivot_masses [[buffer(4)]], device const float* row_parameters [[buffer(5)]],
-                   device const ulong* state [[buffer(6)]], device long* ids [[buffer(7)]],
-                   device uchar* valid [[buffer(8)]], constant SamplingParams& p [[buffer(9)]],
+                   device const ulong* summaries [[buffer(2)]], device const float* row_parameters [[buffer(3)]],
+                   device const ulong* state [[buffer(4)]], device long* ids [[buffer(5)]],
+                   device uchar* valid [[buffer(6)]], constant SamplingParams& p [[buffer(7)]],
                    uint row [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
                    uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
                    uint simdgroups [[simdgroups_per_threadgroup]]) {
   WORKSPACE(space)
   const Place place = {lane, simdgroup, simdgroups};
   const TokenFilter filter = row_filter(p, row_parameters, row);
-  const Ranking ranking = row_ranking(sorted, masses, summaries, pivot_counts, pivot_masses, p, row, filter.scale,
-                                      maxima, thread_id, place);
+  const Ranking ranking = row_ranking(sorted, masses, summaries, p, row, filter.scale, counts, thread_id, place);
   const Kept kept = apply_filter(ranking, filter, space, thread_id, place);
   uint index = 0u;
   if (kept.total != 0) {
     const ulong seed = p.flags & STATE ? state[0] : p.seed;
     const ulong offset = p.flags & STATE ? state[1] : p.offset;
     const ulong below = isinf(filter.scale) ? 0 : random_below(random_bits(seed, offset, row), kept.total);
-    index = token_index(ranking.reach(true, below + 1, space, thread_id, place).token);
+    index = token_index(ranking.reach(true, below + 1, kept.live, space, thread_id, place).token);
   }
   if (thread_id == 0) {
     ids[row] = index;
@@ -154,9 +124,8 @@ template <typename T>
 [[kernel, max_total_threads_per_threadgroup(1024)]]
 void filter_logits(device const T* logits [[buffer(0)]], device const ulong* sorted [[buffer(1)]],
                    device const ulong* masses [[buffer(2)]], device const ulong* summaries [[buffer(3)]],
-                   device const uint* pivot_counts [[buffer(4)]], device const ulong* pivot_masses [[buffer(5)]],
-                   device const float* row_parameters [[buffer(6)]], device T* output [[buffer(7)]],
-                   constant SamplingParams& p [[buffer(8)]], uint group [[threadgroup_position_in_grid]],
+                   device const float* row_parameters [[buffer(4)]], device T* output [[buffer(5)]],
+                   constant SamplingParams& p [[buffer(6)]], uint group [[threadgroup_position_in_grid]],
                    uint thread_id [[thread_position_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
                    uint simdgroup [[simdgroup_index_in_threadgroup]],
                    uint simdgroups [[simdgroups_per_threadgroup]]) {
@@ -164,8 +133,7 @@ void filter_logits(device const T* logits [[buffer(0)]], device const ulong* sor
   const Place place = {lane, simdgroup, simdgroups};
   const uint row = group / p.slices;
   const TokenFilter filter = row_filter(p, row_parameters, row);
-  const Ranking ranking = row_ranking(sorted, masses, summaries, pivot_counts, pivot_masses, p, row, filter.scale,
-                                      maxima, thread_id, place);
+  const Ranking ranking = row_ranking(sorted, masses, summaries, p, row, filter.scale, counts, thread_id, place);
   const Kept kept = apply_filter(ranking, filter, space, thread_id, place);
   for (uint i = thread_id; i < SLICE; i += THREADS) {
     const uint index = group % p.slices * SLICE + i;
@@ -181,8 +149,8 @@ void filter_logits(device const T* logits [[buffer(0)]], device const ulong* sor
   template [[host_name("sampling_sort_" #name)]] [[kernel]] void sampling_sort<T>(                                 \
       device const T*, device ulong*, constant SamplingParams&, uint, uint);                                       \
   template [[host_name("filter_logits_" #name)]] [[kernel]] void filter_logits<T>(                                 \
-      device const T*, device const ulong*, device const ulong*, device const ulong*, device const uint*,          \
-      device const ulong*, device const float*, device T*, constant SamplingParams&, uint, uint, uint, uint, uint);
+      device const T*, device const ulong*, device const ulong*, device const ulong*, device const float*,         \
+      device T*, constant SamplingParams&, uint, uint, uint, uint, uint);
 SAMPLING(f32, float)
 SAMPLING(f16, half)
 SAMPLING(bf16, bfloat)

@@ -22,35 +22,26 @@ struct SamplingParams {
   int64_t row_stride;
   uint64_t seed, offset;
   float scale, top_k, top_p, min_p;
-  uint32_t vocabulary, slices, stride, flags;
+  uint32_t vocabulary, slices, flags, unused;
 };
 constexpr uint32_t ROW_PARAMETERS = 1, STATE = 2;
 
-constexpr int64_t kSlice = 2048;     // tokens that one threadgroup sorts
-constexpr int64_t kMostStride = 64;  // tokens from pivot to pivot
+constexpr int64_t kSlice = 2048;  // tokens that one threadgroup sorts
 constexpr int64_t kGreedyThreads = 256;
-constexpr int64_t kSimdgroups = kMaxThreads / 32;
 
 int64_t slices_of(int64_t vocabulary) {
   return (vocabulary + kSlice - 1) / kSlice;
-}
-
-// The widest power of two with which the tokens between two pivots, fewer than it a slice, fit one sort.
-int64_t pivot_stride(int64_t slices) {
-  int64_t stride = kMostStride;
-  while (stride * slices > kSlice) stride /= 2;
-  return stride;
 }
 
 // A row's order, which the last launch searches.
 struct Order {
   Rows logits;
   SamplingParams params;
-  Tensor sorted, masses, summaries, pivot_counts, pivot_masses, row_parameters;
+  Tensor sorted, masses, summaries, row_parameters;
 };
 
-Order rank(const Sampling& call, const Tensor& logits) {
-  const int64_t slices = slices_of(call.vocabulary), stride = pivot_stride(slices), pivots = slices * kSlice / stride;
+Order sort(const Sampling& call, const Tensor& logits) {
+  const int64_t slices = slices_of(call.vocabulary);
   const Rows x = as_rows(logits, call.rows, call.vocabulary);
   const SamplingParams params{x.stride,
                               0,
@@ -61,21 +52,17 @@ Order rank(const Sampling& call, const Tensor& logits) {
                               call.min_p,
                               static_cast<uint32_t>(call.vocabulary),
                               static_cast<uint32_t>(slices),
-                              static_cast<uint32_t>(stride),
-                              call.row_parameters ? ROW_PARAMETERS : 0};
+                              call.row_parameters ? ROW_PARAMETERS : 0,
+                              0};
   const auto longs = logits.options().dtype(at::kLong);
   const Tensor sorted = at::empty({call.rows, slices, kSlice}, longs), masses = at::empty(sorted.sizes(), longs);
   const Tensor summaries = at::empty({call.rows, slices, 2}, longs);
-  const Tensor pivot_counts = at::empty({call.rows, pivots}, longs.dtype(at::kInt));
-  const Tensor pivot_masses = at::empty({call.rows, pivots}, longs);
   const Tensor row_parameters = call.row_parameters.value_or(sorted);
-  const int64_t rank_groups = call.rows * ((pivots + kSimdgroups - 1) / kSimdgroups);
   launch("sampling", "sampling_sort_" + dtype_name(logits), call.rows * slices, kMaxThreads, {x.tensor, sorted},
          params);
   launch("sampling", "sampling_weigh", call.rows * slices, kMaxThreads, {sorted, row_parameters, masses, summaries},
          params);
-  launch("sampling", "sampling_rank", rank_groups, kMaxThreads, {sorted, masses, pivot_counts, pivot_masses}, params);
-  return {x, params, sorted, masses, summaries, pivot_counts, pivot_masses, row_parameters};
+  return {x, params, sorted, masses, summaries, row_parameters};
 }
 
 }  // namespace
@@ -101,10 +88,9 @@ Tensor filter_logits_gpu(const Tensor& logits, double temperature, std::optional
   const Sampling call = check_sampling("filter_logits", logits, temperature, top_k, top_p, min_p, row_parameters);
   const Tensor output = at::empty(logits.sizes(), logits.options());
   if (call.rows == 0) return output;
-  const Order order = rank(call, logits);
+  const Order order = sort(call, logits);
   launch("sampling", "filter_logits_" + dtype_name(logits), call.rows * order.params.slices, kMaxThreads,
-         {order.logits.tensor, order.sorted, order.masses, order.summaries, order.pivot_counts, order.pivot_masses,
-          order.row_parameters, output},
+         {order.logits.tensor, order.sorted, order.masses, order.summaries, order.row_parameters, output},
          order.params);
   return output;
 }
@@ -120,13 +106,13 @@ std::tuple<Tensor, Tensor> sample_gpu(const Tensor& logits, double temperature, 
   const Tensor ids = at::empty(shape, logits.options().dtype(at::kLong));
   const Tensor valid = at::empty(shape, logits.options().dtype(at::kBool));
   if (call.rows == 0) return {ids, valid};
-  Order order = rank(call, logits);
+  Order order = sort(call, logits);
   order.params.seed = random.seed;
   order.params.offset = random.offset;
   if (random.tensor) order.params.flags |= STATE;
   launch("sampling", "sampling_draw", call.rows, kMaxThreads,
-         {order.sorted, order.masses, order.summaries, order.pivot_counts, order.pivot_masses, order.row_parameters,
-          random.tensor.value_or(order.sorted), ids, valid},
+         {order.sorted, order.masses, order.summaries, order.row_parameters, random.tensor.value_or(order.sorted), ids,
+          valid},
          order.params);
   return {ids, valid};
 }
