@@ -63,28 +63,67 @@ inline TokenFilter row_filter(constant SamplingParams& p, device const float* ro
                       clamp(values[3], 0.0f, 1.0f));
 }
 
-// Sorts `size` tokens, a power of two up to twice the threads, largest first: Batcher's bitonic network. Comparisons
-// over up to 32 tokens stay within what one simdgroup sorts, and need no barrier of the threadgroup.
-inline void sort_tokens(threadgroup ulong* tokens, uint size, uint thread_id) {
-  for (uint width = 2; width <= size; width *= 2) {
-    for (uint distance = width / 2; distance > 0; distance /= 2) {
-      if (thread_id < size / 2) {
-        const uint first = 2 * thread_id - (thread_id & (distance - 1));
+constant constexpr uint SORTED_AT_ONCE = 64;  // tokens, by a simdgroup in registers; two a thread
+
+// The larger of two tokens first, or the smaller.
+inline void order_pair(thread ulong& a, thread ulong& b, bool larger_first) {
+  const ulong other = a;
+  const bool swap = (a < b) == larger_first;
+  a = swap ? b : a;
+  b = swap ? other : b;
+}
+
+// The last steps of a merge, with the token `distance` away, then half as far and so on: those within a simdgroup.
+inline void merge_in_simdgroup(thread ulong* pair, uint distance, bool larger_first, uint lane) {
+  for (; distance > 1; distance /= 2) {
+    const ushort other_lane = distance / 2;
+    const bool keeps_larger = ((lane & other_lane) == 0) == larger_first;
+#pragma unroll
+    for (uint j = 0; j < 2; j++) {
+      const ulong other = as_type<ulong>(simd_shuffle_xor(as_type<uint2>(pair[j]), other_lane));
+      pair[j] = (other > pair[j]) == keeps_larger ? other : pair[j];
+    }
+  }
+  order_pair(pair[0], pair[1], larger_first);
+}
+
+// Sorts `size` tokens, a power of two from SORTED_AT_ONCE to twice the threads, largest first: Batcher's bitonic
+// network. Thread i has tokens 2 i and 2 i + 1; what a simdgroup has needs no threadgroup memory.
+inline void sort_tokens(threadgroup ulong* tokens, uint size, uint thread_id, uint lane) {
+  const uint mine = 2 * thread_id;
+  const bool has_tokens = mine < size;
+  ulong pair[2];
+  if (has_tokens) {
+    pair[0] = tokens[mine];
+    pair[1] = tokens[mine + 1];
+    for (uint width = 2; width <= SORTED_AT_ONCE; width *= 2) {
+      merge_in_simdgroup(pair, width / 2, (mine & width) == 0, lane);
+    }
+    tokens[mine] = pair[0];
+    tokens[mine + 1] = pair[1];
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint width = 2 * SORTED_AT_ONCE; width <= size; width *= 2) {
+    for (uint distance = width / 2; distance >= SORTED_AT_ONCE; distance /= 2) {
+      if (has_tokens) {
+        const uint first = mine - (thread_id & (distance - 1));
         const ulong a = tokens[first], b = tokens[first + distance];
         if ((a < b) == ((first & width) == 0)) {
           tokens[first] = b;
           tokens[first + distance] = a;
         }
       }
-      const uint next = distance > 1 ? distance / 2 : width;
-      if (max(distance, next) > 32) {
-        threadgroup_barrier(mem_flags::mem_threadgroup);
-      } else {
-        simdgroup_barrier(mem_flags::mem_threadgroup);
-      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
     }
+    if (has_tokens) {
+      pair[0] = tokens[mine];
+      pair[1] = tokens[mine + 1];
+      merge_in_simdgroup(pair, SORTED_AT_ONCE / 2, (mine & width) == 0, lane);
+      tokens[mine] = pair[0];
+      tokens[mine + 1] = pair[1];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
 // How many of a sorted slice's tokens precede `token`.
@@ -181,7 +220,7 @@ struct Ranking {
     }
     if (thread_id == 0) atomic_store_explicit(space.count, 0u, memory_order_relaxed);
     const uint found = until - before.count;
-    uint size = 2;
+    uint size = SORTED_AT_ONCE;
     while (size < found) size *= 2;
     for (uint i = found + thread_id; i < size; i += THREADS) space.tokens[i] = 0;
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -194,7 +233,7 @@ struct Ranking {
       for (uint j = from + place.lane; j < to; j += 32) space.tokens[slot + j - from] = tokens[i * SLICE + j];
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    sort_tokens(space.tokens, size, thread_id);
+    sort_tokens(space.tokens, size, thread_id, place.lane);
 
     const ulong token = thread_id < size ? space.tokens[thread_id] : 0;
     const ulong value = by_mass ? weigher.weight(token) : token != 0 ? 1 : 0;

@@ -1,5 +1,5 @@
-// Sampling and filtering of logits in three launches: sort slices, weigh them, then search, and draw or write. No step
-// takes much longer for some logits than for others.
+// Sampling and filtering of logits in three launches: the maximum; slices sorted, with their running weight; then a search,
+// and a draw or the logits that are kept. No step takes much longer for some logits than for others.
 #include <metal_stdlib>
 #include "common/philox.h"
 #include "common/scan.metal.h"
@@ -8,50 +8,62 @@
 using namespace metal;
 using namespace torch_fused;
 
-// A threadgroup a slice: its tokens in order.
+// The largest key of a row's slices, as the float that has it.
+inline float row_maximum(uint largest, threadgroup uint* scratch, Place place) {
+  return as_type<float>(key_bits(threadgroup_max(largest, scratch, place)));
+}
+
+// A threadgroup a slice: its largest key.
 template <typename T>
 [[kernel, max_total_threads_per_threadgroup(1024)]]
-void sampling_sort(device const T* logits [[buffer(0)]], device ulong* sorted [[buffer(1)]],
-                   constant SamplingParams& p [[buffer(2)]], uint group [[threadgroup_position_in_grid]],
-                   uint thread_id [[thread_position_in_threadgroup]]) {
-  threadgroup ulong tokens[SLICE];
+void sampling_maximum(device const T* logits [[buffer(0)]], device uint* maxima [[buffer(1)]],
+                      constant SamplingParams& p [[buffer(2)]], uint group [[threadgroup_position_in_grid]],
+                      uint thread_id [[thread_position_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+                      uint simdgroup [[simdgroup_index_in_threadgroup]],
+                      uint simdgroups [[simdgroups_per_threadgroup]]) {
+  threadgroup uint scratch[32];
+  const Place place = {lane, simdgroup, simdgroups};
   device const T* row = logits + long(group / p.slices) * p.row_stride;
-  for (uint i = thread_id; i < SLICE; i += THREADS) {
-    const uint index = group % p.slices * SLICE + i;
-    tokens[i] = index < p.vocabulary ? make_token(order_key(as_type<uint>(float(row[index]))), index) : 0;
+  const uint first = group % p.slices * SLICE;
+  uint largest = 0u;
+  for (uint i = first + thread_id; i < min(first + SLICE, p.vocabulary); i += THREADS) {
+    largest = max(largest, order_key(as_type<uint>(float(row[i]))));
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  sort_tokens(tokens, SLICE, thread_id);
-  for (uint i = thread_id; i < SLICE; i += THREADS) sorted[long(group) * SLICE + i] = tokens[i];
+  largest = threadgroup_max(largest, scratch, place);
+  if (thread_id == 0) maxima[group] = largest;
 }
 
-// The largest logit of a row, which is first in one of its slices.
-inline float row_maximum(device const ulong* tokens, uint slices, threadgroup uint* maxima, uint thread_id,
-                         Place place) {
-  uint key = 0u;
-  for (uint i = thread_id; i < slices; i += THREADS) key = max(key, token_key(tokens[i * SLICE]));
-  return as_type<float>(key_bits(threadgroup_max(key, maxima, place)));
-}
-
-// A threadgroup a slice: its running weight, and a summary of it.
+// A threadgroup a slice: its tokens in order, their running weight, and a summary.
+template <typename T>
 [[kernel, max_total_threads_per_threadgroup(1024)]]
-void sampling_weigh(device const ulong* sorted [[buffer(0)]], device const float* row_parameters [[buffer(1)]],
-                    device ulong* masses [[buffer(2)]], device ulong* summaries [[buffer(3)]],
-                    constant SamplingParams& p [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
-                    uint thread_id [[thread_position_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
-                    uint simdgroup [[simdgroup_index_in_threadgroup]],
-                    uint simdgroups [[simdgroups_per_threadgroup]]) {
-  threadgroup uint maxima[32];
+void sampling_sort(device const T* logits [[buffer(0)]], device const uint* maxima [[buffer(1)]],
+                   device const float* row_parameters [[buffer(2)]], device ulong* sorted [[buffer(3)]],
+                   device ulong* masses [[buffer(4)]], device ulong* summaries [[buffer(5)]],
+                   constant SamplingParams& p [[buffer(6)]], uint group [[threadgroup_position_in_grid]],
+                   uint thread_id [[thread_position_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+                   uint simdgroup [[simdgroup_index_in_threadgroup]],
+                   uint simdgroups [[simdgroups_per_threadgroup]]) {
+  threadgroup ulong tokens[SLICE];
   threadgroup ulong sums[32];
+  threadgroup uint scratch[32];
   const Place place = {lane, simdgroup, simdgroups};
   const uint row = group / p.slices;
+  device const T* values = logits + long(row) * p.row_stride;
+  for (uint i = thread_id; i < SLICE; i += THREADS) {
+    const uint index = group % p.slices * SLICE + i;
+    tokens[i] = index < p.vocabulary ? make_token(order_key(as_type<uint>(float(values[index]))), index) : 0;
+  }
+  uint largest = 0u;
+  for (uint i = thread_id; i < p.slices; i += THREADS) largest = max(largest, maxima[long(row) * p.slices + i]);
   const TokenFilter filter = row_filter(p, row_parameters, row);
-  const float maximum = row_maximum(sorted + long(row) * p.slices * SLICE, p.slices, maxima, thread_id, place);
-  const Weigher weigher = {maximum, filter.scale};
+  const Weigher weigher = {row_maximum(largest, scratch, place), filter.scale};
+  sort_tokens(tokens, SLICE, thread_id, lane);
+
   const long first = long(group) * SLICE + 2 * thread_id;
   ulong live = 0, heavy = 0, weights[2];
   for (uint j = 0; j < 2; j++) {
-    const ulong token = sorted[first + j];
+    const ulong token = tokens[2 * thread_id + j];
+    sorted[first + j] = token;
     weights[j] = weigher.weight(token);
     live += token != 0 ? 1 : 0;
     heavy += weights[j] >= filter.min_weight ? weights[j] : 0;
@@ -81,12 +93,14 @@ inline Ranking row_ranking(device const ulong* sorted, device const ulong* masse
                            uint thread_id, Place place) {
   const long slice = long(row) * p.slices;
   device const ulong* tokens = sorted + slice * SLICE;
-  const Weigher weigher = {row_maximum(tokens, p.slices, scratch, thread_id, place), scale};
-  uint least = 0u;  // as the largest of the inverted keys
+  uint largest = 0u, least = 0u;  // the least key as the largest of the inverted ones
   for (uint i = thread_id; i < p.slices; i += THREADS) {
     const uint live = uint(summaries[2 * (slice + i)]);
-    if (live != 0u) least = max(least, ~token_key(tokens[i * SLICE + live - 1]));
+    if (live == 0u) continue;
+    largest = max(largest, token_key(tokens[i * SLICE]));
+    least = max(least, ~token_key(tokens[i * SLICE + live - 1]));
   }
+  const Weigher weigher = {row_maximum(largest, scratch, place), scale};
   least = ~threadgroup_max(least, scratch, place);
   const Ranking ranking = {tokens, masses + slice * SLICE, summaries + slice * 2, p.slices, least, weigher};
   return ranking;
@@ -146,8 +160,11 @@ void filter_logits(device const T* logits [[buffer(0)]], device const ulong* sor
 }
 
 #define SAMPLING(name, T)                                                                                          \
+  template [[host_name("sampling_maximum_" #name)]] [[kernel]] void sampling_maximum<T>(                           \
+      device const T*, device uint*, constant SamplingParams&, uint, uint, uint, uint, uint);                      \
   template [[host_name("sampling_sort_" #name)]] [[kernel]] void sampling_sort<T>(                                 \
-      device const T*, device ulong*, constant SamplingParams&, uint, uint);                                       \
+      device const T*, device const uint*, device const float*, device ulong*, device ulong*, device ulong*,       \
+      constant SamplingParams&, uint, uint, uint, uint, uint);                                                     \
   template [[host_name("filter_logits_" #name)]] [[kernel]] void filter_logits<T>(                                 \
       device const T*, device const ulong*, device const ulong*, device const ulong*, device const float*,         \
       device T*, constant SamplingParams&, uint, uint, uint, uint, uint);

@@ -57,11 +57,12 @@ Order sort(const Sampling& call, const Tensor& logits) {
   const auto longs = logits.options().dtype(at::kLong);
   const Tensor sorted = at::empty({call.rows, slices, kSlice}, longs), masses = at::empty(sorted.sizes(), longs);
   const Tensor summaries = at::empty({call.rows, slices, 2}, longs);
+  const Tensor maxima = at::empty({call.rows, slices}, longs.dtype(at::kInt));
   const Tensor row_parameters = call.row_parameters.value_or(sorted);
-  launch("sampling", "sampling_sort_" + dtype_name(logits), call.rows * slices, kMaxThreads, {x.tensor, sorted},
-         params);
-  launch("sampling", "sampling_weigh", call.rows * slices, kMaxThreads, {sorted, row_parameters, masses, summaries},
-         params);
+  const int64_t groups = call.rows * slices;
+  launch("sampling", "sampling_maximum_" + dtype_name(logits), groups, kMaxThreads, {x.tensor, maxima}, params);
+  launch("sampling", "sampling_sort_" + dtype_name(logits), groups, kMaxThreads,
+         {x.tensor, maxima, row_parameters, sorted, masses, summaries}, params);
   return {x, params, sorted, masses, summaries, row_parameters};
 }
 
