@@ -499,7 +499,7 @@ BUGS = [
         lambda: draws(),
         "out-of-bounds.*read of 4 bytes|data race",
         "sampling/sampling.metal",
-        "make_token(order_key(as_type<uint>(float(row[index]))), index)",
+        "make_token(order_key(as_type<uint>(float(values[index]))), index)",
     ),
     Bug(
         "missing barrier between a simdgroup's sort and the first merge",
@@ -529,7 +529,7 @@ BUGS = [
         lambda: draws(top_k=50),
         "uninitialised",
         "sampling/ranking.metal.h",
-        "const ulong a = tokens[first], b = tokens[first + distance];",
+        "pair[0] = tokens[mine];",
     ),
     Bug(
         "the simdgroups' counts are not waited for",

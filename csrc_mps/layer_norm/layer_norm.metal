@@ -46,7 +46,7 @@ struct LayerNormRow {
 // One threadgroup a row. N packs of W values a thread: the row is read once and stays in registers. N == 0: a longer
 // row, read twice.
 template <typename T, int W, int N>
-[[kernel, max_total_threads_per_threadgroup(512)]]
+[[kernel, max_total_threads_per_threadgroup(1024)]]
 void layer_norm(device const T* input [[buffer(0)]], device const T* weight [[buffer(1)]],
                 device const T* bias [[buffer(2)]], device T* output [[buffer(3)]],
                 constant LayerNormParams& p [[buffer(4)]], uint row [[threadgroup_position_in_grid]],

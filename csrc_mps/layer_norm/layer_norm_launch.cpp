@@ -44,7 +44,7 @@ Tensor layer_norm_gpu(const Tensor& input, IntArrayRef normalized_shape, const O
   if (input.numel() == 0) return output;
   const Rows x = as_rows(input, norm.rows, norm.cols);
   const Tensor w = weight ? weight->contiguous() : x.tensor, b = bias ? bias->contiguous() : x.tensor;
-  const RowShape shape = row_shape(norm.cols, input.element_size());
+  const RowShape shape = row_shape(norm.cols, input.element_size(), 2, 128);
   const bool aligned = all_aligned({x, {w, 0}, {b, 0}, {output, norm.cols}});
   const LayerNormParams params{x.stride, static_cast<uint32_t>(norm.cols),
                                (aligned ? ALIGNED : 0) | (weight ? HAS_WEIGHT : 0) | (bias ? HAS_BIAS : 0),

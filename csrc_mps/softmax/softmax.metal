@@ -67,7 +67,7 @@ inline void store_scaled(device T* row, uint column, uint cols, bool aligned, th
 // One threadgroup a row. N packs of W values a thread: the row is read once and stays in registers. N == 0: a longer
 // row, read twice.
 template <typename T, int W, int N>
-[[kernel, max_total_threads_per_threadgroup(512)]]
+[[kernel, max_total_threads_per_threadgroup(1024)]]
 void softmax(device const T* input [[buffer(0)]], device T* output [[buffer(1)]],
              constant SoftmaxParams& p [[buffer(2)]], uint row [[threadgroup_position_in_grid]],
              uint thread_id [[thread_position_in_threadgroup]], uint threads [[threads_per_threadgroup]],
