@@ -5,6 +5,7 @@
 #include <metal_stdlib>
 #include "common/scan.metal.h"
 #include "common/token_weight.h"
+#include "sampling/sort.metal.h"
 using namespace metal;
 using namespace torch_fused;
 
@@ -21,8 +22,9 @@ struct SamplingParams {
   uint flags;
 };
 
-constant constexpr uint SLICE = 2048;  // tokens; two a thread
-constant constexpr uint THREADS = 1024;
+constant constexpr uint SLICE = 2048;  // tokens
+constant constexpr uint SLICE_THREADS = SLICE / PER_THREAD;
+constant constexpr uint THREADS = 1024;  // that search a row
 constant constexpr uint MOST_SLICES = 512;
 constant constexpr uint FEW = 512;  // tokens that are sorted to settle a place
 constant constexpr uint ROW_PARAMETERS = 1;  // flags: the filter of each row is in a buffer
@@ -32,11 +34,8 @@ constant constexpr uint STATE = 2;           // seed and offset are in a buffer
 constant constexpr uint INDEX_BITS = 20;
 constant constexpr uint LAST_INDEX = (1u << INDEX_BITS) - 1u;
 
-inline ulong first_token(uint key) {
-  return ulong(key) << INDEX_BITS | LAST_INDEX;
-}
 inline ulong make_token(uint key, uint index) {
-  return key == 0u ? 0 : first_token(key) - index;
+  return key == 0u ? 0 : (ulong(key) << INDEX_BITS) + (LAST_INDEX - index);
 }
 inline uint token_key(ulong token) {
   return uint(token >> INDEX_BITS);
@@ -63,194 +62,267 @@ inline TokenFilter row_filter(constant SamplingParams& p, device const float* ro
                       clamp(values[3], 0.0f, 1.0f));
 }
 
-constant constexpr uint SORTED_AT_ONCE = 64;  // tokens, by a simdgroup in registers; two a thread
+// What is known of a sorted slice.
+struct Summary {
+  ulong live;   // tokens that can be drawn
+  ulong mass;   // their weight
+  ulong heavy;  // the weight of those that min_p keeps
+  ulong first;
+  ulong last;  // of the tokens that can be drawn; of none, larger than any
+};
 
-// The larger of two tokens first, or the smaller.
-inline void order_pair(thread ulong& a, thread ulong& b, bool larger_first) {
-  const ulong other = a;
-  const bool swap = (a < b) == larger_first;
-  a = swap ? b : a;
-  b = swap ? other : b;
-}
-
-// The last steps of a merge, with the token `distance` away, then half as far and so on: those within a simdgroup.
-inline void merge_in_simdgroup(thread ulong* pair, uint distance, bool larger_first, uint lane) {
-  for (; distance > 1; distance /= 2) {
-    const ushort other_lane = distance / 2;
-    const bool keeps_larger = ((lane & other_lane) == 0) == larger_first;
-#pragma unroll
-    for (uint j = 0; j < 2; j++) {
-      const ulong other = as_type<ulong>(simd_shuffle_xor(as_type<uint2>(pair[j]), other_lane));
-      pair[j] = (other > pair[j]) == keeps_larger ? other : pair[j];
-    }
-  }
-  order_pair(pair[0], pair[1], larger_first);
-}
-
-// Sorts `size` tokens, a power of two from SORTED_AT_ONCE to twice the threads, largest first: Batcher's bitonic
-// network. Thread i has tokens 2 i and 2 i + 1; what a simdgroup has needs no threadgroup memory.
-inline void sort_tokens(threadgroup ulong* tokens, uint size, uint thread_id, uint lane) {
-  const uint mine = 2 * thread_id;
-  const bool has_tokens = mine < size;
-  ulong pair[2];
-  if (has_tokens) {
-    pair[0] = tokens[mine];
-    pair[1] = tokens[mine + 1];
-    for (uint width = 2; width <= SORTED_AT_ONCE; width *= 2) {
-      merge_in_simdgroup(pair, width / 2, (mine & width) == 0, lane);
-    }
-    tokens[mine] = pair[0];
-    tokens[mine + 1] = pair[1];
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (uint width = 2 * SORTED_AT_ONCE; width <= size; width *= 2) {
-    for (uint distance = width / 2; distance >= SORTED_AT_ONCE; distance /= 2) {
-      if (has_tokens) {
-        const uint first = mine - (thread_id & (distance - 1));
-        const ulong a = tokens[first], b = tokens[first + distance];
-        if ((a < b) == ((first & width) == 0)) {
-          tokens[first] = b;
-          tokens[first + distance] = a;
-        }
-      }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-    }
-    if (has_tokens) {
-      pair[0] = tokens[mine];
-      pair[1] = tokens[mine + 1];
-      merge_in_simdgroup(pair, SORTED_AT_ONCE / 2, (mine & width) == 0, lane);
-      tokens[mine] = pair[0];
-      tokens[mine + 1] = pair[1];
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-  }
-}
-
-// How many of a sorted slice's tokens precede `token`.
-inline uint tokens_before(device const ulong* slice, ulong token) {
-  uint low = 0, high = SLICE;
-  while (low < high) {
-    const uint middle = (low + high) / 2;
-    if (slice[middle] > token) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
+// Tokens, and their weight.
+struct Tally {
+  ulong count;
+  ulong mass;
+};
 
 struct Reached {
   ulong token;
-  ulong sum;  // up to and with the token
+  ulong mass;  // of the row up to and with it
 };
 
 // Threadgroup memory for the search of a row.
 struct Workspace {
   threadgroup ulong* tokens;  // FEW
   threadgroup ulong* sums;    // 32
-  threadgroup uint* counts;   // 32
-  threadgroup uint* ends;     // 2 * MOST_SLICES
+  threadgroup ulong* pivots;  // 32, and what precedes each
+  threadgroup Tally* tallies;
+  threadgroup uint* from;     // of each slice: the places of the range
+  threadgroup uint* to;
   threadgroup Reached* reached;
   threadgroup atomic_uint* count;
 };
 
-// Tokens, and their number or weight.
-struct Tally {
-  uint count;
-  ulong sum;
+// The last range that was sorted: a token a thread, from the first on.
+struct Range {
+  ulong token;    // 0 for a thread that has none
+  ulong mass;     // of the row up to and with that token
+  ulong weight;
+  Tally before;   // what precedes the range
+  Tally until;    // and with it
+  ulong last;     // all tokens beyond this one, back to `before`, are in the range
 };
 
-// One row as the launches before have left it.
+// One row as the launches before have left it, seen by one thread of those that search it.
 struct Ranking {
-  device const ulong* tokens;     // slices of SLICE, each sorted
-  device const ulong* masses;     // running weight within each slice
-  device const ulong* summaries;  // two a slice: its tokens that can be drawn; weight of those that min_p keeps
+  device const ulong* tokens;       // slices of SLICE, each sorted
+  device const ulong* masses;       // the running weight within each slice
+  device const Summary* summaries;  // of the slices
   uint slices;
-  uint least_key;  // of a token that can be drawn
   Weigher weigher;
+  Tally live;     // of all slices
+  ulong heavy;
+  ulong first;    // the row's first token
+  ulong last;     // and its last that can be drawn
+  uint busiest;   // the slice with the most tokens that can be drawn
+  uint most;      // their number
+  Workspace space;
+  uint thread_id;
+  Place place;
 
-  // What of the row precedes `token`, by one simdgroup.
-  Tally tally_before(bool by_mass, ulong token, Place place) const {
-    Tally tally = {0u, 0};
+  // Every simdgroup adds the summaries up for itself.
+  void read_summaries(float scale) {
+    live = {0, 0};
+    heavy = first = last = 0;
+    most = 0u;
+#pragma unroll 4
     for (uint i = place.lane; i < slices; i += 32) {
-      const uint before = tokens_before(tokens + i * SLICE, token);
-      tally.count += before;
-      if (by_mass && before != 0u) tally.sum += masses[i * SLICE + before - 1];
+      const Summary summary = summaries[i];
+      live.count += summary.live;
+      live.mass += summary.mass;
+      heavy += summary.heavy;
+      first = max(first, summary.first);
+      last = max(last, ~summary.last);
+      most = max(most, uint(summary.live) * MOST_SLICES + i);
     }
-    tally.count = simd_sum(tally.count);
-    for (ushort distance = 16; distance > 0; distance /= 2) {
-      tally.sum += as_type<ulong>(simd_shuffle_xor(as_type<uint2>(tally.sum), distance));
-    }
-    if (!by_mass) tally.sum = tally.count;
-    return tally;
+    live = {simd_sum(uint(live.count)), simd_total(live.mass)};
+    heavy = simd_total(heavy);
+    first = simd_largest(first);
+    last = ~simd_largest(last);
+    most = simd_max(most);
+    busiest = most % MOST_SLICES;
+    most /= MOST_SLICES;
+    weigher = {as_type<float>(key_bits(token_key(first))), scale};
   }
 
-  // The first token of the row up to and with which there are `target` of its `live` tokens, or, by_mass, that weight.
-  Reached reach(bool by_mass, ulong target, uint live, Workspace space, uint thread_id, Place place) const {
-    // The place is among the tokens first .. last + 1, in falling order; `before` precede them.
-    ulong first = first_token(order_key(as_type<uint>(weigher.maximum)));
-    ulong last = (ulong(least_key) << INDEX_BITS) - 1;
-    Tally before = {0u, 0};
-    uint until = live;  // tokens that precede `last`
-    while (until - before.count > FEW) {
-      const ulong step = (first - last) / (place.simdgroups + 1);
-      const Tally mine = tally_before(by_mass, first - step * (place.simdgroup + 1), place);
-      if (place.lane == 0) {
-        space.counts[place.simdgroup] = mine.count;
-        space.sums[place.simdgroup] = mine.sum;
-      }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-      // How many of the simdgroups' tokens lie before the place or at it.
-      const uint passed = simd_sum(place.lane < place.simdgroups && space.sums[place.lane] < target ? 1u : 0u);
-      if (passed < place.simdgroups) {
-        last = first - step * (passed + 1);
-        until = space.counts[passed];
-      }
-      if (passed > 0u) {
-        first -= step * passed;
-        before = {space.counts[passed - 1], space.sums[passed - 1]};
-      }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-    }
+  uint at(uint slice, uint place_in_slice) const {
+    return slice * SLICE + slot_of(place_in_slice, SLICE_THREADS);
+  }
 
-    // They are collected in any order, then sorted.
-    for (uint i = thread_id; i < 2 * slices; i += THREADS) {
-      space.ends[i] = tokens_before(tokens + i / 2 * SLICE, i % 2 == 0 ? first : last);
+  // Of each slice, all that can be drawn.
+  void whole_row() const {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint i = thread_id; i < slices; i += THREADS) {
+      space.from[i] = 0u;
+      space.to[i] = uint(summaries[i].live);
     }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+
+  // What of the row precedes `token`, which is in the range; of N slices a lane, in `before`. By each simdgroup.
+  // Four slices at once, and no load behind a condition, because each step waits for memory.
+  template <uint N>
+  Tally tally_before(ulong token, thread uint* before) const {
+    Tally tally = {0, 0};
+#pragma unroll
+    for (uint chunk = 0; chunk < N; chunk += 4) {
+      uint slice[4], high[4], widest = 0u;
+#pragma unroll
+      for (uint n = 0; n < 4; n++) {
+        slice[n] = min(place.lane + 32 * (chunk + n), slices - 1);
+        before[chunk + n] = space.from[slice[n]];
+        high[n] = space.to[slice[n]];
+        widest = max(widest, high[n] - before[chunk + n]);
+      }
+      for (widest = simd_max(widest); widest > 0u; widest /= 2) {
+        ulong probe[4];
+#pragma unroll
+        for (uint n = 0; n < 4; n++) {
+          probe[n] = tokens[at(slice[n], min((before[chunk + n] + high[n]) / 2, SLICE - 1))];
+        }
+#pragma unroll
+        for (uint n = 0; n < 4; n++) {
+          const uint middle = (before[chunk + n] + high[n]) / 2;
+          const bool is_open = before[chunk + n] < high[n];
+          before[chunk + n] = is_open && probe[n] > token ? middle + 1 : before[chunk + n];
+          high[n] = is_open && probe[n] <= token ? middle : high[n];
+        }
+      }
+      ulong mass[4];
+#pragma unroll
+      for (uint n = 0; n < 4; n++) mass[n] = masses[at(slice[n], max(before[chunk + n], 1u) - 1)];
+#pragma unroll
+      for (uint n = 0; n < 4; n++) {
+        const bool counts = place.lane + 32 * (chunk + n) < slices;
+        tally.count += counts ? before[chunk + n] : 0u;
+        tally.mass += counts && before[chunk + n] != 0u ? mass[n] : 0;
+      }
+    }
+    return {simd_sum(uint(tally.count)), simd_total(tally.mass)};
+  }
+
+  // Narrows the range to FEW tokens around the place up to and with which there are `target` tokens, or, by_mass, that
+  // weight: those after `range.last`, and behind what is `range.before`.
+  template <uint N>
+  void narrow(bool by_mass, ulong target, thread Range& range) const {
+    ulong top = first;  // the range's first token, or one before it
+    bool is_first = true;
+    while (range.until.count - range.before.count > FEW) {
+      // Tokens of one slice divide the row well unless the slices differ; then the range itself is divided.
+      const uint share = place.simdgroup + 1, shares = place.simdgroups + 1;
+      const ulong pivot = is_first ? tokens[at(busiest, most * share / shares)]
+                                   : top - (top - range.last) / shares * share;
+      is_first = false;
+      uint before[N];
+      const Tally tally = tally_before<N>(pivot, before);
+      if (place.lane == 0) {
+        space.pivots[place.simdgroup] = pivot;
+        space.tallies[place.simdgroup] = tally;
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      // How many of the pivots lie before the place or at it.
+      const bool has_pivot = place.lane < place.simdgroups;
+      const Tally other = space.tallies[has_pivot ? place.lane : 0u];
+      const uint passed = simd_sum(has_pivot && (by_mass ? other.mass : other.count) < target ? 1u : 0u);
+      if (passed < place.simdgroups) {
+        range.last = space.pivots[passed];
+        range.until = space.tallies[passed];
+        if (place.simdgroup == passed) set_ends<N>(space.to, before);
+      }
+      // Few tokens are left as they are: a range from the row's first token on serves for what comes next too.
+      if (passed > 0u && range.until.count - range.before.count > FEW) {
+        top = space.pivots[passed - 1];
+        range.before = space.tallies[passed - 1];
+        if (place.simdgroup == passed - 1) set_ends<N>(space.from, before);
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+  }
+
+  template <uint N>
+  void set_ends(threadgroup uint* ends, thread const uint* places) const {
+#pragma unroll
+    for (uint n = 0; n < N; n++) {
+      if (place.lane + 32 * n < slices) ends[place.lane + 32 * n] = places[n];
+    }
+  }
+
+  // Sorts the tokens of the range, collected in any order.
+  void sort_range(thread Range& range) const {
+    const uint found = uint(range.until.count - range.before.count);
+    const uint sorters = found > 32 * PER_THREAD ? FEW / PER_THREAD : 32u;
     if (thread_id == 0) atomic_store_explicit(space.count, 0u, memory_order_relaxed);
-    const uint found = until - before.count;
-    uint size = SORTED_AT_ONCE;
-    while (size < found) size *= 2;
-    for (uint i = found + thread_id; i < size; i += THREADS) space.tokens[i] = 0;
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (uint i = place.simdgroup; i < slices; i += place.simdgroups) {
-      const uint from = space.ends[2 * i], to = space.ends[2 * i + 1];
+      const uint from = space.from[i], to = space.to[i];
       if (from == to) continue;
       uint slot = 0u;
       if (place.lane == 0) slot = atomic_fetch_add_explicit(space.count, to - from, memory_order_relaxed);
       slot = simd_broadcast_first(slot);
-      for (uint j = from + place.lane; j < to; j += 32) space.tokens[slot + j - from] = tokens[i * SLICE + j];
+      for (uint j = from + place.lane; j < to; j += 32) space.tokens[slot + j - from] = tokens[at(i, j)];
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    sort_tokens(space.tokens, size, thread_id, place.lane);
+    ulong mine[PER_THREAD];
+#pragma unroll
+    for (uint j = 0; j < PER_THREAD; j++) {
+      const uint i = j * sorters + thread_id;
+      mine[j] = thread_id < sorters && i < found ? space.tokens[i] : 0;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    sort_tokens(mine, space.tokens, sorters, thread_id, place.lane);
+    if (thread_id < sorters) {
+#pragma unroll
+      for (uint j = 0; j < PER_THREAD; j++) space.tokens[j * sorters + thread_id] = mine[j];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    range.token = thread_id < found ? space.tokens[slot_of(thread_id, sorters)] : 0;
+    range.weight = weigher.weight(range.token);
+    range.mass = range.before.mass + threadgroup_scan(range.weight, space.sums, place).sum;
+  }
 
-    const ulong token = thread_id < size ? space.tokens[thread_id] : 0;
-    const ulong value = by_mass ? weigher.weight(token) : token != 0 ? 1 : 0;
-    const ulong sum = before.sum + threadgroup_scan(value, space.sums, place).sum;
-    if (sum - value < target && sum >= target) *space.reached = {token, sum};
+  // The token up to and with which there are `target` tokens, or, by_mass, that weight; 1 <= target <= all.
+  Reached reach(bool by_mass, ulong target, thread Range& range) const {
+    const bool is_in_range = by_mass ? range.before.mass < target && target <= range.until.mass
+                                     : range.before.count < target && target <= range.until.count;
+    if (!is_in_range) {
+      range.before = {0, 0};
+      range.until = live;
+      range.last = last - 1;
+      whole_row();
+      if (slices <= 32 * 4) {
+        narrow<4>(by_mass, target, range);
+      } else {
+        narrow<MOST_SLICES / 32>(by_mass, target, range);
+      }
+      sort_range(range);
+    }
+    const ulong sum = by_mass ? range.mass : range.before.count + thread_id + 1;
+    const ulong step = by_mass ? range.weight : 1;
+    if (range.token != 0 && sum - step < target && sum >= target) *space.reached = {range.token, range.mass};
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const Reached reached = *space.reached;
     threadgroup_barrier(mem_flags::mem_threadgroup);
     return reached;
   }
 
-  // The weight of the row's tokens that precede `token`.
-  ulong mass_before(ulong token, Workspace space, uint thread_id, Place place) const {
+  // The weight of the tokens that are not smaller than `end`, of which none is behind `range`, or else the row is searched.
+  ulong mass_until(ulong end, Range range) const {
+    if (end > range.last) {
+      return range.before.mass + threadgroup_scan(range.token >= end ? range.weight : 0, space.sums, place).total;
+    }
     ulong mass = 0;
     for (uint i = thread_id; i < slices; i += THREADS) {
-      const uint count = tokens_before(tokens + i * SLICE, token);
-      if (count != 0u) mass += masses[i * SLICE + count - 1];
+      uint low = 0u, high = uint(summaries[i].live);
+      while (low < high) {
+        const uint middle = (low + high) / 2;
+        if (tokens[at(i, middle)] >= end) {
+          low = middle + 1;
+        } else {
+          high = middle;
+        }
+      }
+      if (low != 0u) mass += masses[at(i, low - 1)];
     }
     return threadgroup_scan(mass, space.sums, place).total;
   }
@@ -258,32 +330,24 @@ struct Ranking {
 
 // What a filter keeps of a row.
 struct Kept {
-  ulong last;   // the last token in the order; 1 keeps all
-  ulong total;  // weight of the tokens kept; 0: nothing can be drawn
-  uint live;    // the row's tokens that can be drawn at all
+  ulong last;   // tokens that are not smaller
+  ulong total;  // their weight; 0: nothing can be drawn
 };
 
-inline Kept apply_filter(Ranking row, TokenFilter filter, Workspace space, uint thread_id, Place place) {
-  ulong live = 0, heavy = 0, mass = 0;
-  for (uint i = thread_id; i < row.slices; i += THREADS) {
-    live += row.summaries[2 * i];
-    heavy += row.summaries[2 * i + 1];
-    mass += row.masses[i * SLICE + SLICE - 1];
-  }
-  live = threadgroup_scan(live, space.sums, place).total;
-  heavy = threadgroup_scan(heavy, space.sums, place).total;
-  Kept kept = {1, threadgroup_scan(mass, space.sums, place).total, uint(live)};
-  if (live == 0) return kept;
-  if (filter.top_k != 0u && filter.top_k < live) {
-    const ulong kth = row.reach(false, filter.top_k, kept.live, space, thread_id, place).token;
+inline Kept apply_filter(Ranking row, TokenFilter filter, thread Range& range) {
+  range = {0, 0, 0, {0, 0}, {0, 0}, 0};
+  Kept kept = {1, row.live.mass};
+  if (row.live.count == 0) return kept;
+  if (filter.top_k != 0u && filter.top_k < row.live.count) {
+    const ulong kth = row.reach(false, filter.top_k, range).token;
     kept.last = ulong(token_key(kth)) << INDEX_BITS;  // and all its ties
-    kept.total = row.mass_before(kept.last, space, thread_id, place);
+    kept.total = row.mass_until(kept.last, range);
   }
   if (filter.top_p < kNoTopP) {
-    const Reached edge = row.reach(true, top_p_target(kept.total, filter.top_p), kept.live, space, thread_id, place);
+    const Reached edge = row.reach(true, top_p_target(kept.total, filter.top_p), range);
     kept.last = edge.token;
-    kept.total = edge.sum;
+    kept.total = edge.mass;
   }
-  kept.total = min(kept.total, heavy);
+  kept.total = min(kept.total, row.heavy);
   return kept;
 }

@@ -27,6 +27,7 @@ struct SamplingParams {
 constexpr uint32_t ROW_PARAMETERS = 1, STATE = 2;
 
 constexpr int64_t kSlice = 2048;  // tokens that one threadgroup sorts
+constexpr int64_t kSliceThreads = 256;
 constexpr int64_t kGreedyThreads = 256;
 
 int64_t slices_of(int64_t vocabulary) {
@@ -56,12 +57,12 @@ Order sort(const Sampling& call, const Tensor& logits) {
                               0};
   const auto longs = logits.options().dtype(at::kLong);
   const Tensor sorted = at::empty({call.rows, slices, kSlice}, longs), masses = at::empty(sorted.sizes(), longs);
-  const Tensor summaries = at::empty({call.rows, slices, 2}, longs);
+  const Tensor summaries = at::empty({call.rows, slices, 5}, longs);
   const Tensor maxima = at::empty({call.rows, slices}, longs.dtype(at::kInt));
   const Tensor row_parameters = call.row_parameters.value_or(sorted);
   const int64_t groups = call.rows * slices;
-  launch("sampling", "sampling_maximum_" + dtype_name(logits), groups, kMaxThreads, {x.tensor, maxima}, params);
-  launch("sampling", "sampling_sort_" + dtype_name(logits), groups, kMaxThreads,
+  launch("sampling", "sampling_maximum_" + dtype_name(logits), groups, kSliceThreads, {x.tensor, maxima}, params);
+  launch("sampling", "sampling_sort_" + dtype_name(logits), groups, kSliceThreads,
          {x.tensor, maxima, row_parameters, sorted, masses, summaries}, params);
   return {x, params, sorted, masses, summaries, row_parameters};
 }
