@@ -24,7 +24,7 @@ struct SamplingParams {
 
 constant constexpr uint SLICE = 2048;  // tokens
 constant constexpr uint SLICE_THREADS = SLICE / PER_THREAD;
-constant constexpr uint THREADS = 1024;  // that search a row
+constant constexpr uint THREADS = 768;  // that search a row: with more, too few registers for loads at once
 constant constexpr uint MOST_SLICES = 512;
 constant constexpr uint FEW = 512;  // tokens that are sorted to settle a place
 constant constexpr uint ROW_PARAMETERS = 1;  // flags: the filter of each row is in a buffer

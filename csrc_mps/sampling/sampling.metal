@@ -115,7 +115,7 @@ void sampling_sort(device const T* logits [[buffer(0)]], device const uint* maxi
   ranking.place = {lane, simdgroup, simdgroups};
 
 // A threadgroup a row: the token drawn.
-[[kernel, max_total_threads_per_threadgroup(1024)]]
+[[kernel, max_total_threads_per_threadgroup(768)]]
 void sampling_draw(device const ulong* sorted [[buffer(0)]], device const ulong* masses [[buffer(1)]],
                    device const Summary* summaries [[buffer(2)]], device const float* row_parameters [[buffer(3)]],
                    device const ulong* state [[buffer(4)]], device long* ids [[buffer(5)]],
@@ -143,7 +143,7 @@ void sampling_draw(device const ulong* sorted [[buffer(0)]], device const ulong*
 
 // A threadgroup a slice: its logits that are kept, and -inf in place of the others.
 template <typename T>
-[[kernel, max_total_threads_per_threadgroup(1024)]]
+[[kernel, max_total_threads_per_threadgroup(768)]]
 void filter_logits(device const T* logits [[buffer(0)]], device const ulong* sorted [[buffer(1)]],
                    device const ulong* masses [[buffer(2)]], device const Summary* summaries [[buffer(3)]],
                    device const float* row_parameters [[buffer(4)]], device T* output [[buffer(5)]],

@@ -27,7 +27,7 @@ struct SamplingParams {
 constexpr uint32_t ROW_PARAMETERS = 1, STATE = 2;
 
 constexpr int64_t kSlice = 2048;  // tokens that one threadgroup sorts
-constexpr int64_t kSliceThreads = 256;
+constexpr int64_t kSliceThreads = 256, kSearchThreads = 768;
 constexpr int64_t kGreedyThreads = 256;
 
 int64_t slices_of(int64_t vocabulary) {
@@ -91,7 +91,7 @@ Tensor filter_logits_gpu(const Tensor& logits, double temperature, std::optional
   const Tensor output = at::empty(logits.sizes(), logits.options());
   if (call.rows == 0) return output;
   const Order order = sort(call, logits);
-  launch("sampling", "filter_logits_" + dtype_name(logits), call.rows * order.params.slices, kMaxThreads,
+  launch("sampling", "filter_logits_" + dtype_name(logits), call.rows * order.params.slices, kSearchThreads,
          {order.logits.tensor, order.sorted, order.masses, order.summaries, order.row_parameters, output},
          order.params);
   return output;
@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor> sample_gpu(const Tensor& logits, double temperature, 
   order.params.seed = random.seed;
   order.params.offset = random.offset;
   if (random.tensor) order.params.flags |= STATE;
-  launch("sampling", "sampling_draw", call.rows, kMaxThreads,
+  launch("sampling", "sampling_draw", call.rows, kSearchThreads,
          {order.sorted, order.masses, order.summaries, order.row_parameters, random.tensor.value_or(order.sorted), ids,
           valid},
          order.params);
