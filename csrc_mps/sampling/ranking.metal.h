@@ -1,6 +1,7 @@
-// The sampling order of a row: larger logits first, equal ones by index. Each slice of a row is sorted on its own. A place
-// in the row is found by narrowing the range of tokens that it lies in, whatever the logits are: each simdgroup counts
-// what precedes another token of the range, which leaves a 33rd of it; the few tokens of the last range are sorted.
+// The sampling order of a row: larger logits first, equal ones by index. A row is divided into buckets of tokens that
+// follow one another, at tokens of a sample of it, so that buckets hold about as many tokens each whatever the logits
+// are. The place of a token in the row is in one bucket, which is sorted; one that is too large for that is divided
+// again, its range of tokens into equal parts.
 #pragma once
 #include <metal_stdlib>
 #include "common/scan.metal.h"
@@ -22,11 +23,11 @@ struct SamplingParams {
   uint flags;
 };
 
-constant constexpr uint SLICE = 2048;  // tokens
+constant constexpr uint SLICE = 2048;  // tokens that a threadgroup divides
 constant constexpr uint SLICE_THREADS = SLICE / PER_THREAD;
-constant constexpr uint THREADS = 768;  // that search a row: with more, too few registers for loads at once
-constant constexpr uint MOST_SLICES = 512;
-constant constexpr uint FEW = 512;  // tokens that are sorted to settle a place
+constant constexpr uint BUCKETS = 256;
+constant constexpr uint THREADS = 1024;      // that search a row
+constant constexpr uint MOST_SORTED = 1024;  // tokens; one a thread
 constant constexpr uint ROW_PARAMETERS = 1;  // flags: the filter of each row is in a buffer
 constant constexpr uint STATE = 2;           // seed and offset are in a buffer
 
@@ -47,11 +48,22 @@ inline uint token_index(ulong token) {
 struct Weigher {
   float maximum;
   float scale;
+
+  // No token of the row is larger.
+  ulong first() const { return make_token(order_key(as_type<uint>(maximum)), 0u); }
+
   ulong weight(ulong token) const {
     if (token == 0) return 0;
     return token_weight(steps_below(maximum, as_type<float>(key_bits(token_key(token))), scale));
   }
 };
+
+// From the largest keys of a row's slices; by each simdgroup.
+inline Weigher row_weigher(device const uint* maxima, uint slices, float scale, uint lane) {
+  uint largest = 0u;
+  for (uint i = lane; i < slices; i += 32) largest = max(largest, maxima[i]);
+  return {as_type<float>(key_bits(simd_max(largest))), scale};
+}
 
 // Values in a buffer nobody could check without waiting for the device: they are clamped.
 inline TokenFilter row_filter(constant SamplingParams& p, device const float* row_parameters, uint row) {
@@ -62,19 +74,71 @@ inline TokenFilter row_filter(constant SamplingParams& p, device const float* ro
                       clamp(values[3], 0.0f, 1.0f));
 }
 
-// What is known of a sorted slice.
-struct Summary {
-  ulong live;   // tokens that can be drawn
-  ulong mass;   // their weight
-  ulong heavy;  // the weight of those that min_p keeps
-  ulong first;
-  ulong last;  // of the tokens that can be drawn; of none, larger than any
+// Counts and weights of tokens by bucket, in threadgroup memory. A weight goes into two words of 32 bits.
+struct Bins {
+  threadgroup atomic_uint* counts;
+  threadgroup atomic_uint* low;
+  threadgroup atomic_uint* high;
+
+  void clear(uint thread_id) const {
+    if (thread_id < BUCKETS) {
+      atomic_store_explicit(&counts[thread_id], 0u, memory_order_relaxed);
+      atomic_store_explicit(&low[thread_id], 0u, memory_order_relaxed);
+      atomic_store_explicit(&high[thread_id], 0u, memory_order_relaxed);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+
+  // How many tokens came before into that bin.
+  uint add(uint bin, ulong weight) const {
+    const uint part = uint(weight);
+    const uint before = atomic_fetch_add_explicit(&low[bin], part, memory_order_relaxed);
+    const uint rest = uint(weight >> 32) + (before + part < before ? 1u : 0u);
+    if (rest != 0u) atomic_fetch_add_explicit(&high[bin], rest, memory_order_relaxed);
+    return atomic_fetch_add_explicit(&counts[bin], 1u, memory_order_relaxed);
+  }
+
+  uint count(uint bin) const { return atomic_load_explicit(&counts[bin], memory_order_relaxed); }
+  ulong mass(uint bin) const {
+    return ulong(atomic_load_explicit(&high[bin], memory_order_relaxed)) << 32 |
+           atomic_load_explicit(&low[bin], memory_order_relaxed);
+  }
 };
 
 // Tokens, and their weight.
 struct Tally {
-  ulong count;
+  uint count;
   ulong mass;
+};
+
+// The running tallies of buckets.
+struct RunningTallies {
+  threadgroup uint* counts;
+  threadgroup ulong* masses;
+
+  // From the tally of the bucket that has this thread's number.
+  void set(Tally mine, threadgroup ulong* scratch, uint thread_id, Place place) const {
+    const uint count = uint(threadgroup_scan(thread_id < BUCKETS ? mine.count : 0u, scratch, place).sum);
+    const ulong mass = threadgroup_scan(thread_id < BUCKETS ? mine.mass : 0, scratch, place).sum;
+    if (thread_id < BUCKETS) {
+      counts[thread_id] = count;
+      masses[thread_id] = mass;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+
+  Tally until(uint bucket) const { return {counts[bucket], masses[bucket]}; }
+  Tally before(uint bucket) const {
+    if (bucket == 0u) return {0u, 0};
+    return until(bucket - 1);
+  }
+
+  // The bucket that the place up to and with which there are `target` tokens, or, by_mass, that weight, is in.
+  uint bucket_of(bool by_mass, ulong target, Place place) const {
+    uint passed = 0u;
+    for (uint i = place.lane; i < BUCKETS; i += 32) passed += (by_mass ? masses[i] : counts[i]) < target ? 1u : 0u;
+    return simd_sum(passed);
+  }
 };
 
 struct Reached {
@@ -84,185 +148,116 @@ struct Reached {
 
 // Threadgroup memory for the search of a row.
 struct Workspace {
-  threadgroup ulong* tokens;  // FEW
+  threadgroup ulong* tokens;  // MOST_SORTED
   threadgroup ulong* sums;    // 32
-  threadgroup ulong* pivots;  // 32, and what precedes each
-  threadgroup Tally* tallies;
-  threadgroup uint* from;     // of each slice: the places of the range
-  threadgroup uint* to;
   threadgroup Reached* reached;
-  threadgroup atomic_uint* count;
+  threadgroup atomic_uint* found;
+  RunningTallies buckets;
+  RunningTallies parts;  // of a bucket that is divided again
+  Bins bins;
 };
 
-// The last range that was sorted: a token a thread, from the first on.
+// Tokens that follow one another in a row, one a thread once they are sorted.
 struct Range {
-  ulong token;    // 0 for a thread that has none
-  ulong mass;     // of the row up to and with that token
+  ulong token;   // 0 for a thread that has none
+  ulong mass;    // of the row up to and with that token
   ulong weight;
-  Tally before;   // what precedes the range
-  Tally until;    // and with it
-  ulong last;     // all tokens beyond this one, back to `before`, are in the range
+  Tally before;  // what precedes the range
+  Tally until;   // and with it
+  ulong first;   // first >= token > last
+  ulong last;
 };
 
 // One row as the launches before have left it, seen by one thread of those that search it.
 struct Ranking {
-  device const ulong* tokens;       // slices of SLICE, each sorted
-  device const ulong* masses;       // the running weight within each slice
-  device const Summary* summaries;  // of the slices
+  device const ulong* tokens;     // of each slice, bucket after bucket
+  device const uint* segments;    // where in a slice each bucket is: start * 2 * SLICE + count
+  device const ulong* masses;     // the weight of each slice's buckets
+  device const ulong* splitters;  // the last token that each bucket could have
   uint slices;
   Weigher weigher;
-  Tally live;     // of all slices
-  ulong heavy;
-  ulong first;    // the row's first token
-  ulong last;     // and its last that can be drawn
-  uint busiest;   // the slice with the most tokens that can be drawn
-  uint most;      // their number
   Workspace space;
   uint thread_id;
   Place place;
 
-  // Every simdgroup adds the summaries up for itself.
-  void read_summaries(float scale) {
-    live = {0, 0};
-    heavy = first = last = 0;
-    most = 0u;
+  // The tallies of the row's buckets from those of its slices: four threads a bucket.
+  void add_slices() const {
+    const uint bucket = thread_id % BUCKETS;
+    Tally mine = {0u, 0};
 #pragma unroll 4
-    for (uint i = place.lane; i < slices; i += 32) {
-      const Summary summary = summaries[i];
-      live.count += summary.live;
-      live.mass += summary.mass;
-      heavy += summary.heavy;
-      first = max(first, summary.first);
-      last = max(last, ~summary.last);
-      most = max(most, uint(summary.live) * MOST_SLICES + i);
+    for (uint i = thread_id / BUCKETS; i < slices; i += THREADS / BUCKETS) {
+      mine.count += segments[i * BUCKETS + bucket] % (2 * SLICE);
+      mine.mass += masses[i * BUCKETS + bucket];
     }
-    live = {simd_sum(uint(live.count)), simd_total(live.mass)};
-    heavy = simd_total(heavy);
-    first = simd_largest(first);
-    last = ~simd_largest(last);
-    most = simd_max(most);
-    busiest = most % MOST_SLICES;
-    most /= MOST_SLICES;
-    weigher = {as_type<float>(key_bits(token_key(first))), scale};
-  }
-
-  uint at(uint slice, uint place_in_slice) const {
-    return slice * SLICE + slot_of(place_in_slice, SLICE_THREADS);
-  }
-
-  // Of each slice, all that can be drawn.
-  void whole_row() const {
+    space.bins.clear(thread_id);
+    space.tokens[thread_id] = mine.mass;
+    atomic_fetch_add_explicit(&space.bins.counts[bucket], mine.count, memory_order_relaxed);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (uint i = thread_id; i < slices; i += THREADS) {
-      space.from[i] = 0u;
-      space.to[i] = uint(summaries[i].live);
+    if (thread_id < BUCKETS) {
+      mine = {space.bins.count(bucket), 0};
+      for (uint i = bucket; i < THREADS; i += BUCKETS) mine.mass += space.tokens[i];
     }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
+    space.buckets.set(mine, space.sums, thread_id, place);
   }
 
-  // What of the row precedes `token`, which is in the range; of N slices a lane, in `before`. By each simdgroup.
-  // Four slices at once, and no load behind a condition, because each step waits for memory.
-  template <uint N>
-  Tally tally_before(ulong token, thread uint* before) const {
-    Tally tally = {0, 0};
-#pragma unroll
-    for (uint chunk = 0; chunk < N; chunk += 4) {
-      uint slice[4], high[4], widest = 0u;
-#pragma unroll
-      for (uint n = 0; n < 4; n++) {
-        slice[n] = min(place.lane + 32 * (chunk + n), slices - 1);
-        before[chunk + n] = space.from[slice[n]];
-        high[n] = space.to[slice[n]];
-        widest = max(widest, high[n] - before[chunk + n]);
-      }
-      for (widest = simd_max(widest); widest > 0u; widest /= 2) {
-        ulong probe[4];
-#pragma unroll
-        for (uint n = 0; n < 4; n++) {
-          probe[n] = tokens[at(slice[n], min((before[chunk + n] + high[n]) / 2, SLICE - 1))];
-        }
-#pragma unroll
-        for (uint n = 0; n < 4; n++) {
-          const uint middle = (before[chunk + n] + high[n]) / 2;
-          const bool is_open = before[chunk + n] < high[n];
-          before[chunk + n] = is_open && probe[n] > token ? middle + 1 : before[chunk + n];
-          high[n] = is_open && probe[n] <= token ? middle : high[n];
-        }
-      }
-      ulong mass[4];
-#pragma unroll
-      for (uint n = 0; n < 4; n++) mass[n] = masses[at(slice[n], max(before[chunk + n], 1u) - 1)];
-#pragma unroll
-      for (uint n = 0; n < 4; n++) {
-        const bool counts = place.lane + 32 * (chunk + n) < slices;
-        tally.count += counts ? before[chunk + n] : 0u;
-        tally.mass += counts && before[chunk + n] != 0u ? mass[n] : 0;
-      }
-    }
-    return {simd_sum(uint(tally.count)), simd_total(tally.mass)};
+  Tally all() const { return space.buckets.until(BUCKETS - 1); }
+
+  // Places from .x up to .y of a slice hold the tokens of buckets from `bucket` to `end`.
+  uint2 segment(uint slice, uint bucket, uint end) const {
+    const uint last = segments[slice * BUCKETS + end];
+    return uint2(segments[slice * BUCKETS + bucket] / (2 * SLICE), last / (2 * SLICE) + last % (2 * SLICE));
   }
 
-  // Narrows the range to FEW tokens around the place up to and with which there are `target` tokens, or, by_mass, that
-  // weight: those after `range.last`, and behind what is `range.before`.
-  template <uint N>
-  void narrow(bool by_mass, ulong target, thread Range& range) const {
-    ulong top = first;  // the range's first token, or one before it
-    bool is_first = true;
-    while (range.until.count - range.before.count > FEW) {
-      // Tokens of one slice divide the row well unless the slices differ; then the range itself is divided.
-      const uint share = place.simdgroup + 1, shares = place.simdgroups + 1;
-      const ulong pivot = is_first ? tokens[at(busiest, most * share / shares)]
-                                   : top - (top - range.last) / shares * share;
-      is_first = false;
-      uint before[N];
-      const Tally tally = tally_before<N>(pivot, before);
-      if (place.lane == 0) {
-        space.pivots[place.simdgroup] = pivot;
-        space.tallies[place.simdgroup] = tally;
+  ulong last_of(uint bucket) const { return max(splitters[bucket], ulong(1)) - 1; }
+
+  // Divides the range, which lies in one bucket, until it can be sorted.
+  void narrow(bool by_mass, ulong target, uint bucket, thread Range& range) const {
+    while (range.until.count - range.before.count > MOST_SORTED) {
+      const ulong width = (range.first - range.last) / BUCKETS + 1;
+      space.bins.clear(thread_id);
+      for (uint i = place.simdgroup; i < slices; i += place.simdgroups) {
+        const uint2 places = segment(i, bucket, bucket);
+        for (uint j = places.x + place.lane; j < places.y; j += 32) {
+          const ulong token = tokens[i * SLICE + j];
+          if (token > range.first || token <= range.last) continue;
+          space.bins.add(uint((range.first - token) / width), weigher.weight(token));
+        }
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      // How many of the pivots lie before the place or at it.
-      const bool has_pivot = place.lane < place.simdgroups;
-      const Tally other = space.tallies[has_pivot ? place.lane : 0u];
-      const uint passed = simd_sum(has_pivot && (by_mass ? other.mass : other.count) < target ? 1u : 0u);
-      if (passed < place.simdgroups) {
-        range.last = space.pivots[passed];
-        range.until = space.tallies[passed];
-        if (place.simdgroup == passed) set_ends<N>(space.to, before);
-      }
-      // Few tokens are left as they are: a range from the row's first token on serves for what comes next too.
-      if (passed > 0u && range.until.count - range.before.count > FEW) {
-        top = space.pivots[passed - 1];
-        range.before = space.tallies[passed - 1];
-        if (place.simdgroup == passed - 1) set_ends<N>(space.from, before);
-      }
+      Tally mine = {0u, 0};
+      if (thread_id < BUCKETS) mine = {space.bins.count(thread_id), space.bins.mass(thread_id)};
+      space.parts.set(mine, space.sums, thread_id, place);
+      const Tally before = range.before;
+      const uint part = space.parts.bucket_of(by_mass, target - (by_mass ? before.mass : before.count), place);
+      const Tally skipped = space.parts.before(part), with = space.parts.until(part);
+      range.before = {before.count + skipped.count, before.mass + skipped.mass};
+      range.until = {before.count + with.count, before.mass + with.mass};
+      range.first -= part * width;
+      range.last = max(range.last, range.first - min(range.first, width));
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
   }
 
-  template <uint N>
-  void set_ends(threadgroup uint* ends, thread const uint* places) const {
-#pragma unroll
-    for (uint n = 0; n < N; n++) {
-      if (place.lane + 32 * n < slices) ends[place.lane + 32 * n] = places[n];
-    }
-  }
-
-  // Sorts the tokens of the range, collected in any order.
-  void sort_range(thread Range& range) const {
-    const uint found = uint(range.until.count - range.before.count);
-    const uint sorters = found > 32 * PER_THREAD ? FEW / PER_THREAD : 32u;
-    if (thread_id == 0) atomic_store_explicit(space.count, 0u, memory_order_relaxed);
+  // Collects the range's tokens, which lie in buckets from `bucket` to `end`, in any order, and sorts them.
+  void sort_range(uint bucket, uint end, thread Range& range) const {
+    if (thread_id == 0) atomic_store_explicit(space.found, 0u, memory_order_relaxed);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (uint i = place.simdgroup; i < slices; i += place.simdgroups) {
-      const uint from = space.from[i], to = space.to[i];
-      if (from == to) continue;
-      uint slot = 0u;
-      if (place.lane == 0) slot = atomic_fetch_add_explicit(space.count, to - from, memory_order_relaxed);
-      slot = simd_broadcast_first(slot);
-      for (uint j = from + place.lane; j < to; j += 32) space.tokens[slot + j - from] = tokens[at(i, j)];
+      const uint2 places = segment(i, bucket, end);
+      for (uint j = places.x; j < places.y; j += 32) {
+        const ulong token = j + place.lane < places.y ? tokens[i * SLICE + j + place.lane] : 0;
+        const uint is_found = token > range.last && token <= range.first ? 1u : 0u;
+        const uint before = simd_prefix_exclusive_sum(is_found), all = simd_sum(is_found);
+        uint slot = 0u;
+        if (place.lane == 0) slot = atomic_fetch_add_explicit(space.found, all, memory_order_relaxed);
+        slot = simd_broadcast_first(slot) + before;
+        if (is_found != 0u) space.tokens[slot] = token;
+      }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
+    const uint found = range.until.count - range.before.count;
+    uint sorters = 32;
+    while (sorters * PER_THREAD < found) sorters *= 2;
     ulong mine[PER_THREAD];
 #pragma unroll
     for (uint j = 0; j < PER_THREAD; j++) {
@@ -286,16 +281,15 @@ struct Ranking {
     const bool is_in_range = by_mass ? range.before.mass < target && target <= range.until.mass
                                      : range.before.count < target && target <= range.until.count;
     if (!is_in_range) {
-      range.before = {0, 0};
-      range.until = live;
-      range.last = last - 1;
-      whole_row();
-      if (slices <= 32 * 4) {
-        narrow<4>(by_mass, target, range);
-      } else {
-        narrow<MOST_SLICES / 32>(by_mass, target, range);
-      }
-      sort_range(range);
+      const uint end = space.buckets.bucket_of(by_mass, target, place);
+      range.until = space.buckets.until(end);
+      // Few tokens from the row's first on are taken as they are: they serve for what comes next too.
+      const uint bucket = range.until.count <= MOST_SORTED ? 0u : end;
+      range.before = space.buckets.before(bucket);
+      range.first = bucket == 0u ? weigher.first() : last_of(bucket - 1);
+      range.last = last_of(end);
+      narrow(by_mass, target, bucket, range);
+      sort_range(bucket, end, range);
     }
     const ulong sum = by_mass ? range.mass : range.before.count + thread_id + 1;
     const ulong step = by_mass ? range.weight : 1;
@@ -306,25 +300,23 @@ struct Ranking {
     return reached;
   }
 
-  // The weight of the tokens that are not smaller than `end`, of which none is behind `range`, or else the row is searched.
+  // The weight of the tokens that are not smaller than `end`, which is in `range` or behind it.
   ulong mass_until(ulong end, Range range) const {
     if (end > range.last) {
       return range.before.mass + threadgroup_scan(range.token >= end ? range.weight : 0, space.sums, place).total;
     }
+    uint passed = 0u;
+    for (uint i = place.lane; i < BUCKETS; i += 32) passed += splitters[i] > end ? 1u : 0u;
+    const uint bucket = simd_sum(passed);
     ulong mass = 0;
-    for (uint i = thread_id; i < slices; i += THREADS) {
-      uint low = 0u, high = uint(summaries[i].live);
-      while (low < high) {
-        const uint middle = (low + high) / 2;
-        if (tokens[at(i, middle)] >= end) {
-          low = middle + 1;
-        } else {
-          high = middle;
-        }
+    for (uint i = place.simdgroup; i < slices; i += place.simdgroups) {
+      const uint2 places = segment(i, bucket, bucket);
+      for (uint j = places.x + place.lane; j < places.y; j += 32) {
+        const ulong token = tokens[i * SLICE + j];
+        if (token >= end) mass += weigher.weight(token);
       }
-      if (low != 0u) mass += masses[at(i, low - 1)];
     }
-    return threadgroup_scan(mass, space.sums, place).total;
+    return space.buckets.before(bucket).mass + threadgroup_scan(mass, space.sums, place).total;
   }
 };
 
@@ -334,11 +326,12 @@ struct Kept {
   ulong total;  // their weight; 0: nothing can be drawn
 };
 
-inline Kept apply_filter(Ranking row, TokenFilter filter, thread Range& range) {
-  range = {0, 0, 0, {0, 0}, {0, 0}, 0};
-  Kept kept = {1, row.live.mass};
-  if (row.live.count == 0) return kept;
-  if (filter.top_k != 0u && filter.top_k < row.live.count) {
+inline Kept apply_filter(Ranking row, TokenFilter filter, device const ulong* heavy, thread Range& range) {
+  range = {0, 0, 0, {0, 0}, {0, 0}, 0, 0};
+  const Tally all = row.all();
+  Kept kept = {1, all.mass};
+  if (all.count == 0u) return kept;
+  if (filter.top_k != 0u && filter.top_k < all.count) {
     const ulong kth = row.reach(false, filter.top_k, range).token;
     kept.last = ulong(token_key(kth)) << INDEX_BITS;  // and all its ties
     kept.total = row.mass_until(kept.last, range);
@@ -348,6 +341,10 @@ inline Kept apply_filter(Ranking row, TokenFilter filter, thread Range& range) {
     kept.last = edge.token;
     kept.total = edge.mass;
   }
-  kept.total = min(kept.total, row.heavy);
+  if (filter.min_weight > 1) {  // lighter tokens than that have no weight
+    ulong mass = 0;
+    for (uint i = row.place.lane; i < row.slices; i += 32) mass += heavy[i];
+    kept.total = min(kept.total, simd_total(mass));
+  }
   return kept;
 }

@@ -1,5 +1,6 @@
-// Sampling and filtering of logits in three launches: the maximum; slices sorted, with their running weight; then a search,
-// and a draw or the logits that are kept. No step takes much longer for some logits than for others.
+// Sampling and filtering of logits in three launches: a survey of each row, the maxima of its slices and a sample of its
+// tokens; slices divided into buckets, which the sample has given; then a search, and a draw or the logits that are kept.
+// No step takes much longer for some logits than for others.
 #include <metal_stdlib>
 #include "common/philox.h"
 #include "common/scan.metal.h"
@@ -19,115 +20,157 @@ inline void load_slice(device const T* row, uint slice, uint vocabulary, uint th
   }
 }
 
-// A threadgroup a slice: its largest key.
-template <typename T>
-[[kernel, max_total_threads_per_threadgroup(256)]]
-void sampling_maximum(device const T* logits [[buffer(0)]], device uint* maxima [[buffer(1)]],
-                      constant SamplingParams& p [[buffer(2)]], uint group [[threadgroup_position_in_grid]],
-                      uint thread_id [[thread_position_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
-                      uint simdgroup [[simdgroup_index_in_threadgroup]],
-                      uint simdgroups [[simdgroups_per_threadgroup]]) {
-  threadgroup uint scratch[32];
-  const Place place = {lane, simdgroup, simdgroups};
-  float values[PER_THREAD];
-  load_slice(logits + long(group / p.slices) * p.row_stride, group % p.slices, p.vocabulary, thread_id, values);
-  uint largest = 0u;
-#pragma unroll
-  for (uint j = 0; j < PER_THREAD; j++) largest = max(largest, order_key(as_type<uint>(values[j])));
-  largest = threadgroup_max(largest, scratch, place);
-  if (thread_id == 0) maxima[group] = largest;
+constant constexpr uint SAMPLE = 4 * BUCKETS;
+
+// An index in each SAMPLE-th of a row, at a place in it that is as good as random.
+inline uint sampled_index(uint i, uint vocabulary) {
+  return uint(ulong(i << 10 | (i * 2654435761u) >> 22) * vocabulary / (SAMPLE << 10));
 }
 
-// A threadgroup a slice: its tokens in order, their running weight, and a summary.
+// A threadgroup a slice: its largest key. And one a row that sorts a sample of it: every fourth token ends a bucket.
 template <typename T>
 [[kernel, max_total_threads_per_threadgroup(256)]]
-void sampling_sort(device const T* logits [[buffer(0)]], device const uint* maxima [[buffer(1)]],
-                   device const float* row_parameters [[buffer(2)]], device ulong* sorted [[buffer(3)]],
-                   device ulong* masses [[buffer(4)]], device Summary* summaries [[buffer(5)]],
-                   constant SamplingParams& p [[buffer(6)]], uint group [[threadgroup_position_in_grid]],
+void sampling_survey(device const T* logits [[buffer(0)]], device uint* maxima [[buffer(1)]],
+                     device ulong* splitters [[buffer(2)]], constant SamplingParams& p [[buffer(3)]],
+                     uint group [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
+                     uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+                     uint simdgroups [[simdgroups_per_threadgroup]]) {
+  threadgroup ulong exchange[SAMPLE];
+  threadgroup uint scratch[32];
+  const Place place = {lane, simdgroup, simdgroups};
+  const uint row = group / (p.slices + 1), slice = group % (p.slices + 1);
+  device const T* values = logits + long(row) * p.row_stride;
+  float x[PER_THREAD];
+  if (slice < p.slices) {
+    load_slice(values, slice, p.vocabulary, thread_id, x);
+    uint largest = 0u;
+#pragma unroll
+    for (uint j = 0; j < PER_THREAD; j++) largest = max(largest, order_key(as_type<uint>(x[j])));
+    largest = threadgroup_max(largest, scratch, place);
+    if (thread_id == 0) maxima[long(row) * p.slices + slice] = largest;
+    return;
+  }
+  constexpr uint sorters = SAMPLE / PER_THREAD;
+  ulong tokens[PER_THREAD];
+#pragma unroll
+  for (uint j = 0; j < PER_THREAD; j++) {
+    x[j] = thread_id < sorters ? float(values[sampled_index(j * sorters + thread_id, p.vocabulary)]) : NAN;
+  }
+#pragma unroll
+  for (uint j = 0; j < PER_THREAD; j++) {
+    tokens[j] = make_token(order_key(as_type<uint>(x[j])), sampled_index(j * sorters + thread_id, p.vocabulary));
+  }
+  sort_tokens(tokens, exchange, sorters, thread_id, lane);
+  if (thread_id < sorters) {
+    device ulong* ends = splitters + long(row) * BUCKETS + 2 * thread_id;
+    ends[0] = tokens[3];
+    ends[1] = thread_id == sorters - 1 ? 0 : tokens[7];  // the last bucket takes all that is left
+  }
+}
+
+// A threadgroup a slice: its tokens that can be drawn, bucket after bucket, and what the buckets hold.
+template <typename T>
+[[kernel, max_total_threads_per_threadgroup(256)]]
+void sampling_divide(device const T* logits [[buffer(0)]], device const uint* maxima [[buffer(1)]],
+                     device const ulong* splitters [[buffer(2)]], device const float* row_parameters [[buffer(3)]],
+                     device ulong* tokens [[buffer(4)]], device uint* segments [[buffer(5)]],
+                     device ulong* masses [[buffer(6)]], device ulong* heavy [[buffer(7)]],
+                     constant SamplingParams& p [[buffer(8)]], uint group [[threadgroup_position_in_grid]],
+                     uint thread_id [[thread_position_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+                     uint simdgroup [[simdgroup_index_in_threadgroup]],
+                     uint simdgroups [[simdgroups_per_threadgroup]]) {
+  threadgroup ulong divided[SLICE];
+  threadgroup ulong ends[BUCKETS];
+  threadgroup ulong sums[32];
+  threadgroup uint starts[BUCKETS];
+  threadgroup atomic_uint counts[BUCKETS];
+  threadgroup atomic_uint low[BUCKETS];
+  threadgroup atomic_uint high[BUCKETS];
+  const Place place = {lane, simdgroup, simdgroups};
+  const Bins bins = {counts, low, high};
+  const uint row = group / p.slices, slice = group % p.slices;
+  float x[PER_THREAD];
+  load_slice(logits + long(row) * p.row_stride, slice, p.vocabulary, thread_id, x);
+  const TokenFilter filter = row_filter(p, row_parameters, row);
+  const Weigher weigher = row_weigher(maxima + long(row) * p.slices, p.slices, filter.scale, lane);
+  ends[thread_id] = splitters[long(row) * BUCKETS + thread_id];
+  bins.clear(thread_id);
+
+  ulong mine[PER_THREAD], heavy_mass = 0;
+  uint buckets[PER_THREAD], slots[PER_THREAD];
+#pragma unroll
+  for (uint j = 0; j < PER_THREAD; j++) {
+    mine[j] = make_token(order_key(as_type<uint>(x[j])), slice * SLICE + j * SLICE_THREADS + thread_id);
+    buckets[j] = 0u;
+#pragma unroll
+    for (uint step = BUCKETS / 2; step > 0; step /= 2) buckets[j] += ends[buckets[j] + step - 1] > mine[j] ? step : 0u;
+  }
+#pragma unroll
+  for (uint j = 0; j < PER_THREAD; j++) {
+    if (mine[j] == 0) continue;
+    const ulong weight = weigher.weight(mine[j]);
+    heavy_mass += weight >= filter.min_weight ? weight : 0;
+    slots[j] = bins.add(buckets[j], weight);
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  const uint count = bins.count(thread_id);
+  const Running running = threadgroup_scan(count, sums, place);
+  const uint start = uint(running.sum) - count;
+  starts[thread_id] = start;
+  segments[long(group) * BUCKETS + thread_id] = start * (2 * SLICE) + count;
+  masses[long(group) * BUCKETS + thread_id] = bins.mass(thread_id);
+  heavy_mass = threadgroup_scan(heavy_mass, sums, place).total;
+  if (thread_id == 0) heavy[group] = heavy_mass;
+#pragma unroll
+  for (uint j = 0; j < PER_THREAD; j++) {
+    if (mine[j] != 0) divided[starts[buckets[j]] + slots[j]] = mine[j];
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint i = thread_id; i < uint(running.total); i += SLICE_THREADS) tokens[long(group) * SLICE + i] = divided[i];
+}
+
+#define SEARCH_ROW(ranking)                                                                                   \
+  threadgroup ulong found[MOST_SORTED];                                                                       \
+  threadgroup ulong sums[32];                                                                                 \
+  threadgroup Reached reached[1];                                                                             \
+  threadgroup atomic_uint found_count[1];                                                                     \
+  threadgroup uint bucket_counts[BUCKETS];                                                                    \
+  threadgroup ulong bucket_masses[BUCKETS];                                                                   \
+  threadgroup uint part_counts[BUCKETS];                                                                      \
+  threadgroup ulong part_masses[BUCKETS];                                                                     \
+  threadgroup atomic_uint counts[BUCKETS];                                                                    \
+  threadgroup atomic_uint low[BUCKETS];                                                                       \
+  threadgroup atomic_uint high[BUCKETS];                                                                      \
+  const TokenFilter filter = row_filter(p, row_parameters, row);                                              \
+  const long first_slice = long(row) * p.slices;                                                              \
+  const Ranking ranking = {                                                                                   \
+      tokens + first_slice * SLICE,                                                                           \
+      segments + first_slice * BUCKETS,                                                                       \
+      masses + first_slice * BUCKETS,                                                                         \
+      splitters + long(row) * BUCKETS,                                                                        \
+      p.slices,                                                                                               \
+      row_weigher(maxima + first_slice, p.slices, filter.scale, lane),                                        \
+      {found, sums, reached, found_count, {bucket_counts, bucket_masses}, {part_counts, part_masses},         \
+       {counts, low, high}},                                                                                  \
+      thread_id,                                                                                              \
+      {lane, simdgroup, simdgroups}};                                                                         \
+  ranking.add_slices();                                                                                       \
+  Range range;                                                                                                \
+  const Kept kept = apply_filter(ranking, filter, heavy + first_slice, range);
+
+// A threadgroup a row: the token drawn.
+[[kernel, max_total_threads_per_threadgroup(1024)]]
+void sampling_draw(device const ulong* tokens [[buffer(0)]], device const uint* segments [[buffer(1)]],
+                   device const ulong* masses [[buffer(2)]], device const ulong* splitters [[buffer(3)]],
+                   device const uint* maxima [[buffer(4)]], device const ulong* heavy [[buffer(5)]],
+                   device const float* row_parameters [[buffer(6)]], device const ulong* state [[buffer(7)]],
+                   device long* ids [[buffer(8)]], device uchar* valid [[buffer(9)]],
+                   constant SamplingParams& p [[buffer(10)]], uint row [[threadgroup_position_in_grid]],
                    uint thread_id [[thread_position_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
                    uint simdgroup [[simdgroup_index_in_threadgroup]],
                    uint simdgroups [[simdgroups_per_threadgroup]]) {
-  threadgroup ulong exchange[SLICE];
-  threadgroup ulong sums[32];
-  const Place place = {lane, simdgroup, simdgroups};
-  const uint row = group / p.slices;
-  float values[PER_THREAD];
-  load_slice(logits + long(row) * p.row_stride, group % p.slices, p.vocabulary, thread_id, values);
-  ulong tokens[PER_THREAD], weights[PER_THREAD];
-#pragma unroll
-  for (uint j = 0; j < PER_THREAD; j++) {
-    const uint index = group % p.slices * SLICE + j * SLICE_THREADS + thread_id;
-    tokens[j] = make_token(order_key(as_type<uint>(values[j])), index);
-  }
-  uint largest = 0u;
-  for (uint i = lane; i < p.slices; i += 32) largest = max(largest, maxima[long(row) * p.slices + i]);
-  const TokenFilter filter = row_filter(p, row_parameters, row);
-  const Weigher weigher = {as_type<float>(key_bits(simd_max(largest))), filter.scale};
-  sort_tokens(tokens, exchange, SLICE_THREADS, thread_id, lane);
-
-  ulong live = 0, heavy = 0, mass = 0;
-#pragma unroll
-  for (uint j = 0; j < PER_THREAD; j++) {
-    weights[j] = weigher.weight(tokens[j]);
-    live += tokens[j] != 0 ? 1 : 0;
-    heavy += weights[j] >= filter.min_weight ? weights[j] : 0;
-    mass += weights[j];
-  }
-  const Running running = threadgroup_scan(mass, sums, place);
-  live = threadgroup_scan(live, sums, place).total;
-  heavy = threadgroup_scan(heavy, sums, place).total;
-  if (thread_id == 0) {
-    summaries[group].live = live;
-    summaries[group].mass = running.total;
-    summaries[group].heavy = heavy;
-    summaries[group].first = tokens[0];
-    if (live == 0) summaries[group].last = ~ulong(0);
-  }
-  mass = running.sum - mass;
-#pragma unroll
-  for (uint j = 0; j < PER_THREAD; j++) {
-    mass += weights[j];
-    const long slot = long(group) * SLICE + j * SLICE_THREADS + thread_id;
-    sorted[slot] = tokens[j];
-    masses[slot] = mass;
-    if (PER_THREAD * thread_id + j + 1 == live) summaries[group].last = tokens[j];
-  }
-}
-
-#define SEARCH_ROW(ranking)                                                                                         \
-  threadgroup ulong found[FEW];                                                                                     \
-  threadgroup ulong sums[32];                                                                                       \
-  threadgroup ulong pivots[32];                                                                                     \
-  threadgroup Tally tallies[32];                                                                                    \
-  threadgroup uint from[MOST_SLICES];                                                                               \
-  threadgroup uint to[MOST_SLICES];                                                                                 \
-  threadgroup Reached reached[1];                                                                                   \
-  threadgroup atomic_uint found_count[1];                                                                           \
-  const long first_slice = long(row) * p.slices;                                                                    \
-  Ranking ranking;                                                                                                  \
-  ranking.tokens = sorted + first_slice * SLICE;                                                                    \
-  ranking.masses = masses + first_slice * SLICE;                                                                    \
-  ranking.summaries = summaries + first_slice;                                                                      \
-  ranking.slices = p.slices;                                                                                        \
-  ranking.space = {found, sums, pivots, tallies, from, to, reached, found_count};                                   \
-  ranking.thread_id = thread_id;                                                                                    \
-  ranking.place = {lane, simdgroup, simdgroups};
-
-// A threadgroup a row: the token drawn.
-[[kernel, max_total_threads_per_threadgroup(768)]]
-void sampling_draw(device const ulong* sorted [[buffer(0)]], device const ulong* masses [[buffer(1)]],
-                   device const Summary* summaries [[buffer(2)]], device const float* row_parameters [[buffer(3)]],
-                   device const ulong* state [[buffer(4)]], device long* ids [[buffer(5)]],
-                   device uchar* valid [[buffer(6)]], constant SamplingParams& p [[buffer(7)]],
-                   uint row [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
-                   uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-                   uint simdgroups [[simdgroups_per_threadgroup]]) {
   SEARCH_ROW(ranking)
-  const TokenFilter filter = row_filter(p, row_parameters, row);
-  ranking.read_summaries(filter.scale);
-  Range range;
-  const Kept kept = apply_filter(ranking, filter, range);
   uint index = 0u;
   if (kept.total != 0) {
     const ulong seed = p.flags & STATE ? state[0] : p.seed;
@@ -143,20 +186,17 @@ void sampling_draw(device const ulong* sorted [[buffer(0)]], device const ulong*
 
 // A threadgroup a slice: its logits that are kept, and -inf in place of the others.
 template <typename T>
-[[kernel, max_total_threads_per_threadgroup(768)]]
-void filter_logits(device const T* logits [[buffer(0)]], device const ulong* sorted [[buffer(1)]],
-                   device const ulong* masses [[buffer(2)]], device const Summary* summaries [[buffer(3)]],
-                   device const float* row_parameters [[buffer(4)]], device T* output [[buffer(5)]],
-                   constant SamplingParams& p [[buffer(6)]], uint group [[threadgroup_position_in_grid]],
-                   uint thread_id [[thread_position_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
-                   uint simdgroup [[simdgroup_index_in_threadgroup]],
+[[kernel, max_total_threads_per_threadgroup(1024)]]
+void filter_logits(device const T* logits [[buffer(0)]], device const ulong* tokens [[buffer(1)]],
+                   device const uint* segments [[buffer(2)]], device const ulong* masses [[buffer(3)]],
+                   device const ulong* splitters [[buffer(4)]], device const uint* maxima [[buffer(5)]],
+                   device const ulong* heavy [[buffer(6)]], device const float* row_parameters [[buffer(7)]],
+                   device T* output [[buffer(8)]], constant SamplingParams& p [[buffer(9)]],
+                   uint group [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
+                   uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
                    uint simdgroups [[simdgroups_per_threadgroup]]) {
   const uint row = group / p.slices;
   SEARCH_ROW(ranking)
-  const TokenFilter filter = row_filter(p, row_parameters, row);
-  ranking.read_summaries(filter.scale);
-  Range range;
-  const Kept kept = apply_filter(ranking, filter, range);
   for (uint i = thread_id; i < SLICE; i += THREADS) {
     const uint index = group % p.slices * SLICE + i;
     if (index >= p.vocabulary) break;
@@ -167,15 +207,16 @@ void filter_logits(device const T* logits [[buffer(0)]], device const ulong* sor
   }
 }
 
-#define SAMPLING(name, T)                                                                                          \
-  template [[host_name("sampling_maximum_" #name)]] [[kernel]] void sampling_maximum<T>(                           \
-      device const T*, device uint*, constant SamplingParams&, uint, uint, uint, uint, uint);                      \
-  template [[host_name("sampling_sort_" #name)]] [[kernel]] void sampling_sort<T>(                                 \
-      device const T*, device const uint*, device const float*, device ulong*, device ulong*, device Summary*,     \
-      constant SamplingParams&, uint, uint, uint, uint, uint);                                                     \
-  template [[host_name("filter_logits_" #name)]] [[kernel]] void filter_logits<T>(                                 \
-      device const T*, device const ulong*, device const ulong*, device const Summary*, device const float*,       \
-      device T*, constant SamplingParams&, uint, uint, uint, uint, uint);
+#define SAMPLING(name, T)                                                                                            \
+  template [[host_name("sampling_survey_" #name)]] [[kernel]] void sampling_survey<T>(                               \
+      device const T*, device uint*, device ulong*, constant SamplingParams&, uint, uint, uint, uint, uint);         \
+  template [[host_name("sampling_divide_" #name)]] [[kernel]] void sampling_divide<T>(                               \
+      device const T*, device const uint*, device const ulong*, device const float*, device ulong*, device uint*,    \
+      device ulong*, device ulong*, constant SamplingParams&, uint, uint, uint, uint, uint);                         \
+  template [[host_name("filter_logits_" #name)]] [[kernel]] void filter_logits<T>(                                   \
+      device const T*, device const ulong*, device const uint*, device const ulong*, device const ulong*,            \
+      device const uint*, device const ulong*, device const float*, device T*, constant SamplingParams&, uint, uint, \
+      uint, uint, uint);
 SAMPLING(f32, float)
 SAMPLING(f16, half)
 SAMPLING(bf16, bfloat)
