@@ -569,7 +569,7 @@ BUGS = [
         lambda: draws(top_p=0.1),
         r"data race on threadgroup memory \(write-after-read",
         "sampling/ranking.metal.h",
-        "*space.reached = {range.token, range.mass};",
+        "*space.reached = {range.tokens[k], range.masses[k]};",
     ),
     Bug(
         "a bucket too large to be sorted is not divided",
@@ -747,8 +747,7 @@ ONLY_NUMBERS = [
     ("every slice's weight counts", "sampling", "kept.total = edge.mass;", ";", lambda: draws(top_p=0.2)),
     ("the part of a bucket begins with the bucket", "sampling", "range.first -= part * width;", ";",
      lambda: filter_logits(misleading_row(5000), top_k=2000).exp()),
-    ("weights without their high words", "sampling", "if (rest != 0u) atomic_fetch_add", "if (false) atomic_fetch_add",
-     lambda: draws(top_p=0.2)),
+    ("weights without their high half", "sampling", "uint(weight >> 20)", "0u", lambda: draws(top_p=0.2)),
     ("keys in the place of values", "kv_append", "copy_unit(values, new_values,", "copy_unit(values, new_keys,",
      appended()),
 ]  # fmt: skip

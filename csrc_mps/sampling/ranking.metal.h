@@ -27,7 +27,8 @@ constant constexpr uint SLICE = 2048;  // tokens that a threadgroup divides
 constant constexpr uint SLICE_THREADS = SLICE / PER_THREAD;
 constant constexpr uint BUCKETS = 256;
 constant constexpr uint THREADS = 1024;      // that search a row
-constant constexpr uint MOST_SORTED = 1024;  // tokens; one a thread
+constant constexpr uint PLACES = 2;          // of each of them in what is sorted
+constant constexpr uint MOST_SORTED = PLACES * THREADS;
 constant constexpr uint ROW_PARAMETERS = 1;  // flags: the filter of each row is in a buffer
 constant constexpr uint STATE = 2;           // seed and offset are in a buffer
 
@@ -74,7 +75,7 @@ inline TokenFilter row_filter(constant SamplingParams& p, device const float* ro
                       clamp(values[3], 0.0f, 1.0f));
 }
 
-// Counts and weights of tokens by bucket, in threadgroup memory. A weight goes into two words of 32 bits.
+// Counts and weights of tokens by bucket, in threadgroup memory.
 struct Bins {
   threadgroup atomic_uint* counts;
   threadgroup atomic_uint* low;
@@ -89,19 +90,27 @@ struct Bins {
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 
-  // How many tokens came before into that bin.
+  // One of up to SLICE tokens: the sums of both halves of 20 bits fit in 32. Returns how many came before into the bin.
   uint add(uint bin, ulong weight) const {
+    atomic_fetch_add_explicit(&low[bin], uint(weight) & 0xfffffu, memory_order_relaxed);
+    atomic_fetch_add_explicit(&high[bin], uint(weight >> 20), memory_order_relaxed);
+    return atomic_fetch_add_explicit(&counts[bin], 1u, memory_order_relaxed);
+  }
+  ulong mass(uint bin) const { return (ulong(word(high, bin)) << 20) + word(low, bin); }
+
+  // One of any number of tokens: the low word carries into the high one.
+  void add_to_many(uint bin, ulong weight) const {
     const uint part = uint(weight);
     const uint before = atomic_fetch_add_explicit(&low[bin], part, memory_order_relaxed);
     const uint rest = uint(weight >> 32) + (before + part < before ? 1u : 0u);
     if (rest != 0u) atomic_fetch_add_explicit(&high[bin], rest, memory_order_relaxed);
-    return atomic_fetch_add_explicit(&counts[bin], 1u, memory_order_relaxed);
+    atomic_fetch_add_explicit(&counts[bin], 1u, memory_order_relaxed);
   }
+  ulong mass_of_many(uint bin) const { return ulong(word(high, bin)) << 32 | word(low, bin); }
 
-  uint count(uint bin) const { return atomic_load_explicit(&counts[bin], memory_order_relaxed); }
-  ulong mass(uint bin) const {
-    return ulong(atomic_load_explicit(&high[bin], memory_order_relaxed)) << 32 |
-           atomic_load_explicit(&low[bin], memory_order_relaxed);
+  uint count(uint bin) const { return word(counts, bin); }
+  static uint word(threadgroup atomic_uint* words, uint bin) {
+    return atomic_load_explicit(&words[bin], memory_order_relaxed);
   }
 };
 
@@ -157,11 +166,11 @@ struct Workspace {
   Bins bins;
 };
 
-// Tokens that follow one another in a row, one a thread once they are sorted.
+// Tokens that follow one another in a row. Once they are sorted, a thread has those at THREADS from each other.
 struct Range {
-  ulong token;   // 0 for a thread that has none
-  ulong mass;    // of the row up to and with that token
-  ulong weight;
+  ulong tokens[PLACES];  // 0 for none
+  ulong masses[PLACES];  // of the row up to and with that token
+  ulong weights[PLACES];
   Tally before;  // what precedes the range
   Tally until;   // and with it
   ulong first;   // first >= token > last
@@ -184,7 +193,7 @@ struct Ranking {
   void add_slices() const {
     const uint bucket = thread_id % BUCKETS;
     Tally mine = {0u, 0};
-#pragma unroll 4
+#pragma unroll 8
     for (uint i = thread_id / BUCKETS; i < slices; i += THREADS / BUCKETS) {
       mine.count += segments[i * BUCKETS + bucket] % (2 * SLICE);
       mine.mass += masses[i * BUCKETS + bucket];
@@ -220,12 +229,12 @@ struct Ranking {
         for (uint j = places.x + place.lane; j < places.y; j += 32) {
           const ulong token = tokens[i * SLICE + j];
           if (token > range.first || token <= range.last) continue;
-          space.bins.add(uint((range.first - token) / width), weigher.weight(token));
+          space.bins.add_to_many(uint((range.first - token) / width), weigher.weight(token));
         }
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       Tally mine = {0u, 0};
-      if (thread_id < BUCKETS) mine = {space.bins.count(thread_id), space.bins.mass(thread_id)};
+      if (thread_id < BUCKETS) mine = {space.bins.count(thread_id), space.bins.mass_of_many(thread_id)};
       space.parts.set(mine, space.sums, thread_id, place);
       const Tally before = range.before;
       const uint part = space.parts.bucket_of(by_mass, target - (by_mass ? before.mass : before.count), place);
@@ -271,9 +280,16 @@ struct Ranking {
       for (uint j = 0; j < PER_THREAD; j++) space.tokens[j * sorters + thread_id] = mine[j];
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    range.token = thread_id < found ? space.tokens[slot_of(thread_id, sorters)] : 0;
-    range.weight = weigher.weight(range.token);
-    range.mass = range.before.mass + threadgroup_scan(range.weight, space.sums, place).sum;
+    ulong mass = range.before.mass;
+#pragma unroll
+    for (uint k = 0; k < PLACES; k++) {
+      const uint i = k * THREADS + thread_id;
+      range.tokens[k] = i < found ? space.tokens[slot_of(i, sorters)] : 0;
+      range.weights[k] = weigher.weight(range.tokens[k]);
+      const Running running = threadgroup_scan(range.weights[k], space.sums, place);
+      range.masses[k] = mass + running.sum;
+      mass += running.total;
+    }
   }
 
   // The token up to and with which there are `target` tokens, or, by_mass, that weight; 1 <= target <= all.
@@ -291,9 +307,13 @@ struct Ranking {
       narrow(by_mass, target, bucket, range);
       sort_range(bucket, end, range);
     }
-    const ulong sum = by_mass ? range.mass : range.before.count + thread_id + 1;
-    const ulong step = by_mass ? range.weight : 1;
-    if (range.token != 0 && sum - step < target && sum >= target) *space.reached = {range.token, range.mass};
+#pragma unroll
+    for (uint k = 0; k < PLACES; k++) {
+      const ulong sum = by_mass ? range.masses[k] : range.before.count + k * THREADS + thread_id + 1;
+      const ulong step = by_mass ? range.weights[k] : 1;
+      if (range.tokens[k] == 0 || sum - step >= target || sum < target) continue;
+      *space.reached = {range.tokens[k], range.masses[k]};
+    }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const Reached reached = *space.reached;
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -303,7 +323,10 @@ struct Ranking {
   // The weight of the tokens that are not smaller than `end`, which is in `range` or behind it.
   ulong mass_until(ulong end, Range range) const {
     if (end > range.last) {
-      return range.before.mass + threadgroup_scan(range.token >= end ? range.weight : 0, space.sums, place).total;
+      ulong mass = 0;
+#pragma unroll
+      for (uint k = 0; k < PLACES; k++) mass += range.tokens[k] >= end ? range.weights[k] : 0;
+      return range.before.mass + threadgroup_scan(mass, space.sums, place).total;
     }
     uint passed = 0u;
     for (uint i = place.lane; i < BUCKETS; i += 32) passed += splitters[i] > end ? 1u : 0u;
@@ -324,27 +347,40 @@ struct Ranking {
 struct Kept {
   ulong last;   // tokens that are not smaller
   ulong total;  // their weight; 0: nothing can be drawn
+  ulong drawn;  // one of them
 };
 
-inline Kept apply_filter(Ranking row, TokenFilter filter, device const ulong* heavy, thread Range& range) {
-  range = {0, 0, 0, {0, 0}, {0, 0}, 0, 0};
+// Three places at most: of the k-th token, of the last in top_p, and of the one that 64 random bits stand for.
+inline Kept search_row(Ranking row, TokenFilter filter, device const ulong* heavy, bool draws, ulong bits) {
   const Tally all = row.all();
-  Kept kept = {1, all.mass};
-  if (all.count == 0u) return kept;
-  if (filter.top_k != 0u && filter.top_k < all.count) {
-    const ulong kth = row.reach(false, filter.top_k, range).token;
-    kept.last = ulong(token_key(kth)) << INDEX_BITS;  // and all its ties
-    kept.total = row.mass_until(kept.last, range);
-  }
-  if (filter.top_p < kNoTopP) {
-    const Reached edge = row.reach(true, top_p_target(kept.total, filter.top_p), range);
-    kept.last = edge.token;
-    kept.total = edge.mass;
-  }
-  if (filter.min_weight > 1) {  // lighter tokens than that have no weight
-    ulong mass = 0;
-    for (uint i = row.place.lane; i < row.slices; i += 32) mass += heavy[i];
-    kept.total = min(kept.total, simd_total(mass));
+  Kept kept = {1, all.mass, 0};
+  Range range = {{}, {}, {}, {0, 0}, {0, 0}, 0, 0};
+  for (uint step = 0; step < 3 && all.count != 0u; step++) {
+    ulong target = filter.top_k;
+    if (step == 0 && (target == 0 || target >= all.count)) continue;
+    if (step == 1) {
+      if (filter.top_p >= kNoTopP) continue;
+      target = top_p_target(kept.total, filter.top_p);
+    }
+    if (step == 2) {
+      if (filter.min_weight > 1) {  // lighter tokens than that have no weight
+        ulong mass = 0;
+        for (uint i = row.place.lane; i < row.slices; i += 32) mass += heavy[i];
+        kept.total = min(kept.total, simd_total(mass));
+      }
+      if (!draws || kept.total == 0) break;
+      target = isinf(filter.scale) ? 1 : random_below(bits, kept.total) + 1;
+    }
+    const Reached reached = row.reach(step != 0, target, range);
+    if (step == 0) {
+      kept.last = ulong(token_key(reached.token)) << INDEX_BITS;  // and all its ties
+      kept.total = row.mass_until(kept.last, range);
+    } else if (step == 1) {
+      kept.last = reached.token;
+      kept.total = reached.mass;
+    } else {
+      kept.drawn = reached.token;
+    }
   }
   return kept;
 }

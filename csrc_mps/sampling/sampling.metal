@@ -80,7 +80,7 @@ void sampling_divide(device const T* logits [[buffer(0)]], device const uint* ma
                      uint simdgroup [[simdgroup_index_in_threadgroup]],
                      uint simdgroups [[simdgroups_per_threadgroup]]) {
   threadgroup ulong divided[SLICE];
-  threadgroup ulong ends[BUCKETS];
+  threadgroup ulong ends[BUCKETS];  // ends[0] is not used
   threadgroup ulong sums[32];
   threadgroup uint starts[BUCKETS];
   threadgroup atomic_uint counts[BUCKETS];
@@ -93,7 +93,12 @@ void sampling_divide(device const T* logits [[buffer(0)]], device const uint* ma
   load_slice(logits + long(row) * p.row_stride, slice, p.vocabulary, thread_id, x);
   const TokenFilter filter = row_filter(p, row_parameters, row);
   const Weigher weigher = row_weigher(maxima + long(row) * p.slices, p.slices, filter.scale, lane);
-  ends[thread_id] = splitters[long(row) * BUCKETS + thread_id];
+  // The splitters as a search tree, of which node i has the children 2 i and 2 i + 1: unlike a sorted array, whose places
+  // a power of two apart share a memory bank, what one step of the search reads lies side by side.
+  if (thread_id != 0u) {
+    const uint level = 31 - clz(thread_id), along = thread_id - (1u << level);
+    ends[thread_id] = splitters[long(row) * BUCKETS + (((2 * along + 1) * (BUCKETS / 2)) >> level) - 1];
+  }
   bins.clear(thread_id);
 
   ulong mine[PER_THREAD], heavy_mass = 0;
@@ -101,9 +106,10 @@ void sampling_divide(device const T* logits [[buffer(0)]], device const uint* ma
 #pragma unroll
   for (uint j = 0; j < PER_THREAD; j++) {
     mine[j] = make_token(order_key(as_type<uint>(x[j])), slice * SLICE + j * SLICE_THREADS + thread_id);
-    buckets[j] = 0u;
+    buckets[j] = 1u;
 #pragma unroll
-    for (uint step = BUCKETS / 2; step > 0; step /= 2) buckets[j] += ends[buckets[j] + step - 1] > mine[j] ? step : 0u;
+    for (uint nodes = 1; nodes < BUCKETS; nodes *= 2) buckets[j] = 2 * buckets[j] + (ends[buckets[j]] > mine[j] ? 1u : 0u);
+    buckets[j] -= BUCKETS;
   }
 #pragma unroll
   for (uint j = 0; j < PER_THREAD; j++) {
@@ -155,9 +161,7 @@ void sampling_divide(device const T* logits [[buffer(0)]], device const uint* ma
        {counts, low, high}},                                                                                  \
       thread_id,                                                                                              \
       {lane, simdgroup, simdgroups}};                                                                         \
-  ranking.add_slices();                                                                                       \
-  Range range;                                                                                                \
-  const Kept kept = apply_filter(ranking, filter, heavy + first_slice, range);
+  ranking.add_slices();
 
 // A threadgroup a row: the token drawn.
 [[kernel, max_total_threads_per_threadgroup(1024)]]
@@ -171,16 +175,12 @@ void sampling_draw(device const ulong* tokens [[buffer(0)]], device const uint* 
                    uint simdgroup [[simdgroup_index_in_threadgroup]],
                    uint simdgroups [[simdgroups_per_threadgroup]]) {
   SEARCH_ROW(ranking)
-  uint index = 0u;
-  if (kept.total != 0) {
-    const ulong seed = p.flags & STATE ? state[0] : p.seed;
-    const ulong offset = p.flags & STATE ? state[1] : p.offset;
-    const ulong below = isinf(filter.scale) ? 0 : random_below(random_bits(seed, offset, row), kept.total);
-    index = token_index(ranking.reach(true, below + 1, range).token);
-  }
+  const ulong seed = p.flags & STATE ? state[0] : p.seed;
+  const ulong offset = p.flags & STATE ? state[1] : p.offset;
+  const Kept kept = search_row(ranking, filter, heavy + first_slice, true, random_bits(seed, offset, row));
   if (thread_id == 0) {
-    ids[row] = index;
-    valid[row] = kept.total != 0 ? 1 : 0;
+    ids[row] = kept.drawn != 0 ? token_index(kept.drawn) : 0u;
+    valid[row] = kept.drawn != 0 ? 1 : 0;
   }
 }
 
@@ -197,6 +197,7 @@ void filter_logits(device const T* logits [[buffer(0)]], device const ulong* tok
                    uint simdgroups [[simdgroups_per_threadgroup]]) {
   const uint row = group / p.slices;
   SEARCH_ROW(ranking)
+  const Kept kept = search_row(ranking, filter, heavy + first_slice, false, 0);
   for (uint i = thread_id; i < SLICE; i += THREADS) {
     const uint index = group % p.slices * SLICE + i;
     if (index >= p.vocabulary) break;
