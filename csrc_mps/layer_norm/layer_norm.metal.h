@@ -1,9 +1,9 @@
 // What the kernels of layer norm share: the flags of a launch (layer_norm_launch.cpp has the same names) and how a
 // row's mean and variance are found.
 //
-// Each simdgroup subtracts its own shift, the mean of the packs that it holds, before it adds anything up; the sums of
-// all are then brought to one shift. So no sum cancels, the mean is exact to more than one float, and the threadgroup
-// meets only once.
+// Each simdgroup, or in backward each thread, subtracts its own shift, the mean of the packs that it holds, before it adds
+// anything up; the sums of all are then brought to one shift. So no sum cancels, the mean is exact to more than one float,
+// and the threadgroup meets only once.
 #pragma once
 #include <metal_stdlib>
 #include "common/reduce.metal.h"
@@ -66,7 +66,17 @@ struct Seen {
 
   float4 packed() const { return float4(shift, float(count), sum, squares); }
 
-  Seen of_simdgroup() const { return {shift, simd_sum(count), simd_sum(sum), simd_sum(squares)}; }
+  // The same values with another shift, which costs a rounding or two.
+  Seen about(float other) const {
+    const float distance = shift - other;
+    const float moved = fma(float(count), distance, sum);
+    return {other, count, moved, fma(distance, sum + moved, squares)};
+  }
+
+  Seen of_simdgroup() const {
+    const Seen mine = about(simd_broadcast_first(shift));
+    return {mine.shift, simd_sum(count), simd_sum(mine.sum), simd_sum(mine.squares)};
+  }
 };
 
 // The mean in two parts, of which the second is what the first one's rounding left.

@@ -127,7 +127,11 @@ void layer_norm_backward(device const T* grad [[buffer(0)]], device const T* x [
       sum += pack_sum<W>(values[i]);
       count += in_row<W>(first + i * step, p.cols);
     }
-    Seen seen = {simd_sum(sum) / float(max(simd_sum(count), 1u)), 0u, 0.0f, 0.0f};
+    if (N == 0) {  // more than the thread's first pack, as a shift for many
+      sum = simd_sum(sum);
+      count = simd_sum(count);
+    }
+    Seen seen = {sum / float(max(count, 1u)), 0u, 0.0f, 0.0f};
     float sums[2] = {0.0f, 0.0f};
     if (N > 0) {
 #pragma unroll
@@ -138,7 +142,9 @@ void layer_norm_backward(device const T* grad [[buffer(0)]], device const T* x [
         r.add(column, dy[0], values[0], seen, sums);
       }
     }
+    const float shift = seen.shift;
     seen = seen.of_simdgroup();
+    sums[1] = fma(shift - seen.shift, sums[0], sums[1]);
     const float2 slope_sums = float2(simd_sum(sums[0]), simd_sum(sums[1]));
     threadgroup SimdgroupSums& all = shared[turn];
     turn ^= 1;

@@ -251,8 +251,11 @@ struct Ranking {
   void sort_range(uint bucket, uint end, thread Range& range) const {
     if (thread_id == 0) atomic_store_explicit(space.found, 0u, memory_order_relaxed);
     threadgroup_barrier(mem_flags::mem_threadgroup);
+    // Each lane looks up one of the slices that its simdgroup takes, because each look-up waits for memory.
+    const uint looked_up = place.lane * place.simdgroups + place.simdgroup;
+    const uint2 segments_taken = looked_up < slices ? segment(looked_up, bucket, end) : uint2(0u);
     for (uint i = place.simdgroup; i < slices; i += place.simdgroups) {
-      const uint2 places = segment(i, bucket, end);
+      const uint2 places = simd_shuffle(segments_taken, ushort(i / place.simdgroups));
       for (uint j = places.x; j < places.y; j += 32) {
         const ulong token = j + place.lane < places.y ? tokens[i * SLICE + j + place.lane] : 0;
         const uint is_found = token > range.last && token <= range.first ? 1u : 0u;
