@@ -1,14 +1,45 @@
-"""Runs every GPU kernel on small, awkward shapes, for compute-sanitizer; checks the results too."""
+"""Runs every GPU kernel on small, awkward shapes, for compute-sanitizer; checks the results, and that none was left out.
+
+python tools/gpu_kernels.py
+"""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
+from torch_fused.metal.parser import parse
 from torch_fused.selfcheck import CHECKS
 
-for check in CHECKS.values():
-    check("cuda")
-torch.cuda.synchronize()
-print(f"{len(CHECKS)} ops ran")
+
+def built_in() -> set[str]:
+    """Every kernel of every Metal source, each instantiation of a template by its own name."""
+    names, texts = torch.ops.torch_fused._metal_sources()
+    return {kernel.name for name, text in zip(names, texts, strict=True) for kernel in parse(text, name).kernels}
+
+
+def run(device: str) -> None:
+    """Raises AssertionError if a result is wrong."""
+    for check in CHECKS.values():
+        check(device)
+
+
+def never_launched(launched: Iterable[str]) -> list[str]:
+    return sorted(built_in() - set(launched))
+
+
+def main() -> int:
+    run("cuda")
+    torch.cuda.synchronize()
+    missed = never_launched(torch.ops.torch_fused._cuda_kernels())
+    if missed:
+        print(f"gpu_kernels: never launched: {', '.join(missed)}")
+        return 1
+    print(f"gpu_kernels: {len(built_in())} kernels right")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

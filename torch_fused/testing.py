@@ -41,7 +41,7 @@ def misleading_row(vocabulary: int, scale: float = 1.0) -> Tensor:
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
     """``|actual - exact| / |exact|`` in the Euclidean norm, computed in float64; NaN if either holds one."""
-    actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()
+    actual, exact = actual.detach().cpu().double(), exact.detach().cpu().double()
     return float((actual - exact).norm() / exact.norm().clamp_min(1e-300))
 
 

@@ -99,7 +99,6 @@ void layer_norm(device const T* input [[buffer(0)]], device const T* weight [[bu
       uint, uint, uint);
 #define LAYER_NORM_ALL(name, T, W) \
   LAYER_NORM(name, T, W, 0)        \
-  LAYER_NORM(name, T, W, 1)        \
   LAYER_NORM(name, T, W, 2)        \
   LAYER_NORM(name, T, W, 4)
 LAYER_NORM_ALL(f32, float, 4)

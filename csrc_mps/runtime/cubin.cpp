@@ -108,8 +108,11 @@ void save(const fs::path& path, const std::string& bytes) {
   fs::create_directories(path.parent_path(), ignored);
   fs::permissions(path.parent_path(), fs::perms::owner_all, ignored);
   const fs::path partial = path.string() + "." + std::to_string(getpid()) + ".partial";
-  std::ofstream(partial, std::ios::binary) << bytes;
-  fs::rename(partial, path, ignored);
+  std::ofstream file(partial, std::ios::binary);
+  file << bytes;
+  file.close();
+  if (file) fs::rename(partial, path, ignored);
+  fs::remove(partial, ignored);  // there only if it could not be written whole, or renamed
 }
 
 }  // namespace

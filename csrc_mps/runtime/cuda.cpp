@@ -2,6 +2,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
+#include <torch/library.h>
 
 #include <array>
 #include <map>
@@ -14,7 +15,7 @@
 namespace torch_fused {
 namespace {
 
-constexpr int kRelaxedCapture = 2;                                         // CU_STREAM_CAPTURE_MODE_RELAXED
+constexpr int kRelaxedCaptureMode = 2;                                     // CU_STREAM_CAPTURE_MODE_RELAXED
 constexpr int kComputeCapabilityMajor = 75, kComputeCapabilityMinor = 76;  // CUdevice_attribute
 
 // The few driver functions used, with their documented signatures; handles are opaque pointers.
@@ -78,6 +79,13 @@ struct Module {
   std::map<std::string, void*> functions;
 };
 
+// The first launch of a kernel may come during a graph capture, in which a thread may load only what it relaxes.
+struct RelaxedCapture {
+  RelaxedCapture() { driver().exchange_capture_mode(&mode); }
+  ~RelaxedCapture() { driver().exchange_capture_mode(&mode); }
+  int mode = kRelaxedCaptureMode;
+};
+
 Module load(const Launch& launch, int device) {
   const Driver& api = driver();
   Module module;
@@ -87,28 +95,35 @@ Module load(const Launch& launch, int device) {
   api.check(api.device_attribute(&minor, kComputeCapabilityMinor, handle), launch, "cuDeviceGetAttribute");
   try {
     const std::string code = cubin(launch.source, major, minor);
-    // The first launch may come during a graph capture, which forbids loading unless this thread relaxes it.
-    int mode = kRelaxedCapture;
-    api.exchange_capture_mode(&mode);
-    const int status = api.load_module(&module.handle, code.data());
-    api.exchange_capture_mode(&mode);
-    api.check(status, launch, "cuModuleLoadData");
+    const RelaxedCapture relaxed;
+    api.check(api.load_module(&module.handle, code.data()), launch, "cuModuleLoadData");
   } catch (const LibraryUnavailable& error) {
     module.unavailable = error.what();
   }
   return module;
 }
 
+struct Modules {
+  std::mutex mutex;
+  std::map<std::pair<const Source*, int>, Module> of;  // a source on a device
+};
+
+Modules& modules() {
+  static Modules all;
+  return all;
+}
+
 void* find_function(const Launch& launch, int device) {
-  static std::mutex mutex;
-  static std::map<std::pair<const Source*, int>, Module> modules;
-  std::lock_guard<std::mutex> lock(mutex);
-  auto [module, is_new] = modules.try_emplace({&launch.source, device});
-  if (is_new) module->second = load(launch, device);
-  if (!module->second.handle) throw LibraryUnavailable(module->second.unavailable);
-  void*& function = module->second.functions[launch.kernel];
+  const std::lock_guard<std::mutex> lock(modules().mutex);
+  const std::pair<const Source*, int> key{&launch.source, device};
+  auto found = modules().of.find(key);
+  if (found == modules().of.end()) found = modules().of.emplace(key, load(launch, device)).first;
+  Module& module = found->second;
+  if (!module.handle) throw LibraryUnavailable(module.unavailable);
+  void*& function = module.functions[launch.kernel];
   if (!function) {
-    driver().check(driver().get_function(&function, module->second.handle, launch.kernel.c_str()), launch,
+    const RelaxedCapture relaxed;  // the driver may load each function when it is first asked for
+    driver().check(driver().get_function(&function, module.handle, launch.kernel.c_str()), launch,
                    "cuModuleGetFunction");
   }
   return function;
@@ -141,3 +156,15 @@ void launch_cuda(const Launch& launch) {
 }
 
 }  // namespace torch_fused
+
+TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
+  // Every kernel that has been launched on an NVIDIA GPU in this process.
+  m.def("_cuda_kernels() -> str[]", []() {
+    const std::lock_guard<std::mutex> lock(torch_fused::modules().mutex);
+    std::vector<std::string> names;
+    for (const auto& [key, module] : torch_fused::modules().of) {
+      for (const auto& [name, function] : module.functions) names.push_back(name);
+    }
+    return names;
+  });
+}
