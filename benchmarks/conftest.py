@@ -26,9 +26,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--live", action="store_true", help="say rows as they come, beside a bar")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    config.option.benchmark_quiet = True  # one table: ours
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.option.benchmark_quiet = True  # one table: ours
     torch.set_num_threads(config.option.threads)
     config.pluginmanager.register(Report(config), "torch_fused-report")
     if config.option.live:
