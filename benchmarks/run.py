@@ -10,7 +10,7 @@ import argparse
 import subprocess
 import sys
 
-from harness import ROOT
+from harness import ROOT, add_options
 
 FOLDER = ROOT / "benchmarks"
 OPS = sorted(path.name for path in FOLDER.glob("bench_*.py") if path.stem not in ("bench_sampling", "bench_generate"))
@@ -27,7 +27,10 @@ def command(part: str, options: list[str]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)} (default: all)")
-    args, options = parser.parse_known_args()
+    add_options(parser.add_argument)
+    parser.add_argument("--compile", action="store_true", help="torch.compile is a contender")
+    args = parser.parse_args()
+    options = [option for option in sys.argv[1:] if option not in args.parts]
     unknown = set(args.parts) - PARTS.keys()
     if unknown:
         parser.error(f"no part named {min(unknown)!r}; there are {', '.join(PARTS)}")
