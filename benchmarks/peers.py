@@ -43,10 +43,13 @@ def _flashinfer() -> Peers:
     }
 
 
+LIBRARIES = {"Liger-Kernel": _liger, "quack": _quack, "flashinfer": _flashinfer}
+
+
 def _load() -> tuple[Peers, list[str]]:
     found: Peers = {}
     absent = []
-    for name, load in {"Liger-Kernel": _liger, "quack": _quack, "flashinfer": _flashinfer}.items():
+    for name, load in LIBRARIES.items():
         try:
             if not torch.cuda.is_available():
                 raise ImportError("no CUDA device")
