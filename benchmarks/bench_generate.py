@@ -49,11 +49,11 @@ class Setting:
 def settings(device: str, full: bool) -> list[Setting]:
     """Around one sequence, greedy, behind 128 tokens: other lengths, other batches, sampling."""
     cpu = device == "cpu"
-    lengths, batches = (16, 128, 1024), (1, 4, 8)
+    lengths, batches = [16, 128, 1024], [1, 4, 8]
     if full or not cpu:
-        lengths = (16, 128, 512, 2048, 8192)
+        lengths = [16, 128, 512, 2048, 8192]
     if full:
-        batches = (1, 2, 4, 8)
+        batches = [1, 2, 4, 8]
     shapes = [*((1, length) for length in lengths), *((batch, 128) for batch in batches[1:])]
     dtypes = (torch.bfloat16, torch.float32) if full else (torch.bfloat16,)
     new = 64 if full else 32
@@ -145,9 +145,9 @@ def timed(run: Run, setting: Setting, vocabulary: int, device: str, counted: boo
     }
     if counted and setting.prompt == 128:
         some = partial(run, ids, sampled=setting.mode == "sampled")
-        columns["ops_token"] = ops_per_token(lambda count: some(count), 4)
+        columns["ops_token"] = ops_per_token(some, 4)
         if device.startswith("cuda"):
-            columns["launches_token"] = launches_per_token(lambda count: some(count), 4)
+            columns["launches_token"] = launches_per_token(some, 4)
     return columns
 
 

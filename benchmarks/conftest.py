@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from cases import Case, copy_beside
-from harness import Timing, add_options, clock, plan
+from harness import Timing, add_options, clock, keep_freed_memory, plan
 from peers import ABSENT
 from progress import Progress
 from record import Results, device_name
@@ -34,6 +34,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(config.option.threads)
+    keep_freed_memory()
     config.pluginmanager.register(Report(config), "torch_fused-report")
     if config.option.live:
         config.pluginmanager.unregister(name="terminalreporter")

@@ -1,6 +1,7 @@
 """Timing shared by the benchmarks: medians, rotated buffers, and a copy of the same bytes in the same run."""
 
 import argparse
+import ctypes
 import itertools
 import statistics
 import sys
@@ -54,6 +55,15 @@ def arguments(description: str | None, *more: tuple[str, dict[str, Any]]) -> arg
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     return args
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed: else a result past 32 MB is fresh from the system, and its first touch is timed."""
+    if sys.platform == "linux":
+        trim_threshold, mmap_max = -1, -4
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 class GpuMoment:

@@ -10,8 +10,8 @@ import torch
 from torch_fused import demo
 from torch_fused.cache import cache_dir
 
-Run = Callable[[torch.Tensor, int, bool], object]
-"""Generates behind token ids (batch, tokens) that many new ones, greedily or sampled."""
+Run = Callable[..., object]
+"""Given ids (batch, tokens), a number of new ones and whether they are sampled or greedy, generates them."""
 
 
 def llama_cpp(dtype: torch.dtype, room: int) -> Run:

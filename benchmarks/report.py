@@ -20,7 +20,7 @@ PLOTS = {
     "tokens": "Tokens a second",
     "memory": "Memory that a request takes",
 }
-OPS = ("rms_norm", "layer_norm", "softmax", "swiglu", "rope", "adamw", "sampling", "kv_cache", "decode")
+NO_OPS = {"seed", "generate", "apple", "apple_counted"}
 OURS = ("torch_fused", "FusedKVCache")
 NO_RIVALS = {*LIBRARIES, "a plain read", "a dict, no copy", "a dict, nothing allocated"}
 Row = dict[str, str]
@@ -35,9 +35,9 @@ every contender's times, the versions and the dates. `make bench` measures this 
 Times are medians. On a GPU they are the device's own, by events behind a pause in which the host queues the calls;
 buffers rotate through 256 MB, more than any cache. On the CPU they are wall time, caches included. "Of copy" is the
 bandwidth of the bytes that an op must read and write, each once, over that of a copy of as many bytes in the same run.
-A copy writes into memory that is there; an op returns new memory, whose first touch costs a CPU more than the op from
-some 32 MB on. `torch_fused` computes in float32 and rounds once; `torch_fused llama` makes the roundings of Hugging
-Face's code. Ratios compare contenders of one run on one machine, never two machines.
+On Linux malloc is told to keep what is freed: else a CPU's first touch of new memory takes longer than most ops.
+`torch_fused` computes in float32 and rounds once; `torch_fused llama` makes the roundings of Hugging Face's code.
+Ratios compare contenders of one run on one machine, never two machines.
 """
 
 SLOWER = {
@@ -59,7 +59,7 @@ def generate(results: Path = ROOT / "benchmarks/results") -> str:
 
 
 def machine(folder: Path) -> Iterator[str]:
-    ops = [row for bench in OPS for row in read(folder / f"{bench}.csv")]
+    ops = [row for path in sorted(folder.glob("*.csv")) if path.stem not in NO_OPS for row in read(path)]
     texts, seed = read(folder / "generate.csv"), read(folder / "seed.csv")
     rows = ops + texts + seed
     if not rows:
@@ -238,9 +238,9 @@ def prediction(counted: dict[tuple[str, ...], list[Row]]) -> Iterator[str]:
     yield (
         "**Predictions, not measurements: nothing here has run on an Apple GPU.** The launches of each op and the "
         "bytes they move are counted by the emulator, a byte that one launch reads twice once. The lower bound takes "
-        f"these bytes at Apple's published bandwidth and {low} us a launch; the upper bound takes {SHARE_REACHED[1]:.0%} "
-        f"of that bandwidth and {high} us a launch, which is what the host takes for one through torch. "
-        "`python benchmarks/apple_prediction.py` on a Mac times the ops, and its times then stand here in their place.\n"
+        f"these bytes at Apple's published bandwidth and {low} us a launch; the upper bound {SHARE_REACHED[1]:.0%} of "
+        f"that bandwidth and {high} us a launch, which is what the host takes for one through torch. On a Mac "
+        "`python benchmarks/apple_prediction.py` times the ops, and its times then stand here in their place.\n"
     )
     ops = [(key, rows[0]) for key, rows in counted.items()]
     yield table(

@@ -10,14 +10,14 @@ the median of runs, each of which is the median of samples.
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from bench_sampling import hugging_face, top_k_multinomial
-from harness import Call, arguments, synchronizer
+from harness import Call, arguments, keep_freed_memory, synchronizer
 from progress import Progress
 from record import Results
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from torch_fused.sampling import greedy, sample
 KEYS = ("row", "workload", "contender")
 VALUES = ("ms", "variation", "outliers", "samples")
 PUBLISHED, HONEST = "as published", "honest"
-Contenders = dict[str, Call]
+Contenders = Mapping[str, Call]
 
 
 @dataclass(frozen=True)
@@ -455,6 +455,7 @@ def main() -> None:
         ("--runs", {"type": int, "default": 5, "help": "runs of each row"}),
         ("--cool-down", {"type": float, "default": 0.0, "help": "seconds before each run"}),
     )
+    keep_freed_memory()
     results = Results("seed", KEYS, VALUES, args.results, args.device, args.again)
     torch.manual_seed(0)
     with Progress("seed table", 2 * len(ROWS)) as progress:
