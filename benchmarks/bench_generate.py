@@ -129,7 +129,7 @@ def timed(run: Run, setting: Setting, vocabulary: int, device: str, counted: boo
         wait()
         return time.perf_counter() - start
 
-    run(ids[:, :16], 4, setting.mode == "sampled")
+    run(ids[:, :128], setting.new, setting.mode == "sampled")
     peak = PeakMemory(device)
     # In pairs, so that what disturbs one disturbs the other.
     pairs = [(seconds(1), seconds(setting.new)) for _ in range(3)]

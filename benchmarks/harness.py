@@ -114,7 +114,7 @@ def sets(nbytes: int, device: str) -> int:
 def plan(call: Call, device: str, target: float | None = None) -> tuple[int, int]:
     """Warms up; then how many calls make a sample of `target` seconds, and how many samples to take."""
     cuda = device.startswith("cuda")
-    target = target or (0.004 if cuda else 0.02)
+    target = target or (0.002 if cuda else 0.02)
     now = clock(device)
     call()
     wall_clock(device)()
@@ -126,7 +126,7 @@ def plan(call: Call, device: str, target: float | None = None) -> tuple[int, int
     calls = max(1, int(target / once))
     if cuda:  # no more than the host can queue in the pause
         calls = max(1, min(calls, int(PAUSE_SECONDS / (host / 2))))
-    return calls, max(5, min(9 if cuda else 15, int(1 / once)))
+    return calls, max(5, min(7 if cuda else 15, int(1 / once)))
 
 
 def measure(calls: Sequence[Call], device: str, *, target: float | None = None) -> Timing:

@@ -424,7 +424,7 @@ def timed(call: Call, device: str, waits: bool, runs: int, cool_down: float) -> 
     sample(1)
     once = max(sample(1), 1e-8)
     calls = max(1, int(0.002 / once))
-    count = max(1, min(15, int(0.05 / (once * calls))))
+    count = max(1, min(15, int(0.03 / (once * calls))))
     every, medians = [], []
     for _ in range(runs):
         time.sleep(cool_down)
