@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from record import machines, read
-from report import OURS, PLOTS, groups, plot_path
+from report import PLOTS, groups, plot_path, split
 
 COLOURS = {
     "torch_fused": "#0b6e4f",
@@ -41,7 +41,8 @@ def lines(axes, series: dict[str, list[tuple[float, float]]], x: str, y: str) ->
     """One line a contender, over powers of ten."""
     for name, points in series.items():
         xs, ys = zip(*sorted(points), strict=True)
-        axes.plot(xs, ys, marker="o", label=name, color=COLOURS.get(name.split(",")[0]))
+        style = "o--" if "top-p" in name else "o-"
+        axes.plot(xs, ys, style, label=name, color=COLOURS.get(name.split(",")[0]))
     axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     if series:
@@ -70,12 +71,11 @@ def bandwidth(folder: Path, axes) -> bool:
     for bench in benches:
         for (op, dtype), rows in groups(read(folder / f"{bench}.csv"), "op", "dtype").items():
             shape = max(rows, key=lambda row: float(row["gb_s"]) * float(row["ms"]))["shape"]
-            shares = {row["contender"]: float(row["copy_share"]) for row in rows if row["shape"] == shape}
-            rivals = [share for name, share in shares.items() if not name.startswith(OURS)]
-            if "torch_fused" in shares and rivals:
+            fused, rival, _ = split([row for row in rows if row["shape"] == shape])
+            if fused and rival:
                 names.append(f"{op} {shape} {dtype}")
-                ours.append(shares["torch_fused"])
-                best.append(max(rivals))
+                ours.append(float(fused["copy_share"]))
+                best.append(float(rival["copy_share"]))
     axes.figure.set_size_inches(8, 1 + 0.27 * len(names))
     return bars(axes, names, {"torch_fused": ours, "torch's best": best}, "share of a copy of the same bytes")
 
@@ -87,14 +87,7 @@ def vocabulary(folder: Path, axes) -> bool:
         match = re.fullmatch(r"(top-[kp] \S+), vocabulary (\d+)", row["row"])
         if match and row["workload"] == "honest":
             series.setdefault(f"{row['contender']}, {match[1]}", []).append((int(match[2]), float(row["ms"])))
-    for name, points in series.items():
-        xs, ys = zip(*sorted(points), strict=True)
-        style = "-" if "top-k" in name else "--"
-        axes.plot(xs, ys, style, marker="o", label=name, color=COLOURS.get(name.split(",")[0]))
-    axes.set(xscale="log", yscale="log", xlabel="tokens in the vocabulary", ylabel="ms a draw")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    return bool(series)
+    return lines(axes, series, "tokens in the vocabulary", "ms a draw")
 
 
 def context(folder: Path, axes) -> bool:
