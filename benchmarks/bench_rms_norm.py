@@ -1,97 +1,77 @@
-"""rms_norm and add_rms_norm beside F.rms_norm, Hugging Face's module and a copy of the same bytes.
+"""rms_norm, add_rms_norm, gradients: python -m pytest benchmarks/bench_rms_norm.py [--device cpu|cuda|mps] [--compile]
 
-python benchmarks/bench_rms_norm.py [--device cpu|cuda|mps] [--threads N]
+"llama" makes the roundings of Hugging Face's module, which is what it is to be compared with.
 """
-
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import arguments, copies, copy_bandwidth, measure, report
+from cases import DTYPES, Case, compiled, gradients, randn
+from peers import peers
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from torch_fused.functional import add_rms_norm, rms_norm
 from torch_fused.ops.rms_norm import rms_norm_reference
-from torch_fused.testing import NAMES
 
+EPS = 1e-6
 SHAPES = [(1, 896), (128, 896), (4096, 896), (4096, 4096)]
 
 
+def torchs(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, weight.shape, weight, EPS)
+
+
 def hugging_face(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return rms_norm_reference(x, weight.shape, weight, 1e-6, casting_mode="llama")
+    return rms_norm_reference(x, weight.shape, weight, EPS, casting_mode="llama")
 
 
-def bench(rows: int, cols: int, dtype: torch.dtype, device: str) -> None:
-    size = rows * cols * dtype.itemsize
+def add_torchs(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    total = x + residual
+    return torchs(total, weight), total
 
-    def buffers(i: int) -> tuple[torch.Tensor, ...]:
-        x, residual = (torch.randn(rows, cols, device=device).to(dtype) for _ in range(2))
-        return x, residual, torch.randn(cols, device=device).to(dtype)
 
-    sets = copies(buffers, 2 * size, device)
-    shape = (cols,)
-    for name, nbytes, cases in (
-        (
-            "rms_norm",
-            2 * size,
-            {
-                "torch_fused": lambda x, r, w: rms_norm(x, shape, w, 1e-6),
-                "torch_fused llama": lambda x, r, w: rms_norm(x, shape, w, 1e-6, casting_mode="llama"),
-                "F.rms_norm": lambda x, r, w: F.rms_norm(x, shape, w, 1e-6),
-                "HF module": lambda x, r, w: hugging_face(x, w),
-            },
+def add_hugging_face(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total = x + residual
+    return hugging_face(total, weight), total
+
+
+NORM = {
+    "torch_fused": lambda x, w: rms_norm(x, w.shape, w, EPS),
+    "torch_fused llama": lambda x, w: rms_norm(x, w.shape, w, EPS, casting_mode="llama"),
+    "F.rms_norm": torchs,
+    "HF module": hugging_face,
+}
+ADD_NORM = {
+    "torch_fused": lambda x, r, w: add_rms_norm(x, r, w, EPS, casting_mode="torch"),
+    "torch_fused llama": lambda x, r, w: add_rms_norm(x, r, w, EPS),
+    "add, F.rms_norm": add_torchs,
+    "add, HF module": add_hugging_face,
+}
+
+
+def cases(device: str, full: bool) -> list[Case]:
+    norm = NORM | {"torch.compile": compiled(torchs)} | peers("rms_norm")
+    add_norm = ADD_NORM | {"torch.compile": compiled(add_torchs)}
+
+    def case(op: str, rows: int, cols: int, dtype: torch.dtype, inputs: int, passes: int, contenders, **more) -> Case:
+        def operands(device: str):
+            return tuple(randn(*shape, dtype=dtype, device=device) for shape in ((rows, cols),) * inputs + ((cols,),))
+
+        nbytes = passes * rows * cols * dtype.itemsize
+        return Case(op, f"({rows}, {cols})", dtype, nbytes, operands, contenders, **more)
+
+    both = [(shape, dtype) for shape in SHAPES for dtype in DTYPES]
+    shapes = [(4096, 896), (4096, 4096)]
+    return [
+        *(case("rms_norm", *shape, dtype, 1, 2, norm) for shape, dtype in both),
+        *(case("add_rms_norm", *shape, dtype, 2, 4, add_norm) for shape, dtype in both),
+        *(
+            case("rms_norm backward", *shape, dtype, 1, 3, norm, prepare=gradients(2))
+            for shape in shapes
+            for dtype in DTYPES
         ),
-        (
-            "add_rms_norm",
-            4 * size,
-            {
-                "torch_fused": lambda x, r, w: add_rms_norm(x, r, w, casting_mode="torch"),
-                "torch_fused llama": lambda x, r, w: add_rms_norm(x, r, w),
-                "add, F.rms_norm": lambda x, r, w: F.rms_norm(x + r, shape, w, 1e-6),
-                "add, HF module": lambda x, r, w: hugging_face(x + r, w),
-            },
-        ),
-    ):
-        copy = copy_bandwidth(nbytes, device)
-        print(f"{name} ({rows}, {cols}) {NAMES[dtype]}, copy of the same bytes {copy / 1e9:.0f} GB/s")
-        first = None
-        for label, call in cases.items():
-            timing = measure(call, sets, device)
-            report(label, timing, nbytes, copy, first)
-            first = first or timing
+    ]
 
 
-def bench_backward(rows: int, cols: int, dtype: torch.dtype, device: str) -> None:
-    nbytes = 3 * rows * cols * dtype.itemsize
-
-    def buffers(fused: bool):
-        def make(i: int) -> tuple[torch.Tensor, ...]:
-            x = torch.randn(rows, cols, device=device).to(dtype).requires_grad_()
-            w = torch.randn(cols, device=device).to(dtype).requires_grad_()
-            y = rms_norm(x, (cols,), w, 1e-6) if fused else F.rms_norm(x, (cols,), w, 1e-6)
-            return y, x, w, torch.randn(rows, cols, device=device).to(dtype)
-
-        return make
-
-    copy = copy_bandwidth(nbytes, device)
-    print(f"rms_norm backward ({rows}, {cols}) {NAMES[dtype]}, copy of the same bytes {copy / 1e9:.0f} GB/s")
-    first = None
-    for label, fused in (("torch_fused", True), ("F.rms_norm", False)):
-        sets = copies(buffers(fused), nbytes, device)
-        timing = measure(
-            lambda y, x, w, g: torch.autograd.grad(y, (x, w), g, retain_graph=True), sets, device, samples=9
-        )
-        report(label, timing, nbytes, copy, first)
-        first = first or timing
-
-
-if __name__ == "__main__":
-    args = arguments(__doc__)
-    print(f"torch {torch.__version__}, {args.device}, {args.threads} CPU threads; 'x the time': torch_fused's is 1.00")
-    with torch.no_grad():
-        for rows, cols in SHAPES:
-            for dtype in (torch.float32, torch.bfloat16):
-                bench(rows, cols, dtype, args.device)
-    for dtype in (torch.float32, torch.bfloat16):
-        bench_backward(4096, 4096 if args.device != "cpu" else 896, dtype, args.device)
+def test_rms_norm(bench):
+    bench()

@@ -1,61 +1,45 @@
-"""softmax and its gradient beside torch.softmax and a copy of the same bytes.
-
-python benchmarks/bench_softmax.py [--device cpu|cuda|mps] [--threads N]
-"""
-
-import sys
-from pathlib import Path
+"""softmax and its gradient: python -m pytest benchmarks/bench_softmax.py [--device cpu|cuda|mps] [--compile]"""
 
 import torch
-from harness import arguments, copies, copy_bandwidth, measure, report
+from cases import DTYPES, Case, compiled, gradients, randn
+from peers import peers
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from torch_fused.functional import softmax
-from torch_fused.testing import NAMES
 
-SHAPES = [(64, 1024), (4096, 1024), (4096, 8192), (32, 32000), (1, 151936)]
-CASES = {"torch_fused": softmax, "torch.softmax": lambda x: torch.softmax(x, -1)}
+SHAPES = [(64, 1024), (4096, 1024), (4096, 4096), (32, 32000), (1, 151936), (64, 151936)]
 
 
-def bench(rows: int, cols: int, dtype: torch.dtype, device: str) -> None:
-    nbytes = 2 * rows * cols * dtype.itemsize
-    sets = copies(lambda i: (torch.randn(rows, cols, device=device).to(dtype),), nbytes, device)
-    copy = copy_bandwidth(nbytes, device)
-    print(f"softmax ({rows}, {cols}) {NAMES[dtype]}, copy of the same bytes {copy / 1e9:.0f} GB/s")
-    first = None
-    for label, call in CASES.items():
-        timing = measure(call, sets, device)
-        report(label, timing, nbytes, copy, first)
-        first = first or timing
+def composed(x: torch.Tensor) -> torch.Tensor:
+    weights = (x - x.amax(-1, keepdim=True)).exp()
+    return weights / weights.sum(-1, keepdim=True)
 
 
-def bench_backward(rows: int, cols: int, dtype: torch.dtype, device: str) -> None:
-    nbytes = 3 * rows * cols * dtype.itemsize
-    copy = copy_bandwidth(nbytes, device)
-    print(f"softmax backward ({rows}, {cols}) {NAMES[dtype]}, copy of the same bytes {copy / 1e9:.0f} GB/s")
-    first = None
-    for label, call in CASES.items():
-
-        def buffers(i: int, call=call) -> tuple[torch.Tensor, ...]:
-            x = torch.randn(rows, cols, device=device).to(dtype).requires_grad_()
-            return call(x), x, torch.randn(rows, cols, device=device).to(dtype)
-
-        timing = measure(
-            lambda y, x, grad: torch.autograd.grad(y, x, grad, retain_graph=True),
-            copies(buffers, nbytes, device),
-            device,
-            samples=9,
-        )
-        report(label, timing, nbytes, copy, first)
-        first = first or timing
+def torch_softmax(x: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(x, -1)
 
 
-if __name__ == "__main__":
-    args = arguments(__doc__)
-    print(f"torch {torch.__version__}, {args.device}, {args.threads} CPU threads; 'x the time': torch_fused's is 1.00")
-    with torch.no_grad():
-        for rows, cols in SHAPES:
-            for dtype in (torch.float32, torch.bfloat16):
-                bench(rows, cols, dtype, args.device)
-    for dtype in (torch.float32, torch.bfloat16):
-        bench_backward(4096, 1024, dtype, args.device)
+def cases(device: str, full: bool) -> list[Case]:
+    contenders = {
+        "torch_fused": softmax,
+        "torch.softmax": torch_softmax,
+        "torch composed": composed,
+        "torch.compile": compiled(torch_softmax),
+        **peers("softmax"),
+    }
+
+    def case(op: str, rows: int, cols: int, dtype: torch.dtype, passes: int, **more) -> Case:
+        def operands(device: str):
+            return (randn(rows, cols, dtype=dtype, device=device),)
+
+        nbytes = passes * rows * cols * dtype.itemsize
+        return Case(op, f"({rows}, {cols})", dtype, nbytes, operands, contenders, **more)
+
+    forward = [case("softmax", *shape, dtype, 2) for shape in SHAPES for dtype in DTYPES]
+    shapes = [(4096, 1024), (4096, 4096)]
+    return forward + [
+        case("softmax backward", *shape, dtype, 3, prepare=gradients(1)) for shape in shapes for dtype in DTYPES
+    ]
+
+
+def test_softmax(bench):
+    bench()

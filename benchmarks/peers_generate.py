@@ -1,0 +1,86 @@
+"""Other programs that generate with the demo's weights, where they are installed."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from torch_fused import demo
+from torch_fused.cache import cache_dir
+
+Run = Callable[..., object]
+"""Given ids (batch, tokens), a number of new ones and whether they are sampled or greedy, generates them."""
+
+
+def llama_cpp(dtype: torch.dtype, room: int) -> Run:
+    """llama-cpp-python on the CPU, one sequence at a time."""
+    from llama_cpp import Llama
+
+    threads = torch.get_num_threads()
+    path = str(llama_file(dtype))
+    model = Llama(path, n_ctx=room, n_threads=threads, n_threads_batch=threads, n_gpu_layers=0, verbose=False)
+
+    def run(ids: torch.Tensor, count: int, sampled: bool) -> None:
+        model.reset()
+        options = {"top_k": 50, "top_p": 0.9, "temp": 1.0} if sampled else {"temp": 0.0}
+        tokens = model.generate(ids[0].tolist(), min_p=0.0, repeat_penalty=1.0, **options)
+        for _ in range(count):
+            next(tokens)
+
+    return run
+
+
+def llama_file(dtype: torch.dtype) -> Path:
+    """The demo's weights, dequantised to bfloat16, as a file of that type or of float32; written once."""
+    import gguf
+
+    kind = {torch.bfloat16: gguf.GGMLQuantizationType.BF16, torch.float32: gguf.GGMLQuantizationType.F32}[dtype]
+    path = cache_dir("models") / f"SmolLM2-135M-Instruct.{kind.name}.gguf"
+    if path.exists():
+        return path
+    reader = gguf.GGUFReader(demo._demo_file())
+    partial = path.with_suffix(".part")
+    writer = gguf.GGUFWriter(partial, reader.fields["general.architecture"].contents())
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name not in ("general.architecture", "general.file_type"):
+            sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub_type)
+    for tensor in reader.tensors:
+        exact = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
+        values = exact.bfloat16().float().numpy()
+        stored = kind if values.ndim > 1 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(tensor.name, gguf.quantize(values, stored), raw_dtype=stored)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    return partial.rename(path)
+
+
+def mlx_lm(dtype: torch.dtype, room: int) -> Run:
+    """mlx-lm on a Mac's GPU."""
+    import mlx.core as mx
+    from mlx_lm import load
+    from mlx_lm.generate import generate_step
+    from mlx_lm.sample_utils import make_sampler
+
+    model, _ = load(str(cache_dir("models") / "SmolLM2-135M-Instruct-Qwen2"))
+    model.set_dtype({torch.bfloat16: mx.bfloat16, torch.float16: mx.float16, torch.float32: mx.float32}[dtype])
+
+    def run(ids: torch.Tensor, count: int, sampled: bool) -> None:
+        sampler = make_sampler(temp=1.0, top_p=0.9, top_k=50) if sampled else make_sampler(temp=0.0)
+        for _ in generate_step(mx.array(ids[0].tolist()), model, max_tokens=count, sampler=sampler):
+            pass
+
+    return run
+
+
+def peers(device: str) -> dict[str, Callable[[torch.dtype, int], Run]]:
+    """What is installed and runs on `device`."""
+    found: dict[str, Callable[[torch.dtype, int], Run]] = {}
+    if device == "cpu" and importlib.util.find_spec("llama_cpp"):
+        found["llama-cpp-python"] = llama_cpp
+    if device == "mps" and sys.platform == "darwin" and importlib.util.find_spec("mlx_lm"):
+        found["mlx-lm"] = mlx_lm
+    return found

@@ -1,0 +1,289 @@
+"""Writes docs/benchmarks.md from the CSV files under benchmarks/results, and plots beside it if matplotlib is there.
+
+python benchmarks/report.py
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from apple_prediction import BANDWIDTH, LAUNCH_SECONDS, SHARE_REACHED, predicted
+from harness import ROOT
+from peers import LIBRARIES
+from record import machines, read
+from seed_table import HONEST, PUBLISHED, ROWS, Workload
+
+REPORT = ROOT / "docs/benchmarks.md"
+PLOTS = {
+    "bandwidth": "Share of copy bandwidth",
+    "vocabulary": "Time to draw a token, by vocabulary",
+    "context": "Time to append a token to a cache, and to decode one, by context",
+    "tokens": "Tokens a second",
+    "memory": "Memory that a request takes",
+}
+NO_OPS = {"seed", "generate", "apple", "apple_counted"}
+OURS = ("torch_fused", "FusedKVCache")
+NO_RIVALS = {*LIBRARIES, "a plain read", "a dict, no copy", "a dict, nothing allocated"}
+Row = dict[str, str]
+
+METHOD = """\
+# Benchmarks
+
+Written by `python benchmarks/report.py` from the CSV files in [benchmarks/results](../benchmarks/results), which hold
+every contender's times, the versions and the dates. `make bench` measures this machine and writes this page again;
+`make bench-full` takes longer cases too. What is missing from a table was not run on that machine.
+
+Times are medians. On a GPU they are the device's own, by events behind a pause in which the host queues the calls;
+buffers rotate through 256 MB, more than any cache. On the CPU they are wall time, caches included. "Of copy" is the
+bandwidth of the bytes that an op must read and write, each once, over that of a copy of as many bytes in the same run.
+On Linux malloc is told to keep what is freed: else a CPU's first touch of new memory takes longer than most ops.
+`torch_fused` computes in float32 and rounds once; `torch_fused llama` makes the roundings of Hugging Face's code.
+Ratios compare contenders of one run on one machine, never two machines.
+"""
+
+SLOWER = {
+    r"top-k 50 .*all equal": "all tokens tie and all are kept, as Hugging Face does; torch.topk draws among 50",
+    r"whole vocabulary .*nearly flat": "weights are exact integers, for the same draw on every device, and none is 0",
+    r"seed's KV allocation.*as published": "an empty object, made on top of a DynamicCache",
+    r"seed's KV allocation.*honest": "on the CPU a token is copied at a time, by torch a block",
+}
+"""Why a row is slower than torch's best, by a pattern of what it is."""
+
+
+def generate(results: Path = ROOT / "benchmarks/results") -> str:
+    """The whole page."""
+    parts = [METHOD]
+    for folder in machines(results):
+        parts += machine(folder)
+    parts += apple(results)
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def machine(folder: Path) -> Iterator[str]:
+    ops = [row for path in sorted(folder.glob("*.csv")) if path.stem not in NO_OPS for row in read(path)]
+    texts, seed = read(folder / "generate.csv"), read(folder / "seed.csv")
+    rows = ops + texts + seed
+    if not rows:
+        return
+    yield f"## {rows[0]['device']}\n"
+    yield versions(rows)
+    for name, title in PLOTS.items():
+        if (path := plot_path(name, folder.name)).exists():
+            yield f"![{title}]({path.relative_to(REPORT.parent)})\n"
+    if ops:
+        yield from op_tables(ops)
+    if texts:
+        yield from text_table(texts)
+    yield from seed_tables(seed)
+    yield from slower_table(ops, texts, seed)
+
+
+def plot_path(name: str, slug: str) -> Path:
+    return REPORT.parent / "plots" / f"{name}-{slug}.png"
+
+
+def versions(rows: list[Row]) -> str:
+    def all_of(name: str) -> str:
+        return ", ".join(sorted({row[name] for row in rows}))
+
+    days = sorted({row["date"][:10] for row in rows})
+    dates = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    return (
+        f"torch {all_of('torch')}, transformers {all_of('transformers')}, torch_fused {all_of('torch_fused')}, "
+        f"{all_of('threads')} CPU threads, {dates}.\n"
+    )
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def duration(ms: float) -> str:
+    for unit, factor in (("s", 1e-3), ("ms", 1.0), ("us", 1e3)):
+        if ms * factor >= 1:
+            return f"{ms * factor:.3g} {unit}" if ms * factor < 999.5 else f"{ms * factor:.0f} {unit}"
+    return f"{ms * 1e6:.3g} ns"
+
+
+# ---- ops ------------------------------------------------------------------------------------------------------------
+
+
+def groups(rows: Iterable[Row], *keys: str) -> dict[tuple[str, ...], list[Row]]:
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return found
+
+
+def split(rows: list[Row]) -> tuple[Row | None, Row | None, list[Row]]:
+    """Ours, the fastest of torch's, and the rest."""
+    ours = next((row for row in rows if row["contender"] in OURS), None)
+    rivals = [row for row in rows if not row["contender"].startswith(OURS) and row["contender"] not in NO_RIVALS]
+    best = min(rivals, key=lambda row: float(row["ms"]), default=None)
+    return ours, best, [row for row in rows if row is not ours and row is not best]
+
+
+def op_tables(rows: list[Row]) -> Iterator[str]:
+    for (op,), op_rows in groups(rows, "op").items():
+        yield f"### {op}\n"
+        lines = []
+        for (shape, dtype, kind), contenders in groups(op_rows, "shape", "dtype", "kind").items():
+            ours, best, rest = split(contenders)
+            lines.append((
+                f"{shape} {dtype}" + (f", {kind}" if kind else ""),
+                duration(float(ours["ms"])) if ours else "",
+                f"{float(ours['copy_share']):.2f}" if ours and ours["copy_share"] else "",
+                f"{best['contender']} {duration(float(best['ms']))}" if best else "",
+                f"{float(best['ms']) / float(ours['ms']):.2f}" if ours and best else "",
+                "; ".join(f"{row['contender']} {duration(float(row['ms']))}" for row in rest),
+            ))  # fmt: skip
+        yield table(("", "torch_fused", "of copy", "torch's best", "times as fast", "others"), lines)
+
+
+def slower_table(ops: list[Row], texts: list[Row], seed: list[Row]) -> Iterator[str]:
+    """Every row of ours that is slower than torch's best, with the reason where it is known."""
+    requests = [row | {"ms": str(1e3 * int(row["batch"]) * int(row["new"]) / float(row["tokens_s"]))} for row in texts]
+    compared = {
+        **{f"{op} {shape} {dtype}" + (f", {kind}" if kind else ""): rows
+           for (op, shape, dtype, kind), rows in groups(ops, "op", "shape", "dtype", "kind").items()},
+        **{f"generation, {dtype}, {mode}, {batch} x {prompt} + {new}": rows
+           for (dtype, mode, batch, prompt, new), rows
+           in groups(requests, "dtype", "mode", "batch", "prompt", "new").items()},
+        **{f"seed's {name}, {kind}": rows for (name, kind), rows in groups(seed, "row", "workload").items()},
+    }  # fmt: skip
+    lines = []
+    for what, rows in compared.items():
+        ours, best, _ = split(rows)
+        if ours and best and float(best["ms"]) < float(ours["ms"]):
+            ratio = float(best["ms"]) / float(ours["ms"])
+            times = duration(float(ours["ms"])), f"{best['contender']} {duration(float(best['ms']))}"
+            lines.append((what, *times, f"{ratio:.2f}", reason(what, ours, best)))
+    if lines:
+        yield "### Slower than torch's best\n"
+        yield table(("", "torch_fused", "torch's best", "times as fast", "why"), lines)
+
+
+def reason(what: str, ours: Row, best: Row) -> str:
+    low, high = (
+        float(row["ms"]) * (1 + sign * float(row.get("spread") or row["variation"]))
+        for row, sign in ((ours, -1), (best, 1))
+    )
+    if low <= high:
+        return "within the spread of both"
+    return next((why for pattern, why in SLOWER.items() if re.fullmatch(pattern, what)), "")
+
+
+# ---- generation -----------------------------------------------------------------------------------------------------
+
+
+def text_table(rows: list[Row]) -> Iterator[str]:
+    yield "### Generation\n"
+    yield (
+        "Whole requests of new tokens behind a prompt of random ids, the prompt included in tokens a second; memory is "
+        "what a request takes on top of the weights; ops are those that reach a device, views left out.\n"
+    )
+    lines = []
+    for (model, dtype, mode, batch, prompt, new), contenders in groups(
+        rows, "model", "dtype", "mode", "batch", "prompt", "new"
+    ).items():
+        stock = next((row for row in contenders if row["contender"] == "transformers"), None)
+        for row in contenders:
+            speed = float(row["tokens_s"]) / float(stock["tokens_s"]) if stock else None
+            lines.append((
+                f"{model} {dtype}, {mode}, {batch} x {prompt} + {new}" if row is contenders[0] else "",
+                row["contender"], row["tokens_s"], f"{speed:.2f}" if speed else "", row["ms_token"], row["ttft_ms"],
+                row["peak_mb"], row["ops_token"], row["launches_token"],
+            ))  # fmt: skip
+    yield table(
+        (
+            "", "", "tokens a second", "times as fast as transformers", "ms a token", "ms to the first", "MB",
+            "ops a token", "launches a token",
+        ),
+        lines,
+    )  # fmt: skip
+
+
+# ---- the seed's rows ------------------------------------------------------------------------------------------------
+
+
+def seed_tables(rows: list[Row]) -> Iterator[str]:
+    yield "### The rows of metal-candle v1.2.0\n"
+    yield (
+        "As published, and as an honest workload: real bytes, real shapes, each call waited for. The figure quoted is "
+        "what its page says of an Apple M4 Max; it was measured there, on the published workload, and is no rival "
+        "here. Float32. A dagger marks runs that vary by more than 5 %, a double dagger by more than 10 %.\n"
+    )
+    found = groups(rows, "row", "workload")
+
+    def line(name: str, kind: str, workload: Workload, quoted: str) -> tuple[str, ...]:
+        contenders = found.get((name, kind), [])
+        ours = [marked(row) for row in contenders if row["contender"].startswith(OURS)]
+        rest = [f"{row['contender']} {marked(row)}" for row in contenders if not row["contender"].startswith(OURS)]
+        return name, quoted, f"{kind}: {workload.text}", "; ".join(ours) or "not run", "; ".join(rest) or "not run"
+
+    lines = []
+    for row in ROWS:
+        lines.append(line(row.name, PUBLISHED, row.published, row.quoted))
+        lines.append(line(row.name, HONEST, row.honest, ""))
+    yield table(("row", "M4 Max, quoted", "workload", "torch_fused", "others"), lines)
+
+
+def marked(row: Row) -> str:
+    variation = float(row["variation"])
+    return duration(float(row["ms"])) + (" ‡" if variation > 0.1 else " †" if variation > 0.05 else "")
+
+
+# ---- Apple GPUs -----------------------------------------------------------------------------------------------------
+
+
+def apple(results: Path) -> Iterator[str]:
+    measured = [row for folder in machines(results) for row in read(folder / "apple.csv")]
+    counted = [row for folder in machines(results) for row in read(folder / "apple_counted.csv")]
+    yield "## Apple GPUs\n"
+    if measured:
+        lines = ((r["device"], r["op"], r["shape"], r["dtype"], duration(float(r["ms"]))) for r in measured)
+        yield table(("", "op", "shape", "dtype", "time"), lines)
+    else:
+        yield from prediction(groups(counted, "op", "shape", "dtype"))
+
+
+def prediction(counted: dict[tuple[str, ...], list[Row]]) -> Iterator[str]:
+    low, high = (f"{1e6 * seconds:.0f}" for seconds in LAUNCH_SECONDS)
+    yield (
+        "**Predictions, not measurements: nothing here has run on an Apple GPU.** The launches of each op and the "
+        "bytes they move are counted by the emulator, a byte that one launch reads twice once. The lower bound takes "
+        f"these bytes at Apple's published bandwidth and {low} us a launch; the upper bound {SHARE_REACHED[1]:.0%} of "
+        f"that bandwidth and {high} us a launch, which is what the host takes for one through torch. On a Mac "
+        "`python benchmarks/apple_prediction.py` times the ops, and its times then stand here in their place.\n"
+    )
+    ops = [(key, rows[0]) for key, rows in counted.items()]
+    yield table(
+        ("op", "shape", "dtype", "launches", "bytes"),
+        ((*key, row["launches"], f"{int(row['bytes']):,}") for key, row in ops),
+    )
+    columns = "us, from - to", *(f"{op} {shape} {dtype}" for (op, shape, dtype), _ in ops)
+    times: Callable[[Row, float], str] = lambda row, gb_s: " - ".join(  # noqa: E731
+        f"{1e6 * seconds:.3g}" if seconds < 1e-3 else f"{1e6 * seconds:.0f}"
+        for seconds in predicted(int(row["bytes"]), int(row["launches"]), gb_s)
+    )
+    yield table(
+        columns, ((f"{chip}, {gb_s:g} GB/s", *(times(row, gb_s) for _, row in ops)) for chip, gb_s in BANDWIDTH.items())
+    )
+
+
+def main() -> None:
+    try:
+        import plots
+    except ImportError:
+        print("no matplotlib: the plots stay as they are")
+    else:
+        plots.draw()
+    REPORT.parent.mkdir(exist_ok=True)
+    REPORT.write_text(generate())
+    print(f"wrote {REPORT.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
