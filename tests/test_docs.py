@@ -126,7 +126,8 @@ def test_every_page_is_reached_from_the_readme():
         page = new.pop()
         reached.add(page)
         links = re.findall(r"\]\(([^)\s#]+\.md)[^)]*\)", page.read_text())
-        new += [path for path in ((page.parent / link).resolve() for link in links) if path not in reached]
+        paths = {(page.parent / link).resolve() for link in links}
+        new += [path for path in paths - reached if path.exists()]
     assert reached >= set(PAGES)
 
 
