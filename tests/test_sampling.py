@@ -22,7 +22,7 @@ from torch_fused.ops.sampling import (
     sample_reference,
 )
 from torch_fused.sampling import filter_logits, greedy, sample
-from torch_fused.testing import make
+from torch_fused.testing import make, misleading_row
 
 INF = torch.inf
 
@@ -78,6 +78,18 @@ def test_whole_vocabulary(backend):
         if backend.name == "emulated":
             break
     assert torch.equal(greedy(x.to(backend.device)).cpu(), x.argmax(-1))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+def test_a_sample_that_misleads(backend, scale):
+    """A row whose sampled tokens are the least probable ones, so that one bucket holds all others; also if these tie."""
+    x = misleading_row(7000, scale)
+    for kwargs in ({}, {"top_k": 3000}, {"top_p": 0.6}, {"top_k": 5000, "top_p": 0.3}):
+        expected = filter_logits_reference(x, **kwargs)
+        assert torch.equal(filter_logits(x.to(backend.device), **kwargs).cpu(), expected), kwargs
+        for seed in range(2):
+            actual = sample(x.to(backend.device), seed=seed, **kwargs)
+            assert torch.equal(actual.cpu(), sample_reference(x, seed=seed, **kwargs)[0]), kwargs
 
 
 def test_every_dtype(backend):
@@ -334,12 +346,13 @@ def test_launches_and_traffic():
             run.clear()
             sample(x, top_k=50, top_p=0.9, seed=1)
             kernels = [launch.kernel for launch in run.launches]
-            assert kernels == ["sampling_maximum_f32", "sampling_sort_f32", "sampling_draw"]
-            assert [launch.buffers[0].read for launch in run.launches[:2]] == [nbytes, nbytes]
+            assert kernels == ["sampling_survey_f32", "sampling_divide_f32", "sampling_draw"]
+            sampled = 2 * 1024 * 4
+            assert [launch.buffers[0].read for launch in run.launches[:2]] == [nbytes + sampled, nbytes]
             run.clear()
             filtered = filter_logits(x, top_p=0.9)
             assert len(run.launches) == 3
-            assert run.launches[2].buffers[5].written == filtered.nbytes
+            assert run.launches[2].buffers[8].written == filtered.nbytes
 
 
 def test_opcheck(backend):

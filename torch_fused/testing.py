@@ -31,6 +31,14 @@ def make(
     return values.to(dtype).to(device).requires_grad_(requires_grad)
 
 
+def misleading_row(vocabulary: int, scale: float = 1.0) -> Tensor:
+    """Logits ``(1, vocabulary)`` whose tokens in the sampler's sample of a row (sampling.metal) come last."""
+    logits = make(1, vocabulary, scale=scale)
+    places = torch.arange(1024)
+    logits[0, (places << 10 | (places * 2654435761 & 0xFFFFFFFF) >> 22) * vocabulary >> 20] -= 100
+    return logits
+
+
 def relative_error(actual: Tensor, exact: Tensor) -> float:
     """``|actual - exact| / |exact|`` in the Euclidean norm, computed in float64; NaN if either holds one."""
     actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()

@@ -18,8 +18,8 @@ inline float threadgroup_sum(float value, threadgroup float* scratch, Place plac
   return simd_sum(place.lane < place.simdgroups ? scratch[place.lane] : 0.0f);
 }
 
-// Several sums at once, for the barriers of one: each of the N values becomes its sum over all threads. `scratch` holds
-// 32 * N values and may be reused after the call.
+// Several sums at once, for the barrier of one: each of the N values becomes its sum over all threads. `scratch` holds
+// 32 * N values and is written once.
 template <int N>
 inline void threadgroup_sums(thread float* values, threadgroup float* scratch, Place place) {
 #pragma unroll
@@ -32,5 +32,4 @@ inline void threadgroup_sums(thread float* values, threadgroup float* scratch, P
   for (int i = 0; i < N; i++) {
     values[i] = simd_sum(place.lane < place.simdgroups ? scratch[32 * i + place.lane] : 0.0f);
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
 }

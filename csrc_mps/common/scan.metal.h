@@ -10,21 +10,42 @@ struct Running {
   ulong total;  // of all threads
 };
 
-// `scratch` holds 32 values and may be reused after the call.
-inline Running threadgroup_scan(ulong value, threadgroup ulong* scratch, Place place) {
+// The sum of a simdgroup's values, given to each thread.
+inline ulong simd_total(ulong value) {
+  for (ushort distance = 16; distance > 0; distance /= 2) {
+    value += as_type<ulong>(simd_shuffle_xor(as_type<uint2>(value), distance));
+  }
+  return value;
+}
+
+// The largest of them.
+inline ulong simd_largest(ulong value) {
+  for (ushort distance = 16; distance > 0; distance /= 2) {
+    value = max(value, as_type<ulong>(simd_shuffle_xor(as_type<uint2>(value), distance)));
+  }
+  return value;
+}
+
+// Adds to each thread's value those of the lanes before it.
+inline ulong simd_running(ulong value, uint lane) {
   for (ushort distance = 1; distance < 32; distance *= 2) {
     const ulong other = as_type<ulong>(simd_shuffle_up(as_type<uint2>(value), distance));
-    if (place.lane >= distance) value += other;
+    if (lane >= distance) value += other;
   }
-  if (place.lane == 31) scratch[place.simdgroup] = value;
+  return value;
+}
+
+// `scratch` holds 32 values and may be reused after the call.
+inline Running threadgroup_scan(ulong value, threadgroup ulong* scratch, Place place) {
+  const ulong sum = simd_running(value, place.lane);
+  if (place.lane == 31) scratch[place.simdgroup] = sum;
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  Running running = {value, 0};
-  for (uint i = 0; i < place.simdgroups; i++) {
-    if (i < place.simdgroup) running.sum += scratch[i];
-    running.total += scratch[i];
-  }
+  const ulong part = place.lane < place.simdgroups ? scratch[place.lane] : 0;
+  const ulong parts = simd_running(part, place.lane);
+  const ulong before = as_type<ulong>(simd_shuffle(as_type<uint2>(parts - part), ushort(place.simdgroup)));
+  const ulong total = as_type<ulong>(simd_shuffle(as_type<uint2>(parts), ushort(31)));
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  return running;
+  return {before + sum, total};
 }
 
 // The largest `value` of all threads, given to each. `scratch` as above.

@@ -64,6 +64,8 @@ struct Seen {
     squares = fma(difference, difference, squares);
   }
 
+  float4 packed() const { return float4(shift, float(count), sum, squares); }
+
   Seen of_simdgroup() const { return {shift, simd_sum(count), simd_sum(sum), simd_sum(squares)}; }
 };
 
@@ -76,14 +78,12 @@ struct Moments {
   float normed(float x) const { return fma(x - mean, rstd, -rest * rstd); }
 };
 
-// From what each simdgroup has seen. `scratch` holds 32 values and is written once.
-inline Moments row_moments(Seen mine, uint cols, float eps, threadgroup float4* scratch, Place place) {
-  if (place.lane == 0) scratch[place.simdgroup] = float4(mine.shift, float(mine.count), mine.sum, mine.squares);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  const float shift = scratch[0].x;
+// From what each simdgroup has seen, which stands in `all`.
+inline Moments moments_of(threadgroup const float4* all, uint cols, float eps, Place place) {
+  const float shift = all[0].x;
   float sum = 0.0f, squares = 0.0f;
   if (place.lane < place.simdgroups) {
-    const float4 seen = scratch[place.lane];
+    const float4 seen = all[place.lane];
     const float distance = seen.x - shift;
     sum = fma(seen.y, distance, seen.z);
     squares = fma(distance, seen.z + sum, seen.w);
@@ -93,4 +93,11 @@ inline Moments row_moments(Seen mine, uint cols, float eps, threadgroup float4* 
   const float variance = fma(-sum, rest, simd_sum(squares)) / float(cols);
   const float mean = shift + rest;
   return {mean, rest - (mean - shift), rsqrt(max(variance, 0.0f) + eps)};
+}
+
+// The same for what this simdgroup has seen. `scratch` holds 32 values and is written once.
+inline Moments row_moments(Seen mine, uint cols, float eps, threadgroup float4* scratch, Place place) {
+  if (place.lane == 0) scratch[place.simdgroup] = mine.packed();
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  return moments_of(scratch, cols, eps, place);
 }

@@ -20,6 +20,21 @@ struct Slopes {
   float mean_gn;
 };
 
+// What each simdgroup leaves for the others.
+struct SimdgroupSums {
+  float4 seen[32];
+  float2 slopes[32];  // the sums of g and of g * (x - shift)
+};
+
+inline Slopes slopes_of(threadgroup const SimdgroupSums& all, Moments m, uint cols, Place place) {
+  float2 sums = float2(0.0f);
+  if (place.lane < place.simdgroups) {
+    sums = all.slopes[place.lane];
+    sums.y = (sums.y - (m.mean - all.seen[place.lane].x + m.rest) * sums.x) * m.rstd;
+  }
+  return {simd_sum(sums.x) / float(cols), simd_sum(sums.y) / float(cols)};
+}
+
 // One row of the backward pass. With g = dy * weight and n = (x - mean) * rstd: dx = rstd * (g - mean(g) - n * mean(g * n)),
 // and dy * n and dy are the row's parts of dweight and dbias.
 template <typename T, int W>
@@ -86,8 +101,7 @@ void layer_norm_backward(device const T* grad [[buffer(0)]], device const T* x [
                          uint simdgroup [[simdgroup_index_in_threadgroup]],
                          uint simdgroups [[simdgroups_per_threadgroup]]) {
   constexpr int packs = N > 0 ? N : 1;
-  threadgroup float4 moments_scratch[32];
-  threadgroup float scratch[2 * 32];
+  threadgroup SimdgroupSums shared[2];  // of rows in turn: no row waits for the reads of the one before
   const Place place = {lane, simdgroup, simdgroups};
   const uint first = thread_id * W;
   const uint step = threads * W;
@@ -95,6 +109,7 @@ void layer_norm_backward(device const T* grad [[buffer(0)]], device const T* x [
   device float* weight_part = partial + long(group) * p.cols * (uint(grad_weight) + uint(grad_bias));
   device float* bias_part = weight_part + (grad_weight ? p.cols : 0);
   float dw[packs][W] = {}, db[packs][W] = {};
+  uint turn = 0;
   for (uint row = group; row < p.rows; row += groups) {
     const LayerNormGradRow<T, W> r = {grad + long(row) * p.grad_stride,
                                       x + long(row) * p.x_stride,
@@ -123,10 +138,17 @@ void layer_norm_backward(device const T* grad [[buffer(0)]], device const T* x [
         r.add(column, dy[0], values[0], seen, sums);
       }
     }
-    const Moments m = row_moments(seen.of_simdgroup(), p.cols, p.eps, moments_scratch, place);
-    sums[1] = (sums[1] - (m.mean - seen.shift + m.rest) * sums[0]) * m.rstd;
-    threadgroup_sums<2>(sums, scratch, place);
-    const Slopes slopes = {sums[0] / float(p.cols), sums[1] / float(p.cols)};
+    seen = seen.of_simdgroup();
+    const float2 slope_sums = float2(simd_sum(sums[0]), simd_sum(sums[1]));
+    threadgroup SimdgroupSums& all = shared[turn];
+    turn ^= 1;
+    if (lane == 0) {
+      all.seen[simdgroup] = seen.packed();
+      all.slopes[simdgroup] = slope_sums;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    const Moments m = moments_of(all.seen, p.cols, p.eps, place);
+    const Slopes slopes = slopes_of(all, m, p.cols, place);
     if (N > 0) {
 #pragma unroll
       for (int i = 0; i < packs; i++) r.store(first + i * step, dy[i], values[i], m, slopes, dw[i], db[i]);

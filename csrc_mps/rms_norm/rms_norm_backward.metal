@@ -83,13 +83,14 @@ void rms_norm_backward(device const T* grad [[buffer(0)]], device const T* grad_
                        uint lane [[thread_index_in_simdgroup]],
                        uint simdgroup [[simdgroup_index_in_threadgroup]],
                        uint simdgroups [[simdgroups_per_threadgroup]]) {
-  threadgroup float scratch[2 * 32];
+  threadgroup float scratch[2][2 * 32];  // of rows in turn: no row waits for the reads of the one before
   const Place place = {lane, simdgroup, simdgroups};
   const uint first = thread_id * W;
   const uint step = threads * W;
   const bool grad_weight = p.flags & GRAD_WEIGHT;
   device float* part = partial + (grad_weight ? long(group) * p.cols : 0);
   float dw[N > 0 ? N : 1][W] = {};
+  uint turn = 0;
   for (uint row = group; row < p.rows; row += groups) {
     const RmsNormGradRow<T, W> r = {grad + long(row) * p.grad_stride,
                                     grad_sum + (p.flags & HAS_RESIDUAL ? long(row) * p.cols : 0),
@@ -112,7 +113,8 @@ void rms_norm_backward(device const T* grad [[buffer(0)]], device const T* grad_
         r.add(column, dy[0], values[0], sums);
       }
     }
-    threadgroup_sums<2>(sums, scratch, place);
+    threadgroup_sums<2>(sums, scratch[turn], place);
+    turn ^= 1;
     const float scale = rsqrt(sums[0] / float(p.cols) + p.eps);
     const float mean_gx = sums[1] / float(p.cols) * scale;
     if (N > 0) {

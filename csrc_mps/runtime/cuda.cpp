@@ -117,6 +117,8 @@ void* find_function(const Launch& launch, int device) {
 }  // namespace
 
 void launch_cuda(const Launch& launch) {
+  TORCH_INTERNAL_ASSERT(launch.threads_per_threadgroup % 32 == 0, "cuda.h counts on whole warps, got ",
+                        launch.threads_per_threadgroup, " threads");
   const c10::Device device = launch.tensors[0].device();
   const c10::DeviceGuard guard(device);
   ensure_context(launch, device.index());

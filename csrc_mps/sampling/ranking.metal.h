@@ -1,10 +1,12 @@
-// The sampling order of a row: larger logits first, equal ones by index. Each slice of a row is sorted on its own. A place
-// in the row is found by narrowing the range of tokens that it lies in, whatever the logits are: each simdgroup counts
-// what precedes another token of the range, which leaves a 33rd of it; the few tokens of the last range are sorted.
+// The sampling order of a row: larger logits first, equal ones by index. A row is divided into buckets of tokens that
+// follow one another, at tokens of a sample of it, so that buckets hold about as many tokens each whatever the logits
+// are. The place of a token in the row is in one bucket, which is sorted; one that is too large for that is divided
+// again, its range of tokens into equal parts.
 #pragma once
 #include <metal_stdlib>
 #include "common/scan.metal.h"
 #include "common/token_weight.h"
+#include "sampling/sort.metal.h"
 using namespace metal;
 using namespace torch_fused;
 
@@ -21,10 +23,12 @@ struct SamplingParams {
   uint flags;
 };
 
-constant constexpr uint SLICE = 2048;  // tokens; two a thread
-constant constexpr uint THREADS = 1024;
-constant constexpr uint MOST_SLICES = 512;
-constant constexpr uint FEW = 512;  // tokens that are sorted to settle a place
+constant constexpr uint SLICE = 2048;  // tokens that a threadgroup divides
+constant constexpr uint SLICE_THREADS = SLICE / PER_THREAD;
+constant constexpr uint BUCKETS = 256;
+constant constexpr uint THREADS = 1024;      // that search a row
+constant constexpr uint PLACES = 2;          // of each of them in what is sorted
+constant constexpr uint MOST_SORTED = PLACES * THREADS;
 constant constexpr uint ROW_PARAMETERS = 1;  // flags: the filter of each row is in a buffer
 constant constexpr uint STATE = 2;           // seed and offset are in a buffer
 
@@ -32,11 +36,8 @@ constant constexpr uint STATE = 2;           // seed and offset are in a buffer
 constant constexpr uint INDEX_BITS = 20;
 constant constexpr uint LAST_INDEX = (1u << INDEX_BITS) - 1u;
 
-inline ulong first_token(uint key) {
-  return ulong(key) << INDEX_BITS | LAST_INDEX;
-}
 inline ulong make_token(uint key, uint index) {
-  return key == 0u ? 0 : first_token(key) - index;
+  return key == 0u ? 0 : (ulong(key) << INDEX_BITS) + (LAST_INDEX - index);
 }
 inline uint token_key(ulong token) {
   return uint(token >> INDEX_BITS);
@@ -48,11 +49,22 @@ inline uint token_index(ulong token) {
 struct Weigher {
   float maximum;
   float scale;
+
+  // No token of the row is larger.
+  ulong first() const { return make_token(order_key(as_type<uint>(maximum)), 0u); }
+
   ulong weight(ulong token) const {
     if (token == 0) return 0;
     return token_weight(steps_below(maximum, as_type<float>(key_bits(token_key(token))), scale));
   }
 };
+
+// From the largest keys of a row's slices; by each simdgroup.
+inline Weigher row_weigher(device const uint* maxima, uint slices, float scale, uint lane) {
+  uint largest = 0u;
+  for (uint i = lane; i < slices; i += 32) largest = max(largest, maxima[i]);
+  return {as_type<float>(key_bits(simd_max(largest))), scale};
+}
 
 // Values in a buffer nobody could check without waiting for the device: they are clamped.
 inline TokenFilter row_filter(constant SamplingParams& p, device const float* row_parameters, uint row) {
@@ -63,227 +75,312 @@ inline TokenFilter row_filter(constant SamplingParams& p, device const float* ro
                       clamp(values[3], 0.0f, 1.0f));
 }
 
-constant constexpr uint SORTED_AT_ONCE = 64;  // tokens, by a simdgroup in registers; two a thread
+// Counts and weights of tokens by bucket, in threadgroup memory.
+struct Bins {
+  threadgroup atomic_uint* counts;
+  threadgroup atomic_uint* low;
+  threadgroup atomic_uint* high;
 
-// The larger of two tokens first, or the smaller.
-inline void order_pair(thread ulong& a, thread ulong& b, bool larger_first) {
-  const ulong other = a;
-  const bool swap = (a < b) == larger_first;
-  a = swap ? b : a;
-  b = swap ? other : b;
-}
-
-// The last steps of a merge, with the token `distance` away, then half as far and so on: those within a simdgroup.
-inline void merge_in_simdgroup(thread ulong* pair, uint distance, bool larger_first, uint lane) {
-  for (; distance > 1; distance /= 2) {
-    const ushort other_lane = distance / 2;
-    const bool keeps_larger = ((lane & other_lane) == 0) == larger_first;
-#pragma unroll
-    for (uint j = 0; j < 2; j++) {
-      const ulong other = as_type<ulong>(simd_shuffle_xor(as_type<uint2>(pair[j]), other_lane));
-      pair[j] = (other > pair[j]) == keeps_larger ? other : pair[j];
-    }
-  }
-  order_pair(pair[0], pair[1], larger_first);
-}
-
-// Sorts `size` tokens, a power of two from SORTED_AT_ONCE to twice the threads, largest first: Batcher's bitonic
-// network. Thread i has tokens 2 i and 2 i + 1; what a simdgroup has needs no threadgroup memory.
-inline void sort_tokens(threadgroup ulong* tokens, uint size, uint thread_id, uint lane) {
-  const uint mine = 2 * thread_id;
-  const bool has_tokens = mine < size;
-  ulong pair[2];
-  if (has_tokens) {
-    pair[0] = tokens[mine];
-    pair[1] = tokens[mine + 1];
-    for (uint width = 2; width <= SORTED_AT_ONCE; width *= 2) {
-      merge_in_simdgroup(pair, width / 2, (mine & width) == 0, lane);
-    }
-    tokens[mine] = pair[0];
-    tokens[mine + 1] = pair[1];
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (uint width = 2 * SORTED_AT_ONCE; width <= size; width *= 2) {
-    for (uint distance = width / 2; distance >= SORTED_AT_ONCE; distance /= 2) {
-      if (has_tokens) {
-        const uint first = mine - (thread_id & (distance - 1));
-        const ulong a = tokens[first], b = tokens[first + distance];
-        if ((a < b) == ((first & width) == 0)) {
-          tokens[first] = b;
-          tokens[first + distance] = a;
-        }
-      }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-    }
-    if (has_tokens) {
-      pair[0] = tokens[mine];
-      pair[1] = tokens[mine + 1];
-      merge_in_simdgroup(pair, SORTED_AT_ONCE / 2, (mine & width) == 0, lane);
-      tokens[mine] = pair[0];
-      tokens[mine + 1] = pair[1];
+  void clear(uint thread_id) const {
+    if (thread_id < BUCKETS) {
+      atomic_store_explicit(&counts[thread_id], 0u, memory_order_relaxed);
+      atomic_store_explicit(&low[thread_id], 0u, memory_order_relaxed);
+      atomic_store_explicit(&high[thread_id], 0u, memory_order_relaxed);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-}
 
-// How many of a sorted slice's tokens precede `token`.
-inline uint tokens_before(device const ulong* slice, ulong token) {
-  uint low = 0, high = SLICE;
-  while (low < high) {
-    const uint middle = (low + high) / 2;
-    if (slice[middle] > token) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
+  // One of up to SLICE tokens: the sums of both halves of 20 bits fit in 32. Returns how many came before into the bin.
+  uint add(uint bin, ulong weight) const {
+    atomic_fetch_add_explicit(&low[bin], uint(weight) & 0xfffffu, memory_order_relaxed);
+    atomic_fetch_add_explicit(&high[bin], uint(weight >> 20), memory_order_relaxed);
+    return atomic_fetch_add_explicit(&counts[bin], 1u, memory_order_relaxed);
   }
-  return low;
-}
+  ulong mass(uint bin) const { return (ulong(word(high, bin)) << 20) + word(low, bin); }
+
+  // One of any number of tokens: the low word carries into the high one.
+  void add_to_many(uint bin, ulong weight) const {
+    const uint part = uint(weight);
+    const uint before = atomic_fetch_add_explicit(&low[bin], part, memory_order_relaxed);
+    const uint rest = uint(weight >> 32) + (before + part < before ? 1u : 0u);
+    if (rest != 0u) atomic_fetch_add_explicit(&high[bin], rest, memory_order_relaxed);
+    atomic_fetch_add_explicit(&counts[bin], 1u, memory_order_relaxed);
+  }
+  ulong mass_of_many(uint bin) const { return ulong(word(high, bin)) << 32 | word(low, bin); }
+
+  uint count(uint bin) const { return word(counts, bin); }
+  static uint word(threadgroup atomic_uint* words, uint bin) {
+    return atomic_load_explicit(&words[bin], memory_order_relaxed);
+  }
+};
+
+// Tokens, and their weight.
+struct Tally {
+  uint count;
+  ulong mass;
+};
+
+// The running tallies of buckets.
+struct RunningTallies {
+  threadgroup uint* counts;
+  threadgroup ulong* masses;
+
+  // From the tally of the bucket that has this thread's number.
+  void set(Tally mine, threadgroup ulong* scratch, uint thread_id, Place place) const {
+    const uint count = uint(threadgroup_scan(thread_id < BUCKETS ? mine.count : 0u, scratch, place).sum);
+    const ulong mass = threadgroup_scan(thread_id < BUCKETS ? mine.mass : 0, scratch, place).sum;
+    if (thread_id < BUCKETS) {
+      counts[thread_id] = count;
+      masses[thread_id] = mass;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+
+  Tally until(uint bucket) const { return {counts[bucket], masses[bucket]}; }
+  Tally before(uint bucket) const {
+    if (bucket == 0u) return {0u, 0};
+    return until(bucket - 1);
+  }
+
+  // The bucket that the place up to and with which there are `target` tokens, or, by_mass, that weight, is in.
+  uint bucket_of(bool by_mass, ulong target, Place place) const {
+    uint passed = 0u;
+    for (uint i = place.lane; i < BUCKETS; i += 32) passed += (by_mass ? masses[i] : counts[i]) < target ? 1u : 0u;
+    return simd_sum(passed);
+  }
+};
 
 struct Reached {
   ulong token;
-  ulong sum;  // up to and with the token
+  ulong mass;  // of the row up to and with it
 };
 
 // Threadgroup memory for the search of a row.
 struct Workspace {
-  threadgroup ulong* tokens;  // FEW
+  threadgroup ulong* tokens;  // MOST_SORTED
   threadgroup ulong* sums;    // 32
-  threadgroup uint* counts;   // 32
-  threadgroup uint* ends;     // 2 * MOST_SLICES
   threadgroup Reached* reached;
-  threadgroup atomic_uint* count;
+  threadgroup atomic_uint* found;
+  RunningTallies buckets;
+  RunningTallies parts;  // of a bucket that is divided again
+  Bins bins;
 };
 
-// Tokens, and their number or weight.
-struct Tally {
-  uint count;
-  ulong sum;
+// Tokens that follow one another in a row. Once they are sorted, a thread has those at THREADS from each other.
+struct Range {
+  ulong tokens[PLACES];  // 0 for none
+  ulong masses[PLACES];  // of the row up to and with that token
+  ulong weights[PLACES];
+  Tally before;  // what precedes the range
+  Tally until;   // and with it
+  ulong first;   // first >= token > last
+  ulong last;
 };
 
-// One row as the launches before have left it.
+// One row as the launches before have left it, seen by one thread of those that search it.
 struct Ranking {
-  device const ulong* tokens;     // slices of SLICE, each sorted
-  device const ulong* masses;     // running weight within each slice
-  device const ulong* summaries;  // two a slice: its tokens that can be drawn; weight of those that min_p keeps
+  device const ulong* tokens;     // of each slice, bucket after bucket
+  device const uint* segments;    // where in a slice each bucket is: start * 2 * SLICE + count
+  device const ulong* masses;     // the weight of each slice's buckets
+  device const ulong* splitters;  // the last token that each bucket could have
   uint slices;
-  uint least_key;  // of a token that can be drawn
   Weigher weigher;
+  Workspace space;
+  uint thread_id;
+  Place place;
 
-  // What of the row precedes `token`, by one simdgroup.
-  Tally tally_before(bool by_mass, ulong token, Place place) const {
-    Tally tally = {0u, 0};
-    for (uint i = place.lane; i < slices; i += 32) {
-      const uint before = tokens_before(tokens + i * SLICE, token);
-      tally.count += before;
-      if (by_mass && before != 0u) tally.sum += masses[i * SLICE + before - 1];
+  // The tallies of the row's buckets from those of its slices: four threads a bucket.
+  void add_slices() const {
+    const uint bucket = thread_id % BUCKETS;
+    Tally mine = {0u, 0};
+#pragma unroll 8
+    for (uint i = thread_id / BUCKETS; i < slices; i += THREADS / BUCKETS) {
+      mine.count += segments[i * BUCKETS + bucket] % (2 * SLICE);
+      mine.mass += masses[i * BUCKETS + bucket];
     }
-    tally.count = simd_sum(tally.count);
-    for (ushort distance = 16; distance > 0; distance /= 2) {
-      tally.sum += as_type<ulong>(simd_shuffle_xor(as_type<uint2>(tally.sum), distance));
+    space.bins.clear(thread_id);
+    space.tokens[thread_id] = mine.mass;
+    atomic_fetch_add_explicit(&space.bins.counts[bucket], mine.count, memory_order_relaxed);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (thread_id < BUCKETS) {
+      mine = {space.bins.count(bucket), 0};
+      for (uint i = bucket; i < THREADS; i += BUCKETS) mine.mass += space.tokens[i];
     }
-    if (!by_mass) tally.sum = tally.count;
-    return tally;
+    space.buckets.set(mine, space.sums, thread_id, place);
   }
 
-  // The first token of the row up to and with which there are `target` of its `live` tokens, or, by_mass, that weight.
-  Reached reach(bool by_mass, ulong target, uint live, Workspace space, uint thread_id, Place place) const {
-    // The place is among the tokens first .. last + 1, in falling order; `before` precede them.
-    ulong first = first_token(order_key(as_type<uint>(weigher.maximum)));
-    ulong last = (ulong(least_key) << INDEX_BITS) - 1;
-    Tally before = {0u, 0};
-    uint until = live;  // tokens that precede `last`
-    while (until - before.count > FEW) {
-      const ulong step = (first - last) / (place.simdgroups + 1);
-      const Tally mine = tally_before(by_mass, first - step * (place.simdgroup + 1), place);
-      if (place.lane == 0) {
-        space.counts[place.simdgroup] = mine.count;
-        space.sums[place.simdgroup] = mine.sum;
-      }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-      // How many of the simdgroups' tokens lie before the place or at it.
-      const uint passed = simd_sum(place.lane < place.simdgroups && space.sums[place.lane] < target ? 1u : 0u);
-      if (passed < place.simdgroups) {
-        last = first - step * (passed + 1);
-        until = space.counts[passed];
-      }
-      if (passed > 0u) {
-        first -= step * passed;
-        before = {space.counts[passed - 1], space.sums[passed - 1]};
-      }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-    }
+  Tally all() const { return space.buckets.until(BUCKETS - 1); }
 
-    // They are collected in any order, then sorted.
-    for (uint i = thread_id; i < 2 * slices; i += THREADS) {
-      space.ends[i] = tokens_before(tokens + i / 2 * SLICE, i % 2 == 0 ? first : last);
+  // Places from .x up to .y of a slice hold the tokens of buckets from `bucket` to `end`.
+  uint2 segment(uint slice, uint bucket, uint end) const {
+    const uint last = segments[slice * BUCKETS + end];
+    return uint2(segments[slice * BUCKETS + bucket] / (2 * SLICE), last / (2 * SLICE) + last % (2 * SLICE));
+  }
+
+  ulong last_of(uint bucket) const { return max(splitters[bucket], ulong(1)) - 1; }
+
+  // Divides the range, which lies in one bucket, until it can be sorted.
+  void narrow(bool by_mass, ulong target, uint bucket, thread Range& range) const {
+    while (range.until.count - range.before.count > MOST_SORTED) {
+      const ulong width = (range.first - range.last) / BUCKETS + 1;
+      space.bins.clear(thread_id);
+      for (uint i = place.simdgroup; i < slices; i += place.simdgroups) {
+        const uint2 places = segment(i, bucket, bucket);
+        for (uint j = places.x + place.lane; j < places.y; j += 32) {
+          const ulong token = tokens[i * SLICE + j];
+          if (token > range.first || token <= range.last) continue;
+          space.bins.add_to_many(uint((range.first - token) / width), weigher.weight(token));
+        }
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      Tally mine = {0u, 0};
+      if (thread_id < BUCKETS) mine = {space.bins.count(thread_id), space.bins.mass_of_many(thread_id)};
+      space.parts.set(mine, space.sums, thread_id, place);
+      const Tally before = range.before;
+      const uint part = space.parts.bucket_of(by_mass, target - (by_mass ? before.mass : before.count), place);
+      const Tally skipped = space.parts.before(part), with = space.parts.until(part);
+      range.before = {before.count + skipped.count, before.mass + skipped.mass};
+      range.until = {before.count + with.count, before.mass + with.mass};
+      range.first -= part * width;
+      range.last = max(range.last, range.first - min(range.first, width));
+      threadgroup_barrier(mem_flags::mem_threadgroup);
     }
-    if (thread_id == 0) atomic_store_explicit(space.count, 0u, memory_order_relaxed);
-    const uint found = until - before.count;
-    uint size = SORTED_AT_ONCE;
-    while (size < found) size *= 2;
-    for (uint i = found + thread_id; i < size; i += THREADS) space.tokens[i] = 0;
+  }
+
+  // Collects the range's tokens, which lie in buckets from `bucket` to `end`, in any order, and sorts them.
+  void sort_range(uint bucket, uint end, thread Range& range) const {
+    if (thread_id == 0) atomic_store_explicit(space.found, 0u, memory_order_relaxed);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (uint i = place.simdgroup; i < slices; i += place.simdgroups) {
-      const uint from = space.ends[2 * i], to = space.ends[2 * i + 1];
-      if (from == to) continue;
-      uint slot = 0u;
-      if (place.lane == 0) slot = atomic_fetch_add_explicit(space.count, to - from, memory_order_relaxed);
-      slot = simd_broadcast_first(slot);
-      for (uint j = from + place.lane; j < to; j += 32) space.tokens[slot + j - from] = tokens[i * SLICE + j];
+      const uint2 places = segment(i, bucket, end);
+      for (uint j = places.x; j < places.y; j += 32) {
+        const ulong token = j + place.lane < places.y ? tokens[i * SLICE + j + place.lane] : 0;
+        const uint is_found = token > range.last && token <= range.first ? 1u : 0u;
+        const uint before = simd_prefix_exclusive_sum(is_found), all = simd_sum(is_found);
+        uint slot = 0u;
+        if (place.lane == 0) slot = atomic_fetch_add_explicit(space.found, all, memory_order_relaxed);
+        slot = simd_broadcast_first(slot) + before;
+        if (is_found != 0u) space.tokens[slot] = token;
+      }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    sort_tokens(space.tokens, size, thread_id, place.lane);
+    const uint found = range.until.count - range.before.count;
+    uint sorters = 32;
+    while (sorters * PER_THREAD < found) sorters *= 2;
+    ulong mine[PER_THREAD];
+#pragma unroll
+    for (uint j = 0; j < PER_THREAD; j++) {
+      const uint i = j * sorters + thread_id;
+      mine[j] = thread_id < sorters && i < found ? space.tokens[i] : 0;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    sort_tokens(mine, space.tokens, sorters, thread_id, place.lane);
+    if (thread_id < sorters) {
+#pragma unroll
+      for (uint j = 0; j < PER_THREAD; j++) space.tokens[j * sorters + thread_id] = mine[j];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    ulong mass = range.before.mass;
+#pragma unroll
+    for (uint k = 0; k < PLACES; k++) {
+      const uint i = k * THREADS + thread_id;
+      range.tokens[k] = i < found ? space.tokens[slot_of(i, sorters)] : 0;
+      range.weights[k] = weigher.weight(range.tokens[k]);
+      const Running running = threadgroup_scan(range.weights[k], space.sums, place);
+      range.masses[k] = mass + running.sum;
+      mass += running.total;
+    }
+  }
 
-    const ulong token = thread_id < size ? space.tokens[thread_id] : 0;
-    const ulong value = by_mass ? weigher.weight(token) : token != 0 ? 1 : 0;
-    const ulong sum = before.sum + threadgroup_scan(value, space.sums, place).sum;
-    if (sum - value < target && sum >= target) *space.reached = {token, sum};
+  // The token up to and with which there are `target` tokens, or, by_mass, that weight; 1 <= target <= all.
+  Reached reach(bool by_mass, ulong target, thread Range& range) const {
+    const bool is_in_range = by_mass ? range.before.mass < target && target <= range.until.mass
+                                     : range.before.count < target && target <= range.until.count;
+    if (!is_in_range) {
+      const uint end = space.buckets.bucket_of(by_mass, target, place);
+      range.until = space.buckets.until(end);
+      // Few tokens from the row's first on are taken as they are: they serve for what comes next too.
+      const uint bucket = range.until.count <= MOST_SORTED ? 0u : end;
+      range.before = space.buckets.before(bucket);
+      range.first = bucket == 0u ? weigher.first() : last_of(bucket - 1);
+      range.last = last_of(end);
+      narrow(by_mass, target, bucket, range);
+      sort_range(bucket, end, range);
+    }
+#pragma unroll
+    for (uint k = 0; k < PLACES; k++) {
+      const ulong sum = by_mass ? range.masses[k] : range.before.count + k * THREADS + thread_id + 1;
+      const ulong step = by_mass ? range.weights[k] : 1;
+      if (range.tokens[k] == 0 || sum - step >= target || sum < target) continue;
+      *space.reached = {range.tokens[k], range.masses[k]};
+    }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const Reached reached = *space.reached;
     threadgroup_barrier(mem_flags::mem_threadgroup);
     return reached;
   }
 
-  // The weight of the row's tokens that precede `token`.
-  ulong mass_before(ulong token, Workspace space, uint thread_id, Place place) const {
-    ulong mass = 0;
-    for (uint i = thread_id; i < slices; i += THREADS) {
-      const uint count = tokens_before(tokens + i * SLICE, token);
-      if (count != 0u) mass += masses[i * SLICE + count - 1];
+  // The weight of the tokens that are not smaller than `end`, which is in `range` or behind it.
+  ulong mass_until(ulong end, Range range) const {
+    if (end > range.last) {
+      ulong mass = 0;
+#pragma unroll
+      for (uint k = 0; k < PLACES; k++) mass += range.tokens[k] >= end ? range.weights[k] : 0;
+      return range.before.mass + threadgroup_scan(mass, space.sums, place).total;
     }
-    return threadgroup_scan(mass, space.sums, place).total;
+    uint passed = 0u;
+    for (uint i = place.lane; i < BUCKETS; i += 32) passed += splitters[i] > end ? 1u : 0u;
+    const uint bucket = simd_sum(passed);
+    ulong mass = 0;
+    for (uint i = place.simdgroup; i < slices; i += place.simdgroups) {
+      const uint2 places = segment(i, bucket, bucket);
+      for (uint j = places.x + place.lane; j < places.y; j += 32) {
+        const ulong token = tokens[i * SLICE + j];
+        if (token >= end) mass += weigher.weight(token);
+      }
+    }
+    return space.buckets.before(bucket).mass + threadgroup_scan(mass, space.sums, place).total;
   }
 };
 
 // What a filter keeps of a row.
 struct Kept {
-  ulong last;   // the last token in the order; 1 keeps all
-  ulong total;  // weight of the tokens kept; 0: nothing can be drawn
-  uint live;    // the row's tokens that can be drawn at all
+  ulong last;   // tokens that are not smaller
+  ulong total;  // their weight; 0: nothing can be drawn
+  ulong drawn;  // one of them
 };
 
-inline Kept apply_filter(Ranking row, TokenFilter filter, Workspace space, uint thread_id, Place place) {
-  ulong live = 0, heavy = 0, mass = 0;
-  for (uint i = thread_id; i < row.slices; i += THREADS) {
-    live += row.summaries[2 * i];
-    heavy += row.summaries[2 * i + 1];
-    mass += row.masses[i * SLICE + SLICE - 1];
+// Three places at most: of the k-th token, of the last in top_p, and of the one that 64 random bits stand for.
+inline Kept search_row(Ranking row, TokenFilter filter, device const ulong* heavy, bool draws, ulong bits) {
+  const Tally all = row.all();
+  Kept kept = {1, all.mass, 0};
+  Range range = {{}, {}, {}, {0, 0}, {0, 0}, 0, 0};
+  for (uint step = 0; step < 3 && all.count != 0u; step++) {
+    ulong target = filter.top_k;
+    if (step == 0 && (target == 0 || target >= all.count)) continue;
+    if (step == 1) {
+      if (filter.top_p >= kNoTopP) continue;
+      target = top_p_target(kept.total, filter.top_p);
+    }
+    if (step == 2) {
+      if (filter.min_weight > 1) {  // lighter tokens than that have no weight
+        ulong mass = 0;
+        for (uint i = row.place.lane; i < row.slices; i += 32) mass += heavy[i];
+        kept.total = min(kept.total, simd_total(mass));
+      }
+      if (!draws || kept.total == 0) break;
+      target = isinf(filter.scale) ? 1 : random_below(bits, kept.total) + 1;
+    }
+    const Reached reached = row.reach(step != 0, target, range);
+    if (step == 0) {
+      kept.last = ulong(token_key(reached.token)) << INDEX_BITS;  // and all its ties
+      kept.total = row.mass_until(kept.last, range);
+    } else if (step == 1) {
+      kept.last = reached.token;
+      kept.total = reached.mass;
+    } else {
+      kept.drawn = reached.token;
+    }
   }
-  live = threadgroup_scan(live, space.sums, place).total;
-  heavy = threadgroup_scan(heavy, space.sums, place).total;
-  Kept kept = {1, threadgroup_scan(mass, space.sums, place).total, uint(live)};
-  if (live == 0) return kept;
-  if (filter.top_k != 0u && filter.top_k < live) {
-    const ulong kth = row.reach(false, filter.top_k, kept.live, space, thread_id, place).token;
-    kept.last = ulong(token_key(kth)) << INDEX_BITS;  // and all its ties
-    kept.total = row.mass_before(kept.last, space, thread_id, place);
-  }
-  if (filter.top_p < kNoTopP) {
-    const Reached edge = row.reach(true, top_p_target(kept.total, filter.top_p), kept.live, space, thread_id, place);
-    kept.last = edge.token;
-    kept.total = edge.sum;
-  }
-  kept.total = min(kept.total, heavy);
   return kept;
 }

@@ -1,5 +1,6 @@
-// Sampling and filtering of logits in three launches: the maximum; slices sorted, with their running weight; then a search,
-// and a draw or the logits that are kept. No step takes much longer for some logits than for others.
+// Sampling and filtering of logits in three launches: a survey of each row, the maxima of its slices and a sample of its
+// tokens; slices divided into buckets, which the sample has given; then a search, and a draw or the logits that are kept.
+// No step takes much longer for some logits than for others.
 #include <metal_stdlib>
 #include "common/philox.h"
 #include "common/scan.metal.h"
@@ -8,147 +9,195 @@
 using namespace metal;
 using namespace torch_fused;
 
-// The largest key of a row's slices, as the float that has it.
-inline float row_maximum(uint largest, threadgroup uint* scratch, Place place) {
-  return as_type<float>(key_bits(threadgroup_max(largest, scratch, place)));
-}
-
-// A threadgroup a slice: its largest key.
+// The logits of a slice, eight a thread, NaN behind the end of the row.
 template <typename T>
-[[kernel, max_total_threads_per_threadgroup(1024)]]
-void sampling_maximum(device const T* logits [[buffer(0)]], device uint* maxima [[buffer(1)]],
-                      constant SamplingParams& p [[buffer(2)]], uint group [[threadgroup_position_in_grid]],
-                      uint thread_id [[thread_position_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
-                      uint simdgroup [[simdgroup_index_in_threadgroup]],
-                      uint simdgroups [[simdgroups_per_threadgroup]]) {
-  threadgroup uint scratch[32];
-  const Place place = {lane, simdgroup, simdgroups};
-  device const T* row = logits + long(group / p.slices) * p.row_stride;
-  const uint first = group % p.slices * SLICE;
-  uint largest = 0u;
-  for (uint i = first + thread_id; i < min(first + SLICE, p.vocabulary); i += THREADS) {
-    largest = max(largest, order_key(as_type<uint>(float(row[i]))));
+inline void load_slice(device const T* row, uint slice, uint vocabulary, uint thread_id, thread float* logits) {
+  const uint first = slice * SLICE + thread_id;
+#pragma unroll
+  for (uint j = 0; j < PER_THREAD; j++) {
+    const uint index = first + j * SLICE_THREADS;
+    logits[j] = index < vocabulary ? float(row[index]) : NAN;
   }
-  largest = threadgroup_max(largest, scratch, place);
-  if (thread_id == 0) maxima[group] = largest;
 }
 
-// A threadgroup a slice: its tokens in order, their running weight, and a summary.
+constant constexpr uint SAMPLE = 4 * BUCKETS;
+
+// An index in each SAMPLE-th of a row, at a place in it that is as good as random.
+inline uint sampled_index(uint i, uint vocabulary) {
+  return uint(ulong(i << 10 | (i * 2654435761u) >> 22) * vocabulary / (SAMPLE << 10));
+}
+
+// A threadgroup a slice: its largest key. And one a row that sorts a sample of it: every fourth token ends a bucket.
 template <typename T>
-[[kernel, max_total_threads_per_threadgroup(1024)]]
-void sampling_sort(device const T* logits [[buffer(0)]], device const uint* maxima [[buffer(1)]],
-                   device const float* row_parameters [[buffer(2)]], device ulong* sorted [[buffer(3)]],
-                   device ulong* masses [[buffer(4)]], device ulong* summaries [[buffer(5)]],
-                   constant SamplingParams& p [[buffer(6)]], uint group [[threadgroup_position_in_grid]],
-                   uint thread_id [[thread_position_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
-                   uint simdgroup [[simdgroup_index_in_threadgroup]],
-                   uint simdgroups [[simdgroups_per_threadgroup]]) {
-  threadgroup ulong tokens[SLICE];
-  threadgroup ulong sums[32];
+[[kernel, max_total_threads_per_threadgroup(256)]]
+void sampling_survey(device const T* logits [[buffer(0)]], device uint* maxima [[buffer(1)]],
+                     device ulong* splitters [[buffer(2)]], constant SamplingParams& p [[buffer(3)]],
+                     uint group [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
+                     uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+                     uint simdgroups [[simdgroups_per_threadgroup]]) {
+  threadgroup ulong exchange[SAMPLE];
   threadgroup uint scratch[32];
   const Place place = {lane, simdgroup, simdgroups};
-  const uint row = group / p.slices;
+  const uint row = group / (p.slices + 1), slice = group % (p.slices + 1);
   device const T* values = logits + long(row) * p.row_stride;
-  for (uint i = thread_id; i < SLICE; i += THREADS) {
-    const uint index = group % p.slices * SLICE + i;
-    tokens[i] = index < p.vocabulary ? make_token(order_key(as_type<uint>(float(values[index]))), index) : 0;
+  float x[PER_THREAD];
+  if (slice < p.slices) {
+    load_slice(values, slice, p.vocabulary, thread_id, x);
+    uint largest = 0u;
+#pragma unroll
+    for (uint j = 0; j < PER_THREAD; j++) largest = max(largest, order_key(as_type<uint>(x[j])));
+    largest = threadgroup_max(largest, scratch, place);
+    if (thread_id == 0) maxima[long(row) * p.slices + slice] = largest;
+    return;
   }
-  uint largest = 0u;
-  for (uint i = thread_id; i < p.slices; i += THREADS) largest = max(largest, maxima[long(row) * p.slices + i]);
+  constexpr uint sorters = SAMPLE / PER_THREAD;
+  ulong tokens[PER_THREAD];
+#pragma unroll
+  for (uint j = 0; j < PER_THREAD; j++) {
+    x[j] = thread_id < sorters ? float(values[sampled_index(j * sorters + thread_id, p.vocabulary)]) : NAN;
+  }
+#pragma unroll
+  for (uint j = 0; j < PER_THREAD; j++) {
+    tokens[j] = make_token(order_key(as_type<uint>(x[j])), sampled_index(j * sorters + thread_id, p.vocabulary));
+  }
+  sort_tokens(tokens, exchange, sorters, thread_id, lane);
+  if (thread_id < sorters) {
+    device ulong* ends = splitters + long(row) * BUCKETS + 2 * thread_id;
+    ends[0] = tokens[3];
+    ends[1] = thread_id == sorters - 1 ? 0 : tokens[7];  // the last bucket takes all that is left
+  }
+}
+
+// A threadgroup a slice: its tokens that can be drawn, bucket after bucket, and what the buckets hold.
+template <typename T>
+[[kernel, max_total_threads_per_threadgroup(256)]]
+void sampling_divide(device const T* logits [[buffer(0)]], device const uint* maxima [[buffer(1)]],
+                     device const ulong* splitters [[buffer(2)]], device const float* row_parameters [[buffer(3)]],
+                     device ulong* tokens [[buffer(4)]], device uint* segments [[buffer(5)]],
+                     device ulong* masses [[buffer(6)]], device ulong* heavy [[buffer(7)]],
+                     constant SamplingParams& p [[buffer(8)]], uint group [[threadgroup_position_in_grid]],
+                     uint thread_id [[thread_position_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+                     uint simdgroup [[simdgroup_index_in_threadgroup]],
+                     uint simdgroups [[simdgroups_per_threadgroup]]) {
+  threadgroup ulong divided[SLICE];
+  threadgroup ulong ends[BUCKETS];  // ends[0] is not used
+  threadgroup ulong sums[32];
+  threadgroup uint starts[BUCKETS];
+  threadgroup atomic_uint counts[BUCKETS];
+  threadgroup atomic_uint low[BUCKETS];
+  threadgroup atomic_uint high[BUCKETS];
+  const Place place = {lane, simdgroup, simdgroups};
+  const Bins bins = {counts, low, high};
+  const uint row = group / p.slices, slice = group % p.slices;
+  float x[PER_THREAD];
+  load_slice(logits + long(row) * p.row_stride, slice, p.vocabulary, thread_id, x);
   const TokenFilter filter = row_filter(p, row_parameters, row);
-  const Weigher weigher = {row_maximum(largest, scratch, place), filter.scale};
-  sort_tokens(tokens, SLICE, thread_id, lane);
+  const Weigher weigher = row_weigher(maxima + long(row) * p.slices, p.slices, filter.scale, lane);
+  // The splitters as a search tree, of which node i has the children 2 i and 2 i + 1: unlike a sorted array, whose places
+  // a power of two apart share a memory bank, what one step of the search reads lies side by side.
+  if (thread_id != 0u) {
+    const uint level = 31 - clz(thread_id), along = thread_id - (1u << level);
+    ends[thread_id] = splitters[long(row) * BUCKETS + (((2 * along + 1) * (BUCKETS / 2)) >> level) - 1];
+  }
+  bins.clear(thread_id);
 
-  const long first = long(group) * SLICE + 2 * thread_id;
-  ulong live = 0, heavy = 0, weights[2];
-  for (uint j = 0; j < 2; j++) {
-    const ulong token = tokens[2 * thread_id + j];
-    sorted[first + j] = token;
-    weights[j] = weigher.weight(token);
-    live += token != 0 ? 1 : 0;
-    heavy += weights[j] >= filter.min_weight ? weights[j] : 0;
+  ulong mine[PER_THREAD], heavy_mass = 0;
+  uint buckets[PER_THREAD], slots[PER_THREAD];
+#pragma unroll
+  for (uint j = 0; j < PER_THREAD; j++) {
+    mine[j] = make_token(order_key(as_type<uint>(x[j])), slice * SLICE + j * SLICE_THREADS + thread_id);
+    buckets[j] = 1u;
+#pragma unroll
+    for (uint nodes = 1; nodes < BUCKETS; nodes *= 2) buckets[j] = 2 * buckets[j] + (ends[buckets[j]] > mine[j] ? 1u : 0u);
+    buckets[j] -= BUCKETS;
   }
-  const ulong sum = threadgroup_scan(weights[0] + weights[1], sums, place).sum;
-  masses[first] = sum - weights[1];
-  masses[first + 1] = sum;
-  live = threadgroup_scan(live, sums, place).total;
-  heavy = threadgroup_scan(heavy, sums, place).total;
-  if (thread_id == 0) {
-    summaries[2 * group] = live;
-    summaries[2 * group + 1] = heavy;
+#pragma unroll
+  for (uint j = 0; j < PER_THREAD; j++) {
+    if (mine[j] == 0) continue;
+    const ulong weight = weigher.weight(mine[j]);
+    heavy_mass += weight >= filter.min_weight ? weight : 0;
+    slots[j] = bins.add(buckets[j], weight);
   }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  const uint count = bins.count(thread_id);
+  const Running running = threadgroup_scan(count, sums, place);
+  const uint start = uint(running.sum) - count;
+  starts[thread_id] = start;
+  segments[long(group) * BUCKETS + thread_id] = start * (2 * SLICE) + count;
+  masses[long(group) * BUCKETS + thread_id] = bins.mass(thread_id);
+  heavy_mass = threadgroup_scan(heavy_mass, sums, place).total;
+  if (thread_id == 0) heavy[group] = heavy_mass;
+#pragma unroll
+  for (uint j = 0; j < PER_THREAD; j++) {
+    if (mine[j] != 0) divided[starts[buckets[j]] + slots[j]] = mine[j];
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint i = thread_id; i < uint(running.total); i += SLICE_THREADS) tokens[long(group) * SLICE + i] = divided[i];
 }
 
-#define WORKSPACE(space)                       \
-  threadgroup ulong found[FEW];                \
-  threadgroup ulong sums[32];                  \
-  threadgroup uint counts[32];                 \
-  threadgroup uint ends[2 * MOST_SLICES];      \
-  threadgroup Reached reached[1];              \
-  threadgroup atomic_uint found_count[1];      \
-  const Workspace space = {found, sums, counts, ends, reached, found_count};
-
-inline Ranking row_ranking(device const ulong* sorted, device const ulong* masses, device const ulong* summaries,
-                           constant SamplingParams& p, uint row, float scale, threadgroup uint* scratch,
-                           uint thread_id, Place place) {
-  const long slice = long(row) * p.slices;
-  device const ulong* tokens = sorted + slice * SLICE;
-  uint largest = 0u, least = 0u;  // the least key as the largest of the inverted ones
-  for (uint i = thread_id; i < p.slices; i += THREADS) {
-    const uint live = uint(summaries[2 * (slice + i)]);
-    if (live == 0u) continue;
-    largest = max(largest, token_key(tokens[i * SLICE]));
-    least = max(least, ~token_key(tokens[i * SLICE + live - 1]));
-  }
-  const Weigher weigher = {row_maximum(largest, scratch, place), scale};
-  least = ~threadgroup_max(least, scratch, place);
-  const Ranking ranking = {tokens, masses + slice * SLICE, summaries + slice * 2, p.slices, least, weigher};
-  return ranking;
-}
+#define SEARCH_ROW(ranking)                                                                                   \
+  threadgroup ulong found[MOST_SORTED];                                                                       \
+  threadgroup ulong sums[32];                                                                                 \
+  threadgroup Reached reached[1];                                                                             \
+  threadgroup atomic_uint found_count[1];                                                                     \
+  threadgroup uint bucket_counts[BUCKETS];                                                                    \
+  threadgroup ulong bucket_masses[BUCKETS];                                                                   \
+  threadgroup uint part_counts[BUCKETS];                                                                      \
+  threadgroup ulong part_masses[BUCKETS];                                                                     \
+  threadgroup atomic_uint counts[BUCKETS];                                                                    \
+  threadgroup atomic_uint low[BUCKETS];                                                                       \
+  threadgroup atomic_uint high[BUCKETS];                                                                      \
+  const TokenFilter filter = row_filter(p, row_parameters, row);                                              \
+  const long first_slice = long(row) * p.slices;                                                              \
+  const Ranking ranking = {                                                                                   \
+      tokens + first_slice * SLICE,                                                                           \
+      segments + first_slice * BUCKETS,                                                                       \
+      masses + first_slice * BUCKETS,                                                                         \
+      splitters + long(row) * BUCKETS,                                                                        \
+      p.slices,                                                                                               \
+      row_weigher(maxima + first_slice, p.slices, filter.scale, lane),                                        \
+      {found, sums, reached, found_count, {bucket_counts, bucket_masses}, {part_counts, part_masses},         \
+       {counts, low, high}},                                                                                  \
+      thread_id,                                                                                              \
+      {lane, simdgroup, simdgroups}};                                                                         \
+  ranking.add_slices();
 
 // A threadgroup a row: the token drawn.
 [[kernel, max_total_threads_per_threadgroup(1024)]]
-void sampling_draw(device const ulong* sorted [[buffer(0)]], device const ulong* masses [[buffer(1)]],
-                   device const ulong* summaries [[buffer(2)]], device const float* row_parameters [[buffer(3)]],
-                   device const ulong* state [[buffer(4)]], device long* ids [[buffer(5)]],
-                   device uchar* valid [[buffer(6)]], constant SamplingParams& p [[buffer(7)]],
-                   uint row [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
-                   uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+void sampling_draw(device const ulong* tokens [[buffer(0)]], device const uint* segments [[buffer(1)]],
+                   device const ulong* masses [[buffer(2)]], device const ulong* splitters [[buffer(3)]],
+                   device const uint* maxima [[buffer(4)]], device const ulong* heavy [[buffer(5)]],
+                   device const float* row_parameters [[buffer(6)]], device const ulong* state [[buffer(7)]],
+                   device long* ids [[buffer(8)]], device uchar* valid [[buffer(9)]],
+                   constant SamplingParams& p [[buffer(10)]], uint row [[threadgroup_position_in_grid]],
+                   uint thread_id [[thread_position_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+                   uint simdgroup [[simdgroup_index_in_threadgroup]],
                    uint simdgroups [[simdgroups_per_threadgroup]]) {
-  WORKSPACE(space)
-  const Place place = {lane, simdgroup, simdgroups};
-  const TokenFilter filter = row_filter(p, row_parameters, row);
-  const Ranking ranking = row_ranking(sorted, masses, summaries, p, row, filter.scale, counts, thread_id, place);
-  const Kept kept = apply_filter(ranking, filter, space, thread_id, place);
-  uint index = 0u;
-  if (kept.total != 0) {
-    const ulong seed = p.flags & STATE ? state[0] : p.seed;
-    const ulong offset = p.flags & STATE ? state[1] : p.offset;
-    const ulong below = isinf(filter.scale) ? 0 : random_below(random_bits(seed, offset, row), kept.total);
-    index = token_index(ranking.reach(true, below + 1, kept.live, space, thread_id, place).token);
-  }
+  SEARCH_ROW(ranking)
+  const ulong seed = p.flags & STATE ? state[0] : p.seed;
+  const ulong offset = p.flags & STATE ? state[1] : p.offset;
+  const Kept kept = search_row(ranking, filter, heavy + first_slice, true, random_bits(seed, offset, row));
   if (thread_id == 0) {
-    ids[row] = index;
-    valid[row] = kept.total != 0 ? 1 : 0;
+    ids[row] = kept.drawn != 0 ? token_index(kept.drawn) : 0u;
+    valid[row] = kept.drawn != 0 ? 1 : 0;
   }
 }
 
 // A threadgroup a slice: its logits that are kept, and -inf in place of the others.
 template <typename T>
 [[kernel, max_total_threads_per_threadgroup(1024)]]
-void filter_logits(device const T* logits [[buffer(0)]], device const ulong* sorted [[buffer(1)]],
-                   device const ulong* masses [[buffer(2)]], device const ulong* summaries [[buffer(3)]],
-                   device const float* row_parameters [[buffer(4)]], device T* output [[buffer(5)]],
-                   constant SamplingParams& p [[buffer(6)]], uint group [[threadgroup_position_in_grid]],
-                   uint thread_id [[thread_position_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
-                   uint simdgroup [[simdgroup_index_in_threadgroup]],
+void filter_logits(device const T* logits [[buffer(0)]], device const ulong* tokens [[buffer(1)]],
+                   device const uint* segments [[buffer(2)]], device const ulong* masses [[buffer(3)]],
+                   device const ulong* splitters [[buffer(4)]], device const uint* maxima [[buffer(5)]],
+                   device const ulong* heavy [[buffer(6)]], device const float* row_parameters [[buffer(7)]],
+                   device T* output [[buffer(8)]], constant SamplingParams& p [[buffer(9)]],
+                   uint group [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
+                   uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
                    uint simdgroups [[simdgroups_per_threadgroup]]) {
-  WORKSPACE(space)
-  const Place place = {lane, simdgroup, simdgroups};
   const uint row = group / p.slices;
-  const TokenFilter filter = row_filter(p, row_parameters, row);
-  const Ranking ranking = row_ranking(sorted, masses, summaries, p, row, filter.scale, counts, thread_id, place);
-  const Kept kept = apply_filter(ranking, filter, space, thread_id, place);
+  SEARCH_ROW(ranking)
+  const Kept kept = search_row(ranking, filter, heavy + first_slice, false, 0);
   for (uint i = thread_id; i < SLICE; i += THREADS) {
     const uint index = group % p.slices * SLICE + i;
     if (index >= p.vocabulary) break;
@@ -159,15 +208,16 @@ void filter_logits(device const T* logits [[buffer(0)]], device const ulong* sor
   }
 }
 
-#define SAMPLING(name, T)                                                                                          \
-  template [[host_name("sampling_maximum_" #name)]] [[kernel]] void sampling_maximum<T>(                           \
-      device const T*, device uint*, constant SamplingParams&, uint, uint, uint, uint, uint);                      \
-  template [[host_name("sampling_sort_" #name)]] [[kernel]] void sampling_sort<T>(                                 \
-      device const T*, device const uint*, device const float*, device ulong*, device ulong*, device ulong*,       \
-      constant SamplingParams&, uint, uint, uint, uint, uint);                                                     \
-  template [[host_name("filter_logits_" #name)]] [[kernel]] void filter_logits<T>(                                 \
-      device const T*, device const ulong*, device const ulong*, device const ulong*, device const float*,         \
-      device T*, constant SamplingParams&, uint, uint, uint, uint, uint);
+#define SAMPLING(name, T)                                                                                            \
+  template [[host_name("sampling_survey_" #name)]] [[kernel]] void sampling_survey<T>(                               \
+      device const T*, device uint*, device ulong*, constant SamplingParams&, uint, uint, uint, uint, uint);         \
+  template [[host_name("sampling_divide_" #name)]] [[kernel]] void sampling_divide<T>(                               \
+      device const T*, device const uint*, device const ulong*, device const float*, device ulong*, device uint*,    \
+      device ulong*, device ulong*, constant SamplingParams&, uint, uint, uint, uint, uint);                         \
+  template [[host_name("filter_logits_" #name)]] [[kernel]] void filter_logits<T>(                                   \
+      device const T*, device const ulong*, device const uint*, device const ulong*, device const ulong*,            \
+      device const uint*, device const ulong*, device const float*, device T*, constant SamplingParams&, uint, uint, \
+      uint, uint, uint);
 SAMPLING(f32, float)
 SAMPLING(f16, half)
 SAMPLING(bf16, bfloat)

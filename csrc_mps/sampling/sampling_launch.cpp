@@ -26,21 +26,22 @@ struct SamplingParams {
 };
 constexpr uint32_t ROW_PARAMETERS = 1, STATE = 2;
 
-constexpr int64_t kSlice = 2048;  // tokens that one threadgroup sorts
-constexpr int64_t kGreedyThreads = 256;
+constexpr int64_t kSlice = 2048;  // tokens of a threadgroup
+constexpr int64_t kBuckets = 256;
+constexpr int64_t kSliceThreads = 256, kSearchThreads = 1024, kGreedyThreads = 256;
 
 int64_t slices_of(int64_t vocabulary) {
   return (vocabulary + kSlice - 1) / kSlice;
 }
 
-// A row's order, which the last launch searches.
-struct Order {
+// Rows divided into buckets, which the last launch searches.
+struct Divided {
   Rows logits;
   SamplingParams params;
-  Tensor sorted, masses, summaries, row_parameters;
+  Tensor row_parameters, tokens, segments, masses, splitters, maxima, heavy;
 };
 
-Order sort(const Sampling& call, const Tensor& logits) {
+Divided divide(const Sampling& call, const Tensor& logits) {
   const int64_t slices = slices_of(call.vocabulary);
   const Rows x = as_rows(logits, call.rows, call.vocabulary);
   const SamplingParams params{x.stride,
@@ -54,16 +55,19 @@ Order sort(const Sampling& call, const Tensor& logits) {
                               static_cast<uint32_t>(slices),
                               call.row_parameters ? ROW_PARAMETERS : 0,
                               0};
-  const auto longs = logits.options().dtype(at::kLong);
-  const Tensor sorted = at::empty({call.rows, slices, kSlice}, longs), masses = at::empty(sorted.sizes(), longs);
-  const Tensor summaries = at::empty({call.rows, slices, 2}, longs);
-  const Tensor maxima = at::empty({call.rows, slices}, longs.dtype(at::kInt));
-  const Tensor row_parameters = call.row_parameters.value_or(sorted);
-  const int64_t groups = call.rows * slices;
-  launch("sampling", "sampling_maximum_" + dtype_name(logits), groups, kMaxThreads, {x.tensor, maxima}, params);
-  launch("sampling", "sampling_sort_" + dtype_name(logits), groups, kMaxThreads,
-         {x.tensor, maxima, row_parameters, sorted, masses, summaries}, params);
-  return {x, params, sorted, masses, summaries, row_parameters};
+  const auto longs = logits.options().dtype(at::kLong), ints = longs.dtype(at::kInt);
+  const Tensor tokens = at::empty({call.rows, slices, kSlice}, longs);
+  const Tensor segments = at::empty({call.rows, slices, kBuckets}, ints);
+  const Tensor masses = at::empty({call.rows, slices, kBuckets}, longs);
+  const Tensor splitters = at::empty({call.rows, kBuckets}, longs);
+  const Tensor maxima = at::empty({call.rows, slices}, ints), heavy = at::empty({call.rows, slices}, longs);
+  const Tensor row_parameters = call.row_parameters.value_or(maxima);
+  const std::string dtype = dtype_name(logits);
+  launch("sampling", "sampling_survey_" + dtype, call.rows * (slices + 1), kSliceThreads,
+         {x.tensor, maxima, splitters}, params);
+  launch("sampling", "sampling_divide_" + dtype, call.rows * slices, kSliceThreads,
+         {x.tensor, maxima, splitters, row_parameters, tokens, segments, masses, heavy}, params);
+  return {x, params, row_parameters, tokens, segments, masses, splitters, maxima, heavy};
 }
 
 }  // namespace
@@ -89,10 +93,10 @@ Tensor filter_logits_gpu(const Tensor& logits, double temperature, std::optional
   const Sampling call = check_sampling("filter_logits", logits, temperature, top_k, top_p, min_p, row_parameters);
   const Tensor output = at::empty(logits.sizes(), logits.options());
   if (call.rows == 0) return output;
-  const Order order = sort(call, logits);
-  launch("sampling", "filter_logits_" + dtype_name(logits), call.rows * order.params.slices, kMaxThreads,
-         {order.logits.tensor, order.sorted, order.masses, order.summaries, order.row_parameters, output},
-         order.params);
+  const Divided d = divide(call, logits);
+  launch("sampling", "filter_logits_" + dtype_name(logits), call.rows * d.params.slices, kSearchThreads,
+         {d.logits.tensor, d.tokens, d.segments, d.masses, d.splitters, d.maxima, d.heavy, d.row_parameters, output},
+         d.params);
   return output;
 }
 
@@ -107,14 +111,14 @@ std::tuple<Tensor, Tensor> sample_gpu(const Tensor& logits, double temperature, 
   const Tensor ids = at::empty(shape, logits.options().dtype(at::kLong));
   const Tensor valid = at::empty(shape, logits.options().dtype(at::kBool));
   if (call.rows == 0) return {ids, valid};
-  Order order = sort(call, logits);
-  order.params.seed = random.seed;
-  order.params.offset = random.offset;
-  if (random.tensor) order.params.flags |= STATE;
-  launch("sampling", "sampling_draw", call.rows, kMaxThreads,
-         {order.sorted, order.masses, order.summaries, order.row_parameters, random.tensor.value_or(order.sorted), ids,
-          valid},
-         order.params);
+  Divided d = divide(call, logits);
+  d.params.seed = random.seed;
+  d.params.offset = random.offset;
+  if (random.tensor) d.params.flags |= STATE;
+  launch("sampling", "sampling_draw", call.rows, kSearchThreads,
+         {d.tokens, d.segments, d.masses, d.splitters, d.maxima, d.heavy, d.row_parameters,
+          random.tensor.value_or(d.tokens), ids, valid},
+         d.params);
   return {ids, valid};
 }
 

@@ -23,19 +23,24 @@ struct SoftmaxParams {
 };
 
 constexpr int64_t kFewRows = 128;  // too few threadgroups to fill a GPU, if each takes a whole row
-constexpr int64_t kChunk = 4096;   // columns
-constexpr int64_t kMostChunks = 256;
+constexpr int64_t kChunk = 4096, kLongestChunk = 16384;  // columns
+constexpr int64_t kMostChunks = 256, kChunkThreads = 256;
+constexpr int64_t kEnoughChunks = 512;  // of all rows, to fill a GPU
 
 void launch_chunked(const Rows& x, const Tensor& output, const SoftmaxShape& shape, SoftmaxParams params) {
-  const int64_t units = (shape.cols + kChunk - 1) / kChunk;
-  const int64_t chunk = (units + kMostChunks - 1) / kMostChunks * kChunk;
-  const int64_t chunks = (shape.cols + chunk - 1) / chunk;
+  const auto chunks_of = [&](int64_t chunk) { return (shape.cols + chunk - 1) / chunk; };
+  int64_t chunk = kChunk;
+  while ((chunk < kLongestChunk && shape.rows * chunks_of(2 * chunk) >= kEnoughChunks) ||
+         chunks_of(chunk) > kMostChunks) {
+    chunk *= 2;
+  }
+  const int64_t chunks = chunks_of(chunk);
   params.chunk = static_cast<uint32_t>(chunk);
   params.chunks = static_cast<uint32_t>(chunks);
   const Tensor partial = at::empty({shape.rows, chunks, 2}, output.options().dtype(at::kFloat));
-  launch("softmax", "softmax_chunk_" + dtype_name(output), shape.rows * chunks, kRowThreads, {x.tensor, partial},
+  launch("softmax", "softmax_chunk_" + dtype_name(output), shape.rows * chunks, kChunkThreads, {x.tensor, partial},
          params);
-  launch("softmax", "softmax_finish_" + dtype_name(output), shape.rows * chunks, kRowThreads,
+  launch("softmax", "softmax_finish_" + dtype_name(output), shape.rows * chunks, kChunkThreads,
          {x.tensor, partial, output}, params);
 }
 
@@ -47,7 +52,7 @@ Tensor softmax_gpu(const Tensor& input, std::optional<at::ScalarType> dtype) {
   const Tensor output = at::empty(converted.sizes(), converted.options());
   if (output.numel() == 0) return output;
   const Rows x = as_rows(converted, shape.rows, shape.cols);
-  const RowShape row = row_shape(shape.cols, output.element_size(), 2, 256);
+  const RowShape row = row_shape(shape.cols, output.element_size());
   const SoftmaxParams params{x.stride, 0, static_cast<uint32_t>(shape.cols), all_aligned({x, {output, shape.cols}}),
                              0,        1};
   if (row.packs == 0 && shape.rows < kFewRows) {

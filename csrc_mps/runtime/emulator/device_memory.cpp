@@ -34,7 +34,8 @@ std::string DeviceMemory::access(uintptr_t address, size_t size, msl_access acce
            nearest(address);
   }
   Buffer& buffer = *found;
-  if (address % std::min<size_t>(size, 16) != 0) {
+  // A type's size is a multiple of its alignment: 40 bytes are a struct of words of 8.
+  if (address % std::min<size_t>(size & -size, 16) != 0) {
     return std::string("misaligned ") + verb(access) + " of " + std::to_string(size) + " bytes at byte " +
            std::to_string(address - buffer.begin) + " of buffer " + std::to_string(buffer.index);
   }

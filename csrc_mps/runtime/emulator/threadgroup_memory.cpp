@@ -46,7 +46,7 @@ std::string ThreadgroupMemory::access(uintptr_t address, size_t size, msl_access
   if (!inside) {
     return std::string("out-of-bounds threadgroup ") + verb(access) + " of " + std::to_string(size) + " bytes";
   }
-  if (offset % std::min<size_t>(size, 16) != 0) {
+  if (offset % std::min<size_t>(size & -size, 16) != 0) {
     return std::string("misaligned ") + verb(access) + " of " + std::to_string(size) + " bytes of threadgroup memory";
   }
   for (size_t i = offset; i < offset + size; ++i) {

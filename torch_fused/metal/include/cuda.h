@@ -1,24 +1,16 @@
 // Metal's standard library for CUDA, compiled by NVRTC: a warp is a simdgroup, a block a threadgroup, __shared__
-// memory threadgroup memory. Blocks are whole, so a builtin of the grid is a product of block and grid sizes.
+// memory threadgroup memory. Grids are whole blocks along x, so a builtin of the grid is a product of block and grid
+// sizes. Blocks are whole warps, as cuda.cpp checks: the mask of a warp's function must be a constant to cost nothing.
 #pragma once
 
 #define MSL_TG_VAR(ID, LINE, NAME, TYPE, ...) __shared__ TYPE NAME __VA_ARGS__
 
 namespace msl_cuda {
 
-MSL_FN unsigned thread_index() {
-  return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
-}
-MSL_FN unsigned thread_count() {
-  return blockDim.x * blockDim.y * blockDim.z;
-}
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
 MSL_FN unsigned lane_index() {
-  return thread_index() & 31;
-}
-// The lanes this warp has: fewer than 32 in the last warp of a block that is not whole warps
-MSL_FN unsigned lane_mask() {
-  const unsigned left = thread_count() - (thread_index() & ~31u);
-  return left >= 32 ? 0xffffffffu : (1u << left) - 1;
+  return threadIdx.x & 31;
 }
 
 // A value of any type, moved between lanes as 32-bit words
@@ -35,12 +27,12 @@ MSL_FN T shuffle_words(T value, Shuffle shuffle) {
 // A butterfly: the same order of operations, hence the same bits, in every lane
 template <class T, class Function>
 MSL_FN T reduce(T value, Function function) {
-  const unsigned mask = lane_mask(), lane = lane_index(), lanes = __popc(mask);
   for (unsigned distance = 16; distance > 0; distance /= 2) {
-    const T other = shuffle_words(value, [=](unsigned word) { return __shfl_xor_sync(mask, word, distance); });
-    if ((lane ^ distance) < lanes) value = function(value, other);
+    value = function(value, shuffle_words(value, [=](unsigned word) {
+      return __shfl_xor_sync(ALL_LANES, word, distance);
+    }));
   }
-  return lanes == 32 ? value : shuffle_words(value, [=](unsigned word) { return __shfl_sync(mask, word, 0); });
+  return value;
 }
 
 }  // namespace msl_cuda
@@ -71,16 +63,15 @@ MSL_FN void threadgroup_barrier(mem_flags) {
   __syncthreads();
 }
 MSL_FN void simdgroup_barrier(mem_flags) {
-  __syncwarp(msl_cuda::lane_mask());
+  __syncwarp();
 }
 
 // Simdgroup functions
 
-#define MSL_SHUFFLE(NAME, INTRINSIC)                                                               \
-  template <class T>                                                                               \
-  MSL_FN T NAME(T value, ushort lane) {                                                            \
-    const uint mask = msl_cuda::lane_mask();                                                       \
-    return msl_cuda::shuffle_words(value, [=](uint word) { return INTRINSIC(mask, word, lane); }); \
+#define MSL_SHUFFLE(NAME, INTRINSIC)                                                                              \
+  template <class T>                                                                                              \
+  MSL_FN T NAME(T value, ushort lane) {                                                                           \
+    return msl_cuda::shuffle_words(value, [=](uint word) { return INTRINSIC(msl_cuda::ALL_LANES, word, lane); }); \
   }
 MSL_SHUFFLE(simd_shuffle, __shfl_sync)
 MSL_SHUFFLE(simd_broadcast, __shfl_sync)
@@ -104,6 +95,17 @@ MSL_REDUCE(simd_min, min(a, b))
 MSL_REDUCE(simd_or, a | b)
 MSL_REDUCE(simd_and, a& b)
 MSL_REDUCE(simd_xor, a ^ b)
+#if __CUDA_ARCH__ >= 800
+MSL_FN uint simd_sum(uint value) {
+  return __reduce_add_sync(msl_cuda::ALL_LANES, value);
+}
+MSL_FN uint simd_max(uint value) {
+  return __reduce_max_sync(msl_cuda::ALL_LANES, value);
+}
+MSL_FN uint simd_min(uint value) {
+  return __reduce_min_sync(msl_cuda::ALL_LANES, value);
+}
+#endif
 
 template <class T>
 MSL_FN T simd_prefix_inclusive_sum(T value) {
@@ -120,13 +122,13 @@ MSL_FN T simd_prefix_exclusive_sum(T value) {
 }
 
 MSL_FN simd_vote simd_ballot(bool condition) {
-  return simd_vote(__ballot_sync(msl_cuda::lane_mask(), condition));
+  return simd_vote(__ballot_sync(msl_cuda::ALL_LANES, condition));
 }
 MSL_FN bool simd_any(bool condition) {
-  return __any_sync(msl_cuda::lane_mask(), condition);
+  return __any_sync(msl_cuda::ALL_LANES, condition);
 }
 MSL_FN bool simd_all(bool condition) {
-  return __all_sync(msl_cuda::lane_mask(), condition);
+  return __all_sync(msl_cuda::ALL_LANES, condition);
 }
 
 // Atomics: 32-bit integers
@@ -187,9 +189,8 @@ MSL_FN unsigned coordinate(unsigned thread, unsigned threads, unsigned group, un
     case 0:
       return group * threads + thread;  // thread_position_in_grid
     case 1:
-      return thread;  // thread_position_in_threadgroup
     case 2:
-      return thread_index();  // thread_index_in_threadgroup
+      return thread;  // thread_position_in_threadgroup, thread_index_in_threadgroup
     case 3:
       return group;  // threadgroup_position_in_grid
     case 4:          // threads_per_threadgroup
@@ -202,10 +203,10 @@ MSL_FN unsigned coordinate(unsigned thread, unsigned threads, unsigned group, un
     case 8:
       return lane_index();  // thread_index_in_simdgroup
     case 9:
-      return thread_index() / 32;  // simdgroup_index_in_threadgroup
+      return threadIdx.x / 32;  // simdgroup_index_in_threadgroup
     case 10:                       // simdgroups_per_threadgroup
     case 11:
-      return (thread_count() + 31) / 32;  // dispatch_simdgroups_per_threadgroup
+      return blockDim.x / 32;  // dispatch_simdgroups_per_threadgroup
     default:
       return 32;  // threads_per_simdgroup
   }

@@ -39,7 +39,7 @@
 #define MSL_TG_VAR(ID, LINE, NAME, TYPE, ...) __local TYPE(&NAME) __VA_ARGS__ = *(__local TYPE(*) __VA_ARGS__)0
 
 #define INFINITY __builtin_inff()
-#define NAN __builtin_nanf("")
+#define NAN __builtin_bit_cast(float, 0x7fc00000)
 #define FLT_MAX 3.402823466e+38f
 #define FLT_MIN 1.175494351e-38f
 #define FLT_EPSILON 1.192092896e-07f
