@@ -252,6 +252,35 @@ def test_instruction_sets(capability):
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, cwd=os.path.dirname(__file__))
 
 
+@pytest.mark.parametrize(
+    "limit", [{"OMP_THREAD_LIMIT": "1"}, {"OMP_THREAD_LIMIT": "2"}, {"OMP_DYNAMIC": "true"}], ids=str
+)
+def test_fewer_threads_than_asked_for(limit):
+    """OpenMP may give a team fewer threads than torch is set to: those that came do all of the work, and none waits."""
+    script = "import torch, test_decode as t\ntorch.set_num_threads(4)\nt.Step(batch=3, steps=2, length=600).check()"
+    environment = {**os.environ, **limit, "PYTHONPATH": os.pathsep.join(sys.path)}
+    folder = os.path.dirname(__file__)
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, cwd=folder, timeout=300)
+
+
+class Checked(torch.utils.data.Dataset):
+    """Items that take a step."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        Step(batch=2, length=600).check()
+        return index
+
+
+def test_worker_of_a_data_loader():
+    """A process forked from one whose threads have run a step: torch gives it one thread."""
+    Step(length=600).check()
+    loader = torch.utils.data.DataLoader(Checked(), num_workers=2, multiprocessing_context="fork", timeout=300)
+    assert [int(item) for item in loader] == [0, 1, 2]
+
+
 def test_inputs_are_not_written():
     step = Step(batch=2)
     before = [

@@ -13,6 +13,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from torch_fused.hf import FusedKVCache, apply_torch_fused, generate
+from torch_fused.hf.cache import CACHE
 from torch_fused.metal import emulate
 from torch_fused.testing import relative_error
 
@@ -70,11 +71,11 @@ def test_logits_against_float64(family, dtype):
 
     def logits(model, cache):
         mask = inputs["attention_mask"]
-        results = [model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1:]]
+        results = [model(**inputs, **{CACHE: cache}, use_cache=True).logits[:, -1:]]
         for new in (*more[:, :10].split(1, 1), more[:, 10:]):
             mask = nn.functional.pad(mask, (0, new.shape[1]), value=1)
             positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -new.shape[1] :]
-            output = model(new, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            output = model(new, attention_mask=mask, position_ids=positions, **{CACHE: cache}, use_cache=True)
             results.append(output.logits)
         return torch.cat(results[1:], 1)
 
@@ -132,10 +133,10 @@ def test_no_copy_of_the_weights():
     apply_torch_fused(model)
     with torch.no_grad():
         cache = FusedKVCache(model.config, expected_len=64)
-        model(prompt(1, 20), past_key_values=cache)
-        model(prompt(1, 1), past_key_values=cache)
+        model(prompt(1, 20), **{CACHE: cache})
+        model(prompt(1, 1), **{CACHE: cache})
         with torch.profiler.profile(profile_memory=True) as profile:
-            model(prompt(1, 1), past_key_values=cache)
+            model(prompt(1, 1), **{CACHE: cache})
     allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
     assert 4096 * 4 <= allocated < weights / 20
 
@@ -251,7 +252,7 @@ def test_dropout_in_training_mode():
     with apply_torch_fused(model) as handle, torch.no_grad():
         cache = FusedKVCache(model.config)
         for tokens in (9, 1):
-            model(prompt(1, tokens), past_key_values=cache)
+            model(prompt(1, tokens), **{CACHE: cache})
         assert calls(handle)[1][-1] == "the model is in training mode and has attention dropout"
 
 
@@ -272,16 +273,16 @@ def test_sliding_window():
     with apply_torch_fused(model) as handle:
         output = model.generate(prompt(1, 9), return_dict_in_generate=True, **options)
         assert torch.equal(output.sequences, expected)
-        assert type(output.past_key_values.layers[0]) is DynamicSlidingWindowLayer
+        assert type(output[CACHE].layers[0]) is DynamicSlidingWindowLayer
         assert "layers that are not plain attention" in calls(handle)[1][-1]
 
 
-def one_step(model, new=1, cache=None, **kwargs):
+def one_step(model, new=1, held=None, **kwargs):
     """Logits of `new` tokens behind nine that two sequences hold already."""
-    cache = FusedKVCache(model.config) if cache is None else cache
+    cache = FusedKVCache(model.config) if held is None else held
     with torch.no_grad():
-        model(prompt(2, 9), past_key_values=cache)
-    arguments = {"input_ids": prompt(2, new, seed=3), "past_key_values": cache, **kwargs}
+        model(prompt(2, 9), **{CACHE: cache})
+    arguments = {"input_ids": prompt(2, new, seed=3), CACHE: cache, **kwargs}
     return model(**arguments)
 
 
@@ -306,7 +307,7 @@ LEFT_CALLS = {
     "hidden states": ({"output_hidden_states": True}, "output_hidden_states is on"),
     "embeddings": ({"input_ids": None, "inputs_embeds": torch.ones(2, 1, 64)}, "inputs_embeds instead of input_ids"),
     "loss": ({"new": 2, "labels": prompt(2, 2)}, "a loss is wanted"),
-    "no cache": ({"past_key_values": None}, "no cache is used"),
+    "no cache": ({CACHE: None}, "no cache is used"),
     "tuple": ({"return_dict": False}, "a tuple is wanted"),
     "mask in four dimensions": (
         {"attention_mask": four_dimensional(torch.arange(10) != 5)},
@@ -326,7 +327,7 @@ def test_a_call_that_is_left(case):
     arguments, reason = LEFT_CALLS[case]
     model = make_model(attn_implementation="eager")
     with torch.no_grad():
-        expected = one_step(model, cache=DynamicCache(config=model.config), **arguments)
+        expected = one_step(model, held=DynamicCache(config=model.config), **arguments)
         with apply_torch_fused(model) as handle:
             output = one_step(model, **arguments)
             ours, reasons = calls(handle)
@@ -342,13 +343,29 @@ def test_other_caches(cache_class):
     with apply_torch_fused(model) as handle:
         if cache_class is not None:
             expected = one_step(model)
-            output = one_step(model, cache=cache_class(config=model.config))
+            output = one_step(model, held=cache_class(config=model.config))
             torch.testing.assert_close(output.logits, expected.logits)
             assert "not a FusedKVCache" in calls(handle)[1][-1]
         else:
             with pytest.raises(RuntimeError):
                 one_step(model, input_ids=prompt(3, 1))
             assert "another dtype, device or batch size" in calls(handle)[1][-1]
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_the_cache_by_either_name(decode):
+    """Old code calls it past_key_values, code for a newer transformers cache."""
+    model = make_model()
+    with torch.no_grad():
+        expected = one_step(model, held=DynamicCache(config=model.config)).logits
+        with apply_torch_fused(model, decode=decode):
+            for name in ("past_key_values", CACHE):
+                cache = FusedKVCache(model.config)
+                model(prompt(2, 9), **{name: cache})
+                logits = model(prompt(2, 1, seed=3), **{name: cache}).logits
+                torch.testing.assert_close(logits, expected)
+                model(prompt(2, 1, seed=4), None, None, cache)
+                assert cache.get_seq_length() == 11
 
 
 def test_gradients_autocast_and_emulation():
@@ -388,7 +405,7 @@ def test_compiled_whole_model():
         expected = one_step(model).logits
         with apply_torch_fused(model):
             compiled = torch.compile(model, backend="eager")
-            torch.testing.assert_close(one_step(compiled, cache=FusedKVCache(model.config)).logits, expected)
+            torch.testing.assert_close(one_step(compiled, held=FusedKVCache(model.config)).logits, expected)
 
 
 def test_weights_may_change():
@@ -419,10 +436,10 @@ def test_goes_on_with_either():
     expected = model.generate(prompt(1, 9), max_new_tokens=60, **options).sequences
     output = generate(model, prompt(1, 9), max_new_tokens=20, **options)
     with apply_torch_fused(model, decode=False):
-        output = model.generate(output.sequences, past_key_values=output.past_key_values, max_new_tokens=20, **options)
-    output = generate(model, output.sequences, past_key_values=output.past_key_values, max_new_tokens=20, **options)
+        output = model.generate(output.sequences, **{CACHE: output[CACHE]}, max_new_tokens=20, **options)
+    output = generate(model, output.sequences, **{CACHE: output[CACHE]}, max_new_tokens=20, **options)
     assert torch.equal(output.sequences, expected)
-    assert output.past_key_values.get_seq_length() == 68
+    assert output[CACHE].get_seq_length() == 68
 
 
 # ---- the loop of hf.generate ----------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from transformers import (
 
 import torch_fused
 from torch_fused.hf import FusedKVCache, apply_torch_fused, generate
+from torch_fused.hf.cache import CACHE
 from torch_fused.testing import relative_error
 
 FAMILIES = {
@@ -177,7 +178,7 @@ def test_several_turns_with_one_cache(stock, fused):
         tokens = prompt(1, 5)
         for turn in range(3):
             tokens = torch.cat([tokens, prompt(1, 4, seed=turn)], dim=1)
-            tokens = model.generate(tokens, past_key_values=cache, max_new_tokens=20, do_sample=False)
+            tokens = model.generate(tokens, **{CACHE: cache}, max_new_tokens=20, do_sample=False)
         assert cache.get_seq_length() == tokens.shape[1] - 1
         conversations.append(tokens)
     assert torch.equal(*conversations)
@@ -208,22 +209,22 @@ def test_returns_scores_and_the_cache(stock, fused):
     for ours, theirs in zip(output.hidden_states, expected.hidden_states, strict=True):
         for a, e in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, e)
-    assert type(output.past_key_values) is FusedKVCache
-    assert type(expected.past_key_values) is DynamicCache
-    assert output.past_key_values.get_seq_length() == 15
+    assert type(output[CACHE]) is FusedKVCache
+    assert type(expected[CACHE]) is DynamicCache
+    assert output[CACHE].get_seq_length() == 15
 
 
 def cache_made_by(model, **options):
     output = model.generate(
         prompt(1, 6), max_new_tokens=4, do_sample=False, return_dict_in_generate=True, disable_compile=True, **options
     )
-    return output.past_key_values
+    return output.get(CACHE)
 
 
 def test_a_choice_of_cache_is_respected(stock, fused):
     """Only the default is replaced: no cache, a named one, and one handed in stay what was asked for."""
     mine = DynamicCache(config=fused.config)
-    assert cache_made_by(fused, past_key_values=mine) is mine
+    assert cache_made_by(fused, **{CACHE: mine}) is mine
     assert cache_made_by(fused, use_cache=False) is None
     assert type(cache_made_by(fused, cache_implementation="static")) is StaticCache
     assert type(cache_made_by(fused)) is FusedKVCache
@@ -239,7 +240,7 @@ def test_a_full_cache_stops_generation(fused):
     """max_cache_len too small for what is asked: the error of the cache, not a wrong result."""
     cache = FusedKVCache(fused.config, max_cache_len=8)
     with pytest.raises(ValueError, match="max_cache_len is 8 tokens"):
-        fused.generate(prompt(1, 6), past_key_values=cache, max_new_tokens=10, do_sample=False)
+        fused.generate(prompt(1, 6), **{CACHE: cache}, max_new_tokens=10, do_sample=False)
     assert [layer.get_seq_length() for layer in cache.layers] == [8, 8]
 
 
@@ -272,7 +273,7 @@ def test_generate_streams_and_leaves_the_model_as_it_was(stock, patch):
     assert torch.equal(output.sequences, expected)
     assert streamer.tokens == expected[0].tolist()
     assert streamer.ended
-    assert type(output.past_key_values) is FusedKVCache
+    assert type(output[CACHE]) is FusedKVCache
     assert [dict(module.__dict__) for module in stock.modules()] == before
 
 

@@ -188,6 +188,7 @@ def _compare(model, inputs, max_new_tokens: int, rounds: int) -> tuple[dict, dic
     from rich.progress import track
 
     from .hf import apply_torch_fused
+    from .hf.cache import CACHE
 
     length = inputs["input_ids"].shape[1]
 
@@ -206,7 +207,7 @@ def _compare(model, inputs, max_new_tokens: int, rounds: int) -> tuple[dict, dic
         if i >= 2:
             results[fused]["seconds"].append(time.perf_counter() - start)
         results[fused]["tokens"] = output.sequences[0, length:].tolist()
-        results[fused]["cache"] = _cache_bytes(output.past_key_values)
+        results[fused]["cache"] = _cache_bytes(output[CACHE])
         if i < 2:
             results[fused]["ops"] = _ops(generate)
         if handle is not None:

@@ -1,13 +1,19 @@
 """A key / value cache that is written in place, so that a token costs the same however long the sequence is."""
 
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..ops.kv_cache import kv_update_
+
+CACHE = "cache"
+"""Transformers' name for the cache, as an argument and in its outputs; before 5.24 it was ``past_key_values``."""
+if CACHE not in signature(GenerationMixin.prepare_inputs_for_generation).parameters:
+    CACHE = "past_key_values"
 
 ALLOCATE_AT_ONCE = 256 * 2**20
 """Bytes up to which a whole cache is allocated for its final length with the first token; a larger one grows."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..ops.decode import LAYER_PARTS, decode_
-from .cache import FusedKVCache, FusedLayer
+from .cache import CACHE, FusedKVCache, FusedLayer
 from .models import FAMILIES, SILU, Family
 from .watch import GLOBAL_HOOKS, Watch
 
@@ -139,7 +139,7 @@ class Decoder:
         if batch > MOST_SEQUENCES or steps > MOST_STEPS:
             raise Left(f"more than {MOST_STEPS} new tokens or {MOST_SEQUENCES} sequences (a prompt)")
         if type(cache) is not FusedKVCache:
-            raise Left(f"past_key_values is {_name(cache)}, not a FusedKVCache")
+            raise Left(f"the cache is a {_name(cache)}, not a FusedKVCache")
         if len(cache.layers) != plan.layers or any(type(layer) is not FusedLayer for layer in cache.layers):
             raise Left("the cache has layers that are not plain attention")
         weight: Tensor = plan.weights["embedding"]
@@ -165,11 +165,13 @@ def causal_lm_forward(
     labels: Tensor | None = None,
     use_cache: bool | None = None,
     logits_to_keep: int | Tensor = 0,
+    cache: Any = None,
     **kwargs: Any,
 ) -> Any:
     """The class's own forward, whose signature `generate` looks at, or the same logits, in float32, from one op."""
     decoder: Decoder = self.__dict__[DECODER]
-    args = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache, logits_to_keep)
+    cache = past_key_values if cache is None else cache
+    args = (input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, use_cache, logits_to_keep)
     try:
         return _forward(decoder, *args, **kwargs)
     except Left as left:
@@ -182,7 +184,7 @@ def _forward(
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
-    past_key_values: Any,
+    cache: Any,
     inputs_embeds: Tensor | None,
     labels: Tensor | None,
     use_cache: bool | None,
@@ -194,7 +196,7 @@ def _forward(
         raise Left("inputs_embeds instead of input_ids")
     if labels is not None:
         raise Left("a loss is wanted")
-    if past_key_values is None or not (config.use_cache if use_cache is None else use_cache):
+    if cache is None or not (config.use_cache if use_cache is None else use_cache):
         raise Left("no cache is used")
     for name in ("output_attentions", "output_hidden_states"):
         if kwargs.pop(name, None) or getattr(config, name, False):
@@ -206,8 +208,8 @@ def _forward(
         raise Left(f"an argument that only transformers knows: {', '.join(unknown)}")
     if not isinstance(logits_to_keep, int):
         raise Left("logits_to_keep is a tensor")
-    plan = decoder.check(input_ids, past_key_values)
-    length = past_key_values.get_seq_length()
+    plan = decoder.check(input_ids, cache)
+    length = cache.get_seq_length()
     starts = left_padding(attention_mask, input_ids, length)
     if position_ids is None:
         position_ids = torch.arange(length, length + input_ids.shape[1])[None]
@@ -218,10 +220,10 @@ def _forward(
         input_ids.contiguous(),
         positions,
         starts,
-        past_key_values,
+        cache,
         logits_to_keep=min(logits_to_keep, input_ids.shape[1]),
     )
-    return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+    return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
 
 
 def left_padding(mask: Tensor | None, input_ids: Tensor, length: int) -> Tensor | None:

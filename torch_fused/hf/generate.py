@@ -13,6 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..ops.decode import decode_token_
 from ..sampling import greedy, sample
+from .cache import CACHE
 from .decode import DECODER, Decoder, Left, left_padding
 from .patch import PatchHandle, prepare_cache_for_generation
 from .sampling import FusedProcessorList, get_logits_processor
@@ -112,7 +113,7 @@ def token_loop(
     if not generation_config.return_dict_in_generate:
         return input_ids
     sequences: Any = input_ids
-    return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=loop.cache)
+    return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: loop.cache})
 
 
 class _Loop:
@@ -128,7 +129,7 @@ class _Loop:
 
     @property
     def cache(self) -> Any:
-        return self.model_kwargs.get("past_key_values")
+        return self.model_kwargs.get(CACHE)
 
     def prefill(self, input_ids: Tensor, generation_config: Any) -> Tensor:
         outputs = self.model._prefill(
@@ -152,8 +153,9 @@ class _Loop:
         return self._took(self.model(**inputs, return_dict=True))
 
     def _took(self, outputs: Any) -> Tensor:
-        self._outputs = CausalLMOutputWithPast(past_key_values=outputs.past_key_values)
-        self.model_kwargs["past_key_values"] = outputs.past_key_values
+        cache = {CACHE: getattr(outputs, CACHE)}
+        self._outputs = CausalLMOutputWithPast(**cache)
+        self.model_kwargs.update(cache)
         self.pending = 1
         logits = outputs.logits[:, -1].float()
         tokens: Any = sample(logits, **self.filters) if self.do_sample else greedy(logits)

@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..functional import add_rms_norm, apply_rotary_pos_emb, rms_norm, silu_mul
+from .cache import CACHE
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,11 @@ def attention_forward(
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
     past_key_values=None,
+    cache=None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """What the attention of Llama, Qwen2 and Qwen3 computes, the positions of queries and keys by one kernel."""
+    cache = past_key_values if cache is None else cache
     heads = (*hidden_states.shape[:-1], -1, self.head_dim)
     q, k, v = (project(hidden_states).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
     if hasattr(self, "q_norm"):
@@ -89,8 +92,8 @@ def attention_forward(
         kwargs["sliding_window"] = self.sliding_window
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     q, k = apply_rotary_pos_emb(q, k, *position_embeddings, casting_mode="llama")
-    if past_key_values is not None:
-        k, v = past_key_values.update(k, v, self.layer_idx)
+    if cache is not None:
+        k, v = cache.update(k, v, self.layer_idx)
     eager = sys.modules[type(self).__module__].eager_attention_forward
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
     dropout = self.attention_dropout if self.training else 0.0
@@ -118,6 +121,7 @@ def _decoder_layer_forward(
     past_key_values=None,
     use_cache: bool | None = False,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
+    cache=None,
     **kwargs,
 ) -> Tensor:
     """``LlamaDecoderLayer.forward`` (models/llama/modeling_llama.py), its first addition and second norm as one."""
@@ -125,9 +129,9 @@ def _decoder_layer_forward(
         hidden_states=self.input_layernorm(hidden_states),
         attention_mask=attention_mask,
         position_ids=position_ids,
-        past_key_values=past_key_values,
         use_cache=use_cache,
         position_embeddings=position_embeddings,
+        **{CACHE: past_key_values if cache is None else cache},
         **kwargs,
     )
     norm = self.post_attention_layernorm

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache
 
-from .cache import FusedKVCache
+from .cache import CACHE, FusedKVCache
 from .decode import CAUSAL_LMS, DECODER, Decoder, causal_lm_forward
 from .models import DECODER_LAYERS, MLPS, NEXT_NORM, RMS_NORMS, ROTARY, Forwards
 from .sampling import get_logits_processor
@@ -158,7 +158,7 @@ def apply_torch_fused(
         rotary: queries and keys are rotated by their positions in one kernel.
         mlp: the activation between the feed-forward projections, ``silu(gate) * up``, runs as one kernel.
         cache: ``generate()`` uses a :class:`FusedKVCache` where it would make a ``DynamicCache``. Your own
-            ``past_key_values``, another ``cache_implementation`` and ``use_cache=False`` are respected.
+            cache, another ``cache_implementation`` and ``use_cache=False`` are respected.
         sampler: ``generate()`` picks tokens with :func:`torch_fused.sampling.greedy` and
             :func:`torch_fused.sampling.sample`, which take over temperature, top-k, top-p and min-p; other processors
             run as before. What is drawn follows ``torch.manual_seed`` but is another draw than transformers' from the
@@ -210,17 +210,17 @@ def prepare_cache_for_generation(
     self, generation_config, model_kwargs: dict, generation_mode, batch_size: int, max_cache_length: int
 ) -> None:
     """The class's own method; then a `FusedKVCache` instead of the `DynamicCache` that it made, if it made one."""
-    user_cache = model_kwargs.get("past_key_values")
+    user_cache = model_kwargs.get(CACHE)
     type(self)._prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     )
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     if user_cache is not None or type(cache) is not DynamicCache or cache.offloading:
         return
     fused = FusedKVCache(self.config.get_text_config(decoder=True), expected_len=max_cache_length)
     if generation_config.is_assistant:
         fused.activate_past_recording()
-    model_kwargs["past_key_values"] = fused
+    model_kwargs[CACHE] = fused
 
 
 FUNCTIONS = {
