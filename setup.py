@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = Path("csrc_mps")
 MACOS = platform.system() == "Darwin"
 
-# The ninja of the environment that builds, activated or not.
-os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+# Where there is no other ninja, that of the environment that builds, activated or not.
+os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
 
 # The front end is plain Python; reached beside the package, whose own import needs the extension built here.
 sys.path.insert(0, str(ROOT / "torch_fused"))
