@@ -176,7 +176,7 @@ def markdown(docstring: str, links: dict[str, str]) -> str:
 def wrap(text: str) -> str:
     """Paragraphs and list items anew in lines of 120; formulas on lines of their own stay."""
     blocks = re.split(r"\n(?=- )|\n\s*\n", text)
-    filled = [block if "$$" in block else fill(block) for block in blocks]
+    filled = [block if "```" in block else fill(block) for block in blocks]
     lists = "".join(
         block + ("\n" if block.startswith("- ") and following.startswith("- ") else "\n\n")
         for block, following in zip(filled, [*filled[1:], ""], strict=True)
@@ -214,8 +214,8 @@ def inline(text: str, links: dict[str, str]) -> str:
             return f"[`{last}`](#{links[last]})"
         return f"`{last if match[1].startswith('~') else name}`"
 
-    text = re.sub(r"\.\. math::\n((?:    .*\n?)+)", lambda m: f"$$\n{textwrap.dedent(m[1]).rstrip()}\n$$\n", text)
-    text = re.sub(r":math:`([^`]+)`", r"$\1$", text)
+    text = re.sub(r"\.\. math::\n((?:    .*\n?)+)", lambda m: f"```math\n{textwrap.dedent(m[1])}```\n", text)
+    text = re.sub(r":math:`([^`]+)`", r"$`\1`$", text)
     text = re.sub(r":(?:func|class|meth):`([^`]+)`", role, text)
     return re.sub(r"``([^`]+)``", r"`\1`", text)
 
