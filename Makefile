@@ -39,7 +39,7 @@ bench: build
 bench-full: ARGS += --full
 bench-full: bench
 
-CPP := $(shell git ls-files 'csrc_mps/*.cpp' 'csrc_mps/*.h' 'csrc_mps/*.mm' 'torch_fused/metal/include/*.h' | grep -v metal.h)
+CPP = $(shell find csrc_mps torch_fused/metal/include -name '*.cpp' -o -name '*.mm' -o -name '*.h' ! -name '*.metal.h')
 
 lint: venv
 	$(BIN)/ruff check .
@@ -63,6 +63,16 @@ mac-check:
 # On a machine with an NVIDIA GPU: builds there, the op tests on CUDA, then compute-sanitizer.
 gpu-check:
 	PYTHON=$(PYTHON) tools/gpu_check.sh
+
+.PHONY: package package-check
+
+# dist/: the sdist, and from it a wheel for this machine and the torch in .venv.
+package: venv
+	$(BIN)/python -m build --no-isolation
+
+# The sdist in a fresh environment outside of the tree: builds, installs, and runs its tests there.
+package-check:
+	PYTHON=$(PYTHON) TORCH=$(TORCH) tools/package_check.sh $(ARGS)
 
 clean:
 	rm -rf build dist $(VENV) torch_fused/_C*.so torch_fused.egg-info

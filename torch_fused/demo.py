@@ -31,6 +31,8 @@ SHARED_CONFIG = (
     "eos_token_id",
     "pad_token_id",
 )
+__all__ = ["load_demo_model"]
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -44,8 +46,16 @@ def load_demo_model(dtype: torch.dtype = torch.bfloat16, device: torch.device | 
         dtype: of the returned model; the weights are kept in bfloat16, to which the 4-bit values are close enough.
         device: where the model is put.
 
+    Returns:
+        The model, ready to generate, and its tokenizer.
+
     Raises:
         RuntimeError: the package with the weights is not installed; the message says how to install it.
+
+    Example:
+        >>> model, tokenizer = torch_fused.demo.load_demo_model(dtype=torch.float32)
+        >>> type(model).__name__, model.config.num_hidden_layers
+        ('Qwen2ForCausalLM', 30)
     """
     from transformers import AutoTokenizer, Qwen2ForCausalLM
 

@@ -10,7 +10,14 @@ __all__ = ["LayerNorm", "RMSNorm", "Softmax", "SwiGLU"]
 class LayerNorm(torch.nn.LayerNorm):
     """`torch.nn.LayerNorm` on the fused op: the same arguments, parameters and state dict.
 
-    Shapes: input ``(*, *normalized_shape)``, output the same.
+    Shapes: input ``(*, *normalized_shape)``, output the same; float32, float16 or bfloat16, on the CPU float64 too.
+
+    Raises:
+        RuntimeError: when called, as :func:`torch_fused.functional.layer_norm`.
+
+    Example:
+        >>> torch_fused.nn.LayerNorm(2)(torch.tensor([[1.0, 3.0]])).shape
+        torch.Size([1, 2])
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -24,9 +31,18 @@ class RMSNorm(torch.nn.RMSNorm):
         normalized_shape: the last dimensions of the input.
         eps: added to the mean square; None is the machine epsilon of float32.
         elementwise_affine: whether there is a learnable weight.
+        device, dtype: of the weight.
         casting_mode, weight_offset: as in :func:`torch_fused.functional.rms_norm`.
 
-    Shapes: input ``(*, *normalized_shape)``, output the same.
+    Shapes: input ``(*, *normalized_shape)``, output the same; float32, float16 or bfloat16, on the CPU float64 too.
+
+    Raises:
+        RuntimeError: when called, as :func:`torch_fused.functional.rms_norm`.
+
+    Example:
+        >>> with torch.no_grad():
+        ...     torch_fused.nn.RMSNorm(2, eps=0.0)(torch.tensor([[3.0, 4.0]]))
+        tensor([[0.8485, 1.1314]])
     """
 
     def __init__(
@@ -56,9 +72,16 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class Softmax(torch.nn.Softmax):
-    """`torch.nn.Softmax` on the fused op. `dim` None is the last dimension.
+    """`torch.nn.Softmax` on the fused op. ``dim`` None is the last dimension.
 
-    Shapes: any input, output the same.
+    Shapes: any input, output the same; float32, float16 or bfloat16, on the CPU float64 too.
+
+    Raises:
+        IndexError, RuntimeError: when called, as :func:`torch_fused.functional.softmax`.
+
+    Example:
+        >>> torch_fused.nn.Softmax(dim=-1)(torch.zeros(2))
+        tensor([0.5000, 0.5000])
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -74,9 +97,17 @@ class SwiGLU(torch.nn.Module):
         hidden_size: features of the input and the output.
         intermediate_size: features between.
         bias: whether the projections have one.
+        device, dtype: of the parameters.
         casting_mode: as in :func:`torch_fused.functional.silu_mul`.
 
-    Shapes: input ``(*, hidden_size)``, output the same.
+    Shapes: input ``(*, hidden_size)``, output the same; float32, float16 or bfloat16, on the CPU float64 too.
+
+    Raises:
+        RuntimeError: when called, as :func:`torch_fused.functional.silu_mul`.
+
+    Example:
+        >>> torch_fused.nn.SwiGLU(8, 20)(torch.ones(3, 8)).shape
+        torch.Size([3, 8])
     """
 
     def __init__(

@@ -66,6 +66,10 @@ class AdamW(torch.optim.AdamW):
 
         Returns:
             What the closure returned, or None.
+
+        Raises:
+            ValueError: a gradient is sparse, or a group asks for amsgrad. The parameters of that group stay as they
+                were.
         """
         loss = None
         if closure is not None:
@@ -115,7 +119,14 @@ class AdamW(torch.optim.AdamW):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes a state dict of this class or of torch's AdamW, whatever the implementation that wrote it."""
+        """Takes a state dict of this class or of torch's AdamW, whatever the implementation that wrote it.
+
+        Args:
+            state_dict: what ``state_dict()`` of either returned; it is not changed.
+
+        Raises:
+            ValueError: its groups do not fit those of this optimizer.
+        """
         super().load_state_dict(state_dict)
         # Torch has rounded the averages to the parameter's dtype.
         numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])

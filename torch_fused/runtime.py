@@ -9,6 +9,15 @@ def status() -> dict[str, dict[str, str]]:
     """The runtime of every op on every device this torch can use: ``{op: {device: runtime}}``.
 
     An op that has fallen back to torch in this process, because its GPU kernels could not be built, says so and why.
+
+    Returns:
+        For every op of ``torch.ops.torch_fused`` the devices there are, of ``"cpu"``, ``"cuda"`` and ``"mps"``, each
+        with ``"vectorised C++"``, ``"Metal source translated to CUDA"``, ``"Metal"``, or ``"torch"`` where it has no
+        kernel of its own.
+
+    Example:
+        >>> torch_fused.status()["rms_norm"]["cpu"]
+        'vectorised C++'
     """
     devices = ["cpu"]
     if torch.cuda.is_available():

@@ -171,11 +171,12 @@ class FusedKVCache(DynamicCache):
         expected_len: tokens the sequence is expected to reach: a hint for the allocation, not a limit. None if unknown.
 
     Raises:
-        ValueError: `update` with more tokens than ``max_cache_len`` leaves room for. The cache stays as it was.
+        ValueError: ``max_cache_len`` is below 1. Later, from ``update``: more tokens than ``max_cache_len`` leaves room
+            for; the cache stays as it was.
 
     Example:
         >>> cache = FusedKVCache(model.config)
-        >>> model.generate(input_ids, past_key_values=cache, max_new_tokens=32)
+        >>> tokens = model.generate(input_ids, past_key_values=cache, max_new_tokens=32)
     """
 
     def __init__(self, config: PreTrainedConfig, *, max_cache_len: int | None = None, expected_len: int | None = None):

@@ -40,7 +40,7 @@ def generate(model, inputs: Tensor | Mapping[str, Tensor], *, decode: bool = Tru
         TypeError: ``inputs`` is neither a tensor nor a mapping.
 
     Example:
-        >>> generate(model, tokenizer("Hello", return_tensors="pt"), max_new_tokens=32)
+        >>> tokens = generate(model, tokenizer("Hello", return_tensors="pt"), max_new_tokens=32)
     """
     if isinstance(inputs, Tensor):
         inputs = {"input_ids": inputs}

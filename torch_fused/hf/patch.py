@@ -31,7 +31,14 @@ class Patch:
 
 
 class PatchHandle:
-    """What `apply_torch_fused` did to a model. As a context manager it reverts on exit."""
+    """What :func:`apply_torch_fused` did to a model. As a context manager it reverts on exit.
+
+    Example:
+        >>> with apply_torch_fused(model, decode=False) as handle:
+        ...     print(handle.report())
+        torch_fused on Qwen2ForCausalLM
+        ...
+    """
 
     def __init__(self, model: nn.Module):
         self._model = model
@@ -152,9 +159,10 @@ def apply_torch_fused(
         mlp: the activation between the feed-forward projections, ``silu(gate) * up``, runs as one kernel.
         cache: ``generate()`` uses a :class:`FusedKVCache` where it would make a ``DynamicCache``. Your own
             cache, another ``cache_implementation`` and ``use_cache=False`` are respected.
-        sampler: ``generate()`` picks tokens with :func:`torch_fused.sampling.greedy` and :func:`~torch_fused.sampling
-            .sample`, which take over temperature, top-k, top-p and min-p; other processors run as before. What is drawn
-            follows ``torch.manual_seed`` but is another draw than transformers' from the same probabilities.
+        sampler: ``generate()`` picks tokens with :func:`torch_fused.sampling.greedy` and
+            :func:`torch_fused.sampling.sample`, which take over temperature, top-k, top-p and min-p; other processors
+            run as before. What is drawn follows ``torch.manual_seed`` but is another draw than transformers' from the
+            same probabilities.
         decode: on the CPU, with a `FusedKVCache`, up to 8 new tokens of up to 8 sequences go through the whole model in
             one op, several times as fast. It keeps float32 between the weights, so in float32 the tokens are
             transformers' own, and in bfloat16 and float16 the logits, which are then float32, are nearer to the exact
@@ -162,14 +170,14 @@ def apply_torch_fused(
             hooks, adapters, quantised weights or attention maps, runs as before; the report tells why.
 
     Returns:
-        A handle with ``revert()`` and ``report()``, and a context manager that reverts.
+        A :class:`PatchHandle` with ``revert()`` and ``report()``, and a context manager that reverts.
 
     Raises:
         RuntimeError: the model is patched already, or it has nothing that could be patched.
 
     Example:
         >>> handle = apply_torch_fused(model)
-        >>> model.generate(**tokenizer("Hello", return_tensors="pt"))
+        >>> tokens = model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=32)
         >>> handle.revert()
     """
     for path, module in model.named_modules():

@@ -47,6 +47,7 @@ class Emulation:
 
     @property
     def launches(self) -> list[Launch]:
+        """The launches so far, in order, on all threads; once the block is closed, those of the block."""
         if self._launches is not None:
             return self._launches
         kernels, numbers = torch.ops.torch_fused._emulator_launches(self._number)
@@ -105,16 +106,16 @@ def emulate(
     Yields:
         An :class:`Emulation`, whose ``launches`` lists every launch and, if checked, its memory traffic.
 
-    Example:
-        >>> with torch_fused.metal.emulate(schedule="random", seed=1) as run:
-        ...     torch_fused.functional.rms_norm(torch.randn(4, 64), (64,))
-        >>> run.launches[0].kernel
-        'rms_norm_f32_1'
-
     Raises:
         MetalError: a source does not compile.
         ValueError: an unknown schedule or source.
         RuntimeError: raised by the op whose kernel does something wrong, with kernel, file and line.
+
+    Example:
+        >>> with torch_fused.metal.emulate(schedule="random", seed=1) as run:
+        ...     y = torch_fused.functional.rms_norm(torch.randn(4, 64), (64,))
+        >>> run.launches[0].kernel
+        'rms_norm_f32_1'
     """
     texts = dict(zip(*torch.ops.torch_fused._metal_sources(), strict=True))
     unknown = set(sources or {}) - set(texts)

@@ -35,6 +35,13 @@ def compile_shader(source: str, name: str = "shader.metal") -> Library:
         source: Metal text; it may include ``<metal_stdlib>`` and nothing else.
         name: the file that messages name.
 
+    Returns:
+        A :class:`Library`.
+
+    Raises:
+        MetalError: the source is not valid: from here what the parser sees, from a kernel's first call on CPU tensors
+            what the host's compiler sees.
+
     Example:
         >>> library = compile_shader('''
         ... #include <metal_stdlib>
@@ -44,15 +51,12 @@ def compile_shader(source: str, name: str = "shader.metal") -> Library:
         >>> library.twice(x)
         >>> x
         tensor([2., 2., 2.])
-
-    Raises:
-        MetalError: the source is not valid.
     """
     return Library(source, name)
 
 
 class Library:
-    """Kernels by name, as attributes."""
+    """What :func:`compile_shader` returns: the kernels of a source, each a :class:`Kernel`, as attributes."""
 
     def __init__(self, source: str, name: str) -> None:
         self._source = source
@@ -81,10 +85,12 @@ class Kernel:
 
     @property
     def max_threads_per_threadgroup(self) -> int:
+        """1024, or what the kernel's attribute ``max_total_threads_per_threadgroup`` says."""
         return self._declaration.max_threads or MAX_THREADS
 
     @property
     def thread_execution_width(self) -> int:
+        """Threads in a simdgroup: 32."""
         return 32
 
     def __call__(
@@ -104,7 +110,10 @@ class Kernel:
                 "uint8".
 
         Raises:
-            RuntimeError: the kernel does something wrong, on CPU tensors.
+            RuntimeError: the kernel does something wrong, on CPU tensors; with kernel, file and line.
+            ValueError: a tensor is on another device than CPU or MPS, or ``threads`` and ``group_size`` do not fit.
+            TypeError: an argument is none of the above.
+            MetalError: the host's compiler rejects the source.
         """
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         if any(tensor.device.type == "mps" for tensor in tensors):

@@ -191,6 +191,8 @@ def add_rms_norm(
     Raises:
         RuntimeError: an argument has the wrong shape, dtype or device; the message names it.
 
+    Source: the second half of ``LlamaDecoderLayer.forward`` (models/llama/modeling_llama.py).
+
     Example:
         >>> import torch, torch_fused
         >>> x, residual = torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 1.0]])

@@ -1,0 +1,195 @@
+"""The documentation: its code runs and prints what it says, its links lead somewhere, its reference is whole."""
+
+import doctest
+import inspect
+import re
+from collections import Counter
+from pathlib import Path
+
+import api_reference
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+import torch_fused
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SIGNATURES = ROOT / "docs" / "api.md"  # its Python blocks are no programs
+
+ENTRIES = [entry for _, entries in api_reference.public_api() for entry in entries]
+
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+WORDS = ["<unk>", "<pad>", "the", "sky", "is", "blue", "because", "of", "light", "Hello", "The"]
+
+
+def small_model(*_, dtype=torch.float32, **__):
+    """Two layers with random weights, whatever name is asked for."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.15,
+        pad_token_id=1,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return Qwen2ForCausalLM(config).to({"bfloat16": torch.bfloat16}.get(dtype, dtype)).eval()
+
+
+def small_tokenizer(*_, **__):
+    words = WORDS + [f"word{i}" for i in range(len(WORDS), 128)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>")
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """What a page would download is small and made here; what it writes goes elsewhere."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", small_model)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", small_tokenizer)
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # models this small lose more to waking threads than they gain
+    yield
+    torch.set_num_threads(threads)
+
+
+def check_output(actual: str, expected: str) -> None:
+    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    assert doctest.OutputChecker().check_output(expected, actual, options), f"printed\n{actual}\ninstead of\n{expected}"
+
+
+# ---- pages ----------------------------------------------------------------------------------------------------------
+
+
+def blocks(page: Path) -> list[tuple[str, str, int]]:
+    """(language, text, line) of each fenced block."""
+    text = page.read_text()
+    return [(match[1], match[2], text[: match.start(2)].count("\n")) for match in FENCED.finditer(text)]
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page != SIGNATURES and "```python" in page.read_text()], ids=lambda p: p.name
+)
+def test_the_pages_code_runs(page, offline, capsys):
+    """A page's Python blocks, one after the other, are a program; a text block behind one is what that prints."""
+    namespace = {"__name__": page.stem}
+    page_blocks = blocks(page)
+    for i, (language, text, line) in enumerate(page_blocks):
+        if language != "python":
+            continue
+        capsys.readouterr()
+        exec(compile("\n" * line + text, str(page), "exec"), namespace)
+        following = page_blocks[i + 1] if i + 1 < len(page_blocks) else ("", "", 0)
+        if following[0] == "text":
+            check_output(capsys.readouterr().out, following[1])
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    seen: Counter[str] = Counter()
+    found = set()
+    for title in re.findall(r"^#+ (.*)$", FENCED.sub("", page.read_text()), re.MULTILINE):
+        name = api_reference.anchor(title)
+        found.add(f"{name}-{seen[name]}" if seen[name] else name)
+        seen[name] += 1
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """Files and headings exist; addresses are well-formed."""
+    # Images too; the text may hold code.
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", page.read_text())):
+        if "://" in target:
+            assert re.fullmatch(r"https://[\w.-]+\.\w+(/[\w./~%+-]*)?(#[\w.-]+)?", target), target
+            continue
+        file, _, heading = target.partition("#")
+        path = (page.parent / file).resolve() if file else page
+        assert path.exists(), f"{page.name} links to {target}"
+        assert path == ROOT or ROOT in path.parents, f"{page.name} links out of the tree, to {target}"
+        if heading:
+            assert heading in headings(path), f"{page.name} links to {target}; there are {sorted(headings(path))}"
+
+
+def test_every_page_is_reached_from_the_readme():
+    """A page that no other names is one that nobody finds."""
+    reached, new = set(), [ROOT / "README.md"]
+    while new:
+        page = new.pop()
+        reached.add(page)
+        links = re.findall(r"\]\(([^)\s#]+\.md)[^)]*\)", page.read_text())
+        paths = {(page.parent / link).resolve() for link in links}
+        new += [path for path in paths - reached if path.exists()]
+    assert reached >= set(PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_targets_named_in_code_exist(page):
+    """`tests/test_x.py`, `make target`: what a page tells to look at or to run is there."""
+    literals = re.findall(r"`([^`\n]+)`", FENCED.sub("", page.read_text()))
+    commands = [*literals, *re.findall(r"^    (.*)$", page.read_text(), re.MULTILINE)]
+    makefile = (ROOT / "Makefile").read_text()
+    for command in commands:
+        for target in re.findall(r"^make (?:\w+=\S+ )*([a-z-]+)", command):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page.name}: make {target}"
+        if re.fullmatch(r"(benchmarks|csrc_mps|docs|examples|tests|tools|torch_fused|\.ci)/[\w./-]*", command):
+            assert (ROOT / command).exists(), f"{page.name}: {command}"
+
+
+# ---- the API reference ----------------------------------------------------------------------------------------------
+
+
+def test_api_reference_is_up_to_date():
+    """docs/api.md is what `python tools/api_reference.py` writes."""
+    assert SIGNATURES.read_text() == api_reference.render()
+
+
+def test_public_api_is_the_packages():
+    """Every public module of the package is in the reference."""
+    modules = {module.removeprefix("torch_fused.") for module, _ in api_reference.public_api()}
+    assert modules - {"torch_fused"} | {"status"} == set(torch_fused.__all__)
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_docstring_says_what_a_caller_must_know(entry):
+    """A summary; each parameter; what is returned, raised and an example, for what is called; shapes and dtypes."""
+    docstring = inspect.getdoc(entry.value) or ""
+    assert re.match(r"\S.*[.:]", docstring), "no summary"
+    sections = api_reference.sections(docstring)
+    starts = [line.partition(": ")[0] for line in sections.get("Args", "").splitlines()]
+    named = {name for start in starts for name in re.findall(r"\w+", start)}
+    assert set(entry.parameters) <= named, set(entry.parameters) - named
+    if "." in entry.name or entry.value in api_reference.returned_classes():
+        return
+    if inspect.isfunction(entry.value):
+        assert "Returns" in sections or "Yields" in sections
+    if not isinstance(entry.value, type) or not issubclass(entry.value, Exception):
+        assert "Example" in sections
+        assert "Raises" in sections or entry.name == "status"
+    if entry.value.__module__.startswith(("torch_fused.ops", "torch_fused.nn", "torch_fused.optim")):
+        assert re.search(r"``\(|any shape|any input|groups of them", docstring), "no shapes"
+        assert "float32, float16 or bfloat16" in docstring, "no dtypes"
+
+
+@pytest.mark.parametrize(
+    "entry", [entry for entry in ENTRIES if ">>>" in (inspect.getdoc(entry.value) or "")], ids=lambda entry: entry.name
+)
+def test_docstring_example_runs(entry, offline):
+    """And shows what it says it shows."""
+    model = small_model()
+    input_ids = torch.tensor([[2, 3, 4, 5]])
+    names = {"torch": torch, "torch_fused": torch_fused, "model": model, "tokenizer": small_tokenizer()}
+    names |= {"input_ids": input_ids, **vars(inspect.getmodule(entry.value))}
+    test = doctest.DocTestParser().get_doctest(inspect.getdoc(entry.value), names, entry.name, None, 0)
+    report: list[str] = []
+    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
+    runner.run(test, out=report.append)
+    assert runner.failures == 0, "".join(report)
