@@ -82,7 +82,7 @@ def test_whole_vocabulary(backend):
 
 @pytest.mark.parametrize("scale", [1.0, 0.0])
 def test_a_sample_that_misleads(backend, scale):
-    """A row whose sampled tokens are the least probable ones, so that one bucket holds all others; also if these tie."""
+    """A row whose sampled tokens are the least probable ones: one bucket holds all others; also if these tie."""
     x = misleading_row(7000, scale)
     for kwargs in ({}, {"top_k": 3000}, {"top_p": 0.6}, {"top_k": 5000, "top_p": 0.3}):
         expected = filter_logits_reference(x, **kwargs)
