@@ -11,6 +11,8 @@ import torch_fused.metal
 
 # The lint needs Debian's clang-19; .ci/run installs it.
 collect_ignore = [] if shutil.which("clang-19") else ["test_metal_lint.py"]
+# `make gpu-check` runs these where there is a GPU.
+collect_ignore += [] if torch.cuda.is_available() else ["test_cuda.py"]
 
 
 @dataclass(frozen=True)

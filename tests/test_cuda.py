@@ -1,0 +1,485 @@
+"""What only an NVIDIA GPU shows: graphs, streams, threads, processes, devices, no waiting, and whole models."""
+
+import contextlib
+import copy
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import cuda_ops
+import pytest
+import torch
+from cuda_ops import CASES, assert_close_to_the_cpus, assert_same, operands_on
+from test_hf_generate import FAMILIES, make_model, prompt
+from transformers import DynamicCache
+
+import torch_fused
+from torch_fused.__main__ import main
+from torch_fused.functional import add_rms_norm, layer_norm, rms_norm, silu_mul, softmax
+from torch_fused.hf import FusedKVCache, apply_torch_fused, generate
+from torch_fused.metal import emulate
+from torch_fused.optim import AdamW
+from torch_fused.sampling import filter_logits, greedy, sample
+from torch_fused.selfcheck import CHECKS
+from torch_fused.testing import make
+
+ROOT = Path(__file__).parents[1]
+INF = torch.inf
+LAST = f"cuda:{torch.cuda.device_count() - 1}"
+
+each_op = pytest.mark.parametrize("op", CASES)
+
+
+# ---- graphs ---------------------------------------------------------------------------------------------------------
+
+
+@each_op
+def test_cuda_graph_replays_with_new_values(op):
+    """A captured op, forward and backward, gives for other values in its operands what it gives outside of a graph.
+
+    Of AdamW the update is captured with the steps as they are then: they are numbers of the host, and so are the bias
+    corrections that come of them. Of `sample` the seed and the offset are tensors of the device, read by each replay.
+    """
+    cuda_ops.assert_replays(op)
+
+
+def start(function: str, cache: Path) -> subprocess.Popen:
+    """Runs a function of cuda_ops in a new process, with compiled kernels kept in `cache`."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "TORCH_FUSED_CACHE": str(cache),
+        "TORCH_FUSED_STRICT": "1",
+    }
+    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    command = [sys.executable, "-c", f"import cuda_ops; cuda_ops.{function}()"]
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+
+def finish(process: subprocess.Popen) -> None:
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0 and output.strip().endswith("right"), errors
+
+
+def test_cuda_first_use_inside_a_capture(tmp_path):
+    """Modules load while a graph is captured: compiled then and there, and, in a second process, from the cache."""
+    finish(start("first_use_in_captures", tmp_path))
+    compiled = {path: path.stat().st_mtime_ns for path in (tmp_path / "cubin").iterdir()}
+    assert compiled
+    finish(start("first_use_in_captures", tmp_path))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cubin").iterdir()} == compiled
+
+
+# ---- threads and processes ------------------------------------------------------------------------------------------
+
+
+def test_cuda_threads_on_streams_of_their_own(tmp_path):
+    """Eight threads at once, the first use of every kernel included: all get the bits that one thread gets."""
+    finish(start("threads_on_streams", tmp_path))
+
+
+def test_cuda_first_call_of_a_thread_is_an_op():
+    """A thread that has not called CUDA before has no context of it yet."""
+    x = make(3, 896, device="cuda")
+    results = []
+    thread = threading.Thread(target=lambda: results.append(rms_norm(x, (896,))))
+    thread.start()
+    thread.join()
+    assert_same(results, [rms_norm(x, (896,))], "rms_norm")
+
+
+def is_whole(cubin: bytes) -> bool:
+    """Whether the file is ELF and holds all sections that its header promises."""
+
+    def number(start: int, size: int) -> int:
+        return int.from_bytes(cubin[start : start + size], "little")
+
+    end = number(40, 8) + number(58, 2) * number(60, 2)  # offset of the table of sections, size of an entry, entries
+    return cubin[:4] == b"\x7fELF" and 64 <= end <= len(cubin)
+
+
+def test_cuda_several_processes_start_with_one_empty_cache(tmp_path):
+    """All are right; the cache holds whole files and nothing else, and the next process takes these."""
+    processes = [start("one_of_several_processes", tmp_path) for _ in range(4)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n", process.stderr.read()
+    for process in processes:  # only now, so that they compile at the same time
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in processes:
+        finish(process)
+    files = sorted((tmp_path / "cubin").iterdir())
+    sources = ["column_sum", "greedy", "kv_append", "rms_norm", "rms_norm_backward", "softmax"]
+    assert sorted(path.name.rpartition("-")[0] for path in files) == sources
+    assert all(path.suffix == ".cubin" and is_whole(path.read_bytes()) for path in files)
+    written = [path.stat().st_mtime_ns for path in files]
+    finish(start("one_of_several_processes", tmp_path))
+    assert sorted((tmp_path / "cubin").iterdir()) == files
+    assert [path.stat().st_mtime_ns for path in files] == written
+
+
+# ---- devices and streams --------------------------------------------------------------------------------------------
+
+
+@each_op
+def test_cuda_last_device(op):
+    """On the last GPU while the first is the current one: the CPU's results, on that GPU, and device 0 is current."""
+    with torch.cuda.device(0):
+        results = CASES[op](operands_on(LAST, CASES[op], 0))
+        assert torch.cuda.current_device() == 0
+    assert {result.device for result in results} == {torch.device(LAST)}
+    assert_close_to_the_cpus(results, op, 0)
+
+
+def test_cuda_last_device_trains():
+    """A model of our modules and AdamW there: the parameters after five steps are the CPU's."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(32, 64), torch_fused.nn.RMSNorm(64), torch_fused.nn.LayerNorm(64), torch.nn.Linear(64, 8)
+    )
+    moved = copy.deepcopy(model).to(LAST)
+    with torch.cuda.device(0):
+        for net, device in ((model, "cpu"), (moved, LAST)):
+            optimizer = AdamW(net.parameters(), lr=1e-2)
+            for step in range(5):
+                net(make(16, 32, seed=step, device=device)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    for expected, actual in zip(model.parameters(), moved.parameters(), strict=True):
+        torch.testing.assert_close(actual.cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_cuda_last_device_draws_with_its_own_generator():
+    """The generator of that GPU: its seed, an offset that moves on, and a draw that can be repeated."""
+    logits = make(4, 5000, device=LAST)
+    generator = torch.Generator(LAST)
+    runs = []
+    with torch.cuda.device(0):
+        for _ in range(2):
+            generator.manual_seed(3)
+            runs.append([sample(logits, generator=generator) for _ in range(3)])
+    assert_same(runs[0], runs[1], "sample")
+    assert not torch.equal(runs[0][0], runs[0][1])
+    assert_same(runs[0][:1], [sample(logits.cpu(), seed=3).to(LAST)], "sample with its seed")
+
+
+def test_cuda_tensors_on_several_devices_are_refused():
+    """The message names both, before anything is launched."""
+    x, weight = make(3, 896, device=LAST), make(896)
+    with pytest.raises(RuntimeError, match=r"cuda:\d+.*cpu|cpu.*cuda:\d+"):
+        rms_norm(x, (896,), weight)
+
+
+@each_op
+def test_cuda_stream_keeps_the_order_and_nobody_waits(op):
+    """On a busy stream: the op sees what was queued there before it, and returns while the stream still works."""
+    case = CASES[op]
+    static, fresh = (operands_on("cuda", case, seed) for seed in (0, 1))
+    expected = case(operands_on("cuda", case, 1))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        case(operands_on("cuda", case, 0))  # loads the kernels, and leaves memory for the results to this stream
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(1_000_000_000)  # cycles: half a second
+        for operand, value in zip(static, fresh, strict=True):
+            operand.copy_(value)
+        results = case(static)
+        still_busy = not stream.query()
+    stream.synchronize()
+    assert_same(results, expected, op)
+    assert still_busy
+
+
+@contextlib.contextmanager
+def synchronisation_is_an_error():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@each_op
+def test_cuda_ops_do_not_synchronise(op):
+    """Nothing in an op, forward and backward, makes torch wait for the device or copy to the host."""
+    operands = operands_on("cuda", CASES[op], 0)
+    with synchronisation_is_an_error():
+        CASES[op](operands)
+
+
+def test_cuda_random_draws_and_optimizer_do_not_synchronise():
+    """Seeds from either generator, scalar parameters, and AdamW's step with the states it makes at first."""
+    logits, generator = make(4, 5000, device="cuda"), torch.Generator("cuda")
+    weight = make(64, 64, device="cuda", requires_grad=True)
+    weight.grad = make(64, 64, device="cuda", seed=1)
+    optimizer = AdamW([weight], state_dtype=torch.float32)
+    with synchronisation_is_an_error():
+        sample(logits, top_k=40, top_p=0.9, min_p=0.01, temperature=0.7)
+        sample(logits, generator=generator)
+        sample(logits, seed=1, offset=2)
+        filter_logits(logits, top_k=40)
+        for _ in range(2):
+            optimizer.step()
+
+
+def test_cuda_wait_for_the_device_would_show():
+    """The control of the test above: a copy to the host raises in this mode."""
+    x = make(3, device="cuda")
+    with synchronisation_is_an_error(), pytest.raises(RuntimeError, match="synchronizing"):
+        x.sum().item()
+
+
+# ---- torch.compile, determinism, profiler ---------------------------------------------------------------------------
+
+
+def test_cuda_compile_fullgraph():
+    """torch.compile traces a block of ops and its gradients, and sampling, without a graph break: the same numbers."""
+
+    def block(x, residual, weight):
+        normed, total = add_rms_norm(x, residual, weight)
+        return softmax(silu_mul(normed, total)), total
+
+    def token(logits):
+        return greedy(logits), filter_logits(logits, top_k=5), sample(logits, top_p=0.9, seed=4)
+
+    def run(block, token):
+        x, residual, weight = (
+            make(*shape, device="cuda", requires_grad=True) for shape in ((5, 896), (5, 896), (896,))
+        )
+        result, total = block(x, residual, weight)
+        gradients = torch.autograd.grad((result * total).sum(), (x, residual, weight))
+        return [result.detach(), total.detach(), *gradients, *token(make(3, 2500, device="cuda"))]
+
+    compiled = (torch.compile(function, fullgraph=True, backend="aot_eager") for function in (block, token))
+    assert_same(run(*compiled), run(block, token), "compiled")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["f32", "f16", "bf16"])
+def test_cuda_norms_backward_is_deterministic(dtype):
+    """Gradients of 4000 rows, several times and on two streams at once: the same bits."""
+    x, grad = (make(4000, 896, dtype=dtype, device="cuda", seed=seed) for seed in range(2))
+    weight, bias = (make(896, dtype=dtype, device="cuda", seed=seed) for seed in (2, 3))
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    runs = []
+    for i in range(6):
+        with torch.cuda.stream(streams[i % 2]):
+            rms = cuda_ops.differentiated(lambda x, w: rms_norm(x, (896,), w), 2)(x, weight, grad)
+            layer = cuda_ops.differentiated(lambda x, w, b: layer_norm(x, (896,), w, b), 3)(x, weight, bias, grad)
+            runs.append([*rms, *layer])
+    torch.cuda.synchronize()
+    for run in runs[1:]:
+        assert_same(run, runs[0], "norms")
+
+
+def test_cuda_profiler_shows_each_kernel_by_its_name():
+    """torch.profiler lists the kernels of the ops that ran."""
+    logits, x, gate = make(2, 5000, device="cuda"), make(4, 896, device="cuda"), make(4, 896, device="cuda", seed=1)
+    weight = make(896, device="cuda")
+
+    def run():
+        rms_norm(x, (896,), weight)
+        softmax(x)
+        silu_mul(x, gate)
+        greedy(logits)
+        torch.cuda.synchronize()
+
+    run()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+    names = {event.key for event in profile.key_averages()}
+    for prefix in ("rms_norm_f32_", "softmax_f32_", "silu_mul_f32", "greedy_slices_f32", "greedy_rows"):
+        assert any(name.startswith(prefix) for name in names), (prefix, sorted(names))
+
+
+# ---- one seed, one token --------------------------------------------------------------------------------------------
+
+
+def logits_of_every_kind(vocabulary: int) -> torch.Tensor:
+    """Normal, nearly flat, all equal, ascending, descending, mostly masked, wholly masked, one above nearly flat."""
+    x = make(8, vocabulary, scale=2)
+    x[1] = 5 + make(vocabulary, seed=1, scale=1e-6)
+    x[2] = 1.5
+    x[3] = x[0].sort().values
+    x[4] = x[0].sort(descending=True).values
+    x[5, torch.arange(vocabulary) % 4001 != 17] = -INF
+    x[6] = -INF
+    x[7] = x[1]
+    x[7, vocabulary // 2] = 9
+    return x
+
+
+FILTERS = (
+    {},
+    {"temperature": 0.0},
+    {"top_k": 50},
+    {"temperature": 0.7, "top_k": 50, "top_p": 0.9},
+    {"top_p": 0.95},
+    {"temperature": 1.4, "min_p": 0.02},
+    {"temperature": 0.9, "top_k": 20000, "top_p": 0.6, "min_p": 1e-4},
+)
+BY_ROW = {
+    "temperature": torch.tensor([1.0, 0.0, 0.7, 1.3, 1.0, 2.0, 1.0, 0.9]),
+    "top_k": torch.tensor([50.0, 0.0, 3000.0, 0.0, 20000.0, 5.0, 1.0, 40.0]),
+    "top_p": torch.tensor([0.9, 0.95, 1.0, 0.5, 0.99, 1.0, 0.3, 0.8]),
+    "min_p": torch.tensor([0.0, 0.0, 0.01, 1e-3, 0.0, 0.2, 0.0, 0.0]),
+}
+SEEDS = ((0, 0), (1, 5), (2**40 + 7, 2**33))
+
+
+def tokens_of(logits: torch.Tensor, filters: dict, seeds=SEEDS) -> list[torch.Tensor]:
+    """What is kept, what is drawn for every seed and offset, and whether there was something to draw; on the CPU."""
+    filters = {
+        name: value.to(logits.device) if isinstance(value, torch.Tensor) else value for name, value in filters.items()
+    }
+    results = [filter_logits(logits, **filters)]
+    for seed, offset in seeds:
+        results += sample(logits, seed=seed, offset=offset, return_valid=True, **filters)
+    return [result.cpu() for result in results]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("vocabulary", [151936, 300000])
+def test_cuda_draws_the_cpus_tokens(vocabulary, dtype):
+    """Every kind of row under every filter, scalar and by row: kept set, tokens and validity, bit for bit."""
+    logits = logits_of_every_kind(vocabulary).to(dtype)
+    moved = logits.cuda()
+    assert_same([greedy(moved).cpu()], [greedy(logits)], "greedy")
+    for filters in (*FILTERS, BY_ROW):
+        assert_same(tokens_of(moved, filters), tokens_of(logits, filters), f"{filters}")
+    for row in range(len(logits)):  # one at a time, as in generation
+        assert_same(
+            tokens_of(moved[row], {"top_p": 0.9}, [(row, 1)]),
+            tokens_of(logits[row], {"top_p": 0.9}, [(row, 1)]),
+            f"row {row}",
+        )
+
+
+def test_cuda_draws_the_emulators_tokens():
+    """The same kernels under the checking host, over a whole vocabulary; two filters, as that is slow."""
+    logits = logits_of_every_kind(151936)
+    moved = logits.cuda()
+    on_cuda = [greedy(moved).cpu()]
+    for filters in (FILTERS[3], BY_ROW):
+        on_cuda += tokens_of(moved, filters, SEEDS[1:2])
+    with emulate(checked=False):
+        emulated = [greedy(logits)]
+        for filters in (FILTERS[3], BY_ROW):
+            emulated += tokens_of(logits, filters, SEEDS[1:2])
+    assert_same(on_cuda, emulated, "emulated")
+
+
+# ---- Hugging Face ---------------------------------------------------------------------------------------------------
+
+GREEDY = {"do_sample": False, "max_new_tokens": 40}
+SAMPLED = {"do_sample": True, "max_new_tokens": 24, "temperature": 0.8, "top_k": 40, "top_p": 0.9}
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    """Small, with random weights, in float32."""
+    return make_model(request.param).to("cuda")
+
+
+def batch(rows: int) -> dict[str, torch.Tensor]:
+    """Prompts of different lengths, padded on the left."""
+    ids = prompt(rows, 9)
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        mask[row, : 2 * row] = 0
+    return {"input_ids": torch.where(mask == 1, ids, 0).cuda(), "attention_mask": mask.cuda()}
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_cuda_generates_stocks_greedy_tokens(model, rows):
+    """A patched model, and hf.generate on the stock one; reverted, it is stock again."""
+    stock = model.generate(**batch(rows), **GREEDY)
+    before = [dict(module.__dict__) for module in model.modules()]
+    assert torch.equal(generate(model, batch(rows), **GREEDY), stock)
+    with apply_torch_fused(model):
+        patched = model.generate(**batch(rows), **GREEDY, return_dict_in_generate=True)
+    assert type(patched.past_key_values) is FusedKVCache
+    assert torch.equal(patched.sequences, stock)
+    assert [dict(module.__dict__) for module in model.modules()] == before
+    reverted = model.generate(**batch(rows), **GREEDY, return_dict_in_generate=True)
+    assert type(reverted.past_key_values) is DynamicCache
+    assert torch.equal(reverted.sequences, stock)
+
+
+def test_cuda_sampled_tokens_are_the_cpus_for_the_same_logits(model):
+    """The tokens of a seed are those that the CPU draws from the logits that the GPU had.
+
+    These are, for the tokens so far, the CPU model's to float32's tolerance. They are not its bits, so a draw at the
+    very edge between two tokens might go either way: the tokens of the two models are not compared.
+    """
+    inputs, on_cpu = batch(4), copy.deepcopy(model).cpu()
+    length = inputs["input_ids"].shape[1]
+    with apply_torch_fused(model):
+        torch.manual_seed(1)
+        out = model.generate(**inputs, **SAMPLED, return_dict_in_generate=True, output_logits=True)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(out.sequences[:, length:])], dim=-1).cpu()
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad():
+        expected = on_cpu(out.sequences.cpu(), attention_mask=mask, position_ids=positions, use_cache=False).logits
+    filters = {name: SAMPLED[name] for name in ("temperature", "top_k", "top_p")}
+    torch.manual_seed(1)
+    drawn = torch.stack([sample(logits.cpu().float(), **filters) for logits in out.logits], dim=-1)
+    assert torch.equal(drawn, out.sequences[:, length:].cpu())
+    actual = torch.stack(out.logits, dim=1).cpu()
+    torch.testing.assert_close(actual, expected[:, length - 1 : -1], rtol=1e-3, atol=1e-3)
+
+
+def test_cuda_training_gives_stocks_losses():
+    """Ten steps of a patched Qwen2 with our AdamW beside stock with torch's."""
+    stock = make_model("qwen2", initializer_range=0.02).to("cuda").train()
+    fused = copy.deepcopy(stock)
+    apply_torch_fused(fused)
+
+    def losses(model, optimizer):
+        values = []
+        for step in range(10):
+            ids = (prompt(4, 12, seed=step) % 20 + 1).cuda()  # few tokens, so that there is something to learn
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            values.append(loss.detach())
+        return torch.stack(values)
+
+    expected = losses(stock, torch.optim.AdamW(stock.parameters(), lr=1e-2))
+    actual = losses(fused, AdamW(fused.parameters(), lr=1e-2))
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+    assert expected[-1] < 0.9 * expected[0]
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cuda", LAST])
+def test_cuda_doctor(device, capsys):
+    """Every op right, none in plain torch."""
+    status = main(["doctor", "--device", device])
+    output = capsys.readouterr().out
+    assert status == 0, output
+    assert f"ops are right on {device}" in output
+    assert "Metal source translated to CUDA" in output and "torch: " not in output
+
+
+def test_cuda_demo_with_random_weights(capsys):
+    """SmolLM2-135M's shape: stock's greedy tokens, and a table."""
+    status = main(["demo", "--random-weights", "--device", "cuda", "--max-new-tokens", "16", "--rounds", "1"])
+    output = capsys.readouterr().out
+    assert status == 0, output
+    assert "tokens a second" in output and "the same" in output
+
+
+def test_cuda_status_lists_the_kernels():
+    """status(): every op that has kernels runs the translated Metal source; none has fallen back to torch."""
+    status = torch_fused.status()
+    for op in CHECKS.keys() - {"decode_"}:
+        assert status[op]["cuda"] == "Metal source translated to CUDA"
+    assert status["decode_"]["cuda"] == "torch"
