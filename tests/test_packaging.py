@@ -71,8 +71,12 @@ def test_build_without_torch_says_what_to_install(tree, without_torch, command):
 
 
 def test_unbuilt_sources_say_so_when_imported(tree):
-    """Python finds what is in its folder before what is installed."""
-    result = subprocess.run([sys.executable, "-B", "-c", "import torch_fused"], cwd=tree, capture_output=True, text=True)
+    """Python finds what is in its folder before what is installed. -S: an editable install would help out."""
+    command = [sys.executable, "-B", "-S", "-c", "import torch_fused"]
+    packages = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
+    result = subprocess.run(
+        command, cwd=tree, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": packages}
+    )
     assert "torch_fused holds sources whose extension is not built" in result.stderr
 
 
