@@ -49,7 +49,7 @@ def start(function: str, cache: Path) -> subprocess.Popen:
     """Runs a function of cuda_ops in a new process, with compiled kernels kept in `cache`."""
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]),
         "TORCH_FUSED_CACHE": str(cache),
         "TORCH_FUSED_STRICT": "1",
     }
