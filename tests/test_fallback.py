@@ -30,22 +30,24 @@ print("fell back")
 """
 
 
-def run(strict: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "TORCH_FUSED_STRICT": strict}
-    return subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
+def run(strict: str, folder) -> subprocess.CompletedProcess:
+    """In another folder: beside unpacked sources that are not built, Python would find these."""
+    environment = {**os.environ, "TORCH_FUSED_STRICT": strict, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", SCRIPT]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
 
 
-def test_falls_back_to_torch_with_one_warning():
+def test_falls_back_to_torch_with_one_warning(tmp_path):
     """The values and gradients of the plain-torch reference, and a single warning that gives the reason."""
-    result = run(strict="0")
+    result = run("0", tmp_path)
     assert result.stdout.strip() == "fell back", result.stderr
     assert result.stderr.count("torch_fused::add_rms_norm falls back to torch") == 1
     assert "is not among the sources" in result.stderr
 
 
-def test_strict_makes_it_an_error():
+def test_strict_makes_it_an_error(tmp_path):
     """TORCH_FUSED_STRICT=1: an error that names the op and the reason."""
-    result = run(strict="1")
+    result = run("1", tmp_path)
     assert result.returncode != 0
     assert "torch_fused::add_rms_norm" in result.stderr and "TORCH_FUSED_STRICT=1" in result.stderr
     assert "is not among the sources" in result.stderr

@@ -70,6 +70,16 @@ def test_build_without_torch_says_what_to_install(tree, without_torch, command):
     assert "Traceback" not in result.stderr
 
 
+def test_unbuilt_sources_say_so_when_imported(tree):
+    """Python finds what is in its folder before what is installed. -S: an editable install would help out."""
+    command = [sys.executable, "-B", "-S", "-c", "import torch_fused"]
+    packages = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
+    result = subprocess.run(
+        command, cwd=tree, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": packages}
+    )
+    assert "torch_fused holds sources whose extension is not built" in result.stderr
+
+
 def test_wheel_holds_every_module_and_the_emulators_headers(tree, tmp_path):
     """What is installed beside the extension is all of torch_fused/."""
     result = setup(tree, "build_py", "--build-lib", str(tmp_path))

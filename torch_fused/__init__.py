@@ -1,12 +1,19 @@
 """Fused PyTorch ops for Apple GPUs, and for CUDA and the CPU from the same sources."""
 
 import importlib
+from pathlib import Path
 
 import torch as torch  # first: it loads the libraries that the extension is linked against
 
 try:
     from . import _C  # type: ignore[attr-defined]  # noqa: F401  registers torch.ops.torch_fused
 except ImportError as error:
+    folder = Path(__file__).parent
+    if not any(folder.glob("_C.*")):
+        raise ImportError(
+            f"torch_fused: {folder} holds sources whose extension is not built. Build it with `pip install "
+            "--no-build-isolation .` or, to use a torch_fused that is installed, run Python in another folder."
+        ) from None
     raise ImportError(
         f"torch_fused: its extension cannot be loaded with torch {torch.__version__} ({error}). It is compiled for one "
         "torch version: build it again with `pip install --no-build-isolation --force-reinstall --no-deps .`"
