@@ -4,6 +4,7 @@ import csv
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from importlib import metadata
@@ -15,6 +16,8 @@ from harness import ROOT
 import torch_fused
 
 STAMP = ("device", "threads", "torch", "transformers", "torch_fused", "date")
+DISTURBED = 0.02
+"""The share of the time that its threads may wait for a core, above which a row is measured again by the next run."""
 
 
 def device_name(device: str) -> str:
@@ -51,8 +54,16 @@ def changed() -> datetime:
     return datetime.fromtimestamp(newest, timezone.utc)
 
 
+def waited() -> float:
+    """Seconds that this process's threads were ready to run while others had the cores; 0 where nobody counts them."""
+    counts = (path.read_text().split() for path in Path("/proc/self/task").glob("*/schedstat"))
+    return sum(int(delay) for _, delay, _ in counts) / 1e9
+
+
 class Results:
     """The rows of one benchmark on this machine, rewritten with each so that an interrupted run goes on.
+
+    Column `waited` is the share of the time it took to measure a row on a CPU that others kept the threads waiting.
 
     Args:
         bench: name of the file.
@@ -71,31 +82,40 @@ class Results:
         self._device = device
         self._again = again
         self._changed = changed()
+        self._begin = time.perf_counter(), waited()
         self._rows = {self._key(row): row for row in read(self.path)}
 
     def _key(self, row: dict[str, str]) -> tuple[str, ...]:
         return tuple(str(row[key]) for key in self.keys)
 
     def current(self, **key: str) -> dict[str, str] | None:
-        """The row with these keys, if it was measured with what is installed, and since that has changed."""
+        """The row with these keys, if it was measured undisturbed, with what is installed, since that has changed."""
+        self._begin = time.perf_counter(), waited()
         row = self._rows.get(self._key(key))
         if self._again or row is None or datetime.fromisoformat(row["date"]) < self._changed:
+            return None
+        if float(row.get("waited") or 0) > DISTURBED:
             return None
         now = stamp(self._device)
         return row if all(row[name] == now[name] for name in STAMP if name != "date") else None
 
     def add(self, **columns: str | float | None) -> dict[str, str]:
-        """Puts a row into the file, in place of one with the same keys."""
+        """Puts a row that has been measured since `current` was asked for it into the file, in place of the old one."""
         row = {name: _text(columns.get(name)) for name in (*self.keys, *self.values)} | stamp(self._device)
+        row["waited"] = f"{self._share_waited():.3f}" if self._device == "cpu" else ""
         self._rows[self._key(row)] = row
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".part")
         with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, (*self.keys, *self.values, *STAMP), lineterminator="\n")
+            writer = csv.DictWriter(file, (*self.keys, *self.values, "waited", *STAMP), "", lineterminator="\n")
             writer.writeheader()
             writer.writerows(self._rows.values())
         partial.replace(self.path)
         return row
+
+    def _share_waited(self) -> float:
+        start, before = self._begin
+        return max(0.0, waited() - before) / (torch.get_num_threads() * (time.perf_counter() - start))
 
 
 def _text(value: str | float | None) -> str:

@@ -37,18 +37,21 @@ Times are medians. On a GPU they are the device's own, by events behind a pause 
 buffers rotate through 256 MB, more than any cache. On the CPU they are wall time, caches included. "Of copy" is the
 bandwidth of the bytes that an op must read and write, each once, over that of a copy of as many bytes in the same run.
 On Linux malloc is told to keep what is freed: else a CPU's first touch of new memory takes longer than most ops.
+A row that other programs disturbed, so that its threads waited for a core, is measured again by the next `make bench`.
 `torch_fused` computes in float32 and rounds once; `torch_fused llama` makes the roundings of Hugging Face's code.
 Ratios compare contenders of one run on one machine, never two machines.
 """
 
 SLOWER = {
-    r"top-k 50 .*all equal": "all tokens tie and all are kept, as Hugging Face does; torch.topk draws among 50",
-    r"whole vocabulary .*nearly flat": "weights are exact integers, for the same draw on every device, and none is 0",
-    r"(layer|rms)_norm backward \(4096, (1024|896)\) bf16": "256 threadgroups of a short row's few threads are too few",
-    r"softmax \(4096, 1024\) f32": "a row is over before the wait for the threadgroup's sum is hidden",
-    r"adamw 8 million.*bf16": "launches of seven tensors each wait for one another; torch takes dozens at once",
-    r"seed's KV allocation.*as published": "an empty object, made on top of a DynamicCache",
-    r"seed's KV allocation.*honest": "on the CPU a token is copied at a time, by torch a block",
+    r"top-k 50 .*all equal, .*": "all tokens tie and all are kept, as Hugging Face does; torch.topk draws among 50",
+    r"whole vocabulary .*nearly flat, on a CPU": "weights are exact integers, for one draw on all devices, and none is 0",
+    r"seed's KV allocation.*honest, on a CPU": "a token is copied at a time, by torch a block",
+    r"seed's KV allocation.*as published, .*": "an empty object, made on top of a DynamicCache",
+    r"(layer|rms)_norm backward \(4096, (1024|896)\) bf16, on a GPU": (
+        "256 threadgroups of a short row's few threads are too few"
+    ),
+    r"softmax \(4096, 1024\) f32, on a GPU": "a row is over before the wait for the threadgroup's sum is hidden",
+    r"adamw 8 million.*bf16, on a GPU": "launches of seven tensors wait for one another; torch takes dozens at once",
 }
 """Why a row is slower than torch's best, by a pattern of what it is."""
 
@@ -175,7 +178,8 @@ def reason(what: str, ours: Row, best: Row) -> str:
     )
     if low <= high:
         return "within the spread of both"
-    return next((why for pattern, why in SLOWER.items() if re.fullmatch(pattern, what)), "")
+    place = "GPU" if re.search(r"^NVIDIA|GPU$", ours["device"]) else "CPU"
+    return next((why for pattern, why in SLOWER.items() if re.fullmatch(pattern, f"{what}, on a {place}")), "")
 
 
 # ---- generation -----------------------------------------------------------------------------------------------------
