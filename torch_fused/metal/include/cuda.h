@@ -28,9 +28,8 @@ MSL_FN T shuffle_words(T value, Shuffle shuffle) {
 template <class T, class Function>
 MSL_FN T reduce(T value, Function function) {
   for (unsigned distance = 16; distance > 0; distance /= 2) {
-    value = function(value, shuffle_words(value, [=](unsigned word) {
-      return __shfl_xor_sync(ALL_LANES, word, distance);
-    }));
+    value = function(value,
+                     shuffle_words(value, [=](unsigned word) { return __shfl_xor_sync(ALL_LANES, word, distance); }));
   }
   return value;
 }
@@ -204,7 +203,7 @@ MSL_FN unsigned coordinate(unsigned thread, unsigned threads, unsigned group, un
       return lane_index();  // thread_index_in_simdgroup
     case 9:
       return threadIdx.x / 32;  // simdgroup_index_in_threadgroup
-    case 10:                       // simdgroups_per_threadgroup
+    case 10:                    // simdgroups_per_threadgroup
     case 11:
       return blockDim.x / 32;  // dispatch_simdgroups_per_threadgroup
     default:
