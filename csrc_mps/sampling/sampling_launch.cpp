@@ -63,8 +63,8 @@ Divided divide(const Sampling& call, const Tensor& logits) {
   const Tensor maxima = at::empty({call.rows, slices}, ints), heavy = at::empty({call.rows, slices}, longs);
   const Tensor row_parameters = call.row_parameters.value_or(maxima);
   const std::string dtype = dtype_name(logits);
-  launch("sampling", "sampling_survey_" + dtype, call.rows * (slices + 1), kSliceThreads,
-         {x.tensor, maxima, splitters}, params);
+  launch("sampling", "sampling_survey_" + dtype, call.rows * (slices + 1), kSliceThreads, {x.tensor, maxima, splitters},
+         params);
   launch("sampling", "sampling_divide_" + dtype, call.rows * slices, kSliceThreads,
          {x.tensor, maxima, splitters, row_parameters, tokens, segments, masses, heavy}, params);
   return {x, params, row_parameters, tokens, segments, masses, splitters, maxima, heavy};
