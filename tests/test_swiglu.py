@@ -1,5 +1,9 @@
 """silu_mul: values, gradients and contracts, on every backend."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,15 +40,34 @@ def test_matches_float64(backend, cols, casting_mode):
         assert_matches_reference(silu_mul, silu_mul_reference, gate, up, casting_mode=casting_mode, roundings=roundings)
 
 
-def test_every_bfloat16_gate(backend):
-    """Silu of all 65536 bfloat16 values is torch's, or its neighbour."""
-    gate = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_gate(backend, dtype):
+    """Silu of all 65536 values of a half type is torch's, or its neighbour."""
+    gate = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     actual = silu_mul(gate.to(backend.device), torch.ones_like(gate).to(backend.device)).cpu()
     expected = F.silu(gate)
     same = (actual == expected) | (actual.isnan() & expected.isnan())
     steps = (actual.view(torch.int16).int() - expected.view(torch.int16).int()).abs()
     assert (same | (steps <= 1)).all()
     assert same.float().mean() > 0.99
+
+
+def check_float16_of_every_length():
+    """Silu of 40 is 40, so the results are torch's products: every value, widened and rounded, and every tail."""
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.float16)
+    for n in (*range(1, 40), 511, 512, 513, len(x)):
+        for mode in ("torch", "llama"):
+            gate = torch.full((n,), 40.0, dtype=torch.float16)
+            actual = silu_mul(gate, x[-n:], casting_mode=mode)
+            torch.testing.assert_close(actual, gate * x[-n:], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_instruction_sets(capability):
+    """Machines without an instruction that converts float16, and those that have one, give the same bits."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = "import test_swiglu; test_swiglu.check_float16_of_every_length()"
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, cwd=os.path.dirname(__file__))
 
 
 def test_llama_has_the_roundings_of_hugging_face(backend):

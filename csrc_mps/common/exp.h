@@ -1,6 +1,7 @@
 // exp in plain arithmetic, which the compiler vectorises; within an ulp or so.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "convert.h"
@@ -58,10 +59,12 @@ TORCH_FUSED_INLINE double exp_nonpositive(double x) {
   return exp_biased<64>(x < -746.0 ? -746.0 : x);
 }
 
-// 1 + exp(x) of any x; NaN is kept. Below -43 nothing is left of the exponential, in float64 neither.
+// 1 + exp(x) of any x; a NaN counts as some number. Below -43 nothing is left of the exponential, in float64 neither.
+// The limits are put on the bits: of a comparison of floats g++ makes branches of the code that follows.
 TORCH_FUSED_INLINE float one_plus_exp(float x) {
-  x = x < -43.0f ? -43.0f : x;
-  return 1.0f + exp_biased<-64>(x > 89.0f ? 89.0f : x);
+  const int32_t below_limit = std::min(bit_copy<int32_t>(x), bit_copy<int32_t>(89.0f));
+  const uint32_t within = std::min(bit_copy<uint32_t>(below_limit), bit_copy<uint32_t>(-43.0f));
+  return 1.0f + exp_biased<-64>(bit_copy<float>(within));
 }
 TORCH_FUSED_INLINE double one_plus_exp(double x) {
   x = x < -43.0 ? -43.0 : x;

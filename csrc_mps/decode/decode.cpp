@@ -11,6 +11,7 @@
 #include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
+#include <numeric>
 #include <optional>
 #include <string>
 
@@ -62,7 +63,7 @@ constexpr const char* kPartNames[] = {"input norm", "q",      "q bias", "k", "k 
                                       "v bias",     "q norm", "k norm", "o", "o bias", "post-attention norm",
                                       "gate",       "up",     "down"};
 
-constexpr int64_t kChunk = 256;  // slots that a chunk of the context should at least have
+constexpr int64_t kChunk = 64;  // slots that a chunk of the context should at least have
 
 // The arguments of one call.
 struct Call {
@@ -78,6 +79,12 @@ struct Call {
 };
 
 // ---- checks ---------------------------------------------------------------------------------------------------------
+
+// What check_weight demands, without a name to be made for each of the hundreds of tensors of a call.
+bool is_weight(const Tensor& tensor, at::IntArrayRef shape, const Tensor& embedding) {
+  return tensor.sizes() == shape && tensor.scalar_type() == embedding.scalar_type() &&
+         tensor.device() == embedding.device() && (tensor.stride(-1) == 1 || tensor.size(-1) == 1);
+}
 
 // `tensor` must have the shape, one the embedding's dtype and device, and dense rows.
 void check_weight(const std::string& name, const Tensor& tensor, at::IntArrayRef shape, const Tensor& embedding) {
@@ -121,9 +128,10 @@ OptionalTensor layer_part(const Call& call, int64_t layer, LayerPart part) {
 
 void check_part(const Call& call, int64_t layer, LayerPart part, at::IntArrayRef shape, bool may_be_absent) {
   const OptionalTensor tensor = layer_part(call, layer, part);
+  if (tensor ? is_weight(*tensor, shape, call.embedding) : may_be_absent) return;
   const std::string name = std::string(kPartNames[part]) + " of layer " + std::to_string(layer);
-  TORCH_CHECK(tensor || may_be_absent, "decode_: ", name, " must be a tensor, got None");
-  if (tensor) check_weight(name, *tensor, shape, call.embedding);
+  TORCH_CHECK(tensor, "decode_: ", name, " must be a tensor, got None");
+  check_weight(name, *tensor, shape, call.embedding);
 }
 
 StepShape check(const Call& call) {
@@ -239,9 +247,10 @@ Layer<T> layer_of(const Call& call, int64_t index) {
 
 // So many chunks that all threads have as much to do, if the context is long enough to be worth it.
 int64_t count_chunks(const StepShape& s) {
-  const int64_t heads = s.batch * s.kv_heads, wanted = (4 * s.threads + heads - 1) / heads;
-  const int64_t even = (wanted + s.threads - 1) / s.threads * s.threads;
-  return std::max<int64_t>(1, std::min(even, s.length / kChunk));
+  const int64_t heads = s.batch * s.kv_heads, even = s.threads / std::gcd(heads, s.threads);
+  const int64_t wanted = (4 * s.threads + heads - 1) / heads, most = s.length / kChunk;
+  const int64_t chunks = std::min((wanted + even - 1) / even * even, most);
+  return chunks >= even ? chunks / even * even : std::max<int64_t>(1, chunks);
 }
 
 // With the best instructions that the machine has, or that ATEN_CPU_CAPABILITY allows torch.

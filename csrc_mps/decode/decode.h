@@ -58,7 +58,7 @@ struct StepShape {
 
   // Floats of a thread's own memory.
   int64_t own_size() const {
-    return std::max({tokens() * hidden, tokens() * heads * head_dim, queries() * (2 * head_dim + kKeyBlock + 3)});
+    return std::max({tokens() * hidden, tokens() * heads * head_dim, queries() * (2 * head_dim + kKeyBlock + 2)});
   }
 };
 

@@ -9,11 +9,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "../common/autograd.h"
 #include "../common/checks.h"
 #include "../common/convert.h"
+#include "../common/half_runs.h"
 #include "../common/rows.h"
 #include "../common/simd.h"
 #include "../common/sum.h"
@@ -90,6 +92,12 @@ TORCH_FUSED_INLINE const wide_t<T>* widened(const T* values, int64_t n, wide_t<T
   }
   buffer.resize(n);
   wide_t<T>* wide = buffer.data();
+  if constexpr (std::is_same_v<T, at::Half>) {
+    if (values) {
+      widen_run(values, wide, n);
+      return wide;
+    }
+  }
   for (int64_t i = 0; i < n; ++i) wide[i] = values ? widen(values[i]) : absent;
   return wide;
 }
@@ -176,7 +184,13 @@ TORCH_FUSED_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t
     const wide_t<T>* x = widened(a.input + row * a.stride, n, wide_t<T>(0), row_buffer);
     T* y = a.output + row * n;
     const Moments<wide_t<T>> m = row_moments(x, a.norm);
-    for (int64_t i = 0; i < n; ++i) y[i] = narrow<T>(std::fma(m.normed(x[i]), w[i], b[i]));
+    if constexpr (std::is_same_v<T, at::Half>) {
+      float* results = row_buffer.data();  // in the place of x
+      for (int64_t i = 0; i < n; ++i) results[i] = std::fma(m.normed(results[i]), w[i], b[i]);
+      narrow_run(results, y, n);
+    } else {
+      for (int64_t i = 0; i < n; ++i) y[i] = narrow<T>(std::fma(m.normed(x[i]), w[i], b[i]));
+    }
   }
 }
 

@@ -8,12 +8,15 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "../common/autograd.h"
 #include "../common/checks.h"
+#include "../common/half_runs.h"
 #include "../common/pairs.h"
 #include "../common/rows.h"
 #include "../common/simd.h"
@@ -87,9 +90,15 @@ TORCH_FUSED_INLINE const wide_t<T>* effective_weight(const T* weight, const RmsN
   buffer.resize(norm.cols);
   const auto offset = static_cast<wide_t<T>>(norm.weight_offset);
   wide_t<T>* w = buffer.data();
-  for (int64_t i = 0; i < norm.cols; ++i) {
-    const wide_t<T> value = weight ? widen(weight[i]) + offset : 1;
-    w[i] = norm.llama ? round_to<T>(value) : value;
+  if (!weight) {
+    std::fill_n(w, norm.cols, wide_t<T>(1));
+  } else if constexpr (std::is_same_v<T, at::Half>) {
+    widen_run(weight, w, norm.cols);
+  } else {
+    for (int64_t i = 0; i < norm.cols; ++i) w[i] = widen(weight[i]);
+  }
+  if (weight && offset != 0) {
+    for (int64_t i = 0; i < norm.cols; ++i) w[i] = norm.llama ? round_to<T>(w[i] + offset) : w[i] + offset;
   }
   return w;
 }
@@ -181,6 +190,31 @@ TORCH_FUSED_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t
     const wide_t<T> scale = inverse_rms<T>(squares, a.norm);
     if constexpr (kInPairs<T>) scale_pairs<llama>(x, split, scale, y, pairs);
     scale_row<llama>(x, w, scale, y, 2 * pairs, n);
+  }
+}
+
+template <bool llama>
+TORCH_FUSED_INLINE void forward_rows(const Forward<at::Half>& a, int64_t begin, int64_t end) {
+  static thread_local std::vector<float> row_buffer, residual_buffer;
+  const int64_t n = a.norm.cols;
+  const float* w = effective_weight(a.weight, a.norm);
+  row_buffer.resize(n);
+  residual_buffer.resize(n);
+  float* x = row_buffer.data();
+  float* residual = residual_buffer.data();
+  for (int64_t row = begin; row < end; ++row) {
+    at::Half* y = a.output + row * n;
+    widen_run(a.input + row * a.input_stride, x, n);
+    if (a.residual) {
+      widen_run(a.residual + row * a.residual_stride, residual, n);
+      for (int64_t i = 0; i < n; ++i) x[i] += residual[i];
+      round_run(x, a.sum + row * n, n);
+    }
+    const float scale = inverse_rms<at::Half>(row_sum<float>(n, Squares<float>{x}), a.norm);
+    for (int64_t i = 0; i < n; ++i) x[i] *= scale;
+    if (llama) round_run(x, y, n);
+    for (int64_t i = 0; i < n; ++i) x[i] *= w[i];
+    narrow_run(x, y, n);
   }
 }
 

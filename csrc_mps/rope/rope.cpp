@@ -6,10 +6,12 @@
 #include <ATen/ops/empty_like.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../common/autograd.h"
 #include "../common/checks.h"
 #include "../common/convert.h"
+#include "../common/half_runs.h"
 #include "../common/rows.h"
 #include "../common/simd.h"
 
@@ -120,9 +122,57 @@ TORCH_FUSED_INLINE void rotate(const T* __restrict a, const T* __restrict b, con
   }
 }
 
+// `count` heads of float16, one after the other, that are rotated whole: at most kHalfRun elements. The tables of their
+// token are floats.
+template <bool transposed, bool llama>
+TORCH_FUSED_INLINE void rotate_heads(const at::Half* from, const float* cos, const float* sin, at::Half* to,
+                                     int64_t half, int64_t count) {
+  float heads[kHalfRun], products[2 * kHalfRun];
+  const int64_t dim = 2 * half, n = count * dim;
+  const float* sin_a = sin + (transposed ? half : 0);
+  const float* sin_b = sin + (transposed ? 0 : half);
+  widen_run(from, heads, n);
+  for (int64_t head = 0; head < n; head += dim) {
+    const float* x = heads + head;
+    float* straight = products + head;
+    float* crossed = products + n + head;
+    for (int64_t i = 0; i < dim; ++i) straight[i] = x[i] * cos[i];
+    for (int64_t i = 0; i < half; ++i) {
+      crossed[i] = (transposed ? x[half + i] : -x[half + i]) * sin_a[i];
+      crossed[half + i] = (transposed ? -x[i] : x[i]) * sin_b[i];
+    }
+  }
+  if (llama) {
+    at::Half rounded[2 * kHalfRun];
+    round_run(products, rounded, 2 * n);
+  }
+  for (int64_t i = 0; i < n; ++i) heads[i] = products[i] + products[n + i];
+  narrow_run(heads, to, n);
+}
+
+template <bool transposed, bool llama>
+TORCH_FUSED_INLINE void rotate_token_in_runs(const Operand<at::Half>& x, int64_t batch, int64_t token,
+                                             const Tables<at::Half>& tables, int64_t half, int64_t head_dim) {
+  const int64_t dim = 2 * half;
+  float cos[kHalfRun], sin[kHalfRun];
+  widen_run(tables.cos, cos, dim);
+  widen_run(tables.sin, sin, dim);
+  const bool dense = dim > 0 && head_dim == dim && x.from.head == dim && x.to.head == dim;
+  const int64_t at_once = dense ? kHalfRun / dim : 1;
+  for (int64_t head = 0; head < x.heads; head += at_once) {
+    const at::Half* from = x.input + batch * x.from.batch + token * x.from.token + head * x.from.head;
+    at::Half* to = x.output + batch * x.to.batch + token * x.to.token + head * x.to.head;
+    rotate_heads<transposed, llama>(from, cos, sin, to, half, std::min(at_once, x.heads - head));
+    if (!dense) std::copy(from + dim, from + head_dim, to + dim);
+  }
+}
+
 template <bool transposed, bool llama, class T>
 TORCH_FUSED_INLINE void rotate_token(const Operand<T>& x, int64_t batch, int64_t token, const Tables<T>& tables,
                                      int64_t half, int64_t head_dim) {
+  if constexpr (std::is_same_v<T, at::Half>) {
+    if (2 * half <= kHalfRun) return rotate_token_in_runs<transposed, llama>(x, batch, token, tables, half, head_dim);
+  }
   const T* sin_a = tables.sin + (transposed ? half : 0);
   const T* sin_b = tables.sin + (transposed ? 0 : half);
   for (int64_t head = 0; head < x.heads; ++head) {

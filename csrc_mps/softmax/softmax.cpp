@@ -18,6 +18,7 @@
 #include "../common/checks.h"
 #include "../common/convert.h"
 #include "../common/exp.h"
+#include "../common/half_runs.h"
 #include "../common/rows.h"
 #include "../common/simd.h"
 #include "../common/sum.h"
@@ -90,6 +91,16 @@ TORCH_FUSED_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t
                                           return value;
                                         }});
     for (int64_t i = 0; i < n; ++i) y[i] = narrow<T>(exponentials[i] / sum);
+  }
+}
+
+TORCH_FUSED_INLINE void forward_rows(const Forward<at::Half>& a, int64_t begin, int64_t end) {
+  static thread_local std::vector<float> buffer;
+  buffer.resize(a.cols);
+  for (int64_t row = begin; row < end; ++row) {
+    widen_run(a.input + row * a.stride, buffer.data(), a.cols);
+    forward_rows(Forward<float>{buffer.data(), buffer.data(), a.cols, a.cols}, 0, 1);
+    narrow_run(buffer.data(), a.output + row * a.cols, a.cols);
   }
 }
 

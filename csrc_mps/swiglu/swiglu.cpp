@@ -15,6 +15,7 @@
 #include "../common/autograd.h"
 #include "../common/checks.h"
 #include "../common/exp.h"
+#include "../common/half_runs.h"
 #include "../common/pairs.h"
 #include "../common/simd.h"
 
@@ -82,6 +83,20 @@ TORCH_FUSED_INLINE void forward_row(const T* __restrict gate, const T* __restric
   }
 }
 
+template <bool llama>
+TORCH_FUSED_INLINE void forward_row(const at::Half* gate, const at::Half* up, at::Half* output, int64_t n) {
+  float silu[kHalfRun], other[kHalfRun];
+  for (int64_t i = 0; i < n; i += kHalfRun) {
+    const int64_t count = std::min(n - i, kHalfRun);
+    widen_run(gate + i, silu, count);
+    widen_run(up + i, other, count);
+    for (int64_t j = 0; j < count; ++j) silu[j] = silu_of(silu[j]);
+    if (llama) round_run(silu, output + i, count);
+    for (int64_t j = 0; j < count; ++j) silu[j] *= other[j];
+    narrow_run(silu, output + i, count);
+  }
+}
+
 template <class T>
 TORCH_FUSED_INLINE void run_row(const Forward<T>& a, int64_t row, int64_t column, int64_t n) {
   const T* gate = a.gate + row * a.gate_stride + column;
@@ -109,6 +124,20 @@ TORCH_FUSED_INLINE void backward_row(const T* __restrict grad, const T* __restri
     const wide_t<T> sigmoid = 1 / one_plus_exp(-g);
     grad_gate[i] = narrow<T>(dy * widen(up[i]) * sigmoid * (1 + g * (1 - sigmoid)));
     grad_up[i] = narrow<T>(dy * g * sigmoid);
+  }
+}
+
+TORCH_FUSED_INLINE void backward_row(const at::Half* grad, const at::Half* gate, const at::Half* up,
+                                     at::Half* grad_gate, at::Half* grad_up, int64_t n) {
+  float operands[3][kHalfRun], results[2][kHalfRun];
+  for (int64_t i = 0; i < n; i += kHalfRun) {
+    const int64_t count = std::min(n - i, kHalfRun);
+    widen_run(grad + i, operands[0], count);
+    widen_run(gate + i, operands[1], count);
+    widen_run(up + i, operands[2], count);
+    backward_row(operands[0], operands[1], operands[2], results[0], results[1], count);
+    narrow_run(results[0], grad_gate + i, count);
+    narrow_run(results[1], grad_up + i, count);
   }
 }
 

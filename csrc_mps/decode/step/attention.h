@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "../../common/convert.h"
 #include "../../common/exp.h"
@@ -50,48 +51,168 @@ TORCH_FUSED_INLINE void append(const Step<T>& s, const Layer<T>& layer, int64_t 
 
 // What the queries that share a key have seen of the context: weighted sums of values, to be divided by `sums`.
 struct Attended {
-  float* queries;   // (queries, head_dim), scaled
-  float* values;    // (queries, head_dim)
-  float* scores;    // (queries, kKeyBlock)
-  float* maxima;    // (queries)
-  float* sums;      // (queries)
-  float* products;  // (queries)
+  float* queries;  // (queries, head_dim), scaled
+  float* values;   // (queries, head_dim)
+  float* scores;   // (queries, kKeyBlock)
+  float* maxima;   // (queries)
+  float* sums;     // (queries)
 };
+
+// Consecutive slots of one head's keys or values.
+template <class T>
+struct Slots {
+  const T* data;
+  int64_t stride, count, head_dim;
+};
+
+// Products of N keys with C queries, which are head_dim apart; those with one query are kKeyBlock apart in `scores`.
+template <int N, int C, class T>
+TORCH_FUSED_INLINE void score(const Slots<T>& keys, int64_t first, const float* queries, float* scores) {
+  const int64_t dim = keys.head_dim;
+  const T* rows[N];
+  for (int k = 0; k < N; ++k) rows[k] = keys.data + (first + k) * keys.stride;
+  Lanes sums[N][C] = {}, key[N], query;
+  int64_t i = 0;
+  for (; i + kLanes <= dim; i += kLanes) {
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) load(rows[k] + i, key[k]);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      load(queries + c * dim + i, query);
+#pragma GCC unroll 4
+      for (int k = 0; k < N; ++k) sums[k][c] += key[k] * query;
+    }
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < N; ++k) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      float result = sum_of(sums[k][c]);
+      for (int64_t j = i; j < dim; ++j) result += widen(rows[k][j]) * queries[c * dim + j];
+      scores[c * kKeyBlock + first + k] = result;
+    }
+  }
+}
+
+template <int C, class T>
+TORCH_FUSED_INLINE void score(const Slots<T>& keys, const float* queries, float* scores) {
+  int64_t k = 0;
+  for (; k + 2 <= keys.count; k += 2) score<2, C>(keys, k, queries, scores);
+  if (k < keys.count) score<1, C>(keys, k, queries, scores);
+}
+
+// Adds the values times C queries' scores to the queries' N * kLanes dimensions from `d` on. The sums stay in
+// registers: through memory, each addition would wait for the one before it to be stored.
+template <int N, int C, class T>
+TORCH_FUSED_INLINE void add_values(const Slots<T>& values, const float* scores, int64_t d, float* to) {
+  Lanes sums[C][N], value[N];
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) load(to + c * values.head_dim + d + n * kLanes, sums[c][n]);
+  }
+  for (int64_t k = 0; k < values.count; ++k) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) load(values.data + k * values.stride + d + n * kLanes, value[n]);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sums[c][n] += scores[c * kKeyBlock + k] * value[n];
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) store(sums[c][n], to + c * values.head_dim + d + n * kLanes);
+  }
+}
+
+template <int C, class T>
+TORCH_FUSED_INLINE void add_values(const Slots<T>& values, const float* scores, float* to) {
+  const int64_t dim = values.head_dim;
+  int64_t d = 0;
+  for (; d + 2 * kLanes <= dim; d += 2 * kLanes) add_values<2, C>(values, scores, d, to);
+  if (d + kLanes <= dim) {
+    add_values<1, C>(values, scores, d, to);
+    d += kLanes;
+  }
+  for (; d < dim; ++d) {
+    for (int c = 0; c < C; ++c) {
+      for (int64_t k = 0; k < values.count; ++k) {
+        to[c * dim + d] += scores[c * kKeyBlock + k] * widen(values.data[k * values.stride + d]);
+      }
+    }
+  }
+}
+
+// Calls function(number of queries, first query) for all of them, as many at once as registers hold.
+template <class Function>
+TORCH_FUSED_INLINE void for_queries(int64_t queries, Function function) {
+  int64_t i = 0;
+  for (; i + 4 <= queries; i += 4) function(std::integral_constant<int, 4>(), i);
+  switch (queries - i) {
+    case 3:
+      return function(std::integral_constant<int, 3>(), i);
+    case 2:
+      return function(std::integral_constant<int, 2>(), i);
+    case 1:
+      return function(std::integral_constant<int, 1>(), i);
+  }
+}
+
+TORCH_FUSED_INLINE float largest_of(const float* scores, float largest) {
+  Lanes most, next;
+  load(scores, most);
+  for (int64_t j = kLanes; j < kKeyBlock; j += kLanes) {
+    load(scores + j, next);
+    most = next > most ? next : most;
+  }
+  float each[kLanes];
+  store(most, each);
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t j = 0; j < width; ++j) each[j] = each[j + width] > each[j] ? each[j + width] : each[j];
+  }
+  return std::max(largest, each[0]);
+}
+
+TORCH_FUSED_INLINE float sum_of_block(const float* scores) {
+  Lanes sum = {}, next;
+  for (int64_t j = 0; j < kKeyBlock; j += kLanes) {
+    load(scores + j, next);
+    sum += next;
+  }
+  return sum_of(sum);
+}
 
 // Adds the slots begin .. end - 1, at most kKeyBlock, that a query at slot s.length + step may see.
 template <class T>
 TORCH_FUSED_INLINE void attend_block(const Step<T>& s, const Layer<T>& layer, int64_t batch, int64_t kv_head,
                                      int64_t begin, int64_t end, const Attended& seen) {
   const int64_t queries = s.queries(), group = s.heads / s.kv_heads, n = end - begin;
-  for (int64_t j = 0; j < n; ++j) {
-    row_products(layer.keys.at(batch, kv_head, begin + j), s.head_dim, {seen.queries, s.head_dim}, queries,
-                 seen.products);
-    for (int64_t i = 0; i < queries; ++i) {
-      const bool visible = begin + j <= s.length + i / group;
-      seen.scores[i * kKeyBlock + j] = visible ? seen.products[i] : -std::numeric_limits<float>::infinity();
-    }
-  }
+  const Slots<T> keys{layer.keys.at(batch, kv_head, begin), layer.keys.slot_stride, n, s.head_dim};
+  const Slots<T> values{layer.values.at(batch, kv_head, begin), layer.values.slot_stride, n, s.head_dim};
+  for_queries(queries, [&](auto count, int64_t i) __attribute__((always_inline)) {
+    score<count>(keys, seen.queries + i * s.head_dim, seen.scores + i * kKeyBlock);
+  });
   for (int64_t i = 0; i < queries; ++i) {
     float* scores = seen.scores + i * kKeyBlock;
-    float largest = seen.maxima[i];
-    for (int64_t j = 0; j < n; ++j) largest = std::max(largest, scores[j]);
+    const int64_t visible = std::min(n, s.length + i / group + 1 - begin);
+    for (int64_t j = std::max<int64_t>(visible, 0); j < kKeyBlock; ++j) {
+      scores[j] = -std::numeric_limits<float>::infinity();
+    }
+    float largest = largest_of(scores, seen.maxima[i]);
     if (largest == -std::numeric_limits<float>::infinity()) largest = 0;  // nothing visible yet
     const float keep = exp_nonpositive(seen.maxima[i] - largest);
-    float sum = 0;
-    for (int64_t j = 0; j < n; ++j) scores[j] = exp_nonpositive(scores[j] - largest);
-    for (int64_t j = 0; j < n; ++j) sum += scores[j];
-    seen.sums[i] = seen.sums[i] * keep + sum;
+    for (int64_t j = 0; j < kKeyBlock; ++j) scores[j] = exp_nonpositive(scores[j] - largest);
+    seen.sums[i] = seen.sums[i] * keep + sum_of_block(scores);
     seen.maxima[i] = largest;
     if (keep != 1) {
       for (int64_t d = 0; d < s.head_dim; ++d) seen.values[i * s.head_dim + d] *= keep;
     }
   }
-  for (int64_t j = 0; j < n; ++j) {
-    const T* value = layer.values.at(batch, kv_head, begin + j);
-    for (int64_t i = 0; i < queries; ++i) {
-      add_scaled(value, seen.scores[i * kKeyBlock + j], s.head_dim, seen.values + i * s.head_dim);
-    }
-  }
+  for_queries(queries, [&](auto count, int64_t i) __attribute__((always_inline)) {
+    add_values<count>(values, seen.scores + i * kKeyBlock, seen.values + i * s.head_dim);
+  });
 }
 
 // One chunk of one sequence's context for the queries of one key head; the last chunk has the new tokens, and writes
@@ -106,7 +227,6 @@ TORCH_FUSED_INLINE void attend(const Step<T>& s, const Layer<T>& layer, int64_t 
   seen.scores = seen.values + queries * s.head_dim;
   seen.maxima = seen.scores + queries * kKeyBlock;
   seen.sums = seen.maxima + queries;
-  seen.products = seen.sums + queries;
 
   const int64_t first = s.starts ? std::min(s.starts[batch], s.length) : 0, held = s.length - first;
   const int64_t begin = first + held * chunk / s.chunks;

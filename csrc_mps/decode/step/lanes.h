@@ -25,6 +25,11 @@ TORCH_FUSED_INLINE void load(const float* from, Lanes& to) {
 }
 
 TORCH_FUSED_INLINE void load_bits(const void* from, LaneBits& to) {
+#ifdef TORCH_FUSED_AVX512
+  // One instruction, where g++ makes five of the conversion below. (Unmasked, g++ 12 warns about its own header.)
+  to = (LaneBits)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(static_cast<const __m256i*>(from)));
+  return;
+#endif
   HalfLaneBits bits;
   std::memcpy(&bits, from, sizeof(bits));
   to = __builtin_convertvector(bits, LaneBits);
@@ -38,7 +43,9 @@ TORCH_FUSED_INLINE void load(const c10::BFloat16* from, Lanes& to) {
 }
 
 TORCH_FUSED_INLINE void load(const c10::Half* from, Lanes& to) {
-#ifdef TORCH_FUSED_F16C
+#ifdef TORCH_FUSED_AVX512
+  to = _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(TORCH_FUSED_F16C)
   const auto* halves = reinterpret_cast<const __m128i*>(from);
   const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128(halves)), high = _mm256_cvtph_ps(_mm_loadu_si128(halves + 1));
   to = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);

@@ -69,18 +69,4 @@ TORCH_FUSED_INLINE void row_products(const T* row, int64_t n, Vectors x, int64_t
   }
 }
 
-// to += scale * row
-template <class T>
-TORCH_FUSED_INLINE void add_scaled(const T* __restrict row, float scale, int64_t n, float* __restrict to) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    Lanes values, sum;
-    load(row + i, values);
-    load(to + i, sum);
-    sum += scale * values;
-    store(sum, to + i);
-  }
-  for (; i < n; ++i) to[i] += scale * widen(row[i]);
-}
-
 }  // namespace torch_fused::TORCH_FUSED_TARGET
