@@ -4,7 +4,6 @@
 #include <metal_stdlib>
 #include "common/philox.h"
 #include "common/scan.metal.h"
-#include "common/token_weight.h"
 #include "sampling/ranking.metal.h"
 using namespace metal;
 using namespace torch_fused;

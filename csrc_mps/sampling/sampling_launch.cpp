@@ -13,7 +13,7 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// As in greedy.metal and ranking.metal.h.
+// As in greedy.metal and tokens.metal.h.
 struct GreedyParams {
   int64_t row_stride;
   uint32_t vocabulary, slices, aligned, unused;
