@@ -10,7 +10,7 @@ from torch_fused.metal import emulate
 from torch_fused.ops.rope import apply_rotary_pos_emb_backward_reference, apply_rotary_pos_emb_reference
 from torch_fused.testing import assert_close, assert_matches_reference, make, relative_error
 
-# (head_dim, rotary_dim): tiny, odd halves, Qwen's, a partial rotation, none, no whole pack in a half, a huge head.
+# (head_dim, rotary_dim): tiny, odd halves, Qwen's, a part of a head, none of it, no whole pack in a half, huge.
 DIMS = [(2, 2), (6, 6), (64, 64), (128, 128), (80, 32), (13, 6), (8, 0), (600, 514)]
 
 

@@ -123,6 +123,17 @@ def test_kept_set_is_hugging_faces(scale):
         assert torch.equal(ours[kept], x[kept])
 
 
+def test_kept_set_of_a_whole_vocabulary_is_hugging_faces():
+    """151,936 logits, from flat to peaked: the same tokens, but for 3 at a rounding edge."""
+    for scale, temperature, top_k in itertools.product((1.0, 2.0, 5.0), (1.0, 0.7), (None, 50)):
+        x = make(1, 151936, scale=scale)
+        scores = TemperatureLogitsWarper(temperature)(None, x)
+        scores = TopKLogitsWarper(top_k)(None, scores) if top_k else scores
+        expected = TopPLogitsWarper(0.9)(None, scores) > -INF
+        kept = filter_logits(x, temperature=temperature, top_k=top_k, top_p=0.9) > -INF
+        assert (kept ^ expected).sum() <= 3
+
+
 def test_weights_are_powers_of_two():
     """The fixed-point weight is 2^40 * 2^x to a step of 2^-24 octaves, never grows, and rounds to 0 in the end."""
     octaves = torch.cat([torch.zeros(1), torch.linspace(0, 43, 100001)]).neg().unsqueeze(0)
@@ -170,6 +181,17 @@ def test_frequencies(backend):
 def test_frequencies_of_many_draws():
     """The same with ten times the draws."""
     chi_square(200_000, "cpu")
+
+
+def test_frequencies_of_a_whole_vocabulary():
+    """200,000 draws from 151,936 logits: none outside of the kept set, the others as softmax has them."""
+    x, draws, kwargs = make(1, 151936, scale=2.0), 200_000, {"temperature": 0.7, "top_k": 20}
+    ids = sample(x.expand(draws, -1), seed=11, **kwargs)
+    expected = (filter_logits_reference(x, **kwargs)[0] / 0.7).double().softmax(-1) * draws
+    counts = torch.bincount(ids, minlength=x.shape[1]).double()
+    cells = expected > 0
+    assert cells.sum() == 20 and counts[cells].sum() == draws
+    assert ((counts - expected)[cells] ** 2 / expected[cells]).sum() < 64.4  # the 1 - 1e-6 quantile of 20 cells
 
 
 # ---- edges ----------------------------------------------------------------------------------------------------------
