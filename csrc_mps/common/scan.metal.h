@@ -18,14 +18,6 @@ inline ulong simd_total(ulong value) {
   return value;
 }
 
-// The largest of them.
-inline ulong simd_largest(ulong value) {
-  for (ushort distance = 16; distance > 0; distance /= 2) {
-    value = max(value, as_type<ulong>(simd_shuffle_xor(as_type<uint2>(value), distance)));
-  }
-  return value;
-}
-
 // Adds to each thread's value those of the lanes before it.
 inline ulong simd_running(ulong value, uint lane) {
   for (ushort distance = 1; distance < 32; distance *= 2) {

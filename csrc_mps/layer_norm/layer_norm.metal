@@ -44,7 +44,7 @@ struct LayerNormRow {
 };
 
 // One threadgroup a row. N packs of W values a thread: the row is read once and stays in registers. N == 0: a longer
-// row, read twice.
+// row, read twice. A bound above the threads that are launched holds registers back, for more rows at once.
 template <typename T, int W, int N>
 [[kernel, max_total_threads_per_threadgroup(1024)]]
 void layer_norm(device const T* input [[buffer(0)]], device const T* weight [[buffer(1)]],

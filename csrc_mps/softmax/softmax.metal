@@ -65,7 +65,7 @@ inline void store_scaled(device T* row, uint column, uint cols, bool aligned, th
 }
 
 // One threadgroup a row. N packs of W values a thread: the row is read once and stays in registers. N == 0: a longer
-// row, read twice.
+// row, read twice. A bound above the threads that are launched holds registers back, for more rows at once.
 template <typename T, int W, int N>
 [[kernel, max_total_threads_per_threadgroup(1024)]]
 void softmax(device const T* input [[buffer(0)]], device T* output [[buffer(1)]],
