@@ -4,7 +4,11 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstdint>
+#include <optional>
+#include <thread>
 
 #include "../common/simd.h"
 
@@ -20,9 +24,44 @@ struct Range {
   }
 };
 
+// Where `size` threads wait for each other. A thread that has waited for long sleeps: on a busy machine the one it
+// waits for may need its processor. OpenMP's own barrier spins for milliseconds, and a step has hundreds of barriers.
+class Barrier {
+ public:
+  explicit Barrier(uint32_t size, bool spin) : size_(size), spins_(spin ? kSpins : 0) {}
+
+  void wait() {
+    const uint32_t turn = turn_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      turn_.store(turn + 1, std::memory_order_release);
+      return;
+    }
+    for (int64_t i = 0; turn_.load(std::memory_order_acquire) == turn; ++i) {
+      i < spins_ ? pause() : std::this_thread::sleep_for(std::chrono::microseconds(20));
+    }
+  }
+
+ private:
+  static constexpr int64_t kSpins = 4000;  // some 100 us
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+
+  const uint32_t size_;
+  const int64_t spins_;
+  alignas(64) std::atomic<uint32_t> arrived_{0};
+  alignas(64) std::atomic<uint32_t> turn_{0};
+};
+
 class Team {
  public:
-  Team(int64_t member, int64_t size) : member_(member), size_(size) {}
+  Team(int64_t member, int64_t size, Barrier* barrier) : member_(member), size_(size), barrier_(barrier) {}
 
   TORCH_FUSED_INLINE int64_t member() const { return member_; }
 
@@ -33,15 +72,12 @@ class Team {
 
   // Returns when all members have come; what they wrote before can be read after.
   TORCH_FUSED_INLINE void meet() const {
-    if (size_ > 1) {
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
-    }
+    if (size_ > 1) barrier_->wait();
   }
 
  private:
   int64_t member_, size_;
+  Barrier* barrier_;
 };
 
 // How many threads a team may have here: one inside of another parallel region.
@@ -58,14 +94,20 @@ template <class Function>
 void run_team(int64_t size, Function function) {
 #ifdef _OPENMP
   if (size > 1) {
+    std::optional<Barrier> barrier;
 #pragma omp parallel num_threads(static_cast<int>(size))
-    function(Team(omp_get_thread_num(), omp_get_num_threads()));
+    {
+      const int came = omp_get_num_threads();
+#pragma omp single
+      barrier.emplace(came, came <= omp_get_num_procs());
+      function(Team(omp_get_thread_num(), came, &*barrier));
+    }
     return;
   }
 #else
   (void)size;  // always 1
 #endif
-  function(Team(0, 1));
+  function(Team(0, 1, nullptr));
 }
 
 }  // namespace torch_fused
