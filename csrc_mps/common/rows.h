@@ -47,6 +47,12 @@ inline int64_t row_grain(int64_t cols) {
   return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols));
 }
 
+// Rows whose part of a parameter's gradient is summed apart. It depends on their number only, so that the gradient does
+// not depend on the number of threads; and few blocks come of it, as their sums are cleared before and added up after.
+inline int64_t rows_per_block(int64_t rows) {
+  return std::max<int64_t>(16, (rows + 31) / 32);
+}
+
 // Whether every row starts at a multiple of 16 bytes. On MPS the address is not visible, but a buffer's start is
 // aligned.
 inline bool rows_aligned(const at::Tensor& tensor, int64_t stride) {

@@ -16,9 +16,10 @@
 #include "../common/checks.h"
 #include "../common/convert.h"
 #include "../common/half_runs.h"
+#include "../common/prefetch.h"
+#include "../common/row_sums.h"
 #include "../common/rows.h"
 #include "../common/simd.h"
-#include "../common/sum.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def(
@@ -80,9 +81,6 @@ Tensor empty_parameter_grads(const Tensor& x, IntArrayRef normalized_shape, bool
 
 namespace {
 
-// Elements of a row summed at a time: few, so that the rounding errors of a sum stay small.
-constexpr int64_t kBlock = 1024;
-
 // `values` in the type of the arithmetic, in `buffer` if they are not already; n times `absent` if there are none.
 template <class T>
 TORCH_FUSED_INLINE const wide_t<T>* widened(const T* values, int64_t n, wide_t<T> absent,
@@ -109,59 +107,58 @@ struct Moments {
   TORCH_FUSED_INLINE W normed(W x) const { return std::fma(x - shift, rstd, -rest * rstd); }
 };
 
-template <class W>
-struct Sums {
-  W sum, squares;
-};
-
-// The sums of x - shift and of its square, in streams that the compiler keeps in vectors.
-template <class W>
-TORCH_FUSED_INLINE Sums<W> block_sums(const W* x, int64_t n, W shift) {
-  constexpr int64_t kStreams = 32;
-  W sums[kStreams] = {}, squares[kStreams] = {};
-  const auto add = [&](int64_t i, int64_t stream) {
-    const W centred = x[i] - shift;
-    sums[stream] += centred;
-    squares[stream] = std::fma(centred, centred, squares[stream]);
-  };
-  const int64_t whole = n / kStreams * kStreams;
-  for (int64_t i = 0; i < whole; i += kStreams) {
-    for (int64_t j = 0; j < kStreams; ++j) add(i + j, j);
-  }
-  for (int64_t i = whole; i < n; ++i) add(i, i - whole);
-  for (int64_t half = kStreams / 2; half > 0; half /= 2) {
-    for (int64_t j = 0; j < half; ++j) {
-      sums[j] += sums[j + half];
-      squares[j] += squares[j + half];
-    }
-  }
-  return {sums[0], squares[0]};
-}
-
 // The mean of the row or, if it is long, of one block's worth of it, taken in stretches all over the row.
 template <class W>
 TORCH_FUSED_INLINE W rough_mean(const W* x, int64_t n) {
-  if (n <= kBlock) return block_sums(x, n, W(0)).sum / static_cast<W>(n);
-  constexpr int64_t kStretches = 8;
+  const int64_t stretches = n <= kBlock ? 1 : 8, length = std::min(n, kBlock) / stretches;
   W sum = 0;
-  for (int64_t i = 0; i < kStretches; ++i) sum += block_sums(x + i * (n / kStretches), kBlock / kStretches, W(0)).sum;
-  return sum / static_cast<W>(kBlock);
+  for (int64_t k = 0; k < stretches; ++k) {
+    const W* stretch = x + k * (n / stretches);
+    sum += block_sums<1, W>(length, [=](int64_t i, int64_t j, W(*sums)[kStreams]) { sums[0][j] += stretch[i]; })[0];
+  }
+  return sum / static_cast<W>(length * stretches);
+}
+
+// From the sums of x - shift and of its square.
+template <class W>
+TORCH_FUSED_INLINE Moments<W> moments_of(W shift, W sum, W squares, const LayerNorm& norm) {
+  const W count = static_cast<W>(norm.cols), rest = sum / count;
+  const W variance = std::max(squares / count - rest * rest, W(0));
+  return {shift, rest, 1 / std::sqrt(variance + static_cast<W>(norm.eps))};
 }
 
 // One pass over memory, about a shift that is near the mean, so that little cancels.
 template <class W>
 TORCH_FUSED_INLINE Moments<W> row_moments(const W* x, const LayerNorm& norm) {
-  const int64_t n = norm.cols;
-  const W shift = rough_mean(x, n);
-  Sums<W> total{0, 0};
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const Sums<W> block = block_sums(x + begin, std::min(n - begin, kBlock), shift);
-    total.sum += block.sum;
-    total.squares += block.squares;
-  }
-  const W count = static_cast<W>(n), rest = total.sum / count;
-  const W variance = std::max(total.squares / count - rest * rest, W(0));
-  return {shift, rest, 1 / std::sqrt(variance + static_cast<W>(norm.eps))};
+  const W shift = rough_mean(x, norm.cols);
+  const auto [sum, squares] = row_sums<2, W>(norm.cols, [=](int64_t i, int64_t j, W(*sums)[kStreams]) {
+    const W centred = x[i] - shift;
+    sums[0][j] += centred;
+    sums[1][j] = std::fma(centred, centred, sums[1][j]);
+  });
+  return moments_of(shift, sum, squares, norm);
+}
+
+// What a row's gradient needs: of g = dy * weight and n = (x - mean) * rstd, the means of g and g * n.
+template <class W>
+struct Slopes {
+  Moments<W> moments;
+  W mean_g, mean_gn;
+};
+
+template <class W>
+TORCH_FUSED_INLINE Slopes<W> row_slopes(const W* dy, const W* x, const W* weight, const LayerNorm& norm) {
+  const W shift = rough_mean(x, norm.cols);
+  const auto [sum, squares, g, gc] = row_sums<4, W>(norm.cols, [=](int64_t i, int64_t j, W(*sums)[kStreams]) {
+    const W centred = x[i] - shift, g = dy[i] * weight[i];
+    sums[0][j] += centred;
+    sums[1][j] = std::fma(centred, centred, sums[1][j]);
+    sums[2][j] += g;
+    sums[3][j] = std::fma(g, centred, sums[3][j]);
+  });
+  const Moments<W> m = moments_of(shift, sum, squares, norm);
+  const W count = static_cast<W>(norm.cols);
+  return {m, g / count, (gc - m.rest * g) * m.rstd / count};
 }
 
 template <class T>
@@ -189,7 +186,13 @@ TORCH_FUSED_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t
       for (int64_t i = 0; i < n; ++i) results[i] = std::fma(m.normed(results[i]), w[i], b[i]);
       narrow_run(results, y, n);
     } else {
-      for (int64_t i = 0; i < n; ++i) y[i] = narrow<T>(std::fma(m.normed(x[i]), w[i], b[i]));
+      const bool ahead = n > kBlock && row + 1 < end && std::is_same_v<T, at::BFloat16>;
+      const int64_t step = ahead ? kPrefetchRun : n;
+      for (int64_t first = 0; first < n; first += step) {
+        const int64_t past = std::min(n, first + step);
+        if (ahead) prefetch(a.input + (row + 1) * a.stride + first, past - first);
+        for (int64_t i = first; i < past; ++i) y[i] = narrow<T>(std::fma(m.normed(x[i]), w[i], b[i]));
+      }
     }
   }
 }
@@ -222,18 +225,25 @@ TORCH_FUSED_INLINE void backward_blocks(const Backward<T>& a, int64_t begin, int
       const W* dy = widened(a.grad + row * a.grad_stride, n, W(0), grad_buffer);
       const W* x = widened(a.x + row * a.x_stride, n, W(0), row_buffer);
       T* dx = a.grad_x + row * n;
-      const Moments<W> m = row_moments(x, a.norm);
-      const W mean_g = row_sum<W>(n, Terms{[=](int64_t i) { return dy[i] * w[i]; }}) / static_cast<W>(n);
-      const W mean_gn =
-          row_sum<W>(n, Terms{[=](int64_t i) { return dy[i] * w[i] * m.normed(x[i]); }}) / static_cast<W>(n);
-      for (int64_t i = 0; i < n; ++i) {
-        dx[i] = narrow<T>(m.rstd * (dy[i] * w[i] - mean_g - m.normed(x[i]) * mean_gn));
-      }
-      if (a.need_weight_grad) {
-        for (int64_t i = 0; i < n; ++i) grad_weight[i] += dy[i] * m.normed(x[i]);
-      }
-      if (a.need_bias_grad) {
-        for (int64_t i = 0; i < n; ++i) grad_bias[i] += dy[i];
+      const Slopes<W> slopes = row_slopes(dy, x, w, a.norm);
+      const Moments<W> m = slopes.moments;
+      const bool ahead = n > kBlock && row + 1 < last;
+      const int64_t step = ahead ? kPrefetchRun : kBlock;
+      for (int64_t first = 0; first < n; first += step) {
+        const int64_t past = std::min(n, first + step);
+        if (ahead) {
+          prefetch(a.grad + (row + 1) * a.grad_stride + first, past - first);
+          prefetch(a.x + (row + 1) * a.x_stride + first, past - first);
+        }
+        for (int64_t i = first; i < past; ++i) {
+          dx[i] = narrow<T>(m.rstd * (dy[i] * w[i] - slopes.mean_g - m.normed(x[i]) * slopes.mean_gn));
+        }
+        if (a.need_weight_grad) {
+          for (int64_t i = first; i < past; ++i) grad_weight[i] += dy[i] * m.normed(x[i]);
+        }
+        if (a.need_bias_grad) {
+          for (int64_t i = first; i < past; ++i) grad_bias[i] += dy[i];
+        }
       }
     }
   }
@@ -286,9 +296,7 @@ std::tuple<Tensor, Tensor> layer_norm_backward_cpu(const Tensor& grad, const Ten
   if (x.numel() == 0) return {grad_x, grad_params.zero_()};
   const Rows dy = as_rows(grad, norm.rows, norm.cols), values = as_rows(x, norm.rows, norm.cols);
   const Tensor w = weight ? weight->contiguous() : Tensor();
-  // A fixed number of blocks, so that the parameters' gradients do not depend on the number of threads.
-  const int64_t rows_per_block = (norm.rows + 31) / 32;
-  const int64_t blocks = (norm.rows + rows_per_block - 1) / rows_per_block;
+  const int64_t block_rows = rows_per_block(norm.rows), blocks = (norm.rows + block_rows - 1) / block_rows;
   const auto acc_type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor partial = at::zeros({blocks, grad_params.numel()}, x.options().dtype(acc_type));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "layer_norm_backward", [&] {
@@ -300,10 +308,10 @@ std::tuple<Tensor, Tensor> layer_norm_backward_cpu(const Tensor& grad, const Ten
                                   elements<wide_t<scalar_t>>(partial),
                                   dy.stride,
                                   values.stride,
-                                  rows_per_block,
+                                  block_rows,
                                   need_weight_grad,
                                   need_bias_grad};
-    run_parallel(args, blocks, rows_per_block * norm.cols);
+    run_parallel(args, blocks, block_rows * norm.cols);
   });
   return {grad_x, partial.sum(0).to(x.scalar_type()).view(grad_params.sizes())};
 }

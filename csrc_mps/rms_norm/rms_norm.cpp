@@ -326,9 +326,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cpu(const Tensor& grad, const Optio
   const Rows dy = as_rows(grad, norm.rows, norm.cols), values = as_rows(x, norm.rows, norm.cols);
   const Rows extra = grad_sum ? as_rows(*grad_sum, norm.rows, norm.cols) : Rows{Tensor(), 0};
   const Tensor w = weight ? weight->contiguous() : Tensor();
-  // A fixed number of blocks, so that the weight's gradient does not depend on the number of threads.
-  const int64_t rows_per_block = (norm.rows + 31) / 32;
-  const int64_t blocks = (norm.rows + rows_per_block - 1) / rows_per_block;
+  const int64_t block_rows = rows_per_block(norm.rows), blocks = (norm.rows + block_rows - 1) / block_rows;
   const auto acc_type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor partial = at::zeros({need_weight_grad ? blocks : 0, norm.cols}, x.options().dtype(acc_type));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "rms_norm_backward", [&] {
@@ -342,8 +340,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cpu(const Tensor& grad, const Optio
                                   dy.stride,
                                   extra.stride,
                                   values.stride,
-                                  rows_per_block};
-    run_parallel(args, blocks, rows_per_block * norm.cols);
+                                  block_rows};
+    run_parallel(args, blocks, block_rows * norm.cols);
   });
   if (!need_weight_grad) return {grad_x, at::empty({0}, x.options())};
   return {grad_x, partial.sum(0).to(x.scalar_type()).view(normalized_shape)};

@@ -19,6 +19,7 @@
 #include "../common/convert.h"
 #include "../common/exp.h"
 #include "../common/half_runs.h"
+#include "../common/row_sums.h"
 #include "../common/rows.h"
 #include "../common/simd.h"
 #include "../common/sum.h"
@@ -118,7 +119,9 @@ TORCH_FUSED_INLINE void backward_rows(const Backward<T>& a, int64_t begin, int64
     const T* dy = a.grad + row * a.grad_stride;
     const T* y = a.output + row * a.output_stride;
     T* dx = a.grad_input + row * a.cols;
-    const auto dot = row_sum<wide_t<T>>(a.cols, Terms{[=](int64_t i) { return widen(dy[i]) * widen(y[i]); }});
+    const auto [dot] = row_sums<1, wide_t<T>>(a.cols, [=](int64_t i, int64_t j, wide_t<T>(*sums)[kStreams]) {
+      sums[0][j] = std::fma(widen(dy[i]), widen(y[i]), sums[0][j]);
+    });
     for (int64_t i = 0; i < a.cols; ++i) dx[i] = narrow<T>(widen(y[i]) * (widen(dy[i]) - dot));
   }
 }
