@@ -68,26 +68,28 @@ namespace {
 // Bytes a thread should at least copy: below that, waking one costs more than it saves.
 constexpr int64_t kGrainBytes = 65536;
 
-// Copies `from` to tokens `position` and on of `to`; a row of head_dim elements is one memcpy where they are
-// neighbours.
+// Copies `from` to tokens `position` and on of `to`: tokens of a head that lie one behind the other in one memcpy, else
+// token by token, else element by element.
 void copy_tokens(const Tensor& to, const Tensor& from, int64_t position) {
   if (from.numel() == 0) return;
   const int64_t heads = from.size(1), tokens = from.size(2), head_dim = from.size(3);
   const int64_t element = static_cast<int64_t>(from.element_size());
   const bool dense = head_dim == 1 || (to.stride(3) == 1 && from.stride(3) == 1);
+  const bool dense_tokens = dense && to.stride(2) == head_dim && from.stride(2) == head_dim;
   char* const to_data = static_cast<char*>(to.mutable_data_ptr()) + position * to.stride(2) * element;
   const char* const from_data = static_cast<const char*>(from.const_data_ptr());
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / (head_dim * element));
   at::parallel_for(0, from.size(0) * heads * tokens, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
+    for (int64_t row = begin, rows = 1; row < end; row += rows) {
       const int64_t batch = row / (heads * tokens), head = row / tokens % heads, token = row % tokens;
+      if (dense_tokens) rows = std::min(end - row, tokens - token);
       const auto start = [&](const Tensor& tensor) {
         return (batch * tensor.stride(0) + head * tensor.stride(1) + token * tensor.stride(2)) * element;
       };
       char* const to_row = to_data + start(to);
       const char* const from_row = from_data + start(from);
       if (dense) {
-        std::memcpy(to_row, from_row, head_dim * element);
+        std::memcpy(to_row, from_row, rows * head_dim * element);
       } else {
         for (int64_t i = 0; i < head_dim; ++i) {
           std::memcpy(to_row + i * to.stride(3) * element, from_row + i * from.stride(3) * element, element);

@@ -61,7 +61,10 @@ class FusedLayer(DynamicLayer):
         # Autocast gives float32 keys, from the rotation, and values of a half dtype.
         self.dtype = torch.promote_types(key_states.dtype, value_states.dtype)
         self.device = key_states.device
-        self.keys, self.values = (states[:, :, :0].detach().to(self.dtype) for states in (key_states, value_states))
+        self.keys, self.values = (
+            states.new_empty((*states.shape[:2], 0, states.shape[3]), dtype=self.dtype)
+            for states in (key_states, value_states)
+        )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -105,7 +108,8 @@ class FusedLayer(DynamicLayer):
         for name in ("_keys", "_values"):
             old = getattr(self, name)
             new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
-            new.narrow(2, 0, self._length).copy_(old.detach().narrow(2, 0, self._length))
+            if self._length:
+                new.narrow(2, 0, self._length).copy_(old.detach().narrow(2, 0, self._length))
             setattr(self, name, new)
         self._capacity = capacity
 
