@@ -22,7 +22,6 @@
 #include "../common/row_sums.h"
 #include "../common/rows.h"
 #include "../common/simd.h"
-#include "../common/sum.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def("softmax(Tensor input, *, ScalarType? dtype=None) -> Tensor");
@@ -68,7 +67,10 @@ TORCH_FUSED_INLINE wide_t<T> row_max(const T* x, int64_t n) {
     for (int64_t j = 0; j < kLanes; ++j) lanes[j] = widen(x[i + j]) > lanes[j] ? widen(x[i + j]) : lanes[j];
   }
   for (int64_t i = whole; i < n; ++i) lanes[0] = std::max(lanes[0], widen(x[i]));
-  return *std::max_element(lanes, lanes + kLanes);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t j = 0; j < half; ++j) lanes[j] = lanes[j + half] > lanes[j] ? lanes[j + half] : lanes[j];
+  }
+  return lanes[0];
 }
 
 template <class T>
@@ -86,11 +88,11 @@ TORCH_FUSED_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t
       exponentials = buffer.data();
     }
     const wide_t<T> largest = row_max(x, n);
-    const auto sum = row_sum<wide_t<T>>(n, Terms{[=](int64_t i) {
-                                          const wide_t<T> value = exp_nonpositive(widen(x[i]) - largest);
-                                          exponentials[i] = value;
-                                          return value;
-                                        }});
+    const auto [sum] = row_sums<1, wide_t<T>>(n, [=](int64_t i, int64_t j, wide_t<T>(*sums)[kStreams]) {
+      const wide_t<T> value = exp_nonpositive(widen(x[i]) - largest);
+      exponentials[i] = value;
+      sums[0][j] += value;
+    });
     for (int64_t i = 0; i < n; ++i) y[i] = narrow<T>(exponentials[i] / sum);
   }
 }
