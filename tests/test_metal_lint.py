@@ -196,8 +196,8 @@ def test_the_command_needs_no_torch_and_finds_headers_beside_the_folder(tmp_path
 # Mistakes planted in a copy of a real kernel that only the lint can see: (old, new, file, message).
 PLANTED = [
     (
-        "inline void load_pack(device const float* from,",
-        "inline void load_pack(const float* from,",
+        "void load(device const T* row,",
+        "void load(const T* row,",
         "common/pack.metal.h",
         NO_SPACE,
     ),

@@ -52,11 +52,17 @@ void adamw(OPERANDS(0, P, S, 0, 1, 2, 3), OPERANDS(1, P, S, 4, 5, 6, 7), OPERAND
   device S* exp_avg = PICK(exp_avg) + begin;
   device S* exp_avg_sq = PICK(exp_avg_sq) + begin;
 
+  Pack<P, W> params, grads;
+  Pack<S, W> exp_avgs, exp_avg_sqs;
+  params.load(param, at, count, aligned);
+  grads.load(grad, at, count, aligned);
+  exp_avgs.load(exp_avg, at, count, aligned);
+  exp_avg_sqs.load(exp_avg_sq, at, count, aligned);
   float w[W], g[W], m[W], v[W];
-  load_columns<W>(param, at, count, aligned, w);
-  load_columns<W>(grad, at, count, aligned, g);
-  load_columns<W>(exp_avg, at, count, aligned, m);
-  load_columns<W>(exp_avg_sq, at, count, aligned, v);
+  params.unpack(w);
+  grads.unpack(g);
+  exp_avgs.unpack(m);
+  exp_avg_sqs.unpack(v);
   const AdamwScalars<float> scalars = {p.bias_correction2[tensor], p.negative_step_size[tensor], p.decay, p.sign,
                                        p.lerp, p.beta2, p.one_minus_beta2, p.eps};
 #pragma unroll

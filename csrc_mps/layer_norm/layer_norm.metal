@@ -23,17 +23,20 @@ struct LayerNormRow {
   uint cols;
   uint flags;
 
-  void load(uint column, thread float* x) const { load_columns<W>(input, column, cols, flags & ALIGNED, x); }
+  void load(uint column, thread Pack<T, W>& x) const { x.load(input, column, cols, flags & ALIGNED); }
 
   void store_normed(uint column, thread const float* x, Moments m) const {
+    Pack<T, W> weight_pack, bias_pack;
     float w[W], b[W], y[W];
+    if (flags & HAS_WEIGHT) weight_pack.load(weight, column, cols, flags & ALIGNED);
+    if (flags & HAS_BIAS) bias_pack.load(bias, column, cols, flags & ALIGNED);
     if (flags & HAS_WEIGHT) {
-      load_columns<W>(weight, column, cols, flags & ALIGNED, w);
+      weight_pack.unpack(w);
     } else {
       fill<W>(w, 1.0f);
     }
     if (flags & HAS_BIAS) {
-      load_columns<W>(bias, column, cols, flags & ALIGNED, b);
+      bias_pack.unpack(b);
     } else {
       fill<W>(b, 0.0f);
     }
@@ -60,10 +63,12 @@ void layer_norm(device const T* input [[buffer(0)]], device const T* weight [[bu
       input + long(row) * p.input_stride, weight, bias, output + long(row) * p.cols, p.cols, p.flags};
   const uint first = thread_id * W;
   const uint step = threads * W;
+  Pack<T, W> loaded[packs];
   float x[packs][W];
-  // All loads before any arithmetic: more of them in flight.
 #pragma unroll
-  for (int i = 0; i < packs; i++) r.load(first + i * step, x[i]);
+  for (int i = 0; i < packs; i++) r.load(first + i * step, loaded[i]);
+#pragma unroll
+  for (int i = 0; i < packs; i++) loaded[i].unpack(x[i]);
   float sum = 0.0f;
   uint count = 0u;
 #pragma unroll
@@ -77,7 +82,8 @@ void layer_norm(device const T* input [[buffer(0)]], device const T* weight [[bu
     for (int i = 0; i < packs; i++) seen.add<W>(first + i * step, p.cols, x[i]);
   } else {
     for (uint column = first; column < p.cols; column += step) {
-      r.load(column, x[0]);
+      r.load(column, loaded[0]);
+      loaded[0].unpack(x[0]);
       seen.add<W>(column, p.cols, x[0]);
     }
   }
@@ -87,7 +93,8 @@ void layer_norm(device const T* input [[buffer(0)]], device const T* weight [[bu
     for (int i = 0; i < packs; i++) r.store_normed(first + i * step, x[i], m);
   } else {
     for (uint column = first; column < p.cols; column += step) {
-      r.load(column, x[0]);
+      r.load(column, loaded[0]);
+      loaded[0].unpack(x[0]);
       r.store_normed(column, x[0], m);
     }
   }

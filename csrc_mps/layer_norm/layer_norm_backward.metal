@@ -46,9 +46,9 @@ struct LayerNormGradRow {
   uint cols;
   uint flags;
 
-  void load(uint column, thread float* dy, thread float* values) const {
-    load_columns<W>(grad, column, cols, flags & ALIGNED, dy);
-    load_columns<W>(x, column, cols, flags & ALIGNED, values);
+  void load(uint column, thread Pack<T, W>* packs) const {
+    packs[0].load(grad, column, cols, flags & ALIGNED);
+    packs[1].load(x, column, cols, flags & ALIGNED);
   }
 
   void load_weight(uint column, thread float* w) const {
@@ -117,9 +117,15 @@ void layer_norm_backward(device const T* grad [[buffer(0)]], device const T* x [
                                       grad_x + long(row) * p.cols,
                                       p.cols,
                                       p.flags};
+    Pack<T, W> loaded[packs][2];
     float dy[packs][W], values[packs][W];
 #pragma unroll
-    for (int i = 0; i < packs; i++) r.load(first + i * step, dy[i], values[i]);
+    for (int i = 0; i < packs; i++) r.load(first + i * step, loaded[i]);
+#pragma unroll
+    for (int i = 0; i < packs; i++) {
+      loaded[i][0].unpack(dy[i]);
+      loaded[i][1].unpack(values[i]);
+    }
     float sum = 0.0f;
     uint count = 0u;
 #pragma unroll
@@ -138,7 +144,9 @@ void layer_norm_backward(device const T* grad [[buffer(0)]], device const T* x [
       for (int i = 0; i < packs; i++) r.add(first + i * step, dy[i], values[i], seen, sums);
     } else {
       for (uint column = first; column < p.cols; column += step) {
-        r.load(column, dy[0], values[0]);
+        r.load(column, loaded[0]);
+        loaded[0][0].unpack(dy[0]);
+        loaded[0][1].unpack(values[0]);
         r.add(column, dy[0], values[0], seen, sums);
       }
     }
@@ -160,7 +168,9 @@ void layer_norm_backward(device const T* grad [[buffer(0)]], device const T* x [
       for (int i = 0; i < packs; i++) r.store(first + i * step, dy[i], values[i], m, slopes, dw[i], db[i]);
     } else {
       for (uint column = first; column < p.cols; column += step) {
-        r.load(column, dy[0], values[0]);
+        r.load(column, loaded[0]);
+        loaded[0][0].unpack(dy[0]);
+        loaded[0][1].unpack(values[0]);
 #pragma unroll
         for (int j = 0; j < W; j++) dw[0][j] = db[0][j] = 0.0f;
         if (grad_weight && row != group) load_columns<W>(weight_part, column, p.cols, false, dw[0]);

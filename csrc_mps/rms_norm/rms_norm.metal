@@ -26,14 +26,17 @@ struct RmsNormRow {
   uint flags;
   float weight_offset;
 
-  void load(uint column, thread float* x, thread float* residual_x) const {
-    load_columns<W>(input, column, cols, flags & ALIGNED, x);
-    if (flags & HAS_RESIDUAL) load_columns<W>(residual, column, cols, flags & ALIGNED, residual_x);
+  void load(uint column, thread Pack<T, W>* packs) const {
+    packs[0].load(input, column, cols, flags & ALIGNED);
+    if (flags & HAS_RESIDUAL) packs[1].load(residual, column, cols, flags & ALIGNED);
   }
 
-  // x += residual, rounded to T, because that sum is a result of its own.
-  void add_residual(uint column, thread float* x, thread const float* residual_x) const {
+  // x = input (+ residual, rounded to T, because that sum is a result of its own).
+  void unpack(uint column, thread const Pack<T, W>* packs, thread float* x) const {
+    packs[0].unpack(x);
     if (!(flags & HAS_RESIDUAL)) return;
+    float residual_x[W];
+    packs[1].unpack(residual_x);
 #pragma unroll
     for (int j = 0; j < W; j++) x[j] = float(T(x[j] + residual_x[j]));
     store_columns<W>(sum, column, cols, flags & ALIGNED, x);
@@ -88,23 +91,24 @@ void rms_norm(device const T* input [[buffer(0)]], device const T* residual [[bu
   const uint step = threads * W;
   float squares = 0.0f;
   if (N > 0) {
-    float x[N > 0 ? N : 1][W], residual_x[N > 0 ? N : 1][W];
-    // All loads before any arithmetic: more of them in flight.
+    Pack<T, W> loaded[N > 0 ? N : 1][2];
+    float x[N > 0 ? N : 1][W];
 #pragma unroll
-    for (int i = 0; i < N; i++) r.load(first + i * step, x[i], residual_x[i]);
+    for (int i = 0; i < N; i++) r.load(first + i * step, loaded[i]);
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      r.add_residual(first + i * step, x[i], residual_x[i]);
+      r.unpack(first + i * step, loaded[i], x[i]);
       squares += sum_of_squares<W>(x[i]);
     }
     const float scale = rsqrt(threadgroup_sum(squares, scratch, place) / float(p.cols) + p.eps);
 #pragma unroll
     for (int i = 0; i < N; i++) r.store_normed(first + i * step, x[i], scale);
   } else {
-    float x[W], residual_x[W];
+    Pack<T, W> loaded[2];
+    float x[W];
     for (uint column = first; column < p.cols; column += step) {
-      r.load(column, x, residual_x);
-      r.add_residual(column, x, residual_x);
+      r.load(column, loaded);
+      r.unpack(column, loaded, x);
       squares += sum_of_squares<W>(x);
     }
     const float scale = rsqrt(threadgroup_sum(squares, scratch, place) / float(p.cols) + p.eps);

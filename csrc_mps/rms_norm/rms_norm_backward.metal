@@ -29,9 +29,9 @@ struct RmsNormGradRow {
   uint flags;
   float weight_offset;
 
-  void load(uint column, thread float* dy, thread float* values) const {
-    load_columns<W>(grad, column, cols, flags & ALIGNED, dy);
-    load_columns<W>(x, column, cols, flags & ALIGNED, values);
+  void load(uint column, thread Pack<T, W>* packs) const {
+    packs[0].load(grad, column, cols, flags & ALIGNED);
+    packs[1].load(x, column, cols, flags & ALIGNED);
   }
 
   void load_weight(uint column, thread float* w) const {
@@ -100,16 +100,23 @@ void rms_norm_backward(device const T* grad [[buffer(0)]], device const T* grad_
                                     p.cols,
                                     p.flags,
                                     p.weight_offset};
+    Pack<T, W> loaded[N > 0 ? N : 1][2];
     float dy[N > 0 ? N : 1][W], values[N > 0 ? N : 1][W];
     float sums[2] = {0.0f, 0.0f};
     if (N > 0) {
 #pragma unroll
-      for (int i = 0; i < N; i++) r.load(first + i * step, dy[i], values[i]);
+      for (int i = 0; i < N; i++) r.load(first + i * step, loaded[i]);
 #pragma unroll
-      for (int i = 0; i < N; i++) r.add(first + i * step, dy[i], values[i], sums);
+      for (int i = 0; i < N; i++) {
+        loaded[i][0].unpack(dy[i]);
+        loaded[i][1].unpack(values[i]);
+        r.add(first + i * step, dy[i], values[i], sums);
+      }
     } else {
       for (uint column = first; column < p.cols; column += step) {
-        r.load(column, dy[0], values[0]);
+        r.load(column, loaded[0]);
+        loaded[0][0].unpack(dy[0]);
+        loaded[0][1].unpack(values[0]);
         r.add(column, dy[0], values[0], sums);
       }
     }
@@ -122,7 +129,9 @@ void rms_norm_backward(device const T* grad [[buffer(0)]], device const T* grad_
       for (int i = 0; i < N; i++) r.store(first + i * step, dy[i], values[i], scale, mean_gx, dw[i]);
     } else {
       for (uint column = first; column < p.cols; column += step) {
-        r.load(column, dy[0], values[0]);
+        r.load(column, loaded[0]);
+        loaded[0][0].unpack(dy[0]);
+        loaded[0][1].unpack(values[0]);
 #pragma unroll
         for (int j = 0; j < W; j++) dw[0][j] = 0.0f;
         if (grad_weight && row != group) load_columns<W>(part, column, p.cols, false, dw[0]);

@@ -70,17 +70,26 @@ void rope(device const T* q [[buffer(0)]], device const T* k [[buffer(1)]], devi
     device T* to = (is_q ? q_out : k_out) + batch * s.to_batch + token * s.to_token + h * s.to_head;
     if (pack < half_packs) {
       const uint column = pack * W;
+      const uint half_dim = p.half_dim;
+      Pack<T, W> packs[6];
+      packs[0].load(from, column, half_dim, aligned);
+      packs[1].load(from + half_dim, column, half_dim, aligned);
+      packs[2].load(cos_row, column, half_dim, aligned);
+      packs[3].load(cos_row + half_dim, column, half_dim, aligned);
+      // The transposed rotation takes each half's sine from the other half.
+      packs[4].load(sin_row + (transposed ? half_dim : 0), column, half_dim, aligned);
+      packs[5].load(sin_row + (transposed ? 0 : half_dim), column, half_dim, aligned);
       float a[W], b[W], cos_a[W], cos_b[W], sin_a[W], sin_b[W], y[W];
-      load_columns<W>(from, column, p.half_dim, aligned, a);
-      load_columns<W>(from + p.half_dim, column, p.half_dim, aligned, b);
-      load_columns<W>(cos_row, column, p.half_dim, aligned, cos_a);
-      load_columns<W>(cos_row + p.half_dim, column, p.half_dim, aligned, cos_b);
-      load_columns<W>(sin_row, column, p.half_dim, aligned, sin_a);
-      load_columns<W>(sin_row + p.half_dim, column, p.half_dim, aligned, sin_b);
-      rotate<T, W>(a, b, cos_a, transposed ? sin_b : sin_a, !transposed, llama, y);
-      store_columns<W>(to, column, p.half_dim, aligned, y);
-      rotate<T, W>(b, a, cos_b, transposed ? sin_a : sin_b, transposed, llama, y);
-      store_columns<W>(to + p.half_dim, column, p.half_dim, aligned, y);
+      packs[0].unpack(a);
+      packs[1].unpack(b);
+      packs[2].unpack(cos_a);
+      packs[3].unpack(cos_b);
+      packs[4].unpack(sin_a);
+      packs[5].unpack(sin_b);
+      rotate<T, W>(a, b, cos_a, sin_a, !transposed, llama, y);
+      store_columns<W>(to, column, half_dim, aligned, y);
+      rotate<T, W>(b, a, cos_b, sin_b, transposed, llama, y);
+      store_columns<W>(to + half_dim, column, half_dim, aligned, y);
     } else {
       const uint column = (pack - half_packs) * W;
       float x[W];

@@ -52,7 +52,9 @@ struct Online {
 // W values from `column` on, -inf past the end, which adds nothing to a sum.
 template <int W, typename T>
 inline void load_logits(device const T* row, uint column, uint cols, bool aligned, thread float* x) {
-  load_columns<W>(row, column, cols, aligned, x, -INFINITY);
+  Pack<T, W> pack;
+  pack.load(row, column, cols, aligned, -INFINITY);
+  pack.unpack(x);
 }
 
 template <int W, typename T>
@@ -80,9 +82,12 @@ void softmax(device const T* input [[buffer(0)]], device T* output [[buffer(1)]]
   const uint first = thread_id * W;
   const uint step = threads * W;
   if (N > 0) {
+    Pack<T, W> loaded[N > 0 ? N : 1];
     float x[N > 0 ? N : 1][W];
 #pragma unroll
-    for (int i = 0; i < N; i++) load_logits<W>(in, first + i * step, p.cols, p.aligned, x[i]);
+    for (int i = 0; i < N; i++) loaded[i].load(in, first + i * step, p.cols, p.aligned, -INFINITY);
+#pragma unroll
+    for (int i = 0; i < N; i++) loaded[i].unpack(x[i]);
     // Exponentials from the simdgroup's own maximum, so that the threadgroup meets only once.
     Online mine = {-INFINITY, 0.0f};
 #pragma unroll
@@ -191,16 +196,19 @@ void softmax_backward(device const T* grad [[buffer(0)]], device const T* output
   device T* to = grad_input + long(row) * p.cols;
   const uint first = thread_id * W;
   const uint step = threads * W;
+  Pack<T, W> grad_packs[N > 0 ? N : 1], out_packs[N > 0 ? N : 1];
   float dy[N > 0 ? N : 1][W], y[N > 0 ? N : 1][W];
   float dot = 0.0f;
   if (N > 0) {
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      load_columns<W>(grads, first + i * step, p.cols, p.aligned, dy[i]);
-      load_columns<W>(out, first + i * step, p.cols, p.aligned, y[i]);
+      grad_packs[i].load(grads, first + i * step, p.cols, p.aligned);
+      out_packs[i].load(out, first + i * step, p.cols, p.aligned);
     }
 #pragma unroll
     for (int i = 0; i < N; i++) {
+      grad_packs[i].unpack(dy[i]);
+      out_packs[i].unpack(y[i]);
 #pragma unroll
       for (int j = 0; j < W; j++) dot += dy[i][j] * y[i][j];
     }
@@ -213,15 +221,19 @@ void softmax_backward(device const T* grad [[buffer(0)]], device const T* output
     }
   } else {
     for (uint column = first; column < p.cols; column += step) {
-      load_columns<W>(grads, column, p.cols, p.aligned, dy[0]);
-      load_columns<W>(out, column, p.cols, p.aligned, y[0]);
+      grad_packs[0].load(grads, column, p.cols, p.aligned);
+      out_packs[0].load(out, column, p.cols, p.aligned);
+      grad_packs[0].unpack(dy[0]);
+      out_packs[0].unpack(y[0]);
 #pragma unroll
       for (int j = 0; j < W; j++) dot += dy[0][j] * y[0][j];
     }
     dot = threadgroup_sum(dot, scratch, place);
     for (uint column = first; column < p.cols; column += step) {
-      load_columns<W>(grads, column, p.cols, p.aligned, dy[0]);
-      load_columns<W>(out, column, p.cols, p.aligned, y[0]);
+      grad_packs[0].load(grads, column, p.cols, p.aligned);
+      out_packs[0].load(out, column, p.cols, p.aligned);
+      grad_packs[0].unpack(dy[0]);
+      out_packs[0].unpack(y[0]);
 #pragma unroll
       for (int j = 0; j < W; j++) y[0][j] *= dy[0][j] - dot;
       store_columns<W>(to, column, p.cols, p.aligned, y[0]);

@@ -36,9 +36,12 @@ void silu_mul(device const T* gate [[buffer(0)]], device const T* up [[buffer(1)
               constant SwigluParams& p [[buffer(3)]], uint group [[threadgroup_position_in_grid]],
               uint thread_id [[thread_position_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
   const Span<W> at(p, group, thread_id, threads);
+  Pack<T, W> gates, ups;
+  gates.load(gate + at.row * p.gate_stride + at.start, at.column, at.cols, p.flags & ALIGNED);
+  ups.load(up + at.row * p.up_stride + at.start, at.column, at.cols, p.flags & ALIGNED);
   float g[W], u[W], y[W];
-  load_columns<W>(gate + at.row * p.gate_stride + at.start, at.column, at.cols, p.flags & ALIGNED, g);
-  load_columns<W>(up + at.row * p.up_stride + at.start, at.column, at.cols, p.flags & ALIGNED, u);
+  gates.unpack(g);
+  ups.unpack(u);
 #pragma unroll
   for (int j = 0; j < W; j++) {
     const float silu = g[j] / (1.0f + exp(-g[j]));
@@ -55,10 +58,14 @@ void silu_mul_backward(device const T* grad [[buffer(0)]], device const T* gate 
                        uint group [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
                        uint threads [[threads_per_threadgroup]]) {
   const Span<W> at(p, group, thread_id, threads);
+  Pack<T, W> grads, gates, ups;
+  grads.load(grad + at.row * p.grad_stride + at.start, at.column, at.cols, p.flags & ALIGNED);
+  gates.load(gate + at.row * p.gate_stride + at.start, at.column, at.cols, p.flags & ALIGNED);
+  ups.load(up + at.row * p.up_stride + at.start, at.column, at.cols, p.flags & ALIGNED);
   float dy[W], g[W], u[W];
-  load_columns<W>(grad + at.row * p.grad_stride + at.start, at.column, at.cols, p.flags & ALIGNED, dy);
-  load_columns<W>(gate + at.row * p.gate_stride + at.start, at.column, at.cols, p.flags & ALIGNED, g);
-  load_columns<W>(up + at.row * p.up_stride + at.start, at.column, at.cols, p.flags & ALIGNED, u);
+  grads.unpack(dy);
+  gates.unpack(g);
+  ups.unpack(u);
 #pragma unroll
   for (int j = 0; j < W; j++) {
     const float sigmoid = 1.0f / (1.0f + exp(-g[j]));
