@@ -4,9 +4,14 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
+
 namespace torch_fused {
 
-constexpr int64_t kPartialSums = 256;  // threadgroups of the first launch: enough to fill a GPU
+// Threadgroups of the first launch, of so many threads: enough to fill a GPU, and few parts to add up.
+inline int64_t partial_sums(int64_t rows, int64_t threads) {
+  return std::min<int64_t>(rows, threads > 256 ? 256 : 512);
+}
 
 // sums[j], of any GPU dtype, becomes the sum of column j of `partial`, a dense float32 matrix.
 void column_sum_gpu(const at::Tensor& partial, const at::Tensor& sums);

@@ -7,30 +7,36 @@ struct ColumnSumParams {
   uint cols;
 };
 
-// A threadgroup takes 32 columns; its simdgroups share the rows.
+constant constexpr uint COLUMNS = 8;
+
+// A threadgroup takes eight columns, few, so that there are threadgroups for the whole GPU; its threads share the rows.
 template <typename T>
 [[kernel, max_total_threads_per_threadgroup(1024)]]
 void column_sum(device const float* partial [[buffer(0)]], device T* sums [[buffer(1)]],
                 constant ColumnSumParams& p [[buffer(2)]], uint group [[threadgroup_position_in_grid]],
+                uint thread_id [[thread_position_in_threadgroup]], uint threads [[threads_per_threadgroup]],
                 uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
                 uint simdgroups [[simdgroups_per_threadgroup]]) {
-  threadgroup float scratch[32][32];
-  const uint column = group * 32 + lane;
+  threadgroup float scratch[32][COLUMNS];
+  const uint first = group * COLUMNS, column = first + thread_id % COLUMNS;
   float sum = 0.0f;
   if (column < p.cols) {
-    for (uint row = simdgroup; row < p.rows; row += simdgroups) sum += partial[long(row) * p.cols + column];
+    for (uint row = thread_id / COLUMNS; row < p.rows; row += threads / COLUMNS) {
+      sum += partial[long(row) * p.cols + column];
+    }
   }
-  scratch[simdgroup][lane] = sum;
+  for (ushort distance = COLUMNS; distance < 32; distance *= 2) sum += simd_shuffle_xor(sum, distance);
+  if (lane < COLUMNS) scratch[simdgroup][lane] = sum;
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (simdgroup == 0 && column < p.cols) {
-    for (uint i = 1; i < simdgroups; i++) sum += scratch[i][lane];
-    sums[column] = T(sum);
+  if (simdgroup < COLUMNS && first + simdgroup < p.cols) {
+    sum = simd_sum(lane < simdgroups ? scratch[lane][simdgroup] : 0.0f);
+    if (lane == 0) sums[first + simdgroup] = T(sum);
   }
 }
 
 #define COLUMN_SUM(name, T)                                                              \
   template [[host_name("column_sum_" #name)]] [[kernel]] void column_sum<T>(             \
-      device const float*, device T*, constant ColumnSumParams&, uint, uint, uint, uint);
+      device const float*, device T*, constant ColumnSumParams&, uint, uint, uint, uint, uint, uint);
 COLUMN_SUM(f32, float)
 COLUMN_SUM(f16, half)
 COLUMN_SUM(bf16, bfloat)

@@ -3,8 +3,6 @@
 
 #include <ATen/ops/empty.h>
 
-#include <algorithm>
-
 #include "../common/column_sum.h"
 #include "../common/dtype.h"
 #include "../common/registration.h"
@@ -64,7 +62,7 @@ std::tuple<Tensor, Tensor> layer_norm_backward_gpu(const Tensor& grad, const Ten
   const Rows dy = as_rows(grad, norm.rows, norm.cols), values = as_rows(x, norm.rows, norm.cols);
   const Tensor w = weight ? weight->contiguous() : values.tensor;
   const RowShape shape = row_shape(norm.cols, x.element_size());
-  const int64_t groups = std::min(norm.rows, kPartialSums);
+  const int64_t groups = partial_sums(norm.rows, shape.threads);
   const bool need_sums = need_weight_grad || need_bias_grad;
   const Tensor partial = need_sums ? at::empty({groups, grad_params.numel()}, x.options().dtype(at::kFloat)) : grad_x;
   const bool aligned = all_aligned({dy, values, {w, 0}, {grad_x, norm.cols}});

@@ -4,8 +4,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
-#include <algorithm>
-
 #include "../common/column_sum.h"
 #include "../common/dtype.h"
 #include "../common/registration.h"
@@ -89,7 +87,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward_gpu(const Tensor& grad, const Optio
   const Tensor extra = grad_sum ? grad_sum->contiguous() : grad_x;
   const Tensor w = weight ? weight->contiguous() : values.tensor;
   const RowShape shape = row_shape(norm.cols, x.element_size());
-  const int64_t groups = std::min(norm.rows, kPartialSums);
+  const int64_t groups = partial_sums(norm.rows, shape.threads);
   const Tensor partial = need_weight_grad ? at::empty({groups, norm.cols}, x.options().dtype(at::kFloat)) : grad_x;
   const bool aligned = all_aligned({dy, values, {extra, norm.cols}, {w, 0}, {grad_x, norm.cols}});
   RmsNormBackwardParams params{dy.stride,

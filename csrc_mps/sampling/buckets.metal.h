@@ -50,6 +50,25 @@ struct Tally {
   ulong mass;
 };
 
+// The tallies of a row's buckets in device memory, to which all its slices add: counts, then the masses, of less than
+// 2^60, in three parts of 20 bits, so that their sums over the slices fit in 32 bits and need no carry.
+constant constexpr uint TALLIES = 4;
+
+inline void add_to_row(device atomic_uint* tally, Tally mine) {
+  if (mine.count == 0u) return;
+  atomic_fetch_add_explicit(&tally[0], mine.count, memory_order_relaxed);
+#pragma unroll
+  for (uint i = 1; i < TALLIES; i++) {
+    const uint part = uint(mine.mass >> (20 * (i - 1))) & 0xfffffu;
+    atomic_fetch_add_explicit(&tally[i * BUCKETS], part, memory_order_relaxed);
+  }
+}
+
+inline Tally read_tally(device const uint* tally) {
+  const ulong low = tally[BUCKETS], middle = tally[2 * BUCKETS], high = tally[3 * BUCKETS];
+  return {tally[0], low + (middle << 20) + (high << 40)};
+}
+
 // The running tallies of buckets.
 struct RunningTallies {
   threadgroup uint* counts;

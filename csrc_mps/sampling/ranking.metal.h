@@ -27,7 +27,7 @@ struct Workspace {
   Bins bins;
 };
 
-// Tokens that follow one another in a row. Once they are sorted, a thread has those at THREADS from each other.
+// Tokens that follow one another in a row. Once they are sorted, each thread has the next PLACES of them.
 struct Range {
   ulong tokens[PLACES];  // 0 for none
   ulong masses[PLACES];  // of the row up to and with that token
@@ -42,7 +42,7 @@ struct Range {
 struct Ranking {
   device const ulong* tokens;     // of each slice, bucket after bucket
   device const uint* segments;    // where in a slice each bucket is: start * 2 * SLICE + count
-  device const ulong* masses;     // the weight of each slice's buckets
+  device const uint* tallies;     // of the row's buckets
   device const ulong* splitters;  // the last token that each bucket could have
   uint slices;
   Weigher weigher;
@@ -50,23 +50,9 @@ struct Ranking {
   uint thread_id;
   Place place;
 
-  // The tallies of the row's buckets from those of its slices: four threads a bucket.
-  void add_slices() const {
-    const uint bucket = thread_id % BUCKETS;
+  void read_tallies() const {
     Tally mine = {0u, 0};
-#pragma unroll 8
-    for (uint i = thread_id / BUCKETS; i < slices; i += THREADS / BUCKETS) {
-      mine.count += segments[i * BUCKETS + bucket] % (2 * SLICE);
-      mine.mass += masses[i * BUCKETS + bucket];
-    }
-    space.bins.clear(thread_id);
-    space.tokens[thread_id] = mine.mass;
-    atomic_fetch_add_explicit(&space.bins.counts[bucket], mine.count, memory_order_relaxed);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (thread_id < BUCKETS) {
-      mine = {space.bins.count(bucket), 0};
-      for (uint i = bucket; i < THREADS; i += BUCKETS) mine.mass += space.tokens[i];
-    }
+    if (thread_id < BUCKETS) mine = read_tally(tallies + thread_id);
     space.buckets.set(mine, space.sums, thread_id, place);
   }
 
@@ -130,30 +116,24 @@ struct Ranking {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const uint found = range.until.count - range.before.count;
     uint sorters = 32;
-    while (sorters * PER_THREAD < found) sorters *= 2;
-    ulong mine[PER_THREAD];
-#pragma unroll
-    for (uint j = 0; j < PER_THREAD; j++) {
-      const uint i = j * sorters + thread_id;
-      mine[j] = thread_id < sorters && i < found ? space.tokens[i] : 0;
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    sort_tokens(mine, space.tokens, sorters, thread_id, place.lane);
-    if (thread_id < sorters) {
-#pragma unroll
-      for (uint j = 0; j < PER_THREAD; j++) space.tokens[j * sorters + thread_id] = mine[j];
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    ulong mass = range.before.mass;
+    while (sorters * PLACES < found) sorters *= 2;
+    ulong mass = 0;
 #pragma unroll
     for (uint k = 0; k < PLACES; k++) {
-      const uint i = k * THREADS + thread_id;
-      range.tokens[k] = i < found ? space.tokens[slot_of(i, sorters)] : 0;
-      range.weights[k] = weigher.weight(range.tokens[k]);
-      const Running running = threadgroup_scan(range.weights[k], space.sums, place);
-      range.masses[k] = mass + running.sum;
-      mass += running.total;
+      const uint i = k * sorters + thread_id;
+      range.tokens[k] = thread_id < sorters && i < found ? space.tokens[i] : 0;
     }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    sort_tokens<PLACES>(range.tokens, space.tokens, sorters, thread_id, place.lane);
+#pragma unroll
+    for (uint k = 0; k < PLACES; k++) {
+      range.weights[k] = weigher.weight(range.tokens[k]);
+      mass += range.weights[k];
+      range.masses[k] = mass;
+    }
+    const ulong before = range.before.mass + threadgroup_scan(mass, space.sums, place).sum - mass;
+#pragma unroll
+    for (uint k = 0; k < PLACES; k++) range.masses[k] += before;
   }
 
   // The token up to and with which there are `target` tokens, or, by_mass, that weight; 1 <= target <= all.
@@ -173,7 +153,7 @@ struct Ranking {
     }
 #pragma unroll
     for (uint k = 0; k < PLACES; k++) {
-      const ulong sum = by_mass ? range.masses[k] : range.before.count + k * THREADS + thread_id + 1;
+      const ulong sum = by_mass ? range.masses[k] : range.before.count + thread_id * PLACES + k + 1;
       const ulong step = by_mass ? range.weights[k] : 1;
       if (range.tokens[k] == 0 || sum - step >= target || sum < target) continue;
       *space.reached = {range.tokens[k], range.masses[k]};

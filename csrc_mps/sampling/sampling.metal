@@ -19,18 +19,21 @@ inline void load_slice(device const T* row, uint slice, uint vocabulary, uint th
   }
 }
 
-constant constexpr uint SAMPLE = 4 * BUCKETS;
+constant constexpr uint SAMPLED = 4;  // tokens that each thread takes into the sample
+constant constexpr uint SAMPLE = SAMPLED * BUCKETS;
 
 // An index in each SAMPLE-th of a row, at a place in it that is as good as random.
 inline uint sampled_index(uint i, uint vocabulary) {
   return uint(ulong(i << 10 | (i * 2654435761u) >> 22) * vocabulary / (SAMPLE << 10));
 }
 
-// A threadgroup a slice: its largest key. And one a row that sorts a sample of it: every fourth token ends a bucket.
+// A threadgroup a slice: its largest key. And one a row that sorts a sample of it, of which every fourth token ends a
+// bucket, and clears the row's tallies.
 template <typename T>
 [[kernel, max_total_threads_per_threadgroup(256)]]
 void sampling_survey(device const T* logits [[buffer(0)]], device uint* maxima [[buffer(1)]],
-                     device ulong* splitters [[buffer(2)]], constant SamplingParams& p [[buffer(3)]],
+                     device ulong* splitters [[buffer(2)]], device uint* tallies [[buffer(3)]],
+                     constant SamplingParams& p [[buffer(4)]],
                      uint group [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
                      uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
                      uint simdgroups [[simdgroups_per_threadgroup]]) {
@@ -49,31 +52,26 @@ void sampling_survey(device const T* logits [[buffer(0)]], device uint* maxima [
     if (thread_id == 0) maxima[long(row) * p.slices + slice] = largest;
     return;
   }
-  constexpr uint sorters = SAMPLE / PER_THREAD;
-  ulong tokens[PER_THREAD];
+  ulong tokens[SAMPLED];
 #pragma unroll
-  for (uint j = 0; j < PER_THREAD; j++) {
-    x[j] = thread_id < sorters ? float(values[sampled_index(j * sorters + thread_id, p.vocabulary)]) : NAN;
-  }
+  for (uint j = 0; j < SAMPLED; j++) x[j] = float(values[sampled_index(j * BUCKETS + thread_id, p.vocabulary)]);
 #pragma unroll
-  for (uint j = 0; j < PER_THREAD; j++) {
-    tokens[j] = make_token(order_key(as_type<uint>(x[j])), sampled_index(j * sorters + thread_id, p.vocabulary));
+  for (uint j = 0; j < SAMPLED; j++) {
+    tokens[j] = make_token(order_key(as_type<uint>(x[j])), sampled_index(j * BUCKETS + thread_id, p.vocabulary));
+    tallies[(long(row) * TALLIES + j) * BUCKETS + thread_id] = 0u;
   }
-  sort_tokens(tokens, exchange, sorters, thread_id, lane);
-  if (thread_id < sorters) {
-    device ulong* ends = splitters + long(row) * BUCKETS + 2 * thread_id;
-    ends[0] = tokens[3];
-    ends[1] = thread_id == sorters - 1 ? 0 : tokens[7];  // the last bucket takes all that is left
-  }
+  sort_tokens<SAMPLED>(tokens, exchange, BUCKETS, thread_id, lane);
+  // The last bucket takes all that is left.
+  splitters[long(row) * BUCKETS + thread_id] = thread_id == BUCKETS - 1 ? 0 : tokens[SAMPLED - 1];
 }
 
-// A threadgroup a slice: its tokens that can be drawn, bucket after bucket, and what the buckets hold.
+// A threadgroup a slice: its tokens that can be drawn, bucket after bucket; what the buckets hold goes to the row's tallies.
 template <typename T>
 [[kernel, max_total_threads_per_threadgroup(256)]]
 void sampling_divide(device const T* logits [[buffer(0)]], device const uint* maxima [[buffer(1)]],
                      device const ulong* splitters [[buffer(2)]], device const float* row_parameters [[buffer(3)]],
                      device ulong* tokens [[buffer(4)]], device uint* segments [[buffer(5)]],
-                     device ulong* masses [[buffer(6)]], device ulong* heavy [[buffer(7)]],
+                     device atomic_uint* tallies [[buffer(6)]], device ulong* heavy [[buffer(7)]],
                      constant SamplingParams& p [[buffer(8)]], uint group [[threadgroup_position_in_grid]],
                      uint thread_id [[thread_position_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
                      uint simdgroup [[simdgroup_index_in_threadgroup]],
@@ -124,7 +122,7 @@ void sampling_divide(device const T* logits [[buffer(0)]], device const uint* ma
   const uint start = uint(running.sum) - count;
   starts[thread_id] = start;
   segments[long(group) * BUCKETS + thread_id] = start * (2 * SLICE) + count;
-  masses[long(group) * BUCKETS + thread_id] = bins.mass(thread_id);
+  add_to_row(tallies + long(row) * TALLIES * BUCKETS + thread_id, {count, bins.mass(thread_id)});
   heavy_mass = threadgroup_scan(heavy_mass, sums, place).total;
   if (thread_id == 0) heavy[group] = heavy_mass;
 #pragma unroll
@@ -152,7 +150,7 @@ void sampling_divide(device const T* logits [[buffer(0)]], device const uint* ma
   const Ranking ranking = {                                                                                   \
       tokens + first_slice * SLICE,                                                                           \
       segments + first_slice * BUCKETS,                                                                       \
-      masses + first_slice * BUCKETS,                                                                         \
+      tallies + long(row) * TALLIES * BUCKETS,                                                                \
       splitters + long(row) * BUCKETS,                                                                        \
       p.slices,                                                                                               \
       row_weigher(maxima + first_slice, p.slices, filter.scale, lane),                                        \
@@ -160,12 +158,12 @@ void sampling_divide(device const T* logits [[buffer(0)]], device const uint* ma
        {counts, low, high}},                                                                                  \
       thread_id,                                                                                              \
       {lane, simdgroup, simdgroups}};                                                                         \
-  ranking.add_slices();
+  ranking.read_tallies();
 
 // A threadgroup a row: the token drawn.
 [[kernel, max_total_threads_per_threadgroup(1024)]]
 void sampling_draw(device const ulong* tokens [[buffer(0)]], device const uint* segments [[buffer(1)]],
-                   device const ulong* masses [[buffer(2)]], device const ulong* splitters [[buffer(3)]],
+                   device const uint* tallies [[buffer(2)]], device const ulong* splitters [[buffer(3)]],
                    device const uint* maxima [[buffer(4)]], device const ulong* heavy [[buffer(5)]],
                    device const float* row_parameters [[buffer(6)]], device const ulong* state [[buffer(7)]],
                    device long* ids [[buffer(8)]], device uchar* valid [[buffer(9)]],
@@ -187,7 +185,7 @@ void sampling_draw(device const ulong* tokens [[buffer(0)]], device const uint* 
 template <typename T>
 [[kernel, max_total_threads_per_threadgroup(1024)]]
 void filter_logits(device const T* logits [[buffer(0)]], device const ulong* tokens [[buffer(1)]],
-                   device const uint* segments [[buffer(2)]], device const ulong* masses [[buffer(3)]],
+                   device const uint* segments [[buffer(2)]], device const uint* tallies [[buffer(3)]],
                    device const ulong* splitters [[buffer(4)]], device const uint* maxima [[buffer(5)]],
                    device const ulong* heavy [[buffer(6)]], device const float* row_parameters [[buffer(7)]],
                    device T* output [[buffer(8)]], constant SamplingParams& p [[buffer(9)]],
@@ -209,12 +207,13 @@ void filter_logits(device const T* logits [[buffer(0)]], device const ulong* tok
 
 #define SAMPLING(name, T)                                                                                            \
   template [[host_name("sampling_survey_" #name)]] [[kernel]] void sampling_survey<T>(                               \
-      device const T*, device uint*, device ulong*, constant SamplingParams&, uint, uint, uint, uint, uint);         \
+      device const T*, device uint*, device ulong*, device uint*, constant SamplingParams&, uint, uint, uint, uint,  \
+      uint);                                                                                                         \
   template [[host_name("sampling_divide_" #name)]] [[kernel]] void sampling_divide<T>(                               \
       device const T*, device const uint*, device const ulong*, device const float*, device ulong*, device uint*,    \
-      device ulong*, device ulong*, constant SamplingParams&, uint, uint, uint, uint, uint);                         \
+      device atomic_uint*, device ulong*, constant SamplingParams&, uint, uint, uint, uint, uint);                         \
   template [[host_name("filter_logits_" #name)]] [[kernel]] void filter_logits<T>(                                   \
-      device const T*, device const ulong*, device const uint*, device const ulong*, device const ulong*,            \
+      device const T*, device const ulong*, device const uint*, device const uint*, device const ulong*,             \
       device const uint*, device const ulong*, device const float*, device T*, constant SamplingParams&, uint, uint, \
       uint, uint, uint);
 SAMPLING(f32, float)

@@ -27,7 +27,7 @@ struct SamplingParams {
 constexpr uint32_t ROW_PARAMETERS = 1, STATE = 2;
 
 constexpr int64_t kSlice = 2048;  // tokens of a threadgroup
-constexpr int64_t kBuckets = 256;
+constexpr int64_t kBuckets = 256, kTallies = 4;
 constexpr int64_t kSliceThreads = 256, kSearchThreads = 1024, kGreedyThreads = 256;
 
 int64_t slices_of(int64_t vocabulary) {
@@ -38,7 +38,7 @@ int64_t slices_of(int64_t vocabulary) {
 struct Divided {
   Rows logits;
   SamplingParams params;
-  Tensor row_parameters, tokens, segments, masses, splitters, maxima, heavy;
+  Tensor row_parameters, tokens, segments, tallies, splitters, maxima, heavy;
 };
 
 Divided divide(const Sampling& call, const Tensor& logits) {
@@ -58,16 +58,16 @@ Divided divide(const Sampling& call, const Tensor& logits) {
   const auto longs = logits.options().dtype(at::kLong), ints = longs.dtype(at::kInt);
   const Tensor tokens = at::empty({call.rows, slices, kSlice}, longs);
   const Tensor segments = at::empty({call.rows, slices, kBuckets}, ints);
-  const Tensor masses = at::empty({call.rows, slices, kBuckets}, longs);
+  const Tensor tallies = at::empty({call.rows, kTallies, kBuckets}, ints);
   const Tensor splitters = at::empty({call.rows, kBuckets}, longs);
   const Tensor maxima = at::empty({call.rows, slices}, ints), heavy = at::empty({call.rows, slices}, longs);
   const Tensor row_parameters = call.row_parameters.value_or(maxima);
   const std::string dtype = dtype_name(logits);
-  launch("sampling", "sampling_survey_" + dtype, call.rows * (slices + 1), kSliceThreads, {x.tensor, maxima, splitters},
-         params);
+  launch("sampling", "sampling_survey_" + dtype, call.rows * (slices + 1), kSliceThreads,
+         {x.tensor, maxima, splitters, tallies}, params);
   launch("sampling", "sampling_divide_" + dtype, call.rows * slices, kSliceThreads,
-         {x.tensor, maxima, splitters, row_parameters, tokens, segments, masses, heavy}, params);
-  return {x, params, row_parameters, tokens, segments, masses, splitters, maxima, heavy};
+         {x.tensor, maxima, splitters, row_parameters, tokens, segments, tallies, heavy}, params);
+  return {x, params, row_parameters, tokens, segments, tallies, splitters, maxima, heavy};
 }
 
 }  // namespace
@@ -95,7 +95,7 @@ Tensor filter_logits_gpu(const Tensor& logits, double temperature, std::optional
   if (call.rows == 0) return output;
   const Divided d = divide(call, logits);
   launch("sampling", "filter_logits_" + dtype_name(logits), call.rows * d.params.slices, kSearchThreads,
-         {d.logits.tensor, d.tokens, d.segments, d.masses, d.splitters, d.maxima, d.heavy, d.row_parameters, output},
+         {d.logits.tensor, d.tokens, d.segments, d.tallies, d.splitters, d.maxima, d.heavy, d.row_parameters, output},
          d.params);
   return output;
 }
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor> sample_gpu(const Tensor& logits, double temperature, 
   d.params.offset = random.offset;
   if (random.tensor) d.params.flags |= STATE;
   launch("sampling", "sampling_draw", call.rows, kSearchThreads,
-         {d.tokens, d.segments, d.masses, d.splitters, d.maxima, d.heavy, d.row_parameters,
+         {d.tokens, d.segments, d.tallies, d.splitters, d.maxima, d.heavy, d.row_parameters,
           random.tensor.value_or(d.tokens), ids, valid},
          d.params);
   return {ids, valid};

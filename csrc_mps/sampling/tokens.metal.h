@@ -20,10 +20,11 @@ struct SamplingParams {
 };
 
 constant constexpr uint SLICE = 2048;  // tokens that a threadgroup divides
+constant constexpr uint PER_THREAD = 8;
 constant constexpr uint SLICE_THREADS = SLICE / PER_THREAD;
 constant constexpr uint BUCKETS = 256;
 constant constexpr uint THREADS = 1024;      // that search a row
-constant constexpr uint PLACES = 2;          // of each of them in what is sorted
+constant constexpr uint PLACES = 2;          // that each of them has in what is sorted
 constant constexpr uint MOST_SORTED = PLACES * THREADS;
 constant constexpr uint ROW_PARAMETERS = 1;  // flags: the filter of each row is in a buffer
 constant constexpr uint STATE = 2;           // seed and offset are in a buffer

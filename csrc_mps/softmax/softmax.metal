@@ -243,14 +243,17 @@ void softmax_backward(device const T* grad [[buffer(0)]], device const T* output
 
 #define SOFTMAX(name, T, W, N)                                                                                       \
   template [[host_name("softmax_" #name "_" #N)]] [[kernel]] void softmax<T, W, N>(                                  \
-      device const T*, device T*, constant SoftmaxParams&, uint, uint, uint, uint, uint, uint);                      \
+      device const T*, device T*, constant SoftmaxParams&, uint, uint, uint, uint, uint, uint);
+#define SOFTMAX_BACKWARD(name, T, W, N)                                                                              \
   template [[host_name("softmax_backward_" #name "_" #N)]] [[kernel]] void softmax_backward<T, W, N>(                \
       device const T*, device const T*, device T*, constant SoftmaxParams&, uint, uint, uint, uint, uint, uint);
 #define SOFTMAX_ALL(name, T, W)                                                                                      \
   SOFTMAX(name, T, W, 0)                                                                                             \
-  SOFTMAX(name, T, W, 1)                                                                                             \
-  SOFTMAX(name, T, W, 2)                                                                                             \
   SOFTMAX(name, T, W, 4)                                                                                             \
+  SOFTMAX_BACKWARD(name, T, W, 0)                                                                                    \
+  SOFTMAX_BACKWARD(name, T, W, 1)                                                                                    \
+  SOFTMAX_BACKWARD(name, T, W, 2)                                                                                    \
+  SOFTMAX_BACKWARD(name, T, W, 4)                                                                                    \
   template [[host_name("softmax_chunk_" #name)]] [[kernel]] void softmax_chunk<T, W>(                                \
       device const T*, device float2*, constant SoftmaxParams&, uint, uint, uint, uint, uint, uint);                 \
   template [[host_name("softmax_finish_" #name)]] [[kernel]] void softmax_finish<T, W>(                              \

@@ -52,7 +52,7 @@ Tensor softmax_gpu(const Tensor& input, std::optional<at::ScalarType> dtype) {
   const Tensor output = at::empty(converted.sizes(), converted.options());
   if (output.numel() == 0) return output;
   const Rows x = as_rows(converted, shape.rows, shape.cols);
-  const RowShape row = row_shape(shape.cols, output.element_size());
+  const RowShape row = row_shape(shape.cols, output.element_size(), 4, 128);
   const SoftmaxParams params{x.stride, 0, static_cast<uint32_t>(shape.cols), all_aligned({x, {output, shape.cols}}),
                              0,        1};
   if (row.packs == 0 && shape.rows < kFewRows) {
