@@ -45,13 +45,12 @@ Ratios compare contenders of one run on one machine, never two machines.
 SLOWER = {
     r"top-k 50 .*all equal, .*": "all tokens tie and all are kept, as Hugging Face does; torch.topk draws among 50",
     r"whole vocabulary .*nearly flat, on a CPU": "weights are integers, for one draw on all devices, and none is 0",
-    r"seed's KV allocation.*honest, on a CPU": "a token is copied at a time, by torch a block",
+    r"seed's (KV allocation.*honest|full sequence.*), on a CPU": "Python calls of transformers' cache",
     r"seed's KV allocation.*as published, .*": "an empty object, made on top of a DynamicCache",
-    r"(layer|rms)_norm backward \(4096, (1024|896)\) bf16, on a GPU": (
-        "256 threadgroups of a short row's few threads are too few"
-    ),
-    r"softmax \(4096, 1024\) f32, on a GPU": "a row is over before the wait for the threadgroup's sum is hidden",
+    r"seed's full training step.*, on a CPU": "nearly all of it are torch's matrix products, the same for all",
+    r"layer_norm backward \(4096, (1024|896)\) bf16, on a GPU": "a short row waits for four sums in two rounds",
     r"adamw 8 million.*bf16, on a GPU": "launches of seven tensors wait for one another; torch takes dozens at once",
+    r"generation, .*, on a GPU": "the host's calls take longer than the kernels; a compiled model replays a CUDA graph",
 }
 """Why a row is slower than torch's best, by a pattern of what it is."""
 
@@ -178,6 +177,8 @@ def reason(what: str, ours: Row, best: Row) -> str:
     )
     if low <= high:
         return "within the spread of both"
+    if float(ours.get("copy_share") or 0) >= 0.8:
+        return f"bound by memory, at {float(ours['copy_share']):.2f} of a copy's bandwidth"
     place = "GPU" if re.search(r"^NVIDIA|GPU$", ours["device"]) else "CPU"
     return next((why for pattern, why in SLOWER.items() if re.fullmatch(pattern, f"{what}, on a {place}")), "")
 

@@ -6,6 +6,8 @@ import io
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from test_hf_generate import FAMILIES, make_model, prompt
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -63,6 +65,8 @@ def test_ops_of_a_decoded_token(family, shape, most):
     stock = ops_per_token(generate, 4)
     with apply_torch_fused(model, decode=False):
         fused = ops_per_token(generate, 4)
+    if Version(transformers.__version__) < Version("5.23"):
+        most += 6  # that generate() does more itself for each token
     assert fused <= most < stock / 2
     with apply_torch_fused(model):
         assert ops_per_token(generate, 4) <= 40
