@@ -8,6 +8,7 @@ where installed llama-cpp-python (CPU) and mlx-lm (MPS), which run the same weig
 
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib.util
 import statistics
@@ -112,43 +113,64 @@ def fused(model) -> Iterator[Run]:
         yield run
 
 
-CONTENDERS = {"transformers": stock, COMPILED: static, "torch_fused": fused}
+COUNTED = {"transformers": stock, "torch_fused": fused}
+Enter = contextlib.AbstractContextManager[Run]
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def timed(run: Run, setting: Setting, vocabulary: int, device: str, counted: bool) -> dict[str, float | str | None]:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (setting.batch, setting.prompt), generator=generator).to(device)
-    wait = synchronizer(device)
+ROUNDS = 3
+Pair = tuple[float, float]  # seconds to the first token, and for all
 
-    def seconds(count: int) -> float:
-        wait()
+
+class Requests:
+    """A contender's requests of one setting, counted where it is torch that works."""
+
+    def __init__(self, enter: Callable[[], Enter], setting: Setting, vocabulary: int, device: str, counted: bool):
+        generator = torch.Generator().manual_seed(0)
+        self._ids = torch.randint(vocabulary, (setting.batch, setting.prompt), generator=generator).to(device)
+        self._enter, self._setting, self._device, self._counted = enter, setting, device, counted
+        self._wait = synchronizer(device)
+        self._pairs: list[Pair] = []
+        self._peak_mb: float | None = None
+        self._counts: dict[str, float] = {}
+
+    def round(self) -> None:
+        """One pair, so that what disturbs one disturbs the other; before the first everything is counted and warm."""
+        first = not self._pairs
+        with self._enter() as run:
+            self._seconds(run, self._setting.new if first else 2, self._ids[:, :128])
+            peak = PeakMemory(self._device)
+            self._pairs.append((self._seconds(run, 1, self._ids), self._seconds(run, self._setting.new, self._ids)))
+            if first and self._counted:
+                self._peak_mb = peak.megabytes()
+                if self._setting.prompt == 128:
+                    self._count(run)
+
+    def _seconds(self, run: Run, count: int, ids: torch.Tensor) -> float:
+        self._wait()
         start = time.perf_counter()
-        run(ids, count, setting.mode == "sampled")
-        wait()
+        run(ids, count, self._setting.mode == "sampled")
+        self._wait()
         return time.perf_counter() - start
 
-    run(ids[:, :128], setting.new, setting.mode == "sampled")
-    peak = PeakMemory(device)
-    # In pairs, so that what disturbs one disturbs the other.
-    pairs = [(seconds(1), seconds(setting.new)) for _ in range(3)]
-    peak_mb = peak.megabytes()
-    whole = Timing.of([seconds for _, seconds in pairs])
-    tokens = setting.batch * setting.new
-    columns: dict[str, float | str | None] = {
-        "tokens_s": tokens / whole.seconds,
-        "spread": whole.spread,
-        "ms_token": statistics.median(whole - first for first, whole in pairs) / (setting.new - 1) * 1e3,
-        "ttft_ms": statistics.median(first for first, _ in pairs) * 1e3,
-        "peak_mb": peak_mb if counted else None,
-    }
-    if counted and setting.prompt == 128:
-        some = partial(run, ids, sampled=setting.mode == "sampled")
-        columns["ops_token"] = ops_per_token(some, 4)
-        if device.startswith("cuda"):
-            columns["launches_token"] = launches_per_token(some, 4)
-    return columns
+    def _count(self, run: Run) -> None:
+        some = partial(run, self._ids, sampled=self._setting.mode == "sampled")
+        self._counts["ops_token"] = ops_per_token(some, 4)
+        if self._device.startswith("cuda"):
+            self._counts["launches_token"] = launches_per_token(some, 4)
+
+    def columns(self) -> dict[str, float | None]:
+        new = self._setting.new
+        whole = Timing.of([seconds for _, seconds in self._pairs])
+        return {
+            "tokens_s": self._setting.batch * new / whole.seconds,
+            "spread": whole.spread,
+            "ms_token": statistics.median(whole - first for first, whole in self._pairs) / (new - 1) * 1e3,
+            "ttft_ms": statistics.median(first for first, _ in self._pairs) * 1e3,
+            "peak_mb": self._peak_mb,
+            **self._counts,
+        }
 
 
 class PeakMemory:
@@ -187,11 +209,19 @@ def launches_per_token(run: Callable[[int], object], tokens: int) -> float:
     return (counts[1] - counts[0]) / tokens
 
 
-def rows(setting: Setting, device: str, compiled: bool) -> list[str]:
-    names = ["transformers", "torch_fused"]
-    if compiled and (setting.batch, setting.prompt, setting.mode) == (1, 128, "greedy"):
-        names.append(COMPILED)
-    return names + (list(peers(device)) if setting.batch == 1 else [])
+def contenders(setting: Setting, label: str, model, args) -> dict[str, Callable[[], Enter]]:
+    """Those of a setting: others than torch run the demo's model, and one sequence."""
+    found: dict[str, Callable[[], Enter]] = {
+        "transformers": partial(stock, model),
+        "torch_fused": partial(fused, model),
+    }
+    if args.compile and (setting.batch, setting.prompt, setting.mode) == (1, 128, "greedy"):
+        found[COMPILED] = partial(static, model)
+    if setting.batch == 1 and label == "SmolLM2-135M":
+        for name, load_peer in peers(args.device).items():
+            peer = functools.cache(partial(load_peer, setting.dtype, setting.prompt + setting.new + 8))
+            found[name] = lambda peer=peer: contextlib.nullcontext(peer())  # type: ignore[misc]
+    return found
 
 
 def measure(args, progress: Progress) -> None:
@@ -201,24 +231,26 @@ def measure(args, progress: Progress) -> None:
         if setting.dtype not in open_models:
             open_models = {setting.dtype: load(args.model, setting.dtype, args.device)}
         label, model = open_models[setting.dtype]
-        name = f"{label} {NAMES[setting.dtype]}, {setting.mode}, {setting.batch} x {setting.prompt} + {setting.new}"
-        progress.say(name)
-        for contender in rows(setting, args.device, args.compile):
-            if contender not in CONTENDERS and label != "SmolLM2-135M":
-                continue
-            values = (label, NAMES[setting.dtype], setting.mode, setting.batch, setting.prompt, setting.new, contender)
-            key = {name: str(value) for name, value in zip(KEYS, values, strict=True)}
-            row = results.current(**key)
-            if row is None:
-                with contextlib.ExitStack() as stack:
-                    if contender in CONTENDERS:
-                        run = stack.enter_context(CONTENDERS[contender](model))
-                    else:
-                        run = peers(args.device)[contender](setting.dtype, setting.prompt + setting.new + 8)
-                    counted = contender in ("transformers", "torch_fused")
-                    row = results.add(**key, **timed(run, setting, model.config.vocab_size, args.device, counted))
+        dtype = NAMES[setting.dtype]
+        progress.say(f"{label} {dtype}, {setting.mode}, {setting.batch} x {setting.prompt} + {setting.new}")
+        entered = contenders(setting, label, model, args)
+        shared = (label, dtype, setting.mode, setting.batch, setting.prompt, setting.new)
+        keys = {name: dict(zip(KEYS, map(str, (*shared, name)), strict=True)) for name in entered}
+        rows = {name: results.current(**key) for name, key in keys.items()}
+        if None in rows.values():
+            requests = {
+                name: Requests(
+                    enter, setting, model.config.vocab_size, args.device, name in ("transformers", "torch_fused")
+                )
+                for name, enter in entered.items()
+            }
+            for _ in range(ROUNDS):
+                for request in requests.values():
+                    request.round()
+            rows = {name: results.add(**keys[name], **request.columns()) for name, request in requests.items()}
+        for name, row in rows.items():
             progress.say(
-                f"  {contender:20s} {float(row['tokens_s']):9.1f} tokens a second +-{float(row['spread']) * 100:3.0f} %"
+                f"  {name:20s} {float(row['tokens_s']):9.1f} tokens a second +-{float(row['spread']) * 100:3.0f} %"
                 f"  {float(row['ms_token']):8.2f} ms a token, the first {float(row['ttft_ms']):8.1f} ms"
                 f"  {row['peak_mb'] or '-'} MB  {row['ops_token'] or '-'} ops a token"
             )
