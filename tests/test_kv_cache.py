@@ -61,9 +61,9 @@ def test_update_appends_and_views_what_is_in_use():
 
 
 def test_many_tokens_are_copied_by_several_threads():
-    """A long prompt is past the size from which the copy is split."""
-    keys, values = buffers(heads=4, capacity=3000, head_dim=64, value_dim=64)
-    new_keys, new_values = states(tokens=2999, heads=4, head_dim=64, value_dim=64)
+    """A long prompt is past the size from which the copy is split, with two threads in the middle of a head."""
+    keys, values = buffers(batch=1, heads=3, capacity=3000, head_dim=64, value_dim=64)
+    new_keys, new_values = states(tokens=2999, batch=1, heads=3, head_dim=64, value_dim=64)
     kv_append_(keys, values, new_keys, new_values, 1)
     assert torch.equal(keys[:, :, 1:], new_keys)
     assert torch.equal(values[:, :, 1:], new_values)
