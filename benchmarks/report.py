@@ -37,6 +37,7 @@ Times are medians. On a GPU they are the device's own, by events behind a pause 
 buffers rotate through 256 MB, more than any cache. On the CPU they are wall time, caches included. "Of copy" is the
 bandwidth of the bytes that an op must read and write, each once, over that of a copy of as many bytes in the same run.
 On Linux malloc is told to keep what is freed: else a CPU's first touch of new memory takes longer than most ops.
+Whole texts and the seed's rows are measured in rounds, in which the contenders take turns.
 A row that other programs disturbed, so that its threads waited for a core, is measured again by the next `make bench`.
 `torch_fused` computes in float32 and rounds once; `torch_fused llama` makes the roundings of Hugging Face's code.
 Ratios compare contenders of one run on one machine, never two machines.
