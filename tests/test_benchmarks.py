@@ -1,7 +1,9 @@
 """The benchmarks' records, report and predictions; nothing here asserts a time."""
 
+import contextlib
 import csv
 import importlib
+import itertools
 import subprocess
 import sys
 from datetime import datetime, timedelta, timezone
@@ -17,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import apple_prediction  # noqa: E402
+import bench_generate  # noqa: E402
 import harness  # noqa: E402
 import record  # noqa: E402
 import report  # noqa: E402
@@ -164,6 +167,33 @@ def test_timing():
     calls = []
     harness.measure([lambda: calls.append(0), lambda: calls.append(1)], "cpu", target=1e-5)
     assert abs(calls.count(0) - calls.count(1)) <= 1
+
+
+def test_contenders_of_the_seed_take_turns():
+    calls: list[str] = []
+    found = seed_table.timed({name: lambda name=name: calls.append(name) for name in "ab"}, "cpu", True, 3, 0.0)
+    assert [name for name, _ in itertools.groupby(calls)] == ["a", "b"] * 4  # once to see how long a call takes
+    assert all(len(samples.runs) == 3 and float(samples.columns()["ms"]) > 0 for samples in found.values())
+
+
+def test_contenders_of_generation_take_turns():
+    calls: list[tuple[str, int]] = []
+    setting = bench_generate.Setting(torch.bfloat16, "greedy", 2, 5, 8)
+
+    def requests(name: str) -> bench_generate.Requests:
+        def run(ids: torch.Tensor, count: int, sampled: bool) -> None:
+            assert ids.shape == (2, 5) and not sampled
+            calls.append((name, count))
+
+        return bench_generate.Requests(lambda: contextlib.nullcontext(run), setting, 100, "cpu", False)
+
+    contenders = [requests(name) for name in "ab"]
+    for _ in range(2):
+        for contender in contenders:
+            contender.round()
+    rounds = [[(name, count) for name in "ab" for count in (warm_up, 1, 8)] for warm_up in (8, 2)]
+    assert calls == rounds[0] + rounds[1]
+    assert contenders[0].columns()["tokens_s"] > 0
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
