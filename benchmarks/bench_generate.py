@@ -25,7 +25,7 @@ from harness import Timing, arguments, synchronizer
 from peers_generate import Run, peers
 from progress import Progress
 from record import Results
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import CompileConfig, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from torch_fused.demo import load_demo_model
 from torch_fused.hf import apply_torch_fused, generate
@@ -98,8 +98,10 @@ def stock(model) -> Iterator[Run]:
 
 @contextlib.contextmanager
 def static(model) -> Iterator[Run]:
+    compiles = CompileConfig()
+    compiles._compile_all_devices = True  # and not on CUDA only
     with stock(model) as run:
-        yield partial(run, cache_implementation="static")
+        yield partial(run, cache_implementation="static", compile_config=compiles)
 
 
 @contextlib.contextmanager
