@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # torch_fused need not be installed
+sys.path.append(str(ROOT))  # torch_fused need not be installed
 
 CACHE_BYTES = 256 << 20
 """Rotating through this much memory keeps results out of any cache."""
