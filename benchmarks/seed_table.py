@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from bench_sampling import hugging_face, top_k_multinomial
 from harness import Call, arguments, keep_freed_memory, synchronizer
+from peers import peers
 from progress import Progress
 from record import Results
 from torch import Tensor, nn
@@ -198,7 +199,7 @@ def sample_published(op: str, vocabulary: int, device: str) -> Contenders:
 def sample_honest(op: str, vocabulary: int, device: str) -> Contenders:
     x = torch.randn(1, vocabulary, device=device) * 2
     top_k, top_p = hugging_face(TopKLogitsWarper(50)), hugging_face(TopPLogitsWarper(0.9))
-    return {
+    found: dict[str, Contenders] = {
         "greedy": {"torch.argmax": lambda: int(x.argmax(-1)), "torch_fused": lambda: int(greedy(x))},
         "top-k 50": {
             "HF chain": lambda: int(top_k(x)),
@@ -206,7 +207,8 @@ def sample_honest(op: str, vocabulary: int, device: str) -> Contenders:
             "torch_fused": lambda: int(sample(x, top_k=50)),
         },
         "top-p 0.9": {"HF chain": lambda: int(top_p(x)), "torch_fused": lambda: int(sample(x, top_p=0.9))},
-    }[op]
+    }
+    return {**found[op], **{name: lambda draw=draw: int(draw(x)) for name, draw in peers(op).items()}}
 
 
 # ---- row ops --------------------------------------------------------------------------------------------------------
@@ -223,6 +225,7 @@ def softmax_of(shape: tuple[int, ...], device: str) -> Contenders:
         "torch composed": composed,
         "torch.softmax": lambda: x.softmax(-1),
         "torch_fused": lambda: functional.softmax(x),
+        **{name: partial(peer, x.flatten(0, -2)) for name, peer in peers("softmax").items()},
     }
 
 
@@ -235,6 +238,7 @@ def norm_of(op: str, shape: tuple[int, ...], weighted: bool, device: str) -> Con
         "torch composed": lambda: composed(*args),
         f"F.{op}": lambda: getattr(F, op)(*args),
         "torch_fused": lambda: getattr(functional, op)(*args),
+        **{name: partial(peer, x, *parameters) for name, peer in peers(op).items() if weighted},
     }
 
 

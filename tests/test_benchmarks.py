@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import apple_prediction  # noqa: E402
 import bench_generate  # noqa: E402
 import harness  # noqa: E402
+import peers  # noqa: E402
 import record  # noqa: E402
 import report  # noqa: E402
 import seed_table  # noqa: E402
@@ -154,6 +155,22 @@ def test_a_bench_runs_and_goes_on(tmp_path):
         rows.append(record.read(path))
     assert [row["contender"] for row in rows[0]] == ["torch_fused", "torch.softmax", "torch composed"]
     assert all(row in rows[1] for row in rows[0] if float(row["waited"]) <= record.DISTURBED)
+
+
+def test_peers_of_the_seed(monkeypatch):
+    """Other libraries' kernels stand in the seed's rows of ops that they have, where they are installed."""
+    norm = seed_table.partial(seed_table.norm_of, "rms_norm", (4, 8), True, "cpu")
+    makes = {
+        "softmax": lambda: seed_table.softmax_of((2, 3, 8), "cpu"),
+        "rms_norm": norm,
+        "top-p 0.9": lambda: seed_table.sample_honest("top-p 0.9", 100, "cpu"),
+    }
+    shapes = []
+    for op, make in makes.items():
+        assert "a library" not in make()
+        monkeypatch.setitem(peers.PEERS, op, {"a library": lambda *args: shapes.append([a.shape for a in args]) or 1})
+        make()["a library"]()
+    assert shapes == [[(6, 8)], [(4, 8), (8,)], [(1, 100)]]
 
 
 # ---- timing ---------------------------------------------------------------------------------------------------------
