@@ -78,9 +78,10 @@ struct Pack {
 
 // Both steps at once, for a thread that needs one pack only.
 template <int W, typename T>
-inline void load_columns(device const T* row, uint column, uint cols, bool aligned, thread float* values) {
+inline void load_columns(device const T* row, uint column, uint cols, bool aligned, thread float* values,
+                         float fill = 0.0f) {
   Pack<T, W> pack;
-  pack.load(row, column, cols, aligned);
+  pack.load(row, column, cols, aligned, fill);
   pack.unpack(values);
 }
 

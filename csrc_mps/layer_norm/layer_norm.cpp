@@ -110,11 +110,11 @@ struct Moments {
 // The mean of the row or, if it is long, of one block's worth of it, taken in stretches all over the row.
 template <class W>
 TORCH_FUSED_INLINE W rough_mean(const W* x, int64_t n) {
-  const int64_t stretches = n <= kBlock ? 1 : 8, length = std::min(n, kBlock) / stretches;
+  const int64_t stretches = n <= kRowBlock ? 1 : 8, length = std::min(n, kRowBlock) / stretches;
   W sum = 0;
   for (int64_t k = 0; k < stretches; ++k) {
     const W* stretch = x + k * (n / stretches);
-    sum += block_sums<1, W>(length, [=](int64_t i, int64_t j, W(*sums)[kStreams]) { sums[0][j] += stretch[i]; })[0];
+    sum += block_sums<1, W>(length, [=](int64_t i, int64_t j, W(*sums)[kRowStreams]) { sums[0][j] += stretch[i]; })[0];
   }
   return sum / static_cast<W>(length * stretches);
 }
@@ -131,7 +131,7 @@ TORCH_FUSED_INLINE Moments<W> moments_of(W shift, W sum, W squares, const LayerN
 template <class W>
 TORCH_FUSED_INLINE Moments<W> row_moments(const W* x, const LayerNorm& norm) {
   const W shift = rough_mean(x, norm.cols);
-  const auto [sum, squares] = row_sums<2, W>(norm.cols, [=](int64_t i, int64_t j, W(*sums)[kStreams]) {
+  const auto [sum, squares] = row_sums<2, W>(norm.cols, [=](int64_t i, int64_t j, W(*sums)[kRowStreams]) {
     const W centred = x[i] - shift;
     sums[0][j] += centred;
     sums[1][j] = std::fma(centred, centred, sums[1][j]);
@@ -149,7 +149,7 @@ struct Slopes {
 template <class W>
 TORCH_FUSED_INLINE Slopes<W> row_slopes(const W* dy, const W* x, const W* weight, const LayerNorm& norm) {
   const W shift = rough_mean(x, norm.cols);
-  const auto [sum, squares, g, gc] = row_sums<4, W>(norm.cols, [=](int64_t i, int64_t j, W(*sums)[kStreams]) {
+  const auto [sum, squares, g, gc] = row_sums<4, W>(norm.cols, [=](int64_t i, int64_t j, W(*sums)[kRowStreams]) {
     const W centred = x[i] - shift, g = dy[i] * weight[i];
     sums[0][j] += centred;
     sums[1][j] = std::fma(centred, centred, sums[1][j]);
@@ -186,7 +186,7 @@ TORCH_FUSED_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t
       for (int64_t i = 0; i < n; ++i) results[i] = std::fma(m.normed(results[i]), w[i], b[i]);
       narrow_run(results, y, n);
     } else {
-      const bool ahead = n > kBlock && row + 1 < end && std::is_same_v<T, at::BFloat16>;
+      const bool ahead = n > kRowBlock && row + 1 < end && std::is_same_v<T, at::BFloat16>;
       const int64_t step = ahead ? kPrefetchRun : n;
       for (int64_t first = 0; first < n; first += step) {
         const int64_t past = std::min(n, first + step);
@@ -227,8 +227,8 @@ TORCH_FUSED_INLINE void backward_blocks(const Backward<T>& a, int64_t begin, int
       T* dx = a.grad_x + row * n;
       const Slopes<W> slopes = row_slopes(dy, x, w, a.norm);
       const Moments<W> m = slopes.moments;
-      const bool ahead = n > kBlock && row + 1 < last;
-      const int64_t step = ahead ? kPrefetchRun : kBlock;
+      const bool ahead = n > kRowBlock && row + 1 < last;
+      const int64_t step = ahead ? kPrefetchRun : kRowBlock;
       for (int64_t first = 0; first < n; first += step) {
         const int64_t past = std::min(n, first + step);
         if (ahead) {

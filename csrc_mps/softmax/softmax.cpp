@@ -88,7 +88,7 @@ TORCH_FUSED_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t
       exponentials = buffer.data();
     }
     const wide_t<T> largest = row_max(x, n);
-    const auto [sum] = row_sums<1, wide_t<T>>(n, [=](int64_t i, int64_t j, wide_t<T>(*sums)[kStreams]) {
+    const auto [sum] = row_sums<1, wide_t<T>>(n, [=](int64_t i, int64_t j, wide_t<T>(*sums)[kRowStreams]) {
       const wide_t<T> value = exp_nonpositive(widen(x[i]) - largest);
       exponentials[i] = value;
       sums[0][j] += value;
@@ -121,7 +121,7 @@ TORCH_FUSED_INLINE void backward_rows(const Backward<T>& a, int64_t begin, int64
     const T* dy = a.grad + row * a.grad_stride;
     const T* y = a.output + row * a.output_stride;
     T* dx = a.grad_input + row * a.cols;
-    const auto [dot] = row_sums<1, wide_t<T>>(a.cols, [=](int64_t i, int64_t j, wide_t<T>(*sums)[kStreams]) {
+    const auto [dot] = row_sums<1, wide_t<T>>(a.cols, [=](int64_t i, int64_t j, wide_t<T>(*sums)[kRowStreams]) {
       sums[0][j] = std::fma(widen(dy[i]), widen(y[i]), sums[0][j]);
     });
     for (int64_t i = 0; i < a.cols; ++i) dx[i] = narrow<T>(widen(y[i]) * (widen(dy[i]) - dot));

@@ -52,9 +52,7 @@ struct Online {
 // W values from `column` on, -inf past the end, which adds nothing to a sum.
 template <int W, typename T>
 inline void load_logits(device const T* row, uint column, uint cols, bool aligned, thread float* x) {
-  Pack<T, W> pack;
-  pack.load(row, column, cols, aligned, -INFINITY);
-  pack.unpack(x);
+  load_columns<W>(row, column, cols, aligned, x, -INFINITY);
 }
 
 template <int W, typename T>
