@@ -6,11 +6,21 @@ import io
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from packaging.version import Version
 from test_hf_generate import FAMILIES, make_model, prompt
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
 
 from torch_fused.hf import apply_torch_fused
@@ -36,13 +46,13 @@ def kernels(function, *args):
 
 @pytest.mark.parametrize(("family", "norms"), [("llama", 5), ("qwen2", 5), ("qwen3", 9)])
 def test_every_norm_runs_fused(family, norms):
-    """Two layers: each addition with the norm that follows it, all other norms alone; torch computes none."""
+    """Two layers: in each the first addition with the norm that follows it, other norms alone; torch computes none."""
     model = make_model(family)
     apply_torch_fused(model)
     with torch.no_grad():
         counts = kernels(model, prompt(1, 4))
-    assert counts["add_rms_norm"] == 4
-    assert counts["rms_norm"] == norms - 4
+    assert counts["add_rms_norm"] == 2
+    assert counts["rms_norm"] == norms - 2
     assert counts["silu_mul"] == counts["apply_rotary_pos_emb"] == 2
     assert not {"aten::rsqrt", "aten::silu", "aten::neg"} & counts.keys()
 
@@ -50,8 +60,8 @@ def test_every_norm_runs_fused(family, norms):
 @pytest.mark.parametrize(
     ("family", "shape", "most"),
     [
-        ("qwen2", {"layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}, 340),
-        ("qwen3", {"layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8}, 460),
+        ("qwen2", {"layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}, 364),
+        ("qwen3", {"layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8}, 488),
     ],
     ids=["Qwen2.5-0.5B", "Qwen3-0.6B"],
 )
@@ -174,14 +184,26 @@ def test_revert_refuses_when_somebody_wrapped_a_forward_since():
     assert dicts(model) == before
 
 
-def test_applying_twice_is_an_error():
-    """Two handles could not both revert; after a revert it can be applied again."""
+def test_applying_twice():
+    """The same flags hand out the same handle, as in a notebook; others patch anew, and either handle reverts."""
     model = make_model()
+    before = dicts(model)
     handle = apply_torch_fused(model)
-    with pytest.raises(RuntimeError, match="already patched"):
-        apply_torch_fused(model)
-    handle.revert()
-    apply_torch_fused(model)
+    assert apply_torch_fused(model) is handle
+    other = apply_torch_fused(model, mlp=False)
+    assert other is not handle
+    assert "Qwen2MLP" not in other.report()
+    handle.revert()  # which has nothing in place any more
+    assert apply_torch_fused(model, mlp=False) is other
+    with pytest.raises(RuntimeError, match="already patched, at .* as a part of another"):
+        apply_torch_fused(model.model)
+    other.revert()
+    assert dicts(model) == before
+    inner = apply_torch_fused(model.model)
+    outer = apply_torch_fused(model)  # takes the inner one back first
+    assert not inner.patched
+    outer.revert()
+    assert dicts(model) == before
 
 
 # ---- what is left alone ---------------------------------------------------------------------------------------------
@@ -260,17 +282,46 @@ def test_a_layer_result_that_is_changed_is_normed_anew():
                 torch.testing.assert_close(patched(prompt(1, 4)).logits, stock(prompt(1, 4)).logits)
 
 
-def test_hooks_of_the_next_norm_are_called():
-    """A norm that is hooked runs by itself, with the layer's result."""
-    model = make_model()
-    apply_torch_fused(model)
-    seen = []
-    for norm in (model.model.layers[1].input_layernorm, model.model.norm):
-        norm.register_forward_pre_hook(lambda module, args: seen.append(module))
-    with torch.no_grad():
-        counts = kernels(model, prompt(1, 4))
-    assert seen == [model.model.layers[1].input_layernorm, model.model.norm]
-    assert counts["add_rms_norm"] == 2
+def test_hooks_that_write_through_data():
+    """A write that no version counts, before and after each norm: the values are stock's."""
+
+    def hook(module, args, output):
+        (output[0] if isinstance(output, tuple) else output).data.mul_(1.5)
+
+    def pre_hook(module, args):
+        args[0].data.add_(0.5)
+
+    for path in ("", ".self_attn", ".mlp", ".post_attention_layernorm"):
+        for register, function in (("register_forward_hook", hook), ("register_forward_pre_hook", pre_hook)):
+            if path == ".self_attn" and function is pre_hook:
+                continue  # it has no positional arguments
+            stock, patched = make_model(), make_model()
+            apply_torch_fused(patched, decode=False)
+            for model in (stock, patched):
+                for index in range(2):
+                    getattr(model.get_submodule(f"model.layers.{index}{path}"), register)(function)
+            with torch.no_grad():
+                torch.testing.assert_close(patched(prompt(1, 4)).logits, stock(prompt(1, 4)).logits)
+
+
+def test_hooks_on_all_modules_see_every_norm():
+    """A global hook is called as often as without the patch."""
+    counts = []
+    for patch in (False, True):
+        model = make_model()
+        if patch:
+            apply_torch_fused(model)
+        seen = []
+        hook = nn.modules.module.register_module_forward_hook(
+            lambda module, args, output, seen=seen: seen.append(type(module))
+        )
+        try:
+            with torch.no_grad():
+                model(prompt(1, 4))
+        finally:
+            hook.remove()
+        counts.append(sum(cls is Qwen2RMSNorm for cls in seen))
+    assert counts == [5, 5]
 
 
 def test_hidden_states_are_stocks():
@@ -352,10 +403,28 @@ def test_a_training_step_is_stocks(family, use_cache):
     assert_steps_match(train_step(stock, use_cache=use_cache), train_step(patched, use_cache=use_cache))
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("heads", [2, 4], ids=["grouped", "full"])
+def test_gradients_under_every_attention(attention, heads):
+    """With grouped heads and with as many key / value heads as heads, whose gradients come in other layouts."""
+    stock, patched = (make_model(attn_implementation=attention, num_key_value_heads=heads).train() for _ in range(2))
+    apply_torch_fused(patched)
+    assert_steps_match(train_step(stock), train_step(patched))
+
+
+def test_flex_attention():
+    """Which has no backward on the CPU."""
+    stock, patched = (make_model(attn_implementation="flex_attention") for _ in range(2))
+    apply_torch_fused(patched)
+    with torch.no_grad():
+        torch.testing.assert_close(patched(prompt(2, 9)).logits, stock(prompt(2, 9)).logits)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_still_works(reentrant):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_still_works(family, reentrant):
     """Each layer is recomputed in backward: the patched forward keeps that, and the gradients."""
-    stock, patched = make_model().train(), make_model().train()
+    stock, patched = make_model(family).train(), make_model(family).train()
     apply_torch_fused(patched)
     patched.enable_input_require_grads()
     patched.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -363,6 +432,81 @@ def test_gradient_checkpointing_still_works(reentrant):
     patched.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
     assert_steps_match(train_step(stock), train_step(patched))
     assert len(calls) == 2
+    with torch.no_grad():  # which needs no checkpoints, and takes the cache
+        assert kernels(patched, prompt(1, 4))["add_rms_norm"] == 2
+
+
+def checkpoint_layers(model, reentrant):
+    impl = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+    apply_activation_checkpointing(
+        model,
+        checkpoint_wrapper_fn=functools.partial(checkpoint_wrapper, checkpoint_impl=impl),
+        check_fn=lambda module: isinstance(module, GradientCheckpointingLayer),
+    )
+
+
+@pytest.mark.parametrize("patch_first", [True, False])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointing_from_outside(family, reentrant, patch_first):
+    """Layers in torch's own wrapper, patched before or after: every gradient, and each layer is computed twice."""
+    stock, patched = make_model(family).train(), make_model(family).train()
+    steps = [lambda: apply_torch_fused(patched), lambda: checkpoint_layers(patched, reentrant)]
+    for step in steps if patch_first else steps[::-1]:
+        step()
+    calls = []
+    patched.get_submodule("model.norm").register_forward_hook(lambda *_: calls.append(0))
+    next(m for m in patched.modules() if type(m).__name__.endswith("RMSNorm")).register_forward_hook(
+        lambda *_: calls.append(1)
+    )
+    expected, actual = train_step(stock, use_cache=False), train_step(patched, use_cache=False)
+    assert sorted(calls) == [0, 1, 1]
+    actual[1].update({name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in actual[1].items()})
+    assert_steps_match(expected, actual)
+
+
+def parallel_step(rank, family, how):
+    """One rank's training step on its half of a batch: the gradients are the whole batch's."""
+    ids = prompt(4, 12)
+    stock, model = make_model(family).train(), make_model(family).train()
+    stock(ids, labels=ids, use_cache=False).loss.backward()
+    expected = {name: weight.grad for name, weight in stock.named_parameters()}
+    mesh = init_device_mesh("cpu", (2,))
+    if how == "ddp":
+        apply_torch_fused(model)
+        model = nn.parallel.DistributedDataParallel(model)
+    if how == "patched, then sharded":
+        apply_torch_fused(model)
+    if "sharded" in how:
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    if how == "sharded, then patched":
+        report = apply_torch_fused(model).report()
+        assert "2 x FSDP" in report and "DecoderLayer.forward" in report
+    if how == "sharded, then patched, checkpointed":
+        apply_torch_fused(model)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    half = ids[2 * rank : 2 * rank + 2]
+    model(half, labels=half, use_cache=False).loss.backward()
+    for name, weight in model.named_parameters():
+        grad = weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad
+        name = name.removeprefix("module.")
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{how} {n}: {m}")
+
+
+def parallel_steps(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for family in FAMILIES:
+        for how in ("ddp", "patched, then sharded", "sharded, then patched", "sharded, then patched, checkpointed"):
+            parallel_step(rank, family, how)
+    dist.destroy_process_group()
+
+
+def test_parallel_training(tmp_path):
+    """Two processes: DDP, and FSDP2 before and after the patch, give the gradients of the whole batch."""
+    torch.multiprocessing.spawn(parallel_steps, (tmp_path,), nprocs=2)
 
 
 def test_autocast():

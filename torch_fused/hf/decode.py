@@ -1,23 +1,33 @@
 """Steps of a few tokens through a whole model as one op on the CPU, where that computes what transformers does."""
 
+import inspect
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..ops.decode import LAYER_PARTS, decode_
 from .cache import CACHE, FusedKVCache, FusedLayer
-from .models import FAMILIES, SILU, Family
-from .watch import GLOBAL_HOOKS, Watch
+from .models import FAMILIES, SILU, Family, take_cache
+from .origin import describe, home_of, is_ours, is_own, path_of
+from .watch import FUNCTIONS, GLOBAL_HOOKS, Watch, has_hooks
 
 MOST_SEQUENCES = MOST_STEPS = 8
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int32, torch.int64)
+UNUSED_ARGUMENTS = {"tokenizer", "assistant_tokenizer", "num_items_in_batch"}
+"""What `generate` and trainers hand through a model without a use in it."""
+SHARED_FUNCTIONS = ("transformers.masking_utils", "transformers.modeling_utils")
+"""Where a family's module has functions from that are not its own."""
+
 DECODER = "_torch_fused_decoder"
 """The attribute of a patched causal language model that holds its `Decoder`."""
 
@@ -33,37 +43,57 @@ class Plan:
     """What the op takes of a model."""
 
     weights: dict[str, Any]
-    rotary: nn.Module
+    rotary: Any
     layers: int
-    dropout: bool
-    tables: tuple[Tensor, Tensor] | None = None
+    dropout: list[nn.Module]  # the attentions that have it
+    tables: tuple[Tensor, Tensor, Tensor] | None = None  # of the frequencies that come last
 
     def cos_and_sin(self, positions: int) -> tuple[Tensor, Tensor]:
         """The model's own tables for at least that many positions, ``(positions, rotary_dim)``."""
-        if self.tables is None or self.tables[0].shape[0] < positions:
+        tables, frequencies = self.tables, self.rotary.inv_freq
+        if tables is None or tables[0].shape[0] < positions or not torch.equal(tables[2], frequencies):
             embedding: Tensor = self.weights["embedding"]
             many = torch.arange(max(256, 1 << (positions - 1).bit_length()))[None]
-            cos, sin = self.rotary(embedding.new_empty(0), many)
-            self.tables = cos[0].contiguous(), sin[0].contiguous()
-        return self.tables
+            with torch.no_grad():
+                cos, sin = self.rotary(embedding.new_empty(0), many)
+            self.tables = tables = cos[0].contiguous(), sin[0].contiguous(), frequencies.clone()
+        return tables[:2]
 
 
 class Decoder:
-    """Runs the steps of one causal language model; kept with the model while it is patched."""
+    """Runs the steps of one causal language model, from any thread; kept with the model while it is patched.
 
-    def __init__(self, model: nn.Module):
+    Args:
+        model: the model.
+        gives_cache: whether a call without a cache, but with ``use_cache``, gets a `FusedKVCache`.
+    """
+
+    def __init__(self, model: nn.Module, gives_cache: bool = False):
         self.model: Any = model
+        self.gives_cache = gives_cache
         self.calls: Counter[str] = Counter()  # by the reason why they were left; "" for none
         self._read: tuple[Watch, Plan | Left] | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "gives_cache": self.gives_cache, "calls": self.calls}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _read=None, _lock=threading.Lock())
+
+    def count(self, reason: str = "") -> None:
+        with self._lock:
+            self.calls[reason] += 1
 
     def plan(self) -> Plan:
         """The plan for the model as it is now; raises `Left`."""
-        if self._read is None or not self._read[0].holds():
-            self._read = None  # the tensors in it may be gone from the model
-            self._read = Watch(self.model), read(self.model)
-        plan = self._read[1]
+        found = self._read
+        if found is None or not found[0].holds():
+            found = self._read = None  # the tensors in it may be gone from the model
+            found = self._read = Watch(self.model), read(self.model)
+        plan = found[1]
         if isinstance(plan, Left):
-            raise plan
+            raise Left(*plan.args)
         return plan
 
     def why_not(self) -> str:
@@ -78,9 +108,27 @@ class Decoder:
         """Which path the model takes, and what the calls so far took."""
         reason = self.why_not()
         lines = [f"decode: left to transformers: {reason}" if reason else "decode: steps of few tokens are one op"]
-        lines += [f"  {count} calls as one op" for why, count in self.calls.items() if not why]
-        lines += [f"  {count} calls left to transformers: {why}" for why, count in self.calls.items() if why]
+        with self._lock:
+            calls = self.calls.copy()
+        lines += [f"  {count} calls as one op" for why, count in calls.items() if not why]
+        lines += [f"  {count} calls left to transformers: {why}" for why, count in calls.items() if why]
         return lines
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the class's own forward returns, or the same logits, in float32, from one op."""
+        own = type(self.model).forward
+        given = {**dict(zip(_parameters(own), args, strict=False)), **kwargs}
+        cache = take_cache(given)
+        gives = cache is None and self._can_give_cache(given)
+        if gives:
+            ids = given.get("input_ids")
+            tokens = (given["inputs_embeds"] if ids is None else ids).shape[1]
+            cache = FusedKVCache(self.model.config, expected_len=tokens)
+        try:
+            return self._forward(cache, **given)
+        except Left as left:
+            self.count(str(left))
+        return own(self.model, **given, **{CACHE: cache}) if gives else own(self.model, *args, **kwargs)
 
     def step(
         self,
@@ -97,8 +145,8 @@ class Decoder:
         keys, values = cache.room_for(input_ids.shape[1])
         length = cache.get_seq_length()
         result = run(
-            input_ids,
-            positions,
+            input_ids.long().contiguous(),
+            positions.long().contiguous(),
             starts,
             cos=cos,
             sin=sin,
@@ -109,20 +157,20 @@ class Decoder:
             **more,
         )
         cache.advance(input_ids.shape[1])
-        self.calls[""] += 1
+        self.count()
         return result
 
     def check(self, input_ids: Tensor, cache: Any) -> Plan:
         """The plan, if the call is one for the op; raises `Left`."""
+        self._check_cache(input_ids, cache)
         plan = self.plan()
-        self._check_cache(plan, input_ids, cache)
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters()):
+        weight: Tensor = plan.weights["embedding"]
+        first = cache.layers[0]
+        if len(cache.layers) != plan.layers or (first.dtype, first.device) != (weight.dtype, weight.device):
+            raise Left("the cache has another dtype, device or number of layers than the model")
+        if self.needs_gradients():
             raise Left("gradients are enabled")
-        if torch.is_autocast_enabled("cpu"):
-            raise Left("autocast is on")
-        if torch.compiler.is_compiling():
-            raise Left("torch.compile is tracing")
-        if plan.dropout and self.model.training:
+        if any(attention.training for attention in plan.dropout):
             raise Left("the model is in training mode and has attention dropout")
         emulation = sys.modules.get("torch_fused.metal.emulation")
         if emulation is not None and emulation.active():
@@ -130,100 +178,131 @@ class Decoder:
         config = self.model.config
         if config.num_hidden_layers != plan.layers:
             raise Left(f"config.num_hidden_layers has become {config.num_hidden_layers}")
-        if config._attn_implementation not in ("eager", "sdpa"):
-            raise Left(f"its attention is {config._attn_implementation!r}")
+        if not getattr(config, "is_causal", True):
+            raise Left("config.is_causal is off")
+        implementation = config._attn_implementation
+        if implementation not in ("eager", "sdpa"):
+            raise Left(f"its attention is {implementation!r}")
+        home: Any = home_of(type(self.model))
+        attention = home.ALL_ATTENTION_FUNCTIONS.get(implementation, home.eager_attention_forward)
+        for function in (attention, ALL_MASK_ATTENTION_FUNCTIONS[implementation]):
+            if not is_own(function):
+                raise Left(f"{implementation} attention is {describe(function)}")
         return plan
 
-    def _check_cache(self, plan: Plan, input_ids: Tensor, cache: Any) -> None:
-        batch, steps = input_ids.shape
-        if batch > MOST_SEQUENCES or steps > MOST_STEPS:
-            raise Left(f"more than {MOST_STEPS} new tokens or {MOST_SEQUENCES} sequences (a prompt)")
+    def needs_gradients(self) -> bool:
+        model = self.model
+        return torch.is_grad_enabled() and (
+            any(parameter.requires_grad for parameter in model.parameters())
+            or bool(model.get_input_embeddings()._forward_hooks)  # enable_input_require_grads
+        )
+
+    def is_wrapped(self) -> bool:
+        """Whether somebody's code runs around the model's forward."""
+        model = self.model
+        replaced = "forward" in model.__dict__ and not is_ours(model.__dict__["forward"], model)
+        return replaced or has_hooks(model) or model._compiled_call_impl is not None
+
+    def _can_give_cache(self, given: dict[str, Any]) -> bool:
+        use_cache = given.get("use_cache")
+        wanted = self.gives_cache and (self.model.config.use_cache if use_cache is None else use_cache)
+        return wanted and not torch.jit.is_tracing() and not self.needs_gradients() and not self.why_not()
+
+    def _check_cache(self, input_ids: Tensor, cache: Any) -> None:
         if type(cache) is not FusedKVCache:
             raise Left(f"the cache is a {_name(cache)}, not a FusedKVCache")
-        if len(cache.layers) != plan.layers or any(type(layer) is not FusedLayer for layer in cache.layers):
+        if any(type(layer) is not FusedLayer for layer in cache.layers):
             raise Left("the cache has layers that are not plain attention")
-        weight: Tensor = plan.weights["embedding"]
-        first: Any = cache.layers[0]
-        if not first.is_initialized:
+        layers: Any = cache.layers
+        if not all(layer.is_initialized for layer in layers):
             raise Left("the cache is empty (a prompt)")
-        if (first.dtype, first.device) != (weight.dtype, weight.device) or first.keys.shape[0] != batch:
-            raise Left("the cache has another dtype, device or batch size than the call")
+        batch, steps = input_ids.shape
+        if steps > MOST_STEPS:
+            raise Left(f"more than {MOST_STEPS} new tokens (a prompt)")
+        if batch > MOST_SEQUENCES:
+            raise Left(f"more than {MOST_SEQUENCES} sequences")
+        if layers[0].keys.shape[0] != batch:
+            raise Left("the cache has another batch size than the call")
+        if len({layer.get_seq_length() for layer in layers}) != 1:
+            raise Left("the cache has layers of several lengths")
         if cache.max_cache_len is not None and cache.get_seq_length() + steps > cache.max_cache_len:
             raise Left("the cache is full")
+
+    def _forward(
+        self,
+        cache: Any,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: Any = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        config = self.model.config
+        if input_ids is None or inputs_embeds is not None:
+            raise Left("inputs_embeds instead of input_ids")
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.dtype not in INTEGERS:
+            raise Left("input_ids is not a tensor of integers (batch, tokens)")
+        if labels is not None:
+            raise Left("a loss is wanted")
+        if not (config.use_cache if use_cache is None else use_cache):
+            raise Left("use_cache is off")
+        if cache is None:
+            raise Left("no cache was given")
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.pop(name, None) or getattr(config, name, False):
+                raise Left(f"{name} is on")
+        if not kwargs.pop("return_dict", True) or not config.return_dict:
+            raise Left("a tuple is wanted")
+        unknown = [name for name, value in kwargs.items() if value is not None and name not in UNUSED_ARGUMENTS]
+        if unknown:
+            raise Left(f"an argument that only transformers knows: {', '.join(unknown)}")
+        if not isinstance(logits_to_keep, int):
+            raise Left("logits_to_keep is a tensor")
+        plan = self.check(input_ids, cache)
+        length = cache.get_seq_length()
+        starts = left_padding(attention_mask, input_ids, length)
+        if position_ids is None:
+            position_ids = torch.arange(length, length + input_ids.shape[1])[None]
+        logits = self.step(
+            plan,
+            decode_,
+            input_ids,
+            rows_of(position_ids, input_ids),
+            starts,
+            cache,
+            logits_to_keep=min(logits_to_keep, input_ids.shape[1]),
+        )
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
+
+
+@lru_cache
+def _parameters(forward: Callable) -> list[str]:
+    """The names of a forward's arguments, by position."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 # ---- the forward of a patched model ---------------------------------------------------------------------------------
 
 
-def causal_lm_forward(
-    self,
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    inputs_embeds: Tensor | None = None,
-    labels: Tensor | None = None,
-    use_cache: bool | None = None,
-    logits_to_keep: int | Tensor = 0,
-    cache: Any = None,
-    **kwargs: Any,
-) -> Any:
-    """The class's own forward, whose signature `generate` looks at, or the same logits, in float32, from one op."""
-    decoder: Decoder = self.__dict__[DECODER]
-    cache = past_key_values if cache is None else cache
-    args = (input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, use_cache, logits_to_keep)
-    try:
-        return _forward(decoder, *args, **kwargs)
-    except Left as left:
-        decoder.calls[str(left)] += 1
-    return type(self).forward(self, *args, **kwargs)
+def causal_lm_forward(self, *args: Any, **kwargs: Any) -> Any:
+    decoder = self.__dict__.get(DECODER)
+    if decoder is None or torch.compiler.is_compiling():
+        return type(self).forward(self, *args, **kwargs)
+    return decoder.forward(*args, **kwargs)
 
 
-def _forward(
-    decoder: Decoder,
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    cache: Any,
-    inputs_embeds: Tensor | None,
-    labels: Tensor | None,
-    use_cache: bool | None,
-    logits_to_keep: int | Tensor,
-    **kwargs: Any,
-) -> CausalLMOutputWithPast:
-    config = decoder.model.config
-    if input_ids is None or inputs_embeds is not None:
-        raise Left("inputs_embeds instead of input_ids")
-    if labels is not None:
-        raise Left("a loss is wanted")
-    if cache is None or not (config.use_cache if use_cache is None else use_cache):
-        raise Left("no cache is used")
-    for name in ("output_attentions", "output_hidden_states"):
-        if kwargs.pop(name, None) or getattr(config, name, False):
-            raise Left(f"{name} is on")
-    if not kwargs.pop("return_dict", True) or not config.return_dict:
-        raise Left("a tuple is wanted")
-    unknown = [name for name, value in kwargs.items() if value is not None]
-    if unknown:
-        raise Left(f"an argument that only transformers knows: {', '.join(unknown)}")
-    if not isinstance(logits_to_keep, int):
-        raise Left("logits_to_keep is a tensor")
-    plan = decoder.check(input_ids, cache)
-    length = cache.get_seq_length()
-    starts = left_padding(attention_mask, input_ids, length)
-    if position_ids is None:
-        position_ids = torch.arange(length, length + input_ids.shape[1])[None]
-    positions = position_ids.expand(input_ids.shape).contiguous()
-    logits = decoder.step(
-        plan,
-        decode_,
-        input_ids.contiguous(),
-        positions,
-        starts,
-        cache,
-        logits_to_keep=min(logits_to_keep, input_ids.shape[1]),
-    )
-    return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
+def rows_of(position_ids: Any, input_ids: Tensor) -> Tensor:
+    """A position for each token, which is a row of the tables; raises `Left` for anything else."""
+    shape = tuple(position_ids.shape) if isinstance(position_ids, Tensor) else ()
+    if shape not in (tuple(input_ids.shape), (1, input_ids.shape[1])) or position_ids.dtype not in INTEGERS:
+        raise Left(f"position_ids is not a tensor of integers (batch, tokens): {shape}")
+    if int(position_ids.min()) < 0:
+        raise Left("position_ids has negative positions")
+    return position_ids.expand(input_ids.shape)
 
 
 def left_padding(mask: Tensor | None, input_ids: Tensor, length: int) -> Tensor | None:
@@ -253,29 +332,39 @@ def read(model: Any) -> Plan | Left:
 
 
 def _read(model: Any) -> Plan:
-    family = next((f for f in FAMILIES if _path_of(model) == f.class_path(f.causal_lm)), None)
+    family = next((f for f in FAMILIES if path_of(model) == f.class_path(f.causal_lm)), None)
     if family is None:
         raise Left(f"{type(model).__name__} is not one of {', '.join(f.causal_lm for f in FAMILIES)}")
     reader = _Reader(family)
-    _reject_foreign_forward("the model", model)
+    # What surrounds the model's forward, and hooks on the model, run around the step too.
+    _reject_replaced_class("the model", model)
+    home: Any = home_of(type(model))
+    for name in FUNCTIONS:
+        if hasattr(home, name) and not is_own(getattr(home, name), home.__name__, *SHARED_FUNCTIONS):
+            raise Left(f"{home.__name__}.{name} has been replaced by {describe(getattr(home, name))}")
     base = reader.child(model, "model", family.model)
     layers = list(base.layers[: model.config.num_hidden_layers])
     embedding = reader.child(base, "embed_tokens", nn.Embedding)
     if embedding.max_norm is not None:
         raise Left("model.embed_tokens has a max_norm")
     rotary = reader.child(base, "rotary_emb", family.rotary_embedding)
+    if rotary.inv_freq.requires_grad:
+        raise Left("its rotary frequencies are trained")
     if "dynamic" in rotary.rope_type or rotary.rope_type == "longrope":
         raise Left(f"its rotary embedding is {rotary.rope_type!r}, whose angles depend on the length")
     parts: list[Tensor | None] = []
     attentions = []
     for layer in layers:
-        if type(layer).__qualname__ != family.decoder_layer:
+        if path_of(layer) != family.class_path(family.decoder_layer):
             raise Left(f"a layer is a {_name(layer)}")
         _reject_foreign_forward("a layer", layer)
         attention = reader.child(layer, "self_attn", family.attention)
+        if not attention.is_causal:
+            raise Left("its attention is not causal")
         mlp = reader.child(layer, "mlp", family.mlp)
         if type(mlp.act_fn) not in SILU:
             raise Left(f"its activation is {_name(mlp.act_fn)}")
+        _reject_foreign_forward("an activation", mlp.act_fn)
         attentions.append(attention)
         found = {
             "input_norm": reader.norm(layer, "input_layernorm"),
@@ -304,11 +393,11 @@ def _read(model: Any) -> Plan:
     if dtype not in DTYPES or device != "cpu":
         raise Left(f"its weights are {dtype} on {device}")
     for path, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise Left(f"hooks on {path or 'the model'}")
+        if path and has_hooks(module):
+            raise Left(f"hooks on {path}")
     if any(GLOBAL_HOOKS):
         raise Left("hooks on all modules")
-    dropout = any(attention.attention_dropout for attention in attentions)
+    dropout = [attention for attention in attentions if attention.attention_dropout]
     return Plan(weights, rotary, len(layers), dropout)
 
 
@@ -323,7 +412,7 @@ class _Reader:
     def child(self, parent: nn.Module, name: str, expected: str | type) -> Any:
         module = getattr(parent, name)
         if isinstance(expected, str):
-            plain = _path_of(module) == self.family.class_path(expected)
+            plain = path_of(module) == self.family.class_path(expected)
         else:
             plain = type(module) is expected
         if not plain:
@@ -358,22 +447,22 @@ class _Reader:
 
 def _reject_foreign_forward(what: str, module: nn.Module) -> None:
     forward = module.__dict__.get("forward")
-    # A wrapper may call itself by the name and module of what it wraps; a bound method of ours is never one.
-    ours = isinstance(forward, MethodType) and forward.__func__.__module__.startswith(f"{__package__}.")
-    if forward is not None and not ours:
+    if forward is not None and not is_ours(forward, module):
         raise Left(f"the forward of {what} has been replaced")
     if module._compiled_call_impl is not None:
         raise Left(f"{what} is compiled by torch.compile")
+    _reject_replaced_class(what, module)
+
+
+def _reject_replaced_class(what: str, module: nn.Module) -> None:
+    if home_of(type(module)) is None:
+        raise Left(f"the forward of {what}'s class has been replaced by {describe(type(module).forward)}")
 
 
 def _only(what: str, values: Any) -> Any:
     if len(set(values)) != 1:
         raise Left(f"it has several {what}: {', '.join(map(str, sorted(set(values), key=str)))}")
     return next(iter(values))
-
-
-def _path_of(module: Any) -> tuple[str, str]:
-    return type(module).__module__, type(module).__qualname__
 
 
 def _name(value: Any) -> str:

@@ -14,8 +14,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..ops.decode import decode_token_
 from ..sampling import greedy, sample
 from .cache import CACHE
-from .decode import DECODER, Decoder, Left, left_padding
-from .patch import PatchHandle, prepare_cache_for_generation
+from .decode import DECODER, Decoder, Left, left_padding, rows_of
+from .patch import PatchHandle, lock_of, prepare_cache_for_generation
 from .sampling import FusedProcessorList, get_logits_processor
 
 
@@ -46,17 +46,23 @@ def generate(model, inputs: Tensor | Mapping[str, Tensor], *, decode: bool = Tru
         inputs = {"input_ids": inputs}
     elif not isinstance(inputs, Mapping):
         raise TypeError(f"generate: inputs must be a tensor of token ids or a mapping, got {type(inputs).__name__}")
-    with PatchHandle(model) as handle:
+    with lock_of(model), PatchHandle(model) as handle:
         handle.bind_generation("_prepare_cache_for_generation", prepare_cache_for_generation)
         handle.bind_generation("_get_logits_processor", get_logits_processor)
         if decode:
             handle.bind_decoder()
-        decoders = [module.__dict__[DECODER] for module in model.modules() if DECODER in module.__dict__]
-        decodes = len(decoders) == 1 and not decoders[0].why_not()
-        if decodes and not NEEDED_BY_TRANSFORMERS & generate_kwargs.keys():
-            own = partial(token_loop, decoder=decoders[0], streamer=generate_kwargs.get("streamer"))
-            generate_kwargs = {"custom_generate": own, **generate_kwargs}
-        return model.generate(**inputs, **generate_kwargs)
+        if handle.patched:
+            return _generate(model, inputs, generate_kwargs)
+    return _generate(model, inputs, generate_kwargs)  # a patched model serves several threads at a time
+
+
+def _generate(model: Any, inputs: Mapping[str, Tensor], generate_kwargs: dict[str, Any]) -> Any:
+    decoders = [module.__dict__[DECODER] for module in model.modules() if DECODER in module.__dict__]
+    decodes = len(decoders) == 1 and not decoders[0].why_not()
+    if decodes and not NEEDED_BY_TRANSFORMERS & generate_kwargs.keys():
+        own = partial(token_loop, decoder=decoders[0], streamer=generate_kwargs.get("streamer"))
+        generate_kwargs = {"custom_generate": own, **generate_kwargs}
+    return model.generate(**inputs, **generate_kwargs)
 
 
 NEEDED_BY_TRANSFORMERS = {"tokenizer", "assistant_tokenizer", "assistant_model", "synced_gpus"}
@@ -139,12 +145,13 @@ class _Loop:
 
     def next(self, input_ids: Tensor) -> Tensor:
         """The tokens that follow `input_ids`, of which the last ones are new."""
-        try:
-            tokens = self._decode(input_ids)
-            self.pending += 1
-            return tokens
-        except Left as left:
-            self.decoder.calls[str(left)] += 1
+        if not self.decoder.is_wrapped():
+            try:
+                tokens = self._decode(input_ids)
+                self.pending += 1
+                return tokens
+            except Left as left:
+                self.decoder.count(str(left))
         self.model_kwargs = self.model._update_model_kwargs_for_generation(
             self._outputs, self.model_kwargs, num_new_tokens=self.pending
         )
@@ -163,24 +170,18 @@ class _Loop:
 
     def _decode(self, input_ids: Tensor) -> Tensor:
         mask, positions = self.model_kwargs.get("attention_mask"), self.model_kwargs.get("position_ids")
-        plan = self.decoder.check(input_ids[:, -1:], self.cache)
+        last = input_ids[:, -1:]
+        plan = self.decoder.check(last, self.cache)
         length = self.cache.get_seq_length()
         if mask is not None:
             mask = F.pad(mask, (0, self.pending), value=1)
-        starts = left_padding(mask, input_ids[:, -1:], length)
+        starts = left_padding(mask, last, length)
         if positions is None:
             positions = torch.full((len(input_ids), 1), length)
         elif positions.dim() == 2:
-            positions = (positions[:, -1:] + self.pending).expand(len(input_ids), 1).contiguous()
+            positions = rows_of(positions[:, -1:] + self.pending, last)
         else:
             raise Left(f"position_ids has shape {tuple(positions.shape)}")
         return self.decoder.step(
-            plan,
-            decode_token_,
-            input_ids[:, -1:].contiguous(),
-            positions,
-            starts,
-            self.cache,
-            do_sample=self.do_sample,
-            **self.filters,
+            plan, decode_token_, last, positions, starts, self.cache, do_sample=self.do_sample, **self.filters
         )

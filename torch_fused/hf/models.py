@@ -3,18 +3,18 @@
 A new family whose modules compute what Llama's compute is one more row.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.activations import SiLUActivation
 
 from ..functional import add_rms_norm, apply_rotary_pos_emb, rms_norm, silu_mul
 from .cache import CACHE
+from .origin import has_own_rotation, home_of
 
 
 @dataclass(frozen=True)
@@ -42,28 +42,27 @@ def _family(package: str, prefix: str) -> Family:
 FAMILIES = (_family("llama", "Llama"), _family("qwen2", "Qwen2"), _family("qwen3", "Qwen3"))
 
 
-SILU = {nn.SiLU, type(ACT2FN["silu"])}
+SILU = {nn.SiLU, SiLUActivation}
 """The classes of the activation that `silu_mul` computes."""
 
-NEXT_NORM = "_torch_fused_next_norm"
-"""The attribute of a decoder layer that holds the norm its result goes to: the next layer's first, or the last."""
+_PLAIN = {Tensor, nn.Parameter}
 
-CARRIED = "_torch_fused_carried"
-"""The attribute of a decoder layer's result that holds that norm, the result's version and the norm of it."""
+KWARGS_REACH_CACHE = CACHE == "cache"
+"""Whether attention hands the cache what it got itself besides the states, as it does from transformers 5.24 on."""
+
+# Each forward serves only calls that its class's own, as transformers wrote it, would serve alike.
 
 
 def rms_norm_forward(self, hidden_states: Tensor) -> Tensor:
-    if not torch.compiler.is_compiling():  # a compiler takes no attributes of tensors
-        carried = hidden_states.__dict__.pop(CARRIED, None)
-        if carried is not None and carried[:2] == (self, hidden_states._version):
-            return carried[2]
+    if home_of(type(self)) is None or not _plain(hidden_states, self.weight):
+        return type(self).forward(self, hidden_states)
     return rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon, casting_mode="llama")
 
 
-@torch.no_grad()
 def rotary_embedding_forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """The tables of cosines and sines in float32, without the steps that change nothing."""
-    if "dynamic" in self.rope_type or self.rope_type == "longrope":  # their frequencies depend on the length
+    by_length = "dynamic" in self.rope_type or self.rope_type == "longrope"  # so are the frequencies
+    if by_length or self.inv_freq.requires_grad or home_of(type(self)) is None:
         return type(self).forward(self, x, position_ids)
     angles = position_ids[..., None] * self.inv_freq.to(device=x.device, dtype=torch.float32)
     angles = torch.cat([angles, angles], -1)
@@ -76,39 +75,48 @@ def rotary_embedding_forward(self, x: Tensor, position_ids: Tensor) -> tuple[Ten
 def attention_forward(
     self,
     hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
-    attention_mask: Tensor | None = None,
-    past_key_values=None,
-    cache=None,
-    **kwargs,
+    position_embeddings: Any = None,
+    attention_mask: Any = None,
+    *cache: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What the attention of Llama, Qwen2 and Qwen3 computes, the positions of queries and keys by one kernel."""
-    cache = past_key_values if cache is None else cache
+    home = home_of(type(self))
+    if home is None:
+        return type(self).forward(self, hidden_states, position_embeddings, attention_mask, *cache, **kwargs)
+    held = take_cache(kwargs, *cache)
     heads = (*hidden_states.shape[:-1], -1, self.head_dim)
     q, k, v = (project(hidden_states).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
     if hasattr(self, "q_norm"):
         q, k = self.q_norm(q), self.k_norm(k)
-    if hasattr(self, "sliding_window"):
-        kwargs["sliding_window"] = self.sliding_window
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    q, k = apply_rotary_pos_emb(q, k, *position_embeddings, casting_mode="llama")
-    if cache is not None:
-        k, v = cache.update(k, v, self.layer_idx)
-    eager = sys.modules[type(self).__module__].eager_attention_forward
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+    if has_own_rotation(home) and _plain(q, k, *position_embeddings):
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings, casting_mode="llama")
+    else:
+        q, k = home.apply_rotary_pos_emb(q, k, *position_embeddings)
+    if held is not None:
+        handed = {"kwargs": kwargs} if KWARGS_REACH_CACHE else {}  # which the cache may change
+        k, v = held.update(k, v, self.layer_idx, **handed)
+    window = {"sliding_window": self.sliding_window} if hasattr(self, "sliding_window") else {}
+    attend = home.ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, home.eager_attention_forward)
     dropout = self.attention_dropout if self.training else 0.0
-    attended, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+    attended, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **window, **kwargs)
     return self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 def mlp_forward(self, x: Tensor) -> Tensor:
-    if type(self.act_fn) not in SILU or _hooked(self.act_fn):
+    activation = self.act_fn
+    silu = type(activation) in SILU and home_of(type(activation)) is not None
+    if not silu or "forward" in activation.__dict__ or _hooked(activation) or home_of(type(self)) is None:
         return type(self).forward(self, x)
-    return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x), casting_mode="llama"))
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    product = silu_mul(gate, up, casting_mode="llama") if _plain(gate, up) else activation(gate) * up
+    return self.down_proj(product)
 
 
 def decoder_layer_forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-    if self.gradient_checkpointing and self.training:
+    checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+    if checkpointed or home_of(type(self)) is None:
         return type(self).forward(self, hidden_states, *args, **kwargs)
     return _decoder_layer_forward(self, hidden_states, *args, **kwargs)
 
@@ -116,59 +124,66 @@ def decoder_layer_forward(self, hidden_states: Tensor, *args, **kwargs) -> Tenso
 def _decoder_layer_forward(
     self,
     hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    past_key_values=None,
+    attention_mask: Any = None,
+    position_ids: Any = None,
+    _cache: Any = None,
     use_cache: bool | None = False,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
-    cache=None,
-    **kwargs,
+    position_embeddings: Any = None,
+    **kwargs: Any,
 ) -> Tensor:
     """``LlamaDecoderLayer.forward`` (models/llama/modeling_llama.py), its first addition and second norm as one."""
+    held = take_cache(kwargs, _cache)
     attended, _ = self.self_attn(
         hidden_states=self.input_layernorm(hidden_states),
         attention_mask=attention_mask,
         position_ids=position_ids,
         use_cache=use_cache,
         position_embeddings=position_embeddings,
-        **{CACHE: past_key_values if cache is None else cache},
+        **{CACHE: held},
         **kwargs,
     )
     norm = self.post_attention_layernorm
-    if _is_plain(norm, attended, hidden_states):
-        normed, residual = _add_norm(attended, hidden_states, norm)
+    if _can_join(norm, attended, hidden_states):
+        normed, residual = add_rms_norm(
+            attended, hidden_states, norm.weight, norm.variance_epsilon, casting_mode="llama"
+        )
     else:
         residual = hidden_states + attended
         normed = norm(residual)
-    fed = self.mlp(normed)
-    next_norm = self.__dict__.get(NEXT_NORM)
-    # An inference tensor does not tell when it is written to.
-    carries = next_norm is not None and not torch.compiler.is_compiling() and not fed.is_inference()
-    if not carries or not _is_plain(next_norm, fed, residual):
-        return residual + fed
-    normed, total = _add_norm(fed, residual, next_norm)
-    setattr(total, CARRIED, (next_norm, total._version, normed))
-    return total
+    return residual + self.mlp(normed)
 
 
-def _is_plain(norm: nn.Module, hidden_states: Tensor, residual: Tensor) -> bool:
+def _can_join(norm: nn.Module, hidden_states: Tensor, residual: Tensor) -> bool:
     """Whether calling `norm` does nothing but `rms_norm`, on tensors that `add_rms_norm` takes."""
     ours = getattr(norm.__dict__.get("forward"), "__func__", None) is rms_norm_forward
-    if not ours or _hooked(norm):
+    if not ours or _hooked(norm) or home_of(type(norm)) is None:
         return False
     # Autocast, or a norm kept in float32, mixes dtypes; a model in parts has them on several devices.
     tensors = (hidden_states, residual, norm.weight)
-    return len({tensor.dtype for tensor in tensors}) == len({tensor.device for tensor in tensors}) == 1
+    alike = len({tensor.dtype for tensor in tensors}) == len({tensor.device for tensor in tensors}) == 1
+    return alike and _plain(*tensors)
 
 
-def _add_norm(hidden_states: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-    """``norm(residual + hidden_states)`` and the sum."""
-    return add_rms_norm(hidden_states, residual, norm.weight, norm.variance_epsilon, casting_mode="llama")
+def _plain(*tensors: Any) -> bool:
+    """Whether these are torch's own tensors: our ops do not take DTensors, for one."""
+    return _PLAIN.issuperset(map(type, tensors))
+
+
+def take_cache(kwargs: dict[str, Any], cache: Any = None) -> Any:
+    """The cache that was given by position, by its name or by the name it had before."""
+    for name in (CACHE, "past_key_values"):
+        named = kwargs.pop(name, None)
+        cache = named if cache is None else cache
+    return cache
 
 
 def _hooked(module: nn.Module) -> bool:
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
     )
 
 

@@ -1,10 +1,13 @@
 """Binds fused forwards on the instances of one model, and takes them back."""
 
+import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType, TracebackType
+from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import GenerationMixin
@@ -12,8 +15,22 @@ from transformers.cache_utils import DynamicCache
 
 from .cache import CACHE, FusedKVCache
 from .decode import CAUSAL_LMS, DECODER, Decoder, causal_lm_forward
-from .models import DECODER_LAYERS, MLPS, NEXT_NORM, RMS_NORMS, ROTARY, Forwards
+from .models import DECODER_LAYERS, FAMILIES, MLPS, RMS_NORMS, ROTARY, Forwards
+from .origin import Bound, BoundForward, describe, home_of, is_ours, path_of
 from .sampling import get_logits_processor
+
+HANDLE = "_torch_fused_handle"
+"""The attribute of a patched model that holds its `PatchHandle`."""
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+def lock_of(model: nn.Module) -> threading.RLock:
+    """The lock under which a model is patched and reverted, the same for the model alone and in a wrapper."""
+    inner = next((module for module in model.modules() if issubclass(type(module), GenerationMixin)), model)
+    with _locks_lock:
+        return _locks.setdefault(inner, threading.RLock())
 
 
 @dataclass(frozen=True)
@@ -23,15 +40,26 @@ class Patch:
     path: str
     module: nn.Module
     name: str
-    value: MethodType | nn.Module | Decoder
+    value: Bound | Decoder
 
     @property
     def current(self) -> Any:
         return self.module.__dict__.get(self.name)
 
+    @property
+    def replaced(self) -> bool:
+        """Whether there is something else now. Accelerate binds a function anew when it takes its wrapper off."""
+        current = self.current
+        if current is None or current is self.value:
+            return False
+        function = getattr(self.value, "__func__", None)
+        return not is_ours(current, self.module) or current.__func__ is not function
+
 
 class PatchHandle:
     """What :func:`apply_torch_fused` did to a model. As a context manager it reverts on exit.
+
+    It is saved and copied with the model; ``apply_torch_fused`` with the same flags hands it out again.
 
     Example:
         >>> with apply_torch_fused(model, decode=False) as handle:
@@ -40,57 +68,64 @@ class PatchHandle:
         ...
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, flags: dict[str, bool] | None = None):
         self._model = model
+        self._flags = flags
         self._patches: list[Patch] = []
         self._left: list[tuple[str, str]] = []  # (path, reason)
 
     def bind_forwards(self, forwards: Forwards) -> None:
         """Binds the forward that `forwards` has for a module's class on each such module."""
         for path, module in self._model.named_modules():
-            forward = forwards.get((type(module).__module__, type(module).__qualname__))
-            if forward is not None:
-                self._bind(path, module, "forward", forward)
+            forward = forwards.get(path_of(module))
+            if forward is None:
+                bases = [base.__qualname__ for base in type(module).__mro__ if _path(base) in forwards]
+                if bases:
+                    self._left.append((path, f"its class is {_name(module)}, not {bases[0]} itself"))
+            elif home_of(type(module)) is None:
+                self._left.append((path, f"its class's forward is replaced by {describe(type(module).forward)}"))
+            else:
+                self._bind(path, module, "forward", BoundForward(forward, module))
 
     def bind_generation(self, method: str, function: Callable) -> None:
         """Binds a method that `generate` calls, on the model or on the model that a wrapper such as PEFT's holds."""
         for path, module in self._model.named_modules():
             if issubclass(type(module), GenerationMixin):
-                self._bind(path, module, method, function)
+                self._bind(path, module, method, Bound(function, module))
 
-    def bind_decoder(self) -> None:
+    def bind_decoder(self, gives_cache: bool = False) -> None:
         """Lets each causal language model run steps of few tokens as one op."""
+        before = len(self._patches)
+        self.bind_forwards(CAUSAL_LM_FORWARDS)
+        for patch in self._patches[before:]:
+            decoder = Decoder(patch.module, gives_cache)
+            self._patches.append(Patch(patch.path, patch.module, DECODER, decoder))
+            patch.module.__dict__[DECODER] = decoder  # not setattr: it is no part of the model
+
+    def tell_other_families(self) -> None:
+        """Reports, and warns of, models that can generate but are of no family that is known."""
         for path, module in self._model.named_modules():
-            if (type(module).__module__, type(module).__qualname__) in CAUSAL_LMS and DECODER not in module.__dict__:
-                before = len(self._patches)
-                self._bind(path, module, "forward", causal_lm_forward)
-                if len(self._patches) > before:
-                    decoder = module.__dict__[DECODER] = Decoder(module)  # not setattr: it is no part of the model
-                    self._patches.append(Patch(path, module, DECODER, decoder))
+            if issubclass(type(module), GenerationMixin) and path_of(module) not in CAUSAL_LMS:
+                inside = tuple(id(part) for part in module.modules())
+                parts = any(patch.name == "forward" and id(patch.module) in inside for patch in self._patches)
+                reason = (
+                    f"{type(module).__name__} is none of {', '.join(f.causal_lm for f in FAMILIES)}: "
+                    f"{'its decode step is' if parts else 'all but its cache and its sampler is'} left to "
+                    "transformers. A model whose modules compute what Llama's compute takes one row in "
+                    "torch_fused/hf/models.py"
+                )
+                self._left.append((path or type(module).__name__, reason))
+                warnings.warn(f"apply_torch_fused: {reason}", stacklevel=3)
 
-    def link_norms(self) -> None:
-        """Tells each patched decoder layer which patched norm its result goes to."""
-        patched = {id(patch.module): patch.path for patch in self._patches if patch.name == "forward"}
-        for module in self._model.modules():
-            layers = getattr(module, "layers", None)
-            if not isinstance(layers, nn.ModuleList):
-                continue
-            firsts = [getattr(layer, "input_layernorm", None) for layer in layers[1:]]
-            for layer, norm in zip(layers, [*firsts, getattr(module, "norm", None)], strict=True):
-                if id(layer) in patched and norm is not None and id(norm) in patched:
-                    layer.__dict__[NEXT_NORM] = norm  # not setattr, which would make it a part of the layer
-                    self._patches.append(Patch(patched[id(layer)], layer, NEXT_NORM, norm))
-
-    def _bind(self, path: str, module: nn.Module, method: str, function: Callable) -> None:
+    def _bind(self, path: str, module: nn.Module, method: str, bound: Bound) -> None:
         path = path or type(module).__name__
         if method in module.__dict__:
-            self._left.append((path, f"its {method} is already replaced by {_describe(module.__dict__[method])}"))
+            self._left.append((path, f"its {method} is already replaced by {describe(module.__dict__[method])}"))
         elif module._compiled_call_impl is not None:
             self._left.append((path, "it is compiled by torch.compile"))
         else:
-            bound = MethodType(function, module)
-            setattr(module, method, bound)
             self._patches.append(Patch(path, module, method, bound))
+            setattr(module, method, bound)
 
     def revert(self) -> None:
         """Takes every patch back; the modules' ``__dict__`` are then as before. A second call does nothing.
@@ -98,15 +133,19 @@ class PatchHandle:
         Raises:
             RuntimeError: someone has replaced a patched method since. Nothing is reverted then.
         """
-        for patch in self._patches:
-            if patch.current is not patch.value:
-                raise RuntimeError(
-                    f"torch_fused: cannot revert {patch.path}: its {patch.name} has been replaced by "
-                    f"{_describe(patch.current)} since apply_torch_fused; remove that first. Nothing was reverted."
-                )
-        for patch in self._patches:
-            del patch.module.__dict__[patch.name]
-        self._patches.clear()
+        with lock_of(self._model):
+            for patch in self._patches:
+                if patch.replaced:
+                    raise RuntimeError(
+                        f"torch_fused: cannot revert {patch.path}: its {patch.name} has been replaced by "
+                        f"{describe(patch.current)} since apply_torch_fused; remove that first. Nothing was reverted."
+                    )
+            while self._patches:  # one by one: what is interrupted can be reverted again
+                patch = self._patches[-1]
+                patch.module.__dict__.pop(patch.name, None)
+                self._patches.pop()
+            if self._model.__dict__.get(HANDLE) is self:
+                del self._model.__dict__[HANDLE]
 
     @property
     def patched(self) -> bool:
@@ -116,7 +155,7 @@ class PatchHandle:
     def report(self) -> str:
         """A table of what was patched, and of what was left to transformers with the reason."""
         lines = [f"torch_fused on {type(self._model).__name__}"]
-        methods = [patch for patch in self._patches if isinstance(patch.value, MethodType)]
+        methods = [patch for patch in self._patches if isinstance(patch.value, Bound)]
         counts = Counter((type(patch.module).__name__, patch.name) for patch in methods)
         lines += [f"  {count:4d} x {name}.{method}" for (name, method), count in counts.items()] or [
             "  nothing patched"
@@ -180,30 +219,53 @@ def apply_torch_fused(
         >>> tokens = model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=32)
         >>> handle.revert()
     """
-    for path, module in model.named_modules():
-        if any(getattr(value, "__func__", None) in FUNCTIONS for value in module.__dict__.values()):
-            raise RuntimeError(
-                f"apply_torch_fused: model is already patched, at {path or 'its root'}: revert() the first handle"
-            )
-    handle = PatchHandle(model)
-    if norms:
-        handle.bind_forwards(RMS_NORMS)
-    if norms and residual:
-        handle.bind_forwards(DECODER_LAYERS)
-        handle.link_norms()
-    if rotary:
-        handle.bind_forwards(ROTARY)
-    if mlp:
-        handle.bind_forwards(MLPS)
-    if cache:
-        handle.bind_generation("_prepare_cache_for_generation", prepare_cache_for_generation)
-    if sampler:
-        handle.bind_generation("_get_logits_processor", get_logits_processor)
-    if decode:
-        handle.bind_decoder()
-    if not handle.patched:
-        raise RuntimeError(f"apply_torch_fused: nothing could be patched.\n{handle.report()}")
-    return handle
+    flags = {
+        "norms": norms,
+        "residual": residual,
+        "rotary": rotary,
+        "mlp": mlp,
+        "cache": cache,
+        "sampler": sampler,
+        "decode": decode,
+    }
+    with lock_of(model):
+        present = model.__dict__.get(HANDLE)
+        if present is not None and present._flags == flags:
+            return present
+        for module in model.modules():
+            if HANDLE in module.__dict__:
+                module.__dict__[HANDLE].revert()
+        for path, module in model.named_modules():
+            if any(is_ours(value, module) for value in module.__dict__.values()):
+                raise RuntimeError(
+                    f"apply_torch_fused: model is already patched, at {path or 'its root'}, as a part of another: "
+                    "revert() that one's handle"
+                )
+        handle = PatchHandle(model, flags)
+        try:
+            if norms:
+                handle.bind_forwards(RMS_NORMS)
+            if norms and residual:
+                handle.bind_forwards(DECODER_LAYERS)
+            if rotary:
+                handle.bind_forwards(ROTARY)
+            if mlp:
+                handle.bind_forwards(MLPS)
+            if cache:
+                handle.bind_generation("_prepare_cache_for_generation", prepare_cache_for_generation)
+            if sampler:
+                handle.bind_generation("_get_logits_processor", get_logits_processor)
+            if decode:
+                handle.bind_decoder(gives_cache=cache)
+            if norms or rotary or mlp or decode:
+                handle.tell_other_families()
+            if not handle.patched:
+                raise RuntimeError(f"apply_torch_fused: nothing could be patched.\n{handle.report()}")
+            model.__dict__[HANDLE] = handle  # not setattr: it is no part of the model
+        except BaseException:
+            handle.revert()
+            raise
+        return handle
 
 
 def prepare_cache_for_generation(
@@ -223,18 +285,12 @@ def prepare_cache_for_generation(
     model_kwargs[CACHE] = fused
 
 
-FUNCTIONS = {
-    prepare_cache_for_generation,
-    get_logits_processor,
-    causal_lm_forward,
-    *(forward for forwards in (RMS_NORMS, DECODER_LAYERS, ROTARY, MLPS) for forward in forwards.values()),
-}
-"""Every function that is ever bound."""
+CAUSAL_LM_FORWARDS: Forwards = dict.fromkeys(CAUSAL_LMS, causal_lm_forward)
 
 
-def _describe(method: Callable | None) -> str:
-    if method is None:
-        return "the class's own"
-    function = getattr(method, "__func__", method)
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    return f"{getattr(function, '__module__', type(function).__module__)}.{name}"
+def _path(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
+
+
+def _name(module: nn.Module) -> str:
+    return ".".join(_path(type(module)))

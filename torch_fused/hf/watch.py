@@ -1,12 +1,25 @@
-"""Whether a model is still made of the same modules and tensors, cheap enough to ask with every token."""
+"""Whether a model is still made of the same modules, tensors and functions, cheap enough to ask with every token."""
 
 from operator import is_not
 from typing import Any
 
 from torch import nn
 
+from .origin import home_of
+
 GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
-_NUMBERS = ("variance_epsilon", "scaling")
+FUNCTIONS = (
+    "apply_rotary_pos_emb",
+    "rotate_half",
+    "repeat_kv",
+    "eager_attention_forward",
+    "create_causal_mask",
+    "create_sliding_window_causal_mask",
+    "slice_logits_to_keep",
+)
+"""What the classes of a family call by name in their module."""
+
+_NUMBERS = ("variance_epsilon", "scaling", "attention_scaling", "rope_type", "attention_dropout", "is_causal")
 
 
 class Watch:
@@ -23,8 +36,12 @@ class Watch:
                 self._lookups += [(owned.get, name) for name in owned]
             names = ["forward", *(name for name in _NUMBERS if name in module.__dict__)]
             self._lookups += [(module.__dict__.get, name) for name in names]
+        self._lookups += [(cls.__dict__.get, "forward") for cls in set(self._classes)]
+        home = home_of(type(model))
+        if home is not None:
+            self._lookups += [(vars(home).get, name) for name in FUNCTIONS]
         self._found = [get(name) for get, name in self._lookups]
-        self._hooked = list(map(bool, self._hooks))
+        self._hooked = list(map(len, self._hooks))
         self._parameter = next(model.parameters(), None)
         self._kind = self._present_kind()
 
@@ -37,6 +54,28 @@ class Watch:
         return not (
             any(map(is_not, found, self._found))
             or any(map(is_not, map(type, self._modules), self._classes))
-            or any(map(is_not, map(bool, self._hooks), self._hooked))
+            or any(map(is_not, map(len, self._hooks), self._hooked))
             or self._present_kind() != self._kind
         )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody's hooks, which may do anything, are around a module's forward."""
+    return bool(module._forward_pre_hooks) or not all(map(_is_idle, module._forward_hooks.values()))
+
+
+def _is_idle(hook: Any) -> bool:
+    """Whether a hook changes no result of a call without gradients that asks for no more than logits."""
+    code = getattr(hook, "__code__", None)
+    return code is not None and (hook.__module__, code.co_name) in _IDLE
+
+
+_IDLE = {
+    # From the first call that asks for hidden states or attentions on.
+    ("transformers.utils.output_capturing", "output_capturing_hook"),
+    # From enable_input_require_grads, and what trainers of adapters do instead.
+    ("transformers.modeling_utils", "make_inputs_require_grads"),
+    ("peft.peft_model", "make_inputs_require_grad"),
+    ("peft.utils.other", "make_inputs_require_grad"),
+    ("trl.experimental.utils", "make_inputs_require_grad"),
+}
