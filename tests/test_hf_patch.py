@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import operator
 
 import pytest
 import torch
@@ -20,10 +21,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.activations import SiLUActivation
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
+from transformers.utils import ModelOutput
 
-from torch_fused.hf import apply_torch_fused
+from torch_fused.hf import apply_torch_fused, generate
 from torch_fused.opcount import ops_per_token
 from torch_fused.testing import relative_error
 
@@ -195,7 +201,7 @@ def test_applying_twice():
     assert "Qwen2MLP" not in other.report()
     handle.revert()  # which has nothing in place any more
     assert apply_torch_fused(model, mlp=False) is other
-    with pytest.raises(RuntimeError, match="already patched, at .* as a part of another"):
+    with pytest.raises(RuntimeError, match=r"already patched, at .* as a part of another"):
         apply_torch_fused(model.model)
     other.revert()
     assert dicts(model) == before
@@ -247,6 +253,217 @@ def test_wrapped_and_compiled_modules_are_left_and_reported():
     ]
     with torch.no_grad():
         assert kernels(layer.post_attention_layernorm.forward, torch.ones(1, 64))["aten::rsqrt"] == 1
+
+
+def altered(function):
+    """A function in somebody's place for another: its result is not the same."""
+
+    def change(result):
+        if isinstance(result, tuple):
+            return (change(result[0]), *result[1:])
+        if isinstance(result, ModelOutput):
+            result[next(iter(result))] = change(result[next(iter(result))])
+            return result
+        return (
+            None if result is None else result.roll(1, -1) if result.dtype == torch.bool else result.roll(1, -1) * 0.9
+        )
+
+    def mine(*args, **kwargs):
+        return change(function(*args, **kwargs))
+
+    return mine
+
+
+REPLACED = {
+    **{f"Qwen2{name}": (modeling_qwen2, f"Qwen2{name}.forward") for name in (
+        "RMSNorm", "RotaryEmbedding", "Attention", "MLP", "DecoderLayer", "Model", "ForCausalLM"
+    )},
+    **{name: (modeling_qwen2, name) for name in (
+        "apply_rotary_pos_emb", "rotate_half", "eager_attention_forward", "repeat_kv", "create_causal_mask"
+    )},
+    "Linear": (nn, "Linear.forward"),
+    "Embedding": (nn, "Embedding.forward"),
+    "activation": (transformers.activations, "SiLUActivation.forward"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("when", ["before", "after", "later"])
+@pytest.mark.parametrize("name", REPLACED)
+def test_a_replaced_function_is_called(name, when, monkeypatch):
+    """On a class, or in transformers' module, before the patch, right after it or after some tokens: the model with
+    both gives what the model with the replacement alone gives, and so it is when that is taken away again."""
+    module, path = REPLACED[name]
+    target = f"{module.__name__}.{path}"
+    model = make_model(attn_implementation="eager")
+    options = {"max_new_tokens": 12, "do_sample": False}
+    ids = prompt(2, 9)
+    original = operator.attrgetter(path)(module)
+    stock = model.generate(ids, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(target, altered(original))
+        expected = model.generate(ids, **options)
+        logits = model(ids).logits
+        assert torch.equal(generate(model, ids, **options), expected)
+    assert not torch.equal(stock, expected)
+    with monkeypatch.context() as patch:
+        if when == "before":
+            patch.setattr(target, altered(original))
+        handle = apply_torch_fused(model)
+        if when == "later":
+            assert torch.equal(model.generate(ids, **options), stock)
+        patch.setattr(target, altered(original))
+        assert torch.equal(model.generate(ids, **options), expected)
+        torch.testing.assert_close(model(ids).logits, logits)
+        report = handle.report()
+        assert "decode: left to transformers" in report or "left: Qwen2ForCausalLM: its class's forward" in report
+        assert "test_hf_patch.altered.<locals>.mine" in report
+    assert torch.equal(model.generate(ids, **options), stock)
+    handle.revert()
+
+
+@pytest.mark.parametrize("by", ["registered", "for one module"])
+@pytest.mark.parametrize("interface", ["attention", "mask"])
+def test_an_attention_registered_anew_is_called(interface, by, monkeypatch):
+    """For the name that the model's configuration has, before and after the patch, in one's own interface or in all."""
+    all_of_them = ALL_ATTENTION_FUNCTIONS if interface == "attention" else ALL_MASK_ATTENTION_FUNCTIONS
+    mapping = all_of_them._global_mapping if by == "registered" else all_of_them._local_mapping
+    model = make_model(attn_implementation="sdpa")
+    options = {"max_new_tokens": 12, "do_sample": False}
+    ids = prompt(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    stock = model.generate(ids, attention_mask=mask, **options)
+    mine = altered(all_of_them["sdpa"])
+    monkeypatch.setitem(mapping, "sdpa", mine)
+    expected = model.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(generate(model, ids, **options), model.generate(ids, **options))
+    monkeypatch.undo()
+    assert not torch.equal(stock, expected)
+    for first in (True, False):
+        if first:
+            monkeypatch.setitem(mapping, "sdpa", mine)
+        handle = apply_torch_fused(model)
+        monkeypatch.setitem(mapping, "sdpa", mine)
+        assert torch.equal(model.generate(ids, attention_mask=mask, **options), expected)
+        assert "sdpa attention is test_hf_patch.altered.<locals>.mine" in handle.report()
+        handle.revert()
+        monkeypatch.undo()
+
+
+def test_an_attention_of_ones_own_name():
+    """Registered and chosen: the patched attention calls it."""
+    called = []
+
+    def mine(module, query, *args, **kwargs):
+        called.append(tuple(query.shape))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS["mine"] = mine
+    ALL_MASK_ATTENTION_FUNCTIONS["mine"] = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    try:
+        model = make_model(attn_implementation="mine")
+        expected = model.generate(prompt(1, 5), max_new_tokens=8, do_sample=False)
+        called.clear()
+        with apply_torch_fused(model) as handle:
+            assert torch.equal(model.generate(prompt(1, 5), max_new_tokens=8, do_sample=False), expected)
+            assert "its attention is 'mine'" in handle.report()
+        assert called == 2 * [(1, 4, 5, 16)] + 14 * [(1, 4, 1, 16)]
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["mine"], ALL_MASK_ATTENTION_FUNCTIONS["mine"]
+
+
+def test_a_kernel_in_place_of_a_function(monkeypatch):
+    """Where the package ``kernels`` is installed, transformers' function is a module that holds it: the same as the
+    function until a kernel is loaded into it."""
+
+    class Func(nn.Module):
+        def __init__(self, func):
+            super().__init__()
+            type(self).forward = lambda self, *args, **kwargs: func(*args, **kwargs)
+
+    monkeypatch.setattr(Func, "__module__", "kernels.layer.layer")
+    kernel = Func(modeling_qwen2.apply_rotary_pos_emb)
+    monkeypatch.setattr(modeling_qwen2, "apply_rotary_pos_emb", kernel)
+    model = make_model()
+    with torch.no_grad(), apply_torch_fused(model) as handle:
+        expected = model(prompt(1, 4)).logits
+        assert kernels(model, prompt(1, 4))["apply_rotary_pos_emb"] == 2
+        assert "decode: steps of few tokens" in handle.report()
+        kernel.forward = lambda q, k, cos, sin: (q, k)
+        assert not torch.equal(model(prompt(1, 4)).logits, expected)
+        assert "apply_rotary_pos_emb" not in kernels(model, prompt(1, 4))
+        assert "apply_rotary_pos_emb has been replaced" in handle.report()
+
+
+def change_frequencies_in_place(rotary):
+    rotary.inv_freq.mul_(0.5)
+
+
+def change_frequencies_through_data(rotary):
+    rotary.inv_freq.data[0] = 0.25
+
+
+def replace_frequencies(rotary):
+    rotary.inv_freq = nn.Buffer(rotary.inv_freq * 0.5, persistent=False)
+
+
+def change_scaling(rotary):
+    rotary.attention_scaling = 1.5
+
+
+def change_type(rotary):
+    rotary.rope_type = "dynamic"
+    rotary.config.rope_parameters = {**rotary.config.rope_parameters, "rope_type": "dynamic", "factor": 2.0}
+    rotary.config.max_position_embeddings = rotary.original_max_seq_len = rotary.max_seq_len_cached = 8
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_frequencies_in_place,
+        change_frequencies_through_data,
+        replace_frequencies,
+        change_scaling,
+        change_type,
+    ],
+)
+def test_rotary_tables_follow_the_module(change):
+    """Changed after some tokens: the patched model and hf.generate give the changed model's tokens."""
+    stock, patched = make_model(seed=2), make_model(seed=2)
+    options = {"max_new_tokens": 30, "do_sample": False}
+    before = stock.generate(prompt(1, 9), **options)
+    with apply_torch_fused(patched):
+        assert torch.equal(patched.generate(prompt(1, 9), **options), before)
+        for model in (stock, patched):
+            change(model.model.rotary_emb)
+        expected = stock.generate(prompt(1, 9), **options)
+        assert not torch.equal(expected, before)
+        assert torch.equal(patched.generate(prompt(1, 9), **options), expected)
+        expected = stock.generate(prompt(1, 9), **options)  # a dynamic type remembers the longest sequence
+        assert torch.equal(generate(patched, prompt(1, 9), **options), expected)
+
+
+@pytest.mark.parametrize("own", [SiLUActivation, nn.SiLU])
+def test_an_activation_of_somebody_else(own, monkeypatch):
+    """A class registered for silu before the model is made, or one activation's own forward: called."""
+
+    class Mine(own):
+        def forward(self, x):
+            return super().forward(x) * 0.5
+
+    monkeypatch.setitem(transformers.activations.ACT2FN, "silu", Mine)
+    changed = make_model()
+    monkeypatch.undo()
+    single = make_model()
+    for layer in single.model.layers:
+        layer.mlp.act_fn = own()
+        layer.mlp.act_fn.forward = lambda x: nn.functional.silu(x) * 0.5
+    options = {"max_new_tokens": 12, "do_sample": False}
+    expected = changed.generate(prompt(1, 9), **options)
+    assert torch.equal(single.generate(prompt(1, 9), **options), expected)
+    for model in (changed, single):
+        with apply_torch_fused(model):
+            assert torch.equal(model.generate(prompt(1, 9), **options), expected)
 
 
 def test_a_norm_wrapped_or_hooked_later_is_called():

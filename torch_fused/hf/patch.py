@@ -81,9 +81,9 @@ class PatchHandle:
             if forward is None:
                 bases = [base.__qualname__ for base in type(module).__mro__ if _path(base) in forwards]
                 if bases:
-                    self._left.append((path, f"its class is {_name(module)}, not {bases[0]} itself"))
+                    self._leave(path, module, f"its class is {_name(module)}, not {bases[0]} itself")
             elif home_of(type(module)) is None:
-                self._left.append((path, f"its class's forward is replaced by {describe(type(module).forward)}"))
+                self._leave(path, module, f"its class's forward is replaced by {describe(type(module).forward)}")
             else:
                 self._bind(path, module, "forward", BoundForward(forward, module))
 
@@ -114,18 +114,20 @@ class PatchHandle:
                     "transformers. A model whose modules compute what Llama's compute takes one row in "
                     "torch_fused/hf/models.py"
                 )
-                self._left.append((path or type(module).__name__, reason))
+                self._leave(path, module, reason)
                 warnings.warn(f"apply_torch_fused: {reason}", stacklevel=3)
 
     def _bind(self, path: str, module: nn.Module, method: str, bound: Bound) -> None:
-        path = path or type(module).__name__
         if method in module.__dict__:
-            self._left.append((path, f"its {method} is already replaced by {describe(module.__dict__[method])}"))
+            self._leave(path, module, f"its {method} is already replaced by {describe(module.__dict__[method])}")
         elif module._compiled_call_impl is not None:
-            self._left.append((path, "it is compiled by torch.compile"))
+            self._leave(path, module, "it is compiled by torch.compile")
         else:
-            self._patches.append(Patch(path, module, method, bound))
+            self._patches.append(Patch(path or type(module).__name__, module, method, bound))
             setattr(module, method, bound)
+
+    def _leave(self, path: str, module: nn.Module, reason: str) -> None:
+        self._left.append((path or type(module).__name__, reason))
 
     def revert(self) -> None:
         """Takes every patch back; the modules' ``__dict__`` are then as before. A second call does nothing.

@@ -40,6 +40,8 @@ class Watch:
         home = home_of(type(model))
         if home is not None:
             self._lookups += [(vars(home).get, name) for name in FUNCTIONS]
+            functions = [vars(home).get(name) for name in FUNCTIONS]  # modules, where kernels can be loaded into them
+            self._lookups += [(vars(f).get, "forward") for f in functions if isinstance(f, nn.Module)]
         self._found = [get(name) for get, name in self._lookups]
         self._hooked = list(map(len, self._hooks))
         self._parameter = next(model.parameters(), None)
