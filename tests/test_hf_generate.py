@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 from transformers import (
+    ContinuousBatchingConfig,
     DynamicCache,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -242,6 +244,85 @@ def test_a_full_cache_stops_generation(fused):
     with pytest.raises(ValueError, match="max_cache_len is 8 tokens"):
         fused.generate(prompt(1, 6), **{CACHE: cache}, max_new_tokens=10, do_sample=False)
     assert [layer.get_seq_length() for layer in cache.layers] == [8, 8]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_continuous_batching(family, attention):
+    """generate_batch hands a paged cache and its indices through every forward: stock's tokens."""
+    model = make_model(family, attn_implementation=attention)
+    prompts = [prompt(length, seed=length).tolist() for length in (5, 9, 3)]
+
+    def run():
+        config = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+        outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=small)
+        return [output.generated_tokens for output in outputs.values()]
+
+    expected = run()
+    assert [len(tokens) for tokens in expected] == [12, 12, 12]
+    for decode in (True, False):
+        with apply_torch_fused(model, decode=decode):
+            assert run() == expected
+
+
+class Recording(DynamicCache):
+    """A user's cache that looks at what attention hands it."""
+
+    def __init__(self, config):
+        super().__init__(config=config)
+        self.seen = []
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        handed = {name: sorted(value) for name, value in kwargs.items()}
+        self.seen.append((layer_idx, len(args), handed))
+        if "kwargs" in kwargs:
+            kwargs["kwargs"]["is_causal"] = kwargs["kwargs"].pop("mine") > 0
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_users_cache_gets_what_attention_was_given(family, decode):
+    """And what it changes in that reaches the attention function, as without the patch."""
+    model = make_model(family)
+    seen, logits = [], []
+    for patch in (False, True):
+        for mine in (0, 1):
+            handle = apply_torch_fused(model, decode=decode) if patch else None
+            cache = Recording(model.config)
+            with torch.no_grad():
+                logits.append(model(prompt(1, 5), **{CACHE: cache}, use_cache=True, mine=mine).logits)
+            seen.append(cache.seen)
+            if handle is not None:
+                handle.revert()
+    assert seen[:2] == seen[2:]
+    assert len(seen[0]) == 2
+    torch.testing.assert_close(logits[2:], logits[:2])
+    if seen[0][0][2]:  # from transformers 5.24 on
+        assert not torch.equal(logits[0], logits[1])
+
+
+def test_positional_arguments(stock, fused):
+    """Every forward takes its arguments by position as transformers' own do."""
+    ids, mask, positions = prompt(1, 5), torch.ones(1, 5), torch.arange(5)[None]
+    layer, states = stock.model.layers[0], torch.randn(1, 5, 64)
+    angles = stock.model.rotary_emb(states, positions)
+    with torch.no_grad():
+        for make in (lambda: None, lambda: DynamicCache(config=stock.config)):
+            torch.testing.assert_close(
+                fused(ids, mask, positions, make(), None, None, True, 2).logits,
+                stock(ids, mask, positions, make(), None, None, True, 2).logits,
+            )
+            arguments = (None, positions, make(), True, angles)
+            torch.testing.assert_close(fused.model.layers[0](states, *arguments), layer(states, *arguments))
+            arguments = (angles, None, make())
+            torch.testing.assert_close(
+                fused.model.layers[0].self_attn(states, *arguments)[0], layer.self_attn(states, *arguments)[0]
+            )
+        for module in (fused, fused.model.layers[0]):
+            with pytest.raises(TypeError, match="argument"):
+                module(*range(12))
 
 
 # ---- torch_fused.hf.generate ----------------------------------------------------------------------------------------
