@@ -2,8 +2,14 @@
 
 import copy
 import functools
+import inspect
 import io
 import operator
+import pickle
+import subprocess
+import sys
+import textwrap
+from types import MethodType
 
 import pytest
 import torch
@@ -20,7 +26,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.activations import SiLUActivation
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -29,6 +35,7 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
 from transformers.utils import ModelOutput
 
+import torch_fused.hf.patch
 from torch_fused.hf import apply_torch_fused, generate
 from torch_fused.opcount import ops_per_token
 from torch_fused.testing import relative_error
@@ -209,6 +216,190 @@ def test_applying_twice():
     outer = apply_torch_fused(model)  # takes the inner one back first
     assert not inner.patched
     outer.revert()
+    assert dicts(model) == before
+
+
+# ---- saved, copied, trained -----------------------------------------------------------------------------------------
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+COPIES = {"save": saved, "pickle": pickled, "deepcopy": copy.deepcopy}
+
+
+def answer(model):
+    return model.generate(prompt(1, 5), max_new_tokens=8, do_sample=False)
+
+
+@pytest.mark.parametrize("flags", [{}, {"decode": False}], ids=str)
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_copy_is_patched_and_reverts(family, how, flags):
+    """Saved whole and loaded, pickled or copied, before and after it ran: patched, on its own, with its own handle."""
+    model = make_model(family)
+    clean = [set(part) for part in dicts(model)]
+    expected = answer(model)
+    handle = apply_torch_fused(model, **flags)
+    reports = [handle.report()]
+    copies = [COPIES[how](model)]
+    assert torch.equal(answer(model), expected)
+    reports.append(handle.report())
+    copies.append(COPIES[how](model))
+    for other, report in zip(copies, reports, strict=True):
+        for module in other.modules():
+            assert getattr(module.forward, "__self__", None) is module
+        own = apply_torch_fused(other, **flags)
+        assert own is not handle
+        assert own.report() == report
+        assert torch.equal(answer(other), expected)
+        assert own.report() != report or flags
+    handle.revert()
+    third = COPIES[how](copies[0])
+    assert torch.equal(answer(model), expected)
+    for other in (copies[1], third, copies[0]):
+        assert torch.equal(answer(other), expected)
+        apply_torch_fused(other, **flags).revert()
+        assert [set(part) for part in dicts(other)] == clean
+        assert torch.equal(answer(other), expected)
+        again = apply_torch_fused(COPIES[how](other))
+        assert again.patched
+
+
+def in_another_process(rank, model, expected):
+    torch.set_num_threads(1)
+    assert torch.equal(answer(model), expected)
+    handle = apply_torch_fused(model)
+    assert "5 x Qwen2RMSNorm.forward" in handle.report()
+    assert "calls as one op" in handle.report()
+    handle.revert()
+    assert torch.equal(answer(model), expected)
+
+
+def test_a_patched_model_goes_to_another_process():
+    model = make_model()
+    expected = answer(model)
+    apply_torch_fused(model)
+    torch.multiprocessing.spawn(in_another_process, (model, expected), nprocs=1)
+
+
+def test_a_loaded_model_compiles(tmp_path):
+    """At once, without a call before; a process that has not patched anything yet."""
+    model = make_model()
+    apply_torch_fused(model)
+    torch.save(model, tmp_path / "model")
+    program = """
+        import sys, torch
+        model = torch.load(sys.argv[1], weights_only=False)
+        ids = torch.arange(1, 7)[None]
+        with torch.no_grad():
+            compiled = torch.compile(model, fullgraph=True, backend="eager")(ids, use_cache=False).logits
+            torch.testing.assert_close(compiled, model(ids).logits)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program), tmp_path / "model"], check=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_signatures_are_the_classes_own(family):
+    """What generate, Trainer and PEFT look at, through a wrapper too."""
+    stock, patched = make_model(family), make_model(family)
+    apply_torch_fused(patched)
+    expected = list(inspect.signature(stock.forward).parameters)
+    assert list(inspect.signature(patched.forward).parameters) == expected
+    wrapper = functools.wraps(patched.forward.__func__)(lambda *args, **kwargs: None)
+    patched.forward = MethodType(wrapper, patched)
+    assert list(inspect.signature(patched.forward).parameters) == expected
+
+
+class Texts(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        ids = prompt(8, seed=index)
+        return {"input_ids": ids, "labels": ids}
+
+
+def train(model, folder, **options):
+    arguments = TrainingArguments(
+        output_dir=folder, max_steps=2, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, **options
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=Texts())
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_checkpointing": True, "bf16": True}], ids=str)
+def test_trainer(options, tmp_path):
+    """Trained twice by transformers while patched: the weights of stock's training, rollouts take the decode step, and
+    the handle reverts whatever accelerate has put around the model and taken off again."""
+    stock, patched = make_model(), make_model()
+    for _ in range(2):
+        train(stock, tmp_path, **options)
+        with apply_torch_fused(patched) as handle:
+            train(patched, tmp_path, **options)
+            with torch.no_grad():
+                assert relative_error(patched(prompt(1, 9)).logits, stock(prompt(1, 9)).logits) < 1e-2
+                patched.generate(prompt(1, 5), max_new_tokens=8, do_sample=False)
+                generate(patched, prompt(1, 5), max_new_tokens=8, do_sample=False)
+            assert "14 calls as one op" in handle.report()
+        assert "_torch_fused_decoder" not in patched.__dict__
+        with torch.no_grad():
+            assert not {"rms_norm", "add_rms_norm"} & kernels(patched, prompt(1, 4)).keys()
+    expected, actual = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in (stock, patched))
+    assert relative_error(actual, expected) < 1e-4
+
+
+def test_accelerate_takes_its_wrapper_off(tmp_path):
+    """It then binds our function anew."""
+    model = make_model()
+    before = dicts(model)
+    for wrapped_at_revert in (False, True):
+        handle = apply_torch_fused(model)
+        trainer = train(model, tmp_path, bf16=True)
+        if not wrapped_at_revert:
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        handle.revert()
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        del model._is_accelerate_prepared
+        assert torch.equal(answer(model), answer(make_model_like(model)))
+    handle = apply_torch_fused(model)
+    answer(model)
+    assert "7 calls as one op" in handle.report()
+    handle.revert()
+    assert [part.keys() for part in dicts(model)] == [part.keys() for part in before]
+
+
+def make_model_like(model):
+    other = make_model()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_patching_that_is_interrupted_leaves_no_trace(monkeypatch):
+    """Whatever raises in the middle: the model is as before, and can be patched; a revert can be called again."""
+    model = make_model()
+    before = dicts(model)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_fused.hf.patch.PatchHandle, "bind_decoder", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            apply_torch_fused(model)
+    assert dicts(model) == before
+    handle = apply_torch_fused(model)
+    del model.model.norm.forward  # as far as an interrupted revert may have come
+    handle.revert()
     assert dicts(model) == before
 
 

@@ -6,7 +6,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,6 +22,18 @@ from .watch import FUNCTIONS, GLOBAL_HOOKS, Watch, has_hooks
 MOST_SEQUENCES = MOST_STEPS = 8
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
+ARGUMENTS = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    CACHE,
+    "inputs_embeds",
+    "labels",
+    "use_cache",
+    "logits_to_keep",
+)
+"""Of a causal language model's forward, by position."""
+
 UNUSED_ARGUMENTS = {"tokenizer", "assistant_tokenizer", "num_items_in_batch"}
 """What `generate` and trainers hand through a model without a use in it."""
 SHARED_FUNCTIONS = ("transformers.masking_utils", "transformers.modeling_utils")
@@ -117,7 +128,7 @@ class Decoder:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the class's own forward returns, or the same logits, in float32, from one op."""
         own = type(self.model).forward
-        given = {**dict(zip(_parameters(own), args, strict=False)), **kwargs}
+        given = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
         cache = take_cache(given)
         gives = cache is None and self._can_give_cache(given)
         if gives:
@@ -278,21 +289,24 @@ class Decoder:
         return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
 
 
-@lru_cache
-def _parameters(forward: Callable) -> list[str]:
-    """The names of a forward's arguments, by position."""
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
-    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-
-
 # ---- the forward of a patched model ---------------------------------------------------------------------------------
 
 
 def causal_lm_forward(self, *args: Any, **kwargs: Any) -> Any:
     decoder = self.__dict__.get(DECODER)
-    if decoder is None or torch.compiler.is_compiling():
+    if decoder is None or len(args) > len(ARGUMENTS) or torch.compiler.is_compiling():
         return type(self).forward(self, *args, **kwargs)
     return decoder.forward(*args, **kwargs)
+
+
+# `generate` and trainers look at it, through wrappers too.
+causal_lm_forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+        *(inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in ARGUMENTS),
+        inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
+    ]
+)
 
 
 def rows_of(position_ids: Any, input_ids: Tensor) -> Tensor:

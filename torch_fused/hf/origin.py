@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -30,14 +30,6 @@ class Bound(partial):
     @property
     def __self__(self) -> Any:
         return self.args[0]
-
-
-class BoundForward(Bound):
-    """In place of a module's forward; `generate` and trainers look at the signature."""
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(MethodType(type(self.__self__).forward, self.__self__))
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[misc]

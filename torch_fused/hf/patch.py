@@ -1,5 +1,6 @@
 """Binds fused forwards on the instances of one model, and takes them back."""
 
+import inspect
 import threading
 import warnings
 from collections import Counter
@@ -16,7 +17,7 @@ from transformers.cache_utils import DynamicCache
 from .cache import CACHE, FusedKVCache
 from .decode import CAUSAL_LMS, DECODER, Decoder, causal_lm_forward
 from .models import DECODER_LAYERS, FAMILIES, MLPS, RMS_NORMS, ROTARY, Forwards
-from .origin import Bound, BoundForward, describe, home_of, is_ours, path_of
+from .origin import Bound, describe, home_of, is_ours, path_of
 from .sampling import get_logits_processor
 
 HANDLE = "_torch_fused_handle"
@@ -47,13 +48,18 @@ class Patch:
         return self.module.__dict__.get(self.name)
 
     @property
+    def wrapped(self) -> bool:
+        """Whether this is the forward of a causal language model, in a wrapper that says so, such as accelerate's for
+        mixed precision. It can stay there: without a `Decoder` it hands every call to the class's own."""
+        return _runs_decoder(self.current) and not is_ours(self.current, self.module)
+
+    @property
     def replaced(self) -> bool:
         """Whether there is something else now. Accelerate binds a function anew when it takes its wrapper off."""
         current = self.current
-        if current is None or current is self.value:
+        if current is None or current is self.value or self.wrapped:
             return False
-        function = getattr(self.value, "__func__", None)
-        return not is_ours(current, self.module) or current.__func__ is not function
+        return not is_ours(current, self.module) or current.__func__ is not getattr(self.value, "__func__", None)
 
 
 class PatchHandle:
@@ -85,7 +91,7 @@ class PatchHandle:
             elif home_of(type(module)) is None:
                 self._leave(path, module, f"its class's forward is replaced by {describe(type(module).forward)}")
             else:
-                self._bind(path, module, "forward", BoundForward(forward, module))
+                self._bind(path, module, "forward", Bound(forward, module))
 
     def bind_generation(self, method: str, function: Callable) -> None:
         """Binds a method that `generate` calls, on the model or on the model that a wrapper such as PEFT's holds."""
@@ -95,12 +101,12 @@ class PatchHandle:
 
     def bind_decoder(self, gives_cache: bool = False) -> None:
         """Lets each causal language model run steps of few tokens as one op."""
-        before = len(self._patches)
         self.bind_forwards(CAUSAL_LM_FORWARDS)
-        for patch in self._patches[before:]:
-            decoder = Decoder(patch.module, gives_cache)
-            self._patches.append(Patch(patch.path, patch.module, DECODER, decoder))
-            patch.module.__dict__[DECODER] = decoder  # not setattr: it is no part of the model
+        for path, module in self._model.named_modules():
+            if _runs_decoder(module.__dict__.get("forward")) and DECODER not in module.__dict__:
+                decoder = Decoder(module, gives_cache)
+                self._patches.append(Patch(path or type(module).__name__, module, DECODER, decoder))
+                module.__dict__[DECODER] = decoder  # not setattr: it is no part of the model
 
     def tell_other_families(self) -> None:
         """Reports, and warns of, models that can generate but are of no family that is known."""
@@ -118,6 +124,10 @@ class PatchHandle:
                 warnings.warn(f"apply_torch_fused: {reason}", stacklevel=3)
 
     def _bind(self, path: str, module: nn.Module, method: str, bound: Bound) -> None:
+        if _runs_decoder(module.__dict__.get(method)):
+            if DECODER in module.__dict__ or not is_ours(module.__dict__[method], module):
+                return  # another handle's, or in a wrapper
+            del module.__dict__[method]  # accelerate has taken its wrapper off after a revert
         if method in module.__dict__:
             self._leave(path, module, f"its {method} is already replaced by {describe(module.__dict__[method])}")
         elif module._compiled_call_impl is not None:
@@ -144,7 +154,8 @@ class PatchHandle:
                     )
             while self._patches:  # one by one: what is interrupted can be reverted again
                 patch = self._patches[-1]
-                patch.module.__dict__.pop(patch.name, None)
+                if not patch.wrapped:
+                    patch.module.__dict__.pop(patch.name, None)
                 self._patches.pop()
             if self._model.__dict__.get(HANDLE) is self:
                 del self._model.__dict__[HANDLE]
@@ -238,7 +249,8 @@ def apply_torch_fused(
             if HANDLE in module.__dict__:
                 module.__dict__[HANDLE].revert()
         for path, module in model.named_modules():
-            if any(is_ours(value, module) for value in module.__dict__.values()):
+            found = [value for value in module.__dict__.values() if is_ours(value, module) and not _runs_decoder(value)]
+            if found or DECODER in module.__dict__:
                 raise RuntimeError(
                     f"apply_torch_fused: model is already patched, at {path or 'its root'}, as a part of another: "
                     "revert() that one's handle"
@@ -288,6 +300,12 @@ def prepare_cache_for_generation(
 
 
 CAUSAL_LM_FORWARDS: Forwards = dict.fromkeys(CAUSAL_LMS, causal_lm_forward)
+
+
+def _runs_decoder(method: Any) -> bool:
+    """Whether this is our forward of a causal language model, be it in wrappers that say what they wrap."""
+    function: Any = inspect.unwrap(method)
+    return getattr(function, "__func__", function) is causal_lm_forward
 
 
 def _path(cls: type) -> tuple[str, str]:
