@@ -21,7 +21,10 @@ _found: dict[Any, Any] = {}
 
 
 class Bound(partial):
-    """A function bound to a module like a method, but one that is pickled and copied with the module."""
+    """A function bound to a model like a method: accelerate looks for what a method has.
+
+    Like a partial, which is bound to the modules inside, and unlike a method, it can be pickled with the model.
+    """
 
     @property
     def __func__(self) -> Any:
@@ -31,15 +34,17 @@ class Bound(partial):
     def __self__(self) -> Any:
         return self.args[0]
 
-    def __setstate__(self, state: Any) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
-        home_of(type(self.__self__))  # a compiler can look up the answer, but not find it
+
+def function_of(method: Any) -> Any:
+    """The function that is bound, as a method or by us; None if it is neither."""
+    return getattr(method, "func", None) or getattr(method, "__func__", None)
 
 
 def is_ours(method: Any, module: nn.Module) -> bool:
     """Whether `method` is a function of ours bound to `module`, by us or anew by somebody like accelerate."""
-    code = getattr(getattr(method, "__func__", None), "__code__", None)
-    return code is not None and code.co_filename.startswith(_OURS) and method.__self__ is module
+    if not _file(function_of(method)).startswith(_OURS):
+        return False
+    return (method.args[0] if isinstance(method, partial) else method.__self__) is module
 
 
 def path_of(module: Any) -> tuple[str, str]:

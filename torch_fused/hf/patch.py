@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 from .cache import CACHE, FusedKVCache
 from .decode import CAUSAL_LMS, DECODER, Decoder, causal_lm_forward
 from .models import DECODER_LAYERS, FAMILIES, MLPS, RMS_NORMS, ROTARY, Forwards
-from .origin import Bound, describe, home_of, is_ours, path_of
+from .origin import Bound, describe, function_of, home_of, is_ours, path_of
 from .sampling import get_logits_processor
 
 HANDLE = "_torch_fused_handle"
@@ -41,7 +42,7 @@ class Patch:
     path: str
     module: nn.Module
     name: str
-    value: Bound | Decoder
+    value: partial | Decoder
 
     @property
     def current(self) -> Any:
@@ -59,7 +60,7 @@ class Patch:
         current = self.current
         if current is None or current is self.value or self.wrapped:
             return False
-        return not is_ours(current, self.module) or current.__func__ is not getattr(self.value, "__func__", None)
+        return not is_ours(current, self.module) or function_of(current) is not function_of(self.value)
 
 
 class PatchHandle:
@@ -91,7 +92,8 @@ class PatchHandle:
             elif home_of(type(module)) is None:
                 self._leave(path, module, f"its class's forward is replaced by {describe(type(module).forward)}")
             else:
-                self._bind(path, module, "forward", Bound(forward, module))
+                bind = Bound if path_of(module) in CAUSAL_LMS else partial
+                self._bind(path, module, "forward", bind(forward, module))
 
     def bind_generation(self, method: str, function: Callable) -> None:
         """Binds a method that `generate` calls, on the model or on the model that a wrapper such as PEFT's holds."""
@@ -123,7 +125,7 @@ class PatchHandle:
                 self._leave(path, module, reason)
                 warnings.warn(f"apply_torch_fused: {reason}", stacklevel=3)
 
-    def _bind(self, path: str, module: nn.Module, method: str, bound: Bound) -> None:
+    def _bind(self, path: str, module: nn.Module, method: str, bound: partial) -> None:
         if _runs_decoder(module.__dict__.get(method)):
             if DECODER in module.__dict__ or not is_ours(module.__dict__[method], module):
                 return  # another handle's, or in a wrapper
@@ -168,7 +170,7 @@ class PatchHandle:
     def report(self) -> str:
         """A table of what was patched, and of what was left to transformers with the reason."""
         lines = [f"torch_fused on {type(self._model).__name__}"]
-        methods = [patch for patch in self._patches if isinstance(patch.value, Bound)]
+        methods = [patch for patch in self._patches if isinstance(patch.value, partial)]
         counts = Counter((type(patch.module).__name__, patch.name) for patch in methods)
         lines += [f"  {count:4d} x {name}.{method}" for (name, method), count in counts.items()] or [
             "  nothing patched"
@@ -178,6 +180,11 @@ class PatchHandle:
             if isinstance(patch.value, Decoder):
                 lines += [f"  {line}" for line in patch.value.report()]
         return "\n".join(lines)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for patch in self._patches:
+            home_of(type(patch.module))  # found now: a compiler can look it up, but not find it
 
     def __enter__(self) -> "PatchHandle":
         return self
@@ -305,7 +312,7 @@ CAUSAL_LM_FORWARDS: Forwards = dict.fromkeys(CAUSAL_LMS, causal_lm_forward)
 def _runs_decoder(method: Any) -> bool:
     """Whether this is our forward of a causal language model, be it in wrappers that say what they wrap."""
     function: Any = inspect.unwrap(method)
-    return getattr(function, "__func__", function) is causal_lm_forward
+    return (function_of(function) or function) is causal_lm_forward
 
 
 def _path(cls: type) -> tuple[str, str]:
