@@ -481,9 +481,6 @@ def test_every_default_is_taken():
     optimizer = AdamW([one_param()], **theirs.defaults)
     assert optimizer.defaults == theirs.defaults
     assert optimizer.state_dict()["param_groups"] == theirs.state_dict()["param_groups"]
-    assert (
-        torch.optim.AdamW(optimizer.state_dict()["param_groups"][0] | {"params": [one_param()]}).defaults["lr"] == 1e-3
-    )
 
 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": False}])
@@ -499,7 +496,7 @@ def test_foreach_and_fused_change_nothing(backend, options):
     assert distance(*nets) == 0
     assert options.items() <= optimizers[1].param_groups[0].items()
     theirs = torch.optim.AdamW(nets[1].parameters(), **options)
-    theirs.load_state_dict(optimizers[1].state_dict())
+    theirs.load_state_dict(copy.deepcopy(optimizers[1].state_dict()))
     optimizers[0].load_state_dict(theirs.state_dict())
     assert options.items() <= optimizers[0].param_groups[0].items()
     train(nets[0], optimizers[0], 1, first=3)
