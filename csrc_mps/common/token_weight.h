@@ -114,10 +114,10 @@ SHARED_INLINE uint64_t top_p_target(uint64_t total, uint64_t top_p) {
 }
 
 // Whether the token with which the running weight passes top_p's target, `mass` then, is one too many: those before it
-// miss the target by no more than rounding, and by less than it is past it.
+// miss the target by no more than rounding, and, next to its weight, by too little to be chance.
 SHARED_INLINE bool is_surplus(uint64_t mass, uint64_t weight, uint64_t target, uint64_t total, uint32_t octaves) {
   const uint64_t before = mass - weight, rest = total - before, missing = target - before;
-  return before != 0 && 2 * missing <= weight && missing <= rounding_of(before < rest ? before : rest, octaves);
+  return before != 0 && missing <= weight >> 10 && missing <= rounding_of(before < rest ? before : rest, octaves);
 }
 
 }  // namespace torch_fused

@@ -129,7 +129,7 @@ def _rank(rows: Tensor, parameters: _Parameters) -> tuple[Tensor, Tensor, Tensor
     octaves = torch.maximum(_octaves(at_edge, scale), _octaves(x[:, :1], scale))
     octaves += _steps(x, scale).gather(-1, edge) >> 24
     missing = target - before
-    surplus = (before != 0) & (2 * missing <= weight)
+    surplus = (before != 0) & (missing <= weight >> 10)
     surplus &= missing <= _rounding(torch.minimum(before, total - before), octaves)
     place = torch.arange(x.shape[-1], device=x.device)
     kept &= (place <= edge - surplus.long()) | ((top_p[0] == _LOW) & (top_p[1] == _LOW))
@@ -251,11 +251,11 @@ def sample(
     The same seed and offset give the same tokens on every device: probabilities are integers, 2^40 for the most
     probable token. +inf is drawn with certainty, NaN and -inf never.
 
-    Logits in float32 cannot say that probabilities of 0.5 and 0.3 reach a top_p of 0.8: each weight may be off by
-    2^-24 for every octave (factor of two of probability) in the logit and in its distance from the largest one, and by
-    2^-24 once more. Within twice that share of the smaller side of the edge top_p is reached, and the token behind is
-    left out, if that is also the nearer choice; min_p is reached within twice that share of itself. So probabilities
-    written as decimals keep the tokens that decimal arithmetic keeps.
+    float32 logits of the probabilities 0.5 and 0.3 hardly ever reach a top_p of 0.8 to the last bit. So what is within
+    rounding of top_p or min_p counts as reached. Rounding is up to 2^-23 of what is compared (for top_p: of the smaller
+    part, kept or dropped) for each factor of two that the logits and their distances stand for, and once more; the token
+    that top_p then leaves out must be more than 1000 times what is missing. Probabilities that are written as decimals
+    thus keep the tokens that decimal arithmetic keeps.
 
     Args:
         logits: ``(batch, vocabulary)`` or ``(vocabulary,)``, at most 2^20 tokens; float32, float16 or bfloat16, on the
