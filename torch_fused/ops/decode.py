@@ -224,7 +224,7 @@ def decode_token_(
         Token ids ``(batch,)``, int64.
 
     Raises:
-        As :func:`decode_` and ``next_token``. Where the logits have NaN the cache's slots behind ``length`` are written.
+        As :func:`decode_` and ``next_token``. If logits are NaN, the slots behind ``length`` have been written.
     """
     return _decode_token(
         token_ids,

@@ -251,11 +251,11 @@ def sample(
     The same seed and offset give the same tokens on every device: probabilities are integers, 2^40 for the most
     probable token. +inf is drawn with certainty, NaN and -inf never.
 
-    float32 logits of the probabilities 0.5 and 0.3 hardly ever reach a top_p of 0.8 to the last bit. So what is within
-    rounding of top_p or min_p counts as reached. Rounding is up to 2^-23 of what is compared (for top_p: of the smaller
-    part, kept or dropped) for each factor of two that the logits and their distances stand for, and once more; the token
-    that top_p then leaves out must be more than 1000 times what is missing. Probabilities that are written as decimals
-    thus keep the tokens that decimal arithmetic keeps.
+    Probabilities that are written as decimals keep the tokens that decimal arithmetic keeps: 0.5, 0.3, 0.1 and 0.1 two
+    of them with a top_p of 0.8, though their logits are rounded. For that, what misses top_p or min_p by no more than
+    rounding has reached it. A weight is off by up to 2^-24 for each octave (factor of two) that its logit and the
+    distance to the largest one stand for, and by 2^-24 more; two weights, or the parts that top_p keeps and drops, by
+    twice that. And top_p leaves a token out only if less than a thousandth of it is missing, which is hardly chance.
 
     Args:
         logits: ``(batch, vocabulary)`` or ``(vocabulary,)``, at most 2^20 tokens; float32, float16 or bfloat16, on the
