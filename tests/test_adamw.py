@@ -1,6 +1,7 @@
 """adamw_ and optim.AdamW: values, contracts and checkpoints, on every backend."""
 
 import copy
+import inspect
 import pickle
 from itertools import chain
 
@@ -449,17 +450,168 @@ def test_sharded_parameters(tmp_path):
         destroy_process_group()
 
 
+# ---- torch's arguments ----------------------------------------------------------------------------------------------
+
+TORCHS = inspect.signature(torch.optim.AdamW).parameters
+NOT_SUPPORTED = {"amsgrad": True, "capturable": True, "differentiable": True, "decoupled_weight_decay": False}
+
+
+def one_param(value=1.0):
+    param = torch.nn.Parameter(torch.full((2,), value))
+    param.grad = torch.ones(2)
+    return param
+
+
+def test_the_arguments_are_torchs():
+    """Every one of torch's, in its order and with its default; ours come after them."""
+    ours = inspect.signature(AdamW).parameters
+    assert list(ours)[: len(TORCHS)] == list(TORCHS)
+    for name, theirs in TORCHS.items():
+        assert (ours[name].default, ours[name].kind) == (theirs.default, theirs.kind), name
+
+
+def test_every_default_is_taken():
+    """Each default alone, all of them, torch's `defaults`, and the positional ones: the same groups as torch's."""
+    expected = torch.optim.AdamW([one_param()]).state_dict()["param_groups"]
+    given = {name: parameter.default for name, parameter in TORCHS.items() if name != "params"}
+    theirs = torch.optim.AdamW([one_param()], lr=0.3, betas=(0.5, 0.6), eps=1e-5, weight_decay=0.7, maximize=True)
+    for arguments in ({}, given, *({name: value} for name, value in given.items())):
+        assert AdamW([one_param()], **arguments).state_dict()["param_groups"] == expected
+    assert AdamW([one_param()], 1e-3, (0.9, 0.999), 1e-8, 1e-2, False).state_dict()["param_groups"] == expected
+    optimizer = AdamW([one_param()], **theirs.defaults)
+    assert optimizer.defaults == theirs.defaults
+    assert optimizer.state_dict()["param_groups"] == theirs.state_dict()["param_groups"]
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": False}])
+def test_foreach_and_fused_change_nothing(backend, options):
+    """They are taken, kept in the groups, and the training is the same; a gradient scaler unscales as ever."""
+    nets = model(backend.device), model(backend.device)
+    optimizers = AdamW(nets[0].parameters(), lr=0.01), AdamW(nets[1].parameters(), lr=0.01, **options)
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        train(net, optimizer, 3)
+        scaler = torch.amp.GradScaler(backend.device, init_scale=1024.0)
+        scaler.scale(net(make(16, 6, device=backend.device)).sum()).backward()
+        scaler.step(optimizer)
+    assert distance(*nets) == 0
+    assert options.items() <= optimizers[1].param_groups[0].items()
+    theirs = torch.optim.AdamW(nets[1].parameters(), **options)
+    theirs.load_state_dict(copy.deepcopy(optimizers[1].state_dict()))
+    optimizers[0].load_state_dict(theirs.state_dict())
+    assert options.items() <= optimizers[0].param_groups[0].items()
+    train(nets[0], optimizers[0], 1, first=3)
+    train(nets[1], optimizers[1], 1, first=3)
+    assert distance(*nets) == 0
+
+
+def test_tensors_as_numbers(backend):
+    """A learning rate and betas that are tensors, as torch takes them, are the numbers they hold."""
+    params = [torch.nn.Parameter(make(9, device=backend.device)) for _ in range(2)]
+    betas = torch.tensor(0.5, dtype=torch.float64), torch.tensor(0.75, dtype=torch.float64)
+    for param, lr, pair in ((params[0], 0.25, (0.5, 0.75)), (params[1], torch.tensor(0.25), betas)):
+        param.grad = make(9, seed=1, device=backend.device)
+        AdamW([param], lr=lr, betas=pair).step()
+    assert torch.equal(*params)
+
+
+@pytest.mark.parametrize(("name", "value"), NOT_SUPPORTED.items())
+def test_what_is_not_supported(name, value):
+    """As an argument, in a group, in a group added or changed later, in a checkpoint: an error that names it."""
+    message = rf"AdamW: {name} must be {not value}, got {value}"
+    with pytest.raises(ValueError, match=message):
+        AdamW([one_param()], **{name: value})
+    with pytest.raises(ValueError, match=message):
+        AdamW([{"params": [one_param()], name: value}])
+    optimizer = AdamW([one_param()])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [one_param()], name: value})
+    assert len(optimizer.param_groups) == 1
+
+    params = one_param(), one_param()
+    optimizer = AdamW([{"params": [param]} for param in params])
+    optimizer.param_groups[1][name] = value
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert not optimizer.state and all((param == 1).all() for param in params)
+
+
+@pytest.mark.parametrize("name", ["amsgrad", "capturable", "differentiable"])
+def test_checkpoints_that_are_not_supported(name):
+    """A checkpoint of torch's that asks for what the op does not do is refused, and nothing of it is loaded."""
+    theirs = torch.optim.AdamW([one_param()], lr=0.3)
+    theirs.step()
+    state = theirs.state_dict()
+    state["param_groups"][0][name] = True
+    optimizer = AdamW([one_param()])
+    with pytest.raises(ValueError, match=rf"AdamW: {name} must be False, got True: use torch\.optim\.AdamW"):
+        optimizer.load_state_dict(state)
+    assert not optimizer.state and optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_checkpoint_of_amsgrad():
+    """One that torch wrote in the middle of a training with amsgrad."""
+    theirs = torch.optim.AdamW([one_param()], amsgrad=True)
+    theirs.step()
+    with pytest.raises(ValueError, match="AdamW: amsgrad must be False, got True"):
+        AdamW([one_param()]).load_state_dict(theirs.state_dict())
+
+
+def test_older_checkpoints():
+    """Groups that lack torch's newer keys, and those of torch.optim.Adam, load as in torch's AdamW."""
+    theirs = torch.optim.Adam([one_param()], weight_decay=0.1)
+    theirs.step()
+    for missing in ("foreach", "fused", "capturable", "differentiable", "maximize", "decoupled_weight_decay"):
+        state = theirs.state_dict()
+        del state["param_groups"][0][missing]
+        params = one_param(), one_param()
+        for param, kind in zip(params, (AdamW, torch.optim.AdamW), strict=True):
+            optimizer = kind([param])
+            optimizer.load_state_dict(copy.deepcopy(state))
+            optimizer.step()
+        torch.testing.assert_close(*params, rtol=1e-6, atol=1e-7)
+
+
+def test_trainer(tmp_path):
+    """transformers' Trainer takes the class with the arguments of its own AdamW."""
+    from transformers import Trainer, TrainingArguments
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(2, 1)
+
+        def forward(self, x, labels):
+            return {"loss": (self.linear(x) - labels).square().mean()}
+
+    losses = []
+    for kind in (AdamW, torch.optim.AdamW):
+        torch.manual_seed(0)
+        data = [{"x": torch.tensor([float(i), 1.0]), "labels": torch.tensor([0.5 * i])} for i in range(8)]
+        arguments = TrainingArguments(tmp_path, max_steps=6, report_to=[], use_cpu=True, save_strategy="no")
+        optimizer = (kind, {"lr": 0.05, "betas": (0.9, 0.99), "eps": 1e-8, "fused": True})
+        trainer = Trainer(Net(), arguments, train_dataset=data, optimizer_cls_and_kwargs=optimizer)
+        losses.append(trainer.train().training_loss)
+        assert type(trainer.optimizer.optimizer) is kind
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_bad_options():
-    """What has no fused kernel is refused with a reason."""
-    params = [torch.nn.Parameter(torch.ones(2))]
+    """Arguments out of range, and gradients that the op does not take: nothing is changed."""
+    params = [one_param(), one_param()]
     with pytest.raises(ValueError, match=r"state_dtype must be None or torch\.float32, got torch\.float16"):
         AdamW(params, state_dtype=torch.float16)
     with pytest.raises(ValueError, match="Invalid learning rate: -1"):
         AdamW(params, lr=-1.0)
-    optimizer = AdamW(params)
-    optimizer.load_state_dict(torch.optim.AdamW(params, amsgrad=True).state_dict())
-    with pytest.raises(ValueError, match="amsgrad must be False, got True"):
-        optimizer.step()
-    params[0].grad = torch.ones(2).to_sparse()
-    with pytest.raises(ValueError, match="gradients must be dense, got one that is sparse_coo"):
-        AdamW(params).step()
+    with pytest.raises(RuntimeError, match="`fused` and `foreach` cannot be `True` together"):
+        AdamW(params, fused=True, foreach=True)
+    complex_param = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    complex_param.grad = torch.ones(2, dtype=torch.complex64)
+    params[1].grad = torch.ones(2).to_sparse()
+    for bad, message in (
+        (params[1], "gradients must be dense, got one that is sparse_coo"),
+        (complex_param, r"gradients must be real, got one of torch\.complex64"),
+    ):
+        optimizer = AdamW([{"params": [params[0]]}, {"params": [bad]}])
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+        assert not optimizer.state and (params[0] == 1).all()

@@ -142,3 +142,99 @@ def test_other_modes_are_stocks():
         with apply_torch_fused(model):
             torch.manual_seed(0)
             assert torch.equal(model.generate(prompt(1, 6), max_new_tokens=16, **options), expected)
+
+
+# ---- NaN and infinity -----------------------------------------------------------------------------------------------
+
+
+class Filling:
+    """A processor that fills a column, of all sequences or of the last one alone, once there are enough tokens."""
+
+    def __init__(self, value: float, length: int, rows: slice):
+        self.value, self.length, self.rows = value, length, rows
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] >= self.length:
+            scores = scores.clone()
+            scores[self.rows, 7] = self.value
+        return scores
+
+
+def calls(model):
+    """model.generate patched, with and without the decode step, and hf.generate."""
+
+    def patched(decode):
+        def call(ids, **options):
+            with apply_torch_fused(model, decode=decode):
+                return model.generate(ids, **options)
+
+        return call
+
+    return patched(True), patched(False), lambda ids, **options: generate(model, ids, **options)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"temperature": 0.7, "top_p": 0.9, "min_p": 0.01}])
+def test_scores_without_probabilities(value, filters):
+    """One NaN or +inf in one sequence's scores: drawing raises as stock does and names the row, greedy is stock's."""
+    model = make_model()
+    for length, rows in ((0, slice(None)), (8, slice(1, 2))):
+        options = {"max_new_tokens": 6, "logits_processor": [Filling(value, length, rows)]}
+        expected = model.generate(prompt(2, 6), do_sample=False, **options)
+        with pytest.raises(RuntimeError, match=r"inf.*nan"):
+            model.generate(prompt(2, 6), do_sample=True, **filters, **options)
+        for call in calls(model):
+            with pytest.raises(RuntimeError, match=f"no NaN or .inf .* row {rows.start or 0} has"):
+                call(prompt(2, 6), do_sample=True, **filters, **options)
+            assert torch.equal(call(prompt(2, 6), do_sample=False, **options), expected)
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_a_weight_that_becomes_nan(do_sample):
+    """NaN logits in the middle of a generation, where each token is one op: an error, or stock's tokens."""
+
+    class Spoiling:
+        """A streamer that spoils a row of the head after three tokens."""
+
+        def put(self, value):
+            self.seen = getattr(self, "seen", -1) + 1
+            if self.seen == 3:
+                model.lm_head.weight.data[7] = torch.nan
+
+        def end(self):
+            pass
+
+    def run(call):
+        model.lm_head.weight.data.copy_(weight)
+        return call(prompt(1, 6), do_sample=do_sample, max_new_tokens=8, streamer=Spoiling())
+
+    model = make_model(tie_word_embeddings=False)
+    weight = model.lm_head.weight.detach().clone()
+    if do_sample:
+        for call in (model.generate, *calls(model)):
+            with pytest.raises(RuntimeError, match=r"(?i)nan"):
+                run(call)
+    else:
+        expected = run(model.generate)
+        assert (expected[0, -4:] == 7).all()
+        for call in calls(model):
+            assert torch.equal(run(call), expected)
+
+
+def test_an_error_moves_no_generator():
+    """What is drawn after an error is what would have been drawn."""
+    scores = make(2, VOCABULARY)
+    scores[1, 3] = torch.nan
+    lazy = FusedProcessorList([TOP_K])(prompt(2, 5), scores)
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="row 1 has"):
+        torch.multinomial(torch.nn.functional.softmax(lazy, dim=-1), num_samples=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_top_p_that_is_reached_exactly():
+    """Hugging Face's own regression case: two of the four tokens are drawn."""
+    scores = torch.tensor([[0.3, 0.1, 0.1, 0.5]]).log().repeat(400, 1)
+    lazy = FusedProcessorList([TopPLogitsWarper(0.8)])(prompt(400, 5), scores)
+    tokens = torch.multinomial(torch.nn.functional.softmax(lazy, dim=-1), num_samples=1)
+    assert set(tokens.flatten().tolist()) == {0, 3}

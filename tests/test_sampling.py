@@ -1,6 +1,8 @@
 """greedy, sample and filter_logits: one token on every backend, Hugging Face's kept sets, the distribution."""
 
 import itertools
+import random
+from fractions import Fraction
 
 import pytest
 import torch
@@ -14,8 +16,8 @@ from transformers.generation.logits_process import (
 
 import torch_fused
 from torch_fused.ops.sampling import (
-    _random_below,
     _random_bits,
+    _share_of,
     _weights,
     filter_logits_reference,
     greedy_reference,
@@ -117,10 +119,19 @@ def test_kept_set_is_hugging_faces(scale):
         ours = filter_logits(x, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         # Where top_p ends among equal tokens, Hugging Face's sort may take others of them: compare how many.
         kept, expected = ours > -INF, scores > -INF
-        values = ours.masked_fill(~kept, 0).sort(-1).values, x.masked_fill(~expected, 0).sort(-1).values
+        values = ours.masked_fill(~kept, 0).sort(-1).values, scores.masked_fill(~expected, 0).sort(-1).values
         assert ((kept.sum(-1) - expected.sum(-1)).abs() <= 3).all()
         assert ((values[0] != values[1]).sum(-1) <= 3).all() or ((kept ^ expected).sum(-1) <= 3).all()
-        assert torch.equal(ours[kept], x[kept])
+        assert torch.equal(ours[kept], (x / temperature)[kept])
+
+
+def test_kept_set_of_a_whole_vocabulary_is_exact():
+    """Of 151,936 logits top_p keeps what float64 keeps, though many tokens are near its edge."""
+    for scale, top_p in itertools.product((1.0, 2.0, 5.0), (0.3, 0.9, 0.95)):
+        x = make(4, 151936, scale=scale)
+        running = x.double().softmax(-1).sort(-1, descending=True).values.cumsum(-1)
+        count = (filter_logits(x, top_p=top_p) > -INF).sum(-1)
+        assert torch.equal(count, (running < top_p).sum(-1) + 1)
 
 
 def test_kept_set_of_a_whole_vocabulary_is_hugging_faces():
@@ -132,6 +143,123 @@ def test_kept_set_of_a_whole_vocabulary_is_hugging_faces():
         expected = TopPLogitsWarper(0.9)(None, scores) > -INF
         kept = filter_logits(x, temperature=temperature, top_k=top_k, top_p=0.9) > -INF
         assert (kept ^ expected).sum() <= 3
+
+
+def decimal_rows(count: int, seed: int):
+    """Rows of probabilities that are multiples of a simple decimal, and a number that is reached exactly or between."""
+    choose = random.Random(seed)
+    for _ in range(count):
+        unit = choose.choice([8, 10, 20, 40, 100, 1000])
+        vocabulary = min(unit, choose.choice([2, 3, 4, 5, 8, 10, 16, 20, 50, 100, 200]))
+        cuts = [0, *sorted(choose.sample(range(1, unit), vocabulary - 1)), unit]
+        row = [Fraction(end - start, unit) for start, end in itertools.pairwise(cuts)]
+        choose.shuffle(row)
+        share = sum(sorted(row, reverse=True)[: choose.randint(1, vocabulary - 1)])
+        yield row, share if choose.random() < 0.8 else Fraction(choose.randint(1, unit - 1), unit)
+
+
+def decimal_logits(row, offset: float, temperature: float, dtype: torch.dtype) -> torch.Tensor:
+    logits = torch.tensor([float(p) for p in row], dtype=dtype).log()
+    return ((logits + offset) * temperature).float()
+
+
+def exact_top_p(row, top_p: Fraction) -> list[int]:
+    total, kept = Fraction(0), []
+    for index in sorted(range(len(row)), key=lambda i: (-row[i], i)):
+        kept.append(index)
+        total += row[index]
+        if total >= top_p:
+            break
+    return sorted(kept)
+
+
+def test_top_p_that_is_reached_exactly(backend):
+    """Hugging Face's regression case, and a top_p that is as large as the first tokens together, or between two."""
+    x = torch.tensor([0.3, 0.1, 0.1, 0.5]).log()
+    assert kept(x, backend, top_p=0.8) == [0, 3]
+    assert kept(x, backend, top_p=torch.tensor(0.8)) == [0, 3]
+    assert kept(x, backend, top_p=0.5) == [3]
+    assert kept(x, backend, top_p=0.9) == [0, 1, 3]  # equal ones lowest index first
+    assert kept(x, backend, top_p=0.800001) == kept(x, backend, top_p=0.899999) == [0, 1, 3]
+    assert kept(x, backend, top_p=0.799999) == [0, 3]
+
+
+# (added to the logarithms of the probabilities, temperature, dtype of the logarithms)
+DECIMALS = [
+    (0.0, 1.0, torch.float32),
+    (0.0, 1.0, torch.float64),
+    (3.0, 1.0, torch.float64),
+    (-10.0, 0.7, torch.float32),
+    (300.0, 1.0, torch.float64),
+    (0.0, 2.3, torch.float32),
+]
+
+
+@pytest.mark.parametrize(("offset", "temperature", "dtype"), DECIMALS)
+def test_top_p_of_decimal_rows(offset, temperature, dtype):
+    """1,000 rows, 800 of them with a top_p that is reached exactly: what decimal arithmetic keeps, where HF may err.
+
+    As a float, and, to float32's rounding, as a tensor.
+    """
+    wrong = 0
+    for row, top_p in decimal_rows(1000, seed=int(offset)):
+        x = decimal_logits(row, offset, temperature, dtype)
+        expected = torch.zeros(len(row), dtype=torch.bool)
+        expected[exact_top_p(row, top_p)] = True
+        for given in (float(top_p), torch.tensor(float(top_p))):
+            ours = filter_logits(x, temperature=temperature, top_p=given) > -INF
+            assert torch.equal(ours, expected), (row, top_p, given)
+        theirs = TopPLogitsWarper(float(top_p))(None, (x / temperature)[None])[0] > -INF
+        wrong += int(theirs.sum()) != int(expected.sum())
+    assert wrong > 0
+
+
+@pytest.mark.parametrize(("offset", "temperature", "dtype"), DECIMALS)
+def test_min_p_and_top_k_of_decimal_rows(offset, temperature, dtype):
+    """min_p as the ratio of two probabilities, and top_k among equal ones: what decimal arithmetic keeps."""
+    for row, _ in decimal_rows(1000, seed=int(offset) + 1):
+        x = decimal_logits(row, offset, temperature, dtype)
+        ratio = row[0] / max(row)
+        for min_p in (ratio, 1 - ratio):
+            expected = torch.tensor([p >= min_p * max(row) for p in row])
+            for given in (float(min_p), torch.tensor(float(min_p))):
+                ours = filter_logits(x, temperature=temperature, min_p=given) > -INF
+                assert torch.equal(ours, expected), (row, min_p, given)
+        k = 1 + len(row) // 3
+        expected = torch.tensor([p >= sorted(row, reverse=True)[k - 1] for p in row])
+        assert torch.equal(filter_logits(x, temperature=temperature, top_k=k) > -INF, expected)
+
+
+def test_decimal_rows_on_every_device(backend):
+    """The kernels decide as the reference does, where the last token is left out too: the first index, equal ones."""
+    cases = list(decimal_rows(40 if backend.name == "emulated" else 300, seed=5))
+    cases += [([Fraction(1, 4)] * 4, Fraction(3, 4)), ([Fraction(1)], Fraction(1, 2))]
+    cases += [([Fraction(1, 5), Fraction(3, 10), Fraction(1, 2)], Fraction(4, 5))]
+    width = max(len(row) for row, _ in cases)
+    x = torch.full((len(cases), width), -INF)
+    for i, (row, _) in enumerate(cases):
+        x[i, : len(row)] = decimal_logits(row, 0.0, 1.0, torch.float64)
+    top_p = torch.tensor([float(top_p) for _, top_p in cases], device=backend.device)
+    filtered = filter_logits(x.to(backend.device), top_p=top_p).cpu()
+    for i, (row, exact) in enumerate(cases):
+        assert (filtered[i] > -INF).nonzero().flatten().tolist() == exact_top_p(row, exact), (row, exact)
+    ids = sample(x.to(backend.device), top_p=top_p, seed=3).cpu()
+    assert (filtered.gather(1, ids[:, None]) > -INF).all()
+    row_parameters = torch.stack(
+        [torch.ones(len(cases)), torch.zeros(len(cases)), top_p.cpu(), torch.zeros(len(cases))], 1
+    )
+    assert torch.equal(ids, sample_reference(x, row_parameters=row_parameters, seed=3)[0])
+
+
+def test_equal_tokens_reach_top_p(backend):
+    """k equal tokens of V reach k / V and not more, however large V and their logit."""
+    for vocabulary, value in ((1000, 0.0), (1000, 300.0), (1000, -1e4), (9001, 20.0)):
+        x = torch.full((vocabulary,), value)
+        for k in (1, 7, vocabulary // 3, vocabulary - 1):
+            assert kept(x, backend, top_p=k / vocabulary) == list(range(k)), (vocabulary, value, k)
+            assert kept(x, backend, top_p=(k + 0.5) / vocabulary) == list(range(k + 1))
+        if backend.name == "emulated":
+            break
 
 
 def test_weights_are_powers_of_two():
@@ -150,7 +278,7 @@ def test_philox_known_answers():
     assert (int(high), int(low)) == (0x6627E8D5, 0xE169C58D)
     for bits, total in (((2**64 - 1), 2**59 - 1), (0x123456789ABCDEF0, 2**40 + 12345), (2**63, 3)):
         parts = torch.tensor([[bits >> 32]]), torch.tensor([[bits & 0xFFFFFFFF]])
-        assert int(_random_below(*parts, torch.tensor([[total]]))) == bits * total >> 64
+        assert int(_share_of(torch.tensor([[total]]), *parts)) == bits * total >> 64
 
 
 def chi_square(draws: int, device: str) -> None:
@@ -161,7 +289,7 @@ def chi_square(draws: int, device: str) -> None:
     for kwargs in ({}, {"temperature": 2.0}, {"top_k": 6, "temperature": 0.7}, {"top_p": 0.8}):
         ids = sample(x.expand(draws, -1), seed=11, **kwargs)
         kept = filter_logits_reference(x.cpu(), **kwargs)
-        expected = (kept / kwargs.get("temperature", 1.0)).double().softmax(-1) * draws
+        expected = kept.double().softmax(-1) * draws
         counts = torch.bincount(ids.cpu(), minlength=len(x)).double()
         assert counts[expected == 0].sum() == 0
         cells = expected > 0
@@ -187,7 +315,7 @@ def test_frequencies_of_a_whole_vocabulary():
     """200,000 draws from 151,936 logits: none outside of the kept set, the others as softmax has them."""
     x, draws, kwargs = make(1, 151936, scale=2.0), 200_000, {"temperature": 0.7, "top_k": 20}
     ids = sample(x.expand(draws, -1), seed=11, **kwargs)
-    expected = (filter_logits_reference(x, **kwargs)[0] / 0.7).double().softmax(-1) * draws
+    expected = filter_logits_reference(x, **kwargs)[0].double().softmax(-1) * draws
     counts = torch.bincount(ids, minlength=x.shape[1]).double()
     cells = expected > 0
     assert cells.sum() == 20 and counts[cells].sum() == draws
@@ -217,9 +345,26 @@ def test_edges_of_the_filters(backend):
 
 
 def test_temperature_zero_is_greedy(backend):
-    """The lowest index of the maximum, whatever the seed."""
+    """The lowest index of the maximum, whatever the seed and the filters; it alone is kept, as it is."""
     x = torch.tensor([1.0, 3.0, 2.0, 3.0]).to(backend.device)
-    assert {int(sample(x, temperature=0.0, seed=seed)) for seed in range(4)} == {1}
+    for filters in ({}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.5}):
+        assert {int(sample(x, temperature=0.0, seed=seed, **filters)) for seed in range(4)} == {1}
+        assert filter_logits(x, temperature=0.0, **filters).tolist() == [-INF, 3.0, -INF, -INF]
+
+
+def test_filtered_logits_are_divided(backend):
+    """By the temperature, in one rounding of the result's dtype, as Hugging Face's chain does; one for each row too."""
+    for dtype in backend.dtypes:
+        x = make(3, 300, dtype=dtype, scale=4.0)
+        for temperature in (0.7, 1.0, 3.0):
+            scores = TopKLogitsWarper(300)(None, TemperatureLogitsWarper(temperature)(None, x))
+            assert torch.equal(filter_logits(x.to(backend.device), temperature=temperature).cpu(), scores)
+        each = torch.tensor([0.5, 1.0, 1.7])
+        filtered = filter_logits(x.to(backend.device), temperature=each.to(backend.device), top_k=20).cpu()
+        expected = (x.to(torch.promote_types(dtype, torch.float32)) / each[:, None]).to(dtype)
+        assert torch.equal(filtered[filtered > -INF], expected[filtered > -INF])
+        probabilities = filtered.double().softmax(-1)
+        assert ((probabilities > 0).sum(-1) >= 20).all()
 
 
 def test_special_values(backend):
@@ -240,6 +385,28 @@ def test_a_row_with_nothing_to_draw_is_an_error_on_the_cpu():
     x[1] = -INF
     with pytest.raises(RuntimeError, match=r"sample: logits .* row 1 has only NaN and -inf"):
         sample(x, seed=1)
+
+
+def test_an_error_moves_no_generator(backend):
+    """A row without tokens, and each bad argument: the next draw is what it would have been."""
+    x, bad = make(3, 200, device=backend.device), make(3, 200)
+    bad[1] = torch.where(torch.arange(200) % 2 == 0, -INF, torch.nan)
+    calls = [lambda g: sample(x, top_k=0, generator=g), lambda g: sample(x, top_p=torch.tensor(2.0), generator=g)]
+    calls += [lambda g: sample(x[None], generator=g), lambda g: sample(x, temperature=INF, generator=g)]
+    if backend.name == "cpu":
+        calls += [lambda g: sample(bad, generator=g), lambda g: sample(bad[:, ::2], generator=g)]
+        calls += [lambda g: sample(torch.full((70,), -INF), generator=g)]
+    for device in {"cpu", backend.device}:
+        generator = torch.Generator(device).manual_seed(1)
+        for source in (generator, None) if device == "cpu" else (generator,):
+            state = torch.get_rng_state() if source is None else source.get_state()
+            for call in calls:
+                with pytest.raises(RuntimeError, match="sample: "):
+                    call(source)
+                assert torch.equal(torch.get_rng_state() if source is None else source.get_state(), state)
+    last = torch.full((2, 5000), -INF)
+    last[:, -1] = 1.0
+    assert sample(last.to(backend.device), seed=1).tolist() == [4999, 4999]
 
 
 def test_shapes_and_strides(backend):
@@ -331,12 +498,51 @@ def test_bad_arguments(backend, call, message):
         call(make(4, 8, device=backend.device))
 
 
-def test_bad_values_in_parameter_tensors_name_the_row():
-    """On the CPU tensors of parameters are checked too."""
-    with pytest.raises(RuntimeError, match="top_p must be from 0 to 1, got 2 in row 1"):
-        sample(make(2, 8), top_p=torch.tensor([0.5, 2.0]))
-    with pytest.raises(RuntimeError, match="temperature must not be negative or NaN, in row 0"):
-        sample(make(2, 8), temperature=torch.tensor([-0.5, 1.0]))
+@pytest.mark.parametrize(
+    ("name", "bad", "message"),
+    [
+        *(("temperature", bad, "must be finite and not negative") for bad in (INF, -INF, torch.nan, -0.5, 1e300)),
+        *(("top_k", bad, "must be a whole number, at least 1, or 0 for no filter") for bad in (-1, 2.5, torch.nan)),
+        *(("top_p", bad, "must be from 0 to 1") for bad in (1.5, -0.1, torch.nan, INF, 1.00000001)),
+        *(("min_p", bad, "must be from 0 to 1") for bad in (1.5, -0.1, torch.nan, INF)),
+    ],
+)
+def test_bad_values_in_parameter_tensors(backend, name, bad, message):
+    """Tensors on the CPU are checked as numbers are, in their own dtype, wherever the logits are; the row is named."""
+    good = {"temperature": 1.0, "top_k": 5, "top_p": 0.5, "min_p": 0.1}[name]
+    message = rf": {name} {message}, got .* in row"
+    one, each = torch.tensor(bad, dtype=torch.float64), torch.tensor([good, bad], dtype=torch.float64)
+    for device in (backend.device, "meta"):
+        x = make(2, 8).to(device)
+        for op in (sample, filter_logits):
+            with pytest.raises(RuntimeError, match=f"{op.__name__}{message} 0"):
+                op(x, **{name: one})
+            with pytest.raises(RuntimeError, match=f"{op.__name__}{message} 1"):
+                op(x, **{name: each})
+            with pytest.raises(RuntimeError, match=f"{op.__name__}{message} 0"):
+                op(x[:0], **{name: one})
+    with pytest.raises(RuntimeError, match=rf"sample: {name} must be a scalar .* of torch.complex64"):
+        sample(make(2, 8), **{name: torch.ones(2, dtype=torch.complex64)})
+
+
+def test_bad_numbers_beside_tensors(backend):
+    """A number is checked where another parameter is a tensor."""
+    x, tensor = make(2, 8, device=backend.device), torch.tensor(0.5)
+    for name, bad in (("temperature", INF), ("temperature", -1.0), ("top_k", -1), ("min_p", 1.5)):
+        with pytest.raises(RuntimeError, match=f"sample: {name} must be"):
+            sample(x, **{name: bad}, top_p=tensor)
+    with pytest.raises(RuntimeError, match="sample: top_p must be"):
+        sample(x, temperature=tensor, top_p=torch.nan)
+
+
+def test_parameters_the_op_is_given():
+    """What reaches torch.ops is checked there."""
+    for column, bad, name in ((0, INF, "temperature"), (1, -1.0, "top_k"), (2, 2.0, "top_p"), (3, torch.nan, "min_p")):
+        parameters = torch.tensor([[1.0, 0.0, 1.0, 0.0]]).repeat(3, 1)
+        parameters[2, column] = bad
+        for op in (torch.ops.torch_fused.sample, torch.ops.torch_fused.filter_logits):
+            with pytest.raises(RuntimeError, match=rf": {name} must be .* in row 2"):
+                op(make(3, 8), row_parameters=parameters)
 
 
 # ---- kernels and torch's machinery ----------------------------------------------------------------------------------

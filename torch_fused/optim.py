@@ -13,6 +13,10 @@ from .ops.adamw import adamw_
 __all__ = ["AdamW"]
 
 
+_ONLY = {"amsgrad": False, "capturable": False, "differentiable": False, "decoupled_weight_decay": True}
+"""Arguments of torch's that have one value here."""
+
+
 class AdamW(torch.optim.AdamW):
     """`torch.optim.AdamW` on the fused op: the same arguments, groups, states and checkpoints.
 
@@ -26,13 +30,20 @@ class AdamW(torch.optim.AdamW):
         betas: coefficients of the running averages of the gradient and of its square.
         eps: added to the denominator.
         weight_decay: decoupled from the gradient.
+        amsgrad: False; the fused op has no running maximum.
         maximize: follow the gradient instead of descending.
+        foreach, fused: of no effect: the op is always fused. They are kept in the groups, as torch's loops read them.
+        capturable: False; the op reads the number of the step on the host, so a CUDA graph would repeat one step.
+        differentiable: False; the op has no gradient.
+        decoupled_weight_decay: True; so that ``**optimizer.defaults`` of torch's AdamW are arguments.
         state_dtype: of both running averages; None is each parameter's own, as in torch. ``torch.float32`` keeps what
             16-bit averages lose: with beta2 of 0.999 a bfloat16 one never shrinks.
 
     Raises:
-        ValueError: an argument is out of range, ``state_dtype`` is not None or float32, or a loaded group asks for
-            amsgrad, which has no fused kernel; or a gradient is sparse.
+        ValueError: an argument is out of range, or ``amsgrad``, ``capturable``, ``differentiable`` or
+            ``decoupled_weight_decay``, as an argument or in a group, is not as above; ``state_dtype`` is not None or
+            float32.
+        RuntimeError: both ``foreach`` and ``fused`` are True.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -45,17 +56,49 @@ class AdamW(torch.optim.AdamW):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = True,
         state_dtype: torch.dtype | None = None,
     ) -> None:
         if state_dtype not in (None, torch.float32):
             raise ValueError(f"AdamW: state_dtype must be None or torch.float32, got {state_dtype}")
+        _check_group({"decoupled_weight_decay": decoupled_weight_decay})
         self.state_dtype = state_dtype
-        super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._step_supports_amp_scaling = False  # torch's fused step would unscale the gradients itself
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters, as torch's AdamW does.
+
+        Args:
+            param_group: ``params``, and arguments of this class that the group has of its own.
+
+        Raises:
+            ValueError: an argument is not one that this class takes; nothing is added then.
+        """
+        _check_group(self.defaults | param_group)
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -68,27 +111,21 @@ class AdamW(torch.optim.AdamW):
             What the closure returned, or None.
 
         Raises:
-            ValueError: a gradient is sparse, or a group asks for amsgrad. The parameters of that group stay as they
-                were.
+            ValueError: a gradient is sparse or complex, or a group has a value that the constructor refuses. All
+                parameters stay as they were.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self._step_group(group)
+        params = [_params_with_grad(group) for group in self.param_groups]
+        for group, with_grad in zip(self.param_groups, params, strict=True):
+            self._step_group(group, with_grad)
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        if group["amsgrad"]:
-            raise ValueError("AdamW: amsgrad must be False, got True: use torch.optim.AdamW for it")
+    def _step_group(self, group: dict[str, Any], with_grad: list[Tensor]) -> None:
         operands: dict[torch.device, tuple[list[Tensor], ...]] = defaultdict(lambda: ([], [], [], [], []))
-        for param in group["params"]:
-            if param.grad is None:
-                continue
-            if param.grad.layout != torch.strided:
-                layout = str(param.grad.layout).removeprefix("torch.")
-                raise ValueError(f"AdamW: gradients must be dense, got one that is {layout}")
+        for param in with_grad:
             state = self.state[param] or self._new_state(param)
             tensors: tuple[Any, ...] = (param, param.grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
             if hasattr(param, "to_local"):  # sharded: the step is elementwise, so this process updates its part
@@ -104,8 +141,8 @@ class AdamW(torch.optim.AdamW):
                 exp_avg_sqs,
                 steps,
                 lr=float(group["lr"]),
-                beta1=beta1,
-                beta2=beta2,
+                beta1=float(beta1),
+                beta2=float(beta2),
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
                 maximize=group["maximize"],
@@ -125,8 +162,12 @@ class AdamW(torch.optim.AdamW):
             state_dict: what ``state_dict()`` of either returned; it is not changed.
 
         Raises:
-            ValueError: its groups do not fit those of this optimizer.
+            ValueError: its groups do not fit those of this optimizer, or one has a value that the constructor refuses,
+                such as ``amsgrad=True``. The optimizer stays as it was.
         """
+        for group in state_dict["param_groups"]:
+            # Torch's AdamW takes an Adam's checkpoint too, and decouples the decay.
+            _check_group(group | {"decoupled_weight_decay": True})
         super().load_state_dict(state_dict)
         # Torch has rounded the averages to the parameter's dtype.
         numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -146,3 +187,21 @@ class AdamW(torch.optim.AdamW):
         for values in self.state.values():
             if "step" in values:
                 values["step"] = values["step"].to(device="cpu", dtype=torch.float32)
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    for name, only in _ONLY.items():
+        if bool(group.get(name, only)) != only:
+            raise ValueError(f"AdamW: {name} must be {only}, got {group[name]}: use torch.optim.AdamW for it")
+
+
+def _params_with_grad(group: dict[str, Any]) -> list[Tensor]:
+    _check_group(group)
+    params = [param for param in group["params"] if param.grad is not None]
+    for param in params:
+        if param.grad.layout != torch.strided:
+            layout = str(param.grad.layout).removeprefix("torch.")
+            raise ValueError(f"AdamW: gradients must be dense, got one that is {layout}")
+        if param.grad.is_complex():
+            raise ValueError(f"AdamW: gradients must be real, got one of {param.grad.dtype}: use torch.optim.AdamW")
+    return params

@@ -5,8 +5,9 @@
 
 namespace torch_fused {
 
-SHARED_CONSTANT uint32_t kMostSteps = 42u << 24;  // no token is further from the maximum; the weight there is zero
-SHARED_CONSTANT uint32_t kNoTopP = 1u << 24;      // a top_p of one
+SHARED_CONSTANT uint32_t kFarthest = 42u << 24;   // no token is further from the maximum; the weight there is zero
+SHARED_CONSTANT uint64_t kNoTopP = ~uint64_t(0);  // a top_p of one
+SHARED_CONSTANT float kLog2e = 1.44269504088896f;
 
 // From a float's bits. 0: never drawn (NaN, -inf); else it grows with the float, and both zeros have one key.
 SHARED_INLINE uint32_t order_key(uint32_t bits) {
@@ -49,35 +50,74 @@ SHARED_INLINE uint64_t token_weight(uint32_t steps) {
   return ((uint64_t(power) << 9) + ((uint64_t(1) << shift) >> 1)) >> shift;
 }
 
-// A row's parameters as integers. All four come as floats: 0 is no top_k, 1 no top_p, 0 no min_p.
+// The whole part of total * fraction / 2^64. Of 64 random bits it is a uniform integer below `total`.
+SHARED_INLINE uint64_t share_of(uint64_t total, uint64_t fraction) {
+  const uint64_t low = 0xffffffffu;
+  const uint64_t a = (fraction & low) * (total & low), b = (fraction & low) * (total >> 32);
+  const uint64_t c = (fraction >> 32) * (total & low), middle = (a >> 32) + (b & low) + (c & low);
+  return (fraction >> 32) * (total >> 32) + (b >> 32) + (c >> 32) + (middle >> 32);
+}
+
+// The size of a logit, in octaves of probability.
+SHARED_INLINE uint32_t octaves_of(float logit, float scale) {
+  const float octaves = (logit < 0.0f ? -logit : logit) * scale;
+  return octaves < 32000.0f ? uint32_t(octaves) : 32000u;  // NaN too
+}
+
+// How much a weight, and one that it is compared with, may be off because logits, their distances and the steps are
+// rounded: float32 rounds by up to 2^-24 of the size, which is `octaves` of all three.
+SHARED_INLINE uint64_t rounding_of(uint64_t weight, uint32_t octaves) {
+  return ((weight >> 12) * (octaves + 1)) >> 11;
+}
+
+// What a user asks for in one row. 0 is no top_k and no min_p.
+struct RowParameters {
+  float temperature;
+  float top_k;
+  float min_p;
+  uint64_t top_p;  // in 2^-64, or kNoTopP
+};
+
+// A top_p of float32: the least number that rounds to it, or the one before.
+SHARED_INLINE uint64_t top_p_of(float top_p) {
+  if (top_p >= 1.0f) return kNoTopP;
+  const uint64_t fraction = uint64_t(top_p * 18446744073709551616.0f);
+  return fraction - (fraction >> 24);
+}
+
+// The same once the row's maximum is known.
 struct TokenFilter {
-  float scale;          // infinite for temperature 0: the first of the most probable tokens is drawn
+  float scale;          // log2(e) / temperature
+  float divisor;        // of the logits that are kept
   uint32_t top_k;       // tokens kept, or 0 for all
-  uint32_t top_p;       // in 2^-24
+  uint64_t top_p;       // in 2^-64, or kNoTopP
   uint64_t min_weight;  // lighter tokens are dropped
 };
 
-SHARED_INLINE TokenFilter token_filter(float scale, float top_k, float top_p, float min_p) {
-  const float lightest = min_p * 1099511627776.0f;
-  const uint64_t whole = uint64_t(lightest);
-  const TokenFilter filter = {scale, uint32_t(top_k), uint32_t(top_p * 16777216.0f),
-                              whole + (float(whole) < lightest ? 1 : 0)};
+// Temperature 0 keeps the first of the most probable tokens.
+SHARED_INLINE TokenFilter token_filter(RowParameters row, float maximum) {
+  const float scale = kLog2e / row.temperature;
+  const bool greedy = scale > 3.402823466e38f;
+  const float lightest = row.min_p * 1099511627776.0f;
+  const uint64_t whole = uint64_t(lightest), min_weight = whole + (float(whole) < lightest ? 1 : 0);
+  uint32_t octaves = octaves_of(maximum, scale);  // and those down to min_p, of the logit and of its distance
+  for (uint64_t weight = min_weight; weight != 0 && weight < uint64_t(1) << 40; weight *= 2) octaves += 2;
+  const TokenFilter filter = {scale, greedy ? 1.0f : row.temperature, uint32_t(row.top_k), greedy ? 0 : row.top_p,
+                              min_weight - rounding_of(min_weight, octaves)};
   return filter;
 }
 
-// The weight that top_p keeps of `total`, rounded up; at least one, so that a token stays.
-SHARED_INLINE uint64_t top_p_target(uint64_t total, uint32_t top_p) {
-  const uint64_t low = (total & 0xffffffffu) * top_p, high = (total >> 32) * top_p;
-  const uint64_t target = (high << 8) + (low >> 24) + ((low & 0xffffffu) != 0 ? 1 : 0);
+// The weight that top_p keeps of `total`; at least one, so that a token stays.
+SHARED_INLINE uint64_t top_p_target(uint64_t total, uint64_t top_p) {
+  const uint64_t target = share_of(total, top_p);
   return target != 0 ? target : 1;
 }
 
-// A uniform integer below `total`: the high half of bits * total.
-SHARED_INLINE uint64_t random_below(uint64_t bits, uint64_t total) {
-  const uint64_t low = 0xffffffffu;
-  const uint64_t a = (bits & low) * (total & low), b = (bits & low) * (total >> 32), c = (bits >> 32) * (total & low);
-  const uint64_t middle = (a >> 32) + (b & low) + (c & low);
-  return (bits >> 32) * (total >> 32) + (b >> 32) + (c >> 32) + (middle >> 32);
+// Whether the token with which the running weight passes top_p's target, `mass` then, is one too many: those before it
+// miss the target by no more than rounding, and, next to its weight, by too little to be chance.
+SHARED_INLINE bool is_surplus(uint64_t mass, uint64_t weight, uint64_t target, uint64_t total, uint32_t octaves) {
+  const uint64_t before = mass - weight, rest = total - before, missing = target - before;
+  return before != 0 && missing <= weight >> 10 && missing <= rounding_of(before < rest ? before : rest, octaves);
 }
 
 }  // namespace torch_fused

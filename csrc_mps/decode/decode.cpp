@@ -18,6 +18,7 @@
 #include "../common/autograd.h"
 #include "../common/checks.h"
 #include "../common/rows.h"
+#include "../sampling/sampling.h"
 #include "team.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
@@ -348,22 +349,16 @@ Tensor decode_token(const Tensor& token_ids, const Tensor& positions, const Opti
                     const Tensor& norm, const Tensor& head, TensorList keys, TensorList values, int64_t length,
                     int64_t heads, double eps, double scaling, bool do_sample, double temperature,
                     std::optional<int64_t> top_k, std::optional<double> top_p, std::optional<double> min_p) {
+  if (do_sample) check_filters("decode_token_", temperature, top_k, top_p, min_p);  // before the cache is written
   static const auto decode = find_op<decltype(decode_cpu)>("torch_fused::decode_");
   const Tensor logits = decode
                             .call(token_ids, positions, starts, embedding, cos, sin, layers, norm, head, keys, values,
                                   length, heads, eps, scaling, 1)
                             .squeeze(1);
-  if (!do_sample) {
-    static const auto greedy = find_op<Tensor(const Tensor&)>("torch_fused::greedy");
-    return greedy.call(logits);
-  }
-  static const auto sample =
-      find_op<std::tuple<Tensor, Tensor>(const Tensor&, double, std::optional<int64_t>, std::optional<double>,
-                                         std::optional<double>, const OptionalTensor&, std::optional<at::Generator>,
-                                         std::optional<int64_t>, std::optional<int64_t>, const OptionalTensor&, bool)>(
-          "torch_fused::sample");
-  return std::get<0>(sample.call(logits, temperature, top_k, top_p, min_p, std::nullopt, std::nullopt, std::nullopt,
-                                 std::nullopt, std::nullopt, false));
+  static const auto next_token =
+      find_op<Tensor(const Tensor&, bool, double, std::optional<int64_t>, std::optional<double>,
+                     std::optional<double>)>("torch_fused::_next_token");
+  return next_token.call(logits, do_sample, temperature, top_k, top_p, min_p);
 }
 
 }  // namespace

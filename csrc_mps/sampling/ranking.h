@@ -27,7 +27,7 @@ inline bool precedes(const Token& a, const Token& b) {
 constexpr int64_t kBlock = 64;        // tokens whose largest key is known
 constexpr int64_t kBlockGrain = 256;  // blocks a thread should at least have
 constexpr int kBinShift = 19;         // 32 bins an octave
-constexpr size_t kBins = (kMostSteps >> kBinShift) + 1;
+constexpr size_t kBins = (kFarthest >> kBinShift) + 1;
 
 template <class T>
 TORCH_FUSED_INLINE uint32_t key_of(T logit) {
@@ -50,6 +50,17 @@ TORCH_FUSED_INLINE void block_maxima_loop(const T* values, int64_t count, uint32
   }
 }
 
+// Whether there is a NaN or +inf, of which no softmax makes probabilities.
+template <class T>
+TORCH_FUSED_INLINE bool has_nan_or_inf_loop(const T* values, int64_t count) {
+  uint32_t found = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto bits = bit_copy<uint32_t>(static_cast<float>(widen(values[i])));
+    found |= uint32_t((bits & 0x7fffffffu) >= 0x7f800000u) & uint32_t(bits != 0xff800000u);
+  }
+  return found != 0;
+}
+
 // Keys and distances from the maximum of up to a block of tokens.
 struct Measured {
   uint32_t key[kBlock], steps[kBlock];
@@ -66,6 +77,9 @@ TORCH_FUSED_INLINE void measure_loop(const T* values, int64_t count, float maxim
 #define RANKING_LOOPS(T)                                                                                              \
   TORCH_FUSED_SIMD inline void block_maxima(const T* values, int64_t count, uint32_t* maxima) {                       \
     block_maxima_loop(values, count, maxima);                                                                         \
+  }                                                                                                                   \
+  TORCH_FUSED_SIMD inline bool has_nan_or_inf(const T* values, int64_t count) {                                       \
+    return has_nan_or_inf_loop(values, count);                                                                        \
   }                                                                                                                   \
   TORCH_FUSED_SIMD inline void measure(const T* values, int64_t count, float maximum, float scale, Measured& block) { \
     measure_loop(values, count, maximum, scale, block);                                                               \
@@ -85,6 +99,16 @@ std::vector<uint32_t> all_block_maxima(const T* values, int64_t count) {
   return maxima;
 }
 
+// Whether a token can be drawn: nearly always the first block says so.
+template <class T>
+bool anything_in(const T* values, int64_t count) {
+  uint32_t largest = 0;
+  for (int64_t begin = 0; begin < count && largest == 0; begin += kBlock) {
+    block_maxima(values + begin, std::min(kBlock, count - begin), &largest);
+  }
+  return largest != 0;
+}
+
 // The lowest index of the maximum; 0 if there is nothing but NaN and -inf.
 template <class T>
 int64_t first_maximum(const T* values, int64_t count) {
@@ -99,11 +123,12 @@ int64_t first_maximum(const T* values, int64_t count) {
 template <class T>
 class Ranking {
  public:
-  Ranking(const T* values, int64_t count, const TokenFilter& filter)
-      : values_(values), count_(count), filter_(filter), maxima_(all_block_maxima(values, count)) {
+  Ranking(const T* values, int64_t count, const RowParameters& parameters)
+      : values_(values), count_(count), maxima_(all_block_maxima(values, count)) {
     const uint32_t largest = *std::max_element(maxima_.begin(), maxima_.end());
     if (largest == 0) return;
     maximum_ = bit_copy<float>(key_bits(largest));
+    filter_ = token_filter(parameters, maximum_);
     floor_ = least_key();
     build_histogram();
     apply_filter();
@@ -112,13 +137,11 @@ class Ranking {
   bool anything() const { return floor_ != 0; }
 
   // The token that 64 random bits stand for.
-  int64_t draw(uint64_t bits) const {
-    const uint64_t below = std::isinf(filter_.scale) ? 0 : random_below(bits, total_);
-    return reach_mass(below + 1).token.index;
-  }
+  int64_t draw(uint64_t bits) const { return reach_mass(share_of(total_, bits) + 1).token.index; }
 
-  // The logits that are kept, and -inf in place of the others.
-  void write_kept(T* output) const {
+  // The logits that are kept, divided by the temperature, and -inf in place of the others.
+  void write_kept(T* output, double temperature) const {
+    const auto divisor = static_cast<wide_t<T>>(std::isinf(filter_.scale) ? 1 : temperature);
     std::fill(output, output + count_, static_cast<T>(-std::numeric_limits<float>::infinity()));
     if (!anything()) return;
     for_each_block(0, static_cast<int64_t>(maxima_.size()), 1, [&](int64_t start, int64_t size, const Measured& block) {
@@ -126,7 +149,7 @@ class Ranking {
         const Token token{block.key[i], static_cast<uint32_t>(start + i)};
         const bool kept =
             token.key >= floor_ && token_weight(block.steps[i]) >= filter_.min_weight && !precedes(last_, token);
-        if (kept) output[start + i] = values_[start + i];
+        if (kept) output[start + i] = narrow<T>(widen(values_[start + i]) / divisor);
       }
     });
   }
@@ -209,8 +232,15 @@ class Ranking {
     return tokens;
   }
 
-  uint64_t weight(const Token& token) const {
-    return token_weight(steps_below(maximum_, bit_copy<float>(key_bits(token.key)), filter_.scale));
+  uint32_t steps(const Token& token) const {
+    return steps_below(maximum_, bit_copy<float>(key_bits(token.key)), filter_.scale);
+  }
+  uint64_t weight(const Token& token) const { return token_weight(steps(token)); }
+
+  // Of the larger of the token and the maximum, and of the distance between them.
+  uint32_t octaves(const Token& token) const {
+    const float logit = bit_copy<float>(key_bits(token.key));
+    return std::max(octaves_of(logit, filter_.scale), octaves_of(maximum_, filter_.scale)) + (steps(token) >> 24);
   }
 
   // The first token at which the running mass is at least `target`.
@@ -263,16 +293,22 @@ class Ranking {
       total_ = kth.mass;
     }
     if (filter_.top_p < kNoTopP) {
-      const Reached edge = reach_mass(top_p_target(total_, filter_.top_p));
+      const uint64_t target = top_p_target(total_, filter_.top_p);
+      const Reached edge = reach_mass(target);
       last_ = edge.token;
-      total_ = edge.mass;
+      if (is_surplus(edge.mass, weight(edge.token), target, total_, octaves(edge.token))) {
+        last_ = {last_.key + (last_.index == 0), last_.index - 1};  // nothing is between that and the token
+        total_ = edge.mass - weight(edge.token);
+      } else {
+        total_ = edge.mass;
+      }
     }
     total_ = std::min(total_, histogram_.heavy);
   }
 
   const T* values_;
   int64_t count_;
-  TokenFilter filter_;
+  TokenFilter filter_{};
   std::vector<uint32_t> maxima_;  // the largest key of each block
   float maximum_ = 0;             // the largest logit
   uint32_t floor_ = 0;            // smaller keys are not looked at; 0: nothing can be drawn

@@ -213,15 +213,17 @@ inline Kept search_row(Ranking row, TokenFilter filter, device const ulong* heav
         kept.total = min(kept.total, simd_total(mass));
       }
       if (!draws || kept.total == 0) break;
-      target = isinf(filter.scale) ? 1 : random_below(bits, kept.total) + 1;
+      target = share_of(kept.total, bits) + 1;
     }
     const Reached reached = row.reach(step != 0, target, range);
     if (step == 0) {
       kept.last = ulong(token_key(reached.token)) << INDEX_BITS;  // and all its ties
       kept.total = row.mass_until(kept.last, range);
     } else if (step == 1) {
-      kept.last = reached.token;
-      kept.total = reached.mass;
+      const ulong weight = row.weigher.weight(reached.token);
+      const bool out = is_surplus(reached.mass, weight, target, kept.total, row.weigher.octaves(reached.token));
+      kept.last = reached.token + (out ? 1 : 0);
+      kept.total = reached.mass - (out ? weight : 0);
     } else {
       kept.drawn = reached.token;
     }

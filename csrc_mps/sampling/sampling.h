@@ -11,12 +11,12 @@
 
 namespace torch_fused {
 
-// One checked call: logits as rows, and the parameters, for all rows or in a (rows, 4) float32 tensor: scale, top_k,
-// top_p, min_p as token_filter takes them.
+// One checked call: logits as rows, and the parameters, for all rows or in a (rows, 4) float32 tensor: temperature,
+// top_k, top_p, min_p, where 0 is no top_k.
 struct Sampling {
   int64_t rows;
   int64_t vocabulary;
-  float scale, top_k, top_p, min_p;
+  RowParameters parameters;
   std::optional<at::Tensor> row_parameters;
 };
 
@@ -26,12 +26,24 @@ struct RandomState {
   std::optional<at::Tensor> tensor;
 };
 
+// Checks where they come from, and takes them from a generator only when asked to: an op that raises moves none.
+class RandomSource {
+ public:
+  RandomSource(const at::Tensor& logits, std::optional<at::Generator> generator, std::optional<int64_t> seed,
+               std::optional<int64_t> offset, const std::optional<at::Tensor>& state);
+  RandomState take() const;
+
+ private:
+  RandomState given_;
+  std::optional<at::Generator> generator_;
+};
+
 void check_logits(const char* op, const at::Tensor& logits);
+void check_filters(const char* op, double temperature, std::optional<int64_t> top_k, std::optional<double> top_p,
+                   std::optional<double> min_p);
 Sampling check_sampling(const char* op, const at::Tensor& logits, double temperature, std::optional<int64_t> top_k,
                         std::optional<double> top_p, std::optional<double> min_p,
                         const std::optional<at::Tensor>& row_parameters);
-RandomState random_state(const at::Tensor& logits, std::optional<at::Generator> generator, std::optional<int64_t> seed,
-                         std::optional<int64_t> offset, const std::optional<at::Tensor>& state);
 
 at::Tensor greedy_cpu(const at::Tensor& logits);
 at::Tensor greedy_gpu(const at::Tensor& logits);

@@ -88,8 +88,9 @@ void sampling_divide(device const T* logits [[buffer(0)]], device const uint* ma
   const uint row = group / p.slices, slice = group % p.slices;
   float x[PER_THREAD];
   load_slice(logits + long(row) * p.row_stride, slice, p.vocabulary, thread_id, x);
-  const TokenFilter filter = row_filter(p, row_parameters, row);
-  const Weigher weigher = row_weigher(maxima + long(row) * p.slices, p.slices, filter.scale, lane);
+  const float maximum = row_maximum(maxima + long(row) * p.slices, p.slices, lane);
+  const TokenFilter filter = row_filter(p, row_parameters, row, maximum);
+  const Weigher weigher = {maximum, filter.scale};
   // The splitters as a search tree, of which node i has the children 2 i and 2 i + 1: unlike a sorted array, whose places
   // a power of two apart share a memory bank, what one step of the search reads lies side by side.
   if (thread_id != 0u) {
@@ -145,15 +146,16 @@ void sampling_divide(device const T* logits [[buffer(0)]], device const uint* ma
   threadgroup atomic_uint counts[BUCKETS];                                                                    \
   threadgroup atomic_uint low[BUCKETS];                                                                       \
   threadgroup atomic_uint high[BUCKETS];                                                                      \
-  const TokenFilter filter = row_filter(p, row_parameters, row);                                              \
   const long first_slice = long(row) * p.slices;                                                              \
+  const float maximum = row_maximum(maxima + first_slice, p.slices, lane);                                    \
+  const TokenFilter filter = row_filter(p, row_parameters, row, maximum);                                     \
   const Ranking ranking = {                                                                                   \
       tokens + first_slice * SLICE,                                                                           \
       segments + first_slice * BUCKETS,                                                                       \
       tallies + long(row) * TALLIES * BUCKETS,                                                                \
       splitters + long(row) * BUCKETS,                                                                        \
       p.slices,                                                                                               \
-      row_weigher(maxima + first_slice, p.slices, filter.scale, lane),                                        \
+      {maximum, filter.scale},                                                                                \
       {found, sums, reached, found_count, {bucket_counts, bucket_masses}, {part_counts, part_masses},         \
        {counts, low, high}},                                                                                  \
       thread_id,                                                                                              \
@@ -181,7 +183,7 @@ void sampling_draw(device const ulong* tokens [[buffer(0)]], device const uint* 
   }
 }
 
-// A threadgroup a slice: its logits that are kept, and -inf in place of the others.
+// A threadgroup a slice: its logits that are kept, divided by the temperature, and -inf in place of the others.
 template <typename T>
 [[kernel, max_total_threads_per_threadgroup(1024)]]
 void filter_logits(device const T* logits [[buffer(0)]], device const ulong* tokens [[buffer(1)]],
@@ -201,7 +203,7 @@ void filter_logits(device const T* logits [[buffer(0)]], device const ulong* tok
     const T logit = logits[long(row) * p.row_stride + index];
     const ulong token = make_token(order_key(as_type<uint>(float(logit))), index);
     const bool keep = token >= kept.last && ranking.weigher.weight(token) >= filter.min_weight;
-    output[long(row) * p.vocabulary + index] = keep ? logit : T(-INFINITY);
+    output[long(row) * p.vocabulary + index] = T(keep ? float(logit) / filter.divisor : -INFINITY);
   }
 }
 

@@ -20,9 +20,9 @@ struct GreedyParams {
 };
 struct SamplingParams {
   int64_t row_stride;
-  uint64_t seed, offset;
-  float scale, top_k, top_p, min_p;
-  uint32_t vocabulary, slices, flags, unused;
+  uint64_t seed, offset, top_p;
+  float temperature, top_k, min_p;
+  uint32_t vocabulary, slices, flags;
 };
 constexpr uint32_t ROW_PARAMETERS = 1, STATE = 2;
 
@@ -47,14 +47,13 @@ Divided divide(const Sampling& call, const Tensor& logits) {
   const SamplingParams params{x.stride,
                               0,
                               0,
-                              call.scale,
-                              call.top_k,
-                              call.top_p,
-                              call.min_p,
+                              call.parameters.top_p,
+                              call.parameters.temperature,
+                              call.parameters.top_k,
+                              call.parameters.min_p,
                               static_cast<uint32_t>(call.vocabulary),
                               static_cast<uint32_t>(slices),
-                              call.row_parameters ? ROW_PARAMETERS : 0,
-                              0};
+                              call.row_parameters ? ROW_PARAMETERS : 0};
   const auto longs = logits.options().dtype(at::kLong), ints = longs.dtype(at::kInt);
   const Tensor tokens = at::empty({call.rows, slices, kSlice}, longs);
   const Tensor segments = at::empty({call.rows, slices, kBuckets}, ints);
@@ -106,12 +105,16 @@ std::tuple<Tensor, Tensor> sample_gpu(const Tensor& logits, double temperature, 
                                       std::optional<int64_t> seed, std::optional<int64_t> offset,
                                       const OptionalTensor& state, bool /*return_valid*/) {
   const Sampling call = check_sampling("sample", logits, temperature, top_k, top_p, min_p, row_parameters);
-  const RandomState random = random_state(logits, std::move(generator), seed, offset, state);
+  const RandomSource source(logits, std::move(generator), seed, offset, state);
   const auto shape = logits.sizes().slice(0, logits.dim() - 1);
   const Tensor ids = at::empty(shape, logits.options().dtype(at::kLong));
   const Tensor valid = at::empty(shape, logits.options().dtype(at::kBool));
-  if (call.rows == 0) return {ids, valid};
+  if (call.rows == 0) {
+    source.take();
+    return {ids, valid};
+  }
   Divided d = divide(call, logits);
+  const RandomState random = source.take();
   d.params.seed = random.seed;
   d.params.offset = random.offset;
   if (random.tensor) d.params.flags |= STATE;

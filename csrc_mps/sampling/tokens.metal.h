@@ -10,9 +10,9 @@ struct SamplingParams {
   long row_stride;
   ulong seed;
   ulong offset;
-  float scale;
+  ulong top_p;
+  float temperature;
   float top_k;
-  float top_p;
   float min_p;
   uint vocabulary;
   uint slices;  // of a row
@@ -50,24 +50,32 @@ struct Weigher {
   // No token of the row is larger.
   ulong first() const { return make_token(order_key(as_type<uint>(maximum)), 0u); }
 
-  ulong weight(ulong token) const {
-    if (token == 0) return 0;
-    return token_weight(steps_below(maximum, as_type<float>(key_bits(token_key(token))), scale));
+  uint steps(ulong token) const { return steps_below(maximum, as_type<float>(key_bits(token_key(token))), scale); }
+  ulong weight(ulong token) const { return token == 0 ? 0 : token_weight(steps(token)); }
+
+  // Of the larger of the token and the maximum, and of the distance between them.
+  uint octaves(ulong token) const {
+    const float logit = as_type<float>(key_bits(token_key(token)));
+    return max(octaves_of(logit, scale), octaves_of(maximum, scale)) + (steps(token) >> 24);
   }
 };
 
 // From the largest keys of a row's slices; by each simdgroup.
-inline Weigher row_weigher(device const uint* maxima, uint slices, float scale, uint lane) {
+inline float row_maximum(device const uint* maxima, uint slices, uint lane) {
   uint largest = 0u;
   for (uint i = lane; i < slices; i += 32) largest = max(largest, maxima[i]);
-  return {as_type<float>(key_bits(simd_max(largest))), scale};
+  return as_type<float>(key_bits(simd_max(largest)));
 }
 
 // Values in a buffer nobody could check without waiting for the device: they are clamped.
-inline TokenFilter row_filter(constant SamplingParams& p, device const float* row_parameters, uint row) {
-  if (!(p.flags & ROW_PARAMETERS)) return token_filter(p.scale, p.top_k, p.top_p, p.min_p);
-  device const float* values = row_parameters + 4 * row;
-  const float scale = values[0] >= 0.0f ? values[0] : 0.0f;
-  return token_filter(scale, clamp(values[1], 0.0f, 1048576.0f), clamp(values[2], 0.0f, 1.0f),
-                      clamp(values[3], 0.0f, 1.0f));
+inline TokenFilter row_filter(constant SamplingParams& p, device const float* row_parameters, uint row, float maximum) {
+  RowParameters parameters = {p.temperature, p.top_k, p.min_p, p.top_p};
+  if (p.flags & ROW_PARAMETERS) {
+    device const float* values = row_parameters + 4 * row;
+    parameters.temperature = values[0] >= 0.0f ? min(values[0], FLT_MAX) : 0.0f;
+    parameters.top_k = clamp(values[1], 0.0f, 1048576.0f);
+    parameters.top_p = top_p_of(clamp(values[2], 0.0f, 1.0f));
+    parameters.min_p = clamp(values[3], 0.0f, 1.0f);
+  }
+  return token_filter(parameters, maximum);
 }

@@ -161,7 +161,12 @@ BUGS = [
 ONLY_NUMBERS = [
     ("ties at the k-th value dropped", "sampling", "ulong(token_key(reached.token)) << INDEX_BITS;", "reached.token;",
      lambda: filter_logits(make(2, 5000).round(), top_k=5).exp()),
-    ("every slice's weight counts", "sampling", "kept.total = reached.mass;", ";", lambda: draws(top_p=0.2)),
+    ("every slice's weight counts", "sampling", "kept.total = reached.mass - (out ? weight : 0);", ";",
+     lambda: draws(top_p=0.2)),
+    ("a top_p that is reached exactly keeps one more", "sampling", "reached.token + (out ? 1 : 0)", "reached.token",
+     lambda: filter_logits(torch.tensor([0.3, 0.1, 0.1, 0.5]).log(), top_p=0.8).exp()),
+    ("logits that are not divided", "sampling", "float(logit) / filter.divisor", "float(logit)",
+     lambda: filter_logits(make(2, 300), temperature=0.5).exp()),
     ("the middle of a bucket's weight", "sampling", "low + (middle << 20) + (high << 40)", "low + (high << 40)",
      lambda: draws(top_p=0.9)),
     ("the part of a bucket begins with the bucket", "sampling", "range.first -= part * width;", ";",

@@ -12,7 +12,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDeco
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..ops.decode import decode_token_
-from ..sampling import greedy, sample
+from ..ops.sampling import next_token
 from .cache import CACHE
 from .decode import DECODER, Decoder, Left, left_padding, rows_of
 from .patch import PatchHandle, lock_of, prepare_cache_for_generation
@@ -165,8 +165,7 @@ class _Loop:
         self.model_kwargs.update(cache)
         self.pending = 1
         logits = outputs.logits[:, -1].float()
-        tokens: Any = sample(logits, **self.filters) if self.do_sample else greedy(logits)
-        return tokens
+        return next_token(logits, self.do_sample, **self.filters)
 
     def _decode(self, input_ids: Tensor) -> Tensor:
         mask, positions = self.model_kwargs.get("attention_mask"), self.model_kwargs.get("position_ids")

@@ -21,7 +21,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from ..sampling import greedy, sample
+from ..ops.sampling import next_token
 
 # In the order that `sample` applies them, which is transformers' order too, with what each passes on.
 WARPERS: dict[type, Callable[[Any], dict[str, Any]]] = {
@@ -73,7 +73,9 @@ class LazyScores(Tensor):
     """Scores ``(batch, vocabulary)`` whose last processors have not run, or the softmax of those.
 
     Drawing one token from the softmax, and the argmax, run the fused sampler. Any other function gets the plain tensor
-    that transformers' processors make.
+    that transformers' processors make. On the CPU a draw from a row with NaN or +inf raises RuntimeError, as
+    torch.multinomial does, and the argmax is the first NaN. On a GPU, where looking for them would wait for the device,
+    NaN is never chosen and +inf drawn with certainty.
     """
 
     _filters: dict[str, Any]
@@ -97,10 +99,9 @@ class LazyScores(Tensor):
                 if func is F.softmax and not lazy._is_softmax and kwargs.get("dim", -1) == -1:
                     return cls.of(lazy.as_subclass(Tensor), lazy._filters, lazy._process, is_softmax=True)
                 if func is torch.multinomial and lazy._is_softmax and rest == (1,):
-                    tokens: Any = sample(lazy.as_subclass(Tensor), **lazy._filters)
-                    return tokens.unsqueeze(-1)
+                    return next_token(lazy.as_subclass(Tensor), True, **lazy._filters).unsqueeze(-1)
                 if func is torch.argmax and not lazy._is_softmax and not lazy._filters and rest == (-1,):
-                    return greedy(lazy.as_subclass(Tensor))
+                    return next_token(lazy.as_subclass(Tensor), False)
         args, kwargs = tree_map(_processed, (args, kwargs))
         return func(*args, **kwargs)
 

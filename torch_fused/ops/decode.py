@@ -212,7 +212,7 @@ def decode_token_(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> Tensor:
-    """:func:`decode_`, then the next token of each sequence, as ``greedy`` or ``sample`` of `torch_fused.sampling`.
+    """:func:`decode_`, then the next token of each sequence, as ``next_token`` of `torch_fused.ops.sampling`.
 
     Args:
         token_ids, positions, starts, embedding, cos, sin, layers, norm, head, keys, values, length, heads, eps,
@@ -224,7 +224,7 @@ def decode_token_(
         Token ids ``(batch,)``, int64.
 
     Raises:
-        As :func:`decode_` and ``sample``.
+        As :func:`decode_` and ``next_token``. If logits are NaN, the slots behind ``length`` have been written.
     """
     return _decode_token(
         token_ids,

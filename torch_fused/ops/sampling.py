@@ -1,6 +1,7 @@
 """Drawing the next token: greedy, and at random after temperature, top-k, top-p and min-p, in integer arithmetic."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +26,11 @@ def filter_logits_reference(
 ) -> Tensor:
     """`filter_logits` in plain torch."""
     rows = logits.reshape(-1, logits.shape[-1])
-    order, kept, _ = _rank(rows, _parameters(rows, temperature, top_k, top_p, min_p, row_parameters))
+    parameters = _parameters(rows, temperature, top_k, top_p, min_p, row_parameters)
+    order, kept, _ = _rank(rows, parameters)
     kept = torch.zeros_like(kept).scatter_(-1, order, kept)
-    return torch.where(kept, rows, -torch.inf).view(logits.shape)
+    divided = (rows.to(parameters.divisor.dtype) / parameters.divisor).to(rows.dtype)
+    return torch.where(kept, divided, -torch.inf).view(logits.shape)
 
 
 def sample_reference(
@@ -57,12 +60,21 @@ def sample_reference(
         else:
             seed_tensor = torch.full((1,), seed, device=rows.device)
         state = torch.cat([seed_tensor, torch.full((1,), offset or 0, device=rows.device)])
-    below = _random_below(*_random_bits(state, len(rows)), total)
-    below = torch.where(parameters[:, :1].isinf(), 0, below)
+    below = _share_of(total, *_random_bits(state, len(rows)))
     place = (running <= below).sum(-1, keepdim=True).clamp_max(rows.shape[-1] - 1)
     valid = kept.any(-1)
     ids = torch.where(valid, order.gather(-1, place).squeeze(-1), 0)
     return ids.view(logits.shape[:-1]), valid.view(logits.shape[:-1])
+
+
+class _Parameters(NamedTuple):
+    """What a user asks for, (rows, 1) each: temperature 0 is a top_p of 0."""
+
+    scale: Tensor  # log2(e) / temperature
+    divisor: Tensor  # of the logits that are kept
+    top_k: Tensor  # or 0
+    top_p: tuple[Tensor, Tensor]  # both halves of 64 bits after the point; all ones for no top_p
+    min_p: Tensor
 
 
 def _parameters(
@@ -72,26 +84,35 @@ def _parameters(
     top_p: float | None,
     min_p: float | None,
     row_parameters: Tensor | None,
-) -> Tensor:
-    """(rows, 4) float32: log2(e) / temperature, top_k or 0, top_p or 1, min_p or 0."""
-    if row_parameters is not None:
-        return row_parameters
-    values = [temperature, min(top_k or 0, 1 << 20), 1.0 if top_p is None else top_p, min_p or 0.0]
-    parameters = torch.tensor(values, device=rows.device).expand(len(rows), 4).clone()
-    parameters[:, 0] = _scale(parameters[:, 0])
-    return parameters
+) -> _Parameters:
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    if row_parameters is None:
+        values = [temperature, min(top_k or 0, 1 << 20), 0.0, min_p or 0.0]
+        columns = torch.tensor(values, device=rows.device).expand(len(rows), 4)
+        divisor = torch.full((len(rows), 1), temperature, dtype=wide, device=rows.device)
+        share = min(int((1.0 if top_p is None else top_p) * 2**64), 2**64 - 1)
+        high, low = (torch.full_like(columns[:, :1], 0, dtype=torch.int64) + half for half in divmod(share, 2**32))
+    else:
+        columns, divisor = row_parameters, row_parameters[:, :1].to(wide)
+        # The least number that float32 rounds to top_p, or the one before.
+        scaled = columns[:, 2:3] * 2.0**32
+        high, low = scaled.long(), (scaled.frac() * 2.0**32).long()
+        low = low - ((high << 8 | low >> 24) & _LOW)
+        high, low = high - (high >> 24) + (low >> 32), low & _LOW
+        nothing = columns[:, 2:3] >= 1
+        high, low = high.masked_fill(nothing, _LOW), low.masked_fill(nothing, _LOW)
+    # In one rounding: a number divided by a tensor would be a reciprocal and a product.
+    scale = torch.full_like(columns[:, :1], math.log2(math.e)) / columns[:, :1]
+    greedy = scale.isinf()
+    top = (high.masked_fill(greedy, 0), low.masked_fill(greedy, 0))
+    return _Parameters(scale, divisor.masked_fill(greedy, 1), columns[:, 1:2], top, columns[:, 3:])
 
 
-def _scale(temperature: Tensor) -> Tensor:
-    """log2(e) / temperature in one rounding; a number divided by a tensor would be a reciprocal and a product."""
-    return torch.full_like(temperature, math.log2(math.e)) / temperature
-
-
-def _rank(rows: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _rank(rows: Tensor, parameters: _Parameters) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens of each row in the sampling order, which of them are kept, and their integer weights."""
     x = rows.float()
     x, order = torch.where(x.isnan(), -torch.inf, x).sort(stable=True, dim=-1, descending=True)
-    scale, top_k, top_p, min_p = parameters.unsqueeze(-1).unbind(1)
+    scale, _, top_k, top_p, min_p = parameters
     live = x > -torch.inf
     weights = torch.where(live, _weights(x, scale), 0)
 
@@ -99,18 +120,47 @@ def _rank(rows: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     kept = live & ((x >= kth) | (top_k == 0))
     running = weights.cumsum(-1)
     total = torch.where(kept, weights, 0).sum(-1, keepdim=True)
-    share = (top_p * 2.0**24).long()
-    target = ((total >> 24) * share + (((total & 0xFFFFFF) * share + 0xFFFFFF) >> 24)).clamp_min(1)
-    kept &= (running - weights < target) | (share == 1 << 24)
-    kept &= weights >= (min_p * 2.0**40).ceil().long()
+
+    # The token with which the weight reaches top_p is left out where those before it reach it but for a rounding.
+    target = _share_of(total, *top_p).clamp_min(1)
+    edge = (running < target).sum(-1, keepdim=True).clamp_max(x.shape[-1] - 1)
+    at_edge, weight = x.gather(-1, edge), weights.gather(-1, edge)
+    before = running.gather(-1, edge) - weight
+    octaves = torch.maximum(_octaves(at_edge, scale), _octaves(x[:, :1], scale))
+    octaves += _steps(x, scale).gather(-1, edge) >> 24
+    missing = target - before
+    surplus = (before != 0) & (missing <= weight >> 10)
+    surplus &= missing <= _rounding(torch.minimum(before, total - before), octaves)
+    place = torch.arange(x.shape[-1], device=x.device)
+    kept &= (place <= edge - surplus.long()) | ((top_p[0] == _LOW) & (top_p[1] == _LOW))
+
+    lightest = (min_p * 2.0**40).ceil().long()
+    octaves = _octaves(x[:, :1], scale)
+    for doublings in range(40):
+        octaves += 2 * ((lightest != 0) & (lightest << doublings < 1 << 40)).long()
+    kept &= weights >= lightest - _rounding(lightest, octaves)
     return order, kept, weights
+
+
+def _octaves(logit: Tensor, scale: Tensor) -> Tensor:
+    octaves = logit.abs() * scale
+    return torch.where(octaves < 32000, octaves, 32000).long()
+
+
+def _rounding(weight: Tensor, octaves: Tensor) -> Tensor:
+    """How much a weight may be off because logits, their distances and the steps are rounded to float32."""
+    return ((weight >> 12) * (octaves + 1)) >> 11
+
+
+def _steps(x: Tensor, scale: Tensor) -> Tensor:
+    """How far each logit is below the largest, which comes first, in 2^-24 octaves."""
+    octaves = torch.where(x == x[:, :1], 0.0, (x[:, :1] - x) * scale)
+    return (torch.where(octaves < 42, octaves, 42.0) * 2.0**24).long()
 
 
 def _weights(x: Tensor, scale: Tensor) -> Tensor:
     """round(2^40 * 2^((x - max) * scale)): a polynomial in 32-bit fixed point, as csrc_mps/common/token_weight.h."""
-    largest = x[:, :1]
-    octaves = torch.where(x == largest, 0.0, (largest - x) * scale)
-    steps = (torch.where(octaves < 42, octaves, 42.0) * 2.0**24).long()
+    steps = _steps(x, scale)
     whole = (steps + 0xFFFFFF) >> 24
     fraction = ((whole << 24) - steps) << 8
     power = torch.full_like(steps, 0x00072A3C)
@@ -137,7 +187,7 @@ def _random_bits(state: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return x.unsqueeze(-1), y.unsqueeze(-1)
 
 
-def _random_below(high: Tensor, low: Tensor, total: Tensor) -> Tensor:
+def _share_of(total: Tensor, high: Tensor, low: Tensor) -> Tensor:
     """floor((high * 2^32 + low) * total / 2^64); total is below 2^60."""
     b, c = low * (total >> 32), high * (total & _LOW)
     middle = _multiply_high(low, total & _LOW) + (b & _LOW) + (c & _LOW)
@@ -159,6 +209,8 @@ def _sample_fake(logits, *args, **kwargs):
 register("greedy", reference=greedy_reference, fake=_greedy_fake)
 register("filter_logits", reference=filter_logits_reference, fake=_filter_logits_fake)
 register("sample", reference=sample_reference, fake=_sample_fake)
+torch.library.register_fake("torch_fused::_next_token", lambda logits, *args, **kwargs: _greedy_fake(logits))
+torch.library.register_fake("torch_fused::_check_sampling_parameter", lambda op, name, value: None)
 
 
 def greedy(logits: Tensor) -> Tensor:
@@ -199,20 +251,27 @@ def sample(
     The same seed and offset give the same tokens on every device: probabilities are integers, 2^40 for the most
     probable token. +inf is drawn with certainty, NaN and -inf never.
 
+    Probabilities that are written as decimals keep the tokens that decimal arithmetic keeps: 0.5, 0.3, 0.1 and 0.1 two
+    of them with a top_p of 0.8, though their logits are rounded. For that, what misses top_p or min_p by no more than
+    rounding has reached it. A weight is off by up to 2^-24 for each octave (factor of two) that its logit and the
+    distance to the largest one stand for, and by 2^-24 more; two weights, or the parts that top_p keeps and drops, by
+    twice that. And top_p leaves a token out only if less than a thousandth of it is missing, which is hardly chance.
+
     Args:
         logits: ``(batch, vocabulary)`` or ``(vocabulary,)``, at most 2^20 tokens; float32, float16 or bfloat16, on the
             CPU float64 too, computed with as float32.
-        temperature: divides the logits; 0 is greedy.
+        temperature: divides the logits; 0 keeps the first of the most probable tokens.
         top_k: keeps that many of the most probable tokens, and ties of the last. None keeps all.
         top_p: keeps the fewest most probable tokens whose probabilities reach this, at least one; equal ones lowest
-            index first. None or 1.0 keeps all.
+            index first. None or 1.0 keeps all. A float counts as it is, a tensor as any number that float32 rounds to
+            it.
         min_p: drops tokens less probable than this times the most probable one.
         generator: of the CPU or of logits' device; a seed is taken from it. None is torch's default CPU generator.
         seed: in place of a generator, an int or an int64 tensor of one element on the device of logits.
         offset: as ``seed``; another offset, another draw. Rows of a batch draw independently.
         return_valid: also return which rows had a token to draw.
 
-        Each of temperature, top_k, top_p and min_p may be a ``(batch,)`` tensor; there 0 is no top_k.
+        Each of temperature, top_k, top_p and min_p may be a tensor, ``()`` or ``(batch,)``; there 0 is no top_k.
 
     Returns:
         int64 ids of shape ``(batch,)`` or ``()``; 0 where a row has nothing to draw. With ``return_valid`` a pair of
@@ -220,8 +279,8 @@ def sample(
 
     Raises:
         RuntimeError: an argument is out of its range, or, on the CPU and without ``return_valid``, a row has nothing
-            but NaN and -inf; the message names it. On a GPU tensors of parameters are clamped to their range
-            instead, to not wait for it.
+            but NaN and -inf; the message names it, and no generator has moved. Tensors of parameters that are on a GPU
+            are clamped to their range instead, NaN to 0, to not wait for it.
 
     Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC11), for the random numbers;
     transformers/generation/logits_process.py for the filters.
@@ -250,27 +309,59 @@ def filter_logits(
     top_p: float | Tensor | None = None,
     min_p: float | Tensor | None = None,
 ) -> Tensor:
-    """The logits that :func:`sample` may draw from, as they are, and -inf in place of all others.
+    """The logits that :func:`sample` may draw from, divided by the temperature, and -inf in place of all others.
+
+    Hugging Face's chain of processors: the softmax of the result are the probabilities of :func:`sample`.
 
     Args:
         logits: ``(batch, vocabulary)`` or ``(vocabulary,)``, at most 2^20 tokens; float32, float16 or bfloat16, on the
             CPU float64 too, compared as float32.
-        temperature, top_k, top_p, min_p: as in :func:`sample`. The temperature decides what is kept; the kept logits
-            are not divided by it.
+        temperature, top_k, top_p, min_p: as in :func:`sample`. With temperature 0 the one logit that is kept stays as
+            it is.
 
     Returns:
         A dense tensor of ``logits``' shape and dtype.
 
     Raises:
-        RuntimeError: an argument is out of its range; the message names it.
+        RuntimeError: an argument is out of its range; the message names it. Tensors of parameters that are on a GPU are
+            clamped as in :func:`sample`.
 
     Example:
         >>> import torch, torch_fused
-        >>> torch_fused.sampling.filter_logits(torch.tensor([1.0, 3.0, 2.0]), top_k=2)
-        tensor([-inf, 3., 2.])
+        >>> torch_fused.sampling.filter_logits(torch.tensor([1.0, 3.0, 2.0]), temperature=0.5, top_k=2)
+        tensor([-inf, 6., 4.])
     """
     scalars, row_parameters = _split_parameters("filter_logits", logits, temperature, top_k, top_p, min_p)
     return _filter_logits(logits, *scalars, row_parameters)
+
+
+def next_token(
+    logits: Tensor,
+    do_sample: bool,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Tensor:
+    """The next token of each sequence of a generation: :func:`sample`, or :func:`greedy` unless ``do_sample``.
+
+    On the CPU NaN and +inf are treated as torch's softmax, multinomial and argmax treat them. On a GPU, where looking
+    for them would wait for the device, NaN is never chosen and +inf drawn with certainty.
+
+    Args:
+        logits: ``(batch, vocabulary)``, as for :func:`sample`.
+        do_sample: draw with torch's default CPU generator; otherwise take the most probable token, on the CPU the first
+            NaN where there is one.
+        temperature, top_k, top_p, min_p: as for :func:`sample`; only for ``do_sample``.
+
+    Returns:
+        int64 ids ``(batch,)``.
+
+    Raises:
+        RuntimeError: as :func:`sample`, or, on the CPU, a row to draw from has NaN or +inf; the message names the row.
+    """
+    return _next_token(logits, do_sample, temperature, top_k, top_p, min_p)
 
 
 def _split_parameters(op: str, logits: Tensor, temperature, top_k, top_p, min_p):
@@ -282,13 +373,16 @@ def _split_parameters(op: str, logits: Tensor, temperature, top_k, top_p, min_p)
     columns = []
     for (name, value), nothing in zip(named.items(), (1.0, 0.0, 1.0, 0.0), strict=True):
         if isinstance(value, Tensor):
-            if value.shape not in ((), (rows,)):
-                raise RuntimeError(f"{op}: {name} must be a scalar or of shape ({rows},), got {tuple(value.shape)}")
-            column = value.to(device=logits.device, dtype=torch.float32).expand(rows)
+            if value.shape not in ((), (rows,)) or value.is_complex():
+                takes = f"a scalar or of shape ({rows},)"
+                raise RuntimeError(f"{op}: {name} must be {takes}, got {tuple(value.shape)} of {value.dtype}")
+            if value.is_cpu:  # reading it elsewhere would wait for the device
+                _check_parameter(op, name, value)
+            columns.append(value.to(device=logits.device, dtype=torch.float32).expand(rows))
         else:
-            column = torch.full((rows,), nothing if value is None else value, device=logits.device)
-        columns.append(_scale(column) if name == "temperature" else column)
-    return (1.0, None, None, None), torch.stack(columns, -1)
+            columns.append(torch.full((rows,), nothing if value is None else value, device=logits.device))
+    scalars = [None if isinstance(value, Tensor) else value for value in named.values()]
+    return (1.0 if scalars[0] is None else scalars[0], *scalars[1:]), torch.stack(columns, -1)
 
 
 def _one_integer(logits: Tensor, name: str, value: int | Tensor | None) -> Tensor:
@@ -302,3 +396,5 @@ def _one_integer(logits: Tensor, name: str, value: int | Tensor | None) -> Tenso
 _greedy = torch.ops.torch_fused.greedy.default
 _filter_logits = torch.ops.torch_fused.filter_logits.default
 _sample = torch.ops.torch_fused.sample.default
+_next_token = torch.ops.torch_fused._next_token.default
+_check_parameter = torch.ops.torch_fused._check_sampling_parameter.default
