@@ -41,15 +41,25 @@ def device(text: str) -> str:
     try:
         chosen = torch.device(text)
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"there is no device {text!r}; here are {', '.join(there)}") from None
+        raise argparse.ArgumentTypeError(f"there is no device {text!r}; this machine has {', '.join(there)}") from None
     name = "cuda:0" if text == "cuda" else str(chosen)
     if name not in there:
-        raise argparse.ArgumentTypeError(f"{text} is not available here; there are {', '.join(there)}")
+        raise argparse.ArgumentTypeError(f"{text} is not available; this machine has {', '.join(there)}")
+    return text
+
+
+def prompt(text: str) -> str:
+    """Text that a tokenizer takes, for argparse; bytes that are none arrive as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"is no text: {error}") from None
     return text
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
     """An int or a finite float from `low` to `high`, for argparse."""
+    what = f"{'an integer' if kind is int else 'a number'} from {low} " + ("on" if high == math.inf else f"to {high}")
 
     def parse(text: str) -> Any:
         try:
@@ -57,10 +67,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
         except ValueError:
             value = math.nan
         if not (math.isfinite(value) and low <= value <= high):
-            limits = f"from {low}" + (f" to {high}" if high < math.inf else " on")
-            raise argparse.ArgumentTypeError(
-                f"takes {'an integer' if kind is int else 'a number'} {limits}, got {text!r}"
-            )
+            raise argparse.ArgumentTypeError(f"takes {what}, got {text!r}")
         return value
 
     return parse

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -147,7 +148,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="SmolLM2-135M's shape with random weights, as where its own are not installed: tokens and speed, no text",
     )
-    parser.add_argument("--prompt", help=f"default: {PROMPT}")
+    parser.add_argument("--prompt", type=arguments.prompt, help=f"default: {PROMPT}")
     parser.add_argument(
         "--device",
         type=arguments.device,
@@ -196,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
             _check_length(args, model, inputs)
             _write_text(args, model, tokenizer, inputs, console)
     stock, fused = _compare(model, inputs, args.max_new_tokens, args.rounds)
-    if ".forward" not in fused["report"]:
+    if not re.search(r"\d x \w+\.forward", fused["report"]):
         name = type(model).__name__
         console.print(f"Of {name} only the cache and the sampler are torch_fused's: its layers run as they are.")
     console.print(_table(stock, fused))
@@ -289,7 +290,7 @@ def _write_text(args: argparse.Namespace, model, tokenizer, inputs, console) -> 
     options = {"max_new_tokens": args.max_new_tokens, **_sampling(args)}
     dtype = str(model.dtype).removeprefix("torch.")
     console.rule(f"torch_fused, {args.model or 'SmolLM2-135M-Instruct (dequantised from 4-bit)'}, {dtype}")
-    console.print(args.prompt, style="bold")
+    console.print(args.prompt, style="bold", markup=False)
     with apply_torch_fused(model):
         torch.manual_seed(args.seed)
         model.generate(
@@ -385,9 +386,8 @@ def _table(stock: dict, fused: dict):
     count = f"{len(stock['tokens'])} tokens"
     table.add_row("greedy tokens", "", _same(stock["tokens"], fused["tokens"]), count)
     if fused["tokens"] != stock["tokens"] and "without_decode" in fused:
-        table.add_row(
-            "with stock's roundings, decode=False", "", _same(stock["tokens"], fused["without_decode"]), count
-        )
+        rounded = _same(stock["tokens"], fused["without_decode"])
+        table.add_row("with stock's roundings, decode=False", "", rounded, count)
     return table
 
 

@@ -110,8 +110,8 @@ def emulate(
     Raises:
         MetalError: a source does not compile.
         ValueError: an unknown schedule or source.
-        RuntimeError: raised by the op whose kernel does something wrong, with kernel, file and line; or the cache folder
-            cannot be used, and the message names it.
+        RuntimeError: the cache folder cannot be used; the message names it. Or, raised by the op whose kernel does
+            something wrong, with kernel, file and line.
 
     Example:
         >>> with torch_fused.metal.emulate(schedule="random", seed=1) as run:
