@@ -217,7 +217,7 @@ def _load(args: argparse.Namespace):
         return _ready(model, args.device), AutoTokenizer.from_pretrained(source, **options)
 
 
-def _source(model: str) -> tuple[str, dict[str, Any]]:
+def _source(model: str) -> tuple[str, dict[str, str]]:
     """What transformers calls `model`, a folder, file or id, and what else it has to be told."""
     path = Path(model)
     if path.is_dir():
@@ -234,7 +234,7 @@ def _source(model: str) -> tuple[str, dict[str, Any]]:
         return str(path.parent), {"gguf_file": path.name}
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or path.suffix == ".gguf":
         raise Failure(f"--model {model!r}: there is no such file or folder")
-    return model, {"local_files_only": not _reaches_hub()}
+    return model if _reaches_hub() else _kept_by_hub(model), {}
 
 
 def _reaches_hub() -> bool:
@@ -246,6 +246,18 @@ def _reaches_hub() -> bool:
     except Exception:  # of an HTTP library that differs from release to release
         return False
     return True
+
+
+def _kept_by_hub(model: str) -> str:
+    """The folder of a model that was downloaded before."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(model, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise Failure(
+            f"--model {model!r}: no folder of that name, the hub cannot be reached, and it was not downloaded before"
+        ) from error
 
 
 @contextlib.contextmanager
