@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
             verdict = f"WRONG: {str(error).splitlines()[0]}"
             wrong += 1
         runtime = status().get(op, {}).get(torch.device(device).type, "")
-        print(f"  {op:29} {runtime:30} first use {first.milliseconds:7.1f} ms  {verdict}")
+        print(f"  {op:29} {runtime:30} first use {first.milliseconds:8.2f} ms  {verdict}")
     _print(_speeds(device))
     print(f"{wrong} of {len(CHECKS)} ops are wrong" if wrong else f"all {len(CHECKS)} ops are right on {device}")
     return 1 if wrong else 0
