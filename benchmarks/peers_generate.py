@@ -65,7 +65,7 @@ def mlx_lm(dtype: torch.dtype, room: int) -> Run:
     from mlx_lm.generate import generate_step
     from mlx_lm.sample_utils import make_sampler
 
-    model, _ = load(str(cache_dir("models") / "SmolLM2-135M-Instruct-Qwen2"))
+    model, _ = load(str(demo.demo_model_folder()))
     model.set_dtype({torch.bfloat16: mx.bfloat16, torch.float16: mx.float16, torch.float32: mx.float32}[dtype])
 
     def run(ids: torch.Tensor, count: int, sampled: bool) -> None:

@@ -480,6 +480,24 @@ def test_cuda_demo_with_random_weights(capsys):
 def test_cuda_status_lists_the_kernels():
     """status(): every op that has kernels runs the translated Metal source; none has fallen back to torch."""
     status = torch_fused.status()
-    for op in CHECKS.keys() - {"decode_"}:
+    for op in CHECKS.keys() - {"decode_"} | {"kv_update_"}:
         assert status[op]["cuda"] == "Metal source translated to CUDA"
-    assert status["decode_"]["cuda"] == "torch"
+    assert status["decode_"]["cuda"] == status["decode_token_"]["cuda"] == "none"
+
+
+def test_cuda_damaged_cubins_are_compiled_again(tmp_path):
+    """Truncated, empty and foreign files, each in a new process: the kernel runs, and the file is whole again."""
+    script = "import torch, torch_fused\nx = torch.ones(3, device='cuda')\nprint(torch_fused.functional.softmax(x))"
+    environment = {**os.environ, "TORCH_FUSED_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def run() -> bytes:
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+        assert "0.3333, 0.3333, 0.3333" in result.stdout, result.stderr
+        (path,) = (tmp_path / "cubin").iterdir()
+        return path.read_bytes()
+
+    whole = run()
+    (path,) = (tmp_path / "cubin").iterdir()
+    for damaged in (whole[: len(whole) // 2], b"", b"not a cubin"):
+        path.write_bytes(damaged)
+        assert run() == whole

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from torch_fused import doctor
 from torch_fused.__main__ import main
 from torch_fused.metal import emulate
+from torch_fused.opcount import OpCounter
 from torch_fused.selfcheck import CHECKS, compare
 
 
@@ -29,6 +31,52 @@ def test_doctor_reports_and_succeeds(capsys):
     assert torch.__version__ in output and "GB/s" in output
     assert all(f"  {op} " in output for op in CHECKS)
     assert f"all {len(CHECKS)} ops are right on cpu" in output
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "adamw_", "decode_"])
+def test_doctor_times_the_first_use_alone(monkeypatch, op):
+    """One call, the op's first, to its end on the device: not the rest of the sweep, nor its references."""
+    timed = []
+
+    def milliseconds(call, device):
+        with OpCounter() as ops:
+            call()
+        timed.append((dict(ops.counts), device))
+        return 12.5
+
+    monkeypatch.setattr(doctor, "_milliseconds", milliseconds)
+    with doctor.FirstUse(op, "cpu") as first:
+        CHECKS[op]("cpu")
+    assert timed == [({f"torch_fused::{op}": 1}, "cpu")]
+    assert first.milliseconds == 12.5
+
+
+def test_doctor_uses_no_op_before_its_check(monkeypatch, capsys):
+    """What it measures besides, the cost of a call of rms_norm, comes after the checks."""
+    order = []
+    monkeypatch.setattr(doctor, "CHECKS", {"rms_norm": lambda device: order.append("check")})
+    monkeypatch.setattr(doctor, "_speeds", lambda device: order.append("speeds") or {})
+    with OpCounter() as ops:
+        assert main(["doctor", "--device", "cpu"]) == 0
+    assert order == ["check", "speeds"]
+    assert not any(name.startswith("torch_fused::") and not name.startswith("torch_fused::_") for name in ops.counts)
+    assert "first use      nan ms" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [("mps", "mps is not available"), ("cuda:99", "cuda:99 is not available"), ("gpu", "there is no device 'gpu'")],
+)
+@pytest.mark.parametrize("command", ["doctor", "demo"])
+def test_a_device_that_is_not_there(command, device, reason, capsys):
+    """One line, which names those that are, and exit status 2."""
+    if device == "mps" and torch.backends.mps.is_available():
+        device, reason = "mps:7", "mps:7 is not available"
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--device", device])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1
+    assert f"torch_fused {command}: argument --device: {reason}; this machine has cpu" in error
 
 
 def test_doctor_fails_on_a_wrong_result(monkeypatch, capsys):

@@ -7,6 +7,10 @@ import sys
 import torch
 
 import torch_fused
+from torch_fused.opcount import OpCounter
+from torch_fused.ops.decode import LAYER_PARTS, decode_token_
+from torch_fused.ops.library import COMPOSED
+from torch_fused.runtime import _runtime
 
 # An emulation without a single source stands for a GPU whose compiler rejects them all. In a process of its own, since
 # an op that has fallen back says so until the process ends.
@@ -64,8 +68,66 @@ def test_every_op_has_a_reference_of_the_same_schema():
 
 
 def test_status_lists_each_op_on_each_device():
-    """status(): op -> device -> runtime, without the private ops; "torch" where an op has no kernel of its own."""
+    """status(): op -> device -> runtime, without the private ops. On the CPU every op runs ours."""
     status = torch_fused.status()
     assert not any(op.startswith("_") for op in status)
-    assert {status[op]["cpu"] for op in ("rms_norm", "softmax", "sample", "kv_append_")} == {"vectorised C++"}
-    assert status["kv_update_"]["cpu"] == "torch"
+    assert {"rms_norm", "sample", "kv_append_", "kv_update_", "decode_", "decode_token_"} <= status.keys()
+    assert {runtimes["cpu"] for runtimes in status.values()} == {"vectorised C++"}
+
+
+def decode_arguments() -> dict:
+    """A decoder of one layer, two dimensions and three words."""
+    shapes = {"gate": (3, 2), "up": (3, 2), "down": (2, 3), "input_norm": (2,), "post_attention_norm": (2,)}
+    shapes |= {name: (2, 2) for name in "qkvo"}
+    zero = torch.zeros(1, 1, dtype=torch.long)
+    return {
+        "token_ids": zero,
+        "positions": zero,
+        "starts": None,
+        "embedding": torch.ones(3, 2),
+        "cos": torch.ones(4, 2),
+        "sin": torch.zeros(4, 2),
+        "layers": [torch.ones(shapes[name]) if name in shapes else None for name in LAYER_PARTS],
+        "norm": torch.ones(2),
+        "head": torch.ones(3, 2),
+        "keys": [torch.zeros(1, 1, 4, 2)],
+        "values": [torch.zeros(1, 1, 4, 2)],
+        "length": 0,
+        "heads": 1,
+        "eps": 1e-5,
+        "scaling": 1.0,
+    }
+
+
+def test_status_knows_what_the_composed_ops_call():
+    """What `kv_update_` and `decode_token_` run is what their runtime is told by; no other op calls ops of ours."""
+
+    def has_kernel(op, key):
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"torch_fused::{op}", key)
+
+    composed = {op for op in torch_fused.status() if not has_kernel(op, "CPU")}
+    assert composed == COMPOSED.keys()
+    assert all(has_kernel(op, "CompositeImplicitAutograd") for op in composed)
+
+    buffers = torch.zeros(2, 1, 1, 4, 2)
+    with OpCounter() as ops, torch.no_grad():
+        torch.ops.torch_fused.kv_update_(*buffers, *torch.ones(2, 1, 1, 1, 2), 3)
+    assert {name for name in ops.counts if name.startswith("torch_fused::")} == {"torch_fused::kv_append_"}
+    called = set()
+    for do_sample in (False, True):
+        with OpCounter() as ops, torch.no_grad():
+            decode_token_(**decode_arguments(), do_sample=do_sample)
+        called |= {name.removeprefix("torch_fused::") for name in ops.counts if name.startswith("torch_fused::")}
+    assert called == set(COMPOSED["decode_token_"])
+
+
+def test_status_of_what_is_on_no_device(monkeypatch):
+    """Where an op has no kernel, and where its kernels could not be built, as on a machine with a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    status = torch_fused.status()
+    assert status["kv_update_"]["cuda"] == status["rms_norm"]["cuda"] == "Metal source translated to CUDA"
+    assert {status[op][device] for op in ("decode_", "decode_token_") for device in ("cuda", "mps")} == {"none"}
+    reasons = {"kv_append_": "no compiler"}
+    assert _runtime("kv_update_", "cuda", reasons) == _runtime("kv_append_", "cuda", reasons) == "torch: no compiler"
+    assert _runtime("kv_update_", "cpu", reasons) == "vectorised C++"

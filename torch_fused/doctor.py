@@ -3,46 +3,72 @@
 from __future__ import annotations
 
 import argparse
-import functools
+import math
 import platform
 import subprocess
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import __version__
+from . import __version__, arguments
 from .runtime import status
 from .selfcheck import CHECKS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default=_device(), help="mps, cuda or cpu (default: the best there is)")
+    parser.add_argument(
+        "--device",
+        type=arguments.device,
+        default=arguments.best_device(),
+        help="mps, cuda or cpu (default: the best there is)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints one block to paste into an issue. Returns 1 if any op gives a wrong result, else 0."""
     device = args.device
-    for name, value in _machine(device).items():
-        print(f"{name:22} {value}")
+    _print(_machine(device))
+    print("first use: one call, compiling the op's kernels or loading them from the cache included")
     wrong = 0
     for op, check in CHECKS.items():
+        first = FirstUse(op, device)
         try:
-            first = _milliseconds(functools.partial(check, device), device)
+            with first:
+                check(device)
             verdict = "right"
         except (AssertionError, RuntimeError) as error:
-            first, verdict = float("nan"), f"WRONG: {str(error).splitlines()[0]}"
+            verdict = f"WRONG: {str(error).splitlines()[0]}"
             wrong += 1
         runtime = status().get(op, {}).get(torch.device(device).type, "")
-        print(f"  {op:22} {runtime:34} first use {first:7.1f} ms  {verdict}")
+        print(f"  {op:29} {runtime:30} first use {first.milliseconds:8.2f} ms  {verdict}")
+    _print(_speeds(device))
     print(f"{wrong} of {len(CHECKS)} ops are wrong" if wrong else f"all {len(CHECKS)} ops are right on {device}")
     return 1 if wrong else 0
 
 
-def _device() -> str:
-    if torch.backends.mps.is_available():
-        return "mps"
-    return "cuda" if torch.cuda.is_available() else "cpu"
+class FirstUse(TorchDispatchMode):
+    """Times the first call of an op inside a ``with`` block, to its end on the device."""
+
+    def __init__(self, op: str, device: str) -> None:
+        super().__init__()
+        self.name = f"torch_fused::{op}"
+        self.device = device
+        self.milliseconds = math.nan
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name != self.name or not math.isnan(self.milliseconds):
+            return func(*args, **(kwargs or {}))
+        result: list[Any] = []
+        self.milliseconds = _milliseconds(lambda: result.append(func(*args, **(kwargs or {}))), self.device)
+        return result[0]
+
+
+def _print(facts: dict[str, str]) -> None:
+    for name, value in facts.items():
+        print(f"{name:22} {value}")
 
 
 def _machine(device: str) -> dict[str, str]:
@@ -53,6 +79,12 @@ def _machine(device: str) -> dict[str, str]:
     }
     if platform.system() == "Darwin":
         facts["macOS"] = f"{platform.mac_ver()[0]}, kernels written in Metal 3.1"
+    return facts
+
+
+def _speeds(device: str) -> dict[str, str]:
+    """After the checks, so that these time the first use of an op."""
+    facts = {}
     x, weight = torch.ones(1, 64, device=device), torch.ones(64, device=device)
     op = torch.ops.torch_fused.rms_norm.default
     op(x, (64,), weight, 1e-6)

@@ -2,13 +2,10 @@
 
 #include <c10/core/TensorImpl.h>
 #include <dlfcn.h>
-#include <unistd.h>
 
-#include <cstdlib>
 #include <filesystem>
-#include <fstream>
-#include <sstream>
-#include <vector>
+
+#include "kept_file.h"
 
 namespace torch_fused {
 namespace {
@@ -54,17 +51,6 @@ const Nvrtc& nvrtc() {
   return api;
 }
 
-fs::path cache_folder() {
-  const auto variable = [](const char* name) { return std::getenv(name) ? std::string(std::getenv(name)) : ""; };
-  fs::path base = variable("TORCH_FUSED_CACHE");
-  if (base.empty()) {
-    base = variable("XDG_CACHE_HOME").empty() ? fs::path(variable("HOME")) / ".cache"
-                                              : fs::path(variable("XDG_CACHE_HOME"));
-    base /= "torch_fused";
-  }
-  return base / "cubin";
-}
-
 std::string compile(const Source& source, const std::string& arch) {
   const Nvrtc& api = nvrtc();
   void* program = nullptr;
@@ -92,29 +78,6 @@ std::string compile(const Source& source, const std::string& arch) {
   return result;
 }
 
-// 64-bit FNV-1a, as hexadecimal digits.
-std::string digest(const std::string& text) {
-  uint64_t hash = 0xcbf29ce484222325;
-  for (const unsigned char byte : text) hash = (hash ^ byte) * 0x100000001b3;
-  std::ostringstream digits;
-  digits << std::hex << hash;
-  return digits.str();
-}
-
-// Written beside its place and renamed, so that processes starting at once never read half a file. A cache that cannot
-// be written costs time, nothing else.
-void save(const fs::path& path, const std::string& bytes) {
-  std::error_code ignored;
-  fs::create_directories(path.parent_path(), ignored);
-  fs::permissions(path.parent_path(), fs::perms::owner_all, ignored);
-  const fs::path partial = path.string() + "." + std::to_string(getpid()) + ".partial";
-  std::ofstream file(partial, std::ios::binary);
-  file << bytes;
-  file.close();
-  if (file) fs::rename(partial, path, ignored);
-  fs::remove(partial, ignored);  // there only if it could not be written whole, or renamed
-}
-
 }  // namespace
 
 void* open_library(std::initializer_list<std::string> paths) {
@@ -136,13 +99,13 @@ std::string cubin(const Source& source, int major, int minor) {
   int version[2] = {};
   nvrtc().version(&version[0], &version[1]);
   const std::string compiler = arch + " " + std::to_string(version[0]) + "." + std::to_string(version[1]) + "\n";
-  const fs::path path = cache_folder() / (std::string(source.name) + "-" + digest(compiler + source.cuda) + ".cubin");
-  if (std::ifstream file{path, std::ios::binary}) {
-    std::string bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-    if (!bytes.empty()) return bytes;
+  const fs::path path =
+      cache_folder("cubin") / (std::string(source.name) + "-" + digest(compiler + source.cuda) + ".cubin");
+  std::string bytes = load_kept(path);
+  if (bytes.empty()) {
+    bytes = compile(source, arch);
+    save_kept(path, bytes);
   }
-  std::string bytes = compile(source, arch);
-  save(path, bytes);
   return bytes;
 }
 

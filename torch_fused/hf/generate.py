@@ -15,11 +15,14 @@ from ..ops.decode import decode_token_
 from ..ops.sampling import next_token
 from .cache import CACHE
 from .decode import DECODER, Decoder, Left, left_padding, rows_of
+from .inputs import find_model, merge_inputs
 from .patch import PatchHandle, lock_of, prepare_cache_for_generation
 from .sampling import FusedProcessorList, get_logits_processor
 
 
-def generate(model, inputs: Tensor | Mapping[str, Tensor], *, decode: bool = True, **generate_kwargs: Any):
+def generate(
+    model, inputs: Tensor | Mapping[str, Tensor] | None = None, *, decode: bool = True, **generate_kwargs: Any
+):
     """Calls ``model.generate`` with the fused sampler, and a :class:`FusedKVCache` in place of a ``DynamicCache``.
 
     On the CPU the tokens of a greedy or sampled generation with a Llama, Qwen2 or Qwen3 model, after those of the
@@ -28,8 +31,10 @@ def generate(model, inputs: Tensor | Mapping[str, Tensor], *, decode: bool = Tru
     call returns.
 
     Args:
-        model: a transformers model that can generate.
-        inputs: token ids ``(batch, tokens)``, or what a tokenizer returns: a mapping with ``input_ids``.
+        model: a transformers model that can generate, or a pipeline, which has one.
+        inputs: token ids ``(batch, tokens)``, integers, one sequence being ``(1, tokens)``; or what a tokenizer
+            returns, a mapping with ``input_ids``; or None, and ``generate_kwargs`` have them: ``generate(model,
+            **tokenizer("Hello", return_tensors="pt"))``.
         decode: False leaves the steps of a model that is not patched to transformers.
         generate_kwargs: passed on to ``model.generate``, the streamer included.
 
@@ -37,32 +42,31 @@ def generate(model, inputs: Tensor | Mapping[str, Tensor], *, decode: bool = Tru
         What ``model.generate`` returns.
 
     Raises:
-        TypeError: ``inputs`` is neither a tensor nor a mapping.
+        TypeError: ``model`` is no model that can generate, or ``inputs`` are no tensor of integers or mapping with one.
+        ValueError: the token ids have another shape.
 
     Example:
         >>> tokens = generate(model, tokenizer("Hello", return_tensors="pt"), max_new_tokens=32)
     """
-    if isinstance(inputs, Tensor):
-        inputs = {"input_ids": inputs}
-    elif not isinstance(inputs, Mapping):
-        raise TypeError(f"generate: inputs must be a tensor of token ids or a mapping, got {type(inputs).__name__}")
+    model = find_model("generate", model, can="generate")
+    generate_kwargs = merge_inputs(inputs, generate_kwargs)
     with lock_of(model), PatchHandle(model) as handle:
         handle.bind_generation("_prepare_cache_for_generation", prepare_cache_for_generation)
         handle.bind_generation("_get_logits_processor", get_logits_processor)
         if decode:
             handle.bind_decoder()
         if handle.patched:
-            return _generate(model, inputs, generate_kwargs)
-    return _generate(model, inputs, generate_kwargs)  # a patched model serves several threads at a time
+            return _generate(model, generate_kwargs)
+    return _generate(model, generate_kwargs)  # a patched model serves several threads at a time
 
 
-def _generate(model: Any, inputs: Mapping[str, Tensor], generate_kwargs: dict[str, Any]) -> Any:
+def _generate(model: Any, generate_kwargs: dict[str, Any]) -> Any:
     decoders = [module.__dict__[DECODER] for module in model.modules() if DECODER in module.__dict__]
     decodes = len(decoders) == 1 and not decoders[0].why_not()
     if decodes and not NEEDED_BY_TRANSFORMERS & generate_kwargs.keys():
         own = partial(token_loop, decoder=decoders[0], streamer=generate_kwargs.get("streamer"))
         generate_kwargs = {"custom_generate": own, **generate_kwargs}
-    return model.generate(**inputs, **generate_kwargs)
+    return model.generate(**generate_kwargs)
 
 
 NEEDED_BY_TRANSFORMERS = {"tokenizer", "assistant_tokenizer", "assistant_model", "synced_gpus"}

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicCache
 
 from .cache import CACHE, FusedKVCache
 from .decode import CAUSAL_LMS, DECODER, Decoder, causal_lm_forward
+from .inputs import find_model
 from .models import DECODER_LAYERS, FAMILIES, MLPS, RMS_NORMS, ROTARY, Forwards
 from .origin import Bound, describe, function_of, home_of, is_ours, path_of
 from .sampling import get_logits_processor
@@ -211,7 +212,7 @@ def apply_torch_fused(
     torch.compile or anybody else has wrapped; the handle's report lists these.
 
     Args:
-        model: a transformers model, or any module that holds one.
+        model: a transformers model, any module that holds one, or a pipeline, whose model is patched.
         norms: RMS norms run as one kernel.
         residual: in decoder layers, each addition and the norm that follows it run as one kernel; needs ``norms``.
         rotary: queries and keys are rotated by their positions in one kernel.
@@ -232,6 +233,7 @@ def apply_torch_fused(
         A :class:`PatchHandle` with ``revert()`` and ``report()``, and a context manager that reverts.
 
     Raises:
+        TypeError: ``model`` is none of these.
         RuntimeError: the model is patched already, or it has nothing that could be patched.
 
     Example:
@@ -239,6 +241,7 @@ def apply_torch_fused(
         >>> tokens = model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=32)
         >>> handle.revert()
     """
+    model = find_model("apply_torch_fused", model)
     flags = {
         "norms": norms,
         "residual": residual,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ class Emulation:
         if schedule not in SCHEDULES:
             raise ValueError(f"emulate: schedule is one of {SCHEDULES}, got {schedule!r}")
         self.checked = checked
-        paths = [str(path) for path in libraries.values()]
+        paths = [os.fsencode(path) for path in libraries.values()]
         self._number = torch.ops.torch_fused._emulator_begin(list(libraries), paths, checked, schedule, seed)
         self._launches: list[Launch] | None = None  # once the block is closed
 
@@ -109,7 +110,8 @@ def emulate(
     Raises:
         MetalError: a source does not compile.
         ValueError: an unknown schedule or source.
-        RuntimeError: raised by the op whose kernel does something wrong, with kernel, file and line.
+        RuntimeError: the cache folder cannot be used; the message names it. Or, raised by the op whose kernel does
+            something wrong, with kernel, file and line.
 
     Example:
         >>> with torch_fused.metal.emulate(schedule="random", seed=1) as run:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
+import platform
 import shlex
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..cache import cache_dir
+from ..cache import kept
 from .emit import INCLUDE, emit_host
 from .errors import MetalError
 from .parser import parse
@@ -26,6 +24,7 @@ FLAGS = shlex.split(
     "-fvisibility=hidden"
 )
 WORKERS = 2
+LIBRARY = "kernels.so"
 
 
 def compile_all(sources: dict[str, str], checked: bool) -> dict[str, Path]:
@@ -39,13 +38,10 @@ def compile_all(sources: dict[str, str], checked: bool) -> dict[str, Path]:
 def compile_host(text: str, name: str, checked: bool) -> Path:
     """The shared object with the kernels of flattened Metal source, from the user's cache if it was compiled before.
 
-    `checked` has every memory access call the emulator. Raises MetalError.
+    `checked` has every memory access call the emulator. Raises MetalError, or CacheError.
     """
     flags = [*FLAGS, *_hooks(checked)]
-    library = cache_dir("emulator") / _digest(text, name, *flags) / "kernels.so"
-    if not library.exists():
-        _compile(emit_host(parse(text, name)), name, flags, library)
-    return library
+    return kept("emulator", _digest(text, name, *flags), lambda folder: _compile(text, name, flags, folder)) / LIBRARY
 
 
 def _hooks(checked: bool) -> list[str]:
@@ -77,27 +73,19 @@ def _front_end() -> bytes:
 
 def _digest(*parts: str) -> str:
     digest = hashlib.sha256(_front_end())
-    for part in (*compiler(), _compiler_version(), *parts):
+    # The machine and its C library too: several may share a home.
+    for part in (*compiler(), _compiler_version(), platform.machine(), *platform.libc_ver(), *parts):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:32]
 
 
-def _compile(text: str, name: str, flags: list[str], library: Path) -> None:
-    """Compiles in a folder of its own, then renames it: several processes may do the same at once."""
-    folder = Path(tempfile.mkdtemp(dir=library.parent.parent))
-    try:
-        (folder / "kernels.cpp").write_text(text)
-        arguments = ["-I", str(INCLUDE), "-x", "c++", "kernels.cpp", "-x", "none", "-o", library.name, *flags]
-        result = subprocess.run([*compiler(), *arguments], cwd=folder, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise MetalError(f"{name}: the host's compiler rejects it:\n{_errors(result.stderr)}")
-        try:
-            os.rename(folder, library.parent)
-        except OSError:
-            if not library.exists():
-                raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _compile(text: str, name: str, flags: list[str], folder: Path) -> None:
+    """Writes the shared object into `folder`."""
+    command = [*compiler(), "-I", str(INCLUDE), "-x", "c++", "-", "-x", "none", "-o", LIBRARY, *flags]
+    source = emit_host(parse(text, name))
+    result = subprocess.run(command, cwd=folder, input=source, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise MetalError(f"{name}: the host's compiler rejects it:\n{_errors(result.stderr)}")
 
 
 def _errors(output: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -114,6 +115,7 @@ class Kernel:
             ValueError: a tensor is on another device than CPU or MPS, or ``threads`` and ``group_size`` do not fit.
             TypeError: an argument is none of the above.
             MetalError: the host's compiler rejects the source.
+            RuntimeError: the cache folder cannot be used; the message names it.
         """
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         if any(tensor.device.type == "mps" for tensor in tensors):
@@ -140,7 +142,7 @@ class Kernel:
             raise ValueError(f"{name}: a threadgroup has 1 to {limit} threads, got group_size {group}")
         buffers = [_buffer(name, i, arg, arg_casts) for i, arg in enumerate(args)]
         library = compile_host(self._library._source, self._library._name, checking())
-        torch.ops.torch_fused._emulator_run(str(library), name, grid, group, buffers)
+        torch.ops.torch_fused._emulator_run(os.fsencode(library), name, grid, group, buffers)
 
 
 def _dimensions(value: int | Sequence[int]) -> list[int]:

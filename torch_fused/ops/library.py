@@ -9,6 +9,9 @@ import torch
 # compare it with.
 _references = torch.library.Library("torch_fused_reference", "FRAGMENT")
 
+COMPOSED: dict[str, tuple[str, ...]] = {}
+"""Ops that have no kernel of their own, and the ops that they call."""
+
 
 def register(name: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Registers the plain-torch reference and the fake (shapes and dtypes only) of `torch_fused::<name>`."""

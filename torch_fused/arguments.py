@@ -1,0 +1,73 @@
+"""What the commands take on their command lines, and how they refuse: one line on stderr, and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+USAGE = 2
+"""The exit status for arguments that cannot be served."""
+
+
+class Failure(Exception):
+    """Why a command stops, in one line for its user."""
+
+    def __init__(self, message: object, status: int = 1) -> None:
+        super().__init__(" ".join(str(message).split()))
+        self.status = status
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses in one line, without the usage that --help prints."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: {message} ({self.prog} --help says what there is)\n")
+
+
+def best_device() -> str:
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device(text: str) -> str:
+    """A device that this torch can use, for argparse."""
+    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    there += ["mps"] if torch.backends.mps.is_available() else []
+    try:
+        chosen = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"there is no device {text!r}; this machine has {', '.join(there)}") from None
+    name = "cuda:0" if text == "cuda" else str(chosen)
+    if name not in there:
+        raise argparse.ArgumentTypeError(f"{text} is not available; this machine has {', '.join(there)}")
+    return text
+
+
+def prompt(text: str) -> str:
+    """Text that a tokenizer takes, for argparse; bytes that are none arrive as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"is no text: {error}") from None
+    return text
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """An int or a finite float from `low` to `high`, for argparse."""
+    what = f"{'an integer' if kind is int else 'a number'} from {low} " + ("on" if high == math.inf else f"to {high}")
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"takes {what}, got {text!r}")
+        return value
+
+    return parse
