@@ -115,11 +115,11 @@ class Decoder:
     def check(self, input_ids: Tensor, cache: Any) -> Plan:
         """The plan, if the call is one for the op; raises `Left`."""
         plan = self.plan()
+        if torch.is_autocast_enabled("cpu"):
+            raise Left("autocast is on")
         self._check_cache(plan, input_ids, cache)
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters()):
             raise Left("gradients are enabled")
-        if torch.is_autocast_enabled("cpu"):
-            raise Left("autocast is on")
         if torch.compiler.is_compiling():
             raise Left("torch.compile is tracing")
         if plan.dropout and self.model.training:
@@ -146,8 +146,8 @@ class Decoder:
         first: Any = cache.layers[0]
         if not first.is_initialized:
             raise Left("the cache is empty (a prompt)")
-        if (first.dtype, first.device) != (weight.dtype, weight.device) or first.keys.shape[0] != batch:
-            raise Left("the cache has another dtype, device or batch size than the call")
+        if not cache.is_uniform(weight.dtype, weight.device, batch):
+            raise Left("the cache has another dtype, device or batch size than the call, or layers that differ")
         if cache.max_cache_len is not None and cache.get_seq_length() + steps > cache.max_cache_len:
             raise Left("the cache is full")
 
