@@ -53,6 +53,8 @@ class FusedLayer(DynamicLayer):
     # The tokens are those of `_held`, or the first `_length` of the buffers if it is None. Keys and values go from one
     # to the other in one assignment, so that an interrupt leaves them alike.
     _held: Pair | None = (None, None)
+    is_initialized = False
+    edited = False  # whether a caller has chosen the number of tokens
     _keys: Any = None
     _values: Any = None
     _length = 0
@@ -75,7 +77,9 @@ class FusedLayer(DynamicLayer):
 
     @keys.setter
     def keys(self, keys):
+        before = self.get_seq_length()
         self._hold(keys, self._hand_out()[1])
+        self.edited |= self.get_seq_length() != before
 
     @property
     def values(self):
@@ -262,7 +266,7 @@ class FusedLayer(DynamicLayer):
             self._hold(keys[..., :tokens_to_remove, :], values[..., :tokens_to_remove, :])
 
     def reset(self) -> None:
-        self.is_initialized = False
+        self.is_initialized = self.edited = False
         self._hold(None, None)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -408,6 +412,8 @@ class FusedKVCache(DynamicCache):
         layers: list[Any] = self.layers
         first, last = layers[self._first].get_seq_length(), layers[self._last].get_seq_length()
         if first == last or first - last != self._change:
+            return False
+        if any(getattr(layer, "edited", False) for layer in layers):
             return False
         lengths = self._lengths()
         return len(set(lengths)) == 2 and lengths == sorted(lengths, reverse=first > last)
