@@ -4,11 +4,11 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
-from ..ops.kv_cache import kv_update_
+from ..ops.kv_cache import kv_append_reference, kv_update_
 
 CACHE = "cache"
 """Transformers' name for the cache, as an argument and in its outputs; before 5.24 it was ``past_key_values``."""
@@ -19,144 +19,313 @@ ALLOCATE_AT_ONCE = 256 * 2**20
 """Bytes up to which a whole cache is allocated for its final length with the first token; a larger one grows."""
 
 
+# Torch's own, not public; of `_storage(tensor)` while the tensor lives.
+_use_count = torch._C._storage_Use_Count
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+_one = torch.empty(1)
+SOLE = _use_count(_storage(_one))
+"""The use count of a storage that one tensor holds."""
+
+PLAIN = (Tensor, nn.Parameter)
+
+Pair = tuple[Any, Any]
+"""Of keys and of values."""
+
+
 class FusedLayer(DynamicLayer):
     """The cache of one layer: two buffers, of which the first `get_seq_length()` tokens are in use.
 
-    ``keys`` and ``values`` are views of the part in use, ``(batch, heads, tokens, head_dim)``; the next tokens are
-    written behind it, and `crop` only forgets. A tensor assigned to them is never written: it is copied into a buffer
-    of our own when the next token comes.
+    ``keys`` and ``values`` are what a `DynamicLayer` has, ``(batch, heads, tokens, head_dim)``: views of the part in
+    use, or the tensors that were assigned. New tokens are written behind it in place, but only while nobody else holds
+    a view of the buffers; else the tokens move to new ones first. So no tensor that was handed out or assigned is ever
+    written: a caller may keep or edit it.
 
     Args:
         final_length: tokens the sequence is expected to reach, if known.
         byte_budget: bytes that may be allocated at once for ``final_length`` tokens.
     """
 
+    # The tokens are those of `_held`, or the first `_length` of the buffers if it is None. Keys and values go from one
+    # to the other in one assignment, so that an interrupt leaves them alike.
+    _held: Pair | None = (None, None)
+    is_initialized = False
+    edited = False  # whether a caller has chosen the number of tokens
+    _keys: Any = None
+    _values: Any = None
+    _length = 0
+    _room = -1  # the length up to which tokens are written without `_prepare`, which sets the four below too
+    _dtypes: Pair | None = None  # the states' that kv_update_ takes
+    _kind: tuple | None = None  # the buffers' dtypes, device and batch size
+    _storages: Pair | None = None
+    _locked = False  # inference tensors, which torch lets nobody write outside of inference mode
+
     def __init__(self, final_length: int | None = None, byte_budget: int = 0):
         self.final_length = final_length
         self.byte_budget = byte_budget
         super().__init__()
 
-    # `_capacity` is the number of tokens that may be written in place: 0 while the tensors are not ours.
+    # ---- keys and values as tensors ---------------------------------------------------------------------------------
 
     @property
     def keys(self):
-        return None if self._keys is None else self._keys.narrow(2, 0, self._length)
+        return self._hand_out()[0]
 
     @keys.setter
     def keys(self, keys):
-        self._keys = keys
-        self._length = 0 if keys is None else keys.shape[2]
-        self._capacity = 0
+        before = self.get_seq_length()
+        self._hold(keys, self._hand_out()[1])
+        self.edited |= self.get_seq_length() != before
 
     @property
     def values(self):
-        return None if self._values is None else self._values.narrow(2, 0, self._length)
+        return self._hand_out()[1]
 
     @values.setter
     def values(self, values):
-        self._values = values
-        self._capacity = 0
+        self._hold(self._hand_out()[0], values)
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # Autocast gives float32 keys, from the rotation, and values of a half dtype.
-        self.dtype = torch.promote_types(key_states.dtype, value_states.dtype)
-        self.device = key_states.device
-        self.keys, self.values = (
-            states.new_empty((*states.shape[:2], 0, states.shape[3]), dtype=self.dtype)
-            for states in (key_states, value_states)
-        )
-        self.is_initialized = True
+    def _hand_out(self) -> Pair:
+        """Keys and values; the same two tensors until tokens come or go."""
+        if self._held is None:
+            self._room = -1
+            self._held = self._used(self._keys), self._used(self._values)
+        return self._held
+
+    def _hold(self, keys: Tensor | None, values: Tensor | None) -> None:
+        """Makes these two, which are not ours to write, the keys and values."""
+        if self._held is not None and keys is self._held[0] and values is self._held[1]:
+            return
+        self._room = -1
+        self._held = keys, values
+        self._keys = self._values = None
+
+    def _take_back(self) -> None:
+        """Leaves the tokens to the buffers alone, if what was handed out still is the views of them."""
+        # A compiler cannot ask this; there, what was handed out is copied.
+        if self._held is None or self._keys is None or self._values is None or torch.compiler.is_compiling():
+            return
+        for view, buffer in zip(self._held, (self._keys, self._values), strict=True):
+            if view.requires_grad or view.dtype != buffer.dtype or not view.is_set_to(self._used(buffer)):
+                return
+        self._held = None
+
+    def _used(self, buffer: Tensor) -> Tensor:
+        return buffer.narrow(2, 0, self._length)
+
+    # ---- appending --------------------------------------------------------------------------------------------------
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Appends ``(batch, heads, tokens, head_dim)`` states and returns all keys and values.
 
         With gradients enabled and needed, the result is a differentiable concatenation, as `DynamicLayer` makes it.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (self._keys, self._values, key_states, value_states)
+        length = self._length + key_states.shape[-2]
+        if (
+            length > self._room
+            or (key_states.dtype, value_states.dtype) != self._dtypes
+            or (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad))
+            or not self._may_write()
         ):
-            keys, values = torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
-            self.keys, self.values = keys, values
-            return keys, values
-        if key_states.dtype != value_states.dtype:
-            key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
-        length = self._length + key_states.shape[2]
-        self._make_room(length)
+            return self._update_slowly(key_states, value_states)
         views = kv_update_(self._keys, self._values, key_states, value_states, self._length)
         self._length = length
         return views
 
-    def _make_room(self, length: int) -> None:
-        # Torch lets nobody write to an inference tensor outside of inference mode.
-        locked = self._keys.is_inference() and not torch.is_inference_mode_enabled()
-        if length > self._capacity or locked:
-            self._reallocate(self._capacity_for(length))
+    def _update_slowly(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        tokens = key_states.shape[-2]
+        if value_states.shape[-2] != tokens:
+            raise RuntimeError(
+                f"FusedKVCache: value_states must have as many tokens as key_states, {tokens}, got "
+                f"{value_states.shape[-2]}"
+            )
+        if not self._prepare((key_states, value_states), tokens):
+            keys, values = self._hand_out()
+            keys, values = torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+            self._hold(keys, values)
+            return keys, values
+        if self._dtypes == (key_states.dtype, value_states.dtype):
+            views = kv_update_(self._keys, self._values, key_states, value_states, self._length)
+        else:
+            kv_append_reference(self._keys, self._values, key_states, value_states, self._length)
+            views = tuple(buffer.narrow(2, 0, self._length + tokens) for buffer in (self._keys, self._values))
+        self._length += tokens
+        return views
 
-    def _capacity_for(self, length: int) -> int:
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        if key_states.dtype != value_states.dtype:  # what follows from that differs between versions of transformers
+            super().lazy_initialization(key_states, value_states)
+            return
+        self.dtype, self.device = key_states.dtype, key_states.device
+        empty = key_states.new_empty(0)
+        self._hold(empty, empty)
+        self.is_initialized = True
+
+    def _may_write(self) -> bool:
+        """Whether the buffers may be written: nobody else holds them."""
+        if self._locked and not torch.is_inference_mode_enabled():
+            return False
+        if torch.compiler.is_compiling():  # a compiler cannot count; `_hand_out` gave them to nobody
+            return self._room >= 0
+        if self._storages is None:
+            self._storages = _storage(self._keys), _storage(self._values)
+        keys, values = self._storages
+        return _use_count(keys) == SOLE == _use_count(values)
+
+    def _prepare(self, new: Pair, tokens: int) -> bool:
+        """Lets buffers that may be written hold the tokens, with room for so many more like `new`.
+
+        False where only `torch.cat` does what it does in a `DynamicLayer`: with gradients, for keys and values that
+        were edited apart, for states that do not fit.
+        """
+        self._take_back()
+        old = (self._keys, self._values) if self._held is None else self._held
+        # `torch.cat` passes over an empty vector, but for its dtype; a `DynamicLayer` begins with two.
+        begins = self._held is not None and all(type(t) is Tensor and t.shape == (0,) for t in old)
+        if not _match(*new) or not (begins or (_match(old[0], new[0], 3) and _match(old[1], new[1], 3))):
+            return False
+        if self._held is not None and not begins and old[0].shape[2] != old[1].shape[2]:
+            return False
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*old, *new)):
+            return False
+        dtypes = _promote(old[0], new[0]), _promote(old[1], new[1])
+        length = self._length if self._held is None else 0 if begins else old[0].shape[2]
+        if (
+            self._held is not None
+            or dtypes != (old[0].dtype, old[1].dtype)
+            or length + tokens > min(old[0].shape[2], old[1].shape[2])
+            or not self._may_write()
+        ):
+            del old
+            self._move(length, self._capacity_for(length + tokens, new, dtypes), new, dtypes)
+        self._room = min(self._keys.shape[2], self._values.shape[2])
+        return True
+
+    def _move(self, length: int, capacity: int, new: Pair, dtypes: Pair) -> None:
+        """Copies the tokens into new buffers, keys before values, so that what the keys leave can be reused."""
+        self._room, self._storages = -1, None
+        for i, name in enumerate(("_keys", "_values")):
+            old = getattr(self, name) if self._held is None else self._held[i]
+            batch, heads, _, head_dim = new[i].shape
+            buffer = new[i].new_empty((batch, heads, capacity, head_dim), dtype=dtypes[i])
+            if length:
+                buffer.narrow(2, 0, length).copy_(old.detach().narrow(2, 0, length))
+            setattr(self, name, buffer)
+        self._length = length
+        self._dtypes = dtypes if dtypes[0] == dtypes[1] else None
+        self._kind = (*dtypes, buffer.device, batch)
+        self._locked = buffer.is_inference()
+        self._held = None
+
+    def _capacity_for(self, length: int, new: Pair, dtypes: Pair) -> int:
         """Tokens to allocate when `length` are needed: the final length if small enough, else half as many again."""
         if self.final_length is None or self.final_length < length:
             return length + length // 2
-        token_bytes = sum(t.shape[0] * t.shape[1] * t.shape[3] * t.element_size() for t in (self._keys, self._values))
+        token_bytes = sum(t.shape[0] * t.shape[1] * t.shape[3] * dt.itemsize for t, dt in zip(new, dtypes, strict=True))
         if self.final_length * token_bytes <= self.byte_budget:
             return self.final_length
         return min(length + length // 2, self.final_length)
 
-    def _reallocate(self, capacity: int) -> None:
-        """Moves the tokens in use into new buffers, one after the other, so that the old one can be reused."""
-        for name in ("_keys", "_values"):
-            old = getattr(self, name)
-            new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
-            if self._length:
-                new.narrow(2, 0, self._length).copy_(old.detach().narrow(2, 0, self._length))
-            setattr(self, name, new)
-        self._capacity = capacity
+    def owns_buffers(self) -> bool:
+        """Whether the tokens are in buffers, or now have been brought there, so that `room_for` gives them."""
+        self._take_back()
+        return self._held is None or (self.is_initialized and self._prepare(self._held, 0))
 
-    def room_for(self, tokens: int) -> tuple[Tensor, Tensor]:
+    def room_for(self, tokens: int) -> Pair:
         """The two buffers, with room for that many tokens behind those in use. `advance` makes these count."""
-        self._make_room(self._length + tokens)
+        if self._length + tokens > self._room or not self._may_write():
+            self._prepare((self._keys, self._values), tokens)
         return self._keys, self._values
 
     def advance(self, tokens: int) -> None:
         self._length += tokens
 
+    # ---- the rest of a DynamicLayer ---------------------------------------------------------------------------------
+
     def get_seq_length(self) -> int:
-        return self._length
+        return super().get_seq_length() if self._held is not None else self._length
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(
                 f"FusedKVCache: crop takes minus the number of tokens to remove, or 0, got {tokens_to_remove}"
             )
-        self._length = max(0, self._length + tokens_to_remove)
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        self._take_back()
+        if self._held is None:
+            self._length = max(0, self._length + tokens_to_remove)
+        else:
+            keys, values = self._held
+            self._hold(keys[..., :tokens_to_remove, :], values[..., :tokens_to_remove, :])
 
     def reset(self) -> None:
-        self.keys = self.values = None
-        self.is_initialized = False
+        self.is_initialized = self.edited = False
+        self._hold(None, None)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        if self._capacity == 0:
-            super().reorder_cache(beam_idx)
+        if self.get_seq_length() == 0:
             return
-        # Back into the same buffers: no reallocation with the next token.
-        for states in (self.keys, self.values):
-            states.copy_(states.index_select(0, beam_idx.to(states.device)))
+        self._take_back()
+        states = (self._used(self._keys), self._used(self._values)) if self._held is None else self._held
+        reordered: Any = tuple(t.index_select(0, beam_idx.to(t.device)) for t in states)
+        del states
+        if self._held is None and len(beam_idx) == self._keys.shape[0] and self._may_write():
+            # Back into the same buffers: no reallocation with the next token.
+            room, self._room, self._held = self._room, -1, reordered
+            for buffer, new in zip((self._keys, self._values), reordered, strict=True):
+                self._used(buffer).copy_(new)
+            self._held = None
+            self._room = room
+        else:
+            self._hold(*reordered)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the two buffers hold, the unused part included."""
-        return sum(t.numel() * t.element_size() for t in (self._keys, self._values) if t is not None)
+        return _nbytes(self._held if self._keys is None else (self._keys, self._values))
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold the tokens in use only."""
         state = self.__dict__.copy()
-        if self._keys is not None:
-            state["_keys"], state["_values"] = (
-                t.clone(memory_format=torch.contiguous_format) for t in (self.keys, self.values)
-            )
-            state["_capacity"] = 0
+        held = (self._used(self._keys), self._used(self._values)) if self._held is None else self._held
+        state.update(_held=tuple(map(_compact, held)), _keys=None, _values=None, _room=-1, _storages=None)
         return state
+
+
+def _match(a: Any, b: Any, *dims: int) -> bool:
+    """Whether both are plain tensors of four dimensions on one device, of as many batches, heads and `dims`."""
+    return (
+        type(a) in PLAIN
+        and type(b) in PLAIN
+        and a.dim() == b.dim() == 4
+        and a.shape[:2] == b.shape[:2]
+        and 0 not in a.shape[:2]
+        and all(a.shape[dim] == b.shape[dim] for dim in dims)
+        and a.device == b.device
+        and a.layout == b.layout == torch.strided
+    )
+
+
+def _promote(a: Tensor, b: Tensor) -> torch.dtype:
+    return torch.promote_types(a.dtype, b.dtype)
+
+
+def _compact(tensor: Any) -> Any:
+    """The tensor, without what else its storage holds."""
+    if tensor is None or tensor.requires_grad or tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _nbytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 class FusedKVCache(DynamicCache):
@@ -194,19 +363,78 @@ class FusedKVCache(DynamicCache):
         self.layers = [
             FusedLayer(final_length, byte_budget) if type(layer) is DynamicLayer else layer for layer in self.layers
         ]
+        attention = [i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)]
+        self._first, self._last = (attention[0], attention[-1]) if attention else (0, 0)
+        self._change = 0  # tokens that the last forward, step or crop adds to one layer after the other
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        if self.max_cache_len is not None:
-            held, new = self.get_seq_length(layer_idx), key_states.shape[2]
-            if held + new > self.max_cache_len:
+        if self._max_cache_len is not None:
+            held, new = self.get_seq_length(layer_idx), key_states.shape[-2]
+            if held + new > self._max_cache_len:
                 raise ValueError(
-                    f"FusedKVCache: full: max_cache_len is {self.max_cache_len} tokens and {held} are held, got {new} "
+                    f"FusedKVCache: full: max_cache_len is {self._max_cache_len} tokens and {held} are held, got {new} "
                     "more. Make the cache longer, crop() or reset() it."
                 )
-        layer: Any = self.layers[layer_idx]
-        return layer.update(key_states, value_states, *args, **kwargs)
+        layers: list[Any] = self.layers
+        if layer_idx == self._first:
+            # Others that hold nothing may not be in use.
+            if layers[self._last].get_seq_length() > 0:
+                self._check_whole()
+            self._change = key_states.shape[-2]
+        return layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        if layer_idx == self._first:  # a model begins a forward
+            self._check_whole()
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes minus that many tokens off the end, before that those that an interrupted call left too many."""
+        layers: list[Any] = self.layers
+        if self._is_torn():
+            if any(self.is_linear):
+                raise ValueError("FusedKVCache: a call was interrupted; linear attention cannot go back: reset() it")
+            shortest = min(self._lengths())
+            for layer in layers:
+                if isinstance(layer, DynamicLayer):
+                    layer.crop(shortest - layer.get_seq_length())
+        if tokens_to_remove < 0:
+            self._change = max(tokens_to_remove, -layers[self._first].get_seq_length())
+        super().crop(tokens_to_remove)
+
+    def _lengths(self) -> list[int]:
+        return [layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)]
+
+    def _is_torn(self) -> bool:
+        """Whether an interrupt ended the last forward, step or crop after it had changed the first layers."""
+        layers: list[Any] = self.layers
+        first, last = layers[self._first].get_seq_length(), layers[self._last].get_seq_length()
+        if first == last or first - last != self._change:
+            return False
+        if any(getattr(layer, "edited", False) for layer in layers):
+            return False
+        lengths = self._lengths()
+        return len(set(lengths)) == 2 and lengths == sorted(lengths, reverse=first > last)
+
+    def _check_whole(self) -> None:
+        if self._is_torn():
+            first, *_, last = self._lengths()
+            raise ValueError(
+                f"FusedKVCache: an earlier call was interrupted: the first layers hold {first} tokens and the last "
+                f"{last}. crop(0) cuts all layers to the shorter length; reset() empties them."
+            )
+
+    def is_uniform(self, dtype: torch.dtype, device: torch.device, batch: int) -> bool:
+        """Whether every layer holds as many tokens of that dtype, device and batch size, in buffers of ours."""
+        self._check_whole()
+        layers: list[Any] = self.layers
+        kind, length = (dtype, dtype, device, batch), layers[0].get_seq_length()
+        return all(
+            (layer._held is None or layer.owns_buffers()) and layer._length == length and layer._kind == kind
+            for layer in layers
+        )
 
     def room_for(self, tokens: int) -> tuple[list[Tensor], list[Tensor]]:
         """The buffers of all layers' keys and of their values, with room for that many tokens behind those in use."""
@@ -217,6 +445,7 @@ class FusedKVCache(DynamicCache):
     def advance(self, tokens: int) -> None:
         """Counts that many tokens, which have been written to what `room_for` returned, as held."""
         layers: list[Any] = self.layers
+        self._change = tokens
         for layer in layers:
             layer.advance(tokens)
 
@@ -237,5 +466,4 @@ class FusedKVCache(DynamicCache):
 def _layer_nbytes(layer) -> int:
     if isinstance(layer, FusedLayer):
         return layer.nbytes
-    tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    return _nbytes((getattr(layer, "keys", None), getattr(layer, "values", None)))

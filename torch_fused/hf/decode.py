@@ -176,9 +176,8 @@ class Decoder:
         self._check_cache(input_ids, cache)
         plan = self.plan()
         weight: Tensor = plan.weights["embedding"]
-        first = cache.layers[0]
-        if len(cache.layers) != plan.layers or (first.dtype, first.device) != (weight.dtype, weight.device):
-            raise Left("the cache has another dtype, device or number of layers than the model")
+        if len(cache.layers) != plan.layers or not cache.is_uniform(weight.dtype, weight.device, input_ids.shape[0]):
+            raise Left("the cache has another dtype, device, batch size or number of layers, or layers that differ")
         if self.needs_gradients():
             raise Left("gradients are enabled")
         if any(attention.training for attention in plan.dropout):
@@ -232,10 +231,6 @@ class Decoder:
             raise Left(f"more than {MOST_STEPS} new tokens (a prompt)")
         if batch > MOST_SEQUENCES:
             raise Left(f"more than {MOST_SEQUENCES} sequences")
-        if layers[0].keys.shape[0] != batch:
-            raise Left("the cache has another batch size than the call")
-        if len({layer.get_seq_length() for layer in layers}) != 1:
-            raise Left("the cache has layers of several lengths")
         if cache.max_cache_len is not None and cache.get_seq_length() + steps > cache.max_cache_len:
             raise Left("the cache is full")
 
