@@ -335,8 +335,11 @@ def test_bad_values_in_parameter_tensors_name_the_row():
     """On the CPU tensors of parameters are checked too."""
     with pytest.raises(RuntimeError, match="top_p must be from 0 to 1, got 2 in row 1"):
         sample(make(2, 8), top_p=torch.tensor([0.5, 2.0]))
-    with pytest.raises(RuntimeError, match="temperature must not be negative or NaN, in row 0"):
-        sample(make(2, 8), temperature=torch.tensor([-0.5, 1.0]))
+    for row, bad in enumerate((-0.5, torch.nan, torch.inf, -torch.inf)):
+        temperature = torch.ones(4, dtype=torch.float64)
+        temperature[row] = bad
+        with pytest.raises(RuntimeError, match=f"temperature must be finite and not negative, in row {row}"):
+            sample(make(4, 8), temperature=temperature)
 
 
 # ---- kernels and torch's machinery ----------------------------------------------------------------------------------

@@ -68,18 +68,38 @@ class AdamW(torch.optim.AdamW):
             What the closure returned, or None.
 
         Raises:
-            ValueError: a gradient is sparse, or a group asks for amsgrad. The parameters of that group stay as they
-                were.
+            ValueError: a gradient is sparse, or a group asks for amsgrad. Every parameter stays as it was.
+            RuntimeError: parameters of a group, or their states, share memory with each other. Those of the groups
+                before it have been updated.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self._step_group(group)
+        for group, operands in [(group, self._operands(group)) for group in self.param_groups]:
+            self._step_group(group, operands)
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, but a parameter that is in the group twice, which would be updated twice, is an error.
+
+        Args:
+            param_group: a dict with ``"params"`` and settings that differ from the defaults.
+
+        Raises:
+            ValueError: a parameter is in the group twice, or already in another.
+        """
+        if not isinstance(param_group["params"], Tensor):
+            param_group["params"] = list(param_group["params"])
+            tensors = [param[1] if isinstance(param, tuple) else param for param in param_group["params"]]
+            places: dict[int, int] = {}
+            for i, tensor in enumerate(tensors):
+                if (first := places.setdefault(id(tensor), i)) != i:
+                    raise ValueError(f"AdamW: params {first} and {i} of a group are one parameter: give it once")
+        super().add_param_group(param_group)
+
+    def _operands(self, group: dict[str, Any]) -> dict[torch.device, tuple[list[Tensor], ...]]:
+        """Parameters, gradients, states and steps of a group, for each device."""
         if group["amsgrad"]:
             raise ValueError("AdamW: amsgrad must be False, got True: use torch.optim.AdamW for it")
         operands: dict[torch.device, tuple[list[Tensor], ...]] = defaultdict(lambda: ([], [], [], [], []))
@@ -95,6 +115,9 @@ class AdamW(torch.optim.AdamW):
                 tensors = (*(tensor.to_local() for tensor in tensors[:4]), state["step"])
             for to, tensor in zip(operands[param.device], tensors, strict=True):
                 to.append(tensor)
+        return operands
+
+    def _step_group(self, group: dict[str, Any], operands: dict[torch.device, tuple[list[Tensor], ...]]) -> None:
         beta1, beta2 = group["betas"]
         for params, grads, exp_avgs, exp_avg_sqs, steps in operands.values():
             adamw_(

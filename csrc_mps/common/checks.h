@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <limits>
 #include <string_view>
 
 namespace torch_fused {
@@ -29,6 +30,20 @@ inline void check_same_shape(const char* op, const char* argument, const at::Ten
                              const at::Tensor& like) {
   TORCH_CHECK(tensor.sizes() == like.sizes(), op, ": ", argument, " must have ", like_argument, "'s shape ",
               like.sizes(), ", got ", tensor.sizes());
+}
+
+// `grad` must be of the shape, dtype and device of what it is the gradient of.
+inline void check_grad(const char* op, const char* argument, const at::Tensor& grad, const char* of_argument,
+                       const at::Tensor& of) {
+  check_same_shape(op, argument, grad, of_argument, of);
+  check_alike(op, argument, grad, of_argument, of);
+}
+
+// `size` as a parameter of a GPU kernel, which counts `what` in 32 bits.
+inline uint32_t kernel_size(const char* op, const char* what, int64_t size) {
+  TORCH_CHECK(size >= 0 && size <= std::numeric_limits<uint32_t>::max(), op, ": a GPU takes at most 2^32 - 1 ", what,
+              ", got ", size);
+  return static_cast<uint32_t>(size);
 }
 
 // Whether the casting mode is "llama"; it must be that or "torch".

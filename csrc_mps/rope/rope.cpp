@@ -3,7 +3,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <type_traits>
@@ -39,7 +38,7 @@ RopeStrides strides_of(const Tensor& tensor, int64_t head_axis) {
 RopeHeads heads_of(const char* op, const char* name, const Tensor& tensor, int64_t head_axis, const Tensor& cos) {
   check_alike(op, name, tensor, "cos", cos);
   const Tensor input = tensor.stride(3) == 1 || tensor.size(3) == 1 ? tensor : tensor.contiguous();
-  const Tensor output = at::empty_like(tensor);  // dense, in the order of the input's dimensions, as eager's results
+  const Tensor output = empty_rows_like(tensor);
   return {input, output, strides_of(input, head_axis), strides_of(output, head_axis), tensor.size(head_axis)};
 }
 

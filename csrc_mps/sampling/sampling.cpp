@@ -50,7 +50,8 @@ void check_row_parameters(const char* op, const Tensor& parameters, int64_t rows
   if (!parameters.is_cpu()) return;  // reading values would wait for the device
   const auto* values = elements<const float>(parameters);
   for (int64_t row = 0; row < rows; ++row, values += 4) {
-    TORCH_CHECK(values[0] >= 0, op, ": temperature must not be negative or NaN, in row ", row);
+    // The first is log2(e) / temperature.
+    TORCH_CHECK(values[0] > 0, op, ": temperature must be finite and not negative, in row ", row);
     TORCH_CHECK(values[1] >= 0 && values[1] == std::floor(values[1]), op,
                 ": top_k must be a whole number, at least 1, or 0 for no filter, got ", values[1], " in row ", row);
     TORCH_CHECK(values[2] >= 0 && values[2] <= 1, op, ": top_p must be from 0 to 1, got ", values[2], " in row ", row);

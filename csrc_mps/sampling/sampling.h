@@ -7,8 +7,6 @@
 #include <optional>
 #include <tuple>
 
-#include "common/token_weight.h"
-
 namespace torch_fused {
 
 // One checked call: logits as rows, and the parameters, for all rows or in a (rows, 4) float32 tensor: scale, top_k,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .checks import check_floating
 from .library import register
 
 
@@ -133,6 +134,7 @@ def layer_norm(
     dtype = input.dtype
     if (weight is None or weight.dtype == dtype) and (bias is None or bias.dtype == dtype):
         return _layer_norm(input, normalized_shape, weight, bias, eps)
+    check_floating("layer_norm", input=input, weight=weight, bias=bias)
     wide = [None if tensor is None else tensor.to(_arithmetic_dtype(input)) for tensor in (input, weight, bias)]
     result = _layer_norm(wide[0], normalized_shape, wide[1], wide[2], eps)
     return result if _autocast_to_float32(input.device.type) else result.to(dtype)
