@@ -1,5 +1,6 @@
 """Calls of every op that nobody thought of, in a process of its own, so that a crash is a failure like another."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ def run(backend: str, calls: int, folder: Path) -> None:
     """tests/fuzz.py, which compares each call with plain torch in float64."""
     log = folder / "call"
     command = [sys.executable, HERE / "fuzz.py", backend, str(calls), log]
-    result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
     assert result.returncode == 0, f"exit status {result.returncode}\n{log.read_text()}\n{result.stderr[-8000:]}"
 
 

@@ -33,7 +33,7 @@ def make(
     return values.to(dtype).to(device).requires_grad_(requires_grad)
 
 
-def layouts(values: Tensor, *, distinct: bool = False) -> Iterator[tuple[str, Tensor]]:
+def layouts(values: Tensor, *, written: bool = False) -> Iterator[tuple[str, Tensor]]:
     """A tensor of the shape of `values` in every layout that an op must take: (name, tensor).
 
     The tensors hold `values`; those whose elements share memory repeat some of them. What lies between the elements is
@@ -41,52 +41,62 @@ def layouts(values: Tensor, *, distinct: bool = False) -> Iterator[tuple[str, Te
 
     Args:
         values: any shape and dtype.
-        distinct: only layouts in which no two elements share memory, for a tensor that is written.
+        written: only layouts that a tensor may have that is written.
     """
-    shape, dims = values.shape, range(values.dim())
+    for name, make_layout in makers_of_layouts(values, written=written):
+        yield name, make_layout()
+
+
+def makers_of_layouts(values: Tensor, *, written: bool = False) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """As `layouts`, with functions that make the tensors."""
+    shape, dims = list(values.shape), range(values.dim())
 
     def view_of(buffer_shape: Sequence[int], view: Callable[[Tensor], Tensor]) -> Tensor:
-        fill = (
-            torch.nan
-            if values.is_floating_point()
-            else torch.iinfo(values.dtype).max
-            if values.dtype.itemsize > 1
-            else 0
-        )
-        result = view(torch.full(tuple(buffer_shape), fill, dtype=values.dtype, device=values.device))
-        return result.copy_(values)
+        gap: Any = torch.nan if values.is_floating_point() else values.dtype == torch.bool
+        if not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool):
+            gap = torch.iinfo(values.dtype).max
+        return view(torch.full(tuple(buffer_shape), gap, dtype=values.dtype, device=values.device)).copy_(values)
 
-    def in_order(order: Sequence[int]) -> Tensor:
+    def in_order(*order: int) -> Callable[[], Tensor]:
         """The dimensions in this order in memory, the last one dense."""
-        return view_of([shape[d] for d in order], lambda t: t.permute([order.index(d) for d in dims]))
+        inverse = [order.index(d) for d in dims]
+        return lambda: view_of([shape[d] for d in order], lambda t: t.permute(inverse))
 
-    yield "contiguous", values.clone(memory_format=torch.contiguous_format)
-    yield "behind an offset", view_of([values.numel() + 1], lambda t: t[1:].view(shape))
-    if values.dim() >= 2:
-        yield "last two dimensions transposed", in_order([*dims[:-2], dims[-1], dims[-2]])
-    if values.dim() >= 3:
-        yield "first two dimensions transposed", in_order([1, 0, *dims[2:]])
-        yield "dimensions reversed", in_order(dims[::-1])
-        yield "last dimension first", in_order([dims[-1], *dims[:-1]])
-    for d in dims:
-        halved = tuple(slice(None, None, 2 if d == other else 1) for other in dims)
-        yield (
-            f"step 2 in dimension {d}",
-            view_of([n * (2 if d == o else 1) for o, n in enumerate(shape)], lambda t, at=halved: t[at]),
-        )
+    def step_2(dim: int) -> Callable[[], Tensor]:
+        doubled = [2 * n if d == dim else n for d, n in enumerate(shape)]
+        every_other = (*[slice(None)] * dim, slice(None, None, 2))
+        return lambda: view_of(doubled, lambda t: t[every_other])
+
+    def expanded(dim: int) -> Callable[[], Tensor]:
+        return lambda: values.narrow(dim, 0, 1).clone().expand(shape)
+
+    def odd_strides() -> Tensor:
+        dense = values.contiguous()
+        return dense.as_strided(shape, [7 if n == 1 else s for n, s in zip(shape, dense.stride(), strict=True)])
+
+    yield "contiguous", lambda: values.clone(memory_format=torch.contiguous_format)
+    yield "behind an offset", lambda: view_of([values.numel() + 1], lambda t: t[1:].view(shape))
     if values.dim() >= 1:
-        yield "rows apart", view_of([*shape[:-1], shape[-1] + 3], lambda t: t[..., : shape[-1]])
-    strides = [7 if size == 1 else stride for size, stride in zip(shape, values.contiguous().stride(), strict=True)]
-    yield "odd strides of single elements", values.contiguous().as_strided(shape, strides)
+        yield "rows apart", lambda: view_of([*shape[:-1], shape[-1] + 3], lambda t: t[..., : shape[-1]])
+    if values.dim() >= 2:
+        yield "last two dimensions transposed", in_order(*dims[:-2], dims[-1], dims[-2])
+    if values.dim() >= 3:
+        yield "first two dimensions transposed", in_order(1, 0, *dims[2:])
+        yield "dimensions reversed", in_order(*dims[::-1])
+        yield "last dimension first", in_order(dims[-1], *dims[:-1])
+    for d in dims:
+        yield f"step 2 in dimension {d}", step_2(d)
+    yield "odd strides of single elements", odd_strides
+    if written:
+        return
     if values.is_floating_point():
-        yield "negated when read", torch._neg_view(-values)
-    if distinct or values.numel() <= 1:
+        yield "negated when read", lambda: torch._neg_view(-values)
+    if values.numel() <= 1:
         return
     for d in dims:
-        if shape[d] > 1:
-            yield f"expanded in dimension {d}", values.narrow(d, 0, 1).clone().expand(shape)
-    yield "one element", values.flatten()[:1].clone().expand(values.numel()).view(shape)
-    yield "overlapping", values.flatten().clone().as_strided(shape, [1] * len(shape))
+        yield f"expanded in dimension {d}", expanded(d)
+    yield "one element", lambda: values.flatten()[:1].clone().expand(values.numel()).view(shape)
+    yield "overlapping", lambda: values.flatten().clone().as_strided(shape, [1] * len(shape))
 
 
 def guarded(tensor: Tensor, *, at_end: bool = True) -> Tensor:

@@ -10,6 +10,7 @@
 
 #include "../common/autograd.h"
 #include "../common/convert.h"
+#include "../common/lazy_views.h"
 #include "../common/memory.h"
 #include "../common/rows.h"
 #include "../common/simd.h"
@@ -235,3 +236,4 @@ void adamw_autograd(TensorList params, TensorList grads, TensorList exp_avgs, Te
 TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
   m.impl("adamw_", torch_fused::adamw_autograd);
 }
+TORCH_FUSED_WRITES(adamw_)

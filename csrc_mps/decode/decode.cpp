@@ -13,6 +13,7 @@
 
 #include "../common/autograd.h"
 #include "../common/checks.h"
+#include "../common/lazy_views.h"
 #include "../common/memory.h"
 #include "../common/rows.h"
 #include "../sampling/sampling.h"
@@ -401,3 +402,4 @@ TORCH_LIBRARY_IMPL(torch_fused, CPU, m) {
 TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
   m.impl("decode_", torch_fused::decode_autograd);
 }
+TORCH_FUSED_WRITES(decode_)

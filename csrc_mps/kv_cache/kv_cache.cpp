@@ -9,6 +9,7 @@
 
 #include "../common/autograd.h"
 #include "../common/checks.h"
+#include "../common/lazy_views.h"
 #include "../common/memory.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
@@ -157,3 +158,4 @@ TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
 TORCH_LIBRARY_IMPL(torch_fused, CompositeImplicitAutograd, m) {
   m.impl("kv_update_", torch_fused::kv_update);
 }
+TORCH_FUSED_WRITES(kv_append_)

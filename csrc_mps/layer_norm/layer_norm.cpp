@@ -136,13 +136,13 @@ TORCH_FUSED_INLINE W rough_mean(const W* x, int64_t n) {
   return sum / static_cast<W>(length * stretches);
 }
 
-// From the sums of x - shift and of its square. Small values are without a variance only where all are the same, and
-// then without a distance to the mean.
+// From the sums of x - shift and of its square.
 template <class W>
 TORCH_FUSED_INLINE Moments<W> moments_of(W unit, W shift, W sum, W squares, const LayerNorm& norm) {
   const W count = static_cast<W>(norm.cols), rest = sum / count;
-  const W variance = std::max(squares / count - rest * rest, W(0)) + static_cast<W>(norm.eps) * unit * unit;
-  return {unit, shift, rest, unit != 1 && variance == 0 ? 0 : 1 / std::sqrt(variance)};
+  const W variance = std::max(squares / count - rest * rest, W(0)), eps = static_cast<W>(norm.eps);
+  if (unit != 1 && variance == 0) return {unit, shift, rest, 1 / (std::sqrt(eps) * unit)};  // all values are the same
+  return {unit, shift, rest, 1 / std::sqrt(variance + eps * unit * unit)};
 }
 
 // One pass over memory, about a shift that is near the mean, so that little cancels.

@@ -95,8 +95,7 @@ struct Moments {
 // The unit of a row whose values are too large for their squares, and their sum, to be finite: 2^-80.
 constant constexpr float SMALL_UNIT = 8.27180612553027674871408e-25f;
 
-// From what each simdgroup has seen, which stands in `all`. Small values are without a variance only where all are the
-// same, and then without a distance to the mean.
+// From what each simdgroup has seen, which stands in `all`.
 inline Moments moments_of(threadgroup const float4* all, uint cols, float eps, Place place, float unit = 1.0f) {
   const float shift = all[0].x;
   float sum = 0.0f, squares = 0.0f;
@@ -109,9 +108,10 @@ inline Moments moments_of(threadgroup const float4* all, uint cols, float eps, P
   sum = simd_sum(sum);
   const float rest = sum / float(cols);
   const float variance = fma(-sum, rest, simd_sum(squares)) / float(cols);  // NaN if sums overflow
-  const float spread = (variance < 0.0f ? 0.0f : variance) + eps * unit * unit;
   const float mean = shift + rest;
-  return {unit, mean, rest - (mean - shift), unit != 1.0f && spread == 0.0f ? 0.0f : rsqrt(spread)};
+  float rstd = rsqrt((variance <= 0.0f ? 0.0f : variance) + eps * unit * unit);
+  if (unit != 1.0f && variance <= 0.0f) rstd = rsqrt(eps) / unit;  // all values are the same
+  return {unit, mean, rest - (mean - shift), rstd};
 }
 
 // The same for what this simdgroup has seen. `scratch` holds 32 values and is written once.

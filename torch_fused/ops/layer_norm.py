@@ -40,10 +40,11 @@ def layer_norm_backward_reference(
     dy = grad.to(normed.dtype)
     g = dy if weight is None else dy * weight.to(normed.dtype)
     grad_x = rstd * (g - g.mean(dims, keepdim=True) - normed * (g * normed).mean(dims, keepdim=True))
+    rows = tuple(range(x.dim() - len(dims)))
     terms = [term for term, needed in ((dy * normed, need_weight_grad), (dy, need_bias_grad)) if needed]
     grad_params = normed.new_empty(len(terms), *normalized_shape)
     for row, term in zip(grad_params, terms, strict=True):
-        row.copy_(term.reshape(-1, *normalized_shape).sum(0))
+        row.copy_(term.sum(rows) if rows else term)
     return grad_x.to(x.dtype), grad_params.to(x.dtype)
 
 

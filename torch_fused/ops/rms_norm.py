@@ -74,7 +74,8 @@ def rms_norm_backward_reference(
         grad_x = grad_x + grad_sum
     if not need_weight_grad:
         return grad_x.to(x.dtype), x.new_empty(0)
-    grad_weight = (dy * normed).reshape(-1, *normalized_shape).sum(0)
+    rows = tuple(range(x.dim() - len(dims)))
+    grad_weight = (dy * normed).sum(rows) if rows else dy * normed
     return grad_x.to(x.dtype), grad_weight.to(x.dtype)
 
 
