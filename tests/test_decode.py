@@ -410,9 +410,9 @@ def _token(step: Step, **changes) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"head": torch.zeros(0, 48)}, "decode_token_: logits must have 1 to 1048576 tokens, got 0"),
-        ({"head": torch.zeros(1, 48).expand(2**20 + 1, 48)}, "decode_token_: logits must have 1 to 1048576 tokens"),
-        ({"do_sample": True, "head": torch.zeros(0, 48)}, "decode_token_: logits must have 1 to 1048576 tokens, got 0"),
+        ({"head": torch.zeros(0, 48)}, "decode_token_: head must have 1 to 1048576 rows .* got 0"),
+        ({"head": torch.zeros(1, 48).expand(2**20 + 1, 48)}, "decode_token_: head must have 1 to 1048576 rows"),
+        ({"do_sample": True, "head": torch.zeros(0, 48)}, "decode_token_: head must have 1 to 1048576 rows .* got 0"),
         (
             {"do_sample": True, "temperature": -1.0},
             "decode_token_: temperature must be finite and not negative, got -1",

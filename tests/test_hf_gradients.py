@@ -3,12 +3,44 @@
 import pytest
 import torch
 from test_hf_generate import FAMILIES, make_model, prompt
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from torch_fused.hf import apply_torch_fused
 from torch_fused.metal import emulate
-from torch_fused.testing import relative_error
+from torch_fused.testing import layouts, relative_error
 
-IMPLEMENTATIONS = ["eager", "sdpa", "flex_attention"]
+IMPLEMENTATIONS = ["eager", "sdpa"]  # the others have no backward pass on the CPU
+LAYOUTS = [name for name, _ in layouts(torch.zeros(2, 3, 4, 5), written=True)]
+
+
+class LaidOut(torch.autograd.Function):
+    """Its argument, whose gradient comes in another layout."""
+
+    @staticmethod
+    def forward(ctx, x, layout):
+        ctx.layout = layout
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return dict(layouts(grad))[ctx.layout], None
+
+
+@pytest.fixture(params=LAYOUTS)
+def attention(request):
+    """The name of an attention function of a user, which hands on gradients in one layout."""
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        query, key, value = (LaidOut.apply(states, request.param) for states in (query, key, value))
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    name = "laid_out_" + request.param.replace(" ", "_")
+    ALL_ATTENTION_FUNCTIONS.register(name, attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    yield name
+    del ALL_ATTENTION_FUNCTIONS._global_mapping[name], ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[name]
 
 
 def gradients(model, ids, **inputs):
@@ -41,6 +73,13 @@ def test_every_attention_implementation(family, implementation, kv_heads):
     mask[0, :3] = 0
     check(model, prompt(2, 7), attention_mask=mask)
     check(model, prompt(3, 2))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_attention_of_the_users(family, attention):
+    """Gradients of queries, keys and values in every layout."""
+    model = make_model(family, num_key_value_heads=2, attn_implementation=attention).train()
+    check(model, prompt(2, 7))
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -93,10 +93,12 @@ def makers_of_layouts(values: Tensor, *, written: bool = False) -> Iterator[tupl
         yield "negated when read", lambda: torch._neg_view(-values)
     if values.numel() <= 1:
         return
-    for d in dims:
+    long = [d for d in dims if shape[d] > 1]
+    for d in long:
         yield f"expanded in dimension {d}", expanded(d)
     yield "one element", lambda: values.flatten()[:1].clone().expand(values.numel()).view(shape)
-    yield "overlapping", lambda: values.flatten().clone().as_strided(shape, [1] * len(shape))
+    if len(long) > 1:
+        yield "overlapping", lambda: values.flatten().clone().as_strided(shape, [1] * len(shape))
 
 
 def guarded(tensor: Tensor, *, at_end: bool = True) -> Tensor:

@@ -7,8 +7,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "../common/autograd.h"
+#include "../common/checks.h"
 #include "../common/convert.h"
 #include "../common/lazy_views.h"
 #include "../common/memory.h"
@@ -36,20 +38,17 @@ void check_settings(const AdamwSettings& s) {
     TORCH_CHECK(value >= 0 && value < limit, "adamw_: ", name, " must be at least 0 and below ", limit, ", got ",
                 value);
   };
-  check("lr", s.lr, INFINITY);
+  constexpr double kLargest = std::numeric_limits<float>::max();
+  check("lr", s.lr, kLargest);
   check("beta1", s.beta1, 1);
   check("beta2", s.beta2, 1);
-  check("eps", s.eps, INFINITY);
-  check("weight_decay", s.weight_decay, INFINITY);
+  check("eps", s.eps, kLargest);
+  check("weight_decay", s.weight_decay, kLargest);
 }
 
 void check_param(const Tensor& param, const Tensor& first, size_t i) {
-  const at::ScalarType dtype = param.scalar_type();
-  const bool takes_double = param.is_cpu();
-  TORCH_CHECK(
-      dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 || (dtype == at::kDouble && takes_double),
-      "adamw_: params[", i, "] must be float32, float16 or bfloat16", takes_double ? " (or float64 on the CPU)" : "",
-      ", got ", dtype);
+  TORCH_CHECK(takes_dtype(param.scalar_type(), param), "adamw_: params[", i, "]", dtypes_taken(param),
+              param.scalar_type());
   TORCH_CHECK(param.device() == first.device(), "adamw_: params[", i, "] must be on the device of params[0], ",
               first.device(), ", got ", param.device());
 }

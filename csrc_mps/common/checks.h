@@ -6,15 +6,25 @@
 #include <limits>
 #include <string_view>
 
+#include "../runtime/launch.h"
+
 namespace torch_fused {
 
+// Whether tensors of `dtype` on the device of `on` are computed with: float64 only by the CPU's own kernels.
+inline bool takes_dtype(at::ScalarType dtype, const at::Tensor& on) {
+  return dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 ||
+         (dtype == at::kDouble && on.is_cpu() && !emulating());
+}
+
+// "must be" those dtypes, for a message.
+inline const char* dtypes_taken(const at::Tensor& on) {
+  return on.is_cpu() ? " must be float32, float16 or bfloat16 (or float64 on the CPU), got "
+                     : " must be float32, float16 or bfloat16, got ";
+}
+
 inline void check_dtype(const char* op, const char* argument, const at::Tensor& tensor) {
-  const at::ScalarType dtype = tensor.scalar_type();
-  const bool takes_double = tensor.is_cpu();
-  TORCH_CHECK(
-      dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 || (dtype == at::kDouble && takes_double), op,
-      ": ", argument, " must be float32, float16 or bfloat16", takes_double ? " (or float64 on the CPU)" : "", ", got ",
-      dtype);
+  TORCH_CHECK(takes_dtype(tensor.scalar_type(), tensor), op, ": ", argument, dtypes_taken(tensor),
+              tensor.scalar_type());
 }
 
 // `tensor` must have the dtype and the device of `like`.

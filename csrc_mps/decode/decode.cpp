@@ -366,12 +366,10 @@ Tensor decode_token(const Tensor& token_ids, const Tensor& positions, const Opti
                     std::optional<int64_t> top_k, std::optional<double> top_p, std::optional<double> min_p) {
   static const auto decode = find_op<decltype(decode_cpu)>("torch_fused::decode_");
   if (head.dim() == 2) {  // what could not be drawn from must not be appended to the cache
+    TORCH_CHECK(head.size(0) >= 1 && head.size(0) <= kMostTokens, "decode_token_: head must have 1 to ", kMostTokens,
+                " rows to choose from, got ", head.size(0));
     const Tensor row = at::empty({1}, head.options().dtype(at::kFloat)).expand({1, head.size(0)});
-    if (do_sample) {
-      check_sampling("decode_token_", row, temperature, top_k, top_p, min_p, std::nullopt);
-    } else {
-      check_logits("decode_token_", row);
-    }
+    if (do_sample) check_sampling("decode_token_", row, temperature, top_k, top_p, min_p, std::nullopt);
   }
   const Tensor logits = decode
                             .call(token_ids, positions, starts, embedding, cos, sin, layers, norm, head, keys, values,

@@ -253,7 +253,11 @@ TORCH_FUSED_INLINE void backward_blocks(const Backward<T>& a, int64_t begin, int
       T* dx = a.grad_x + row * n;
       const wide_t<T> scale = inverse_rms<T>(row_sum<wide_t<T>>(n, Squares<T>{x}), a.norm);
       const auto dot = row_sum<wide_t<T>>(n, Terms{[=](int64_t i) { return widen(dy[i]) * w[i] * widen(x[i]); }});
-      const wide_t<T> slope = scale * scale * dot / static_cast<wide_t<T>>(n);
+      wide_t<T> slope = scale * scale * dot / static_cast<wide_t<T>>(n);
+      if (!std::isfinite(dot)) {  // the sum of g * x overflows where that of g * normed need not
+        const auto term = [=](int64_t i) { return widen(dy[i]) * w[i] * (widen(x[i]) * scale); };
+        slope = scale * row_sum<wide_t<T>>(n, Terms{term}) / static_cast<wide_t<T>>(n);
+      }
       if (a.grad_sum) {
         const T* extra = a.grad_sum + row * a.grad_sum_stride;
         for (int64_t i = 0; i < n; ++i) {

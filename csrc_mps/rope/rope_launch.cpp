@@ -73,15 +73,15 @@ std::tuple<Tensor, Tensor> launch_rope(const char* op, const Rope& call, uint32_
 std::tuple<Tensor, Tensor> apply_rotary_pos_emb_gpu(const Tensor& q, const Tensor& k, const Tensor& cos,
                                                     const Tensor& sin, int64_t unsqueeze_dim,
                                                     std::string_view casting_mode) {
-  const Rope call = check_rope("apply_rotary_pos_emb", q, k, cos, sin, unsqueeze_dim, casting_mode);
-  return launch_rope("apply_rotary_pos_emb", call, call.llama ? LLAMA : 0);
+  const Rope call = check_rope(kRopeForward, q, k, cos, sin, unsqueeze_dim, casting_mode);
+  return launch_rope(kRopeForward.op, call, call.llama ? LLAMA : 0);
 }
 
 std::tuple<Tensor, Tensor> apply_rotary_pos_emb_backward_gpu(const Tensor& grad_q, const Tensor& grad_k,
                                                              const Tensor& cos, const Tensor& sin,
                                                              int64_t unsqueeze_dim) {
-  const char* const op = "apply_rotary_pos_emb_backward";
-  return launch_rope(op, check_rope(op, grad_q, grad_k, cos, sin, unsqueeze_dim, "torch"), TRANSPOSED);
+  return launch_rope(kRopeBackward.op, check_rope(kRopeBackward, grad_q, grad_k, cos, sin, unsqueeze_dim, "torch"),
+                     TRANSPOSED);
 }
 
 }  // namespace torch_fused

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <mutex>
 
+#include "common/checks.h"
 #include "common/philox.h"
 #include "common/rows.h"
 #include "ranking.h"
@@ -37,7 +38,6 @@ using OptionalTensor = std::optional<Tensor>;
 
 namespace {
 
-constexpr int64_t kMostTokens = 1 << 20;  // sums of weights stay below 2^60
 constexpr float kLog2e = 1.44269504088896f;
 
 void check_row_parameters(const char* op, const Tensor& parameters, int64_t rows, const Tensor& logits) {
@@ -62,11 +62,7 @@ void check_row_parameters(const char* op, const Tensor& parameters, int64_t rows
 }  // namespace
 
 void check_logits(const char* op, const Tensor& logits) {
-  const at::ScalarType dtype = logits.scalar_type();
-  const bool takes_double = logits.is_cpu();
-  TORCH_CHECK(
-      dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 || (dtype == at::kDouble && takes_double), op,
-      ": logits must be float32, float16 or bfloat16", takes_double ? " (or float64 on the CPU)" : "", ", got ", dtype);
+  check_dtype(op, "logits", logits);
   TORCH_CHECK(logits.dim() == 1 || logits.dim() == 2, op, ": logits must be (vocabulary,) or (batch, vocabulary), got ",
               logits.sizes());
   TORCH_CHECK(logits.size(-1) > 0 && logits.size(-1) <= kMostTokens, op, ": logits must have 1 to ", kMostTokens,
@@ -96,8 +92,8 @@ Sampling check_sampling(const char* op, const Tensor& logits, double temperature
 RandomState random_state(const Tensor& logits, std::optional<at::Generator> generator, std::optional<int64_t> seed,
                          std::optional<int64_t> offset, const OptionalTensor& state) {
   if (state) {
-    TORCH_CHECK(state->scalar_type() == at::kLong && state->numel() == 2 && state->is_contiguous(),
-                "sample: state must be a dense int64 tensor of seed and offset, got ", state->scalar_type(),
+    TORCH_CHECK(state->scalar_type() == at::kLong && state->sizes() == at::IntArrayRef{2} && state->is_contiguous(),
+                "sample: state must be a dense int64 tensor of seed and offset, (2,), got ", state->scalar_type(),
                 " of shape ", state->sizes());
     TORCH_CHECK(state->device() == logits.device(), "sample: seed and offset must be on the device of logits, ",
                 logits.device(), ", got ", state->device());

@@ -9,6 +9,8 @@
 
 namespace torch_fused {
 
+constexpr int64_t kMostTokens = 1 << 20;  // sums of weights stay below 2^60
+
 // One checked call: logits as rows, and the parameters, for all rows or in a (rows, 4) float32 tensor: scale, top_k,
 // top_p, min_p as token_filter takes them.
 struct Sampling {

@@ -35,12 +35,8 @@ using OptionalDtype = std::optional<at::ScalarType>;
 
 Tensor converted(const Tensor& input, OptionalDtype dtype) {
   const at::ScalarType to = dtype.value_or(input.scalar_type());
-  const bool takes_double = input.is_cpu();
   // Also a number that is no dtype, which torch.ops lets through.
-  TORCH_CHECK(
-      !dtype || to == at::kFloat || to == at::kHalf || to == at::kBFloat16 || (to == at::kDouble && takes_double),
-      "softmax: dtype must be float32, float16 or bfloat16", takes_double ? " (or float64 on the CPU)" : "", ", got ",
-      to < at::ScalarType::NumOptions ? c10::toString(to) : std::to_string(static_cast<int>(to)));
+  TORCH_CHECK(!dtype || takes_dtype(to, input), "softmax: dtype", dtypes_taken(input), c10::toString(to));
   return input.to(to);
 }
 
