@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import re
 from itertools import chain
 
 import pytest
@@ -285,6 +286,81 @@ def test_bad_arguments(backend, call, message):
     with pytest.raises(RuntimeError, match=rf"adamw_: {message}"):
         call([list(tensors) for tensors in lists])
     assert same(lists, before)
+
+
+def one_buffer(*views):
+    """Views of one buffer of 64 float32 in the places (list, index) that they are given for."""
+    buffer = make(64, scale=1.0).abs()
+    lists = operands(shapes=[(8,), (8,)])
+    for (kind, index), view in views:
+        lists[kind][index] = view(buffer)
+    return lists
+
+
+ALIASES = {
+    "params[1] must not share memory with params[0]": [((0, 0), lambda b: b[:8]), ((0, 1), lambda b: b[:8])],
+    "params[1] must not share memory with params[0], which": [((0, 0), lambda b: b[:8]), ((0, 1), lambda b: b[7:15])],
+    "params[1] must not share memory with params[0],": [((0, 0), lambda b: b[:16:2]), ((0, 1), lambda b: b[8:16])],
+    "exp_avgs[0] must not share memory with params[0]": [((0, 0), lambda b: b[:8]), ((2, 0), lambda b: b[:8])],
+    "exp_avg_sqs[0] must not share memory with exp_avgs[0]": [((2, 0), lambda b: b[:8]), ((3, 0), lambda b: b[4:12])],
+    "exp_avg_sqs[1] must not share memory with params[0]": [((0, 0), lambda b: b[:8]), ((3, 1), lambda b: b[3:11])],
+    "exp_avgs[1] must not share memory with exp_avgs[0]": [((2, 0), lambda b: b[:8]), ((2, 1), lambda b: b[1:9])],
+    "grads[0] must not share memory with params[0]": [((0, 0), lambda b: b[:8]), ((1, 0), lambda b: b[:8])],
+    "grads[1] must not share memory with exp_avgs[0]": [((2, 0), lambda b: b[:8]), ((1, 1), lambda b: b[5:13])],
+    "steps[1] must not share memory with steps[0]": [((4, 0), lambda b: b[0]), ((4, 1), lambda b: b[0])],
+    "steps[0] must not share memory with params[1]": [((0, 1), lambda b: b[:8]), ((4, 0), lambda b: b[3])],
+    "params[0] must not be an expanded tensor or another whose": [
+        ((0, 0), lambda b: b.as_strided((2, 4), (3, 1))),
+        ((1, 0), lambda b: torch.ones(2, 4)),
+        ((2, 0), lambda b: torch.ones(2, 4)),
+        ((3, 0), lambda b: torch.ones(2, 4)),
+    ],
+}
+
+
+@pytest.mark.parametrize("message", ALIASES)
+def test_shared_memory_is_refused(message):
+    """What is written may be nowhere else: one parameter twice, states of others, parts of a buffer that overlap."""
+    lists = one_buffer(*ALIASES[message])
+    before = cloned(lists)
+    with pytest.raises(RuntimeError, match=re.escape(f"adamw_: {message}")):
+        adamw_(*lists)
+    assert same(lists, before)
+
+
+def test_parts_of_one_buffer(backend):
+    """Flat buffers, columns, interleaved and empty parts that have no element in common are updated as copies are."""
+    views = {
+        "flat": lambda b: (b[:24], b[24:48], b[48:48], b[48:]),
+        "columns": lambda b: b.view(8, 8).split((3, 3, 2), 1),
+        "interleaved": lambda b: (b[::3], b[1::3], b[2::3]),
+        "squares": lambda b: (
+            b.view(8, 8)[:4, :4],
+            b.view(8, 8)[4:, :4],
+            b.view(8, 8)[:4, 4:].t(),
+            b.view(8, 8)[4:, 4:],
+        ),
+    }
+    for view in views.values():
+        buffers = [make(64, seed=i).abs().to(backend.device) for i in range(4)]
+        lists = [list(view(buffer)) for buffer in buffers]
+        lists.append([torch.tensor(3.0) for _ in lists[0]])
+        check(lists, **SETTINGS)
+    # A gradient may serve two parameters: it is read only.
+    lists = operands(device=backend.device, shapes=[(8,), (8,)])
+    lists[1][1] = lists[1][0]
+    check(lists, **SETTINGS)
+
+
+def test_a_refused_call_is_no_change_for_autograd():
+    """What autograd has saved is still good after a step that raised."""
+    lists = operands(shapes=[(8,)])
+    weight = torch.ones(8, requires_grad=True)
+    product = (lists[0][0] * weight).sum()
+    with pytest.raises(RuntimeError, match="lr must be"):
+        adamw_(*lists, lr=-1.0)
+    product.backward()
+    assert torch.equal(weight.grad, lists[0][0])
 
 
 # ---- the optimizer --------------------------------------------------------------------------------------------------
@@ -615,3 +691,36 @@ def test_bad_options():
         with pytest.raises(ValueError, match=message):
             optimizer.step()
         assert not optimizer.state and (params[0] == 1).all()
+
+
+def test_a_parameter_twice():
+    """Refused at once, where torch only warns; nothing is added. Groups that share memory are refused by the step."""
+    weight, bias = (torch.nn.Parameter(make(4, seed=i)) for i in range(2))
+    with pytest.raises(ValueError, match="AdamW: params 0 and 2 of a group are one parameter"):
+        AdamW([weight, bias, weight])
+    with pytest.raises(ValueError, match="AdamW: params 0 and 1 of a group are one parameter"):
+        AdamW([("a", weight), ("b", weight)])
+    optimizer = AdamW([weight])
+    with pytest.raises(ValueError, match="AdamW: params 1 and 2 of a group are one parameter"):
+        optimizer.add_param_group({"params": (torch.nn.Parameter(make(1)), bias, bias)})
+    with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
+        optimizer.add_param_group({"params": weight})
+    assert len(optimizer.param_groups) == 1
+    whole = make(8)
+    parts = [torch.nn.Parameter(whole[:5]), torch.nn.Parameter(whole[3:])]
+    optimizer = AdamW(parts)
+    for part in parts:
+        part.grad = torch.ones(5)
+    with pytest.raises(RuntimeError, match=r"adamw_: params\[1\] must not share memory with params\[0\]"):
+        optimizer.step()
+    assert torch.equal(whole, make(8))
+
+
+def test_a_step_that_raises_has_changed_no_group():
+    """A gradient that cannot be used, in the last group, is found before the first one is updated."""
+    first, second = (torch.nn.Parameter(make(4, seed=i)) for i in range(2))
+    optimizer = AdamW([{"params": [first]}, {"params": [second]}])
+    first.grad, second.grad = torch.ones(4), torch.ones(4).to_sparse()
+    with pytest.raises(ValueError, match="gradients must be dense"):
+        optimizer.step()
+    assert torch.equal(first, make(4))

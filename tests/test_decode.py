@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from torch_fused.ops.decode import LAYER_PARTS, decode_, decode_reference
+from torch_fused.ops.decode import LAYER_PARTS, decode_, decode_reference, decode_token_
 from torch_fused.testing import HALF_ULP, make, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -355,7 +355,7 @@ def _parts(step: Step, **changes) -> list:
         (lambda s: {"norm": torch.zeros(47)}, RuntimeError, "norm must have shape"),
         (lambda s: {"head": torch.zeros(97, 47)}, RuntimeError, "head must have shape"),
         (lambda s: {"keys": s.args["keys"][:1]}, RuntimeError, "keys must be a tensor for each of the 2 layers"),
-        (lambda s: {"values": [t[:, :, :21] for t in s.args["values"]]}, RuntimeError, "values must have room .* 22"),
+        (lambda s: {"values": [t[:, :, :21] for t in s.args["values"]]}, RuntimeError, "values must have room .* 21"),
         (lambda s: {"keys": [t.half() for t in s.args["keys"]]}, RuntimeError, "keys must have"),
         (
             lambda s: {"keys": [t[:1].expand(2, -1, -1, -1) for t in s.args["keys"]]},
@@ -363,6 +363,30 @@ def _parts(step: Step, **changes) -> list:
             "keys .* expanded tensor",
         ),
         (lambda s: {"length": -1}, RuntimeError, "length must not be negative, got -1"),
+        (lambda s: {"length": 26}, RuntimeError, "keys must have room for 2 tokens after length = 26, .* 27"),
+        (lambda s: {"length": 2**63 - 1}, RuntimeError, "keys must have room .* length = 9223372036854775807"),
+        (lambda s: {"length": 2**63 - 3}, RuntimeError, "keys must have room .* length = 9223372036854775805"),
+        (lambda s: {"length": -(2**63)}, RuntimeError, "length must not be negative"),
+        (lambda s: {"heads": 2**63 - 1}, RuntimeError, "heads must"),
+        (lambda s: {"logits_to_keep": 2**63 - 1}, RuntimeError, "logits_to_keep must"),
+        (lambda s: {"values": s.args["keys"]}, RuntimeError, r"values\[0\] must not share memory with keys\[0\]"),
+        (lambda s: {"keys": [s.args["keys"][0]] * 2}, RuntimeError, r"keys\[1\] must not share memory with keys\[0\]"),
+        (
+            lambda s: {"keys": [s.args["keys"][0], s.args["values"][0]]},
+            RuntimeError,
+            r"keys\[1\] must not share memory with values\[0\]|values\[0\] must not .* keys\[1\]",
+        ),
+        (lambda s: {"norm": s.args["keys"][1].flatten()[5:53]}, RuntimeError, r"norm must not share .* keys\[1\]"),
+        (
+            lambda s: {"layers": _parts(s, k_bias=s.args["values"][0].flatten()[-32:])},
+            RuntimeError,
+            r"layers\[19\] must not share memory with values\[0\]",
+        ),
+        (
+            lambda s: {"keys": [s.args["keys"][0].as_strided((2, 2, 27, 16), (1, 864, 16, 1)), s.args["keys"][1]]},
+            RuntimeError,
+            r"keys\[0\] must not be an expanded tensor or another whose elements share",
+        ),
         (lambda s: {"heads": 3}, RuntimeError, "heads must"),
         (lambda s: {"heads": 0}, RuntimeError, "heads must"),
         (lambda s: {"logits_to_keep": 3}, RuntimeError, "logits_to_keep must be from 0 to 2, got 3"),
@@ -375,3 +399,48 @@ def test_bad_arguments(changes, error, message):
     with pytest.raises(error, match=f"decode_: {message}"):
         step.run(**changes(step))
     assert all(torch.equal(a, b) for a, b in zip((*step.args["keys"], *step.args["values"]), before, strict=True))
+
+
+def _token(step: Step, **changes) -> torch.Tensor:
+    return decode_token_(
+        **{name: value for name, value in {**step.args, **changes}.items() if name != "logits_to_keep"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head": torch.zeros(0, 48)}, "decode_token_: head must have 1 to 1048576 rows .* got 0"),
+        ({"head": torch.zeros(1, 48).expand(2**20 + 1, 48)}, "decode_token_: head must have 1 to 1048576 rows"),
+        ({"do_sample": True, "head": torch.zeros(0, 48)}, "decode_token_: head must have 1 to 1048576 rows .* got 0"),
+        (
+            {"do_sample": True, "temperature": -1.0},
+            "decode_token_: temperature must be finite and not negative, got -1",
+        ),
+        ({"do_sample": True, "temperature": float("inf")}, "decode_token_: temperature must be finite"),
+        ({"do_sample": True, "top_k": 0}, "decode_token_: top_k must be at least 1"),
+        ({"do_sample": True, "top_p": 1.5}, "decode_token_: top_p must be from 0 to 1"),
+        ({"do_sample": True, "min_p": -0.1}, "decode_token_: min_p must be from 0 to 1"),
+        ({"length": 2**63 - 1}, "decode_: keys must have room"),
+    ],
+)
+def test_no_token_no_change(changes, message):
+    """What cannot be drawn from is refused before the cache is written, and the generator has not moved."""
+    step = Step(batch=2)
+    before = [t.clone() for t in (*step.args["keys"], *step.args["values"])]
+    versions = [t._version for t in step.args["keys"]]
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match=message):
+        _token(step, **changes)
+    assert all(torch.equal(a, b) for a, b in zip((*step.args["keys"], *step.args["values"]), before, strict=True))
+    assert [t._version for t in step.args["keys"]] == versions
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_caches_side_by_side():
+    """Caches that are parts of one buffer, of keys and values or of all layers, are no aliases."""
+    expected = Step(batch=2, steps=2).run()
+    for at in range(4):  # the dimension of the buffer that tells them apart; the last one stays dense
+        step = Step(batch=2, steps=2)
+        parts = torch.stack([*step.args["keys"], *step.args["values"]]).movedim(0, at).contiguous().movedim(at, 0)
+        assert torch.equal(step.run(keys=list(parts[:2]), values=list(parts[2:])), expected)

@@ -90,6 +90,18 @@ BAD_ARGUMENTS = {
     "position must be from 0 to 6 .* in values": lambda k, v, nk, nv: (k, v[:, :, :8], nk, nv, 7),
     "values must not be an expanded tensor": lambda k, v, nk, nv: (k, v[:1].expand(2, -1, -1, -1), nk, nv, 0),
     "new_keys must not share memory with keys": lambda k, v, nk, nv: (k, v, k[:, :, 1:3], nv, 0),
+    "new_values must not share memory with keys": lambda k, v, nk, nv: (k, v, nk, k[:, :, 1:3, 1:], 0),
+    "new_keys must not share memory with values": lambda k, v, nk, nv: (k[..., :4], v, v[:, :, 7:], nv, 0),
+    "values must not share memory with keys": lambda k, v, nk, nv: (k, k, nk, nk, 0),
+    "keys must not share memory with values": lambda k, v, nk, nv: (k[..., 1:], k[..., :4], nk[..., 1:], nv, 0),
+    "keys must not be an expanded tensor or another whose": lambda k, v, nk, nv: (
+        k.as_strided((2, 3, 9, 5), (45, 15, 1, 1)),
+        v,
+        nk,
+        nv,
+        0,
+    ),
+    "position must be from 0 to 7 .* got 9223372036854775807": lambda k, v, nk, nv: (k, v, nk, nv, 2**63 - 1),
 }
 
 
@@ -101,6 +113,16 @@ def test_refuses_bad_arguments_before_writing(backend, message):
     with pytest.raises(RuntimeError, match=f"kv_append_: {message}"):
         kv_append_(*arguments)
     assert keys.count_nonzero() == values.count_nonzero() == 0
+
+
+def test_buffers_side_by_side(backend):
+    """Views of one buffer that have no element in common are no aliases, interleaved or not."""
+    whole = torch.zeros(2, 3, 9, 18, device=backend.device)
+    for keys, values in ((whole[..., :5], whole[..., 5:9]), (whole[..., :10:2], whole[..., 1:9:2])):
+        new_keys, new_values = states(device=backend.device)
+        kv_append_(keys, values, new_keys, new_values, 3)
+        assert torch.equal(keys[:, :, 3:5], new_keys) and torch.equal(values[:, :, 3:5], new_values)
+        kv_append_(keys, values, whole[:, :, :2, 10:15], whole[:, :, 4:6, 14:], 0)
 
 
 # ---- GPU kernel -----------------------------------------------------------------------------------------------------
@@ -154,6 +176,17 @@ def test_autograd_sees_the_write():
     kv_append_(keys, values, *states(), 0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
+
+
+def test_a_refused_call_is_no_change_for_autograd():
+    """What autograd has saved is still good after an append that raised."""
+    keys, values = buffers()
+    weight = torch.ones(2, 3, 9, 5, requires_grad=True)
+    product = (keys * weight).sum()
+    with pytest.raises(RuntimeError, match="position must be"):
+        kv_append_(keys, values, *states(), 8)
+    product.backward()
+    assert torch.equal(weight.grad, keys)
 
 
 def test_inference_tensors():

@@ -132,12 +132,45 @@ def test_nan_and_inf(backend, cols):
     """A NaN or infinity makes its row NaN, as in torch, and stays in it."""
     x, weight, bias = operands(5, cols, device=backend.device)
     x[0, 3], x[1, 5], x[2, 7] = torch.nan, torch.inf, -torch.inf
-    x[3] *= 1e20  # squares overflow: the row is its bias
     for dtype in (torch.float32, torch.bfloat16):
         actual = layer_norm(x.to(dtype), (cols,), weight.to(dtype), bias.to(dtype))
         expected = F.layer_norm(x.to(dtype), (cols,), weight.to(dtype), bias.to(dtype))
         assert actual[:3].isnan().all() and expected[:3].isnan().all()
-        assert torch.equal(actual[3], bias.to(dtype)) and torch.isfinite(actual[4]).all()
+        assert torch.isfinite(actual[3:]).all()
+
+
+@pytest.mark.parametrize("cols", [1, 3, 40, 4096, 9000, 20000])
+def test_huge_values(backend, cols):
+    """Sums, squares and distances that overflow leave the values and gradients right: torch gives NaN, or the bias."""
+    for dtype in backend.dtypes:
+        largest = torch.finfo(dtype).max
+        _, weight, bias = operands(1, cols, dtype, backend.device)
+        x = make(6, cols, dtype=torch.float64)
+        x *= torch.tensor([1e20, 0.2, 0.99, 0.3, 1.0, 1.0])[:, None]
+        x[1:3] = x[1:3] / x[1:3].abs().amax(-1, keepdim=True) * largest * torch.tensor([[0.2], [0.99]])
+        x[3] = largest * (1 - x[3].sigmoid() / 64)  # a mean near the largest number
+        x[4], x[5] = largest, -largest
+        x = x.clamp(-largest, largest).to(dtype)
+        grad = make(6, cols, dtype=dtype, seed=5)
+        actual = layer_norm(x.to(backend.device), (cols,), weight, bias)
+        wide = [t.cpu().double() for t in (weight, bias)]
+        small = x.double() * (1e-160 if dtype == torch.float64 else 1)  # as float64's squares overflow too
+        exact = layer_norm_reference(small, (cols,), *wide, eps=1e-300)
+        rounding = 1e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-4
+        assert actual.isfinite().all()
+        for row in range(4):
+            assert relative_error(actual[row], exact[row]) < rounding, (dtype, row)
+        assert torch.equal(actual[4:].cpu(), bias.cpu().expand(2, cols))
+        actual = torch.ops.torch_fused.layer_norm_backward(
+            grad[:4].to(backend.device), x[:4].to(backend.device), (cols,), weight, 1e-5, True, True
+        )
+        exact = layer_norm_backward_reference(grad[:4].double(), small[:4], (cols,), wide[0], 1e-300, True, True)
+        assert actual[0].isfinite().all() and actual[1].isfinite().all()
+        assert relative_error(actual[1], exact[1]) < 3 * rounding
+        alone = grad[4:].to(backend.device), (cols,), weight, 1e-5, False, False
+        same = torch.ops.torch_fused.layer_norm_backward(alone[0], x[4:].to(backend.device), *alone[1:])
+        zeros = torch.zeros_like(x[4:]).to(backend.device)
+        torch.testing.assert_close(same[0], torch.ops.torch_fused.layer_norm_backward(alone[0], zeros, *alone[1:])[0])
 
 
 def test_inputs_are_not_written(backend):
@@ -351,6 +384,10 @@ def test_inference_mode_and_no_grad(backend):
         (lambda x, w: layer_norm(x, (8,), w[:4]), r"layer_norm: weight must have the shape \[8\], got \[4\]"),
         (lambda x, w: layer_norm(x, (8,), w, w[:4]), r"layer_norm: bias must have the shape \[8\], got \[4\]"),
         (lambda x, w: layer_norm(x.int(), (8,)), r"layer_norm: input must be float32.*got Int"),
+        (lambda x, w: layer_norm(x.int(), (8,), w), r"layer_norm: input must be float32.*got torch.int32"),
+        (lambda x, w: layer_norm(x, (8,), w.int()), r"layer_norm: weight must be float32.*got torch.int32"),
+        (lambda x, w: layer_norm(x, (8,), w.bool(), w), r"layer_norm: weight must be float32.*got torch.bool"),
+        (lambda x, w: layer_norm(x, (8,), w, w.cfloat()), r"layer_norm: bias must be float32.*got torch.complex64"),
         (
             lambda x, w: torch.ops.torch_fused.layer_norm(x, (8,), None, w.half()),
             r"layer_norm: bias must have input's dtype Float, got Half",

@@ -392,6 +392,13 @@ def test_inference_mode_and_no_grad(backend):
     assert torch.equal(inference.cpu(), rms_norm(x, (32,), weight).detach().cpu())
 
 
+def backward(grad=lambda x: x, grad_sum=lambda x: x):
+    """A call of the backward op with another gradient."""
+    return lambda x, w: torch.ops.torch_fused.rms_norm_backward(
+        grad(x), grad_sum(x), x, (8,), w, 1e-6, "torch", 0.0, True
+    )
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -408,6 +415,26 @@ def test_inference_mode_and_no_grad(backend):
         (lambda x, w: add_rms_norm(x, x, w.half()), r"add_rms_norm: weight must have input's dtype Float, got Half"),
         (lambda x, w: add_rms_norm(x, x, w[:4]), r"add_rms_norm: normalized_shape"),
         (lambda x, w: add_rms_norm(x, x, w[0]), r"add_rms_norm: weight must have at least one dimension"),
+        (lambda x, w: rms_norm(x, (8,), w.half(), casting_mode="lama"), r"rms_norm: casting_mode .* got 'lama'"),
+        (lambda x, w: rms_norm(x, (8,), w.int()), r"rms_norm: weight must be float32.*got torch.int32"),
+        (
+            lambda x, w: rms_norm(x, (8,), w.bool(), casting_mode="llama"),
+            r"rms_norm: weight must be float32.*torch.bool",
+        ),
+        (lambda x, w: rms_norm(x, (8,), w.cfloat()), r"rms_norm: weight must be float32.*got torch.complex64"),
+        (lambda x, w: rms_norm(x.long(), (8,), w), r"rms_norm: input must be float32.*got torch.int64"),
+        (
+            lambda x, w: rms_norm(x, (8,), w.half()[:1], casting_mode="llama"),
+            r"rms_norm: weight must have the shape \[8\], got \[1\]",
+        ),
+        (
+            lambda x, w: torch.func.vmap(lambda a, b: rms_norm(a, (8,), b, casting_mode="lama"))(x, w.expand(4, 8)),
+            r"rms_norm: casting_mode .* got 'lama'",
+        ),
+        (backward(grad=lambda x: x[:2]), r"rms_norm_backward: grad must have x's shape \[4, 8\], got \[2, 8\]"),
+        (backward(grad=lambda x: x.half()), r"rms_norm_backward: grad must have x's dtype Float, got Half"),
+        (backward(grad_sum=lambda x: x[:, :4]), r"rms_norm_backward: grad_sum must have x's shape .* got \[4, 4\]"),
+        (backward(grad_sum=lambda x: x.bfloat16()), r"rms_norm_backward: grad_sum must have x's dtype Float, got BF"),
     ],
 )
 def test_bad_arguments(backend, call, message):

@@ -94,6 +94,23 @@ def test_strides_and_broadcast_tables(backend):
         assert torch.equal(a.transpose(1, 2), e)
 
 
+def test_last_dimension_without_a_unit_stride(backend):
+    """The result is dense in its last dimension, whatever the argument is; so are the gradients."""
+    q, k = make(2, 3, 6, 5, device=backend.device).transpose(2, 3), make(6, 2, 3, 5, device=backend.device)
+    k = k.permute(1, 2, 3, 0)
+    cos, sin = make(2, 5, 4, device=backend.device), make(2, 4, 5, seed=1, device=backend.device).transpose(1, 2)
+    for actual, expected in (
+        (apply_rotary_pos_emb(q, k, cos, sin), apply_rotary_pos_emb_reference(q, k, cos, sin)),
+        (
+            torch.ops.torch_fused.apply_rotary_pos_emb_backward(q, k, cos, sin, 1),
+            apply_rotary_pos_emb_backward_reference(q, k, cos, sin, 1),
+        ),
+    ):
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e)
+            assert a.stride(3) == 1
+
+
 def test_transposed_views_are_read_in_place(backend):
     """What a model passes is not copied."""
     tensors = operands(device=backend.device)
@@ -266,6 +283,8 @@ def op(q, k, cos, sin, **kwargs):
         (lambda q, k, c, s: op(q, k, c, s, unsqueeze_dim=3), "unsqueeze_dim must be 1 .* or 2 .* got 3"),
         (lambda q, k, c, s: op(q.half(), k, c, s), "q must have cos's dtype Float, got Half"),
         (lambda q, k, c, s: op(q.int(), k.int(), c.int(), s.int()), "cos must be float32.*got Int"),
+        (lambda q, k, c, s: apply_rotary_pos_emb(q.int(), k, c, s), "q must be float32.*got torch.int32"),
+        (lambda q, k, c, s: apply_rotary_pos_emb(q, k.cfloat(), c, s), "k must be float32.*got torch.complex64"),
         (lambda q, k, c, s: op(q, k, c, s, casting_mode="x"), "casting_mode must be 'torch' or 'llama', got 'x'"),
         (lambda q, k, c, s: op(q, k, c.requires_grad_(), s), "cos and sin have no gradient here.* got cos that does"),
     ],

@@ -257,6 +257,11 @@ def test_vmap(backend):
     [
         (lambda x: softmax(x, 2), r"softmax: dim must be from -2 to 1 for input of 2 dimensions, got 2"),
         (lambda x: softmax(x.int()), r"softmax: input must be float32.*got Int"),
+        (lambda x: softmax(x, dtype=torch.int32), r"softmax: dtype must be float32.*got Int"),
+        (lambda x: softmax(x.requires_grad_(), dtype=torch.complex64), r"softmax: dtype must be .*got ComplexFloat"),
+        (lambda x: softmax(x, dtype=999), r"softmax: dtype must be float32.*got UNKNOWN_SCALAR"),
+        (lambda x: softmax(x, dtype=-1), r"softmax: dtype must be float32.*got UNKNOWN_SCALAR"),
+        (lambda x: softmax(x.requires_grad_(), dtype=127), r"softmax: dtype must be float32.*got UNKNOWN_SCALAR"),
         (
             lambda x: torch.ops.torch_fused.softmax_backward(x[:2], x),
             r"softmax_backward: grad must have output's shape \[4, 8\], got \[2, 8\]",

@@ -89,15 +89,23 @@ class AdamW(torch.optim.AdamW):
         self._step_supports_amp_scaling = False  # torch's fused step would unscale the gradients itself
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters, as torch's AdamW does.
+        """As torch's, but a parameter that is in the group twice, which would be updated twice, is an error.
 
         Args:
             param_group: ``params``, and arguments of this class that the group has of its own.
 
         Raises:
-            ValueError: an argument is not one that this class takes; nothing is added then.
+            ValueError: an argument is not one that this class takes, or a parameter is in the group twice or already in
+                another; nothing is added then.
         """
         _check_group(self.defaults | param_group)
+        if not isinstance(param_group["params"], Tensor):
+            param_group["params"] = list(param_group["params"])
+            tensors = [param[1] if isinstance(param, tuple) else param for param in param_group["params"]]
+            places: dict[int, int] = {}
+            for i, tensor in enumerate(tensors):
+                if (first := places.setdefault(id(tensor), i)) != i:
+                    raise ValueError(f"AdamW: params {first} and {i} of a group are one parameter: give it once")
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -111,27 +119,32 @@ class AdamW(torch.optim.AdamW):
             What the closure returned, or None.
 
         Raises:
-            ValueError: a gradient is sparse or complex, or a group has a value that the constructor refuses. All
-                parameters stay as they were.
+            ValueError: a gradient is sparse or complex, or a group has a value that the constructor refuses. Every
+                parameter stays as it was.
+            RuntimeError: parameters of a group, or their states, share memory with each other. Those of the groups
+                before it have been updated.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params = [_params_with_grad(group) for group in self.param_groups]
-        for group, with_grad in zip(self.param_groups, params, strict=True):
-            self._step_group(group, with_grad)
+        for group, operands in [(group, self._operands(group)) for group in self.param_groups]:
+            self._step_group(group, operands)
         return loss
 
-    def _step_group(self, group: dict[str, Any], with_grad: list[Tensor]) -> None:
+    def _operands(self, group: dict[str, Any]) -> dict[torch.device, tuple[list[Tensor], ...]]:
+        """Parameters, gradients, states and steps of a group, for each device."""
         operands: dict[torch.device, tuple[list[Tensor], ...]] = defaultdict(lambda: ([], [], [], [], []))
-        for param in with_grad:
+        for param in _params_with_grad(group):
             state = self.state[param] or self._new_state(param)
             tensors: tuple[Any, ...] = (param, param.grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
             if hasattr(param, "to_local"):  # sharded: the step is elementwise, so this process updates its part
                 tensors = (*(tensor.to_local() for tensor in tensors[:4]), state["step"])
             for to, tensor in zip(operands[param.device], tensors, strict=True):
                 to.append(tensor)
+        return operands
+
+    def _step_group(self, group: dict[str, Any], operands: dict[torch.device, tuple[list[Tensor], ...]]) -> None:
         beta1, beta2 = group["betas"]
         for params, grads, exp_avgs, exp_avg_sqs, steps in operands.values():
             adamw_(

@@ -1,6 +1,8 @@
 """Tolerances, tensors and comparisons that the tests, the benchmarks and the self-check share."""
 
-from collections.abc import Callable, Iterable, Sequence
+import ctypes
+import mmap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +31,97 @@ def make(
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
     return values.to(dtype).to(device).requires_grad_(requires_grad)
+
+
+def layouts(values: Tensor, *, written: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """A tensor of the shape of `values` in every layout that an op must take: (name, tensor).
+
+    The tensors hold `values`; those whose elements share memory repeat some of them. What lies between the elements is
+    NaN, or the largest integer.
+
+    Args:
+        values: any shape and dtype.
+        written: only layouts that a tensor may have that is written.
+    """
+    for name, make_layout in makers_of_layouts(values, written=written):
+        yield name, make_layout()
+
+
+def makers_of_layouts(values: Tensor, *, written: bool = False) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """As `layouts`, with functions that make the tensors."""
+    shape, dims = list(values.shape), range(values.dim())
+
+    def view_of(buffer_shape: Sequence[int], view: Callable[[Tensor], Tensor]) -> Tensor:
+        gap: Any = torch.nan if values.is_floating_point() else values.dtype == torch.bool
+        if not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool):
+            gap = torch.iinfo(values.dtype).max
+        return view(torch.full(tuple(buffer_shape), gap, dtype=values.dtype, device=values.device)).copy_(values)
+
+    def in_order(*order: int) -> Callable[[], Tensor]:
+        """The dimensions in this order in memory, the last one dense."""
+        inverse = [order.index(d) for d in dims]
+        return lambda: view_of([shape[d] for d in order], lambda t: t.permute(inverse))
+
+    def step_2(dim: int) -> Callable[[], Tensor]:
+        doubled = [2 * n if d == dim else n for d, n in enumerate(shape)]
+        every_other = (*[slice(None)] * dim, slice(None, None, 2))
+        return lambda: view_of(doubled, lambda t: t[every_other])
+
+    def expanded(dim: int) -> Callable[[], Tensor]:
+        return lambda: values.narrow(dim, 0, 1).clone().expand(shape)
+
+    def odd_strides() -> Tensor:
+        dense = values.contiguous()
+        return dense.as_strided(shape, [7 if n == 1 else s for n, s in zip(shape, dense.stride(), strict=True)])
+
+    yield "contiguous", lambda: values.clone(memory_format=torch.contiguous_format)
+    yield "behind an offset", lambda: view_of([values.numel() + 1], lambda t: t[1:].view(shape))
+    if values.dim() >= 1:
+        yield "rows apart", lambda: view_of([*shape[:-1], shape[-1] + 3], lambda t: t[..., : shape[-1]])
+    if values.dim() >= 2:
+        yield "last two dimensions transposed", in_order(*dims[:-2], dims[-1], dims[-2])
+    if values.dim() >= 3:
+        yield "first two dimensions transposed", in_order(1, 0, *dims[2:])
+        yield "dimensions reversed", in_order(*dims[::-1])
+        yield "last dimension first", in_order(dims[-1], *dims[:-1])
+    for d in dims:
+        yield f"step 2 in dimension {d}", step_2(d)
+    yield "odd strides of single elements", odd_strides
+    if written:
+        return
+    if values.is_floating_point():
+        yield "negated when read", lambda: torch._neg_view(-values)
+    if values.numel() <= 1:
+        return
+    long = [d for d in dims if shape[d] > 1]
+    for d in long:
+        yield f"expanded in dimension {d}", expanded(d)
+    yield "one element", lambda: values.flatten()[:1].clone().expand(values.numel()).view(shape)
+    if len(long) > 1:
+        yield "overlapping", lambda: values.flatten().clone().as_strided(shape, [1] * len(shape))
+
+
+def guarded(tensor: Tensor, *, at_end: bool = True) -> Tensor:
+    """A copy of the CPU tensor, with its strides, in memory that ends (or begins) where no access is allowed.
+
+    Reading or writing past its last (or before its first) element is a segmentation fault.
+    """
+    if tensor.is_neg():
+        return torch._neg_view(guarded(torch._neg_view(tensor), at_end=at_end))
+    if tensor.numel() == 0:
+        return tensor.clone()
+    reach = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    size, page = reach * tensor.element_size(), mmap.PAGESIZE
+    pages = -(-size // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(start + (pages * page if at_end else 0)), ctypes.c_size_t(page), 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    offset = pages * page - size if at_end else page
+    flat = torch.frombuffer(memory, dtype=tensor.dtype, count=reach, offset=offset)
+    flat.copy_(tensor.as_strided((reach,), (1,)))
+    return flat.as_strided(tensor.shape, tensor.stride())
 
 
 def misleading_row(vocabulary: int, scale: float = 1.0) -> Tensor:

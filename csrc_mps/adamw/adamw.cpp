@@ -2,17 +2,18 @@
 #include "adamw.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty_strided.h>
-#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 
+#include "../common/autograd.h"
+#include "../common/checks.h"
 #include "../common/convert.h"
+#include "../common/lazy_views.h"
+#include "../common/memory.h"
 #include "../common/rows.h"
 #include "../common/simd.h"
 
@@ -37,20 +38,17 @@ void check_settings(const AdamwSettings& s) {
     TORCH_CHECK(value >= 0 && value < limit, "adamw_: ", name, " must be at least 0 and below ", limit, ", got ",
                 value);
   };
-  check("lr", s.lr, INFINITY);
+  constexpr double kLargest = std::numeric_limits<float>::max();
+  check("lr", s.lr, kLargest);
   check("beta1", s.beta1, 1);
   check("beta2", s.beta2, 1);
-  check("eps", s.eps, INFINITY);
-  check("weight_decay", s.weight_decay, INFINITY);
+  check("eps", s.eps, kLargest);
+  check("weight_decay", s.weight_decay, kLargest);
 }
 
 void check_param(const Tensor& param, const Tensor& first, size_t i) {
-  const at::ScalarType dtype = param.scalar_type();
-  const bool takes_double = param.is_cpu();
-  TORCH_CHECK(
-      dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 || (dtype == at::kDouble && takes_double),
-      "adamw_: params[", i, "] must be float32, float16 or bfloat16", takes_double ? " (or float64 on the CPU)" : "",
-      ", got ", dtype);
+  TORCH_CHECK(takes_dtype(param.scalar_type(), param), "adamw_: params[", i, "]", dtypes_taken(param),
+              param.scalar_type());
   TORCH_CHECK(param.device() == first.device(), "adamw_: params[", i, "] must be on the device of params[0], ",
               first.device(), ", got ", param.device());
 }
@@ -78,12 +76,6 @@ void check_step(const Tensor& step, size_t i) {
               step.device());
 }
 
-void check_written(const char* name, const Tensor& tensor, size_t i) {
-  TORCH_CHECK(tensor.is_non_overlapping_and_dense() || at::has_internal_overlap(tensor) != at::MemOverlap::Yes,
-              "adamw_: ", name, "[", i,
-              "] must not be an expanded tensor, whose elements share memory; its strides are ", tensor.strides());
-}
-
 void check_length(const char* name, TensorList list, TensorList params) {
   TORCH_CHECK(list.size() == params.size(), "adamw_: ", name, " must have as many tensors as params, ", params.size(),
               ", got ", list.size());
@@ -107,6 +99,7 @@ AdamwCall::AdamwCall(TensorList params, TensorList grads, TensorList exp_avgs, T
   check_length("exp_avgs", exp_avgs, params);
   check_length("exp_avg_sqs", exp_avg_sqs, params);
   check_length("steps", steps, params);
+  MemoryCheck memory("adamw_");
   for (size_t i = 0; i < params.size(); ++i) {
     check_param(params[i], params[0], i);
     check_like_param("grads", grads[i], params[i], i);
@@ -114,10 +107,14 @@ AdamwCall::AdamwCall(TensorList params, TensorList grads, TensorList exp_avgs, T
     check_like_param("exp_avg_sqs", exp_avg_sqs[i], params[i], i);
     check_dtypes(params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], i);
     check_step(steps[i], i);
-    check_written("params", params[i], i);
-    check_written("exp_avgs", exp_avgs[i], i);
-    check_written("exp_avg_sqs", exp_avg_sqs[i], i);
+    const auto index = static_cast<int64_t>(i);
+    memory.writes("params", params[i], index);
+    memory.writes("exp_avgs", exp_avgs[i], index);
+    memory.writes("exp_avg_sqs", exp_avg_sqs[i], index);
+    memory.writes("steps", steps[i], index);
+    memory.reads("grads", grads[i], index);
   }
+  memory.run();
   tensors_.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     if (params[i].numel() > 0) add(params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], steps[i]);
@@ -227,13 +224,9 @@ void adamw_autograd(TensorList params, TensorList grads, TensorList exp_avgs, Te
                   "adamw_: a tensor requires grad, but the op is not differentiable: call it under torch.no_grad()");
     }
   }
-  for (const TensorList list : {params, exp_avgs, exp_avg_sqs, steps}) {
-    for (const Tensor& tensor : list) torch::autograd::impl::bump_version(tensor);
-  }
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("torch_fused::adamw_", "").typed<decltype(adamw_autograd)>();
-  at::AutoDispatchBelowADInplaceOrView below;
-  op.call(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, maximize);
+  static const auto op = find_op<decltype(adamw_cpu)>("torch_fused::adamw_");
+  change({params, exp_avgs, exp_avg_sqs, steps},
+         [&] { op.call(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, maximize); });
 }
 
 }  // namespace
@@ -242,3 +235,4 @@ void adamw_autograd(TensorList params, TensorList grads, TensorList exp_avgs, Te
 TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
   m.impl("adamw_", torch_fused::adamw_autograd);
 }
+TORCH_FUSED_WRITES(adamw_)

@@ -3,12 +3,8 @@
 #include "decode.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/MemoryOverlap.h>
 #include <ATen/Version.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 #include <numeric>
@@ -17,6 +13,8 @@
 
 #include "../common/autograd.h"
 #include "../common/checks.h"
+#include "../common/lazy_views.h"
+#include "../common/memory.h"
 #include "../common/rows.h"
 #include "../sampling/sampling.h"
 #include "team.h"
@@ -115,12 +113,30 @@ void check_cache(const char* name, TensorList buffers, const StepShape& s, int64
                 "decode_: ", name, " must be (", s.batch, ", ", s.kv_heads, ", capacity, ", s.head_dim,
                 ") with a dense last dimension, got shape ", buffer.sizes(), " with strides ", buffer.strides());
     check_alike("decode_", name, buffer, "embedding", embedding);
-    TORCH_CHECK(buffer.size(2) >= s.length + s.steps, "decode_: ", name,
-                " must have room for length + steps = ", s.length + s.steps, " tokens, got a capacity of ",
-                buffer.size(2));
-    TORCH_CHECK(at::has_internal_overlap(buffer) != at::MemOverlap::Yes, "decode_: ", name,
-                " must not be an expanded tensor, whose elements share memory; its strides are ", buffer.strides());
+    TORCH_CHECK(s.length <= buffer.size(2) - s.steps, "decode_: ", name, " must have room for ", s.steps,
+                " tokens after length = ", s.length, ", got a capacity of ", buffer.size(2));
   }
+}
+
+// The caches are written: nothing else may be there.
+void check_memory(const Call& call) {
+  MemoryCheck memory("decode_");
+  for (size_t i = 0; i < call.keys.size(); ++i) {
+    memory.writes("keys", call.keys[i], static_cast<int64_t>(i));
+    memory.writes("values", call.values[i], static_cast<int64_t>(i));
+  }
+  memory.reads("token_ids", call.token_ids);
+  memory.reads("positions", call.positions);
+  if (call.starts) memory.reads("starts", *call.starts);
+  memory.reads("embedding", call.embedding);
+  memory.reads("cos", call.cos);
+  memory.reads("sin", call.sin);
+  for (size_t i = 0; i < call.layers.size(); ++i) {
+    if (const OptionalTensor part = call.layers.get(i)) memory.reads("layers", *part, static_cast<int64_t>(i));
+  }
+  memory.reads("norm", call.norm);
+  memory.reads("head", call.head);
+  memory.run();
 }
 
 OptionalTensor layer_part(const Call& call, int64_t layer, LayerPart part) {
@@ -202,12 +218,13 @@ StepShape check(const Call& call) {
   check_indices("positions", call.positions, call.token_ids.sizes(), call.cos.size(0));
   TORCH_CHECK(call.length >= 0, "decode_: length must not be negative, got ", call.length);
   s.length = call.length;
-  if (call.starts) check_indices("starts", *call.starts, {s.batch}, s.length + 1);
   check_cache("keys", call.keys, s, layers, call.embedding);
   check_cache("values", call.values, s, layers, call.embedding);
+  if (call.starts) check_indices("starts", *call.starts, {s.batch}, s.length + 1);
   TORCH_CHECK(call.logits_to_keep >= 0 && call.logits_to_keep <= s.steps, "decode_: logits_to_keep must be from 0 to ",
               s.steps, ", got ", call.logits_to_keep);
   s.kept = call.logits_to_keep == 0 ? s.steps : call.logits_to_keep;
+  check_memory(call);
   return s;
 }
 
@@ -333,13 +350,11 @@ Tensor decode_autograd(const Tensor& token_ids, const Tensor& positions, const O
                 "decode_: the weights require grad, but the op is not differentiable: call it under "
                 "torch.no_grad()");
   }
-  for (const TensorList buffers : {keys, values}) {
-    for (const Tensor& buffer : buffers) torch::autograd::impl::bump_version(buffer);
-  }
-  at::AutoDispatchBelowADInplaceOrView below;
   static const auto op = find_op<decltype(decode_cpu)>("torch_fused::decode_");
-  return op.call(token_ids, positions, starts, embedding, cos, sin, layers, norm, head, keys, values, length, heads,
-                 eps, scaling, logits_to_keep);
+  return change({keys, values}, [&] {
+    return op.call(token_ids, positions, starts, embedding, cos, sin, layers, norm, head, keys, values, length, heads,
+                   eps, scaling, logits_to_keep);
+  });
 }
 
 // ---- with the choice of the next token ------------------------------------------------------------------------------
@@ -351,6 +366,12 @@ Tensor decode_token(const Tensor& token_ids, const Tensor& positions, const Opti
                     std::optional<int64_t> top_k, std::optional<double> top_p, std::optional<double> min_p) {
   if (do_sample) check_filters("decode_token_", temperature, top_k, top_p, min_p);  // before the cache is written
   static const auto decode = find_op<decltype(decode_cpu)>("torch_fused::decode_");
+  if (head.dim() == 2) {  // what could not be drawn from must not be appended to the cache
+    TORCH_CHECK(head.size(0) >= 1 && head.size(0) <= kMostTokens, "decode_token_: head must have 1 to ", kMostTokens,
+                " rows to choose from, got ", head.size(0));
+    const Tensor row = at::empty({1}, head.options().dtype(at::kFloat)).expand({1, head.size(0)});
+    if (do_sample) check_sampling("decode_token_", row, temperature, top_k, top_p, min_p, std::nullopt);
+  }
   const Tensor logits = decode
                             .call(token_ids, positions, starts, embedding, cos, sin, layers, norm, head, keys, values,
                                   length, heads, eps, scaling, 1)
@@ -373,3 +394,4 @@ TORCH_LIBRARY_IMPL(torch_fused, CPU, m) {
 TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
   m.impl("decode_", torch_fused::decode_autograd);
 }
+TORCH_FUSED_WRITES(decode_)

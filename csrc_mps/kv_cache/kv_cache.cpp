@@ -1,17 +1,16 @@
 // Appending to a key / value cache: schema, checks, autograd and the copy on the CPU.
 #include "kv_cache.h"
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstring>
 
+#include "../common/autograd.h"
 #include "../common/checks.h"
+#include "../common/lazy_views.h"
+#include "../common/memory.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def("kv_append_(Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, SymInt position) -> ()");
@@ -43,9 +42,6 @@ void check_pair(const char* buffer_name, const Tensor& buffer, const char* fresh
   TORCH_CHECK(position >= 0 && fresh.size(2) <= buffer.size(2) - position, "kv_append_: position must be from 0 to ",
               buffer.size(2) - fresh.size(2), " for ", fresh.size(2), " tokens in ", buffer_name,
               " with a capacity of ", buffer.size(2), ", got ", position);
-  TORCH_CHECK(at::has_internal_overlap(buffer) != at::MemOverlap::Yes, "kv_append_: ", buffer_name,
-              " must not be an expanded tensor, whose elements share memory; its strides are ", buffer.strides());
-  TORCH_CHECK(!fresh.is_alias_of(buffer), "kv_append_: ", fresh_name, " must not share memory with ", buffer_name);
 }
 
 }  // namespace
@@ -59,6 +55,12 @@ void check_kv_append(const Tensor& keys, const Tensor& values, const Tensor& new
   check_alike("kv_append_", "values", values, "keys", keys);
   TORCH_CHECK(new_values.size(2) == new_keys.size(2), "kv_append_: new_values must have as many tokens as new_keys, ",
               new_keys.size(2), ", got ", new_values.size(2));
+  MemoryCheck memory("kv_append_");
+  memory.writes("keys", keys);
+  memory.writes("values", values);
+  memory.reads("new_keys", new_keys);
+  memory.reads("new_values", new_values);
+  memory.run();
 }
 
 // ---- CPU ------------------------------------------------------------------------------------------------------------
@@ -134,11 +136,7 @@ void kv_append_autograd(const Tensor& keys, const Tensor& values, const Tensor& 
     check("new_keys", new_keys);
     check("new_values", new_values);
   }
-  // Before the write, because torch refuses here to change an inference tensor outside of inference mode.
-  torch::autograd::impl::bump_version(keys);
-  torch::autograd::impl::bump_version(values);
-  at::AutoDispatchBelowADInplaceOrView below;
-  call_kv_append(keys, values, new_keys, new_values, position);
+  change({keys, values}, [&] { call_kv_append(keys, values, new_keys, new_values, position); });
 }
 
 // ---- append and view ------------------------------------------------------------------------------------------------
@@ -160,3 +158,4 @@ TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
 TORCH_LIBRARY_IMPL(torch_fused, CompositeImplicitAutograd, m) {
   m.impl("kv_update_", torch_fused::kv_update);
 }
+TORCH_FUSED_WRITES(kv_append_)

@@ -53,8 +53,9 @@ KvCopy copy_in_units(const Tensor& to, const Tensor& from, int64_t elements) {
 
 void kv_append_gpu(const Tensor& keys, const Tensor& values, const Tensor& new_keys, const Tensor& new_values,
                    c10::SymInt symbolic_position) {
-  const int64_t position = symbolic_position.expect_int(), tokens = new_keys.size(2);
+  const int64_t position = symbolic_position.expect_int();
   check_kv_append(keys, values, new_keys, new_values, position);
+  const int64_t tokens = new_keys.size(2);
   const Tensor to_keys = keys.narrow(2, position, tokens), to_values = values.narrow(2, position, tokens);
   const int64_t element = static_cast<int64_t>(keys.element_size());
   const bool packs = takes_packs(to_keys) && takes_packs(to_values) && takes_packs(new_keys) && takes_packs(new_values);

@@ -65,8 +65,7 @@ LayerNorm check_layer_norm(const char* op, const Tensor& input, IntArrayRef norm
 
 LayerNorm check_layer_norm_backward(const Tensor& grad, const Tensor& x, IntArrayRef normalized_shape,
                                     const OptionalTensor& weight, double eps) {
-  check_same_shape("layer_norm_backward", "grad", grad, "x", x);
-  check_alike("layer_norm_backward", "grad", grad, "x", x);
+  check_grad("layer_norm_backward", "grad", grad, "x", x);
   return check_layer_norm("layer_norm_backward", x, normalized_shape, weight, std::nullopt, eps);
 }
 
@@ -100,12 +99,30 @@ TORCH_FUSED_INLINE const wide_t<T>* widened(const T* values, int64_t n, wide_t<T
   return wide;
 }
 
-// The mean is shift + rest, which is exact to more than one number of type W.
+// Of the row times `unit`, which is 1 unless sums of its values would overflow. The mean is shift + rest, which is
+// exact to more than one number of type W.
 template <class W>
 struct Moments {
-  W shift, rest, rstd;
-  TORCH_FUSED_INLINE W normed(W x) const { return std::fma(x - shift, rstd, -rest * rstd); }
+  W unit, shift, rest, rstd;
+  TORCH_FUSED_INLINE W normed(W x) const { return std::fma(std::fma(x, unit, -shift), rstd, -rest * rstd); }
 };
+
+// The unit of a row whose values are too large for their squares, and their sum, to be finite.
+template <class W>
+constexpr W kSmallUnit = std::is_same_v<W, float> ? W(0x1p-80) : W(0x1p-600);
+
+// Calls find(values, unit) for the row's moments, once more with smaller values if sums have overflowed.
+template <class W, class Find>
+TORCH_FUSED_INLINE auto in_range(const W* x, int64_t n, const Find& find) {
+  static thread_local std::vector<W> small;
+  for (W unit = 1;; unit = kSmallUnit<W>) {
+    const auto found = find(x, unit);
+    if (found.rstd > 0 || unit != 1) return found;
+    small.resize(n);
+    for (int64_t i = 0; i < n; ++i) small[i] = x[i] * kSmallUnit<W>;
+    x = small.data();
+  }
+}
 
 // The mean of the row or, if it is long, of one block's worth of it, taken in stretches all over the row.
 template <class W>
@@ -121,44 +138,48 @@ TORCH_FUSED_INLINE W rough_mean(const W* x, int64_t n) {
 
 // From the sums of x - shift and of its square.
 template <class W>
-TORCH_FUSED_INLINE Moments<W> moments_of(W shift, W sum, W squares, const LayerNorm& norm) {
+TORCH_FUSED_INLINE Moments<W> moments_of(W unit, W shift, W sum, W squares, const LayerNorm& norm) {
   const W count = static_cast<W>(norm.cols), rest = sum / count;
-  const W variance = std::max(squares / count - rest * rest, W(0));
-  return {shift, rest, 1 / std::sqrt(variance + static_cast<W>(norm.eps))};
+  const W variance = std::max(squares / count - rest * rest, W(0)), eps = static_cast<W>(norm.eps);
+  if (unit != 1 && variance == 0) return {unit, shift, rest, 1 / (std::sqrt(eps) * unit)};  // all values are the same
+  return {unit, shift, rest, 1 / std::sqrt(variance + eps * unit * unit)};
 }
 
 // One pass over memory, about a shift that is near the mean, so that little cancels.
 template <class W>
-TORCH_FUSED_INLINE Moments<W> row_moments(const W* x, const LayerNorm& norm) {
-  const W shift = rough_mean(x, norm.cols);
-  const auto [sum, squares] = row_sums<2, W>(norm.cols, [=](int64_t i, int64_t j, W(*sums)[kRowStreams]) {
-    const W centred = x[i] - shift;
-    sums[0][j] += centred;
-    sums[1][j] = std::fma(centred, centred, sums[1][j]);
+TORCH_FUSED_INLINE Moments<W> row_moments(const W* row, const LayerNorm& norm) {
+  return in_range(row, norm.cols, [&](const W* x, W unit) {
+    const W shift = rough_mean(x, norm.cols);
+    const auto [sum, squares] = row_sums<2, W>(norm.cols, [=](int64_t i, int64_t j, W(*sums)[kRowStreams]) {
+      const W centred = x[i] - shift;
+      sums[0][j] += centred;
+      sums[1][j] = std::fma(centred, centred, sums[1][j]);
+    });
+    return moments_of(unit, shift, sum, squares, norm);
   });
-  return moments_of(shift, sum, squares, norm);
 }
 
 // What a row's gradient needs: of g = dy * weight and n = (x - mean) * rstd, the means of g and g * n.
 template <class W>
-struct Slopes {
-  Moments<W> moments;
+struct Slopes : Moments<W> {
   W mean_g, mean_gn;
 };
 
 template <class W>
-TORCH_FUSED_INLINE Slopes<W> row_slopes(const W* dy, const W* x, const W* weight, const LayerNorm& norm) {
-  const W shift = rough_mean(x, norm.cols);
-  const auto [sum, squares, g, gc] = row_sums<4, W>(norm.cols, [=](int64_t i, int64_t j, W(*sums)[kRowStreams]) {
-    const W centred = x[i] - shift, g = dy[i] * weight[i];
-    sums[0][j] += centred;
-    sums[1][j] = std::fma(centred, centred, sums[1][j]);
-    sums[2][j] += g;
-    sums[3][j] = std::fma(g, centred, sums[3][j]);
+TORCH_FUSED_INLINE Slopes<W> row_slopes(const W* dy, const W* row, const W* weight, const LayerNorm& norm) {
+  return in_range(row, norm.cols, [&](const W* x, W unit) {
+    const W shift = rough_mean(x, norm.cols);
+    const auto [sum, squares, g, gc] = row_sums<4, W>(norm.cols, [=](int64_t i, int64_t j, W(*sums)[kRowStreams]) {
+      const W centred = x[i] - shift, g = dy[i] * weight[i];
+      sums[0][j] += centred;
+      sums[1][j] = std::fma(centred, centred, sums[1][j]);
+      sums[2][j] += g;
+      sums[3][j] = std::fma(g, centred, sums[3][j]);
+    });
+    const Moments<W> m = moments_of(unit, shift, sum, squares, norm);
+    const W count = static_cast<W>(norm.cols);
+    return Slopes<W>{m, g / count, (gc - m.rest * g) * m.rstd / count};
   });
-  const Moments<W> m = moments_of(shift, sum, squares, norm);
-  const W count = static_cast<W>(norm.cols);
-  return {m, g / count, (gc - m.rest * g) * m.rstd / count};
 }
 
 template <class T>
@@ -225,8 +246,8 @@ TORCH_FUSED_INLINE void backward_blocks(const Backward<T>& a, int64_t begin, int
       const W* dy = widened(a.grad + row * a.grad_stride, n, W(0), grad_buffer);
       const W* x = widened(a.x + row * a.x_stride, n, W(0), row_buffer);
       T* dx = a.grad_x + row * n;
-      const Slopes<W> slopes = row_slopes(dy, x, w, a.norm);
-      const Moments<W> m = slopes.moments;
+      const Slopes<W> m = row_slopes(dy, x, w, a.norm);
+      const W rstd = m.rstd * m.unit;
       const bool ahead = n > kRowBlock && row + 1 < last;
       const int64_t step = ahead ? kPrefetchRun : kRowBlock;
       for (int64_t first = 0; first < n; first += step) {
@@ -236,7 +257,7 @@ TORCH_FUSED_INLINE void backward_blocks(const Backward<T>& a, int64_t begin, int
           prefetch(a.x + (row + 1) * a.x_stride + first, past - first);
         }
         for (int64_t i = first; i < past; ++i) {
-          dx[i] = narrow<T>(m.rstd * (dy[i] * w[i] - slopes.mean_g - m.normed(x[i]) * slopes.mean_gn));
+          dx[i] = narrow<T>(rstd * (dy[i] * w[i] - m.mean_g - m.normed(x[i]) * m.mean_gn));
         }
         if (a.need_weight_grad) {
           for (int64_t i = first; i < past; ++i) grad_weight[i] += dy[i] * m.normed(x[i]);

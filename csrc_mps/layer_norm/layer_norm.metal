@@ -87,7 +87,8 @@ void layer_norm(device const T* input [[buffer(0)]], device const T* weight [[bu
       seen.add<W>(column, p.cols, x[0]);
     }
   }
-  const Moments m = row_moments(seen.of_simdgroup(), p.cols, p.eps, scratch, place);
+  Moments m = row_moments(seen.of_simdgroup(), p.cols, p.eps, scratch, place);
+  if (m.overflowed()) m = small_row_moments(r.input, p.cols, p.eps, scratch, place);
   if (N > 0) {
 #pragma unroll
     for (int i = 0; i < packs; i++) r.store_normed(first + i * step, x[i], m);

@@ -79,17 +79,24 @@ struct Seen {
   }
 };
 
-// The mean in two parts, of which the second is what the first one's rounding left.
+// Of the row times `unit`, which is 1 unless sums of its values would overflow. The mean is in two parts, of which the
+// second is what the first one's rounding left.
 struct Moments {
+  float unit;
   float mean;
   float rest;
   float rstd;  // 1 / sqrt(variance + eps)
 
-  float normed(float x) const { return fma(x - mean, rstd, -rest * rstd); }
+  float normed(float x) const { return fma(fma(x, unit, -mean), rstd, -rest * rstd); }
+
+  bool overflowed() const { return !(rstd > 0.0f); }
 };
 
+// The unit of a row whose values are too large for their squares, and their sum, to be finite: 2^-80.
+constant constexpr float SMALL_UNIT = 8.27180612553027674871408e-25f;
+
 // From what each simdgroup has seen, which stands in `all`.
-inline Moments moments_of(threadgroup const float4* all, uint cols, float eps, Place place) {
+inline Moments moments_of(threadgroup const float4* all, uint cols, float eps, Place place, float unit = 1.0f) {
   const float shift = all[0].x;
   float sum = 0.0f, squares = 0.0f;
   if (place.lane < place.simdgroups) {
@@ -100,14 +107,34 @@ inline Moments moments_of(threadgroup const float4* all, uint cols, float eps, P
   }
   sum = simd_sum(sum);
   const float rest = sum / float(cols);
-  const float variance = fma(-sum, rest, simd_sum(squares)) / float(cols);
+  const float variance = fma(-sum, rest, simd_sum(squares)) / float(cols);  // NaN if sums overflow
   const float mean = shift + rest;
-  return {mean, rest - (mean - shift), rsqrt(max(variance, 0.0f) + eps)};
+  float rstd = rsqrt((variance <= 0.0f ? 0.0f : variance) + eps * unit * unit);
+  if (unit != 1.0f && variance <= 0.0f) rstd = rsqrt(eps) / unit;  // all values are the same
+  return {unit, mean, rest - (mean - shift), rstd};
 }
 
 // The same for what this simdgroup has seen. `scratch` holds 32 values and is written once.
-inline Moments row_moments(Seen mine, uint cols, float eps, threadgroup float4* scratch, Place place) {
+inline Moments row_moments(Seen mine, uint cols, float eps, threadgroup float4* scratch, Place place,
+                           float unit = 1.0f) {
   if (place.lane == 0) scratch[place.simdgroup] = mine.packed();
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  return moments_of(scratch, cols, eps, place);
+  return moments_of(scratch, cols, eps, place, unit);
+}
+
+// The moments of a row whose sums have overflowed, from small values, read again. All threads have read `scratch`.
+template <typename T>
+inline Moments small_row_moments(device const T* row, uint cols, float eps, threadgroup float4* scratch, Place place) {
+  const uint first = place.simdgroup * 32 + place.lane;
+  const uint step = place.simdgroups * 32;
+  float sum = 0.0f;
+  uint count = 0u;
+  for (uint column = first; column < cols; column += step) {
+    sum += float(row[column]) * SMALL_UNIT;
+    count += 1u;
+  }
+  Seen seen = {simd_sum(sum) / float(max(simd_sum(count), 1u)), count, 0.0f, 0.0f};
+  for (uint column = first; column < cols; column += step) seen.add_one(float(row[column]) * SMALL_UNIT);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  return row_moments(seen.of_simdgroup(), cols, eps, scratch, place, SMALL_UNIT);
 }

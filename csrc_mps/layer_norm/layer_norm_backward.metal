@@ -71,6 +71,21 @@ struct LayerNormGradRow {
     }
   }
 
+  // The slopes of a row whose sums have overflowed, from its moments.
+  Slopes slopes_about(Moments m, threadgroup float2* scratch, Place place) const {
+    float g_sum = 0.0f, gn_sum = 0.0f;
+    for (uint column = place.simdgroup * 32 + place.lane; column < cols; column += place.simdgroups * 32) {
+      const float g = float(grad[column]) * (flags & HAS_WEIGHT ? float(weight[column]) : 1.0f);
+      g_sum += g;
+      gn_sum += g * m.normed(float(x[column]));
+    }
+    const float2 sums = float2(simd_sum(g_sum), simd_sum(gn_sum));
+    if (place.lane == 0) scratch[place.simdgroup] = sums;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    const float2 part = place.lane < place.simdgroups ? scratch[place.lane] : float2(0.0f);
+    return {simd_sum(part.x) / float(cols), simd_sum(part.y) / float(cols)};
+  }
+
   // Stores dx of one pack and adds its parts of dweight and dbias.
   void store(uint column, thread const float* dy, thread const float* values, Moments m, Slopes slopes,
              thread float* grad_weight, thread float* grad_bias) const {
@@ -79,7 +94,7 @@ struct LayerNormGradRow {
 #pragma unroll
     for (int j = 0; j < W; j++) {
       const float normed = m.normed(values[j]);
-      dx[j] = m.rstd * (dy[j] * w[j] - slopes.mean_g - normed * slopes.mean_gn);
+      dx[j] = m.rstd * m.unit * (dy[j] * w[j] - slopes.mean_g - normed * slopes.mean_gn);
       grad_weight[j] += dy[j] * normed;
       grad_bias[j] += dy[j];
     }
@@ -161,8 +176,12 @@ void layer_norm_backward(device const T* grad [[buffer(0)]], device const T* x [
       all.slopes[simdgroup] = slope_sums;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    const Moments m = moments_of(all.seen, p.cols, p.eps, place);
-    const Slopes slopes = slopes_of(all, m, p.cols, place);
+    Moments m = moments_of(all.seen, p.cols, p.eps, place);
+    Slopes slopes = slopes_of(all, m, p.cols, place);
+    if (m.overflowed()) {
+      m = small_row_moments(r.x, p.cols, p.eps, all.seen, place);
+      slopes = r.slopes_about(m, all.slopes, place);
+    }
     if (N > 0) {
 #pragma unroll
       for (int i = 0; i < packs; i++) r.store(first + i * step, dy[i], values[i], m, slopes, dw[i], db[i]);

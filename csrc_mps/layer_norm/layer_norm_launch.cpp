@@ -3,6 +3,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include "../common/checks.h"
 #include "../common/column_sum.h"
 #include "../common/dtype.h"
 #include "../common/registration.h"
@@ -44,7 +45,7 @@ Tensor layer_norm_gpu(const Tensor& input, IntArrayRef normalized_shape, const O
   const Tensor w = weight ? weight->contiguous() : x.tensor, b = bias ? bias->contiguous() : x.tensor;
   const RowShape shape = row_shape(norm.cols, input.element_size(), 2, 128);
   const bool aligned = all_aligned({x, {w, 0}, {b, 0}, {output, norm.cols}});
-  const LayerNormParams params{x.stride, static_cast<uint32_t>(norm.cols),
+  const LayerNormParams params{x.stride, kernel_size("layer_norm", "columns", norm.cols),
                                (aligned ? ALIGNED : 0) | (weight ? HAS_WEIGHT : 0) | (bias ? HAS_BIAS : 0),
                                static_cast<float>(norm.eps), 0};
   launch("layer_norm", "layer_norm_" + dtype_name(input) + "_" + std::to_string(shape.packs), norm.rows, shape.threads,
@@ -68,8 +69,8 @@ std::tuple<Tensor, Tensor> layer_norm_backward_gpu(const Tensor& grad, const Ten
   const bool aligned = all_aligned({dy, values, {w, 0}, {grad_x, norm.cols}});
   const LayerNormBackwardParams params{dy.stride,
                                        values.stride,
-                                       static_cast<uint32_t>(norm.rows),
-                                       static_cast<uint32_t>(norm.cols),
+                                       kernel_size("layer_norm_backward", "rows", norm.rows),
+                                       kernel_size("layer_norm_backward", "columns", norm.cols),
                                        (aligned ? ALIGNED : 0) | (weight ? HAS_WEIGHT : 0) |
                                            (need_weight_grad ? GRAD_WEIGHT : 0) | (need_bias_grad ? GRAD_BIAS : 0),
                                        static_cast<float>(norm.eps)};

@@ -68,6 +68,14 @@ void check_add_rms_norm(const Tensor& input, const Tensor& residual, const Tenso
   TORCH_CHECK(weight.dim() > 0, "add_rms_norm: weight must have at least one dimension, got a scalar");
 }
 
+RmsNorm check_rms_norm_backward(const Tensor& grad, const OptionalTensor& grad_sum, const Tensor& x,
+                                IntArrayRef normalized_shape, const OptionalTensor& weight, std::optional<double> eps,
+                                std::string_view casting_mode, double weight_offset) {
+  check_grad("rms_norm_backward", "grad", grad, "x", x);
+  if (grad_sum) check_grad("rms_norm_backward", "grad_sum", *grad_sum, "x", x);
+  return check_rms_norm("rms_norm_backward", x, normalized_shape, weight, eps, casting_mode, weight_offset);
+}
+
 // ---- CPU ------------------------------------------------------------------------------------------------------------
 
 namespace {
@@ -245,7 +253,11 @@ TORCH_FUSED_INLINE void backward_blocks(const Backward<T>& a, int64_t begin, int
       T* dx = a.grad_x + row * n;
       const wide_t<T> scale = inverse_rms<T>(row_sum<wide_t<T>>(n, Squares<T>{x}), a.norm);
       const auto dot = row_sum<wide_t<T>>(n, Terms{[=](int64_t i) { return widen(dy[i]) * w[i] * widen(x[i]); }});
-      const wide_t<T> slope = scale * scale * dot / static_cast<wide_t<T>>(n);
+      wide_t<T> slope = scale * scale * dot / static_cast<wide_t<T>>(n);
+      if (!std::isfinite(dot)) {  // the sum of g * x overflows where that of g * normed need not
+        const auto term = [=](int64_t i) { return widen(dy[i]) * w[i] * (widen(x[i]) * scale); };
+        slope = scale * row_sum<wide_t<T>>(n, Terms{term}) / static_cast<wide_t<T>>(n);
+      }
       if (a.grad_sum) {
         const T* extra = a.grad_sum + row * a.grad_sum_stride;
         for (int64_t i = 0; i < n; ++i) {
@@ -320,7 +332,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cpu(const Tensor& grad, const Optio
                                                  std::optional<double> eps, std::string_view casting_mode,
                                                  double weight_offset, bool need_weight_grad) {
   const RmsNorm norm =
-      check_rms_norm("rms_norm_backward", x, normalized_shape, weight, eps, casting_mode, weight_offset);
+      check_rms_norm_backward(grad, grad_sum, x, normalized_shape, weight, eps, casting_mode, weight_offset);
   const Tensor grad_x = at::empty(x.sizes(), x.options());
   if (x.numel() == 0) return {grad_x, at::zeros(need_weight_grad ? normalized_shape : IntArrayRef{0}, x.options())};
   const Rows dy = as_rows(grad, norm.rows, norm.cols), values = as_rows(x, norm.rows, norm.cols);

@@ -23,6 +23,9 @@ RmsNorm check_rms_norm(const char* op, const at::Tensor& input, at::IntArrayRef 
                        const std::optional<at::Tensor>& weight, std::optional<double> eps,
                        std::string_view casting_mode, double weight_offset);
 void check_add_rms_norm(const at::Tensor& input, const at::Tensor& residual, const at::Tensor& weight);
+RmsNorm check_rms_norm_backward(const at::Tensor& grad, const std::optional<at::Tensor>& grad_sum, const at::Tensor& x,
+                                at::IntArrayRef normalized_shape, const std::optional<at::Tensor>& weight,
+                                std::optional<double> eps, std::string_view casting_mode, double weight_offset);
 
 at::Tensor rms_norm_cpu(const at::Tensor& input, at::IntArrayRef normalized_shape,
                         const std::optional<at::Tensor>& weight, std::optional<double> eps,

@@ -51,6 +51,17 @@ struct RmsNormGradRow {
     }
   }
 
+  // The sum of g * normed, of a row whose sum of g * x overflows. All threads have read `scratch`.
+  float sum_of_normed(float scale, threadgroup float* scratch, Place place) const {
+    float sum = 0.0f;
+    for (uint column = place.simdgroup * 32 + place.lane; column < cols; column += place.simdgroups * 32) {
+      const float w = flags & HAS_WEIGHT ? float(weight[column]) + weight_offset : 1.0f;
+      sum += float(grad[column]) * w * (float(x[column]) * scale);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    return threadgroup_sum(sum, scratch, place);
+  }
+
   // Stores dx of one pack and adds its part of dweight.
   void store(uint column, thread const float* dy, thread const float* values, float scale, float mean_gx,
              thread float* grad_weight) const {
@@ -121,9 +132,10 @@ void rms_norm_backward(device const T* grad [[buffer(0)]], device const T* grad_
       }
     }
     threadgroup_sums<2>(sums, scratch[turn], place);
-    turn ^= 1;
     const float scale = rsqrt(sums[0] / float(p.cols) + p.eps);
-    const float mean_gx = sums[1] / float(p.cols) * scale;
+    float mean_gx = sums[1] / float(p.cols) * scale;
+    if (!isfinite(sums[1])) mean_gx = r.sum_of_normed(scale, scratch[turn], place) / float(p.cols);
+    turn ^= 1;
     if (N > 0) {
 #pragma unroll
       for (int i = 0; i < N; i++) r.store(first + i * step, dy[i], values[i], scale, mean_gx, dw[i]);

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include "../common/checks.h"
 #include "../common/column_sum.h"
 #include "../common/dtype.h"
 #include "../common/registration.h"
@@ -50,7 +51,7 @@ std::tuple<Tensor, Tensor> forward_gpu(const RmsNorm& norm, const Tensor& input,
   const bool aligned = all_aligned({x, r, {w, 0}, {output, norm.cols}, {residual ? sum : output, norm.cols}});
   const RmsNormParams params{x.stride,
                              r.stride,
-                             static_cast<uint32_t>(norm.cols),
+                             kernel_size("rms_norm", "columns", norm.cols),
                              flags(norm, residual.has_value(), weight.has_value(), aligned),
                              static_cast<float>(norm.eps),
                              static_cast<float>(norm.weight_offset)};
@@ -79,7 +80,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward_gpu(const Tensor& grad, const Optio
                                                  std::optional<double> eps, std::string_view casting_mode,
                                                  double weight_offset, bool need_weight_grad) {
   const RmsNorm norm =
-      check_rms_norm("rms_norm_backward", x, normalized_shape, weight, eps, casting_mode, weight_offset);
+      check_rms_norm_backward(grad, grad_sum, x, normalized_shape, weight, eps, casting_mode, weight_offset);
   const Tensor grad_x = at::empty(x.sizes(), x.options());
   const Tensor grad_weight = at::empty(need_weight_grad ? normalized_shape : IntArrayRef{0}, x.options());
   if (x.numel() == 0) return {grad_x, at::zeros(grad_weight.sizes(), x.options())};
@@ -92,8 +93,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward_gpu(const Tensor& grad, const Optio
   const bool aligned = all_aligned({dy, values, {extra, norm.cols}, {w, 0}, {grad_x, norm.cols}});
   RmsNormBackwardParams params{dy.stride,
                                values.stride,
-                               static_cast<uint32_t>(norm.rows),
-                               static_cast<uint32_t>(norm.cols),
+                               kernel_size("rms_norm_backward", "rows", norm.rows),
+                               kernel_size("rms_norm_backward", "columns", norm.cols),
                                flags(norm, grad_sum.has_value(), weight.has_value(), aligned),
                                static_cast<float>(norm.eps),
                                static_cast<float>(norm.weight_offset),

@@ -3,7 +3,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <type_traits>
@@ -39,7 +38,7 @@ RopeStrides strides_of(const Tensor& tensor, int64_t head_axis) {
 RopeHeads heads_of(const char* op, const char* name, const Tensor& tensor, int64_t head_axis, const Tensor& cos) {
   check_alike(op, name, tensor, "cos", cos);
   const Tensor input = tensor.stride(3) == 1 || tensor.size(3) == 1 ? tensor : tensor.contiguous();
-  const Tensor output = at::empty_like(tensor);  // dense, in the order of the input's dimensions, as eager's results
+  const Tensor output = empty_rows_like(tensor);
   return {input, output, strides_of(input, head_axis), strides_of(output, head_axis), tensor.size(head_axis)};
 }
 
@@ -57,8 +56,9 @@ Tensor check_table(const char* op, const char* name, const Tensor& table, int64_
 
 }  // namespace
 
-Rope check_rope(const char* op, const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+Rope check_rope(const RopeNames& names, const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
                 int64_t unsqueeze_dim, std::string_view casting_mode) {
+  const char* const op = names.op;
   Rope call;
   call.llama = is_llama(op, casting_mode);
   check_dtype(op, "cos", cos);
@@ -67,10 +67,11 @@ Rope check_rope(const char* op, const Tensor& q, const Tensor& k, const Tensor& 
               ": unsqueeze_dim must be 1 for (batch, heads, tokens, head_dim) or 2 for (batch, tokens, heads, "
               "head_dim), got ",
               unsqueeze_dim);
-  TORCH_CHECK(q.dim() == 4, op, ": q must have four dimensions, got shape ", q.sizes());
+  TORCH_CHECK(q.dim() == 4, op, ": ", names.q, " must have four dimensions, got shape ", q.sizes());
   TORCH_CHECK(k.dim() == 4 && k.size(0) == q.size(0) && k.size(3 - unsqueeze_dim) == q.size(3 - unsqueeze_dim) &&
                   k.size(3) == q.size(3),
-              op, ": k must have q's shape but for the heads, ", q.sizes(), ", got ", k.sizes());
+              op, ": ", names.k, " must have ", names.q, "'s shape but for the heads, ", q.sizes(), ", got ",
+              k.sizes());
   call.batch = q.size(0);
   call.tokens = q.size(3 - unsqueeze_dim);
   call.head_dim = q.size(3);
@@ -82,8 +83,8 @@ Rope check_rope(const char* op, const Tensor& q, const Tensor& k, const Tensor& 
               call.rotary_dim);
   TORCH_CHECK(sin.size(2) == call.rotary_dim, op, ": sin must have cos's rotary_dim ", call.rotary_dim, ", got ",
               sin.size(2));
-  call.q = heads_of(op, "q", q, unsqueeze_dim, cos);
-  call.k = heads_of(op, "k", k, unsqueeze_dim, cos);
+  call.q = heads_of(op, names.q, q, unsqueeze_dim, cos);
+  call.k = heads_of(op, names.k, k, unsqueeze_dim, cos);
   return call;
 }
 
@@ -238,13 +239,13 @@ std::tuple<Tensor, Tensor> run_rope(const Rope& rope, bool transposed) {
 std::tuple<Tensor, Tensor> apply_rotary_pos_emb_cpu(const Tensor& q, const Tensor& k, const Tensor& cos,
                                                     const Tensor& sin, int64_t unsqueeze_dim,
                                                     std::string_view casting_mode) {
-  return run_rope(check_rope("apply_rotary_pos_emb", q, k, cos, sin, unsqueeze_dim, casting_mode), false);
+  return run_rope(check_rope(kRopeForward, q, k, cos, sin, unsqueeze_dim, casting_mode), false);
 }
 
 std::tuple<Tensor, Tensor> apply_rotary_pos_emb_backward_cpu(const Tensor& grad_q, const Tensor& grad_k,
                                                              const Tensor& cos, const Tensor& sin,
                                                              int64_t unsqueeze_dim) {
-  return run_rope(check_rope("apply_rotary_pos_emb_backward", grad_q, grad_k, cos, sin, unsqueeze_dim, "torch"), true);
+  return run_rope(check_rope(kRopeBackward, grad_q, grad_k, cos, sin, unsqueeze_dim, "torch"), true);
 }
 
 // ---- autograd -------------------------------------------------------------------------------------------------------

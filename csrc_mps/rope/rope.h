@@ -29,10 +29,17 @@ struct Rope {
   bool llama;
 };
 
-// Checks the arguments of `op` and makes the results; a message names the op, the argument, what it got and what it
+// The names of an op and of its operands.
+struct RopeNames {
+  const char *op, *q, *k;
+};
+constexpr RopeNames kRopeForward{"apply_rotary_pos_emb", "q", "k"};
+constexpr RopeNames kRopeBackward{"apply_rotary_pos_emb_backward", "grad_q", "grad_k"};
+
+// Checks the arguments of an op and makes the results; a message names the op, the argument, what it got and what it
 // takes.
-Rope check_rope(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos, const at::Tensor& sin,
-                int64_t unsqueeze_dim, std::string_view casting_mode);
+Rope check_rope(const RopeNames& names, const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos,
+                const at::Tensor& sin, int64_t unsqueeze_dim, std::string_view casting_mode);
 
 std::tuple<at::Tensor, at::Tensor> apply_rotary_pos_emb_cpu(const at::Tensor& q, const at::Tensor& k,
                                                             const at::Tensor& cos, const at::Tensor& sin,

@@ -1,6 +1,7 @@
 // Rotary position embedding on a GPU: operands, kernel, grid and parameters of the launch.
 #include <algorithm>
 
+#include "../common/checks.h"
 #include "../common/dtype.h"
 #include "../common/registration.h"
 #include "../common/rows.h"
@@ -43,22 +44,23 @@ bool aligned(const Rope& call) {
          heads(call.q) && heads(call.k) && rows_aligned(call.cos, 0) && rows_aligned(call.sin, 0);
 }
 
-std::tuple<Tensor, Tensor> launch_rope(const Rope& call, uint32_t flags) {
+std::tuple<Tensor, Tensor> launch_rope(const char* op, const Rope& call, uint32_t flags) {
   if (call.q.output.numel() + call.k.output.numel() > 0) {
     const int64_t half = call.rotary_dim / 2, pack = 16 / call.cos.element_size();
     const int64_t packs = (half + pack - 1) / pack + (call.head_dim - call.rotary_dim + pack - 1) / pack;
     const int64_t heads = call.q.heads + call.k.heads, threads = std::min(kThreads, (heads * packs + 31) / 32 * 32);
+    kernel_size(op, "packs of 16 bytes in a token's heads", heads * packs + threads);
     const RopeParams params{params_of(call.q),
                             params_of(call.k),
                             call.cos_batch,
                             call.cos_token,
                             call.sin_batch,
                             call.sin_token,
-                            static_cast<uint32_t>(call.tokens),
-                            static_cast<uint32_t>(call.q.heads),
-                            static_cast<uint32_t>(heads),
-                            static_cast<uint32_t>(half),
-                            static_cast<uint32_t>(call.head_dim),
+                            kernel_size(op, "tokens", call.tokens),
+                            kernel_size(op, "heads", call.q.heads),
+                            kernel_size(op, "heads", heads),
+                            kernel_size(op, "dimensions", half),
+                            kernel_size(op, "dimensions", call.head_dim),
                             flags | (aligned(call) ? ALIGNED : 0)};
     launch("rope", "rope_" + dtype_name(call.cos), call.batch * call.tokens, threads,
            {call.q.input, call.k.input, call.cos, call.sin, call.q.output, call.k.output}, params);
@@ -71,14 +73,14 @@ std::tuple<Tensor, Tensor> launch_rope(const Rope& call, uint32_t flags) {
 std::tuple<Tensor, Tensor> apply_rotary_pos_emb_gpu(const Tensor& q, const Tensor& k, const Tensor& cos,
                                                     const Tensor& sin, int64_t unsqueeze_dim,
                                                     std::string_view casting_mode) {
-  const Rope call = check_rope("apply_rotary_pos_emb", q, k, cos, sin, unsqueeze_dim, casting_mode);
-  return launch_rope(call, call.llama ? LLAMA : 0);
+  const Rope call = check_rope(kRopeForward, q, k, cos, sin, unsqueeze_dim, casting_mode);
+  return launch_rope(kRopeForward.op, call, call.llama ? LLAMA : 0);
 }
 
 std::tuple<Tensor, Tensor> apply_rotary_pos_emb_backward_gpu(const Tensor& grad_q, const Tensor& grad_k,
                                                              const Tensor& cos, const Tensor& sin,
                                                              int64_t unsqueeze_dim) {
-  return launch_rope(check_rope("apply_rotary_pos_emb_backward", grad_q, grad_k, cos, sin, unsqueeze_dim, "torch"),
+  return launch_rope(kRopeBackward.op, check_rope(kRopeBackward, grad_q, grad_k, cos, sin, unsqueeze_dim, "torch"),
                      TRANSPOSED);
 }
 

@@ -31,7 +31,8 @@ const Source& find_source(const std::string& name) {
 void launch(const Launch& launch) {
   if (launch.threadgroups == 0) return;
   TORCH_INTERNAL_ASSERT(!launch.tensors.empty() && launch.tensors.size() < kMaxBuffers);
-  TORCH_INTERNAL_ASSERT(launch.threadgroups > 0 && launch.threadgroups <= INT32_MAX, launch.threadgroups);
+  TORCH_CHECK(launch.threadgroups > 0 && launch.threadgroups <= INT32_MAX, "torch_fused::", launch.source.name,
+              ": a GPU takes at most 2^31 - 1 threadgroups at once, and these tensors need ", launch.threadgroups);
   TORCH_INTERNAL_ASSERT(launch.threads_per_threadgroup > 0 && launch.threads_per_threadgroup <= kMaxThreads);
   const c10::Device device = launch.tensors[0].device();
   for (const at::Tensor& tensor : launch.tensors) {

@@ -16,6 +16,7 @@
 #include <string>
 #include <string_view>
 
+#include "common/checks.h"
 #include "common/philox.h"
 #include "common/rows.h"
 #include "ranking.h"
@@ -45,8 +46,6 @@ using OptionalTensor = std::optional<Tensor>;
 // ---- checks ---------------------------------------------------------------------------------------------------------
 
 namespace {
-
-constexpr int64_t kMostTokens = 1 << 20;  // sums of weights stay below 2^60
 
 bool is_temperature(double value) {
   return value >= 0 && std::isfinite(static_cast<float>(value));
@@ -89,11 +88,7 @@ void check_parameter_cpu(c10::string_view op, c10::string_view name, const Tenso
 }  // namespace
 
 void check_logits(const char* op, const Tensor& logits) {
-  const at::ScalarType dtype = logits.scalar_type();
-  const bool takes_double = logits.is_cpu();
-  TORCH_CHECK(
-      dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 || (dtype == at::kDouble && takes_double), op,
-      ": logits must be float32, float16 or bfloat16", takes_double ? " (or float64 on the CPU)" : "", ", got ", dtype);
+  check_dtype(op, "logits", logits);
   TORCH_CHECK(logits.dim() == 1 || logits.dim() == 2, op, ": logits must be (vocabulary,) or (batch, vocabulary), got ",
               logits.sizes());
   TORCH_CHECK(logits.size(-1) > 0 && logits.size(-1) <= kMostTokens, op, ": logits must have 1 to ", kMostTokens,
@@ -125,8 +120,8 @@ RandomSource::RandomSource(const Tensor& logits, std::optional<at::Generator> ge
                            std::optional<int64_t> offset, const OptionalTensor& state)
     : given_{static_cast<uint64_t>(seed.value_or(0)), static_cast<uint64_t>(offset.value_or(0)), state} {
   if (state) {
-    TORCH_CHECK(state->scalar_type() == at::kLong && state->numel() == 2 && state->is_contiguous(),
-                "sample: state must be a dense int64 tensor of seed and offset, got ", state->scalar_type(),
+    TORCH_CHECK(state->scalar_type() == at::kLong && state->sizes() == at::IntArrayRef{2} && state->is_contiguous(),
+                "sample: state must be a dense int64 tensor of seed and offset, (2,), got ", state->scalar_type(),
                 " of shape ", state->sizes());
     TORCH_CHECK(state->device() == logits.device(), "sample: seed and offset must be on the device of logits, ",
                 logits.device(), ", got ", state->device());

@@ -7,9 +7,9 @@
 #include <optional>
 #include <tuple>
 
-#include "common/token_weight.h"
-
 namespace torch_fused {
+
+constexpr int64_t kMostTokens = 1 << 20;  // sums of weights stay below 2^60
 
 // One checked call: logits as rows, and the parameters, for all rows or in a (rows, 4) float32 tensor: temperature,
 // top_k, top_p, min_p, where 0 is no top_k.

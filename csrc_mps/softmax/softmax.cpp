@@ -33,6 +33,13 @@ namespace torch_fused {
 using at::Tensor;
 using OptionalDtype = std::optional<at::ScalarType>;
 
+Tensor converted(const Tensor& input, OptionalDtype dtype) {
+  const at::ScalarType to = dtype.value_or(input.scalar_type());
+  // Also a number that is no dtype, which torch.ops lets through.
+  TORCH_CHECK(!dtype || takes_dtype(to, input), "softmax: dtype", dtypes_taken(input), c10::toString(to));
+  return input.to(to);
+}
+
 SoftmaxShape check_softmax(const char* op, const char* argument, const Tensor& tensor) {
   check_dtype(op, argument, tensor);
   const int64_t cols = tensor.dim() ? tensor.size(-1) : 1;
@@ -40,8 +47,7 @@ SoftmaxShape check_softmax(const char* op, const char* argument, const Tensor& t
 }
 
 SoftmaxShape check_softmax_backward(const Tensor& grad, const Tensor& output) {
-  check_same_shape("softmax_backward", "grad", grad, "output", output);
-  check_alike("softmax_backward", "grad", grad, "output", output);
+  check_grad("softmax_backward", "grad", grad, "output", output);
   return check_softmax("softmax_backward", "output", output);
 }
 
@@ -148,11 +154,11 @@ void run_parallel(const Args& args, const SoftmaxShape& shape) {
 }  // namespace
 
 Tensor softmax_cpu(const Tensor& input, OptionalDtype dtype) {
-  const Tensor converted = input.to(dtype.value_or(input.scalar_type()));
-  const SoftmaxShape shape = check_softmax("softmax", "input", converted);
-  const Tensor output = at::empty(converted.sizes(), converted.options());
+  const Tensor values = converted(input, dtype);
+  const SoftmaxShape shape = check_softmax("softmax", "input", values);
+  const Tensor output = at::empty(values.sizes(), values.options());
   if (output.numel() == 0) return output;
-  const Rows x = as_rows(converted, shape.rows, shape.cols);
+  const Rows x = as_rows(values, shape.rows, shape.cols);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, output.scalar_type(), "softmax", [&] {
     run_parallel(
         Forward<scalar_t>{elements<const scalar_t>(x.tensor), elements<scalar_t>(output), x.stride, shape.cols}, shape);
@@ -206,7 +212,7 @@ Tensor softmax_autograd(const Tensor& input, OptionalDtype dtype) {
     at::AutoDispatchBelowADInplaceOrView below;
     return call_softmax(input, dtype);
   }
-  return SoftmaxFunction::apply(input.to(dtype.value_or(input.scalar_type())));
+  return SoftmaxFunction::apply(converted(input, dtype));
 }
 
 // Under autocast, what this torch does for its own softmax on the device: float32 unless a dtype is asked for.

@@ -12,6 +12,8 @@ struct SoftmaxShape {
   int64_t rows, cols;
 };
 
+// `input` in `dtype`, if there is one; throws if softmax has no such dtype.
+at::Tensor converted(const at::Tensor& input, std::optional<at::ScalarType> dtype);
 // Checks the operand of `op`; the message names the op, the argument, what it got and what it takes.
 SoftmaxShape check_softmax(const char* op, const char* argument, const at::Tensor& tensor);
 // Checks both operands of softmax_backward.

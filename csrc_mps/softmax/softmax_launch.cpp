@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "../common/checks.h"
 #include "../common/dtype.h"
 #include "../common/registration.h"
 #include "../common/row_shape.h"
@@ -47,14 +48,14 @@ void launch_chunked(const Rows& x, const Tensor& output, const SoftmaxShape& sha
 }  // namespace
 
 Tensor softmax_gpu(const Tensor& input, std::optional<at::ScalarType> dtype) {
-  const Tensor converted = input.to(dtype.value_or(input.scalar_type()));
-  const SoftmaxShape shape = check_softmax("softmax", "input", converted);
-  const Tensor output = at::empty(converted.sizes(), converted.options());
+  const Tensor values = converted(input, dtype);
+  const SoftmaxShape shape = check_softmax("softmax", "input", values);
+  const Tensor output = at::empty(values.sizes(), values.options());
   if (output.numel() == 0) return output;
-  const Rows x = as_rows(converted, shape.rows, shape.cols);
+  const Rows x = as_rows(values, shape.rows, shape.cols);
   const RowShape row = row_shape(shape.cols, output.element_size(), 4, 128);
-  const SoftmaxParams params{x.stride, 0, static_cast<uint32_t>(shape.cols), all_aligned({x, {output, shape.cols}}),
-                             0,        1};
+  const SoftmaxParams params{
+      x.stride, 0, kernel_size("softmax", "columns", shape.cols), all_aligned({x, {output, shape.cols}}), 0, 1};
   if (row.packs == 0 && shape.rows < kFewRows) {
     launch_chunked(x, output, shape, params);
   } else {
@@ -70,8 +71,12 @@ Tensor softmax_backward_gpu(const Tensor& grad, const Tensor& output) {
   if (output.numel() == 0) return grad_input;
   const Rows dy = as_rows(grad, shape.rows, shape.cols), y = as_rows(output, shape.rows, shape.cols);
   const RowShape row = row_shape(shape.cols, output.element_size());
-  const SoftmaxParams params{
-      dy.stride, y.stride, static_cast<uint32_t>(shape.cols), all_aligned({dy, y, {grad_input, shape.cols}}), 0, 1};
+  const SoftmaxParams params{dy.stride,
+                             y.stride,
+                             kernel_size("softmax_backward", "columns", shape.cols),
+                             all_aligned({dy, y, {grad_input, shape.cols}}),
+                             0,
+                             1};
   launch("softmax", "softmax_backward_" + dtype_name(output) + "_" + std::to_string(row.packs), shape.rows, row.threads,
          {dy.tensor, y.tensor, grad_input}, params);
   return grad_input;

@@ -32,7 +32,7 @@ void launch_rows(const std::string& kernel, const SwigluRows& call, std::initial
   const int64_t pack = kPackBytes / result.element_size();
   const int64_t threads = std::min(kThreads, (call.cols + 32 * pack - 1) / (32 * pack) * 32);
   params.cols = call.cols;
-  params.groups = static_cast<uint32_t>((call.cols + threads * pack - 1) / (threads * pack));
+  params.groups = kernel_size(kernel.c_str(), "groups of columns", (call.cols + threads * pack - 1) / (threads * pack));
   std::vector<Tensor> buffers;
   bool aligned = true;
   for (const Rows& operand : call.operands) {

@@ -74,7 +74,8 @@ def adamw_(
         params: at least one tensor, all on one device; each float32, float16 or bfloat16, on the CPU float64 too. Any
             strides but expanded ones; those of a dense tensor, transposed or not, are updated without a copy.
         grads: as many, each with the shape and dtype of its parameter.
-        exp_avgs, exp_avg_sqs: the states, with the shape of their parameter, and its dtype or float32.
+        exp_avgs, exp_avg_sqs: the states, with the shape of their parameter, and its dtype or float32. No element of a
+            parameter, state or step may be that of another operand; parts of one buffer may lie side by side.
         steps: the steps each parameter has made so far, a float32 scalar on the CPU each; one is added.
         lr, beta1, beta2, eps, weight_decay: as in :class:`torch.optim.AdamW`.
         maximize: follow the gradient instead of descending.

@@ -151,7 +151,8 @@ def decode_(
         norm: ``(hidden,)``, the last norm's weight.
         head: ``(vocabulary, hidden)``; may be the embedding itself.
         keys: a tensor ``(batch, kv_heads, capacity, head_dim)`` for each layer, written in place at slots
-            ``length : length + steps``; any strides with a dense last dimension.
+            ``length : length + steps``; any strides with a dense last dimension. No element may be one of another
+            tensor here, of another layer's neither.
         values: as ``keys``.
         length: slots of the cache that are in use.
         heads: query heads.
@@ -225,7 +226,8 @@ def decode_token_(
         Token ids ``(batch,)``, int64.
 
     Raises:
-        As :func:`decode_` and ``next_token``. If logits are NaN, the slots behind ``length`` have been written.
+        As :func:`decode_` and ``next_token``. Only logits that have nothing to draw, or are NaN, are found after the
+            step, when the new keys and values have been written behind ``length``.
     """
     return _decode_token(
         token_ids,

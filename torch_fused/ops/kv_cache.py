@@ -27,8 +27,9 @@ def kv_append_(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tenso
 
     Args:
         keys: ``(batch, heads, capacity, head_dim)``, written in place; any dtype, any strides but expanded ones.
-        values: as ``keys``, dtype included; its head_dim may be another.
-        new_keys: ``(batch, heads, tokens, head_dim)``, any strides; the dtype and device of ``keys``.
+        values: as ``keys``, dtype included; its head_dim may be another. No element may be one of ``keys``.
+        new_keys: ``(batch, heads, tokens, head_dim)``, any strides; the dtype and device of ``keys``. No element may be
+            one of ``keys`` or ``values``.
         new_values: as ``new_keys``, to fit into ``values``.
         position: the first token written, from 0 to ``capacity - tokens``.
 

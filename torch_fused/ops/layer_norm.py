@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .checks import check_floating
 from .library import register
 
 
@@ -39,10 +40,11 @@ def layer_norm_backward_reference(
     dy = grad.to(normed.dtype)
     g = dy if weight is None else dy * weight.to(normed.dtype)
     grad_x = rstd * (g - g.mean(dims, keepdim=True) - normed * (g * normed).mean(dims, keepdim=True))
+    rows = tuple(range(x.dim() - len(dims)))
     terms = [term for term, needed in ((dy * normed, need_weight_grad), (dy, need_bias_grad)) if needed]
     grad_params = normed.new_empty(len(terms), *normalized_shape)
     for row, term in zip(grad_params, terms, strict=True):
-        row.copy_(term.reshape(-1, *normalized_shape).sum(0))
+        row.copy_(term.sum(rows) if rows else term)
     return grad_x.to(x.dtype), grad_params.to(x.dtype)
 
 
@@ -133,6 +135,7 @@ def layer_norm(
     dtype = input.dtype
     if (weight is None or weight.dtype == dtype) and (bias is None or bias.dtype == dtype):
         return _layer_norm(input, normalized_shape, weight, bias, eps)
+    check_floating("layer_norm", input=input, weight=weight, bias=bias)
     wide = [None if tensor is None else tensor.to(_arithmetic_dtype(input)) for tensor in (input, weight, bias)]
     result = _layer_norm(wide[0], normalized_shape, wide[1], wide[2], eps)
     return result if _autocast_to_float32(input.device.type) else result.to(dtype)

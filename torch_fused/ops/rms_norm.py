@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .checks import check_casting_mode, check_floating, check_shape
 from .library import register
 
 
@@ -73,7 +74,8 @@ def rms_norm_backward_reference(
         grad_x = grad_x + grad_sum
     if not need_weight_grad:
         return grad_x.to(x.dtype), x.new_empty(0)
-    grad_weight = (dy * normed).reshape(-1, *normalized_shape).sum(0)
+    rows = tuple(range(x.dim() - len(dims)))
+    grad_weight = (dy * normed).sum(rows) if rows else dy * normed
     return grad_x.to(x.dtype), grad_weight.to(x.dtype)
 
 
@@ -105,6 +107,7 @@ def _rms_norm_vmap(
     info, in_dims, input, normalized_shape, weight=None, eps=None, *, casting_mode="torch", weight_offset=0.0
 ):
     """A batch is one more leading dimension; a batched weight is applied outside the op."""
+    check_casting_mode("rms_norm", casting_mode)
     input_dim, weight_dim = in_dims[0], in_dims[2] if len(in_dims) > 2 else None
     if input_dim is None:
         input, input_dim = input.expand(info.batch_size, *input.shape), 0
@@ -158,6 +161,9 @@ def rms_norm(
         tensor([[0.8485, 1.1314]])
     """
     if weight is not None and weight.dtype != input.dtype:
+        check_casting_mode("rms_norm", casting_mode)
+        check_floating("rms_norm", input=input, weight=weight)
+        check_shape("rms_norm", "weight", weight, normalized_shape)
         if casting_mode == "llama":
             return (weight + weight_offset) * _rms_norm(input, normalized_shape, None, eps, casting_mode="llama")
         dtype = _arithmetic_dtype(input)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .checks import check_floating
 from .library import register
 
 
@@ -17,7 +18,7 @@ def apply_rotary_pos_emb_reference(
         wide, passed = x.to(dtype).tensor_split([cos.shape[-1]], -1)
         a, b = wide.chunk(2, -1)
         turned = wide * cos + torch.cat([-b, a], -1) * sin
-        return torch.empty_like(x).copy_(torch.cat([turned, passed], -1))
+        return _empty_rows_like(x).copy_(torch.cat([turned, passed], -1))
 
     return rotated(q), rotated(k)
 
@@ -34,12 +35,18 @@ def _arithmetic_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _empty_rows_like(x: Tensor) -> Tensor:
+    """As the C++ function of the same name (common/rows.h)."""
+    result = torch.empty_like(x)
+    return result if x.shape[-1] <= 1 or result.stride(-1) == 1 else x.new_empty(x.shape)
+
+
 def _rope_fake(q, k, cos, sin, unsqueeze_dim=1, *, casting_mode="torch"):
-    return torch.empty_like(q), torch.empty_like(k)
+    return _empty_rows_like(q), _empty_rows_like(k)
 
 
 def _rope_backward_fake(grad_q, grad_k, cos, sin, unsqueeze_dim):
-    return torch.empty_like(grad_q), torch.empty_like(grad_k)
+    return _empty_rows_like(grad_q), _empty_rows_like(grad_k)
 
 
 register("apply_rotary_pos_emb", reference=apply_rotary_pos_emb_reference, fake=_rope_fake)
@@ -67,7 +74,8 @@ def apply_rotary_pos_emb(
             Face's function: of both products, then of their sum.
 
     Returns:
-        The rotated ``q`` and ``k``: shapes as given, dense in the order of the given dimensions' strides.
+        The rotated ``q`` and ``k``: shapes as given, dense in the order of the given dimensions' strides, or
+        contiguous where that would leave head_dim without a unit stride.
 
     Raises:
         RuntimeError: an argument has the wrong shape, dtype or device, or a table requires a gradient; the message
@@ -83,6 +91,7 @@ def apply_rotary_pos_emb(
         tensor([0.8660, 0.5000])
     """
     if not q.dtype == k.dtype == cos.dtype == sin.dtype:
+        check_floating("apply_rotary_pos_emb", q=q, k=k, cos=cos, sin=sin)
         dtype = torch.promote_types(cos.dtype, sin.dtype)
         q_dtype, k_dtype = torch.promote_types(q.dtype, dtype), torch.promote_types(k.dtype, dtype)
         dtype = torch.promote_types(q_dtype, k_dtype)

@@ -13,6 +13,7 @@ _LOW = 0xFFFFFFFF
 
 def greedy_reference(logits: Tensor) -> Tensor:
     """`greedy` in plain torch."""
+    logits = logits.float()
     return torch.where(logits.isnan(), -torch.inf, logits).argmax(-1)
 
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import check_floating, check_shape
 from .library import register
 
 
@@ -76,6 +77,8 @@ def silu_mul(gate: Tensor, up: Tensor, *, casting_mode: str = "torch") -> Tensor
         tensor([0.0000, 1.4621])
     """
     if gate.dtype != up.dtype:
+        check_floating("silu_mul", gate=gate, up=up)
+        check_shape("silu_mul", "up", up, gate.shape)
         if casting_mode == "llama":
             return F.silu(gate) * up
         dtype = torch.promote_types(gate.dtype, up.dtype)

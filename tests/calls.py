@@ -1,0 +1,488 @@
+"""A valid call of every op in `torch.ops.torch_fused`, of any sizes and values, and what it must give.
+
+`CALLS` is where an op's test begins: test_layouts.py, test_arguments.py and test_fuzz.py run every op that is in it,
+and test_layouts.py fails for an op that is not.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_fused.ops.decode import LAYER_PARTS, decode_reference
+from torch_fused.ops.kv_cache import kv_append_reference
+from torch_fused.testing import HALF_ULP, make
+
+Arguments = dict[str, Any]
+
+
+class Maker:
+    """Makes the arguments of a call: here always the same ones. The fuzz draws them."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+        self.dtype, self.device, self.seed = dtype, device, 0
+
+    def size(self, default: int, most: int | None = None) -> int:
+        """An extent, from 0 to `most`."""
+        return default
+
+    def leading(self) -> list[int]:
+        """The dimensions before a row."""
+        return [2, 3]
+
+    def pick(self, *options: Any) -> Any:
+        return options[0]
+
+    def tensor(
+        self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0, positive: bool = False
+    ) -> Tensor:
+        self.seed += 1
+        values = make(*shape, dtype=torch.float64, seed=self.seed, scale=scale)
+        return (values.abs() if positive else values).to(dtype or self.dtype).to(self.device)
+
+    def integers(self, *shape: int, end: int, device: str | None = None) -> Tensor:
+        self.seed += 1
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randint(end, shape, generator=generator).to(device or self.device)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One op. `arguments` makes valid arguments; `exact` is the op in plain torch, from the same arguments."""
+
+    op: str
+    arguments: Callable[[Maker], Arguments]
+    exact: Callable[..., Any] | None = None
+    in_float64: bool = True  # whether the plain form is exact in float64 only, or already as it is
+    cancels: Callable[..., Tensor | float] = lambda **_: 0.0  # how large what cancels in the results is, at most
+    loose: float = 0.0  # a relative error, of results that are whole networks
+    only_dense: frozenset[str] = frozenset()  # arguments that may be refused for their layout
+    only_cpu: bool = False  # of neither a GPU nor the emulator
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    differentiable: tuple[str, ...] = ()  # arguments that have a gradient
+    says: tuple[str, ...] = ()  # names other than `op` that its errors begin with
+
+    def refuses(self, error: Exception, name: str) -> bool:
+        """Whether the error names the op and the argument."""
+        named = name in str(error) or (name == "layers" and " of layer " in str(error))
+        return str(error).startswith((self.op, *self.says)) and named
+
+    @property
+    def overload(self) -> Any:
+        return getattr(torch.ops.torch_fused, self.op).default
+
+    @property
+    def written(self) -> set[str]:
+        """The names of the arguments that the op writes."""
+        arguments = self.overload._schema.arguments
+        return {argument.name for argument in arguments if argument.alias_info and argument.alias_info.is_write}
+
+    def made(self, backend: Any, dtype: torch.dtype = torch.float32) -> Arguments:
+        """Valid arguments for a backend; an op of the CPU runs there whatever the backend."""
+        return self.arguments(Maker(dtype, "cpu" if self.only_cpu else backend.device))
+
+    def run(self, arguments: Arguments) -> list[Tensor]:
+        """The op's results, and behind them what it has written."""
+        return self._outcome(arguments, self.overload(**arguments))
+
+    def plain(self, arguments: Arguments, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """The same from plain torch, on copies of the tensors, floating ones in `dtype`."""
+
+        def copied(value: Tensor) -> Tensor:
+            return value.detach().cpu().clone().to(dtype if dtype and value.is_floating_point() else value.dtype)
+
+        copies = map_tensors(copied, arguments)
+        exact = self.exact or getattr(torch.ops.torch_fused_reference, self.op)
+        return self._outcome(copies, exact(**copies))
+
+    def _outcome(self, arguments: Arguments, results: Any) -> list[Tensor]:
+        results = [] if results is None else [results] if isinstance(results, Tensor) else list(results)
+        return results + [tensor for name in sorted(self.written) for tensor in as_list(arguments[name])]
+
+    def check(self, arguments: Arguments) -> None:
+        """Runs the op, and checks its results and what it has written: every element, to its roundings."""
+        given = {
+            name: map_tensors(torch.clone, {name: value})[name] if name in self.written else value
+            for name, value in arguments.items()
+        }
+        results = self.run(arguments)
+        narrow = self.plain(given)
+        exact = self.plain(given, torch.float64) if self.in_float64 else narrow
+        cancels = self.cancels(**map_tensors(lambda t: t.detach().cpu().double(), given))
+        for i, (actual, e, n) in enumerate(zip(results, exact, narrow, strict=True)):
+            self.compare(f"{self.op}, result {i}", actual.detach().cpu(), e, n, cancels)
+
+    def compare(self, what: str, actual: Tensor, exact: Tensor, narrow: Tensor, cancels: Tensor | float) -> None:
+        assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+        if not actual.dtype.is_floating_point and torch.equal(actual, narrow):
+            return
+        if not self.in_float64 or not actual.dtype.is_floating_point:
+            torch.testing.assert_close(actual, exact, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{what}: {m}")
+            return
+        if self.loose and actual.dtype.is_floating_point:
+            errors = [float((actual.double() - e.double()).norm() / e.double().norm()) for e in (exact, narrow)]
+            right = torch.equal(actual, narrow) or min(errors) <= self.loose
+            assert exact.isnan().any() or right, f"{what}: off by {min(errors):.3g}"
+            return
+        right = _near(actual, exact, cancels) | _near(actual, narrow, cancels)
+        if self.op.endswith("_backward"):  # sums of infinities are NaN in one order and infinite in another
+            right |= ~actual.isfinite() & ~exact.to(actual.dtype).isfinite()
+        assert bool(right.all()), (
+            f"{what}: {int((~right).sum())} of {right.numel()} elements are off; the first, at "
+            f"{(~right).nonzero()[0].tolist()}: {actual[~right][0]:.9g}, exact {exact[~right][0]:.9g}, "
+            f"in torch {narrow[~right][0]:.9g}"
+        )
+
+
+def _near(actual: Tensor, exact: Tensor, cancels: Tensor | float) -> Tensor:
+    """Where `actual` is `exact` to three roundings of its dtype and to float32's relative to the largest of the row."""
+    dtype, actual, exact = actual.dtype, actual.double(), exact.double()
+    if exact.numel() == 0:
+        return torch.ones_like(exact, dtype=torch.bool)
+    exact = torch.where(exact.abs() > torch.finfo(dtype).max, exact.to(dtype).double(), exact)
+    finite = torch.where(exact.isfinite(), exact, 0.0).abs()
+    largest = (finite.amax(-1, keepdim=True) if finite.dim() else finite).maximum(torch.as_tensor(cancels).double())
+    arithmetic = HALF_ULP[torch.float64 if dtype == torch.float64 else torch.float32]
+    allowed = 3 * HALF_ULP[dtype] * finite + 64 * arithmetic * largest + 2 * smallest(dtype)
+    return (actual == exact) | (actual.isnan() & exact.isnan()) | ((actual - exact).abs() <= allowed)
+
+
+def smallest(dtype: torch.dtype) -> float:
+    """The smallest number above 0, a denormal one."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+
+
+def as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def map_tensors(function: Callable[[Tensor], Any], arguments: Arguments) -> Arguments:
+    """The arguments with `function` of every tensor in its place; those of a list too."""
+
+    def mapped(value: Any) -> Any:
+        if isinstance(value, list):
+            return [mapped(item) for item in value]
+        return function(value) if isinstance(value, Tensor) else value
+
+    return {name: mapped(value) for name, value in arguments.items()}
+
+
+def tensors_of(arguments: Arguments) -> Iterator[tuple[str, int | None, Tensor]]:
+    """(argument, place in its list or None, tensor) of every tensor."""
+    for name, value in arguments.items():
+        for i, item in enumerate(as_list(value)):
+            if isinstance(item, Tensor):
+                yield name, i if isinstance(value, list) else None, item
+
+
+def replaced(arguments: Arguments, name: str, place: int | None, value: Any) -> Arguments:
+    if place is None:
+        return arguments | {name: value}
+    return arguments | {name: [value if i == place else item for i, item in enumerate(arguments[name])]}
+
+
+# ---- the ops --------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(m: Maker) -> Arguments:
+    shape = [m.size(5, 4), m.size(8)] if m.pick(False, True) else [m.size(9)]
+    return {
+        "input": m.tensor(*m.leading(), *shape),
+        "normalized_shape": shape,
+        "weight": m.tensor(*shape) if m.pick(True, False) else None,
+        "eps": m.pick(1e-5, None, 1e-2),
+        "casting_mode": m.pick("torch", "llama"),
+        "weight_offset": m.pick(0.0, 1.0),
+    }
+
+
+def add_rms_norm(m: Maker) -> Arguments:
+    arguments = rms_norm(m)
+    del arguments["normalized_shape"]
+    shape = arguments["input"].shape
+    weight = arguments["weight"]
+    return arguments | {
+        "residual": m.tensor(*shape),
+        "weight": m.tensor(shape[-1]) if weight is None else weight,
+        "eps": arguments["eps"] or 1e-6,
+    }
+
+
+def rms_norm_backward(m: Maker) -> Arguments:
+    arguments = rms_norm(m)
+    x = arguments.pop("input")
+    return arguments | {
+        "grad": m.tensor(*x.shape),
+        "grad_sum": m.tensor(*x.shape) if m.pick(True, False) else None,
+        "x": x,
+        "need_weight_grad": m.pick(True, False),
+    }
+
+
+def layer_norm(m: Maker) -> Arguments:
+    shape = [m.size(5, 4), m.size(8)] if m.pick(False, True) else [m.size(9)]
+    return {
+        "input": m.tensor(*m.leading(), *shape),
+        "normalized_shape": shape,
+        "weight": m.tensor(*shape) if m.pick(True, False) else None,
+        "bias": m.tensor(*shape) if m.pick(True, False) else None,
+        "eps": m.pick(1e-5, 1e-2),
+    }
+
+
+def layer_norm_backward(m: Maker) -> Arguments:
+    arguments = layer_norm(m)
+    x = arguments.pop("input")
+    del arguments["bias"]
+    return arguments | {
+        "grad": m.tensor(*x.shape),
+        "x": x,
+        "need_weight_grad": m.pick(True, False),
+        "need_bias_grad": m.pick(True, False),
+    }
+
+
+def norm_cancels(
+    grad: Tensor | None = None,
+    x: Tensor | None = None,
+    input: Tensor | None = None,
+    weight: Tensor | None = None,
+    weight_offset: float = 0.0,
+    normalized_shape: Sequence[int] = (),
+    eps: float | None = None,
+    centred: bool = False,
+    **_: Any,
+) -> float:
+    """The largest term of a norm or its gradient: near values, or 1 / eps, make it larger than the result."""
+    x = input if x is None else x
+    if x is None or x.numel() == 0:
+        return 0.0
+    finite = lambda t: torch.where(t.isfinite(), t, 0.0)  # noqa: E731
+    rows = finite(x).reshape(-1, math.prod(normalized_shape) or 1)
+    scale = (rows.var(-1, correction=0) + (eps or 1e-7)).rsqrt().nan_to_num()
+    largest = float((rows.abs().amax(-1) * scale).amax())
+    factor = 1.0 if weight is None else float((finite(weight) + weight_offset).abs().amax())
+    if grad is None:
+        return largest * factor if centred else 0.0
+    g = finite(grad).abs().reshape(rows.shape).amax(-1)
+    return float((scale * g).amax() * max(factor, 1.0) * max(largest, 1.0) + g.sum() * max(1.0, largest))
+
+
+def layer_norm_cancels(**arguments: Any) -> float:
+    return norm_cancels(centred=True, **arguments)
+
+
+def softmax(m: Maker) -> Arguments:
+    return {"input": m.tensor(*m.leading(), m.size(9)), "dtype": m.pick(None, torch.float32)}
+
+
+def softmax_backward(m: Maker) -> Arguments:
+    shape = [*m.leading(), m.size(9)]
+    return {"grad": m.tensor(*shape), "output": m.tensor(*shape, positive=True)}
+
+
+def softmax_cancels(grad: Tensor, output: Tensor) -> float:
+    if grad.numel() == 0:
+        return 0.0
+    finite = [torch.where(t.isfinite(), t, 0.0).abs() for t in (grad, output)]
+    terms = (finite[0] * finite[1]).sum(-1) if grad.dim() else finite[0] * finite[1]
+    return float(finite[1].amax() * (finite[0].amax() + terms.amax()))
+
+
+def silu_mul(m: Maker) -> Arguments:
+    shape = [*m.leading(), m.size(9)]
+    return {"gate": m.tensor(*shape), "up": m.tensor(*shape), "casting_mode": m.pick("torch", "llama")}
+
+
+def silu_mul_backward(m: Maker) -> Arguments:
+    shape = [*m.leading(), m.size(9)]
+    return {name: m.tensor(*shape) for name in ("grad", "gate", "up")}
+
+
+def rotary(m: Maker) -> Arguments:
+    batch, tokens, half, passed = m.size(2, 4), m.size(3, 9), m.size(4, 70), m.pick(2, 0, 1, 17)
+    unsqueeze_dim = m.pick(1, 2)
+
+    def heads(count: int) -> Tensor:
+        return m.tensor(batch, *((count, tokens) if unsqueeze_dim == 1 else (tokens, count)), 2 * half + passed)
+
+    q, k = heads(m.size(3, 5)), heads(m.size(2, 5))
+    tables = [m.tensor(m.pick(batch, 1), m.pick(tokens, 1), 2 * half) for _ in range(2)]
+    return {"q": q, "k": k, "cos": tables[0], "sin": tables[1], "unsqueeze_dim": unsqueeze_dim}
+
+
+def apply_rotary_pos_emb(m: Maker) -> Arguments:
+    return rotary(m) | {"casting_mode": m.pick("torch", "llama")}
+
+
+def apply_rotary_pos_emb_backward(m: Maker) -> Arguments:
+    arguments = rotary(m)
+    return arguments | {"grad_q": arguments.pop("q"), "grad_k": arguments.pop("k")}
+
+
+def rotary_cancels(cos: Tensor, sin: Tensor, **x: Any) -> float:
+    heads = [torch.where(t.isfinite(), t, 0.0) for name, t in x.items() if name[-1] in "qk"]
+    tables = [torch.where(t.isfinite(), t, 0.0) for t in (cos, sin)]
+    largest = [max(float(t.abs().amax()) if t.numel() else 0.0 for t in tensors) for tensors in (heads, tables)]
+    return largest[0] * largest[1]
+
+
+def adamw_(m: Maker) -> Arguments:
+    shapes = [[*m.leading(), m.size(5)] for _ in range(m.pick(2, 1, 8))]
+    state = m.pick(m.dtype, torch.float32) if m.dtype != torch.float64 else m.dtype
+    return {
+        "params": [m.tensor(*shape) for shape in shapes],
+        "grads": [m.tensor(*shape) for shape in shapes],
+        "exp_avgs": [m.tensor(*shape, dtype=state) for shape in shapes],
+        "exp_avg_sqs": [m.tensor(*shape, dtype=state, positive=True) for shape in shapes],
+        "steps": [torch.full((), float(m.pick(0, 7, 1000))) for _ in shapes],
+        "lr": m.pick(0.02, 0.0),
+        "beta1": m.pick(0.9, 0.0),
+        "beta2": m.pick(0.95, 0.0),
+        "eps": m.pick(1e-6, 1e-8),
+        "weight_decay": m.pick(0.1, 0.0),
+        "maximize": m.pick(False, True),
+    }
+
+
+def kv_append_(m: Maker) -> Arguments:
+    batch, heads, tokens, position = m.size(2, 3), m.size(3, 4), m.size(2, 9), m.size(1, 9)
+    key_dim, value_dim = m.size(4, 70), m.size(5, 70)
+    dtype = m.pick(m.dtype, torch.int8, torch.float64)
+    capacity = position + tokens + m.pick(1, 0, 20)
+    return {
+        "keys": m.tensor(batch, heads, capacity, key_dim, dtype=dtype, scale=9),
+        "values": m.tensor(batch, heads, capacity, value_dim, dtype=dtype, scale=9),
+        "new_keys": m.tensor(batch, heads, tokens, key_dim, dtype=dtype, scale=9),
+        "new_values": m.tensor(batch, heads, tokens, value_dim, dtype=dtype, scale=9),
+        "position": position,
+    }
+
+
+def kv_update_exact(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, position: int):
+    kv_append_reference(keys, values, new_keys, new_values, position)
+    length = position + new_keys.shape[2]
+    return keys[:, :, :length], values[:, :, :length]
+
+
+def decode_(m: Maker) -> Arguments:
+    def at_least_1(default: int, most: int) -> int:
+        return max(1, m.size(default, most))
+
+    batch, steps, length = at_least_1(2, 8), at_least_1(2, 8), m.size(9, 80)
+    kv_heads, groups, half, passed = m.pick(1, 2, 3), m.pick(2, 1, 3), m.size(4, 20), m.pick(1, 0, 2)
+    hidden, heads, head_dim = at_least_1(9, 40), kv_heads * groups, max(1, 2 * half + passed)
+    intermediate, vocabulary = m.size(7, 40), at_least_1(11, 40)
+    rows = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim, "o": hidden}
+    rows |= {"gate": intermediate, "up": intermediate, "down": hidden}
+    cols = {"o": rows["q"], "down": intermediate}
+    biases, norms, layers = m.pick(True, False), m.pick(True, False), m.pick(1, 2)
+
+    def part(name: str) -> Tensor | None:
+        if name in ("input_norm", "post_attention_norm"):
+            return m.tensor(hidden)
+        if name.endswith("norm"):
+            return m.tensor(head_dim) if norms else None
+        if name.endswith("bias"):
+            return m.tensor(rows[name[0]]) if biases else None
+        return m.tensor(rows[name], cols.get(name, hidden), scale=0.3)
+
+    states = (batch, kv_heads, length + steps + m.pick(1, 0), head_dim)
+    positions = m.pick(30, 1)
+    return {
+        "token_ids": m.integers(batch, steps, end=vocabulary),
+        "positions": m.integers(batch, steps, end=positions),
+        "starts": m.integers(batch, end=length + 1) if m.pick(True, False) else None,
+        "embedding": m.tensor(vocabulary, hidden),
+        "cos": m.tensor(positions, 2 * half),
+        "sin": m.tensor(positions, 2 * half),
+        "layers": [part(name) for _ in range(layers) for name in LAYER_PARTS],
+        "norm": m.tensor(hidden),
+        "head": m.tensor(vocabulary, hidden),
+        "keys": [m.tensor(*states) for _ in range(layers)],
+        "values": [m.tensor(*states) for _ in range(layers)],
+        "length": length,
+        "heads": heads,
+        "eps": 1e-5,
+        "scaling": head_dim**-0.5,
+        "logits_to_keep": m.pick(0, 1),
+    }
+
+
+def decode_token_(m: Maker) -> Arguments:
+    arguments = decode_(m)
+    del arguments["logits_to_keep"]
+    sampling = {"do_sample": False, "temperature": 1.0, "top_k": None, "top_p": None, "min_p": None}
+    return arguments | sampling
+
+
+def decode_token_exact(do_sample, temperature, top_k, top_p, min_p, **arguments: Any) -> Tensor:
+    return decode_reference(**arguments, logits_to_keep=1).argmax(-1).squeeze(1)
+
+
+def greedy(m: Maker) -> Arguments:
+    vocabulary = max(1, m.size(9))
+    return {"logits": m.tensor(m.size(3, 5), vocabulary, scale=3) if m.pick(True, False) else m.tensor(vocabulary)}
+
+
+def filter_logits(m: Maker) -> Arguments:
+    arguments = greedy(m) | {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None, "row_parameters": None}
+    rows = arguments["logits"].shape[0] if arguments["logits"].dim() == 2 else 1
+    if m.pick(True, False):
+        columns = [(2.0, 1.44, 100.0), (3.0, 0.0, 1.0), (0.9, 1.0, 0.0), (0.01, 0.0, 1.0)]
+        values = [m.pick(*column) for column in columns]
+        arguments["row_parameters"] = torch.tensor(values, device=m.device).repeat(rows, 1)
+    else:
+        arguments |= {"temperature": m.pick(0.7, 0.0, 1.0, 1e30), "top_k": m.pick(4, None, 1)}
+        arguments |= {"top_p": m.pick(0.8, None, 0.0, 1.0), "min_p": m.pick(0.1, None, 1.0)}
+    return arguments
+
+
+def sample(m: Maker) -> Arguments:
+    random = {"seed": m.pick(7, -(2**63), 2**63 - 1), "offset": m.pick(None, 3, 2**63 - 1), "state": None}
+    if m.pick(True, False):
+        random = {"seed": None, "offset": None, "state": m.integers(2, end=2**62)}
+    return filter_logits(m) | random | {"generator": None, "return_valid": True}
+
+
+GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DECODER = frozenset(
+    ("token_ids", "positions", "starts", "embedding", "cos", "sin", "layers", "norm", "head", "keys", "values")
+)
+
+CALLS = {
+    call.op: call
+    for call in (
+        Call("rms_norm", rms_norm, cancels=norm_cancels, differentiable=("input", "weight")),
+        Call("add_rms_norm", add_rms_norm, cancels=norm_cancels, differentiable=("input", "residual", "weight")),
+        Call("rms_norm_backward", rms_norm_backward, cancels=norm_cancels),
+        Call("layer_norm", layer_norm, cancels=layer_norm_cancels, differentiable=("input", "weight", "bias")),
+        Call("layer_norm_backward", layer_norm_backward, cancels=norm_cancels),
+        Call("softmax", softmax, differentiable=("input",)),
+        Call("softmax_backward", softmax_backward, cancels=softmax_cancels),
+        Call("silu_mul", silu_mul, differentiable=("gate", "up")),
+        Call("silu_mul_backward", silu_mul_backward),
+        Call("apply_rotary_pos_emb", apply_rotary_pos_emb, cancels=rotary_cancels, differentiable=("q", "k")),
+        Call("apply_rotary_pos_emb_backward", apply_rotary_pos_emb_backward, cancels=rotary_cancels),
+        Call("adamw_", adamw_),
+        Call("kv_append_", kv_append_, in_float64=False),
+        Call("kv_update_", kv_append_, exact=kv_update_exact, in_float64=False, says=("kv_append_",)),
+        Call("decode_", decode_, loose=3e-2, only_cpu=True, only_dense=DECODER, dtypes=GPU_DTYPES),
+        Call(
+            "decode_token_",
+            decode_token_,
+            exact=decode_token_exact,
+            loose=3e-2,
+            only_cpu=True,
+            only_dense=DECODER,
+            dtypes=(torch.float32,),
+            says=("decode_",),
+        ),
+        Call("greedy", greedy, in_float64=False),
+        Call("filter_logits", filter_logits, in_float64=False, only_dense=frozenset({"row_parameters"})),
+        Call("sample", sample, in_float64=False, only_dense=frozenset({"row_parameters", "state"})),
+    )
+}

@@ -1,0 +1,29 @@
+"""Checks of arguments whose dtypes differ, which are converted before the op can check them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_floating(op: str, **tensors: Tensor | None) -> None:
+    """Each of the named tensors must have a dtype that the ops compute with."""
+    for name, tensor in tensors.items():
+        if tensor is None or tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):
+            continue
+        on_cpu = tensor.device.type == "cpu"
+        if not (on_cpu and tensor.dtype == torch.float64):
+            also = " (or float64 on the CPU)" if on_cpu else ""
+            raise RuntimeError(f"{op}: {name} must be float32, float16 or bfloat16{also}, got {tensor.dtype}")
+
+
+def check_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    """The tensor must have the shape, and not one that broadcasts to it."""
+    if tensor.shape != tuple(shape):
+        raise RuntimeError(f"{op}: {name} must have the shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def check_casting_mode(op: str, casting_mode: str) -> None:
+    """There are two."""
+    if casting_mode not in ("torch", "llama"):
+        raise RuntimeError(f"{op}: casting_mode must be 'torch' or 'llama', got '{casting_mode}'")
