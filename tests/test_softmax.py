@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from derivatives import COMPILED, DERIVATIVES, assert_derivatives, assert_gradcheck
 from torch.library import opcheck
 
 import torch_fused
@@ -163,12 +164,33 @@ def test_backward_through_autograd(backend):
     assert relative_error(ours.grad, exact.grad) < 3e-6
 
 
-def test_second_derivative_is_refused():
-    """The backward op has no derivative, and says so instead of giving a wrong one."""
-    x = make(3, 8, requires_grad=True)
-    (grad,) = torch.autograd.grad(softmax(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="softmax_backward"):
-        grad.sum().backward()
+DIFFERENTIATED = {
+    "softmax": (softmax, lambda x: torch.softmax(x, -1), [(3, 6)]),
+    "first dimension": (lambda x: softmax(x, 0), lambda x: torch.softmax(x, 0), [(4, 2, 3)]),
+    "scalar": (lambda x: softmax(x) * x, lambda x: x, [()]),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENTIATED, ids=str)
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+def test_derivatives(backend, derivative, case):
+    """Every way of torch to differentiate, of every order, against float64."""
+    op, exact, shapes = DIFFERENTIATED[case]
+    assert_derivatives(derivative, op, exact, *shapes, backend=backend)
+
+
+@pytest.mark.parametrize("derivative", COMPILED)
+def test_compiled_derivatives(backend, derivative):
+    """The same where torch.compile traces the differentiation."""
+    op, exact, shapes = next(iter(DIFFERENTIATED.values()))
+    assert_derivatives(derivative, op, exact, *shapes, backend=backend, compiled=True)
+
+
+@pytest.mark.parametrize("case", DIFFERENTIATED, ids=str)
+def test_gradcheck_of_every_order(case):
+    """Numeric derivatives in float64: both modes, batched, and of the second order."""
+    op, _, shapes = DIFFERENTIATED[case]
+    assert_gradcheck(op, *shapes)
 
 
 def test_strides_are_those_of_torch(backend):

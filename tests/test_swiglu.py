@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from derivatives import COMPILED, DERIVATIVES, assert_derivatives, assert_gradcheck
 from torch.library import opcheck
 
 import torch_fused
@@ -190,12 +191,33 @@ def test_backward_through_autograd(backend):
         assert relative_error(a.grad, e.grad) < 1e-6
 
 
-def test_second_derivative_is_refused():
-    """The backward op has no derivative, and says so instead of giving a wrong one."""
-    gate, up = (x.requires_grad_() for x in pair(3, 8))
-    (grad,) = torch.autograd.grad(silu_mul(gate, up).square().sum(), gate, create_graph=True)
-    with pytest.raises(RuntimeError, match="silu_mul_backward"):
-        grad.sum().backward()
+DIFFERENTIATED = {
+    "silu_mul": (silu_mul, lambda gate, up: F.silu(gate) * up, [(3, 6), (3, 6)]),
+    "llama": (lambda g, u: silu_mul(g, u, casting_mode="llama"), lambda g, u: F.silu(g) * u, [(3, 6), (3, 6)]),
+    "one operand": (lambda x: silu_mul(x, x), lambda x: F.silu(x) * x, [(3, 6)]),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENTIATED, ids=str)
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+def test_derivatives(backend, derivative, case):
+    """Every way of torch to differentiate, of every order, against float64."""
+    op, exact, shapes = DIFFERENTIATED[case]
+    assert_derivatives(derivative, op, exact, *shapes, backend=backend)
+
+
+@pytest.mark.parametrize("derivative", COMPILED)
+def test_compiled_derivatives(backend, derivative):
+    """The same where torch.compile traces the differentiation."""
+    op, exact, shapes = next(iter(DIFFERENTIATED.values()))
+    assert_derivatives(derivative, op, exact, *shapes, backend=backend, compiled=True)
+
+
+@pytest.mark.parametrize("case", DIFFERENTIATED, ids=str)
+def test_gradcheck_of_every_order(case):
+    """Numeric derivatives in float64: both modes, batched, and of the second order."""
+    op, _, shapes = DIFFERENTIATED[case]
+    assert_gradcheck(op, *shapes)
 
 
 # ---- GPU kernels ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <utility>
 
+#include "../common/autograd.h"
 #include "../common/convert.h"
 #include "../common/rows.h"
 #include "../common/simd.h"
@@ -220,12 +222,10 @@ namespace {
 // Not differentiable, but autograd must know what has changed.
 void adamw_autograd(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList steps,
                     double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize) {
-  if (at::GradMode::is_enabled()) {
-    const auto needs_grad = [](const Tensor& tensor) { return tensor.requires_grad(); };
-    for (const TensorList list : {params, grads, exp_avgs, exp_avg_sqs, steps}) {
-      TORCH_CHECK(std::none_of(list.begin(), list.end(), needs_grad),
-                  "adamw_: a tensor requires grad, but the op is not differentiable: call it under torch.no_grad()");
-    }
+  const std::pair<const char*, TensorList> lists[] = {
+      {"params", params}, {"grads", grads}, {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}, {"steps", steps}};
+  for (const auto& [name, list] : lists) {
+    for (const Tensor& tensor : list) check_not_differentiated("adamw_", name, tensor);
   }
   for (const TensorList list : {params, exp_avgs, exp_avg_sqs, steps}) {
     for (const Tensor& tensor : list) torch::autograd::impl::bump_version(tensor);

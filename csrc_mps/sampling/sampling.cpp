@@ -12,6 +12,7 @@
 #include <cmath>
 #include <mutex>
 
+#include "common/autograd.h"
 #include "common/philox.h"
 #include "common/rows.h"
 #include "ranking.h"
@@ -197,3 +198,7 @@ std::tuple<Tensor, Tensor> sample_cpu(const Tensor& logits, double temperature, 
 }
 
 }  // namespace torch_fused
+
+TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
+  m.impl("filter_logits", torch_fused::differentiable_by_reference());
+}

@@ -19,7 +19,7 @@ def rms_norm_reference(
 ) -> Tensor:
     """`rms_norm` in plain torch: float32 throughout ("torch"), or with the roundings of Llama's module ("llama")."""
     dims = tuple(range(-len(normalized_shape), 0))
-    x = input.to(_arithmetic_dtype(input))
+    x = input.contiguous().to(_arithmetic_dtype(input))
     if eps is None:
         eps = torch.finfo(x.dtype).eps
     normed = x * torch.rsqrt(x.pow(2).mean(dims, keepdim=True) + eps)
@@ -41,7 +41,7 @@ def add_rms_norm_reference(
     weight_offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`add_rms_norm` in plain torch."""
-    total = input + residual
+    total = (input + residual).contiguous()
     normed = rms_norm_reference(
         total, weight.shape, weight, eps, casting_mode=casting_mode, weight_offset=weight_offset
     )
@@ -62,7 +62,7 @@ def rms_norm_backward_reference(
     """Gradients of x, with `grad_sum` added if there is one, and of the weight (empty if not needed)."""
     dtype = _arithmetic_dtype(x)
     dims = tuple(range(-len(normalized_shape), 0))
-    wide, dy = x.to(dtype), grad.to(dtype)
+    wide, dy = x.contiguous().to(dtype), grad.contiguous().to(dtype)
     if eps is None:
         eps = torch.finfo(dtype).eps
     scale = torch.rsqrt(wide.pow(2).mean(dims, keepdim=True) + eps)
@@ -95,9 +95,19 @@ def _rms_norm_backward_fake(
     return x.new_empty(x.shape), x.new_empty(normalized_shape if need_weight_grad else 0)
 
 
+def _add_rms_norm_batched(input, residual, weight, eps=1e-6, *, casting_mode="llama", weight_offset=0.0):
+    total = input + residual
+    return rms_norm(total, weight.shape, weight, eps, casting_mode=casting_mode, weight_offset=weight_offset), total
+
+
 register("rms_norm", reference=rms_norm_reference, fake=_rms_norm_fake)
-register("add_rms_norm", reference=add_rms_norm_reference, fake=_add_rms_norm_fake)
-register("rms_norm_backward", reference=rms_norm_backward_reference, fake=_rms_norm_backward_fake)
+register("add_rms_norm", reference=add_rms_norm_reference, fake=_add_rms_norm_fake, batched=_add_rms_norm_batched)
+register(
+    "rms_norm_backward",
+    reference=rms_norm_backward_reference,
+    fake=_rms_norm_backward_fake,
+    batched=rms_norm_backward_reference,
+)
 
 
 @torch.library.register_vmap("torch_fused::rms_norm")

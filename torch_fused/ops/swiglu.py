@@ -9,6 +9,7 @@ from .library import register
 
 def silu_mul_reference(gate: Tensor, up: Tensor, *, casting_mode: str = "torch") -> Tensor:
     """`silu_mul` in plain torch: float32 throughout ("torch"), or silu rounded first ("llama")."""
+    gate, up = gate.contiguous(), up.contiguous()
     if casting_mode == "llama":
         return F.silu(gate) * up
     dtype = _arithmetic_dtype(gate)
@@ -18,6 +19,7 @@ def silu_mul_reference(gate: Tensor, up: Tensor, *, casting_mode: str = "torch")
 def silu_mul_backward_reference(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up."""
     dtype = _arithmetic_dtype(gate)
+    grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     dy, g = grad.to(dtype), gate.to(dtype)
     sigmoid = torch.sigmoid(g)
     grad_gate = dy * up.to(dtype) * sigmoid * (1 + g * (1 - sigmoid))
@@ -37,7 +39,12 @@ def _silu_mul_backward_fake(grad, gate, up):
 
 
 register("silu_mul", reference=silu_mul_reference, fake=_silu_mul_fake)
-register("silu_mul_backward", reference=silu_mul_backward_reference, fake=_silu_mul_backward_fake)
+register(
+    "silu_mul_backward",
+    reference=silu_mul_backward_reference,
+    fake=_silu_mul_backward_fake,
+    batched=silu_mul_backward_reference,
+)
 
 
 @torch.library.register_vmap("torch_fused::silu_mul")
