@@ -20,8 +20,13 @@ Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 def scalar(function: Function) -> Callable[..., Tensor]:
-    """A scalar in which every result counts differently."""
-    return lambda *tensors: sum(i * y.square().sum() for i, y in enumerate(results_of(function(*tensors)), 1))
+    """A scalar in which every element counts differently: the squares of a normalised row alone add up to its size."""
+
+    def weigh(*tensors: Tensor) -> Tensor:
+        results = results_of(function(*tensors))
+        return sum((w * (y + y.square())).sum() for w, y in zip(directions(results), results, strict=True))
+
+    return weigh
 
 
 def results_of(value: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -117,7 +122,7 @@ def triple_backward(function, *tensors):
     tensors = leaves(tensors)
     value = scalar(function)(*tensors)
     for _ in range(2):
-        value = sum(g.square().sum() for g in torch.autograd.grad(value, tensors, create_graph=True))
+        value = sum(g.div(4).square().sum() for g in torch.autograd.grad(value, tensors, create_graph=True))
     return torch.autograd.grad(value, tensors)
 
 
@@ -239,7 +244,7 @@ DERIVATIVES = [
 
 COMPILED = [func_jvp, func_grad, func_vjp, func_hessian, per_sample_gradients, func_vmap]
 
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def assert_derivatives(

@@ -190,6 +190,7 @@ def rotated_in_part(q, k, cos, sin):
     return tuple(torch.cat([rotated(x[..., :4], cos, sin, 2), x[..., 4:]], -1) for x in (q, k))
 
 
+TABLES = make(2, 1, 3, 4, seed=9)
 DIFFERENTIATED = {
     "apply_rotary_pos_emb": (
         apply_rotary_pos_emb,
@@ -202,8 +203,8 @@ DIFFERENTIATED = {
         [(1, 3, 1, 5), (1, 3, 2, 5), (1, 3, 4), (1, 1, 4)],
     ),
     "constant tables": (
-        lambda q, k: apply_rotary_pos_emb(q, k, *make(2, 1, 3, 4, seed=9).to(q)),
-        lambda q, k: tuple(rotated(x, *make(2, 1, 3, 4, seed=9).to(q)) for x in (q, k)),
+        lambda q, k: apply_rotary_pos_emb(q, k, *TABLES.to(q)),
+        lambda q, k: tuple(rotated(x, *TABLES.to(q)) for x in (q, k)),
         [(2, 1, 3, 4), (2, 2, 3, 4)],
     ),
 }

@@ -10,10 +10,11 @@ from .library import register
 def silu_mul_reference(gate: Tensor, up: Tensor, *, casting_mode: str = "torch") -> Tensor:
     """`silu_mul` in plain torch: float32 throughout ("torch"), or silu rounded first ("llama")."""
     gate, up = gate.contiguous(), up.contiguous()
+    wide = gate.to(_arithmetic_dtype(gate))
+    silu = wide * torch.sigmoid(wide)  # torch has no forward mode for the gradient of F.silu
     if casting_mode == "llama":
-        return F.silu(gate) * up
-    dtype = _arithmetic_dtype(gate)
-    return (F.silu(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
+        return silu.to(gate.dtype) * up
+    return (silu * up.to(wide.dtype)).to(gate.dtype)
 
 
 def silu_mul_backward_reference(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
