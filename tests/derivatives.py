@@ -7,6 +7,7 @@ code in float64 must agree: `assert_derivatives`.
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from torch_fused.metal import emulate
 from torch_fused.testing import make, relative_error
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -270,3 +272,26 @@ def assert_gradcheck(op: Function, *shapes: tuple[int, ...]) -> None:
     options = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
     assert torch.autograd.gradcheck(op, tensors, **options)
     assert torch.autograd.gradgradcheck(op, tensors, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+def assert_checks_arguments(call: Callable[[Tensor], object], tensor: Tensor, message: str) -> None:
+    """A bad argument is the op's own error where torch differentiates or batches it, too."""
+    ways = [
+        lambda: call(tensor.clone().requires_grad_()),
+        lambda: jvp(call, (tensor,), (tensor,)),
+        lambda: grad(lambda x: pytree.tree_leaves(call(x))[0].sum())(tensor),
+        lambda: vmap(call)(torch.stack([tensor, tensor])),
+    ]
+    for way in ways:
+        with pytest.raises(RuntimeError, match=message):
+            way()
+
+
+def assert_kernels(op: Function, *shapes: tuple[int, ...]) -> None:
+    """The op and its gradient of the first order are kernels."""
+    with emulate() as run:
+        inputs = leaves([make(*shape, seed=i) for i, shape in enumerate(shapes)])
+        results = results_of(op(*inputs))
+        assert len(run.launches) == 1
+        torch.autograd.grad(results, inputs, directions(results))
+    assert len(run.launches) > 1

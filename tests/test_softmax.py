@@ -3,7 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from derivatives import COMPILED, DERIVATIVES, assert_derivatives, assert_gradcheck
+from derivatives import (
+    COMPILED,
+    DERIVATIVES,
+    assert_checks_arguments,
+    assert_derivatives,
+    assert_gradcheck,
+    assert_kernels,
+)
 from torch.library import opcheck
 
 import torch_fused
@@ -132,6 +139,25 @@ def test_autocast(backend):
             assert relative_error(result, expected) < 4e-3
 
 
+def test_autocast_in_transforms(backend):
+    """There, too, the dtypes are those of torch.softmax."""
+    x = make(5, 64, dtype=torch.bfloat16, device=backend.device)
+
+    def derivatives(op):
+        leaf = x.clone().requires_grad_()
+        return (
+            *torch.func.jvp(lambda t: op(t, -1), (x,), (x,)),
+            torch.func.grad(lambda t: op(t, -1).square().sum())(x),
+            torch.func.vmap(lambda t: op(t, -1))(x),
+            *torch.autograd.grad(op(leaf, -1).square().sum(), leaf, create_graph=True),
+        )
+
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        for result, expected in zip(derivatives(softmax), derivatives(torch.softmax), strict=True):
+            assert result.dtype == expected.dtype
+            assert relative_error(result, expected) < 1e-2
+
+
 # ---- gradients ------------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +217,28 @@ def test_gradcheck_of_every_order(case):
     """Numeric derivatives in float64: both modes, batched, and of the second order."""
     op, _, shapes = DIFFERENTIATED[case]
     assert_gradcheck(op, *shapes)
+
+
+def test_the_first_order_is_kernels():
+    """An ordinary gradient takes the op's kernels, forward and backward."""
+    for case in DIFFERENTIATED:
+        op, _, shapes = DIFFERENTIATED[case]
+        assert_kernels(op, *shapes)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: torch.ops.torch_fused.softmax(x, dtype=torch.int32), "softmax: input must be float32"),
+        (
+            lambda x: torch.ops.torch_fused.softmax_backward(x, torch.ones_like(x)[:1]),
+            "softmax_backward: grad must have output's shape",
+        ),
+    ],
+)
+def test_bad_arguments_in_transforms(backend, call, message):
+    """A bad argument raises where torch differentiates or batches the op, too."""
+    assert_checks_arguments(call, make(4, 8, device=backend.device), message)
 
 
 def test_strides_are_those_of_torch(backend):

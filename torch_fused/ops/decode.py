@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kv_cache import kv_append_reference
-from .library import register
+from .library import refuse_vmap, register
 from .rms_norm import rms_norm_reference
 
 LAYER_PARTS = (
@@ -110,6 +110,7 @@ def _decode_fake(
 
 
 register("decode_", reference=decode_reference, fake=_decode_fake)
+refuse_vmap("decode_token_")
 
 
 def decode_(

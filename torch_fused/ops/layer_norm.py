@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .library import register
+from .library import check_first, leading, register
 
 
 def layer_norm_reference(
@@ -80,11 +80,11 @@ register(
 def _layer_norm_vmap(info, in_dims, input, normalized_shape, weight=None, bias=None, eps=1e-5):
     """A batch is one more leading dimension; batched parameters are applied outside the op."""
     input_dim, _, weight_dim, bias_dim = (*in_dims, None, None, None)[:4]
-    if input_dim is None:
-        input, input_dim = input.expand(info.batch_size, *input.shape), 0
-    input = input.movedim(input_dim, 0)
+    input = leading(info, input, input_dim)
     if weight_dim is None and bias_dim is None:
         return layer_norm(input, normalized_shape, weight, bias, eps), 0
+    in_dims = 0, None, weight_dim, bias_dim, None
+    check_first(_layer_norm, info, in_dims, input, normalized_shape, weight, bias, eps)
 
     def spread(parameter: Tensor, dim: int | None) -> Tensor:
         """The parameter of each of the batch, so that it broadcasts with the input."""

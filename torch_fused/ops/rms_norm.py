@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .library import register
+from .library import check_first, leading, register
 
 
 def rms_norm_reference(
@@ -95,13 +95,8 @@ def _rms_norm_backward_fake(
     return x.new_empty(x.shape), x.new_empty(normalized_shape if need_weight_grad else 0)
 
 
-def _add_rms_norm_batched(input, residual, weight, eps=1e-6, *, casting_mode="llama", weight_offset=0.0):
-    total = input + residual
-    return rms_norm(total, weight.shape, weight, eps, casting_mode=casting_mode, weight_offset=weight_offset), total
-
-
 register("rms_norm", reference=rms_norm_reference, fake=_rms_norm_fake)
-register("add_rms_norm", reference=add_rms_norm_reference, fake=_add_rms_norm_fake, batched=_add_rms_norm_batched)
+register("add_rms_norm", reference=add_rms_norm_reference, fake=_add_rms_norm_fake)
 register(
     "rms_norm_backward",
     reference=rms_norm_backward_reference,
@@ -110,24 +105,40 @@ register(
 )
 
 
-@torch.library.register_vmap("torch_fused::rms_norm")
 def _rms_norm_vmap(
     info, in_dims, input, normalized_shape, weight=None, eps=None, *, casting_mode="torch", weight_offset=0.0
 ):
     """A batch is one more leading dimension; a batched weight is applied outside the op."""
     input_dim, weight_dim = in_dims[0], in_dims[2] if len(in_dims) > 2 else None
-    if input_dim is None:
-        input, input_dim = input.expand(info.batch_size, *input.shape), 0
-    input = input.movedim(input_dim, 0)
+    input = leading(info, input, input_dim)
     if weight_dim is None:
         return rms_norm(input, normalized_shape, weight, eps, casting_mode=casting_mode, weight_offset=weight_offset), 0
-    weight = weight.movedim(weight_dim, 0)
+    options = {"casting_mode": casting_mode, "weight_offset": weight_offset}
+    check_first(_rms_norm, info, (0, None, weight_dim, None), input, normalized_shape, weight, eps, **options)
+    weight = leading(info, weight, weight_dim)
     weight = weight.view(info.batch_size, *[1] * (input.dim() - weight.dim()), *weight.shape[1:]) + weight_offset
     if casting_mode == "llama":
         return weight * rms_norm(input, normalized_shape, None, eps, casting_mode=casting_mode), 0
     wide = input.to(_arithmetic_dtype(input))
     eps = torch.finfo(wide.dtype).eps if eps is None else eps
     return (rms_norm(wide, normalized_shape, None, eps) * weight).to(input.dtype), 0
+
+
+def _add_rms_norm_vmap(info, in_dims, input, residual, weight, eps=1e-6, *, casting_mode="llama", weight_offset=0.0):
+    """A batch is one more leading dimension; a batched weight takes two ops."""
+    options = {"casting_mode": casting_mode, "weight_offset": weight_offset}
+    input, residual, weight_dim = leading(info, input, in_dims[0]), leading(info, residual, in_dims[1]), in_dims[2]
+    if weight_dim is None:
+        return add_rms_norm(input, residual, weight, eps, **options), (0, 0)
+    check_first(_add_rms_norm, info, (0, 0, weight_dim, None), input, residual, weight, eps, **options)
+    total = input + residual
+    shape = leading(info, weight, weight_dim).shape[1:]
+    normed, _ = _rms_norm_vmap(info, (0, None, weight_dim, None), total, shape, weight, eps, **options)
+    return (normed, total), (0, 0)
+
+
+torch.library.register_vmap("torch_fused::rms_norm", _rms_norm_vmap)
+torch.library.register_vmap("torch_fused::add_rms_norm", _add_rms_norm_vmap)
 
 
 def rms_norm(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .library import register
+from .library import leading, register
 
 
 def apply_rotary_pos_emb_reference(
@@ -55,10 +55,7 @@ register(
 @torch.library.register_vmap("torch_fused::apply_rotary_pos_emb")
 def _rope_vmap(info, in_dims, q, k, cos, sin, unsqueeze_dim=1, *, casting_mode="torch"):
     """The batch and the op's own are one."""
-    q, k, *tables = (
-        x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        for x, dim in zip((q, k, cos, sin), in_dims, strict=False)  # the rest is no tensor
-    )
+    q, k, *tables = (leading(info, x, dim) for x, dim in zip((q, k, cos, sin), in_dims[:4], strict=True))
     batch = q.shape[1]
     cos, sin = (x.expand(-1, batch, *x.shape[2:]) if x.shape[1] == 1 else x for x in tables)
     q, k, cos, sin = (x.flatten(0, 1) for x in (q, k, cos, sin))

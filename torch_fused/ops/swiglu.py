@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import register
+from .library import leading, register
 
 
 def silu_mul_reference(gate: Tensor, up: Tensor, *, casting_mode: str = "torch") -> Tensor:
@@ -51,10 +51,7 @@ register(
 @torch.library.register_vmap("torch_fused::silu_mul")
 def _silu_mul_vmap(info, in_dims, gate, up, *, casting_mode="torch"):
     """A batch is one more leading dimension."""
-    gate, up = (
-        x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        for x, dim in zip((gate, up), in_dims, strict=True)
-    )
+    gate, up = leading(info, gate, in_dims[0]), leading(info, up, in_dims[1])
     return _silu_mul(gate, up, casting_mode=casting_mode), 0
 
 
