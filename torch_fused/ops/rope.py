@@ -69,8 +69,7 @@ def apply_rotary_pos_emb(
     r"""Rotates queries and keys by their positions, in one launch: :math:`x \cos + \mathrm{rotate\_half}(x) \sin`.
 
     A drop-in for Hugging Face's function of the same name (models/llama/modeling_llama.py): the half-split form, where
-    :math:`\mathrm{rotate\_half}(a, b) = (-b, a)`. Differentiable in all
-    four tensors.
+    :math:`\mathrm{rotate\_half}(a, b) = (-b, a)`. Differentiable in all four.
 
     Args:
         q: ``(batch, heads, tokens, head_dim)``, or ``(batch, tokens, heads, head_dim)`` with ``unsqueeze_dim=2``;
