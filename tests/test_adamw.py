@@ -8,6 +8,7 @@ from itertools import chain
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch.library import opcheck
 
 from torch_fused.metal import emulate
@@ -247,6 +248,10 @@ def test_versions_and_gradients(backend):
         adamw_(*lists)
     with torch.no_grad():
         adamw_(*lists)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="adamw_: grads has a tangent"):
+        adamw_([param.detach()], [forward_ad.make_dual(*lists[1], *lists[1])], *lists[2:])
+    with pytest.raises(RuntimeError, match=r"adamw_: torch\.func\.vmap cannot batch"):
+        torch.func.vmap(lambda grad: adamw_([param.detach()], [grad], *lists[2:]))(lists[1][0].expand(2, 4))
 
 
 def changed(place, new):

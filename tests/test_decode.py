@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch.library import opcheck
 
 from torch_fused.ops.decode import LAYER_PARTS, decode_, decode_reference, decode_token_
@@ -312,8 +313,14 @@ def test_autograd():
     """No gradient is lost silently, and a cache that autograd has saved is known to have changed."""
     step = Step()
     step.args["layers"][1].requires_grad_()
-    with pytest.raises(RuntimeError, match=r"decode_: the weights require grad.*torch\.no_grad"):
+    with pytest.raises(RuntimeError, match=r"decode_: layers requires grad.*torch\.no_grad"):
         step.run()
+    with torch.no_grad(), forward_ad.dual_level():
+        head = step.args["head"]
+        step.args["head"] = forward_ad.make_dual(head, head)
+        with pytest.raises(RuntimeError, match="decode_: head has a tangent"):
+            step.run()
+        step.args["head"] = head
     version = step.args["keys"][0]._version
     with torch.no_grad():
         assert not step.run().requires_grad

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch.library import opcheck
 
 from torch_fused.metal import emulate
@@ -157,7 +158,7 @@ def test_traffic(head_dim):
 
 
 def test_refuses_to_lose_a_gradient():
-    """States that require grad are an error under grad mode, and fine under no_grad."""
+    """States that require grad are an error under grad mode, and fine under no_grad; a tangent always is one."""
     keys, values = buffers()
     new_keys, new_values = states()
     new_values.requires_grad_()
@@ -165,7 +166,17 @@ def test_refuses_to_lose_a_gradient():
         kv_append_(keys, values, new_keys, new_values, 0)
     with torch.no_grad():
         kv_append_(keys, values, new_keys, new_values, 0)
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="kv_append_: new_keys has a tangent"):
+            kv_append_(keys, values, forward_ad.make_dual(new_keys, new_keys), new_values, 2)
     assert torch.equal(values[:, :, :2], new_values)
+
+
+def test_refuses_vmap():
+    """Torch has no rule for a write in place of this kind, and the error says so."""
+    tensors = [torch.stack([t, t]) for t in (*buffers(), *states())]
+    for op in (kv_append_, kv_update_):
+        with pytest.raises(RuntimeError, match=f"{op.__name__}: torch.func.vmap cannot batch"):
+            torch.func.vmap(lambda *ts, op=op: op(*ts, 0))(*tensors)
 
 
 def test_autograd_sees_the_write():

@@ -5,6 +5,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from derivatives import (
+    COMPILED,
+    DERIVATIVES,
+    assert_checks_arguments,
+    assert_derivatives,
+    assert_gradcheck,
+    assert_kernels,
+)
 from torch.library import opcheck
 
 import torch_fused
@@ -301,12 +309,66 @@ def test_parameter_gradients_are_deterministic(backend):
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
-def test_second_derivative_is_refused():
-    """The backward op has no derivative, and says so instead of giving a wrong one."""
-    x = make(3, 8, requires_grad=True)
-    (grad,) = torch.autograd.grad(layer_norm(x, (8,)).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="layer_norm_backward"):
-        grad.sum().backward()
+def layer_norm_exact(x, weight=1.0, bias=0.0, dims=(-1,)):
+    """Not F.layer_norm, some of whose second derivatives are wrong in torch 2.13."""
+    centred = x - x.mean(dims, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + 1e-3) * weight + bias
+
+
+DIFFERENTIATED = {
+    "layer_norm": (
+        lambda x, w, b: layer_norm(x, (6,), w, b, 1e-3),
+        layer_norm_exact,
+        [(3, 6), (6,), (6,)],
+    ),
+    "no weight": (
+        lambda x, b: layer_norm(x, (2, 3), None, b, 1e-3),
+        lambda x, b: layer_norm_exact(x, 1.0, b, (-2, -1)),
+        [(2, 2, 3), (2, 3)],
+    ),
+    "bare": (lambda x: layer_norm(x, (6,), eps=1e-3), layer_norm_exact, [(3, 6)]),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENTIATED, ids=str)
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+def test_derivatives(backend, derivative, case):
+    """Every way of torch to differentiate, of every order, against float64."""
+    op, exact, shapes = DIFFERENTIATED[case]
+    assert_derivatives(derivative, op, exact, *shapes, backend=backend)
+
+
+@pytest.mark.parametrize("derivative", COMPILED)
+def test_compiled_derivatives(backend, derivative):
+    """The same where torch.compile traces the differentiation."""
+    op, exact, shapes = next(iter(DIFFERENTIATED.values()))
+    assert_derivatives(derivative, op, exact, *shapes, backend=backend, compiled=True)
+
+
+@pytest.mark.parametrize("case", DIFFERENTIATED, ids=str)
+def test_gradcheck_of_every_order(case):
+    """Numeric derivatives in float64: both modes, batched, and of the second order."""
+    op, _, shapes = DIFFERENTIATED[case]
+    assert_gradcheck(op, *shapes)
+
+
+def test_the_first_order_is_kernels():
+    """An ordinary gradient takes the op's kernels, forward and backward."""
+    for case in DIFFERENTIATED:
+        op, _, shapes = DIFFERENTIATED[case]
+        assert_kernels(op, *shapes)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: layer_norm(x, (7,)), "layer_norm: normalized_shape"),
+        (lambda x: layer_norm(x, (8,), None, torch.ones_like(x)[0, :1]), "layer_norm: bias must have the shape"),
+    ],
+)
+def test_bad_arguments_in_transforms(backend, call, message):
+    """A bad argument raises where torch differentiates or batches the op, too."""
+    assert_checks_arguments(call, make(4, 8, device=backend.device), message)
 
 
 # ---- torch's machinery ----------------------------------------------------------------------------------------------

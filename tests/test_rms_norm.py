@@ -5,6 +5,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from derivatives import (
+    COMPILED,
+    DERIVATIVES,
+    assert_checks_arguments,
+    assert_derivatives,
+    assert_gradcheck,
+    assert_kernels,
+)
 from torch.library import opcheck
 
 import torch_fused
@@ -319,12 +327,71 @@ def test_weight_gradient_is_deterministic(backend):
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
-def test_second_derivative_is_refused():
-    """The backward op has no derivative, and says so instead of giving a wrong one."""
-    x = make(3, 8, requires_grad=True)
-    (grad,) = torch.autograd.grad(rms_norm(x, (8,)).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="rms_norm_backward"):
-        grad.sum().backward()
+def rms_norm_exact(x, weight=1.0, offset=0.0):
+    """Not F.rms_norm, which torch.func.linearize gets wrong in torch 2.13."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-3) * (weight + offset)
+
+
+def llama(x, weight):
+    return rms_norm(x, (6,), weight, 1e-3, casting_mode="llama", weight_offset=0.5)
+
+
+DIFFERENTIATED = {
+    "rms_norm": (lambda x, w: rms_norm(x, (6,), w, 1e-3), rms_norm_exact, [(3, 6), (6,)]),
+    "llama": (llama, lambda x, w: rms_norm_exact(x, w, 0.5), [(3, 6), (6,)]),
+    "no weight": (lambda x: rms_norm(x, (6,), None, 1e-3), rms_norm_exact, [(2, 2, 6)]),
+    "add_rms_norm": (
+        lambda x, r, w: add_rms_norm(x, r, w, 1e-3),
+        lambda x, r, w: (rms_norm_exact(x + r, w), x + r),
+        [(2, 6), (2, 6), (6,)],
+    ),
+    "add_rms_norm's sum": (lambda x, r: add_rms_norm(x, r, torch.ones_like(x[0]))[1], torch.add, [(2, 6), (2, 6)]),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENTIATED, ids=str)
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+def test_derivatives(backend, derivative, case):
+    """Every way of torch to differentiate, of every order, against float64."""
+    op, exact, shapes = DIFFERENTIATED[case]
+    assert_derivatives(derivative, op, exact, *shapes, backend=backend)
+
+
+@pytest.mark.parametrize("derivative", COMPILED)
+def test_compiled_derivatives(backend, derivative):
+    """The same where torch.compile traces the differentiation."""
+    op, exact, shapes = next(iter(DIFFERENTIATED.values()))
+    assert_derivatives(derivative, op, exact, *shapes, backend=backend, compiled=True)
+
+
+@pytest.mark.parametrize("case", DIFFERENTIATED, ids=str)
+def test_gradcheck_of_every_order(case):
+    """Numeric derivatives in float64: both modes, batched, and of the second order."""
+    op, _, shapes = DIFFERENTIATED[case]
+    assert_gradcheck(op, *shapes)
+
+
+def test_the_first_order_is_kernels():
+    """An ordinary gradient takes the op's kernels, forward and backward."""
+    for case in ("rms_norm", "llama", "no weight", "add_rms_norm"):
+        op, _, shapes = DIFFERENTIATED[case]
+        assert_kernels(op, *shapes)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: rms_norm(x, (7,)), "rms_norm: normalized_shape"),
+        (lambda x: rms_norm(x, (8,), torch.ones_like(x)[0, :4]), "rms_norm: weight must have the shape"),
+        (
+            lambda x: add_rms_norm(x, torch.ones_like(x)[:1], torch.ones_like(x)[0]),
+            "add_rms_norm: residual must have input's shape",
+        ),
+    ],
+)
+def test_bad_arguments_in_transforms(backend, call, message):
+    """A bad argument raises where torch differentiates or batches the op, too."""
+    assert_checks_arguments(call, make(4, 8, device=backend.device), message)
 
 
 # ---- torch's machinery ----------------------------------------------------------------------------------------------

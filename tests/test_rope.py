@@ -2,6 +2,14 @@
 
 import pytest
 import torch
+from derivatives import (
+    COMPILED,
+    DERIVATIVES,
+    assert_checks_arguments,
+    assert_derivatives,
+    assert_gradcheck,
+    assert_kernels,
+)
 from torch.library import opcheck
 from transformers.models.llama import modeling_llama
 
@@ -197,6 +205,79 @@ def test_backward_through_autograd(backend):
         torch.testing.assert_close(ours[used].grad, theirs[used].grad)
 
 
+def rotated(x, cos, sin, unsqueeze_dim=1):
+    a, b = x.chunk(2, -1)
+    return x * cos.unsqueeze(unsqueeze_dim) + torch.cat([-b, a], -1) * sin.unsqueeze(unsqueeze_dim)
+
+
+def rotated_in_part(q, k, cos, sin):
+    return tuple(torch.cat([rotated(x[..., :4], cos, sin, 2), x[..., 4:]], -1) for x in (q, k))
+
+
+TABLES = make(2, 1, 3, 4, seed=9)
+DIFFERENTIATED = {
+    "apply_rotary_pos_emb": (
+        apply_rotary_pos_emb,
+        lambda q, k, cos, sin: (rotated(q, cos, sin), rotated(k, cos, sin)),
+        [(2, 3, 2, 4), (2, 1, 2, 4), (2, 2, 4), (2, 2, 4)],
+    ),
+    "part of a head, shared tables": (
+        lambda q, k, cos, sin: apply_rotary_pos_emb(q, k, cos, sin, 2, casting_mode="llama"),
+        rotated_in_part,
+        [(1, 3, 1, 5), (1, 3, 2, 5), (1, 3, 4), (1, 1, 4)],
+    ),
+    "constant tables": (
+        lambda q, k: apply_rotary_pos_emb(q, k, *TABLES.to(q)),
+        lambda q, k: tuple(rotated(x, *TABLES.to(q)) for x in (q, k)),
+        [(2, 1, 3, 4), (2, 2, 3, 4)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENTIATED, ids=str)
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+def test_derivatives(backend, derivative, case):
+    """Every way of torch to differentiate, of every order, against float64."""
+    op, exact, shapes = DIFFERENTIATED[case]
+    assert_derivatives(derivative, op, exact, *shapes, backend=backend)
+
+
+@pytest.mark.parametrize("derivative", COMPILED)
+def test_compiled_derivatives(backend, derivative):
+    """The same where torch.compile traces the differentiation."""
+    op, exact, shapes = next(iter(DIFFERENTIATED.values()))
+    assert_derivatives(derivative, op, exact, *shapes, backend=backend, compiled=True)
+
+
+@pytest.mark.parametrize("case", DIFFERENTIATED, ids=str)
+def test_gradcheck_of_every_order(case):
+    """Numeric derivatives in float64: both modes, batched, and of the second order."""
+    op, _, shapes = DIFFERENTIATED[case]
+    assert_gradcheck(op, *shapes)
+
+
+def test_the_first_order_is_kernels():
+    """An ordinary gradient takes the op's kernels, forward and backward."""
+    for case in ("constant tables",):
+        op, _, shapes = DIFFERENTIATED[case]
+        assert_kernels(op, *shapes)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda q: op(q, torch.ones_like(q)[:, :, 1:], q[:, 0], q[:, 0]),
+            "apply_rotary_pos_emb: k must have q's shape",
+        ),
+        (lambda q: op(q, q, q[:, 0, :4], q[:, 0]), "apply_rotary_pos_emb: cos must be"),
+    ],
+)
+def test_bad_arguments_in_transforms(backend, call, message):
+    """A bad argument raises where torch differentiates or batches the op, too."""
+    assert_checks_arguments(call, make(2, 3, 5, 8, device=backend.device), message)
+
+
 # ---- GPU kernels ----------------------------------------------------------------------------------------------------
 
 
@@ -286,7 +367,6 @@ def op(q, k, cos, sin, **kwargs):
         (lambda q, k, c, s: apply_rotary_pos_emb(q.int(), k, c, s), "q must be float32.*got torch.int32"),
         (lambda q, k, c, s: apply_rotary_pos_emb(q, k.cfloat(), c, s), "k must be float32.*got torch.complex64"),
         (lambda q, k, c, s: op(q, k, c, s, casting_mode="x"), "casting_mode must be 'torch' or 'llama', got 'x'"),
-        (lambda q, k, c, s: op(q, k, c.requires_grad_(), s), "cos and sin have no gradient here.* got cos that does"),
     ],
 )
 def test_bad_arguments(backend, call, message):

@@ -601,3 +601,24 @@ def test_compile_fullgraph(backend):
     x = make(3, 60, device=backend.device)
     for actual, expected in zip(torch.compile(step, fullgraph=True, backend="aot_eager")(x), step(x), strict=True):
         assert torch.equal(actual, expected)
+
+
+def test_derivatives_of_filter_logits(backend):
+    """The logits that are kept pass a derivative on, in either mode and order, as torch's masked_fill lets them."""
+    x = make(3, 20, device=backend.device)
+
+    def exact(logits):
+        return logits.masked_fill(logits < logits.topk(5)[0][..., -1:], -torch.inf)
+
+    def derivatives(filtered):
+        def loss(logits):
+            return filtered(logits).softmax(-1).square().sum()
+
+        leaf = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), leaf)
+        per_row = torch.func.vmap(torch.func.grad(loss))(x)
+        return first, second, per_row, torch.func.jvp(lambda t: filtered(t).softmax(-1), (x,), (x.cos(),))[1]
+
+    for result, expected in zip(derivatives(lambda t: filter_logits(t, top_k=5)), derivatives(exact), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-7)

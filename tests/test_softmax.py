@@ -3,6 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from derivatives import (
+    COMPILED,
+    DERIVATIVES,
+    assert_checks_arguments,
+    assert_derivatives,
+    assert_gradcheck,
+    assert_kernels,
+)
 from torch.library import opcheck
 
 import torch_fused
@@ -131,6 +139,25 @@ def test_autocast(backend):
             assert relative_error(result, expected) < 4e-3
 
 
+def test_autocast_in_transforms(backend):
+    """There, too, the dtypes are those of torch.softmax."""
+    x = make(5, 64, dtype=torch.bfloat16, device=backend.device)
+
+    def derivatives(op):
+        leaf = x.clone().requires_grad_()
+        return (
+            *torch.func.jvp(lambda t: op(t, -1), (x,), (x,)),
+            torch.func.grad(lambda t: op(t, -1).square().sum())(x),
+            torch.func.vmap(lambda t: op(t, -1))(x),
+            *torch.autograd.grad(op(leaf, -1).square().sum(), leaf, create_graph=True),
+        )
+
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        for result, expected in zip(derivatives(softmax), derivatives(torch.softmax), strict=True):
+            assert result.dtype == expected.dtype
+            assert relative_error(result, expected) < 1e-2
+
+
 # ---- gradients ------------------------------------------------------------------------------------------------------
 
 
@@ -163,12 +190,55 @@ def test_backward_through_autograd(backend):
     assert relative_error(ours.grad, exact.grad) < 3e-6
 
 
-def test_second_derivative_is_refused():
-    """The backward op has no derivative, and says so instead of giving a wrong one."""
-    x = make(3, 8, requires_grad=True)
-    (grad,) = torch.autograd.grad(softmax(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="softmax_backward"):
-        grad.sum().backward()
+DIFFERENTIATED = {
+    "softmax": (softmax, lambda x: torch.softmax(x, -1), [(3, 6)]),
+    "first dimension": (lambda x: softmax(x, 0), lambda x: torch.softmax(x, 0), [(4, 2, 3)]),
+    "scalar": (lambda x: softmax(x) * x, lambda x: x, [()]),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENTIATED, ids=str)
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+def test_derivatives(backend, derivative, case):
+    """Every way of torch to differentiate, of every order, against float64."""
+    op, exact, shapes = DIFFERENTIATED[case]
+    assert_derivatives(derivative, op, exact, *shapes, backend=backend)
+
+
+@pytest.mark.parametrize("derivative", COMPILED)
+def test_compiled_derivatives(backend, derivative):
+    """The same where torch.compile traces the differentiation."""
+    op, exact, shapes = next(iter(DIFFERENTIATED.values()))
+    assert_derivatives(derivative, op, exact, *shapes, backend=backend, compiled=True)
+
+
+@pytest.mark.parametrize("case", DIFFERENTIATED, ids=str)
+def test_gradcheck_of_every_order(case):
+    """Numeric derivatives in float64: both modes, batched, and of the second order."""
+    op, _, shapes = DIFFERENTIATED[case]
+    assert_gradcheck(op, *shapes)
+
+
+def test_the_first_order_is_kernels():
+    """An ordinary gradient takes the op's kernels, forward and backward."""
+    for case in DIFFERENTIATED:
+        op, _, shapes = DIFFERENTIATED[case]
+        assert_kernels(op, *shapes)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: torch.ops.torch_fused.softmax(x, dtype=torch.int32), "softmax: input must be float32"),
+        (
+            lambda x: torch.ops.torch_fused.softmax_backward(x, torch.ones_like(x)[:1]),
+            "softmax_backward: grad must have output's shape",
+        ),
+    ],
+)
+def test_bad_arguments_in_transforms(backend, call, message):
+    """A bad argument raises where torch differentiates or batches the op, too."""
+    assert_checks_arguments(call, make(4, 8, device=backend.device), message)
 
 
 def test_strides_are_those_of_torch(backend):

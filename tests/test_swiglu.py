@@ -7,6 +7,14 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from derivatives import (
+    COMPILED,
+    DERIVATIVES,
+    assert_checks_arguments,
+    assert_derivatives,
+    assert_gradcheck,
+    assert_kernels,
+)
 from torch.library import opcheck
 
 import torch_fused
@@ -190,12 +198,59 @@ def test_backward_through_autograd(backend):
         assert relative_error(a.grad, e.grad) < 1e-6
 
 
-def test_second_derivative_is_refused():
-    """The backward op has no derivative, and says so instead of giving a wrong one."""
-    gate, up = (x.requires_grad_() for x in pair(3, 8))
-    (grad,) = torch.autograd.grad(silu_mul(gate, up).square().sum(), gate, create_graph=True)
-    with pytest.raises(RuntimeError, match="silu_mul_backward"):
-        grad.sum().backward()
+def silu_mul_exact(gate, up):
+    return gate * torch.sigmoid(gate) * up  # not F.silu: torch has no forward mode for its gradient
+
+
+DIFFERENTIATED = {
+    "silu_mul": (silu_mul, silu_mul_exact, [(3, 6), (3, 6)]),
+    "llama": (lambda g, u: silu_mul(g, u, casting_mode="llama"), silu_mul_exact, [(3, 6), (3, 6)]),
+    "one operand": (lambda x: silu_mul(x, x), lambda x: silu_mul_exact(x, x), [(3, 6)]),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENTIATED, ids=str)
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+def test_derivatives(backend, derivative, case):
+    """Every way of torch to differentiate, of every order, against float64."""
+    op, exact, shapes = DIFFERENTIATED[case]
+    assert_derivatives(derivative, op, exact, *shapes, backend=backend)
+
+
+@pytest.mark.parametrize("derivative", COMPILED)
+def test_compiled_derivatives(backend, derivative):
+    """The same where torch.compile traces the differentiation."""
+    op, exact, shapes = next(iter(DIFFERENTIATED.values()))
+    assert_derivatives(derivative, op, exact, *shapes, backend=backend, compiled=True)
+
+
+@pytest.mark.parametrize("case", DIFFERENTIATED, ids=str)
+def test_gradcheck_of_every_order(case):
+    """Numeric derivatives in float64: both modes, batched, and of the second order."""
+    op, _, shapes = DIFFERENTIATED[case]
+    assert_gradcheck(op, *shapes)
+
+
+def test_the_first_order_is_kernels():
+    """An ordinary gradient takes the op's kernels, forward and backward."""
+    for case in DIFFERENTIATED:
+        op, _, shapes = DIFFERENTIATED[case]
+        assert_kernels(op, *shapes)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: silu_mul(x, torch.ones_like(x)[:1]), "silu_mul: up must have gate's shape"),
+        (
+            lambda x: torch.ops.torch_fused.silu_mul_backward(x, x, torch.ones_like(x)[:1]),
+            "silu_mul_backward: up must have grad's shape",
+        ),
+    ],
+)
+def test_bad_arguments_in_transforms(backend, call, message):
+    """A bad argument raises where torch differentiates or batches the op, too."""
+    assert_checks_arguments(call, make(4, 8, device=backend.device), message)
 
 
 # ---- GPU kernels ----------------------------------------------------------------------------------------------------

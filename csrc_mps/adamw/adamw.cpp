@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <utility>
 
 #include "../common/autograd.h"
 #include "../common/checks.h"
@@ -217,12 +218,10 @@ namespace {
 // Not differentiable, but autograd must know what has changed.
 void adamw_autograd(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList steps,
                     double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize) {
-  if (at::GradMode::is_enabled()) {
-    const auto needs_grad = [](const Tensor& tensor) { return tensor.requires_grad(); };
-    for (const TensorList list : {params, grads, exp_avgs, exp_avg_sqs, steps}) {
-      TORCH_CHECK(std::none_of(list.begin(), list.end(), needs_grad),
-                  "adamw_: a tensor requires grad, but the op is not differentiable: call it under torch.no_grad()");
-    }
+  const std::pair<const char*, TensorList> lists[] = {
+      {"params", params}, {"grads", grads}, {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}, {"steps", steps}};
+  for (const auto& [name, list] : lists) {
+    for (const Tensor& tensor : list) check_not_differentiated("adamw_", name, tensor);
   }
   static const auto op = find_op<decltype(adamw_cpu)>("torch_fused::adamw_");
   change({params, exp_avgs, exp_avg_sqs, steps},

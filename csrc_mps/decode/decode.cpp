@@ -10,6 +10,7 @@
 #include <numeric>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "../common/autograd.h"
 #include "../common/checks.h"
@@ -339,16 +340,14 @@ Tensor decode_autograd(const Tensor& token_ids, const Tensor& positions, const O
                        const Tensor& embedding, const Tensor& cos, const Tensor& sin, const OptionalTensors& layers,
                        const Tensor& norm, const Tensor& head, TensorList keys, TensorList values, int64_t length,
                        int64_t heads, double eps, double scaling, int64_t logits_to_keep) {
-  if (at::GradMode::is_enabled()) {
-    bool differentiable = false;
-    const auto look = [&](const Tensor& tensor) { differentiable = differentiable || tensor.requires_grad(); };
-    for (const Tensor& tensor : {embedding, cos, sin, norm, head}) look(tensor);
-    for (const OptionalTensor& tensor : layers) {
-      if (tensor) look(*tensor);
-    }
-    TORCH_CHECK(!differentiable,
-                "decode_: the weights require grad, but the op is not differentiable: call it under "
-                "torch.no_grad()");
+  const std::pair<const char*, const Tensor*> weights[] = {
+      {"embedding", &embedding}, {"cos", &cos}, {"sin", &sin}, {"norm", &norm}, {"head", &head}};
+  for (const auto& [name, tensor] : weights) check_not_differentiated("decode_", name, *tensor);
+  for (const OptionalTensor& tensor : layers) {
+    if (tensor) check_not_differentiated("decode_", "layers", *tensor);
+  }
+  for (const auto& [name, buffers] : {std::pair("keys", keys), std::pair("values", values)}) {
+    for (const Tensor& buffer : buffers) check_not_differentiated("decode_", name, buffer);
   }
   static const auto op = find_op<decltype(decode_cpu)>("torch_fused::decode_");
   return change({keys, values}, [&] {

@@ -126,16 +126,10 @@ void call_kv_append(const Tensor& keys, const Tensor& values, const Tensor& new_
 // Not differentiable, but autograd must know that the buffers have changed.
 void kv_append_autograd(const Tensor& keys, const Tensor& values, const Tensor& new_keys, const Tensor& new_values,
                         c10::SymInt position) {
-  if (at::GradMode::is_enabled()) {
-    const auto check = [](const char* name, const Tensor& tensor) {
-      TORCH_CHECK(!tensor.requires_grad(), "kv_append_: ", name,
-                  " requires grad, but the op is not differentiable: call it under torch.no_grad()");
-    };
-    check("keys", keys);
-    check("values", values);
-    check("new_keys", new_keys);
-    check("new_values", new_values);
-  }
+  check_not_differentiated("kv_append_", "keys", keys);
+  check_not_differentiated("kv_append_", "values", values);
+  check_not_differentiated("kv_append_", "new_keys", new_keys);
+  check_not_differentiated("kv_append_", "new_values", new_values);
   change({keys, values}, [&] { call_kv_append(keys, values, new_keys, new_values, position); });
 }
 

@@ -348,6 +348,8 @@ Tensor call_layer_norm(const Tensor& input, IntArrayRef normalized_shape, const 
 }
 
 struct LayerNormFunction : torch::autograd::Function<LayerNormFunction> {
+  static constexpr char op[] = "layer_norm";
+
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& input, IntArrayRef normalized_shape,
                         const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
     at::AutoDispatchBelowADInplaceOrView below;
@@ -360,28 +362,19 @@ struct LayerNormFunction : torch::autograd::Function<LayerNormFunction> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    static const auto op = find_op<decltype(layer_norm_backward_cpu)>("torch_fused::layer_norm_backward");
+    static const auto backward_op = find_op<decltype(layer_norm_backward_cpu)>("torch_fused::layer_norm_backward");
     const auto saved = ctx->get_saved_variables();
     const OptionalTensor weight = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
     auto& data = ctx->saved_data;
     // An absent tensor is no edge, so the bias follows whatever is there.
     const bool need_weight_grad = weight && ctx->needs_input_grad(1);
     const bool need_bias_grad = data["has_bias"].toBool() && ctx->needs_input_grad(weight ? 2 : 1);
-    auto [grad_x, grad_params] = op.call(grads[0], saved[0], data["normalized_shape"].toIntVector(), weight,
-                                         data["eps"].toDouble(), need_weight_grad, need_bias_grad);
+    auto [grad_x, grad_params] = backward_op.call(grads[0], saved[0], data["normalized_shape"].toIntVector(), weight,
+                                                  data["eps"].toDouble(), need_weight_grad, need_bias_grad);
     return {grad_x, Tensor(), need_weight_grad ? grad_params[0] : Tensor(), need_bias_grad ? grad_params[-1] : Tensor(),
             Tensor()};
   }
 };
-
-Tensor layer_norm_autograd(const Tensor& input, IntArrayRef normalized_shape, const OptionalTensor& weight,
-                           const OptionalTensor& bias, double eps) {
-  if (!needs_gradient({&input, weight ? &*weight : &input, bias ? &*bias : &input})) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return call_layer_norm(input, normalized_shape, weight, bias, eps);
-  }
-  return LayerNormFunction::apply(input, normalized_shape, weight, bias, eps);
-}
 
 // Under autocast, what torch does for its own layer_norm on GPUs: float32.
 template <c10::DispatchKey key, c10::DeviceType device>
@@ -398,8 +391,9 @@ Tensor layer_norm_autocast(const Tensor& input, IntArrayRef normalized_shape, co
 }  // namespace torch_fused
 
 TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
-  m.impl("layer_norm", torch_fused::layer_norm_autograd);
-  m.impl("layer_norm_backward", torch::autograd::autogradNotImplementedFallback());
+  using namespace torch_fused;
+  m.impl("layer_norm", Differentiable<LayerNormFunction, decltype(layer_norm_cpu)>::call);
+  m.impl("layer_norm_backward", differentiable_by_reference());
 }
 TORCH_LIBRARY_IMPL(torch_fused, AutocastCUDA, m) {
   m.impl("layer_norm", torch_fused::layer_norm_autocast<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>);

@@ -400,6 +400,8 @@ std::tuple<Tensor, Tensor> call_backward(torch::autograd::AutogradContext* ctx, 
 }
 
 struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
+  static constexpr char op[] = "rms_norm";
+
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& input, IntArrayRef normalized_shape,
                         const OptionalTensor& weight, std::optional<double> eps, std::string_view casting_mode,
                         double weight_offset) {
@@ -417,6 +419,8 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
 };
 
 struct AddRmsNormFunction : torch::autograd::Function<AddRmsNormFunction> {
+  static constexpr char op[] = "add_rms_norm";
+
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& input,
                                                 const Tensor& residual, const Tensor& weight, double eps,
                                                 std::string_view casting_mode, double weight_offset) {
@@ -438,25 +442,6 @@ struct AddRmsNormFunction : torch::autograd::Function<AddRmsNormFunction> {
   }
 };
 
-Tensor rms_norm_autograd(const Tensor& input, IntArrayRef normalized_shape, const OptionalTensor& weight,
-                         std::optional<double> eps, std::string_view casting_mode, double weight_offset) {
-  if (!needs_gradient({&input, weight ? &*weight : &input})) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return call_rms_norm(input, normalized_shape, weight, eps, casting_mode, weight_offset);
-  }
-  return RmsNormFunction::apply(input, normalized_shape, weight, eps, casting_mode, weight_offset);
-}
-
-std::tuple<Tensor, Tensor> add_rms_norm_autograd(const Tensor& input, const Tensor& residual, const Tensor& weight,
-                                                 double eps, std::string_view casting_mode, double weight_offset) {
-  if (!needs_gradient({&input, &residual, &weight})) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return call_add_rms_norm(input, residual, weight, eps, casting_mode, weight_offset);
-  }
-  const auto results = AddRmsNormFunction::apply(input, residual, weight, eps, casting_mode, weight_offset);
-  return {results[0], results[1]};
-}
-
 // Under autocast, what this torch does for its own rms_norm: float32 on GPUs, but not in every version. "llama" keeps
 // the model's roundings.
 template <c10::DispatchKey key, c10::DeviceType device>
@@ -477,9 +462,10 @@ Tensor rms_norm_autocast(const Tensor& input, IntArrayRef normalized_shape, cons
 }  // namespace torch_fused
 
 TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
-  m.impl("rms_norm", torch_fused::rms_norm_autograd);
-  m.impl("add_rms_norm", torch_fused::add_rms_norm_autograd);
-  m.impl("rms_norm_backward", torch::autograd::autogradNotImplementedFallback());
+  using namespace torch_fused;
+  m.impl("rms_norm", Differentiable<RmsNormFunction, decltype(rms_norm_cpu)>::call);
+  m.impl("add_rms_norm", Differentiable<AddRmsNormFunction, decltype(add_rms_norm_cpu)>::call);
+  m.impl("rms_norm_backward", differentiable_by_reference());
 }
 TORCH_LIBRARY_IMPL(torch_fused, AutocastCUDA, m) {
   m.impl("rms_norm", torch_fused::rms_norm_autocast<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>);

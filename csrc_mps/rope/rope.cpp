@@ -259,6 +259,8 @@ std::tuple<Tensor, Tensor> call_rope(const Tensor& q, const Tensor& k, const Ten
 }
 
 struct RopeFunction : torch::autograd::Function<RopeFunction> {
+  static constexpr char op[] = "apply_rotary_pos_emb";
+
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& q, const Tensor& k,
                                                 const Tensor& cos, const Tensor& sin, int64_t unsqueeze_dim,
                                                 std::string_view casting_mode) {
@@ -271,25 +273,21 @@ struct RopeFunction : torch::autograd::Function<RopeFunction> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    static const auto op =
+    static const auto backward_op =
         find_op<decltype(apply_rotary_pos_emb_backward_cpu)>("torch_fused::apply_rotary_pos_emb_backward");
     const auto saved = ctx->get_saved_variables();
-    auto [grad_q, grad_k] = op.call(grads[0], grads[1], saved[0], saved[1], ctx->saved_data["unsqueeze_dim"].toInt());
+    auto [grad_q, grad_k] =
+        backward_op.call(grads[0], grads[1], saved[0], saved[1], ctx->saved_data["unsqueeze_dim"].toInt());
     return {grad_q, grad_k, Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
 std::tuple<Tensor, Tensor> rope_autograd(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
                                          int64_t unsqueeze_dim, std::string_view casting_mode) {
-  TORCH_CHECK(!needs_gradient({&cos, &sin}),
-              "apply_rotary_pos_emb: cos and sin have no gradient here, and must not require one; got ",
-              cos.requires_grad() ? "cos" : "sin", " that does");
-  if (!needs_gradient({&q, &k})) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return call_rope(q, k, cos, sin, unsqueeze_dim, casting_mode);
-  }
-  const auto results = RopeFunction::apply(q, k, cos, sin, unsqueeze_dim, casting_mode);
-  return {results[0], results[1]};
+  using Op = Differentiable<RopeFunction, decltype(apply_rotary_pos_emb_cpu)>;
+  // The backward op has no gradient of the tables.
+  if (needs_gradient(cos) || needs_gradient(sin)) return Op::reference(q, k, cos, sin, unsqueeze_dim, casting_mode);
+  return Op::call(q, k, cos, sin, unsqueeze_dim, casting_mode);
 }
 
 }  // namespace
@@ -297,5 +295,5 @@ std::tuple<Tensor, Tensor> rope_autograd(const Tensor& q, const Tensor& k, const
 
 TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
   m.impl("apply_rotary_pos_emb", torch_fused::rope_autograd);
-  m.impl("apply_rotary_pos_emb_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("apply_rotary_pos_emb_backward", torch_fused::differentiable_by_reference());
 }

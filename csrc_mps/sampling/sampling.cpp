@@ -16,6 +16,7 @@
 #include <string>
 #include <string_view>
 
+#include "common/autograd.h"
 #include "common/checks.h"
 #include "common/philox.h"
 #include "common/rows.h"
@@ -234,11 +235,6 @@ std::tuple<Tensor, Tensor> sample_cpu(const Tensor& logits, double temperature, 
 
 namespace {
 
-template <class Function>
-c10::TypedOperatorHandle<Function> find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
-}
-
 Tensor next_token(const Tensor& logits, bool do_sample, double temperature, std::optional<int64_t> top_k,
                   std::optional<double> top_p, std::optional<double> min_p) {
   static const auto sample = find_op<decltype(sample_cpu)>("torch_fused::sample");
@@ -277,4 +273,7 @@ TORCH_LIBRARY_IMPL(torch_fused, CompositeExplicitAutograd, m) {
 TORCH_LIBRARY_IMPL(torch_fused, CPU, m) {
   m.impl("_next_token", torch_fused::next_token_cpu);
   m.impl("_check_sampling_parameter", torch_fused::check_parameter_cpu);
+}
+TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
+  m.impl("filter_logits", torch_fused::differentiable_by_reference());
 }

@@ -7,6 +7,8 @@
 #include <optional>
 #include <tuple>
 
+#include "common/token_weight.h"
+
 namespace torch_fused {
 
 constexpr int64_t kMostTokens = 1 << 20;  // sums of weights stay below 2^60

@@ -193,27 +193,23 @@ Tensor call_softmax(const Tensor& input, OptionalDtype dtype) {
 }
 
 struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& input) {
+  static constexpr char op[] = "softmax";
+
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& input, OptionalDtype dtype) {
     at::AutoDispatchBelowADInplaceOrView below;
-    const Tensor output = call_softmax(input, std::nullopt);
+    const Tensor output = call_softmax(input, dtype);
     ctx->save_for_backward({output});
+    ctx->saved_data["dtype"] = input.scalar_type();
     return output;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    static const auto op = find_op<decltype(softmax_backward_cpu)>("torch_fused::softmax_backward");
-    return {op.call(grads[0], ctx->get_saved_variables()[0])};
+    static const auto backward_op = find_op<decltype(softmax_backward_cpu)>("torch_fused::softmax_backward");
+    const Tensor grad = backward_op.call(grads[0], ctx->get_saved_variables()[0]);
+    return {grad.to(ctx->saved_data["dtype"].toScalarType()), Tensor()};
   }
 };
-
-Tensor softmax_autograd(const Tensor& input, OptionalDtype dtype) {
-  if (!needs_gradient({&input})) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return call_softmax(input, dtype);
-  }
-  return SoftmaxFunction::apply(converted(input, dtype));
-}
 
 // Under autocast, what this torch does for its own softmax on the device: float32 unless a dtype is asked for.
 template <c10::DispatchKey key>
@@ -229,8 +225,9 @@ Tensor softmax_autocast(const Tensor& input, OptionalDtype dtype) {
 }  // namespace torch_fused
 
 TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
-  m.impl("softmax", torch_fused::softmax_autograd);
-  m.impl("softmax_backward", torch::autograd::autogradNotImplementedFallback());
+  using namespace torch_fused;
+  m.impl("softmax", Differentiable<SoftmaxFunction, decltype(softmax_cpu)>::call);
+  m.impl("softmax_backward", differentiable_by_reference());
 }
 TORCH_LIBRARY_IMPL(torch_fused, AutocastCPU, m) {
   m.impl("softmax", torch_fused::softmax_autocast<c10::DispatchKey::AutocastCPU>);

@@ -225,6 +225,8 @@ Tensor call_silu_mul(const Tensor& gate, const Tensor& up, std::string_view cast
 }
 
 struct SiluMulFunction : torch::autograd::Function<SiluMulFunction> {
+  static constexpr char op[] = "silu_mul";
+
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& gate, const Tensor& up,
                         std::string_view casting_mode) {
     at::AutoDispatchBelowADInplaceOrView below;
@@ -234,25 +236,18 @@ struct SiluMulFunction : torch::autograd::Function<SiluMulFunction> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    static const auto op = find_op<decltype(silu_mul_backward_cpu)>("torch_fused::silu_mul_backward");
+    static const auto backward_op = find_op<decltype(silu_mul_backward_cpu)>("torch_fused::silu_mul_backward");
     const auto saved = ctx->get_saved_variables();
-    auto [grad_gate, grad_up] = op.call(grads[0], saved[0], saved[1]);
+    auto [grad_gate, grad_up] = backward_op.call(grads[0], saved[0], saved[1]);
     return {grad_gate, grad_up, Tensor()};
   }
 };
-
-Tensor silu_mul_autograd(const Tensor& gate, const Tensor& up, std::string_view casting_mode) {
-  if (!needs_gradient({&gate, &up})) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return call_silu_mul(gate, up, casting_mode);
-  }
-  return SiluMulFunction::apply(gate, up, casting_mode);
-}
 
 }  // namespace
 }  // namespace torch_fused
 
 TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
-  m.impl("silu_mul", torch_fused::silu_mul_autograd);
-  m.impl("silu_mul_backward", torch::autograd::autogradNotImplementedFallback());
+  using namespace torch_fused;
+  m.impl("silu_mul", Differentiable<SiluMulFunction, decltype(silu_mul_cpu)>::call);
+  m.impl("silu_mul_backward", differentiable_by_reference());
 }

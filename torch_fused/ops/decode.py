@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kv_cache import kv_append_reference
-from .library import COMPOSED, register
+from .library import COMPOSED, refuse_vmap, register
 from .rms_norm import rms_norm_reference
 
 LAYER_PARTS = (
@@ -111,6 +111,7 @@ def _decode_fake(
 
 register("decode_", reference=decode_reference, fake=_decode_fake)
 COMPOSED["decode_token_"] = ("decode_", "greedy", "sample")
+refuse_vmap("decode_token_")
 
 
 def decode_(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .library import COMPOSED, register
+from .library import COMPOSED, refuse_vmap, register
 
 
 def kv_append_reference(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, position: int) -> None:
@@ -18,6 +18,7 @@ def _kv_append_fake(keys, values, new_keys, new_values, position):
 
 register("kv_append_", reference=kv_append_reference, fake=_kv_append_fake)
 COMPOSED["kv_update_"] = ("kv_append_",)
+refuse_vmap("kv_update_")
 
 
 def kv_append_(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, position: int) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_floating
-from .library import register
+from .library import check_first, leading, register
 
 
 def layer_norm_reference(
@@ -37,21 +37,21 @@ def layer_norm_backward_reference(
     """The gradient of x, and those of the weight and the bias that are needed, stacked in this order."""
     dims = tuple(range(-len(normalized_shape), 0))
     normed, rstd = _normed(x, normalized_shape, eps)
-    dy = grad.to(normed.dtype)
+    dy = grad.contiguous().to(normed.dtype)
     g = dy if weight is None else dy * weight.to(normed.dtype)
     grad_x = rstd * (g - g.mean(dims, keepdim=True) - normed * (g * normed).mean(dims, keepdim=True))
     rows = tuple(range(x.dim() - len(dims)))
     terms = [term for term, needed in ((dy * normed, need_weight_grad), (dy, need_bias_grad)) if needed]
-    grad_params = normed.new_empty(len(terms), *normalized_shape)
-    for row, term in zip(grad_params, terms, strict=True):
-        row.copy_(term.sum(rows) if rows else term)
+    if not terms:
+        return grad_x.to(x.dtype), x.new_empty(0, *normalized_shape)
+    grad_params = torch.stack([term.sum(rows) if rows else term for term in terms])
     return grad_x.to(x.dtype), grad_params.to(x.dtype)
 
 
 def _normed(x: Tensor, normalized_shape: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
     """x less its mean, over its standard deviation, and one over that, in the type of the arithmetic."""
     dims = tuple(range(-len(normalized_shape), 0))
-    wide = x.to(_arithmetic_dtype(x))
+    wide = x.contiguous().to(_arithmetic_dtype(x))
     centred = wide - wide.mean(dims, keepdim=True)
     rstd = torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
     return centred * rstd, rstd
@@ -70,18 +70,23 @@ def _layer_norm_backward_fake(grad, x, normalized_shape, weight, eps, need_weigh
 
 
 register("layer_norm", reference=layer_norm_reference, fake=_layer_norm_fake)
-register("layer_norm_backward", reference=layer_norm_backward_reference, fake=_layer_norm_backward_fake)
+register(
+    "layer_norm_backward",
+    reference=layer_norm_backward_reference,
+    fake=_layer_norm_backward_fake,
+    batched=layer_norm_backward_reference,
+)
 
 
 @torch.library.register_vmap("torch_fused::layer_norm")
 def _layer_norm_vmap(info, in_dims, input, normalized_shape, weight=None, bias=None, eps=1e-5):
     """A batch is one more leading dimension; batched parameters are applied outside the op."""
     input_dim, _, weight_dim, bias_dim = (*in_dims, None, None, None)[:4]
-    if input_dim is None:
-        input, input_dim = input.expand(info.batch_size, *input.shape), 0
-    input = input.movedim(input_dim, 0)
+    input = leading(info, input, input_dim)
     if weight_dim is None and bias_dim is None:
         return layer_norm(input, normalized_shape, weight, bias, eps), 0
+    in_dims = 0, None, weight_dim, bias_dim, None
+    check_first(_layer_norm, info, in_dims, input, normalized_shape, weight, bias, eps)
 
     def spread(parameter: Tensor, dim: int | None) -> Tensor:
         """The parameter of each of the batch, so that it broadcasts with the input."""

@@ -1,23 +1,36 @@
 """Registers the Python side of the ops that the C++ extension defines in `torch.ops.torch_fused`."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-# Each op once more in plain torch: what the op falls back to where its GPU kernels cannot be built, and what the tests
-# compare it with.
+# Each op once more in plain torch: what the op falls back to where its GPU kernels cannot be built, what torch
+# differentiates where the op's own gradient is not enough (common/autograd.h), and what the tests compare it with.
 _references = torch.library.Library("torch_fused_reference", "FRAGMENT")
+_ops = torch.library.Library("torch_fused", "IMPL")
 
 COMPOSED: dict[str, tuple[str, ...]] = {}
 """Ops that have no kernel of their own, and the ops that they call."""
 
 
-def register(name: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Registers the plain-torch reference and the fake (shapes and dtypes only) of `torch_fused::<name>`."""
+def register(
+    name: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    batched: Callable[..., Any] | None = None,
+) -> None:
+    """Registers the plain-torch reference and the fake (shapes and dtypes only) of `torch_fused::<name>`.
+
+    `batched` is what `torch.func.vmap` maps instead of the op, if the op has no rule of its own. An op that writes its
+    arguments refuses.
+    """
     schema = getattr(torch.ops.torch_fused, name).default._schema
     _references.define(str(schema).partition("::")[2])
-    _references.impl(name, reference, "CompositeExplicitAutograd")
+    _references.impl(name, reference, "CompositeImplicitAutograd")
 
     def on_one_device(*args: Any, **kwargs: Any) -> Any:
         # With one tensor on "meta" torch calls the fake, whatever the others are on, and takes its results as they are.
@@ -35,3 +48,35 @@ def register(name: str, *, reference: Callable[..., Any], fake: Callable[..., An
         return fake(*args, **kwargs)
 
     torch.library.register_fake(f"torch_fused::{name}", on_one_device)
+    if schema.is_mutable:
+        refuse_vmap(name)
+    elif batched is not None:
+        op = getattr(torch.ops.torch_fused, name).default
+
+        def rule(info, in_dims, *args, **kwargs):
+            check_first(op, info, in_dims, *args, **kwargs)
+            return torch.vmap(partial(batched, **kwargs), in_dims)(*args), 0
+
+        torch.library.register_vmap(f"torch_fused::{name}", rule)
+
+
+def leading(info, x: Tensor, dim: int | None) -> Tensor:
+    """`x` with the batch as its first dimension."""
+    return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def check_first(op: Callable[..., Any], info, in_dims, *args: Any, **kwargs: Any) -> None:
+    """Runs `op` on the first of a batch, for the checks of its arguments."""
+    if info.batch_size:
+        op(*(x.select(dim, 0) if isinstance(dim, int) else x for x, dim in zip(args, in_dims, strict=True)), **kwargs)
+
+
+def refuse_vmap(name: str) -> None:
+    """Makes `torch_fused::<name>` raise where `torch.func.vmap` gives it a batched tensor."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            f"{name}: torch.func.vmap cannot batch an op that writes its arguments: call it outside of vmap"
+        )
+
+    _ops.impl(name, refuse, "FuncTorchBatched")

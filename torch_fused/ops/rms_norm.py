@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_casting_mode, check_floating, check_shape
-from .library import register
+from .library import check_first, leading, register
 
 
 def rms_norm_reference(
@@ -20,7 +20,7 @@ def rms_norm_reference(
 ) -> Tensor:
     """`rms_norm` in plain torch: float32 throughout ("torch"), or with the roundings of Llama's module ("llama")."""
     dims = tuple(range(-len(normalized_shape), 0))
-    x = input.to(_arithmetic_dtype(input))
+    x = input.contiguous().to(_arithmetic_dtype(input))
     if eps is None:
         eps = torch.finfo(x.dtype).eps
     normed = x * torch.rsqrt(x.pow(2).mean(dims, keepdim=True) + eps)
@@ -42,7 +42,7 @@ def add_rms_norm_reference(
     weight_offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`add_rms_norm` in plain torch."""
-    total = input + residual
+    total = (input + residual).contiguous()
     normed = rms_norm_reference(
         total, weight.shape, weight, eps, casting_mode=casting_mode, weight_offset=weight_offset
     )
@@ -63,7 +63,7 @@ def rms_norm_backward_reference(
     """Gradients of x, with `grad_sum` added if there is one, and of the weight (empty if not needed)."""
     dtype = _arithmetic_dtype(x)
     dims = tuple(range(-len(normalized_shape), 0))
-    wide, dy = x.to(dtype), grad.to(dtype)
+    wide, dy = x.contiguous().to(dtype), grad.contiguous().to(dtype)
     if eps is None:
         eps = torch.finfo(dtype).eps
     scale = torch.rsqrt(wide.pow(2).mean(dims, keepdim=True) + eps)
@@ -99,28 +99,49 @@ def _rms_norm_backward_fake(
 
 register("rms_norm", reference=rms_norm_reference, fake=_rms_norm_fake)
 register("add_rms_norm", reference=add_rms_norm_reference, fake=_add_rms_norm_fake)
-register("rms_norm_backward", reference=rms_norm_backward_reference, fake=_rms_norm_backward_fake)
+register(
+    "rms_norm_backward",
+    reference=rms_norm_backward_reference,
+    fake=_rms_norm_backward_fake,
+    batched=rms_norm_backward_reference,
+)
 
 
-@torch.library.register_vmap("torch_fused::rms_norm")
 def _rms_norm_vmap(
     info, in_dims, input, normalized_shape, weight=None, eps=None, *, casting_mode="torch", weight_offset=0.0
 ):
     """A batch is one more leading dimension; a batched weight is applied outside the op."""
     check_casting_mode("rms_norm", casting_mode)
     input_dim, weight_dim = in_dims[0], in_dims[2] if len(in_dims) > 2 else None
-    if input_dim is None:
-        input, input_dim = input.expand(info.batch_size, *input.shape), 0
-    input = input.movedim(input_dim, 0)
+    input = leading(info, input, input_dim)
     if weight_dim is None:
         return rms_norm(input, normalized_shape, weight, eps, casting_mode=casting_mode, weight_offset=weight_offset), 0
-    weight = weight.movedim(weight_dim, 0)
+    options = {"casting_mode": casting_mode, "weight_offset": weight_offset}
+    check_first(_rms_norm, info, (0, None, weight_dim, None), input, normalized_shape, weight, eps, **options)
+    weight = leading(info, weight, weight_dim)
     weight = weight.view(info.batch_size, *[1] * (input.dim() - weight.dim()), *weight.shape[1:]) + weight_offset
     if casting_mode == "llama":
         return weight * rms_norm(input, normalized_shape, None, eps, casting_mode=casting_mode), 0
     wide = input.to(_arithmetic_dtype(input))
     eps = torch.finfo(wide.dtype).eps if eps is None else eps
     return (rms_norm(wide, normalized_shape, None, eps) * weight).to(input.dtype), 0
+
+
+def _add_rms_norm_vmap(info, in_dims, input, residual, weight, eps=1e-6, *, casting_mode="llama", weight_offset=0.0):
+    """A batch is one more leading dimension; a batched weight takes two ops."""
+    options = {"casting_mode": casting_mode, "weight_offset": weight_offset}
+    input, residual, weight_dim = leading(info, input, in_dims[0]), leading(info, residual, in_dims[1]), in_dims[2]
+    if weight_dim is None:
+        return add_rms_norm(input, residual, weight, eps, **options), (0, 0)
+    check_first(_add_rms_norm, info, (0, 0, weight_dim, None), input, residual, weight, eps, **options)
+    total = input + residual
+    shape = leading(info, weight, weight_dim).shape[1:]
+    normed, _ = _rms_norm_vmap(info, (0, None, weight_dim, None), total, shape, weight, eps, **options)
+    return (normed, total), (0, 0)
+
+
+torch.library.register_vmap("torch_fused::rms_norm", _rms_norm_vmap)
+torch.library.register_vmap("torch_fused::add_rms_norm", _add_rms_norm_vmap)
 
 
 def rms_norm(

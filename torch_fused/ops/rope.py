@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_floating
-from .library import register
+from .library import leading, register
 
 
 def apply_rotary_pos_emb_reference(
@@ -18,7 +18,8 @@ def apply_rotary_pos_emb_reference(
         wide, passed = x.to(dtype).tensor_split([cos.shape[-1]], -1)
         a, b = wide.chunk(2, -1)
         turned = wide * cos + torch.cat([-b, a], -1) * sin
-        return _empty_rows_like(x).copy_(torch.cat([turned, passed], -1))
+        result = torch.cat([turned, passed], -1)
+        return result.new_empty_strided(x.shape, _empty_rows_like(x).stride(), dtype=x.dtype).copy_(result)
 
     return rotated(q), rotated(k)
 
@@ -50,7 +51,23 @@ def _rope_backward_fake(grad_q, grad_k, cos, sin, unsqueeze_dim):
 
 
 register("apply_rotary_pos_emb", reference=apply_rotary_pos_emb_reference, fake=_rope_fake)
-register("apply_rotary_pos_emb_backward", reference=apply_rotary_pos_emb_backward_reference, fake=_rope_backward_fake)
+register(
+    "apply_rotary_pos_emb_backward",
+    reference=apply_rotary_pos_emb_backward_reference,
+    fake=_rope_backward_fake,
+    batched=apply_rotary_pos_emb_backward_reference,
+)
+
+
+@torch.library.register_vmap("torch_fused::apply_rotary_pos_emb")
+def _rope_vmap(info, in_dims, q, k, cos, sin, unsqueeze_dim=1, *, casting_mode="torch"):
+    """The batch and the op's own are one."""
+    q, k, *tables = (leading(info, x, dim) for x, dim in zip((q, k, cos, sin), in_dims[:4], strict=True))
+    batch = q.shape[1]
+    cos, sin = (x.expand(-1, batch, *x.shape[2:]) if x.shape[1] == 1 else x for x in tables)
+    q, k, cos, sin = (x.flatten(0, 1) for x in (q, k, cos, sin))
+    results = _rope(q, k, cos, sin, unsqueeze_dim, casting_mode=casting_mode)
+    return tuple(x.unflatten(0, (info.batch_size, batch)) for x in results), (0, 0)
 
 
 def apply_rotary_pos_emb(
@@ -59,7 +76,7 @@ def apply_rotary_pos_emb(
     r"""Rotates queries and keys by their positions, in one launch: :math:`x \cos + \mathrm{rotate\_half}(x) \sin`.
 
     A drop-in for Hugging Face's function of the same name (models/llama/modeling_llama.py): the half-split form, where
-    :math:`\mathrm{rotate\_half}(a, b) = (-b, a)`. Differentiable in ``q`` and ``k``.
+    :math:`\mathrm{rotate\_half}(a, b) = (-b, a)`. Differentiable in all four.
 
     Args:
         q: ``(batch, heads, tokens, head_dim)``, or ``(batch, tokens, heads, head_dim)`` with ``unsqueeze_dim=2``;
@@ -78,8 +95,7 @@ def apply_rotary_pos_emb(
         contiguous where that would leave head_dim without a unit stride.
 
     Raises:
-        RuntimeError: an argument has the wrong shape, dtype or device, or a table requires a gradient; the message
-            names it.
+        RuntimeError: an argument has the wrong shape, dtype or device; the message names it.
 
     Source: Su et al., RoFormer, https://arxiv.org/abs/2104.09864.
 

@@ -9,14 +9,14 @@ from .library import register
 def softmax_reference(input: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """Softmax over the last dimension in plain torch: float32 throughout, rounded once."""
     dtype = dtype or input.dtype
-    wide = input.to(dtype).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    wide = input.contiguous().to(dtype).to(torch.float64 if dtype == torch.float64 else torch.float32)
     return torch.softmax(wide, -1).to(dtype)
 
 
 def softmax_backward_reference(grad: Tensor, output: Tensor) -> Tensor:
     """The gradient of the input from the output."""
     dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
-    dy, y = grad.to(dtype), output.to(dtype)
+    dy, y = grad.contiguous().to(dtype), output.contiguous().to(dtype)
     dot = (dy * y).sum(-1 if y.dim() else (), keepdim=True)
     return (y * (dy - dot)).to(output.dtype)
 
@@ -30,7 +30,12 @@ def _softmax_backward_fake(grad, output):
 
 
 register("softmax", reference=softmax_reference, fake=_softmax_fake)
-register("softmax_backward", reference=softmax_backward_reference, fake=_softmax_backward_fake)
+register(
+    "softmax_backward",
+    reference=softmax_backward_reference,
+    fake=_softmax_backward_fake,
+    batched=softmax_backward_reference,
+)
 
 
 @torch.library.register_vmap("torch_fused::softmax")

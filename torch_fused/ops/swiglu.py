@@ -5,20 +5,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_floating, check_shape
-from .library import register
+from .library import leading, register
 
 
 def silu_mul_reference(gate: Tensor, up: Tensor, *, casting_mode: str = "torch") -> Tensor:
     """`silu_mul` in plain torch: float32 throughout ("torch"), or silu rounded first ("llama")."""
+    gate, up = gate.contiguous(), up.contiguous()
+    wide = gate.to(_arithmetic_dtype(gate))
+    silu = wide * torch.sigmoid(wide)  # torch has no forward mode for the gradient of F.silu
     if casting_mode == "llama":
-        return F.silu(gate) * up
-    dtype = _arithmetic_dtype(gate)
-    return (F.silu(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
+        return silu.to(gate.dtype) * up
+    return (silu * up.to(wide.dtype)).to(gate.dtype)
 
 
 def silu_mul_backward_reference(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up."""
     dtype = _arithmetic_dtype(gate)
+    grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     dy, g = grad.to(dtype), gate.to(dtype)
     sigmoid = torch.sigmoid(g)
     grad_gate = dy * up.to(dtype) * sigmoid * (1 + g * (1 - sigmoid))
@@ -38,16 +41,18 @@ def _silu_mul_backward_fake(grad, gate, up):
 
 
 register("silu_mul", reference=silu_mul_reference, fake=_silu_mul_fake)
-register("silu_mul_backward", reference=silu_mul_backward_reference, fake=_silu_mul_backward_fake)
+register(
+    "silu_mul_backward",
+    reference=silu_mul_backward_reference,
+    fake=_silu_mul_backward_fake,
+    batched=silu_mul_backward_reference,
+)
 
 
 @torch.library.register_vmap("torch_fused::silu_mul")
 def _silu_mul_vmap(info, in_dims, gate, up, *, casting_mode="torch"):
     """A batch is one more leading dimension."""
-    gate, up = (
-        x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        for x, dim in zip((gate, up), in_dims, strict=True)
-    )
+    gate, up = leading(info, gate, in_dims[0]), leading(info, up, in_dims[1])
     return _silu_mul(gate, up, casting_mode=casting_mode), 0
 
 
