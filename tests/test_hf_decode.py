@@ -6,10 +6,15 @@ import re
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.state import AcceleratorState
 from test_hf_generate import FAMILIES, Streamer, make_model, prompt
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
 from torch import nn
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from torch_fused.hf import FusedKVCache, apply_torch_fused, generate
@@ -307,7 +312,7 @@ LEFT_CALLS = {
     "hidden states": ({"output_hidden_states": True}, "output_hidden_states is on"),
     "embeddings": ({"input_ids": None, "inputs_embeds": torch.ones(2, 1, 64)}, "inputs_embeds instead of input_ids"),
     "loss": ({"new": 2, "labels": prompt(2, 2)}, "a loss is wanted"),
-    "no cache": ({CACHE: None}, "no cache is used"),
+    "no cache": ({CACHE: None, "use_cache": False}, "use_cache is off"),
     "tuple": ({"return_dict": False}, "a tuple is wanted"),
     "mask in four dimensions": (
         {"attention_mask": four_dimensional(torch.arange(10) != 5)},
@@ -349,7 +354,7 @@ def test_other_caches(cache_class):
         else:
             with pytest.raises(RuntimeError):
                 one_step(model, input_ids=prompt(3, 1))
-            assert "another dtype, device or batch size" in calls(handle)[1][-1]
+            assert "another batch size" in calls(handle)[1][-1]
 
 
 @pytest.mark.parametrize("decode", [True, False])
@@ -368,7 +373,7 @@ def test_the_cache_by_either_name(decode):
                 assert cache.get_seq_length() == 11
 
 
-def test_gradients_autocast_and_emulation():
+def test_gradients_and_emulation():
     """What surrounds a call; the op runs again when it is over."""
     model = make_model()
     with apply_torch_fused(model) as handle:
@@ -376,9 +381,6 @@ def test_gradients_autocast_and_emulation():
         assert logits.requires_grad
         assert "gradients are enabled" in calls(handle)[1][-1]
         with torch.no_grad():
-            with torch.autocast("cpu", torch.bfloat16):
-                assert one_step(model).logits.dtype == torch.bfloat16
-            assert "autocast is on" in calls(handle)[1][-1]
             with emulate() as run:
                 emulated = one_step(model).logits
             assert any("rms_norm" in launch.kernel for launch in run.launches)
@@ -388,6 +390,20 @@ def test_gradients_autocast_and_emulation():
         assert calls(handle)[0] == 1
         torch.testing.assert_close(fused, logits)
         torch.testing.assert_close(fused, emulated)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    """A step computes with the weights' own dtype under autocast too: nearer to the exact logits than stock is."""
+    model = make_model()
+    exact = one_step(copy.deepcopy(model).double().requires_grad_(False), held=DynamicCache(config=model.config)).logits
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        stock = relative_error(one_step(model, held=DynamicCache(config=model.config)).logits, exact)
+        with apply_torch_fused(model) as handle:
+            logits = one_step(model).logits
+            assert calls(handle)[0] == 1
+    assert logits.dtype == torch.float32
+    assert relative_error(logits, exact) <= stock
 
 
 def test_frozen_weights_need_no_no_grad():
@@ -440,6 +456,220 @@ def test_goes_on_with_either():
     output = generate(model, output.sequences, **{CACHE: output[CACHE]}, max_new_tokens=20, **options)
     assert torch.equal(output.sequences, expected)
     assert output[CACHE].get_seq_length() == 68
+
+
+# ---- what does not turn the step off --------------------------------------------------------------------------------
+
+
+def test_hooks_that_transformers_leaves():
+    """One call for hidden states or attentions leaves hooks on the layers: they are idle, and a user's are not."""
+    model = make_model(attn_implementation="eager")
+    options = {"do_sample": False, "max_new_tokens": 10}
+    expected = model.generate(prompt(1, 9), **options)
+    with apply_torch_fused(model) as handle:
+        model.generate(prompt(1, 9), **options)
+        with torch.no_grad():
+            states = model(prompt(1, 9), output_hidden_states=True, output_attentions=True).hidden_states
+        assert len(states) == 3
+        assert all(layer._forward_hooks for layer in model.model.layers)
+        assert torch.equal(model.generate(prompt(1, 9), **options), expected)
+        assert torch.equal(generate(model, prompt(1, 9), **options), expected)
+        assert calls(handle)[0] == 27
+        asked = {**options, "return_dict_in_generate": True, "output_hidden_states": True}
+        assert len(model.generate(prompt(1, 9), **asked).hidden_states) == 10
+        assert calls(handle)[0] == 27
+        seen = []
+        hook = model.model.layers[1].register_forward_hook(lambda *_: seen.append(1))
+        assert torch.equal(model.generate(prompt(1, 9), **options), expected)
+        assert "hooks on model.layers.1" in handle.report()
+        assert len(seen) == 10
+        hook.remove()
+        assert torch.equal(model.generate(prompt(1, 9), **options), expected)
+        assert calls(handle)[0] == 36
+
+
+def test_embeddings_that_require_gradients():
+    """enable_input_require_grads leaves a hook, which matters where gradients are enabled."""
+    model = make_model().requires_grad_(False)
+    model.enable_input_require_grads()
+    with apply_torch_fused(model) as handle:
+        with torch.no_grad():
+            one_step(model)
+        assert calls(handle)[0] == 1
+        assert one_step(model).logits.requires_grad
+        assert "gradients are enabled" in calls(handle)[1][-1]
+
+
+def test_stop_strings():
+    """Transformers hands the tokenizer through the model."""
+    model = make_model()
+    tokens = model.generate(prompt(1, 9), max_new_tokens=30, do_sample=False)[0].tolist()
+    stop = "".join(chr(0x21 + token) for token in tokens[20:22])
+    characters = Tokenizer(BPE({chr(0x21 + token): token for token in range(128)}, []))
+    characters.decoder = Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters)
+    options = {"max_new_tokens": 30, "do_sample": False, "stop_strings": [stop], "tokenizer": tokenizer}
+    expected = model.generate(prompt(1, 9), **options)
+    assert expected.shape[1] < 39
+    with apply_torch_fused(model) as handle:
+        assert torch.equal(model.generate(prompt(1, 9), **options), expected)
+        assert torch.equal(generate(model, prompt(1, 9), **options), expected)
+        assert calls(handle)[0] == 2 * (expected.shape[1] - 10)
+
+
+@pytest.mark.parametrize("use_cache", [True, None])
+def test_a_loop_by_hand(use_cache):
+    """The caller gives no cache at first, and hands back what the model returns: one op a token, stock's logits."""
+
+    def loop(model):
+        ids, cache, logits = prompt(2, 9), None, []
+        for _ in range(12):
+            output = model(ids, **{CACHE: cache}, use_cache=use_cache)
+            cache = output[CACHE]
+            logits.append(output.logits[:, -1])
+            ids = logits[-1].argmax(-1, keepdim=True)
+        return torch.stack(logits), cache
+
+    model = make_model()
+    with torch.no_grad():
+        expected, _ = loop(model)
+        with apply_torch_fused(model) as handle:
+            logits, cache = loop(model)
+            assert type(cache) is FusedKVCache
+            assert calls(handle) == (11, ["the cache is empty (a prompt)"])
+            torch.testing.assert_close(logits, expected)
+            # A prompt alone takes no more memory than in a DynamicCache.
+            assert model(prompt(2, 9))[CACHE].nbytes == 2 * 2 * 2 * 2 * 9 * 16 * 4
+            assert model(prompt(2, 9), use_cache=False).get(CACHE) is None
+        with apply_torch_fused(model, cache=False) as handle:
+            loop(model)
+            assert calls(handle)[0] == 0
+            assert "no cache was given" in calls(handle)[1]
+    with apply_torch_fused(model):
+        assert type(model(prompt(1, 3))[CACHE]) is DynamicCache  # gradients are enabled
+        model.model.norm.register_forward_hook(lambda *_: None)
+        with torch.no_grad():
+            assert type(model(prompt(1, 3))[CACHE]) is DynamicCache  # the step could not use another
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_kinds_of_integers(dtype):
+    """Token ids, masks and positions as int32: as stock takes them."""
+    model = make_model()
+    mask = torch.ones(2, 10, dtype=dtype)
+    mask[1, :2] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -1:].to(dtype)
+    arguments = {"input_ids": prompt(2, 1, seed=3).to(dtype), "attention_mask": mask, "position_ids": positions}
+    options = {"max_new_tokens": 8, "do_sample": False}
+    with torch.no_grad():
+        expected = one_step(model, held=DynamicCache(config=model.config), **arguments).logits
+        tokens = model.generate(prompt(2, 9), **options)
+        with apply_torch_fused(model) as handle:
+            torch.testing.assert_close(one_step(model, **arguments).logits, expected)
+            assert torch.equal(model.generate(prompt(2, 9).to(dtype), **options).long(), tokens)
+            assert torch.equal(generate(model, prompt(2, 9).to(dtype), **options).long(), tokens)
+            assert calls(handle)[0] == 15
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"input_ids": prompt(2, 1).float()},
+        {"input_ids": prompt(2)},
+        {"position_ids": torch.full((2, 1), -1)},
+        {"position_ids": torch.full((2, 1), 9.0)},
+        {"position_ids": torch.full((1, 1), 9)},
+        {"position_ids": torch.full((3, 2, 1), 9)},
+    ],
+    ids=lambda arguments: f"{next(iter(arguments))} {tuple(next(iter(arguments.values())).shape)}",
+)
+def test_arguments_that_are_transformers_to_judge(arguments):
+    """The same logits, or the same exception."""
+    model = make_model()
+    results = []
+    for patch in (False, True):
+        if patch:
+            apply_torch_fused(model)
+        cache = FusedKVCache(model.config) if patch else DynamicCache(config=model.config)
+        try:
+            results.append(one_step(model, held=cache, **arguments).logits.detach())
+        except Exception as error:
+            results.append(type(error))
+    if isinstance(results[0], type):
+        assert results[1] is results[0]
+    else:
+        torch.testing.assert_close(results[1], results[0])
+
+
+def test_more_than_eight_sequences():
+    """Told apart from a prompt."""
+    model = make_model()
+    expected = model.generate(prompt(9, 5), max_new_tokens=6, do_sample=False)
+    with apply_torch_fused(model) as handle:
+        assert torch.equal(model.generate(prompt(9, 5), max_new_tokens=6, do_sample=False), expected)
+        assert calls(handle) == (0, ["the cache is empty (a prompt)", "more than 8 sequences"])
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "under accelerate"])
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "frozen base"])
+def test_rollouts_of_a_trainer(wrapped, adapter):
+    """What TRL's trainers do between steps of training: generate under no_grad, in training mode, with parameters that
+    require gradients, checkpointing turned off and on again, in accelerate's wrapper for mixed precision."""
+    model = make_model().train()
+    stock = copy.deepcopy(model)
+    inputs = padded(4, 9)
+    options = {"do_sample": False, "max_new_tokens": 12, "use_cache": True}
+    with apply_torch_fused(model) as handle:
+        AcceleratorState._reset_state()
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16" if wrapped else "no")
+        trained = accelerator.prepare(model)
+        if adapter:
+            model.requires_grad_(False)
+            model.lm_head.requires_grad_(True)
+        model.enable_input_require_grads()
+        for _ in range(2):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.config.use_cache = False
+            trained(**inputs, labels=inputs["input_ids"]).loss.backward()
+            model.zero_grad()
+            unwrapped = accelerator.unwrap_model(trained)
+            unwrapped.gradient_checkpointing_disable()
+            before = calls(handle)[0]
+            with torch.no_grad():
+                tokens = unwrapped.generate(**inputs, **options)
+                assert calls(handle)[0] == before + 11
+                assert tokens.shape == (4, 21)
+                if not wrapped:
+                    assert torch.equal(tokens, stock.generate(**inputs, **options))
+
+
+def test_a_wrapper_of_the_models_forward():
+    """Somebody's function around the model's forward is called for every token, and the step runs inside of it."""
+    stock, patched = make_model(), make_model()
+    options = {"do_sample": False, "max_new_tokens": 12}
+    with apply_torch_fused(patched) as handle:
+        for model in (stock, patched):
+            original = model.forward
+
+            def flipped(*args, original=original, **kwargs):
+                output = original(*args, **kwargs)
+                output.logits = -output.logits
+                return output
+
+            model.forward = flipped
+        expected = stock.generate(prompt(1, 9), **options)
+        assert torch.equal(patched.generate(prompt(1, 9), **options), expected)
+        assert torch.equal(generate(patched, prompt(1, 9), **options), expected)
+        assert calls(handle)[0] == 22
+        patched.forward = original
+
+    def flip(module, args, output):
+        output.logits.neg_()
+
+    for model in (stock, patched):
+        model.__dict__.pop("forward", None)
+        model.register_forward_hook(flip)
+        assert torch.equal(generate(model, prompt(1, 9), **options), expected)
 
 
 # ---- the loop of hf.generate ----------------------------------------------------------------------------------------

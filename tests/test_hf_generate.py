@@ -1,6 +1,9 @@
 """A patched model generates stock's tokens, in every mode that transformers offers."""
 
 import copy
+import sys
+import threading
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +18,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 
 import torch_fused
@@ -370,3 +375,107 @@ def test_generate_takes_what_a_tokenizer_returns(stock):
 def test_is_reached_from_the_package():
     """`torch_fused.hf` loads on first use."""
     assert torch_fused.hf.generate is generate
+
+
+# ---- threads --------------------------------------------------------------------------------------------------------
+
+
+def in_threads(*jobs, times=15):
+    """Runs each job that often in a thread of its own, all at once, threads switching as often as they can."""
+    errors = []
+
+    def run(job):
+        try:
+            for _ in range(times):
+                job()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(job,)) for job in jobs]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+
+
+def answers(model, batch=1, run=None):
+    """A job that generates and looks at the tokens."""
+    options = {"max_new_tokens": 5, "do_sample": False}
+    ids = prompt(batch, 4, seed=batch)
+    expected = make_model().generate(ids, **options)
+
+    def job():
+        tokens = model.generate(ids, **options) if run is None else run(model, ids, **options)
+        assert torch.equal(tokens, expected)
+
+    return job
+
+
+def test_threads_with_one_model_that_is_not_patched(stock):
+    """hf.generate patches for a call: one call after the other, and model.generate beside them."""
+    before = [dict(module.__dict__) for module in stock.modules()]
+    without = partial(generate, decode=False)
+    jobs = [answers(stock, batch, run) for batch in (1, 2) for run in (generate, without)]
+    in_threads(*jobs, answers(stock, 3))
+    assert [dict(module.__dict__) for module in stock.modules()] == before
+
+
+def test_threads_with_one_patched_model(fused):
+    """Calls run at the same time, each with its own cache, and all of them are counted."""
+    handle = apply_torch_fused(fused)
+    in_threads(*(answers(fused, batch, run) for batch in (1, 2) for run in (generate, None)))
+    assert "240 calls as one op" in handle.report()  # 4 threads, 15 calls, 4 tokens behind the first
+    fused.model.rotary_emb.inv_freq.mul_(1)
+    in_threads(*(answers(fused, 1, run) for run in (generate, None)), lambda: handle.report())
+
+
+def test_threads_that_patch_and_revert(stock):
+    """While others generate: no exception, stock's tokens, and no trace in the end."""
+    before = [dict(module.__dict__) for module in stock.modules()]
+    jobs = [answers(stock, 1, generate), answers(stock, 2), answers(stock, 3, generate)]
+    in_threads(*jobs, *(lambda: apply_torch_fused(stock).revert() for _ in range(2)))
+    assert [dict(module.__dict__) for module in stock.modules()] == before
+
+
+def test_generate_inside_generate(stock):
+    """A stopping criterion that asks the same model something does not wait for itself."""
+
+    class Asking(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            answers(stock, 2, generate)()
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    expected = stock.generate(prompt(1, 4), max_new_tokens=4, do_sample=False)
+    criteria = StoppingCriteriaList([Asking()])
+    tokens = generate(stock, prompt(1, 4), max_new_tokens=4, do_sample=False, stopping_criteria=criteria)
+    assert torch.equal(tokens, expected)
+
+
+def test_an_exception_in_the_middle(stock):
+    """From a streamer, after some tokens: the model is as before, and a handle and its model go on working."""
+
+    class Failing(Streamer):
+        def put(self, value):
+            super().put(value)
+            if len(self.tokens) == 9:
+                raise KeyboardInterrupt
+
+    options = {"max_new_tokens": 12, "do_sample": False}
+    expected = stock.generate(prompt(1, 4), **options)
+    before = [dict(module.__dict__) for module in stock.modules()]
+    with pytest.raises(KeyboardInterrupt):
+        generate(stock, prompt(1, 4), streamer=Failing(), **options)
+    assert [dict(module.__dict__) for module in stock.modules()] == before
+    with apply_torch_fused(stock) as handle:
+        for run in (generate, type(stock).generate):
+            with pytest.raises(KeyboardInterrupt):
+                run(stock, prompt(1, 4), streamer=Failing(), **options)
+            assert torch.equal(run(stock, prompt(1, 4), **options), expected)
+        assert "decode: steps of few tokens are one op" in handle.report()
+    assert [dict(module.__dict__) for module in stock.modules()] == before

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import warnings
 from types import MethodType
 
 import pytest
@@ -26,7 +27,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, Trainer, TrainingArguments
 from transformers.activations import SiLUActivation
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -780,9 +781,48 @@ def test_other_architectures_get_the_cache():
     options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
     ids = prompt(1, 5) % 64
     expected = model.generate(ids, **options)
-    handle = apply_torch_fused(model)
+    with pytest.warns(UserWarning, match="GPT2LMHeadModel is none of LlamaForCausalLM, .* its cache and its sampler"):
+        handle = apply_torch_fused(model)
+    assert "  left: GPT2LMHeadModel: GPT2LMHeadModel is none of LlamaForCausalLM, " in handle.report()
+    assert "takes one row in torch_fused/hf/models.py" in handle.report()
     assert "1 x GPT2LMHeadModel._prepare_cache_for_generation" in handle.report()
     assert torch.equal(model.generate(ids, **options), expected)
+
+
+def test_a_family_that_is_not_known_says_so_once():
+    """A Mistral, alone and as a part; not where nothing but the cache and the sampler was asked for, nor for a model
+    that is known in a wrapper that is not."""
+    config = MistralConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32,
+        vocab_size=64, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    for whole in (model, nn.Sequential(model)):
+        with pytest.warns(UserWarning, match="MistralForCausalLM is none of") as warned:
+            handle = apply_torch_fused(whole)
+        assert len(warned) == 1
+        assert handle.report().count("MistralForCausalLM is none of") == 1
+        assert apply_torch_fused(whole) is handle
+        handle.revert()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_torch_fused(model, norms=False, rotary=False, mlp=False, decode=False).revert()
+        apply_torch_fused(nn.Sequential(make_model())).revert()
+        apply_torch_fused(make_model()).revert()
+
+
+class Subclassed(transformers.Qwen2ForCausalLM):
+    pass
+
+
+def test_a_subclass_of_a_known_model_is_told():
+    """Its modules are patched; the step of the whole model is not, and the report says so."""
+    model = make_model()
+    model.__class__ = Subclassed
+    with pytest.warns(UserWarning, match="Subclassed is none of .*: its decode step is left to transformers"):
+        report = apply_torch_fused(model).report()
+    assert "5 x Qwen2RMSNorm.forward" in report
+    assert "left: Subclassed: its class is test_hf_patch.Subclassed, not Qwen2ForCausalLM itself" in report
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
