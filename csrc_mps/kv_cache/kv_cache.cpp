@@ -124,16 +124,16 @@ void call_kv_append(const Tensor& keys, const Tensor& values, const Tensor& new_
 // Not differentiable, but autograd must know that the buffers have changed.
 void kv_append_autograd(const Tensor& keys, const Tensor& values, const Tensor& new_keys, const Tensor& new_values,
                         c10::SymInt position) {
-  if (at::GradMode::is_enabled()) {
-    const auto check = [](const char* name, const Tensor& tensor) {
-      TORCH_CHECK(!tensor.requires_grad(), "kv_append_: ", name,
-                  " requires grad, but the op is not differentiable: call it under torch.no_grad()");
-    };
-    check("keys", keys);
-    check("values", values);
-    check("new_keys", new_keys);
-    check("new_values", new_values);
-  }
+  const auto check = [grad = at::GradMode::is_enabled()](const char* name, const Tensor& tensor) {
+    TORCH_CHECK(!grad || !tensor.requires_grad(), "kv_append_: ", name,
+                " requires grad, but the op is not differentiable: call it under torch.no_grad()");
+    TORCH_CHECK(!tensor._fw_grad(/*level=*/0).defined(), "kv_append_: ", name,
+                " has a tangent, but the op is not differentiable");
+  };
+  check("keys", keys);
+  check("values", values);
+  check("new_keys", new_keys);
+  check("new_values", new_values);
   // Before the write, because torch refuses here to change an inference tensor outside of inference mode.
   torch::autograd::impl::bump_version(keys);
   torch::autograd::impl::bump_version(values);
