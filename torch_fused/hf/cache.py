@@ -1,10 +1,13 @@
 """A key / value cache that is written in place, so that a token costs the same however long the sequence is."""
 
+from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 from transformers import GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
@@ -58,11 +61,11 @@ class FusedLayer(DynamicLayer):
     _keys: Any = None
     _values: Any = None
     _length = 0
-    _room = -1  # the length up to which tokens are written without `_prepare`, which sets the four below too
-    _dtypes: Pair | None = None  # the states' that kv_update_ takes
+    _room = -1  # the length up to which tokens are written without `_prepare`, which looks first
+    _dtypes: Pair | None = None  # the buffers', if they are the same
     _kind: tuple | None = None  # the buffers' dtypes, device and batch size
-    _storages: Pair | None = None
-    _locked = False  # inference tensors, which torch lets nobody write outside of inference mode
+    _storages: Pair | None = None  # of the buffers, when they were first counted
+    _locked = False  # the buffers are inference tensors, which torch lets nobody write outside of inference mode
 
     def __init__(self, final_length: int | None = None, byte_budget: int = 0):
         self.final_length = final_length
@@ -107,10 +110,10 @@ class FusedLayer(DynamicLayer):
     def _take_back(self) -> None:
         """Leaves the tokens to the buffers alone, if what was handed out still is the views of them."""
         # A compiler cannot ask this; there, what was handed out is copied.
-        if self._held is None or self._keys is None or self._values is None or torch.compiler.is_compiling():
+        if self._held is None or self._keys is None or self._values is None or is_dynamo_compiling():
             return
         for view, buffer in zip(self._held, (self._keys, self._values), strict=True):
-            if view.requires_grad or view.dtype != buffer.dtype or not view.is_set_to(self._used(buffer)):
+            if view.requires_grad or _place(view) != _place(self._used(buffer)):
                 return
         self._held = None
 
@@ -132,7 +135,12 @@ class FusedLayer(DynamicLayer):
             or not self._may_write()
         ):
             return self._update_slowly(key_states, value_states)
-        views = kv_update_(self._keys, self._values, key_states, value_states, self._length)
+        try:
+            views = kv_update_(self._keys, self._values, key_states, value_states, self._length)
+        except RuntimeError:
+            if _is_transforming():  # for which the op has no rule
+                return self._update_slowly(key_states, value_states)
+            raise
         self._length = length
         return views
 
@@ -169,14 +177,14 @@ class FusedLayer(DynamicLayer):
 
     def _may_write(self) -> bool:
         """Whether the buffers may be written: nobody else holds them."""
-        if self._locked and not torch.is_inference_mode_enabled():
-            return False
-        if torch.compiler.is_compiling():  # a compiler cannot count; `_hand_out` gave them to nobody
+        if is_dynamo_compiling():  # a compiler cannot count; `_hand_out` gave them to nobody
             return self._room >= 0
         if self._storages is None:
             self._storages = _storage(self._keys), _storage(self._values)
+            self._locked = self._keys.is_inference()
         keys, values = self._storages
-        return _use_count(keys) == SOLE == _use_count(values)
+        alone = _use_count(keys) == SOLE == _use_count(values)
+        return alone and not (self._locked and not torch.is_inference_mode_enabled())
 
     def _prepare(self, new: Pair, tokens: int) -> bool:
         """Lets buffers that may be written hold the tokens, with room for so many more like `new`.
@@ -192,7 +200,7 @@ class FusedLayer(DynamicLayer):
             return False
         if self._held is not None and not begins and old[0].shape[2] != old[1].shape[2]:
             return False
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (*old, *new)):
+        if _is_transforming() or (torch.is_grad_enabled() and any(t.requires_grad for t in (*old, *new))):
             return False
         dtypes = _promote(old[0], new[0]), _promote(old[1], new[1])
         length = self._length if self._held is None else 0 if begins else old[0].shape[2]
@@ -220,7 +228,6 @@ class FusedLayer(DynamicLayer):
         self._length = length
         self._dtypes = dtypes if dtypes[0] == dtypes[1] else None
         self._kind = (*dtypes, buffer.device, batch)
-        self._locked = buffer.is_inference()
         self._held = None
 
     def _capacity_for(self, length: int, new: Pair, dtypes: Pair) -> int:
@@ -262,8 +269,7 @@ class FusedLayer(DynamicLayer):
         if self._held is None:
             self._length = max(0, self._length + tokens_to_remove)
         else:
-            keys, values = self._held
-            self._hold(keys[..., :tokens_to_remove, :], values[..., :tokens_to_remove, :])
+            self._hold(*self._changed(lambda states: states[..., :tokens_to_remove, :]))
 
     def reset(self) -> None:
         self.is_initialized = self.edited = False
@@ -273,18 +279,28 @@ class FusedLayer(DynamicLayer):
         if self.get_seq_length() == 0:
             return
         self._take_back()
-        states = (self._used(self._keys), self._used(self._values)) if self._held is None else self._held
-        reordered: Any = tuple(t.index_select(0, beam_idx.to(t.device)) for t in states)
-        del states
+        reordered = self._changed(lambda states: states.index_select(0, beam_idx.to(states.device)))
         if self._held is None and len(beam_idx) == self._keys.shape[0] and self._may_write():
             # Back into the same buffers: no reallocation with the next token.
             room, self._room, self._held = self._room, -1, reordered
-            for buffer, new in zip((self._keys, self._values), reordered, strict=True):
-                self._used(buffer).copy_(new)
+            for buffer, states in zip((self._keys, self._values), reordered, strict=True):
+                self._used(buffer).copy_(states)
             self._held = None
             self._room = room
         else:
             self._hold(*reordered)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.get_seq_length() > 0:
+            self._hold(*self._changed(lambda states: states.repeat_interleave(repeats, dim=0)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.get_seq_length() > 0:
+            self._hold(*self._changed(lambda states: states[indices, ...]))
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Pair:
+        keys, values = (self._used(self._keys), self._used(self._values)) if self._held is None else self._held
+        return change(keys), change(values)
 
     @property
     def nbytes(self) -> int:
@@ -294,8 +310,7 @@ class FusedLayer(DynamicLayer):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold the tokens in use only."""
         state = self.__dict__.copy()
-        held = (self._used(self._keys), self._used(self._values)) if self._held is None else self._held
-        state.update(_held=tuple(map(_compact, held)), _keys=None, _values=None, _room=-1, _storages=None)
+        state.update(_held=self._changed(_compact), _keys=None, _values=None, _room=-1, _storages=None)
         return state
 
 
@@ -313,13 +328,25 @@ def _match(a: Any, b: Any, *dims: int) -> bool:
     )
 
 
+def _place(tensor: Tensor) -> tuple:
+    """What elements it has, of which memory."""
+    return _storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _is_transforming() -> bool:
+    """Whether torch.func or forward-mode differentiation follows what is done, for which nothing may be written."""
+    if is_dynamo_compiling():  # it asks neither
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _promote(a: Tensor, b: Tensor) -> torch.dtype:
     return torch.promote_types(a.dtype, b.dtype)
 
 
 def _compact(tensor: Any) -> Any:
     """The tensor, without what else its storage holds."""
-    if tensor is None or tensor.requires_grad or tensor.untyped_storage().nbytes() == tensor.nbytes:
+    if type(tensor) is not Tensor or tensor.requires_grad or tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 
@@ -335,6 +362,10 @@ class FusedKVCache(DynamicCache):
     assisted decoding, several turns, copying and pickling. Under grad mode, states that require a gradient are
     concatenated as in ``DynamicCache``, so training with ``use_cache=True`` stays right.
 
+    Tensors that were taken out of it, or put in, are the caller's: the cache never writes them, and moves its tokens
+    to new memory first where somebody still holds a view of the old. ``layers[i].keys`` and ``values`` may be assigned
+    and edited in any order, as a ``DynamicCache``'s. States of another dtype promote, as ``torch.cat`` does.
+
     A layer's buffers are allocated once if the final length is known and the whole cache needs at most 256 MB; else
     they grow by half, one layer at a time. Sliding-window layers of hybrid models are transformers' own.
 
@@ -345,7 +376,8 @@ class FusedKVCache(DynamicCache):
 
     Raises:
         ValueError: ``max_cache_len`` is below 1. Later, from ``update``: more tokens than ``max_cache_len`` leaves room
-            for; the cache stays as it was.
+            for; the cache stays as it was. From a forward: an earlier one was interrupted and left the layers unequal;
+            ``crop(0)`` takes them back to the shorter length.
 
     Example:
         >>> cache = FusedKVCache(model.config)

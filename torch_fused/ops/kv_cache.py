@@ -49,12 +49,7 @@ def kv_append_(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tenso
     _kv_append(keys, values, new_keys, new_values, position)
 
 
-def kv_update_(
-    keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, position: int
-) -> tuple[Tensor, Tensor]:
-    """:func:`kv_append_`, then views of the first ``position + tokens`` tokens of ``keys`` and ``values``."""
-    return _kv_update(keys, values, new_keys, new_values, position)
-
-
 _kv_append = torch.ops.torch_fused.kv_append_.default
-_kv_update = torch.ops.torch_fused.kv_update_.default
+
+kv_update_ = torch.ops.torch_fused.kv_update_.default
+""":func:`kv_append_`, then views of the first ``position + tokens`` tokens of ``keys`` and ``values``."""
