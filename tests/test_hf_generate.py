@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from test_docs import small_tokenizer
 from transformers import (
     ContinuousBatchingConfig,
     DynamicCache,
@@ -20,6 +21,7 @@ from transformers import (
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
+    TextGenerationPipeline,
 )
 
 import torch_fused
@@ -368,8 +370,78 @@ def test_generate_takes_what_a_tokenizer_returns(stock):
     inputs = {"input_ids": prompt(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
     expected = stock.generate(**inputs, max_new_tokens=5, do_sample=False)
     assert torch.equal(generate(stock, inputs, max_new_tokens=5, do_sample=False), expected)
-    with pytest.raises(TypeError, match="inputs must be a tensor of token ids or a mapping, got list"):
-        generate(stock, [1, 2, 3])
+    assert torch.equal(generate(stock, **inputs, max_new_tokens=5, do_sample=False), expected)
+    assert torch.equal(generate(stock, inputs["input_ids"], max_new_tokens=5, do_sample=False), expected)
+    embeds = {"inputs_embeds": stock.get_input_embeddings()(inputs["input_ids"])}
+    expected = stock.generate(**embeds, max_new_tokens=5, do_sample=False)
+    assert torch.equal(generate(stock, embeds, max_new_tokens=5, do_sample=False), expected)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        ([1, 2, 3], TypeError, r"inputs must be a tensor of token ids or a mapping, got list: tokenizer\(text"),
+        ("Hello", TypeError, r"inputs must be a tensor of token ids or a mapping, got str: tokenizer\(text"),
+        ({"input_ids": [[1, 2]]}, TypeError, "input_ids must be a tensor of integers, got list"),
+        (torch.ones(1, 3), TypeError, "input_ids must be a tensor of integers, got torch.float32"),
+        (
+            prompt(3),
+            ValueError,
+            r"input_ids must have shape \(batch, tokens\), .* got \(3,\): input_ids\[None\] is a batch of one",
+        ),
+        (
+            prompt(1, 2, 3),
+            ValueError,
+            r"input_ids must have shape \(batch, tokens\), neither of them 0, got \(1, 2, 3\)$",
+        ),
+        (torch.zeros(1, 0, dtype=torch.long), ValueError, r"input_ids must have .* neither of them 0, got \(1, 0\)$"),
+    ],
+)
+def test_generate_names_inputs_that_it_does_not_take(stock, inputs, error, message):
+    """As the one positional argument or by name; the model is not touched."""
+    before = [dict(module.__dict__) for module in stock.modules()]
+    with pytest.raises(error, match=f"^generate: {message}"):
+        generate(stock, inputs, max_new_tokens=2)
+    if isinstance(inputs, torch.Tensor):
+        with pytest.raises(error, match=f"^generate: {message}"):
+            generate(stock, input_ids=inputs, max_new_tokens=2)
+    with pytest.raises(TypeError, match=r"^generate: input_ids is given twice, in inputs and as an argument"):
+        generate(stock, prompt(1, 3), input_ids=prompt(1, 3))
+    assert [dict(module.__dict__) for module in stock.modules()] == before
+
+
+def test_a_pipeline_is_its_model(stock):
+    """Patching one accelerates its calls; what holds no model is named, with what to do."""
+    pipe = TextGenerationPipeline(model=stock, tokenizer=small_tokenizer())
+    expected = pipe("the sky is", max_new_tokens=5, do_sample=False)
+    tokens = stock.generate(prompt(1, 4), max_new_tokens=5, do_sample=False)
+    assert torch.equal(generate(pipe, prompt(1, 4), max_new_tokens=5, do_sample=False), tokens)
+    with apply_torch_fused(pipe) as handle:
+        assert "Qwen2ForCausalLM.forward" in handle.report()
+        assert pipe("the sky is", max_new_tokens=5, do_sample=False) == expected
+        assert "4 calls as one op" in handle.report()
+    assert "forward" not in stock.__dict__
+
+
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        ("Qwen/Qwen2", r"'Qwen/Qwen2': load it first, AutoModelForCausalLM.from_pretrained\('Qwen/Qwen2'\)"),
+        (None, "NoneType"),
+        (Qwen2ForCausalLM, "type"),
+        ({}, "dict"),
+    ],
+)
+def test_what_is_no_model_is_named(given, got):
+    with pytest.raises(TypeError, match=rf"^apply_torch_fused: model must be .* or a pipeline, got {got}$"):
+        apply_torch_fused(given)
+    with pytest.raises(TypeError, match=rf"^generate: model must be .* with generate\(\), or a pipeline, got {got}$"):
+        generate(given, prompt(1, 3))
+
+
+def test_a_model_that_cannot_generate_is_named(stock):
+    with pytest.raises(TypeError, match=r"with generate\(\), or a pipeline, got Qwen2Model$"):
+        generate(stock.model, prompt(1, 3))
 
 
 def test_is_reached_from_the_package():

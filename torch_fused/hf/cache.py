@@ -381,7 +381,7 @@ class FusedKVCache(DynamicCache):
 
     Example:
         >>> cache = FusedKVCache(model.config)
-        >>> tokens = model.generate(input_ids, past_key_values=cache, max_new_tokens=32)
+        >>> tokens = model.generate(input_ids, cache=cache, max_new_tokens=32)  # past_key_values before 5.24
     """
 
     def __init__(self, config: PreTrainedConfig, *, max_cache_len: int | None = None, expected_len: int | None = None):
