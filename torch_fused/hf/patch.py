@@ -67,7 +67,7 @@ class Patch:
 class PatchHandle:
     """What :func:`apply_torch_fused` did to a model. As a context manager it reverts on exit.
 
-    It is saved and copied with the model; ``apply_torch_fused`` with the same flags hands it out again.
+    It is saved and copied with the model; ``apply_torch_fused`` with the same flags returns it again.
 
     Example:
         >>> with apply_torch_fused(model, decode=False) as handle:
@@ -146,7 +146,8 @@ class PatchHandle:
         """Takes every patch back; the modules' ``__dict__`` are then as before. A second call does nothing.
 
         Raises:
-            RuntimeError: someone has replaced a patched method since. Nothing is reverted then.
+            RuntimeError: someone has replaced a patched method since. Nothing is reverted then. A wrapper around the
+                model's forward that says what it wraps, such as accelerate's for mixed precision, may stay.
         """
         with lock_of(self._model):
             for patch in self._patches:
@@ -209,32 +210,40 @@ def apply_torch_fused(
 
     Only this model's instances are touched: methods are bound on them, and no class and no global changes. Modules
     whose class is not exactly one of Llama's, Qwen2's or Qwen3's are left alone, and so are modules that accelerate,
-    torch.compile or anybody else has wrapped; the handle's report lists these.
+    torch.compile or anybody else has wrapped, and classes whose forward was replaced; the handle's report lists these.
+    A patched model can be saved, copied and sent to another process with its patches and its handle.
 
     Args:
         model: a transformers model, any module that holds one, or a pipeline, whose model is patched.
         norms: RMS norms run as one kernel.
-        residual: in decoder layers, each addition and the norm that follows it run as one kernel; needs ``norms``.
+        residual: in decoder layers, the addition after attention and the norm that follows it run as one kernel;
+            needs ``norms``.
         rotary: queries and keys are rotated by their positions in one kernel.
         mlp: the activation between the feed-forward projections, ``silu(gate) * up``, runs as one kernel.
-        cache: ``generate()`` uses a :class:`FusedKVCache` where it would make a ``DynamicCache``. Your own
-            cache, another ``cache_implementation`` and ``use_cache=False`` are respected.
+        cache: ``generate()`` uses a :class:`FusedKVCache` where it would make a ``DynamicCache``, and so does a call of
+            the model without gradients and without a cache, if ``decode`` can go on from it. Your own cache, another
+            ``cache_implementation`` and ``use_cache=False`` are respected.
         sampler: ``generate()`` picks tokens with :func:`torch_fused.sampling.greedy` and
             :func:`torch_fused.sampling.sample`, which take over temperature, top-k, top-p and min-p; other processors
             run as before. What is drawn follows ``torch.manual_seed`` but is another draw than transformers' from the
             same probabilities.
         decode: on the CPU, with a `FusedKVCache`, up to 8 new tokens of up to 8 sequences go through the whole model in
             one op, several times as fast. It keeps float32 between the weights, so in float32 the tokens are
-            transformers' own, and in bfloat16 and float16 the logits, which are then float32, are nearer to the exact
-            ones than transformers' are: set this to False to have its roundings. Whatever the op cannot do, such as
-            hooks, adapters, quantised weights or attention maps, runs as before; the report tells why.
+            transformers' own, and in bfloat16, float16 and under autocast the logits, which are then float32, are
+            nearer to the exact ones than transformers' are: set this to False to have its roundings. Whatever the op
+            cannot do, such as hooks, adapters, quantised weights or attention maps, runs as before; the report tells
+            why.
 
     Returns:
-        A :class:`PatchHandle` with ``revert()`` and ``report()``, and a context manager that reverts.
+        A :class:`PatchHandle` with ``revert()`` and ``report()``, and a context manager that reverts. For a model that
+        is patched with the same flags, the handle that it has; with others it is patched anew.
 
     Raises:
         TypeError: ``model`` is none of these.
-        RuntimeError: the model is patched already, or it has nothing that could be patched.
+        RuntimeError: the model is part of one that is patched, or it has nothing that could be patched.
+
+    Warns:
+        UserWarning: a model is of no family that is known: all but its cache and its sampler is left to transformers.
 
     Example:
         >>> handle = apply_torch_fused(model)
