@@ -357,6 +357,87 @@ def test_other_caches(cache_class):
             assert "another batch size" in calls(handle)[1][-1]
 
 
+def last_tokens(layer, tokens):
+    layer.keys = layer.keys[:, :, -tokens:]
+    layer.values = layer.values[:, :, -tokens:]
+
+
+EDITS = {
+    "alike": (lambda cache: [last_tokens(layer, 5) for layer in cache.layers], ""),
+    "read": (lambda cache: list(cache), ""),
+    "cropped": (lambda cache: cache.crop(-3), ""),
+    "reordered": (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), ""),
+    "one layer longer": (lambda cache: [last_tokens(layer, 5) for layer in cache.layers[1:]], "layers that differ"),
+    "one tensor": (lambda cache: setattr(cache.layers[0], "keys", cache.layers[0].keys.double()), "another dtype"),
+    "dtype of a late layer": (
+        lambda cache: cache.layers[-1].update(*[torch.zeros(2, 2, 1, 16).double()] * 2),
+        "differ",
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_cache_that_was_edited(edit):
+    """The op runs behind what the caller left there, or the call is transformers'; the logits are the same."""
+    change, reason = EDITS[edit]
+    model = make_model()
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        outcomes = []
+        for cache in (DynamicCache(config=model.config), FusedKVCache(model.config)):
+            handle = stack.enter_context(apply_torch_fused(model)) if outcomes else None
+            model(prompt(2, 9), **{CACHE: cache})
+            change(cache)
+            try:
+                outcomes.append([model(prompt(2, 1, seed=step), **{CACHE: cache}).logits for step in range(3)])
+            except RuntimeError as error:  # float64 behind float32 weights, say
+                outcomes.append(type(error))
+        if isinstance(outcomes[0], list):
+            torch.testing.assert_close(outcomes[1], outcomes[0])
+        else:
+            assert outcomes[1] == outcomes[0]
+        assert calls(handle)[0] == (0 if reason else 3)
+        assert reason in calls(handle)[1][-1]
+
+
+def test_what_was_kept_stays():
+    """The op writes into no tensor that a caller took out of the cache, and moves nothing once they are gone."""
+    model = make_model()
+    with torch.no_grad(), apply_torch_fused(model) as handle:
+        cache = FusedKVCache(model.config, expected_len=64)
+        model(prompt(2, 9), **{CACHE: cache})
+        kept = [states for layer in cache for states in layer[:2]]
+        before = [states.clone() for states in kept]
+        cache.crop(-4)
+        model(prompt(2, 3, seed=1), **{CACHE: cache})
+        assert all(map(torch.equal, kept, before))
+        places = [states.data_ptr() for layer in cache for states in layer[:2]]
+        assert not {states.data_ptr() for states in kept}.intersection(places)
+        del kept
+        model(prompt(2, 1, seed=2), **{CACHE: cache})
+        assert [states.data_ptr() for layer in cache for states in layer[:2]] == places
+        assert calls(handle)[0] == 2
+
+
+def test_a_step_after_an_interrupt():
+    """A step behind layers of unequal length is an error that says how to go on, in the model and in generate()."""
+    model = make_model()
+    with torch.no_grad(), apply_torch_fused(model) as handle:
+        cache = FusedKVCache(model.config)
+        model(prompt(2, 9), **{CACHE: cache})
+        expected = one_step(model).logits
+        cache.get_mask_sizes(1, 0)
+        cache.update(*[torch.zeros(2, *cache.layers[0].keys.shape[1:2], 1, cache.layers[0].keys.shape[3])] * 2, 0)
+        for call in (
+            lambda: model(prompt(2, 1, seed=3), **{CACHE: cache}),
+            lambda: generate(model, prompt(2, 12), **{CACHE: cache}, max_new_tokens=2),
+        ):
+            with pytest.raises(ValueError, match="an earlier call was interrupted"):
+                call()
+        cache.crop(0)
+        assert torch.equal(model(prompt(2, 1, seed=3), **{CACHE: cache}).logits, expected)
+        assert calls(handle)[0] == 2
+
+
 @pytest.mark.parametrize("decode", [True, False])
 def test_the_cache_by_either_name(decode):
     """Old code calls it past_key_values, code for a newer transformers cache."""

@@ -256,7 +256,7 @@ class FusedLayer(DynamicLayer):
     # ---- the rest of a DynamicLayer ---------------------------------------------------------------------------------
 
     def get_seq_length(self) -> int:
-        return super().get_seq_length() if self._held is not None else self._length
+        return self._length if self._held is None and self.is_initialized else super().get_seq_length()
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
@@ -272,6 +272,7 @@ class FusedLayer(DynamicLayer):
             self._hold(*self._changed(lambda states: states[..., :tokens_to_remove, :]))
 
     def reset(self) -> None:
+        self._room = -1
         self.is_initialized = self.edited = False
         self._hold(None, None)
 
@@ -398,6 +399,8 @@ class FusedKVCache(DynamicCache):
         attention = [i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)]
         self._first, self._last = (attention[0], attention[-1]) if attention else (0, 0)
         self._change = 0  # tokens that the last forward, step or crop adds to one layer after the other
+        self._in_forward = False  # whether that was more than an `update` of the first layer
+        self._asked = False  # for the mask, by which a model begins a forward
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
@@ -411,44 +414,54 @@ class FusedKVCache(DynamicCache):
                 )
         layers: list[Any] = self.layers
         if layer_idx == self._first:
-            # Others that hold nothing may not be in use.
-            if layers[self._last].get_seq_length() > 0:
-                self._check_whole()
-            self._change = key_states.shape[-2]
+            self._check_whole()
+            self._change, self._in_forward, self._asked = key_states.shape[-2], self._asked, False
+        elif self._in_forward and not layers[layer_idx].is_initialized:
+            self._check_prompt(layer_idx)
         return layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         if layer_idx == self._first:  # a model begins a forward
             self._check_whole()
+            self._asked = True
         return super().get_mask_sizes(query_length, layer_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes minus that many tokens off the end, before that those that an interrupted call left too many."""
+        """Takes minus that many tokens off the end; 0 also takes off what an interrupted call left to the first layers.
+
+        In a ``DynamicCache`` 0 does nothing.
+        """
         layers: list[Any] = self.layers
-        if self._is_torn():
+        torn = self._is_torn()
+        if torn and tokens_to_remove == 0:
             if any(self.is_linear):
                 raise ValueError("FusedKVCache: a call was interrupted; linear attention cannot go back: reset() it")
             shortest = min(self._lengths())
             for layer in layers:
                 if isinstance(layer, DynamicLayer):
                     layer.crop(shortest - layer.get_seq_length())
-        if tokens_to_remove < 0:
-            self._change = max(tokens_to_remove, -layers[self._first].get_seq_length())
+        elif not torn and tokens_to_remove < 0:
+            self._change, self._in_forward = max(tokens_to_remove, -layers[self._first].get_seq_length()), True
         super().crop(tokens_to_remove)
+
+    # ---- interrupted calls: the layers that were reached hold more, or fewer, tokens than the others -----------------
 
     def _lengths(self) -> list[int]:
         return [layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)]
 
     def _is_torn(self) -> bool:
-        """Whether an interrupt ended the last forward, step or crop after it had changed the first layers."""
+        """Whether the last forward, step or crop reached the first layers only."""
         layers: list[Any] = self.layers
         first, last = layers[self._first].get_seq_length(), layers[self._last].get_seq_length()
-        if first == last or first - last != self._change:
-            return False
-        if any(getattr(layer, "edited", False) for layer in layers):
+        if first == last or first - last != self._change or last == 0:
             return False
         lengths = self._lengths()
-        return len(set(lengths)) == 2 and lengths == sorted(lengths, reverse=first > last)
+        return (
+            len(set(lengths)) == 2
+            and lengths == sorted(lengths, reverse=first > last)
+            and not self._any_edited()
+            and (self._in_forward or lengths[1] == first)  # a caller may use the first layer alone
+        )
 
     def _check_whole(self) -> None:
         if self._is_torn():
@@ -457,6 +470,20 @@ class FusedKVCache(DynamicCache):
                 f"FusedKVCache: an earlier call was interrupted: the first layers hold {first} tokens and the last "
                 f"{last}. crop(0) cuts all layers to the shorter length; reset() empties them."
             )
+
+    def _check_prompt(self, layer_idx: int) -> None:
+        """Raises if a layer that was never reached begins where the first goes on."""
+        lengths = self._lengths()
+        held = lengths[0] - self._change
+        reached = len([layer for layer in self.layers[:layer_idx] if isinstance(layer, CacheLayerMixin)])
+        if held > 0 and all(lengths[:reached]) and not any(lengths[reached:]) and not self._any_edited():
+            raise ValueError(
+                f"FusedKVCache: an earlier prompt was interrupted: the first layers held {held} tokens, layer "
+                f"{layer_idx} none. reset() the cache."
+            )
+
+    def _any_edited(self) -> bool:
+        return any(getattr(layer, "edited", False) for layer in self.layers)
 
     def is_uniform(self, dtype: torch.dtype, device: torch.device, batch: int) -> bool:
         """Whether every layer holds as many tokens of that dtype, device and batch size, in buffers of ours."""
@@ -477,7 +504,7 @@ class FusedKVCache(DynamicCache):
     def advance(self, tokens: int) -> None:
         """Counts that many tokens, which have been written to what `room_for` returned, as held."""
         layers: list[Any] = self.layers
-        self._change = tokens
+        self._change, self._in_forward = tokens, True
         for layer in layers:
             layer.advance(tokens)
 
