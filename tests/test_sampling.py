@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from test_decode import Step
 from torch.library import opcheck
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
@@ -15,6 +16,7 @@ from transformers.generation.logits_process import (
 )
 
 import torch_fused
+from torch_fused.ops.decode import decode_token_
 from torch_fused.ops.sampling import (
     _random_bits,
     _share_of,
@@ -409,6 +411,25 @@ def test_an_error_moves_no_generator(backend):
     assert sample(last.to(backend.device), seed=1).tolist() == [4999, 4999]
 
 
+def test_an_error_of_a_decode_step_moves_no_generator():
+    """decode_token_ looks at its filters before it writes the cache; NaN logits leave the slots in use as they are."""
+    step = Step()
+    args = {name: value for name, value in step.args.items() if name != "logits_to_keep"}
+    caches, state = [*args["keys"], *args["values"]], torch.get_rng_state()
+    before = [cache.clone() for cache in caches]
+    for filters in ({"top_k": 0}, {"top_p": 2.0}, {"min_p": -1.0}, {"temperature": INF}):
+        with pytest.raises(RuntimeError, match=f"decode_token_: {next(iter(filters))} must be"):
+            decode_token_(**args, do_sample=True, **filters)
+    assert all(torch.equal(cache, old) for cache, old in zip(caches, before, strict=True))
+    args["head"][7] = torch.nan
+    with pytest.raises(RuntimeError, match=r"no NaN or .inf .* row 0 has"):
+        decode_token_(**args, do_sample=True)
+    used = slice(0, step.length)
+    assert all(torch.equal(cache[:, :, used], old[:, :, used]) for cache, old in zip(caches, before, strict=True))
+    assert decode_token_(**args).tolist() == [7]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_shapes_and_strides(backend):
     """A row, a batch, no rows; row strides, expanded and transposed logits."""
     base = make(4, 80, device=backend.device)
@@ -589,6 +610,8 @@ def test_opcheck(backend):
     opcheck(ops.greedy.default, (x,))
     opcheck(ops.filter_logits.default, (x, 0.7, 5, 0.9, 0.1))
     opcheck(ops.sample.default, (x, 0.7, 5, 0.9, 0.1), {"seed": 3, "offset": 4})
+    opcheck(ops._next_token.default, (x, False))
+    opcheck(ops._check_sampling_parameter.default, ("sample", "top_p", torch.ones(3)))
     assert torch.Tag.nondeterministic_seeded in ops.sample.default.tags
 
 
