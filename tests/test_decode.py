@@ -360,7 +360,7 @@ def _parts(step: Step, **changes) -> list:
         (
             lambda s: {"keys": [t[:1].expand(2, -1, -1, -1) for t in s.args["keys"]]},
             RuntimeError,
-            "keys .* expanded tensor",
+            r"keys\[0\] .* expanded tensor",
         ),
         (lambda s: {"length": -1}, RuntimeError, "length must not be negative, got -1"),
         (lambda s: {"length": 26}, RuntimeError, "keys must have room for 2 tokens after length = 26, .* 27"),
