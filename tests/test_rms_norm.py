@@ -283,6 +283,20 @@ def test_gradients_match_float64(backend, cols):
         assert no_weight[1].numel() == 0
 
 
+@pytest.mark.parametrize("cols", [1, 40, 9000])
+def test_gradients_of_huge_values(backend, cols):
+    """Where products or squares overflow, what is finite in torch is finite here: a norm's gradient does not grow."""
+    weight = make(cols, seed=3).to(backend.device)
+    for x_scale, grad_scale in ((1e37, 1.0), (1e37, 1e3), (1e15, 1e30), (1e18, 1e22)):
+        x, grad = make(6, cols) * x_scale, make(6, cols, seed=1) * grad_scale
+        args = ((cols,), weight, 1e-6, "torch", 0.0, True)
+        actual = torch.ops.torch_fused.rms_norm_backward(grad.to(backend.device), None, x.to(backend.device), *args)
+        expected = rms_norm_backward_reference(grad, None, x, args[0], weight.cpu(), *args[2:])
+        for a, e in zip(actual, expected, strict=True):
+            assert torch.equal(a.isfinite().cpu(), e.isfinite())
+            assert e.isfinite().all() and float(a.abs().max()) <= 2 * float(e.abs().max()) + 1e-6 * grad_scale
+
+
 @pytest.mark.parametrize("casting_mode", ["torch", "llama"])
 def test_gradcheck(casting_mode):
     """Analytic gradients equal numeric ones in float64, for every differentiable argument."""

@@ -267,7 +267,7 @@ TORCH_FUSED_INLINE void backward_blocks(const Backward<T>& a, int64_t begin, int
         for (int64_t i = 0; i < n; ++i) dx[i] = narrow<T>(scale * (widen(dy[i]) * w[i] - widen(x[i]) * slope));
       }
       if (partial) {
-        for (int64_t i = 0; i < n; ++i) partial[i] += widen(dy[i]) * widen(x[i]) * scale;
+        for (int64_t i = 0; i < n; ++i) partial[i] += widen(dy[i]) * (widen(x[i]) * scale);
       }
     }
   }
