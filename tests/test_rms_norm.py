@@ -448,6 +448,19 @@ def test_vmap(backend):
             torch.testing.assert_close(result, torch.stack(rows))
 
 
+def test_vmap_of_weights_rounds_as_the_op(backend, casting_mode):
+    """A batched weight, its offset included, is rounded as one weight is; an empty batch works."""
+    for dtype in (torch.float16, torch.bfloat16):
+        x, weights = (make(3, 512, dtype=dtype, device=backend.device, seed=s) for s in range(2))
+
+        def call(weight, x=x):
+            return rms_norm(x, (512,), weight, casting_mode=casting_mode, weight_offset=1.0)
+
+        result = torch.func.vmap(call)(weights)
+        assert (result != torch.stack([call(weight) for weight in weights])).float().mean() < 1e-3
+        assert torch.func.vmap(call)(weights[:0]).shape == (0, 3, 512)
+
+
 def test_inference_mode_and_no_grad(backend):
     """Results are the same with autograd on, off, and in inference mode."""
     x, weight = make(4, 32, device=backend.device), make(32, seed=1).to(backend.device)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .library import check_first, leading, register
+from .library import leading, register, run_first
 
 
 def layer_norm_reference(
@@ -84,7 +84,7 @@ def _layer_norm_vmap(info, in_dims, input, normalized_shape, weight=None, bias=N
     if weight_dim is None and bias_dim is None:
         return layer_norm(input, normalized_shape, weight, bias, eps), 0
     in_dims = 0, None, weight_dim, bias_dim, None
-    check_first(_layer_norm, info, in_dims, input, normalized_shape, weight, bias, eps)
+    first = run_first(_layer_norm, info, in_dims, input, normalized_shape, weight, bias, eps)
 
     def spread(parameter: Tensor, dim: int | None) -> Tensor:
         """The parameter of each of the batch, so that it broadcasts with the input."""
@@ -98,7 +98,7 @@ def _layer_norm_vmap(info, in_dims, input, normalized_shape, weight=None, bias=N
         result = result * spread(weight, weight_dim)
     if bias is not None:
         result = result + spread(bias, bias_dim)
-    return result.to(input.dtype), 0
+    return result.to(first.dtype), 0
 
 
 def layer_norm(

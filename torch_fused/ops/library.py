@@ -35,7 +35,7 @@ def register(
         op = getattr(torch.ops.torch_fused, name).default
 
         def rule(info, in_dims, *args, **kwargs):
-            check_first(op, info, in_dims, *args, **kwargs)
+            run_first(op, info, in_dims, *args, **kwargs)
             return torch.vmap(partial(batched, **kwargs), in_dims)(*args), 0
 
         torch.library.register_vmap(f"torch_fused::{name}", rule)
@@ -46,10 +46,15 @@ def leading(info, x: Tensor, dim: int | None) -> Tensor:
     return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
-def check_first(op: Callable[..., Any], info, in_dims, *args: Any, **kwargs: Any) -> None:
-    """Runs `op` on the first of a batch, for the checks of its arguments."""
-    if info.batch_size:
-        op(*(x.select(dim, 0) if isinstance(dim, int) else x for x, dim in zip(args, in_dims, strict=True)), **kwargs)
+def run_first(op: Callable[..., Any], info, in_dims, *args: Any, **kwargs: Any) -> Any:
+    """`op` on the first of a batch, or on zeros if the batch is empty: for its checks, and the dtype of its results."""
+
+    def first(x: Any, dim: Any) -> Any:
+        if not isinstance(dim, int):
+            return x
+        return x.select(dim, 0) if info.batch_size else x.sum(dim)
+
+    return op(*map(first, args, in_dims), **kwargs)
 
 
 def refuse_vmap(name: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .library import check_first, leading, register
+from .library import leading, register, run_first
 
 
 def rms_norm_reference(
@@ -114,14 +114,15 @@ def _rms_norm_vmap(
     if weight_dim is None:
         return rms_norm(input, normalized_shape, weight, eps, casting_mode=casting_mode, weight_offset=weight_offset), 0
     options = {"casting_mode": casting_mode, "weight_offset": weight_offset}
-    check_first(_rms_norm, info, (0, None, weight_dim, None), input, normalized_shape, weight, eps, **options)
+    first = run_first(_rms_norm, info, (0, None, weight_dim, None), input, normalized_shape, weight, eps, **options)
     weight = leading(info, weight, weight_dim)
-    weight = weight.view(info.batch_size, *[1] * (input.dim() - weight.dim()), *weight.shape[1:]) + weight_offset
+    weight = weight.view(info.batch_size, *[1] * (input.dim() - weight.dim()), *weight.shape[1:])
     if casting_mode == "llama":
-        return weight * rms_norm(input, normalized_shape, None, eps, casting_mode=casting_mode), 0
+        return (weight + weight_offset) * rms_norm(input, normalized_shape, None, eps, casting_mode=casting_mode), 0
     wide = input.to(_arithmetic_dtype(input))
     eps = torch.finfo(wide.dtype).eps if eps is None else eps
-    return (rms_norm(wide, normalized_shape, None, eps) * weight).to(input.dtype), 0
+    normed = rms_norm(wide, normalized_shape, None, eps)
+    return (normed * (weight.to(wide.dtype) + weight_offset)).to(first.dtype), 0
 
 
 def _add_rms_norm_vmap(info, in_dims, input, residual, weight, eps=1e-6, *, casting_mode="llama", weight_offset=0.0):
@@ -130,7 +131,7 @@ def _add_rms_norm_vmap(info, in_dims, input, residual, weight, eps=1e-6, *, cast
     input, residual, weight_dim = leading(info, input, in_dims[0]), leading(info, residual, in_dims[1]), in_dims[2]
     if weight_dim is None:
         return add_rms_norm(input, residual, weight, eps, **options), (0, 0)
-    check_first(_add_rms_norm, info, (0, 0, weight_dim, None), input, residual, weight, eps, **options)
+    run_first(_add_rms_norm, info, (0, 0, weight_dim, None), input, residual, weight, eps, **options)
     total = input + residual
     shape = leading(info, weight, weight_dim).shape[1:]
     normed, _ = _rms_norm_vmap(info, (0, None, weight_dim, None), total, shape, weight, eps, **options)
