@@ -164,7 +164,8 @@ def refusal(capsys, *arguments: str, status: int = 2) -> str:
         got = main(["demo", "--device", "cpu", *arguments])
     except SystemExit as exit:
         got = exit.code
-    lines = [line for line in capsys.readouterr().err.splitlines() if "it/s]" not in line]  # progress, of transformers
+    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in lines if line and "it/s]" not in line]  # but for transformers' progress
     assert got == status and len(lines) == 1, lines
     assert lines[0].startswith("torch_fused demo: ")
     return lines[0].removeprefix("torch_fused demo: ")

@@ -301,12 +301,12 @@ def test_generate_takes_what_a_tokenizer_returns(stock):
         (
             prompt(3),
             ValueError,
-            r"input_ids must have shape \(batch, tokens\), .* got \(3,\): input_ids\[None\] is a batch of one",
+            r"input_ids must have .* got \(3,\): input_ids\[None\] is a batch of one",
         ),
         (
             prompt(1, 2, 3),
             ValueError,
-            r"input_ids must have shape \(batch, tokens\), neither of them 0, got \(1, 2, 3\)$",
+            r"input_ids must have .* neither of them 0, got \(1, 2, 3\)$",
         ),
         (torch.zeros(1, 0, dtype=torch.long), ValueError, r"input_ids must have .* neither of them 0, got \(1, 0\)$"),
     ],
