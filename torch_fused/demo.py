@@ -313,7 +313,8 @@ def _write_text(args: argparse.Namespace, model, tokenizer, inputs, console) -> 
 
     options = {"max_new_tokens": args.max_new_tokens, **_sampling(args)}
     dtype = str(model.dtype).removeprefix("torch.")
-    console.rule(f"torch_fused, {args.model or 'SmolLM2-135M-Instruct (dequantised from 4-bit)'}, {dtype}")
+    name = args.model or "SmolLM2-135M-Instruct (dequantised from 4-bit)"
+    console.rule(f"torch_fused, {Path(name).resolve().name if Path(name).exists() else name}, {dtype}")
     console.print(args.prompt, style="bold", markup=False)
     with apply_torch_fused(model):
         torch.manual_seed(args.seed)
