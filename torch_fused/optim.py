@@ -128,14 +128,15 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, operands in [(group, self._operands(group)) for group in self.param_groups]:
+        wanted = [_params_with_grad(group) for group in self.param_groups]
+        for group, operands in zip(self.param_groups, [self._operands(params) for params in wanted], strict=True):
             self._step_group(group, operands)
         return loss
 
-    def _operands(self, group: dict[str, Any]) -> dict[torch.device, tuple[list[Tensor], ...]]:
-        """Parameters, gradients, states and steps of a group, for each device."""
+    def _operands(self, params: list[Tensor]) -> dict[torch.device, tuple[list[Tensor], ...]]:
+        """Parameters, gradients, states and steps, for each device."""
         operands: dict[torch.device, tuple[list[Tensor], ...]] = defaultdict(lambda: ([], [], [], [], []))
-        for param in _params_with_grad(group):
+        for param in params:
             state = self.state[param] or self._new_state(param)
             tensors: tuple[Any, ...] = (param, param.grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
             if hasattr(param, "to_local"):  # sharded: the step is elementwise, so this process updates its part
