@@ -371,7 +371,7 @@ def _parts(step: Step, **changes) -> list:
         (
             lambda s: {"keys": [t[:1].expand(2, -1, -1, -1) for t in s.args["keys"]]},
             RuntimeError,
-            r"keys\[0\] .* expanded tensor",
+            r"keys\[\d\] .* expanded tensor",
         ),
         (lambda s: {"length": -1}, RuntimeError, "length must not be negative, got -1"),
         (lambda s: {"length": 26}, RuntimeError, "keys must have room for 2 tokens after length = 26, .* 27"),
@@ -380,8 +380,8 @@ def _parts(step: Step, **changes) -> list:
         (lambda s: {"length": -(2**63)}, RuntimeError, "length must not be negative"),
         (lambda s: {"heads": 2**63 - 1}, RuntimeError, "heads must"),
         (lambda s: {"logits_to_keep": 2**63 - 1}, RuntimeError, "logits_to_keep must"),
-        (lambda s: {"values": s.args["keys"]}, RuntimeError, r"values\[0\] must not share memory with keys\[0\]"),
-        (lambda s: {"keys": [s.args["keys"][0]] * 2}, RuntimeError, r"keys\[1\] must not share memory with keys\[0\]"),
+        (lambda s: {"values": s.args["keys"]}, RuntimeError, r"(keys|values)\[\d\] must not share memory with (keys|values)\[\d\]"),
+        (lambda s: {"keys": [s.args["keys"][0]] * 2}, RuntimeError, r"keys\[\d\] must not share memory with keys\[\d\]"),
         (
             lambda s: {"keys": [s.args["keys"][0], s.args["values"][0]]},
             RuntimeError,
@@ -391,12 +391,12 @@ def _parts(step: Step, **changes) -> list:
         (
             lambda s: {"layers": _parts(s, k_bias=s.args["values"][0].flatten()[-32:])},
             RuntimeError,
-            r"layers\[19\] must not share memory with values\[0\]",
+            r"layers\[19\] must not share memory with values\[\d\]",
         ),
         (
             lambda s: {"keys": [s.args["keys"][0].as_strided((2, 2, 27, 16), (1, 864, 16, 1)), s.args["keys"][1]]},
             RuntimeError,
-            r"keys\[0\] must not be an expanded tensor or another whose elements share",
+            r"keys\[\d\] must not be an expanded tensor or another whose elements share",
         ),
         (lambda s: {"heads": 3}, RuntimeError, "heads must"),
         (lambda s: {"heads": 0}, RuntimeError, "heads must"),

@@ -176,8 +176,10 @@ class Decoder:
         self._check_cache(input_ids, cache)
         plan = self.plan()
         weight: Tensor = plan.weights["embedding"]
+        if torch.is_autocast_enabled("cpu"):
+            _widen(cache, weight.dtype)
         if len(cache.layers) != plan.layers or not cache.is_uniform(weight.dtype, weight.device, input_ids.shape[0]):
-            raise Left("the cache has another dtype, device, batch size or number of layers, or layers that differ")
+            raise Left("the cache has another dtype, device, number of layers or another batch size, or layers differ")
         if self.needs_gradients():
             raise Left("gradients are enabled")
         if any(attention.training for attention in plan.dropout):
@@ -312,6 +314,15 @@ def rows_of(position_ids: Any, input_ids: Tensor) -> Tensor:
     if int(position_ids.min()) < 0:
         raise Left("position_ids has negative positions")
     return position_ids.expand(input_ids.shape)
+
+
+def _widen(cache: Any, dtype: torch.dtype) -> None:
+    """Gives keys and values the weights' dtype; autocast leaves some of them in its own, after a prompt."""
+    for layer in cache.layers:
+        for name in ("keys", "values"):
+            states = getattr(layer, name)
+            if states.dtype != dtype:
+                setattr(layer, name, states.to(dtype))
 
 
 def left_padding(mask: Tensor | None, input_ids: Tensor, length: int) -> Tensor | None:
