@@ -48,6 +48,15 @@ def test_matches_float64(backend, cols, casting_mode):
         assert_matches_reference(silu_mul, silu_mul_reference, gate, up, casting_mode=casting_mode, roundings=roundings)
 
 
+def test_gradients_near_the_largest_float(backend):
+    """A huge gradient times a tiny up is no infinity, whichever factor comes next."""
+    grad, up, gate = (torch.full((1, 8), value, device=backend.device) for value in (3e38, 3e-38, 1.28))
+    actual = torch.ops.torch_fused.silu_mul_backward(grad, gate, up)
+    exact = silu_mul_backward_reference(grad.double().cpu(), gate.double().cpu(), up.double().cpu())
+    assert_close(actual[0], exact[0])
+
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_gate(backend, dtype):
     """Silu of all 65536 values of a half type is torch's, or its neighbour."""

@@ -69,7 +69,7 @@ void silu_mul_backward(device const T* grad [[buffer(0)]], device const T* gate 
 #pragma unroll
   for (int j = 0; j < W; j++) {
     const float sigmoid = 1.0f / (1.0f + exp(-g[j]));
-    u[j] *= dy[j] * sigmoid * (1.0f + g[j] * (1.0f - sigmoid));
+    u[j] = dy[j] * u[j] * sigmoid * (1.0f + g[j] * (1.0f - sigmoid));
     dy[j] *= g[j] * sigmoid;
   }
   store_columns<W>(grad_gate + at.row * p.cols + at.start, at.column, at.cols, p.flags & ALIGNED, u);
