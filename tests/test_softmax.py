@@ -229,7 +229,7 @@ def test_the_first_order_is_kernels():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: torch.ops.torch_fused.softmax(x, dtype=torch.int32), "softmax: input must be float32"),
+        (lambda x: torch.ops.torch_fused.softmax(x, dtype=torch.int32), "softmax: dtype must be float32"),
         (
             lambda x: torch.ops.torch_fused.softmax_backward(x, torch.ones_like(x)[:1]),
             "softmax_backward: grad must have output's shape",
