@@ -35,7 +35,7 @@ struct Driver {
     if (status == 0) return;
     const char* name = nullptr;
     error_name(status, &name);
-    TORCH_CHECK(false, "torch_fused: CUDA kernel ", launch.kernel, ": ", step,
+    TORCH_CHECK(false, "torch_fused: CUDA kernel ", launch.kernel.name, ": ", step,
                 " failed: ", name ? name : "unknown error");
   }
 };
@@ -94,7 +94,7 @@ Module load(const Launch& launch, int device) {
   api.check(api.device_attribute(&major, kComputeCapabilityMajor, handle), launch, "cuDeviceGetAttribute");
   api.check(api.device_attribute(&minor, kComputeCapabilityMinor, handle), launch, "cuDeviceGetAttribute");
   try {
-    const std::string code = cubin(launch.source, major, minor);
+    const std::string code = cubin(launch.kernel.source, major, minor);
     const RelaxedCapture relaxed;
     api.check(api.load_module(&module.handle, code.data()), launch, "cuModuleLoadData");
   } catch (const LibraryUnavailable& error) {
@@ -114,45 +114,56 @@ Modules& modules() {
 }
 
 void* find_function(const Launch& launch, int device) {
+  std::atomic<void*>& known = launch.kernel.functions.at(device);
+  if (void* function = known.load(std::memory_order_acquire)) return function;
   const std::lock_guard<std::mutex> lock(modules().mutex);
-  const std::pair<const Source*, int> key{&launch.source, device};
+  const std::pair<const Source*, int> key{&launch.kernel.source, device};
   auto found = modules().of.find(key);
   if (found == modules().of.end()) found = modules().of.emplace(key, load(launch, device)).first;
   Module& module = found->second;
   if (!module.handle) throw LibraryUnavailable(module.unavailable);
-  void*& function = module.functions[launch.kernel];
+  void*& function = module.functions[launch.kernel.name];
   if (!function) {
     const RelaxedCapture relaxed;  // the driver may load each function when it is first asked for
-    driver().check(driver().get_function(&function, module.handle, launch.kernel.c_str()), launch,
+    driver().check(driver().get_function(&function, module.handle, launch.kernel.name.c_str()), launch,
                    "cuModuleGetFunction");
   }
+  known.store(function, std::memory_order_release);
   return function;
 }
 
 }  // namespace
 
-void launch_cuda(const Launch& launch) {
-  TORCH_INTERNAL_ASSERT(launch.threads_per_threadgroup % 32 == 0, "cuda.h counts on whole warps, got ",
-                        launch.threads_per_threadgroup, " threads");
-  const c10::Device device = launch.tensors[0].device();
+void launch_cuda(c10::ArrayRef<Launch> launches) {
+  const c10::Device device = launches[0].tensors[0].device();
   const c10::DeviceGuard guard(device);
-  ensure_context(launch, device.index());
-  void* function = find_function(launch, device.index());
+  ensure_context(launches[0], device.index());
+  std::vector<void*> functions;
+  functions.reserve(launches.size());
+  for (const Launch& launch : launches) {
+    TORCH_INTERNAL_ASSERT(launch.threads_per_threadgroup % 32 == 0, "cuda.h counts on whole warps, got ",
+                          launch.threads_per_threadgroup, " threads");
+    functions.push_back(launch.threadgroups ? find_function(launch, device.index()) : nullptr);
+  }
   const c10::impl::VirtualGuardImpl cuda(c10::DeviceType::CUDA);
   void* stream = cuda.getStreamNativeHandle(cuda.getStream(device));
 
   std::array<void*, kMaxBuffers> pointers;
   std::array<void*, kMaxBuffers> arguments;
-  const size_t count = launch.tensors.size();
-  for (size_t i = 0; i < count; ++i) {
-    pointers[i] = launch.tensors[i].data_ptr();
-    arguments[i] = &pointers[i];
+  for (size_t i = 0; i < launches.size(); ++i) {
+    const Launch& launch = launches[i];
+    if (!functions[i]) continue;
+    const size_t count = launch.tensors.size();
+    for (size_t j = 0; j < count; ++j) {
+      pointers[j] = launch.tensors[j].data_ptr();
+      arguments[j] = &pointers[j];
+    }
+    arguments[count] = const_cast<void*>(launch.params);
+    driver().check(driver().launch(functions[i], static_cast<unsigned>(launch.threadgroups), 1, 1,
+                                   static_cast<unsigned>(launch.threads_per_threadgroup), 1, 1, 0, stream,
+                                   arguments.data(), nullptr),
+                   launch, "cuLaunchKernel");
   }
-  arguments[count] = const_cast<void*>(launch.params);
-  driver().check(driver().launch(function, static_cast<unsigned>(launch.threadgroups), 1, 1,
-                                 static_cast<unsigned>(launch.threads_per_threadgroup), 1, 1, 0, stream,
-                                 arguments.data(), nullptr),
-                 launch, "cuLaunchKernel");
 }
 
 }  // namespace torch_fused
