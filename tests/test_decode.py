@@ -380,8 +380,16 @@ def _parts(step: Step, **changes) -> list:
         (lambda s: {"length": -(2**63)}, RuntimeError, "length must not be negative"),
         (lambda s: {"heads": 2**63 - 1}, RuntimeError, "heads must"),
         (lambda s: {"logits_to_keep": 2**63 - 1}, RuntimeError, "logits_to_keep must"),
-        (lambda s: {"values": s.args["keys"]}, RuntimeError, r"(keys|values)\[\d\] must not share memory with (keys|values)\[\d\]"),
-        (lambda s: {"keys": [s.args["keys"][0]] * 2}, RuntimeError, r"keys\[\d\] must not share memory with keys\[\d\]"),
+        (
+            lambda s: {"values": s.args["keys"]},
+            RuntimeError,
+            r"(keys|values)\[\d\] must not share memory with (keys|values)\[\d\]",
+        ),
+        (
+            lambda s: {"keys": [s.args["keys"][0]] * 2},
+            RuntimeError,
+            r"keys\[\d\] must not share memory with keys\[\d\]",
+        ),
         (
             lambda s: {"keys": [s.args["keys"][0], s.args["values"][0]]},
             RuntimeError,

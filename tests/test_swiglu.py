@@ -56,7 +56,6 @@ def test_gradients_near_the_largest_float(backend):
     assert_close(actual[0], exact[0])
 
 
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_gate(backend, dtype):
     """Silu of all 65536 values of a half type is torch's, or its neighbour."""
