@@ -83,7 +83,8 @@ def test_rows_are_kept_as_they_come(results, tmp_path):
     assert not list(tmp_path.glob("*/*.part"))
 
 
-def test_an_interrupted_run_goes_on(results):
+def test_an_interrupted_run_goes_on(results, monkeypatch):
+    monkeypatch.setattr(record, "waited", lambda: 0.0)  # whatever else this machine does
     results().add(op="x", contender="a", ms=1.0)
     assert results().current(op="x", contender="a")["ms"] == "1"
     assert results().current(op="x", contender="b") is None
