@@ -367,7 +367,7 @@ EDITS = {
     "read": (lambda cache: list(cache), ""),
     "cropped": (lambda cache: cache.crop(-3), ""),
     "reordered": (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), ""),
-    "one layer longer": (lambda cache: [last_tokens(layer, 5) for layer in cache.layers[1:]], "layers that differ"),
+    "one layer longer": (lambda cache: [last_tokens(layer, 5) for layer in cache.layers[1:]], "layers differ"),
     "one tensor": (lambda cache: setattr(cache.layers[0], "keys", cache.layers[0].keys.double()), "another dtype"),
     "dtype of a late layer": (
         lambda cache: cache.layers[-1].update(*[torch.zeros(2, 2, 1, 16).double()] * 2),

@@ -294,7 +294,7 @@ ONLY_NUMBERS = [
      layer_norm_forward(cols=13)),
     ("variance about the shift", "layer_norm", "fma(-sum, rest, simd_sum(squares))", "simd_sum(squares)",
      layer_norm_forward(cols=9000)),
-    ("the mean is the shift", "layer_norm", "{mean, rest - (mean - shift),", "{shift, 0.0f,",
+    ("the mean is the shift", "layer_norm", "mean, rest - (mean - shift), rstd", "shift, 0.0f, rstd",
      layer_norm_forward(cols=9000)),
     ("the simdgroups' shifts taken for one", "layer_norm", "= seen.x - shift;", "= 0.0f;", layer_norm_forward()),
     ("slope about the shift", "layer_norm_backward", "sums.y - (m.mean - all.seen[place.lane].x + m.rest) * sums.x",
