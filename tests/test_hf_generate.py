@@ -412,7 +412,7 @@ def test_generate_names_inputs_that_it_does_not_take(stock, inputs, error, messa
 
 def test_a_pipeline_is_its_model(stock):
     """Patching one accelerates its calls; what holds no model is named, with what to do."""
-    pipe = TextGenerationPipeline(model=stock, tokenizer=small_tokenizer())
+    pipe = TextGenerationPipeline(model=stock, tokenizer=small_tokenizer(), device="cpu")
     expected = pipe("the sky is", max_new_tokens=5, do_sample=False)
     tokens = stock.generate(prompt(1, 4), max_new_tokens=5, do_sample=False)
     assert torch.equal(generate(pipe, prompt(1, 4), max_new_tokens=5, do_sample=False), tokens)

@@ -346,6 +346,8 @@ def test_trainer(options, tmp_path):
         train(stock, tmp_path, **options)
         with apply_torch_fused(patched) as handle:
             train(patched, tmp_path, **options)
+            if Version(transformers.__version__) < Version("5.24"):  # a model in training then fills no cache
+                patched.gradient_checkpointing_disable()
             with torch.no_grad():
                 assert relative_error(patched(prompt(1, 9)).logits, stock(prompt(1, 9)).logits) < 1e-2
                 patched.generate(prompt(1, 5), max_new_tokens=8, do_sample=False)

@@ -239,6 +239,7 @@ class Decoder:
     def _forward(
         self,
         cache: Any,
+        /,  # a call may hand on a `cache` of its own: continuous batching in transformers 5.17 does
         input_ids: Any = None,
         attention_mask: Any = None,
         position_ids: Any = None,
