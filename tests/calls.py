@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_fused.ops.decode import LAYER_PARTS, decode_reference
+from torch_fused.ops.decode import LAYER_PARTS, DecoderParts, decode_reference, make_decoder
 from torch_fused.ops.kv_cache import kv_append_reference
 from torch_fused.testing import HALF_ULP, make
 
@@ -49,6 +49,19 @@ class Maker:
         return torch.randint(end, shape, generator=generator).to(device or self.device)
 
 
+# The arguments of make_decoder, which the calls of a decoder have among their own.
+MODEL = {
+    "embedding": "Tensor",
+    "layers": "Tensor?[]",
+    "norm": "Tensor",
+    "head": "Tensor",
+    "heads": "int",
+    "eps": "float",
+    "scaling": "float",
+    "windows": "List[int]",
+}
+
+
 @dataclass(frozen=True)
 class Call:
     """One op. `arguments` makes valid arguments; `exact` is the op in plain torch, from the same arguments."""
@@ -60,7 +73,7 @@ class Call:
     cancels: Callable[..., Tensor | float] = lambda **_: 0.0  # how large what cancels in the results is, at most
     loose: float = 0.0  # a relative error, of results that are whole networks
     only_dense: frozenset[str] = frozenset()  # arguments that may be refused for their layout
-    only_cpu: bool = False  # of neither a GPU nor the emulator
+    model: Callable[..., Any] | None = None  # makes the op's first argument from those of `MODEL`
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     differentiable: tuple[str, ...] = ()  # arguments that have a gradient
     says: tuple[str, ...] = ()  # names other than `op` that its errors begin with
@@ -80,13 +93,31 @@ class Call:
         arguments = self.overload._schema.arguments
         return {argument.name for argument in arguments if argument.alias_info and argument.alias_info.is_write}
 
+    @property
+    def parameters(self) -> dict[str, str]:
+        """The type of each argument by its name, as a schema has it."""
+        found = {argument.name: str(argument.type) for argument in self.overload._schema.arguments}
+        if self.model:
+            del found["model"]
+            found |= MODEL
+        return found
+
+    def __call__(self, **arguments: Any) -> Any:
+        return self.overload(**self._with_model(self.model, arguments))
+
+    def _with_model(self, make_model: Callable[..., Any] | None, arguments: Arguments) -> Arguments:
+        if make_model is None:
+            return arguments
+        rest = {name: value for name, value in arguments.items() if name not in MODEL}
+        return {"model": make_model(**{name: arguments[name] for name in MODEL}), **rest}
+
     def made(self, backend: Any, dtype: torch.dtype = torch.float32) -> Arguments:
-        """Valid arguments for a backend; an op of the CPU runs there whatever the backend."""
-        return self.arguments(Maker(dtype, "cpu" if self.only_cpu else backend.device))
+        """Valid arguments for a backend."""
+        return self.arguments(Maker(dtype, backend.device))
 
     def run(self, arguments: Arguments) -> list[Tensor]:
         """The op's results, and behind them what it has written."""
-        return self._outcome(arguments, self.overload(**arguments))
+        return self._outcome(arguments, self(**arguments))
 
     def plain(self, arguments: Arguments, dtype: torch.dtype | None = None) -> list[Tensor]:
         """The same from plain torch, on copies of the tensors, floating ones in `dtype`."""
@@ -96,7 +127,8 @@ class Call:
 
         copies = map_tensors(copied, arguments)
         exact = self.exact or getattr(torch.ops.torch_fused_reference, self.op)
-        return self._outcome(copies, exact(**copies))
+        parts = self._with_model(self.model and DecoderParts, copies)
+        return self._outcome(copies, exact(**parts))
 
     def _outcome(self, arguments: Arguments, results: Any) -> list[Tensor]:
         results = [] if results is None else [results] if isinstance(results, Tensor) else list(results)
@@ -408,6 +440,7 @@ def decode_(m: Maker) -> Arguments:
         "heads": heads,
         "eps": 1e-5,
         "scaling": head_dim**-0.5,
+        "windows": [m.pick(0, 3, 1, 100) for _ in range(layers)],
         "logits_to_keep": m.pick(0, 1),
     }
 
@@ -470,16 +503,25 @@ CALLS = {
         Call("adamw_", adamw_),
         Call("kv_append_", kv_append_, in_float64=False),
         Call("kv_update_", kv_append_, exact=kv_update_exact, in_float64=False, says=("kv_append_",)),
-        Call("decode_", decode_, loose=3e-2, only_cpu=True, only_dense=DECODER, dtypes=GPU_DTYPES),
+        Call(
+            "decode_",
+            decode_,
+            exact=decode_reference,
+            loose=3e-2,
+            model=make_decoder,
+            only_dense=DECODER,
+            dtypes=GPU_DTYPES,
+            says=("Decoder",),
+        ),
         Call(
             "decode_token_",
             decode_token_,
             exact=decode_token_exact,
             loose=3e-2,
-            only_cpu=True,
+            model=make_decoder,
             only_dense=DECODER,
             dtypes=(torch.float32,),
-            says=("decode_",),
+            says=("decode_", "Decoder"),
         ),
         Call("greedy", greedy, in_float64=False),
         Call("filter_logits", filter_logits, in_float64=False, only_dense=frozenset({"row_parameters"})),

@@ -155,7 +155,7 @@ def main(backend: str, calls: int, log: Path, ops: list[str]) -> None:
         if backend == "emulated":
             stack.enter_context(emulate())
         for call in CALLS.values():
-            if (call.op in ops or not ops) and (backend == "cpu" or not call.only_cpu):
+            if call.op in ops or not ops:
                 at_guard_pages(call, backend, log)
                 fuzz(call, backend, calls, log)
 

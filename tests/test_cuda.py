@@ -481,9 +481,8 @@ def test_cuda_demo_with_random_weights(capsys):
 def test_cuda_status_lists_the_kernels():
     """status(): every op that has kernels runs the translated Metal source; none has fallen back to torch."""
     status = torch_fused.status()
-    for op in CHECKS.keys() - {"decode_"} | {"kv_update_"}:
+    for op in CHECKS.keys() | {"kv_update_", "decode_token_"}:
         assert status[op]["cuda"] == "Metal source translated to CUDA"
-    assert status["decode_"]["cuda"] == status["decode_token_"]["cuda"] == "none"
 
 
 def test_cuda_damaged_cubins_are_compiled_again(tmp_path):

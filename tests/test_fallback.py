@@ -8,7 +8,7 @@ import torch
 
 import torch_fused
 from torch_fused.opcount import OpCounter
-from torch_fused.ops.decode import LAYER_PARTS, decode_token_
+from torch_fused.ops.decode import LAYER_PARTS, decode_token_, make_decoder
 from torch_fused.ops.library import COMPOSED
 from torch_fused.runtime import _runtime
 
@@ -80,22 +80,19 @@ def decode_arguments() -> dict:
     shapes = {"gate": (3, 2), "up": (3, 2), "down": (2, 3), "input_norm": (2,), "post_attention_norm": (2,)}
     shapes |= {name: (2, 2) for name in "qkvo"}
     zero = torch.zeros(1, 1, dtype=torch.long)
+    layers = [torch.ones(shapes[name]) if name in shapes else None for name in LAYER_PARTS]
     return {
+        "model": make_decoder(
+            torch.ones(3, 2), layers, torch.ones(2), torch.ones(3, 2), heads=1, eps=1e-5, scaling=1.0
+        ),
         "token_ids": zero,
         "positions": zero,
         "starts": None,
-        "embedding": torch.ones(3, 2),
         "cos": torch.ones(4, 2),
         "sin": torch.zeros(4, 2),
-        "layers": [torch.ones(shapes[name]) if name in shapes else None for name in LAYER_PARTS],
-        "norm": torch.ones(2),
-        "head": torch.ones(3, 2),
         "keys": [torch.zeros(1, 1, 4, 2)],
         "values": [torch.zeros(1, 1, 4, 2)],
         "length": 0,
-        "heads": 1,
-        "eps": 1e-5,
-        "scaling": 1.0,
     }
 
 
@@ -129,7 +126,7 @@ def test_status_of_what_is_on_no_device(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     status = torch_fused.status()
     assert status["kv_update_"]["cuda"] == status["rms_norm"]["cuda"] == "Metal source translated to CUDA"
-    assert {status[op][device] for op in ("decode_", "decode_token_") for device in ("cuda", "mps")} == {"none"}
+    assert status["decode_token_"]["cuda"] == status["decode_"]["cuda"] == "Metal source translated to CUDA"
     reasons = {"kv_append_": "no compiler"}
     assert _runtime("kv_update_", "cuda", reasons) == _runtime("kv_append_", "cuda", reasons) == "torch: no compiler"
     assert _runtime("kv_update_", "cpu", reasons) == "vectorised C++"

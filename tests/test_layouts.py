@@ -83,14 +83,14 @@ def test_every_incoming_gradient_in_every_layout(call, backend):
 
     def gradients(incoming):
         leaves = {name: arguments[name].detach().clone().requires_grad_() for name in call.differentiable}
-        results = as_list(call.overload(**arguments | leaves))
+        results = as_list(call(**arguments | leaves))
         used = [(r, g) for r, g in zip(results, incoming, strict=True) if g is not None]
         torch.autograd.backward([r for r, _ in used], [g for _, g in used])
         return [leaf.grad for leaf in leaves.values()]
 
     count = len(call.overload._schema.returns)
     with torch.no_grad():
-        results = as_list(call.overload(**arguments))
+        results = as_list(call(**arguments))
     dense = [make(*result.shape, seed=50 + i).to(result) for i, result in enumerate(results)]
     for i in range(count):
         for others in {count > 1, False}:
@@ -116,6 +116,6 @@ def test_what_cannot_be_written_is_refused(call, backend):
             given = replaced(map_tensors(torch.clone, arguments), name, place, view)
             before = map_tensors(torch.clone, given)
             with pytest.raises(RuntimeError, match=f"({'|'.join((call.op, *call.says))}): .*{name}"):
-                call.overload(**given)
+                call(**given)
             for (_, _, a), (_, _, b) in zip(tensors_of(given), tensors_of(before), strict=True):
                 assert torch.equal(a, b), f"{name} {layout}"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .functional import add_rms_norm, apply_rotary_pos_emb, silu_mul
 from .ops.adamw import adamw_, adamw_reference
-from .ops.decode import LAYER_PARTS, decode_, decode_reference
+from .ops.decode import LAYER_PARTS, DecoderParts, decode_, decode_reference, make_decoder
 from .ops.kv_cache import kv_append_, kv_append_reference
 from .ops.layer_norm import layer_norm_backward_reference, layer_norm_reference
 from .ops.rms_norm import add_rms_norm_reference, rms_norm_backward_reference, rms_norm_reference
@@ -210,53 +210,75 @@ def check_kv_append(device: str) -> None:
             same(f"kv_append_ of {head_dim} elements, {dtype}", values, exact[1])
 
 
-def check_decode(_: str) -> None:
-    """An op of the CPU, whatever the device."""
-    hidden, heads, head_dim, tokens, length = 40, 4, 12, 3, 20
+def check_decode(device: str) -> None:
+    # Odd sizes, and whole packs with heads of 64 and 128 dimensions; one new token and several.
+    for hidden, head_dim, steps in ((40, 12, 3), (64, 64, 1), (64, 64, 3), (64, 128, 1), (64, 128, 3)):
+        for dtype in DTYPES:
+            check_decoder(device, dtype, hidden, head_dim, steps)
+
+
+def check_decoder(device: str, dtype: torch.dtype, hidden: int, head_dim: int, steps: int) -> None:
+    heads, batch, length, vocabulary = 4, 1 if steps == 1 else 2, 20, 50
+    intermediate = 96 if hidden == 64 else 71
+    queries, keys = heads * head_dim, 2 * head_dim
     sizes = {
         "input_norm": (hidden,),
-        "q": (heads * head_dim, hidden),
-        "k": (2 * head_dim, hidden),
-        "v": (2 * head_dim, hidden),
-        "o": (hidden, heads * head_dim),
+        "q": (queries, hidden),
+        "q_bias": (queries,),
+        "k": (keys, hidden),
+        "v": (keys, hidden),
+        "k_norm": (head_dim,),
+        "o": (hidden, queries),
         "post_attention_norm": (hidden,),
-        "gate": (70, hidden),
-        "up": (70, hidden),
-        "down": (hidden, 70),
+        "gate": (intermediate, hidden),
+        "up": (intermediate, hidden),
+        "down": (hidden, intermediate),
     }
-    for dtype in DTYPES:
 
-        def weight(*shape: int, seed: int = 20, dtype: torch.dtype = dtype) -> Tensor:
-            return make(*shape, dtype=dtype, seed=seed, scale=shape[-1] ** -0.5)
+    def weight(*shape: int, seed: int = 20) -> Tensor:
+        return make(*shape, dtype=dtype, seed=seed, scale=shape[-1] ** -0.5)
 
-        parts = enumerate(LAYER_PARTS)
-        ids = torch.arange(2 * tokens).view(2, tokens)
-        arguments: dict[str, Any] = {
-            "token_ids": ids,
-            "positions": ids,
-            "starts": torch.tensor([0, 7]),
-            "embedding": weight(50, hidden),
-            "cos": weight(30, head_dim, seed=21),
-            "sin": weight(30, head_dim, seed=22),
-            "layers": [weight(*sizes[name], seed=seed) if name in sizes else None for seed, name in parts],
-            "norm": weight(hidden, seed=23),
-            "head": weight(50, hidden, seed=24),
-            "keys": [weight(2, 2, length + tokens, head_dim, seed=25)],
-            "values": [weight(2, 2, length + tokens, head_dim, seed=26)],
-            "length": length,
-            "heads": heads,
-            "eps": 1e-5,
-            "scaling": head_dim**-0.5,
-            "logits_to_keep": 0,
-        }
-        exact = decode_reference(**{name: in_float64(value) for name, value in arguments.items()})
-        compare("decode_", [decode_(**arguments).to(dtype)], [exact])
+    ids = torch.arange(batch * steps).view(batch, steps)
+    model: dict[str, Any] = {
+        "embedding": weight(vocabulary, hidden),
+        "layers": [weight(*sizes[name], seed=i) if name in sizes else None for i, name in enumerate(LAYER_PARTS)],
+        "norm": weight(hidden, seed=23),
+        "head": weight(vocabulary, hidden, seed=24),
+        "heads": heads,
+        "eps": 1e-5,
+        "scaling": head_dim**-0.5,
+        "windows": [9],
+    }
+    arguments: dict[str, Any] = {
+        "token_ids": ids,
+        "positions": ids,
+        "starts": torch.tensor([0, 15])[:batch],
+        "cos": weight(30, head_dim, seed=21),
+        "sin": weight(30, head_dim, seed=22),
+        "keys": [weight(batch, 2, length + steps, head_dim, seed=25)],
+        "values": [weight(batch, 2, length + steps, head_dim, seed=26)],
+        "length": length,
+    }
+    exact_model = DecoderParts(**in_float64(model))
+    exact = decode_reference(exact_model, **in_float64(arguments), logits_to_keep=steps)
+    logits = decode_(make_decoder(**on(device, model)), **on(device, arguments))
+    compare(f"decode_ of {hidden} columns and heads of {head_dim}", [logits.to(dtype)], [exact])
+
+
+def on(device: str, value: Any) -> Any:
+    return map_tensors(lambda tensor: tensor.to(device), value)
 
 
 def in_float64(value: Any) -> Any:
+    return map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, value)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: map_tensors(function, item) for name, item in value.items()}
     if isinstance(value, list):
-        return [in_float64(item) for item in value]
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        return [map_tensors(function, item) for item in value]
+    return function(value) if isinstance(value, Tensor) else value
 
 
 CHECKS: dict[str, Callable[[str], None]] = {

@@ -3,6 +3,7 @@
 #include <c10/util/SmallVector.h>
 
 #include <algorithm>
+#include <iterator>
 
 namespace torch_fused {
 namespace {
@@ -102,7 +103,31 @@ bool before(const Operand& a, const Operand& b) {
   return a.space != b.space ? a.space < b.space : a.begin < b.begin;
 }
 
+uint64_t storage_begin(const at::Tensor& tensor) {
+  return reinterpret_cast<uint64_t>(tensor.storage().data());
+}
+
+uint64_t storage_end(const at::Tensor& tensor) {
+  return storage_begin(tensor) + tensor.storage().nbytes();
+}
+
 }  // namespace
+
+void MemoryMap::add(const at::Tensor& tensor) {
+  uint64_t begin = storage_begin(tensor), end = storage_end(tensor);
+  for (auto next = ends_.upper_bound(end); next != ends_.begin() && std::prev(next)->second >= begin;) {
+    const auto touching = std::prev(next);
+    begin = std::min(begin, touching->first);
+    end = std::max(end, touching->second);
+    next = ends_.erase(touching);
+  }
+  ends_[begin] = end;
+}
+
+bool MemoryMap::meets(const at::Tensor& tensor) const {
+  const auto next = ends_.lower_bound(storage_end(tensor));
+  return next != ends_.begin() && std::prev(next)->second > storage_begin(tensor);
+}
 
 std::string MemoryCheck::Operand::full_name() const {
   return index < 0 ? name : std::string(name) + "[" + std::to_string(index) + "]";

@@ -4,9 +4,21 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <map>
 #include <vector>
 
 namespace torch_fused {
+
+// The memory of many tensors, for a quick look at whether another may have some of it.
+class MemoryMap {
+ public:
+  void add(const at::Tensor& tensor);
+  // False only if the tensor's storage has no byte of those of the tensors added; MemoryCheck is exact.
+  bool meets(const at::Tensor& tensor) const;
+
+ private:
+  std::map<uint64_t, uint64_t> ends_;  // of stretches apart from each other, by their beginnings
+};
 
 class MemoryCheck {
  public:

@@ -1,14 +1,13 @@
-// A step of a whole decoder as one op on the CPU: schema, checks, memory and threads.
-
+// A step of a whole decoder: the model as an object, schema, checks, and the step on the CPU.
 #include "decode.h"
 
-#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <numeric>
-#include <optional>
 #include <string>
 #include <utility>
 
@@ -18,86 +17,153 @@
 #include "../common/memory.h"
 #include "../common/rows.h"
 #include "../sampling/sampling.h"
-#include "team.h"
-
-TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
-  m.def(
-      "decode_(Tensor token_ids, Tensor positions, Tensor? starts, Tensor embedding, Tensor cos, Tensor sin, "
-      "Tensor?[] layers, Tensor norm, Tensor head, Tensor(a!)[] keys, Tensor(b!)[] values, int length, int heads, "
-      "float eps, float scaling, int logits_to_keep) -> Tensor");
-  m.def(
-      "decode_token_(Tensor token_ids, Tensor positions, Tensor? starts, Tensor embedding, Tensor cos, Tensor sin, "
-      "Tensor?[] layers, Tensor norm, Tensor head, Tensor(a!)[] keys, Tensor(b!)[] values, int length, int heads, "
-      "float eps, float scaling, bool do_sample, float temperature, int? top_k, float? top_p, float? min_p) -> Tensor",
-      {at::Tag::nondeterministic_seeded});
-}
+#include "cpu_step.h"
 
 namespace torch_fused {
-namespace {
 
 using at::Tensor;
 using at::TensorList;
 using OptionalTensor = std::optional<Tensor>;
-using OptionalTensors = c10::List<std::optional<Tensor>>;
 
-// What a layer has in the flat list of all layers, in this order. ops/decode.py has the same names.
-enum LayerPart {
-  kInputNorm,
-  kQ,
-  kQBias,
-  kK,
-  kKBias,
-  kV,
-  kVBias,
-  kQNorm,
-  kKNorm,
-  kO,
-  kOBias,
-  kPostAttentionNorm,
-  kGate,
-  kUp,
-  kDown,
-  kLayerParts
-};
-constexpr const char* kPartNames[] = {"input norm", "q",      "q bias", "k", "k bias", "v",
-                                      "v bias",     "q norm", "k norm", "o", "o bias", "post-attention norm",
-                                      "gate",       "up",     "down"};
+// ---- the model ------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kChunk = 64;  // slots that a chunk of the context should at least have
+namespace {
 
-// The arguments of one call.
-struct Call {
-  const Tensor &token_ids, &positions;
-  const OptionalTensor& starts;
-  const Tensor &embedding, &cos, &sin;
-  const OptionalTensors& layers;
-  const Tensor &norm, &head;
-  TensorList keys, values;
-  int64_t length, heads;
-  double eps, scaling;
-  int64_t logits_to_keep;
+constexpr size_t kLayerParts = 15;  // ops/decode.py has their names
+
+// Checks the tensors of a model one by one, and takes each as it is now.
+class Reader {
+ public:
+  explicit Reader(const Tensor& embedding) : device_(embedding.device()) {}
+
+  Tensor take(const Tensor& tensor, const std::string& name, at::IntArrayRef shape) {
+    TORCH_CHECK(tensor.sizes() == shape, "Decoder: ", name, " must have shape ", shape, ", got ", tensor.sizes());
+    const at::ScalarType dtype = tensor.scalar_type();
+    TORCH_CHECK(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, "Decoder: ", name,
+                " must be float32, float16 or bfloat16, got ", dtype);
+    TORCH_CHECK(tensor.device() == device_, "Decoder: ", name, " must be on the embedding's device ", device_,
+                ", got ", tensor.device());
+    TORCH_CHECK(tensor.layout() == at::kStrided && (tensor.stride(-1) == 1 || tensor.size(-1) == 1), "Decoder: ", name,
+                " must have dense rows, got strides ", tensor.strides());
+    TORCH_CHECK(!tensor.is_neg(), "Decoder: ", name, " must not be a lazily negated view: pass tensor.resolve_neg()");
+    taken.push_back({name, tensor, tensor.detach(), tensor.const_data_ptr()});
+    return taken.back().tensor;
+  }
+
+  OptionalTensor take(const OptionalTensor& tensor, const std::string& name, at::IntArrayRef shape, bool optional) {
+    TORCH_CHECK(tensor || optional, "Decoder: ", name, " must be a tensor, got None");
+    return tensor ? OptionalTensor(take(*tensor, name, shape)) : std::nullopt;
+  }
+
+  std::vector<Decoder::Taken> taken;
+
+ private:
+  c10::Device device_;
 };
 
-// ---- checks ---------------------------------------------------------------------------------------------------------
-
-// What check_weight demands, without a name to be made for each of the hundreds of tensors of a call.
-bool is_weight(const Tensor& tensor, at::IntArrayRef shape, const Tensor& embedding) {
-  return tensor.sizes() == shape && tensor.scalar_type() == embedding.scalar_type() &&
-         tensor.device() == embedding.device() && (tensor.stride(-1) == 1 || tensor.size(-1) == 1);
+int64_t rows_of(const OptionalTensor& matrix, const char* name) {
+  TORCH_CHECK(matrix && matrix->dim() == 2 && matrix->numel() > 0, "Decoder: ", name,
+              " of layer 0 must be a matrix with rows and columns");
+  return matrix->size(0);
 }
 
-// `tensor` must have the shape, one the embedding's dtype and device, and dense rows.
-void check_weight(const std::string& name, const Tensor& tensor, at::IntArrayRef shape, const Tensor& embedding) {
-  TORCH_CHECK(tensor.sizes() == shape, "decode_: ", name, " must have shape ", shape, ", got ", tensor.sizes());
-  check_alike("decode_", name.c_str(), tensor, "embedding", embedding);
-  TORCH_CHECK(tensor.stride(-1) == 1 || tensor.size(-1) == 1, "decode_: ", name, " must have dense rows, got strides ",
-              tensor.strides());
+}  // namespace
+
+Decoder::Decoder(const Tensor& embedding_, const std::vector<OptionalTensor>& parts, const Tensor& norm_,
+                 const Tensor& head_, int64_t heads_, double eps_, double scaling_, const std::vector<int64_t>& windows)
+    : heads(heads_), eps(eps_), scaling(scaling_) {
+  TORCH_CHECK(embedding_.dim() == 2 && embedding_.numel() > 0,
+              "Decoder: embedding must be (vocabulary, hidden), got shape ", embedding_.sizes());
+  hidden = embedding_.size(1);
+  Reader reader(embedding_);
+  embedding = reader.take(embedding_, "embedding", embedding_.sizes());
+  TORCH_CHECK(head_.dim() == 2 && head_.numel() > 0, "Decoder: head must be (vocabulary, hidden), got shape ",
+              head_.sizes());
+  vocabulary = head_.size(0);
+  head = reader.take(head_, "head", {vocabulary, hidden});
+  norm = reader.take(norm_, "norm", {hidden});
+  const size_t count = parts.size() / kLayerParts;
+  TORCH_CHECK(count >= 1 && count * kLayerParts == parts.size(), "Decoder: layers must have ", kLayerParts,
+              " entries for each layer, got ", parts.size());
+  TORCH_CHECK(windows.size() == count && std::all_of(windows.begin(), windows.end(), [](int64_t w) { return w >= 0; }),
+              "Decoder: windows must be a number for each of the ", count, " layers, 0 for none, got ", windows);
+  const int64_t q_rows = rows_of(parts[1], "q"), kv_rows = rows_of(parts[3], "k");
+  TORCH_CHECK(heads >= 1 && q_rows % heads == 0, "Decoder: heads must divide the rows of q, ", q_rows, ", got ", heads);
+  head_dim = q_rows / heads;
+  kv_heads = kv_rows / head_dim;
+  TORCH_CHECK(kv_heads >= 1 && kv_heads * head_dim == kv_rows && heads % kv_heads == 0,
+              "Decoder: k of layer 0 must have rows for a number of heads of ", head_dim, " that divides ", heads,
+              ", got ", kv_rows);
+  intermediate = rows_of(parts[12], "gate");
+  for (size_t i = 0; i < count; ++i) {
+    size_t next = i * kLayerParts;
+    const std::string of_layer = " of layer " + std::to_string(i);
+    const auto vector = [&](const char* name, int64_t size, bool optional = false) {
+      return reader.take(parts[next++], name + of_layer, {size}, optional);
+    };
+    const auto matrix = [&](const char* name, int64_t rows, int64_t cols) {
+      return *reader.take(parts[next++], name + of_layer, {rows, cols}, false);
+    };
+    DecoderLayer layer;
+    layer.input_norm = *vector("input_norm", hidden);
+    layer.q = {matrix("q", q_rows, hidden), vector("q_bias", q_rows, true)};
+    layer.k = {matrix("k", kv_rows, hidden), vector("k_bias", kv_rows, true)};
+    layer.v = {matrix("v", kv_rows, hidden), vector("v_bias", kv_rows, true)};
+    layer.q_norm = vector("q_norm", head_dim, true);
+    layer.k_norm = vector("k_norm", head_dim, true);
+    layer.o = {matrix("o", hidden, q_rows), vector("o_bias", hidden, true)};
+    layer.post_attention_norm = *vector("post_attention_norm", hidden);
+    layer.gate.weight = matrix("gate", intermediate, hidden);
+    layer.up.weight = matrix("up", intermediate, hidden);
+    layer.down.weight = matrix("down", hidden, intermediate);
+    TORCH_CHECK(layer.up.weight.scalar_type() == layer.gate.weight.scalar_type(), "Decoder: up", of_layer,
+                " must have gate's dtype ", layer.gate.weight.scalar_type(), ", got ", layer.up.weight.scalar_type());
+    layer.window = windows[i];
+    layers.push_back(std::move(layer));
+  }
+  taken = std::move(reader.taken);
+  for (const Taken& part : taken) memory.add(part.tensor);
 }
 
-void check_indices(const char* name, const Tensor& tensor, at::IntArrayRef shape, int64_t end) {
-  TORCH_CHECK(tensor.scalar_type() == at::kLong && tensor.is_cpu() && tensor.sizes() == shape && tensor.is_contiguous(),
-              "decode_: ", name, " must be a contiguous int64 tensor of shape ", shape, " on the CPU, got ",
+const Decoder::Taken* Decoder::changed() const {
+  for (const Taken& part : taken) {
+    const Tensor &now = part.original, &then = part.tensor;
+    if (now.const_data_ptr() != part.data || now.sizes() != then.sizes() || now.strides() != then.strides() ||
+        now.scalar_type() != then.scalar_type()) {
+      return &part;
+    }
+  }
+  return nullptr;
+}
+
+namespace {
+
+// What the decoder was made from, for the reference and for torch.compile.
+auto arguments_of(const DecoderPtr& model) {
+  std::vector<OptionalTensor> layers;
+  std::vector<int64_t> windows;
+  for (const DecoderLayer& l : model->layers) {
+    layers.insert(layers.end(), {l.input_norm, l.q.weight, l.q.bias, l.k.weight, l.k.bias, l.v.weight, l.v.bias,
+                                 l.q_norm, l.k_norm, l.o.weight, l.o.bias, l.post_attention_norm, l.gate.weight,
+                                 l.up.weight, l.down.weight});
+    windows.push_back(l.window);
+  }
+  return std::make_tuple(model->embedding, layers, model->norm, model->head, model->heads, model->eps, model->scaling,
+                         windows);
+}
+
+}  // namespace
+
+// ---- checks of a call -----------------------------------------------------------------------------------------------
+
+namespace {
+
+void check_indices(const char* name, const Tensor& tensor, at::IntArrayRef shape, int64_t end, c10::Device device) {
+  TORCH_CHECK(tensor.scalar_type() == at::kLong && tensor.device() == device && tensor.sizes() == shape &&
+                  tensor.is_contiguous(),
+              "decode_: ", name, " must be a contiguous int64 tensor of shape ", shape, " on ", device, ", got ",
               tensor.scalar_type(), " ", tensor.sizes(), " on ", tensor.device());
+  if (!tensor.is_cpu()) return;
   const int64_t* values = elements<const int64_t>(tensor);
   for (int64_t i = 0; i < tensor.numel(); ++i) {
     TORCH_CHECK_INDEX(values[i] >= 0 && values[i] < end, "decode_: ", name, " must be from 0 to ", end - 1, ", got ",
@@ -105,163 +171,112 @@ void check_indices(const char* name, const Tensor& tensor, at::IntArrayRef shape
   }
 }
 
-void check_cache(const char* name, TensorList buffers, const StepShape& s, int64_t layers, const Tensor& embedding) {
-  TORCH_CHECK(static_cast<int64_t>(buffers.size()) == layers, "decode_: ", name, " must be a tensor for each of the ",
-              layers, " layers, got ", buffers.size());
+void check_cache(const char* name, TensorList buffers, const DecodeCall& call) {
+  const Decoder& m = call.model;
+  TORCH_CHECK(buffers.size() == m.layers.size(), "decode_: ", name, " must be a tensor for each of the ",
+              m.layers.size(), " layers, got ", buffers.size());
   for (const Tensor& buffer : buffers) {
-    TORCH_CHECK(buffer.dim() == 4 && buffer.size(0) == s.batch && buffer.size(1) == s.kv_heads &&
-                    buffer.size(3) == s.head_dim && (buffer.stride(3) == 1 || s.head_dim == 1),
-                "decode_: ", name, " must be (", s.batch, ", ", s.kv_heads, ", capacity, ", s.head_dim,
+    TORCH_CHECK(buffer.dim() == 4 && buffer.size(0) == call.batch && buffer.size(1) == m.kv_heads &&
+                    buffer.size(3) == m.head_dim && (buffer.stride(3) == 1 || m.head_dim == 1),
+                "decode_: ", name, " must be (", call.batch, ", ", m.kv_heads, ", capacity, ", m.head_dim,
                 ") with a dense last dimension, got shape ", buffer.sizes(), " with strides ", buffer.strides());
-    check_alike("decode_", name, buffer, "embedding", embedding);
-    TORCH_CHECK(s.length <= buffer.size(2) - s.steps, "decode_: ", name, " must have room for ", s.steps,
-                " tokens after length = ", s.length, ", got a capacity of ", buffer.size(2));
+    const at::ScalarType dtype = buffer.scalar_type();
+    TORCH_CHECK(dtype == call.keys[0].scalar_type() &&
+                    (dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16),
+                "decode_: ", name, " must all be float32, all float16 or all bfloat16, got ", dtype);
+    TORCH_CHECK(buffer.device() == m.embedding.device(), "decode_: ", name, " must be on the model's device ",
+                m.embedding.device(), ", got ", buffer.device());
+    TORCH_CHECK(call.length <= buffer.size(2) - call.steps, "decode_: ", name, " must have room for ", call.steps,
+                " tokens after length = ", call.length, ", got a capacity of ", buffer.size(2));
   }
 }
 
 // The caches are written: nothing else may be there.
-void check_memory(const Call& call) {
+void check_memory(const DecodeCall& call) {
+  const Decoder& model = call.model;
   MemoryCheck memory("decode_");
+  bool near_the_model = false;
   for (size_t i = 0; i < call.keys.size(); ++i) {
     memory.writes("keys", call.keys[i], static_cast<int64_t>(i));
     memory.writes("values", call.values[i], static_cast<int64_t>(i));
+    near_the_model = near_the_model || model.memory.meets(call.keys[i]) || model.memory.meets(call.values[i]);
   }
   memory.reads("token_ids", call.token_ids);
   memory.reads("positions", call.positions);
   if (call.starts) memory.reads("starts", *call.starts);
-  memory.reads("embedding", call.embedding);
   memory.reads("cos", call.cos);
   memory.reads("sin", call.sin);
-  for (size_t i = 0; i < call.layers.size(); ++i) {
-    if (const OptionalTensor part = call.layers.get(i)) memory.reads("layers", *part, static_cast<int64_t>(i));
+  if (near_the_model) {
+    for (const Decoder::Taken& part : model.taken) memory.reads(part.name.c_str(), part.tensor);
   }
-  memory.reads("norm", call.norm);
-  memory.reads("head", call.head);
   memory.run();
 }
 
-OptionalTensor layer_part(const Call& call, int64_t layer, LayerPart part) {
-  return call.layers.get(layer * kLayerParts + part);
-}
+}  // namespace
 
-void check_part(const Call& call, int64_t layer, LayerPart part, at::IntArrayRef shape, bool may_be_absent) {
-  const OptionalTensor tensor = layer_part(call, layer, part);
-  if (tensor ? is_weight(*tensor, shape, call.embedding) : may_be_absent) return;
-  const std::string name = std::string(kPartNames[part]) + " of layer " + std::to_string(layer);
-  TORCH_CHECK(tensor, "decode_: ", name, " must be a tensor, got None");
-  check_weight(name, *tensor, shape, call.embedding);
-}
-
-StepShape check(const Call& call) {
-  StepShape s{};
-  TORCH_CHECK(call.token_ids.dim() == 2 && call.token_ids.size(0) >= 1 && call.token_ids.size(0) <= kMostBatch &&
-                  call.token_ids.size(1) >= 1 && call.token_ids.size(1) <= kMostSteps,
+DecodeCall check_decode(const DecoderPtr& model, const Tensor& token_ids, const Tensor& positions,
+                        const OptionalTensor& starts, const Tensor& cos, const Tensor& sin, TensorList keys,
+                        TensorList values, int64_t length, int64_t logits_to_keep) {
+  const Decoder& m = *model;
+  const Decoder::Taken* changed = m.changed();
+  TORCH_CHECK(!changed, "decode_: ", changed->name,
+              " of the model has been given other memory or another shape: make the decoder again");
+  const c10::Device device = m.embedding.device();
+  TORCH_CHECK(token_ids.dim() == 2 && token_ids.size(0) >= 1 && token_ids.size(0) <= kMostBatch &&
+                  token_ids.size(1) >= 1 && token_ids.size(1) <= kMostSteps,
               "decode_: token_ids must be (batch, steps) with 1 to ", kMostBatch, " sequences and 1 to ", kMostSteps,
-              " tokens of each, got shape ", call.token_ids.sizes());
-  s.batch = call.token_ids.size(0);
-  s.steps = call.token_ids.size(1);
-  const at::ScalarType dtype = call.embedding.scalar_type();
-  TORCH_CHECK(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16,
-              "decode_: embedding must be float32, float16 or bfloat16, got ", dtype);
-  TORCH_CHECK(call.embedding.dim() == 2 && call.embedding.numel() > 0 && call.embedding.is_cpu(),
-              "decode_: embedding must be (vocabulary, hidden) on the CPU, got shape ", call.embedding.sizes(), " on ",
-              call.embedding.device());
-  s.hidden = call.embedding.size(1);
-  check_weight("embedding", call.embedding, call.embedding.sizes(), call.embedding);
-  TORCH_CHECK(call.head.dim() == 2, "decode_: head must be (vocabulary, hidden), got shape ", call.head.sizes());
-  s.vocabulary = call.head.size(0);
-  check_weight("head", call.head, {s.vocabulary, s.hidden}, call.embedding);
-  check_weight("norm", call.norm, {s.hidden}, call.embedding);
-
-  const int64_t layers = static_cast<int64_t>(call.layers.size()) / kLayerParts;
-  TORCH_CHECK(layers >= 1 && layers * kLayerParts == static_cast<int64_t>(call.layers.size()),
-              "decode_: layers must have ", int64_t{kLayerParts}, " entries for each layer, got ", call.layers.size());
-  const OptionalTensor q = layer_part(call, 0, kQ), k = layer_part(call, 0, kK), gate = layer_part(call, 0, kGate);
-  TORCH_CHECK(q && k && gate && q->dim() == 2 && k->dim() == 2 && gate->dim() == 2,
-              "decode_: q, k and gate of layer 0 must be matrices");
-  s.heads = call.heads;
-  TORCH_CHECK(s.heads >= 1 && q->size(0) >= s.heads && q->size(0) % s.heads == 0,
-              "decode_: heads must divide the rows of q, ", q->size(0), ", got ", s.heads);
-  s.head_dim = q->size(0) / s.heads;
-  s.kv_heads = k->size(0) / s.head_dim;
-  TORCH_CHECK(s.kv_heads >= 1 && s.kv_heads * s.head_dim == k->size(0) && s.heads % s.kv_heads == 0,
-              "decode_: k of layer 0 must have rows for a number of heads of ", s.head_dim, " that divides ", s.heads,
-              ", got ", k->size(0));
-  s.intermediate = gate->size(0);
-  const int64_t q_rows = s.heads * s.head_dim, kv_rows = s.kv_heads * s.head_dim;
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    check_part(call, layer, kInputNorm, {s.hidden}, false);
-    check_part(call, layer, kQ, {q_rows, s.hidden}, false);
-    check_part(call, layer, kQBias, {q_rows}, true);
-    check_part(call, layer, kK, {kv_rows, s.hidden}, false);
-    check_part(call, layer, kKBias, {kv_rows}, true);
-    check_part(call, layer, kV, {kv_rows, s.hidden}, false);
-    check_part(call, layer, kVBias, {kv_rows}, true);
-    check_part(call, layer, kQNorm, {s.head_dim}, true);
-    check_part(call, layer, kKNorm, {s.head_dim}, true);
-    check_part(call, layer, kO, {s.hidden, q_rows}, false);
-    check_part(call, layer, kOBias, {s.hidden}, true);
-    check_part(call, layer, kPostAttentionNorm, {s.hidden}, false);
-    check_part(call, layer, kGate, {s.intermediate, s.hidden}, false);
-    check_part(call, layer, kUp, {s.intermediate, s.hidden}, false);
-    check_part(call, layer, kDown, {s.hidden, s.intermediate}, false);
+              " tokens of each, got shape ", token_ids.sizes());
+  DecodeCall call{m,    token_ids,          positions,          starts, cos, sin, keys, values, token_ids.size(0),
+                  token_ids.size(1), length, logits_to_keep == 0 ? token_ids.size(1) : logits_to_keep, 0};
+  for (const auto& [name, table] : {std::pair<const char*, const Tensor&>{"cos", cos}, {"sin", sin}}) {
+    TORCH_CHECK(table.dim() == 2 && table.is_contiguous() && table.size(1) % 2 == 0 && table.size(1) <= m.head_dim &&
+                    table.sizes() == cos.sizes(),
+                "decode_: ", name, " must be a contiguous (positions, rotary dim) with an even rotary dim of at most ",
+                m.head_dim, ", got shape ", table.sizes());
+    check_dtype("decode_", name, table);
+    TORCH_CHECK(table.scalar_type() == cos.scalar_type() && table.scalar_type() != at::kDouble &&
+                    table.device() == device,
+                "decode_: ", name, " must have cos's dtype, ", cos.scalar_type(), ", not float64, and be on ", device,
+                ", got ", table.scalar_type(), " on ", table.device());
   }
-
-  TORCH_CHECK(
-      call.cos.dim() == 2 && call.cos.is_contiguous() && call.cos.size(1) % 2 == 0 && call.cos.size(1) <= s.head_dim,
-      "decode_: cos must be a contiguous (positions, rotary dim) with an even rotary dim of at most ", s.head_dim,
-      ", got shape ", call.cos.sizes());
-  s.rotary_dim = call.cos.size(1);
-  check_weight("cos", call.cos, call.cos.sizes(), call.embedding);
-  check_weight("sin", call.sin, call.cos.sizes(), call.embedding);
-  TORCH_CHECK(call.sin.is_contiguous(), "decode_: sin must be contiguous, got strides ", call.sin.strides());
-  check_indices("token_ids", call.token_ids, call.token_ids.sizes(), call.embedding.size(0));
-  check_indices("positions", call.positions, call.token_ids.sizes(), call.cos.size(0));
-  TORCH_CHECK(call.length >= 0, "decode_: length must not be negative, got ", call.length);
-  s.length = call.length;
-  check_cache("keys", call.keys, s, layers, call.embedding);
-  check_cache("values", call.values, s, layers, call.embedding);
-  if (call.starts) check_indices("starts", *call.starts, {s.batch}, s.length + 1);
-  TORCH_CHECK(call.logits_to_keep >= 0 && call.logits_to_keep <= s.steps, "decode_: logits_to_keep must be from 0 to ",
-              s.steps, ", got ", call.logits_to_keep);
-  s.kept = call.logits_to_keep == 0 ? s.steps : call.logits_to_keep;
+  call.rotary_dim = cos.size(1);
+  TORCH_CHECK(length >= 0, "decode_: length must not be negative, got ", length);
+  TORCH_CHECK(logits_to_keep >= 0 && logits_to_keep <= call.steps, "decode_: logits_to_keep must be from 0 to ",
+              call.steps, ", got ", logits_to_keep);
+  check_cache("keys", keys, call);
+  check_cache("values", values, call);
+  check_indices("token_ids", token_ids, token_ids.sizes(), m.embedding.size(0), device);
+  check_indices("positions", positions, token_ids.sizes(), cos.size(0), device);
+  if (starts) check_indices("starts", *starts, {call.batch}, length + 1, device);
   check_memory(call);
-  return s;
+  return call;
 }
 
 // ---- CPU ------------------------------------------------------------------------------------------------------------
 
-template <class T>
-const T* vector_of(const OptionalTensor& tensor) {
-  return tensor ? elements<const T>(*tensor) : nullptr;
+namespace {
+
+constexpr int64_t kChunk = 64;  // slots that a chunk of the context should at least have
+
+Vector vector_of(const OptionalTensor& tensor) {
+  return tensor ? Vector{tensor->const_data_ptr(), format_of(*tensor)} : Vector{nullptr, 0};
 }
 
-template <class T>
-Matrix<T> matrix_of(const Tensor& weight, const OptionalTensor& bias = std::nullopt) {
-  return {elements<const T>(weight), weight.size(0), weight.size(1), weight.stride(0), vector_of<T>(bias)};
+Matrix matrix_of(const Linear& linear) {
+  const Tensor& w = linear.weight;
+  return {w.const_data_ptr(), format_of(w), w.size(0), w.size(1), w.stride(0), vector_of(linear.bias)};
 }
 
-template <class T>
-CacheStates<T> states_of(const Tensor& buffer) {
-  return {elements<T>(buffer), buffer.stride(0), buffer.stride(1), buffer.stride(2)};
+CacheStates<void> states_of(const Tensor& buffer) {
+  return {buffer.mutable_data_ptr(), buffer.stride(0), buffer.stride(1), buffer.stride(2)};
 }
 
-template <class T>
-Layer<T> layer_of(const Call& call, int64_t index) {
-  const auto part = [&](LayerPart name) { return layer_part(call, index, name); };
-  return {vector_of<T>(part(kInputNorm)),
-          matrix_of<T>(*part(kQ), part(kQBias)),
-          matrix_of<T>(*part(kK), part(kKBias)),
-          matrix_of<T>(*part(kV), part(kVBias)),
-          matrix_of<T>(*part(kO), part(kOBias)),
-          vector_of<T>(part(kQNorm)),
-          vector_of<T>(part(kKNorm)),
-          vector_of<T>(part(kPostAttentionNorm)),
-          matrix_of<T>(*part(kGate)),
-          matrix_of<T>(*part(kUp)),
-          matrix_of<T>(*part(kDown)),
-          states_of<T>(call.keys[index]),
-          states_of<T>(call.values[index])};
+StepLayer layer_of(const DecoderLayer& layer, const Tensor& keys, const Tensor& values) {
+  return {vector_of(layer.input_norm), matrix_of(layer.q),       matrix_of(layer.k),
+          matrix_of(layer.v),          matrix_of(layer.o),       vector_of(layer.q_norm),
+          vector_of(layer.k_norm),     vector_of(layer.post_attention_norm),
+          matrix_of(layer.gate),       matrix_of(layer.up),      matrix_of(layer.down),
+          states_of(keys),             states_of(values),        layer.window};
 }
 
 // So many chunks that all threads have as much to do, if the context is long enough to be worth it.
@@ -273,8 +288,7 @@ int64_t count_chunks(const StepShape& s) {
 }
 
 // With the best instructions that the machine has, or that ATEN_CPU_CAPABILITY allows torch.
-template <class T>
-void run_step(const Step<T>& step, const Team& team) {
+void run_step(const CpuStep& step, const Team& team) {
 #ifdef TORCH_FUSED_X86_DISPATCH
   static const std::string allowed = at::get_cpu_capability();
   if (allowed == "AVX512" && __builtin_cpu_supports("x86-64-v4")) return avx512::run_step(step, team);
@@ -283,29 +297,48 @@ void run_step(const Step<T>& step, const Team& team) {
   baseline::run_step(step, team);
 }
 
-template <class T>
-void run(const Call& call, const StepShape& shape, const Tensor& logits) {
-  Step<T> s{};
-  static_cast<StepShape&>(s) = shape;
-  s.token_ids = elements<const int64_t>(call.token_ids);
-  s.positions = elements<const int64_t>(call.positions);
-  s.starts = call.starts ? elements<const int64_t>(*call.starts) : nullptr;
-  s.embedding = elements<const T>(call.embedding);
-  s.embedding_stride = call.embedding.stride(0);
-  s.cos = elements<const T>(call.cos);
-  s.sin = elements<const T>(call.sin);
-  for (size_t i = 0; i < call.keys.size(); ++i) s.layers.push_back(layer_of<T>(call, static_cast<int64_t>(i)));
-  s.norm = elements<const T>(call.norm);
-  s.head = matrix_of<T>(call.head);
-  s.eps = static_cast<float>(call.eps);
-  s.scaling = static_cast<float>(call.scaling);
+}  // namespace
+
+Tensor decode_cpu(const DecoderPtr& model, const Tensor& token_ids, const Tensor& positions,
+                  const OptionalTensor& starts, const Tensor& cos, const Tensor& sin, TensorList keys,
+                  TensorList values, int64_t length, int64_t logits_to_keep) {
+  const DecodeCall call =
+      check_decode(model, token_ids, positions, starts, cos, sin, keys, values, length, logits_to_keep);
+  const Decoder& m = *model;
+  CpuStep s{};
+  s.batch = call.batch;
+  s.steps = call.steps;
+  s.hidden = m.hidden;
+  s.heads = m.heads;
+  s.kv_heads = m.kv_heads;
+  s.head_dim = m.head_dim;
+  s.rotary_dim = call.rotary_dim;
+  s.intermediate = m.intermediate;
+  s.vocabulary = m.vocabulary;
+  s.length = call.length;
+  s.kept = call.kept;
+  s.threads = team_size();
+  s.chunks = count_chunks(s);
+  s.token_ids = elements<const int64_t>(token_ids);
+  s.positions = elements<const int64_t>(positions);
+  s.starts = starts ? elements<const int64_t>(*starts) : nullptr;
+  s.embedding = matrix_of({m.embedding, std::nullopt});
+  s.cos = vector_of(cos);
+  s.sin = vector_of(sin);
+  s.layers.reserve(m.layers.size());
+  for (size_t i = 0; i < m.layers.size(); ++i) s.layers.push_back(layer_of(m.layers[i], keys[i], values[i]));
+  s.cache_format = format_of(keys[0]);
+  s.norm = vector_of(m.norm);
+  s.head = matrix_of({m.head, std::nullopt});
+  s.eps = static_cast<float>(m.eps);
+  s.scaling = static_cast<float>(m.scaling);
 
   const int64_t sizes[] = {
       s.tokens() * s.hidden,       s.tokens() * s.projected(),  s.tokens() * s.heads * s.chunks * s.partial(),
       s.tokens() * s.intermediate, s.tokens() * s.intermediate, s.threads * s.own_size()};
-  int64_t total = 0;
-  for (const int64_t size : sizes) total += size;
-  const Tensor memory = at::empty({total}, logits.options());
+  const auto floats = m.embedding.options().dtype(at::kFloat);
+  const Tensor logits = at::empty({s.batch, s.kept, s.vocabulary}, floats);
+  const Tensor memory = at::empty({std::accumulate(std::begin(sizes), std::end(sizes), int64_t{0})}, floats);
   float* next = elements<float>(memory);
   float** const places[] = {&s.states, &s.qkv, &s.partials, &s.gates, &s.ups, &s.own};
   for (size_t i = 0; i < std::size(places); ++i) {
@@ -314,67 +347,48 @@ void run(const Call& call, const StepShape& shape, const Tensor& logits) {
   }
   s.logits = elements<float>(logits);
   run_team(s.threads, [&s](const Team& team) { run_step(s, team); });
-}
-
-Tensor decode_cpu(const Tensor& token_ids, const Tensor& positions, const OptionalTensor& starts,
-                  const Tensor& embedding, const Tensor& cos, const Tensor& sin, const OptionalTensors& layers,
-                  const Tensor& norm, const Tensor& head, TensorList keys, TensorList values, int64_t length,
-                  int64_t heads, double eps, double scaling, int64_t logits_to_keep) {
-  const Call call{token_ids, positions, starts, embedding, cos,   sin, layers,  norm,
-                  head,      keys,      values, length,    heads, eps, scaling, logits_to_keep};
-  StepShape shape = check(call);
-  shape.threads = team_size();
-  shape.chunks = count_chunks(shape);
-  const Tensor logits = at::empty({shape.batch, shape.kept, shape.vocabulary}, embedding.options().dtype(at::kFloat));
-  AT_DISPATCH_SWITCH(embedding.scalar_type(), "decode_",
-                     AT_DISPATCH_CASE(at::kFloat, [&] { run<scalar_t>(call, shape, logits); })
-                         AT_DISPATCH_CASE(at::kHalf, [&] { run<scalar_t>(call, shape, logits); })
-                             AT_DISPATCH_CASE(at::kBFloat16, [&] { run<scalar_t>(call, shape, logits); }));
   return logits;
 }
 
 // ---- autograd -------------------------------------------------------------------------------------------------------
 
+namespace {
+
 // Not differentiable, but autograd must know that the cache has changed.
-Tensor decode_autograd(const Tensor& token_ids, const Tensor& positions, const OptionalTensor& starts,
-                       const Tensor& embedding, const Tensor& cos, const Tensor& sin, const OptionalTensors& layers,
-                       const Tensor& norm, const Tensor& head, TensorList keys, TensorList values, int64_t length,
-                       int64_t heads, double eps, double scaling, int64_t logits_to_keep) {
-  const std::pair<const char*, const Tensor*> weights[] = {
-      {"embedding", &embedding}, {"cos", &cos}, {"sin", &sin}, {"norm", &norm}, {"head", &head}};
-  for (const auto& [name, tensor] : weights) check_not_differentiated("decode_", name, *tensor);
-  for (const OptionalTensor& tensor : layers) {
-    if (tensor) check_not_differentiated("decode_", "layers", *tensor);
+Tensor decode_autograd(const DecoderPtr& model, const Tensor& token_ids, const Tensor& positions,
+                       const OptionalTensor& starts, const Tensor& cos, const Tensor& sin, TensorList keys,
+                       TensorList values, int64_t length, int64_t logits_to_keep) {
+  for (const Decoder::Taken& part : model->taken) {
+    check_not_differentiated("decode_", part.name.c_str(), part.original);
   }
+  check_not_differentiated("decode_", "cos", cos);
+  check_not_differentiated("decode_", "sin", sin);
   for (const auto& [name, buffers] : {std::pair("keys", keys), std::pair("values", values)}) {
     for (const Tensor& buffer : buffers) check_not_differentiated("decode_", name, buffer);
   }
   static const auto op = find_op<decltype(decode_cpu)>("torch_fused::decode_");
   return change({keys, values}, [&] {
-    return op.call(token_ids, positions, starts, embedding, cos, sin, layers, norm, head, keys, values, length, heads,
-                   eps, scaling, logits_to_keep);
+    return op.call(model, token_ids, positions, starts, cos, sin, keys, values, length, logits_to_keep);
   });
 }
 
 // ---- with the choice of the next token ------------------------------------------------------------------------------
 
-Tensor decode_token(const Tensor& token_ids, const Tensor& positions, const OptionalTensor& starts,
-                    const Tensor& embedding, const Tensor& cos, const Tensor& sin, const OptionalTensors& layers,
-                    const Tensor& norm, const Tensor& head, TensorList keys, TensorList values, int64_t length,
-                    int64_t heads, double eps, double scaling, bool do_sample, double temperature,
-                    std::optional<int64_t> top_k, std::optional<double> top_p, std::optional<double> min_p) {
+Tensor decode_token(const DecoderPtr& model, const Tensor& token_ids, const Tensor& positions,
+                    const OptionalTensor& starts, const Tensor& cos, const Tensor& sin, TensorList keys,
+                    TensorList values, int64_t length, bool do_sample, double temperature, std::optional<int64_t> top_k,
+                    std::optional<double> top_p, std::optional<double> min_p) {
   if (do_sample) check_filters("decode_token_", temperature, top_k, top_p, min_p);  // before the cache is written
-  static const auto decode = find_op<decltype(decode_cpu)>("torch_fused::decode_");
-  if (head.dim() == 2) {  // what could not be drawn from must not be appended to the cache
-    TORCH_CHECK(head.size(0) >= 1 && head.size(0) <= kMostTokens, "decode_token_: head must have 1 to ", kMostTokens,
-                " rows to choose from, got ", head.size(0));
-    const Tensor row = at::empty({1}, head.options().dtype(at::kFloat)).expand({1, head.size(0)});
-    if (do_sample) check_sampling("decode_token_", row, temperature, top_k, top_p, min_p, std::nullopt);
+  // What could not be drawn from must not be appended to the cache.
+  TORCH_CHECK(model->vocabulary <= kMostTokens, "decode_token_: head must have 1 to ", kMostTokens,
+              " rows to choose from, got ", model->vocabulary);
+  if (do_sample) {
+    const Tensor row = at::empty({1}, cos.options().dtype(at::kFloat)).expand({1, model->vocabulary});
+    check_sampling("decode_token_", row, temperature, top_k, top_p, min_p, std::nullopt);
   }
-  const Tensor logits = decode
-                            .call(token_ids, positions, starts, embedding, cos, sin, layers, norm, head, keys, values,
-                                  length, heads, eps, scaling, 1)
-                            .squeeze(1);
+  static const auto decode = find_op<decltype(decode_cpu)>("torch_fused::decode_");
+  const Tensor logits =
+      decode.call(model, token_ids, positions, starts, cos, sin, keys, values, length, 1).squeeze(1);
   static const auto next_token =
       find_op<Tensor(const Tensor&, bool, double, std::optional<int64_t>, std::optional<double>,
                      std::optional<double>)>("torch_fused::_next_token");
@@ -384,11 +398,32 @@ Tensor decode_token(const Tensor& token_ids, const Tensor& positions, const Opti
 }  // namespace
 }  // namespace torch_fused
 
+TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
+  using namespace torch_fused;
+  m.class_<Decoder>("Decoder")
+      .def(torch::init<const Tensor&, const std::vector<OptionalTensor>&, const Tensor&, const Tensor&, int64_t, double,
+                       double, const std::vector<int64_t>&>())
+      .def("arguments", arguments_of)
+      .def("is_current", [](const DecoderPtr& model) { return !model->changed(); })
+      // What torch.compile traces in its place; ops/decode.py has the class.
+      .def("__obj_flatten__", [](const DecoderPtr& model) {
+        const auto [embedding, layers, norm, head, heads, eps, scaling, windows] = arguments_of(model);
+        const auto named = [](const char* name, const auto& value) { return std::make_tuple(std::string(name), value); };
+        return std::make_tuple(named("embedding", embedding), named("layers", layers), named("norm", norm),
+                               named("head", head), named("heads", heads), named("eps", eps),
+                               named("scaling", scaling), named("windows", windows));
+      });
+  m.def(
+      "decode_(__torch__.torch.classes.torch_fused.Decoder model, Tensor token_ids, Tensor positions, Tensor? starts, "
+      "Tensor cos, Tensor sin, Tensor(a!)[] keys, Tensor(b!)[] values, int length, int logits_to_keep) -> Tensor");
+  m.def(
+      "decode_token_(__torch__.torch.classes.torch_fused.Decoder model, Tensor token_ids, Tensor positions, "
+      "Tensor? starts, Tensor cos, Tensor sin, Tensor(a!)[] keys, Tensor(b!)[] values, int length, bool do_sample, "
+      "float temperature, int? top_k, float? top_p, float? min_p) -> Tensor",
+      {at::Tag::nondeterministic_seeded});
+}
 TORCH_LIBRARY_IMPL(torch_fused, CompositeImplicitAutograd, m) {
   m.impl("decode_token_", torch_fused::decode_token);
-}
-TORCH_LIBRARY_IMPL(torch_fused, CPU, m) {
-  m.impl("decode_", torch_fused::decode_cpu);
 }
 TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
   m.impl("decode_", torch_fused::decode_autograd);

@@ -1,99 +1,90 @@
-// One step of a decoder: the model's tensors as the kernels see them, and the memory a step works in.
+// What decode.cpp (CPU) and decode_launch.cpp (GPU) share: the model as it was read, and the checked call.
 #pragma once
 
-#include <algorithm>
-#include <cstdint>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/ivalue.h>
+#include <torch/custom_class.h>
+
+#include <optional>
+#include <string>
 #include <vector>
 
-#include "team.h"
+#include "../common/memory.h"
+#include "decode/decode_params.h"
 
 namespace torch_fused {
 
 constexpr int64_t kMostBatch = 8, kMostSteps = 8;
-constexpr int64_t kKeyBlock = 32;  // keys scored before their values are added
 
-// y = x * weight^T + bias; a row of the weight for each result.
-template <class T>
-struct Matrix {
-  const T* weight;
-  int64_t rows, cols;
-  int64_t stride;  // elements from row to row
-  const T* bias;   // null for none
+inline uint32_t format_of(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kFloat ? kFloat32 : tensor.scalar_type() == at::kHalf ? kFloat16 : kBFloat16;
+}
+
+// A linear layer: results are rows * x + bias.
+struct Linear {
+  at::Tensor weight;  // (results, inputs), dense rows, of its own dtype
+  std::optional<at::Tensor> bias;
 };
 
-// One sequence's states after another: (batch, heads, slots, head_dim), dense in the last dimension.
-template <class T>
-struct CacheStates {
-  T* data;
-  int64_t batch_stride, head_stride, slot_stride;
-
-  T* at(int64_t batch, int64_t head, int64_t slot) const {
-    return data + batch * batch_stride + head * head_stride + slot * slot_stride;
-  }
+struct DecoderLayer {
+  at::Tensor input_norm, post_attention_norm;
+  Linear q, k, v, o, gate, up, down;
+  std::optional<at::Tensor> q_norm, k_norm;
+  int64_t window;  // the last slots that a token attends, its own included; 0 for all
 };
 
-template <class T>
-struct Layer {
-  const T* input_norm;
-  Matrix<T> q, k, v, o;
-  const T *q_norm, *k_norm;  // null for none
-  const T* post_attention_norm;
-  Matrix<T> gate, up, down;
-  CacheStates<T> keys, values;
+// A decoder's tensors and numbers, checked when it is made and not again: a step reads them as they are.
+struct Decoder : torch::CustomClassHolder {
+  // `layers` has, one layer after the other, what LAYER_PARTS in ops/decode.py names.
+  Decoder(const at::Tensor& embedding, const std::vector<std::optional<at::Tensor>>& layers, const at::Tensor& norm,
+          const at::Tensor& head, int64_t heads, double eps, double scaling, const std::vector<int64_t>& windows);
+
+  // A tensor of the model, and what it was when it was checked: its owner can give it other memory at any time, as
+  // `parameter.data = tensor` does.
+  struct Taken {
+    std::string name;
+    at::Tensor original, tensor;
+    const void* data;
+  };
+  // One that is not what it was, or null.
+  const Taken* changed() const;
+
+  at::Tensor embedding, norm, head;
+  std::vector<DecoderLayer> layers;
+  int64_t hidden, heads, kv_heads, head_dim, intermediate, vocabulary;
+  double eps, scaling;
+  std::vector<Taken> taken;
+  MemoryMap memory;  // where they are
 };
 
-// Sizes of a step, and of the memory it needs.
-struct StepShape {
-  int64_t batch, steps;  // sequences, and new tokens of each
-  int64_t hidden, heads, kv_heads, head_dim, rotary_dim, intermediate, vocabulary;
-  int64_t length;  // slots of the cache that are in use
-  int64_t kept;    // last tokens of each sequence whose logits are wanted
-  int64_t chunks;  // parts of a sequence's context, each attended on its own
-  int64_t threads;
+using DecoderPtr = c10::intrusive_ptr<Decoder>;
+
+// One checked call.
+struct DecodeCall {
+  const Decoder& model;
+  at::Tensor token_ids, positions;
+  std::optional<at::Tensor> starts;
+  at::Tensor cos, sin;
+  at::TensorList keys, values;
+  int64_t batch, steps, length, kept;  // of each sequence's tokens, the last `kept` get logits
+  int64_t rotary_dim;
 
   int64_t tokens() const { return batch * steps; }
-  int64_t projected() const { return (heads + 2 * kv_heads) * head_dim; }  // floats of q, k and v of a token
-  int64_t queries() const { return heads / kv_heads * steps; }             // that share a key
-  int64_t partial() const { return head_dim + 2; }                         // weighted sum of values, maximum, sum
-
-  // Floats of a thread's own memory.
-  int64_t own_size() const {
-    return std::max({tokens() * hidden, tokens() * heads * head_dim, queries() * (2 * head_dim + kKeyBlock + 2)});
-  }
+  int64_t projected() const { return (model.heads + 2 * model.kv_heads) * model.head_dim; }  // of q, k and v of a token
 };
 
-template <class T>
-struct Step : StepShape {
-  const int64_t* token_ids;  // (batch, steps)
-  const int64_t* positions;  // (batch, steps)
-  const int64_t* starts;     // (batch), or null: the first slot that each sequence attends
-  const T* embedding;
-  int64_t embedding_stride;
-  const T *cos, *sin;  // (positions, rotary_dim)
-  std::vector<Layer<T>> layers;
-  const T* norm;
-  Matrix<T> head;
-  float eps, scaling;
+// A message names the argument, what it got and what it takes. On a GPU the indices are not looked at: the kernels stay
+// within the tables whatever they are.
+DecodeCall check_decode(const DecoderPtr& model, const at::Tensor& token_ids, const at::Tensor& positions,
+                        const std::optional<at::Tensor>& starts, const at::Tensor& cos, const at::Tensor& sin,
+                        at::TensorList keys, at::TensorList values, int64_t length, int64_t logits_to_keep);
 
-  float* states;    // (tokens, hidden): the residual stream
-  float* qkv;       // (tokens, projected)
-  float* partials;  // (tokens, heads, chunks, partial)
-  float* gates;     // (tokens, intermediate)
-  float* ups;       // (tokens, intermediate)
-  float* own;       // (threads, own_size()): each thread's own memory
-  float* logits;    // (batch, kept, vocabulary)
-};
-
-// One member's share of a step, for each instruction set. step/ has the code.
-#define TORCH_FUSED_DECLARE_STEP(target)             \
-  namespace target {                                 \
-  template <class T>                                 \
-  void run_step(const Step<T>& s, const Team& team); \
-  }
-TORCH_FUSED_DECLARE_STEP(baseline)
-#ifdef TORCH_FUSED_X86_DISPATCH
-TORCH_FUSED_DECLARE_STEP(avx2)
-TORCH_FUSED_DECLARE_STEP(avx512)
-#endif
+// Logits (batch, kept, vocabulary), float32.
+at::Tensor decode_cpu(const DecoderPtr& model, const at::Tensor& token_ids, const at::Tensor& positions,
+                      const std::optional<at::Tensor>& starts, const at::Tensor& cos, const at::Tensor& sin,
+                      at::TensorList keys, at::TensorList values, int64_t length, int64_t logits_to_keep);
+at::Tensor decode_gpu(const DecoderPtr& model, const at::Tensor& token_ids, const at::Tensor& positions,
+                      const std::optional<at::Tensor>& starts, const at::Tensor& cos, const at::Tensor& sin,
+                      at::TensorList keys, at::TensorList values, int64_t length, int64_t logits_to_keep);
 
 }  // namespace torch_fused

@@ -18,6 +18,23 @@ namespace {
 constexpr int kRelaxedCaptureMode = 2;                                     // CU_STREAM_CAPTURE_MODE_RELAXED
 constexpr int kComputeCapabilityMajor = 75, kComputeCapabilityMinor = 76;  // CUdevice_attribute
 
+// CUlaunchAttribute and CUlaunchConfig.
+struct LaunchAttribute {
+  int id, unused;
+  union {
+    int allowed;
+    char room[64];
+  };
+};
+struct LaunchConfig {
+  unsigned grid[3], block[3], shared_bytes;
+  void* stream;
+  LaunchAttribute* attributes;
+  unsigned attribute_count;
+};
+constexpr int kProgrammaticStreamSerialization = 6;  // CU_LAUNCH_ATTRIBUTE_...
+constexpr int kFirstWithEarlyLaunches = 9;           // compute capability
+
 // The few driver functions used, with their documented signatures; handles are opaque pointers.
 struct Driver {
   int (*device_get)(int*, int);
@@ -28,14 +45,14 @@ struct Driver {
   int (*exchange_capture_mode)(int*);
   int (*load_module)(void**, const void*);
   int (*get_function)(void**, void*, const char*);
-  int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
+  int (*launch)(const LaunchConfig*, void*, void**, void**);
   int (*error_name)(int, const char**);
 
   void check(int status, const Launch& launch, const char* step) const {
     if (status == 0) return;
     const char* name = nullptr;
     error_name(status, &name);
-    TORCH_CHECK(false, "torch_fused: CUDA kernel ", launch.kernel, ": ", step,
+    TORCH_CHECK(false, "torch_fused: CUDA kernel ", launch.kernel.name, ": ", step,
                 " failed: ", name ? name : "unknown error");
   }
 };
@@ -55,7 +72,7 @@ const Driver& driver() {
     bind(d.exchange_capture_mode, "cuThreadExchangeStreamCaptureMode");
     bind(d.load_module, "cuModuleLoadData");
     bind(d.get_function, "cuModuleGetFunction");
-    bind(d.launch, "cuLaunchKernel");
+    bind(d.launch, "cuLaunchKernelEx");
     bind(d.error_name, "cuGetErrorName");
     return d;
   }();
@@ -86,15 +103,26 @@ struct RelaxedCapture {
   int mode = kRelaxedCaptureMode;
 };
 
+std::pair<int, int> compute_capability(const Launch& launch, int device) {
+  static std::array<std::atomic<int>, kMaxDevices> known{};  // 10 * major + minor
+  int found = known.at(device);
+  if (!found) {
+    const Driver& api = driver();
+    int handle = 0, major = 0, minor = 0;
+    api.check(api.device_get(&handle, device), launch, "cuDeviceGet");
+    api.check(api.device_attribute(&major, kComputeCapabilityMajor, handle), launch, "cuDeviceGetAttribute");
+    api.check(api.device_attribute(&minor, kComputeCapabilityMinor, handle), launch, "cuDeviceGetAttribute");
+    known.at(device) = found = 10 * major + minor;
+  }
+  return {found / 10, found % 10};
+}
+
 Module load(const Launch& launch, int device) {
   const Driver& api = driver();
   Module module;
-  int handle = 0, major = 0, minor = 0;
-  api.check(api.device_get(&handle, device), launch, "cuDeviceGet");
-  api.check(api.device_attribute(&major, kComputeCapabilityMajor, handle), launch, "cuDeviceGetAttribute");
-  api.check(api.device_attribute(&minor, kComputeCapabilityMinor, handle), launch, "cuDeviceGetAttribute");
+  const auto [major, minor] = compute_capability(launch, device);
   try {
-    const std::string code = cubin(launch.source, major, minor);
+    const std::string code = cubin(launch.kernel.source, major, minor);
     const RelaxedCapture relaxed;
     api.check(api.load_module(&module.handle, code.data()), launch, "cuModuleLoadData");
   } catch (const LibraryUnavailable& error) {
@@ -114,45 +142,61 @@ Modules& modules() {
 }
 
 void* find_function(const Launch& launch, int device) {
+  std::atomic<void*>& known = launch.kernel.functions.at(device);
+  if (void* function = known.load(std::memory_order_acquire)) return function;
   const std::lock_guard<std::mutex> lock(modules().mutex);
-  const std::pair<const Source*, int> key{&launch.source, device};
+  const std::pair<const Source*, int> key{&launch.kernel.source, device};
   auto found = modules().of.find(key);
   if (found == modules().of.end()) found = modules().of.emplace(key, load(launch, device)).first;
   Module& module = found->second;
   if (!module.handle) throw LibraryUnavailable(module.unavailable);
-  void*& function = module.functions[launch.kernel];
+  void*& function = module.functions[launch.kernel.name];
   if (!function) {
     const RelaxedCapture relaxed;  // the driver may load each function when it is first asked for
-    driver().check(driver().get_function(&function, module.handle, launch.kernel.c_str()), launch,
+    driver().check(driver().get_function(&function, module.handle, launch.kernel.name.c_str()), launch,
                    "cuModuleGetFunction");
   }
+  known.store(function, std::memory_order_release);
   return function;
 }
 
 }  // namespace
 
-void launch_cuda(const Launch& launch) {
-  TORCH_INTERNAL_ASSERT(launch.threads_per_threadgroup % 32 == 0, "cuda.h counts on whole warps, got ",
-                        launch.threads_per_threadgroup, " threads");
-  const c10::Device device = launch.tensors[0].device();
+void launch_cuda(c10::ArrayRef<Launch> launches) {
+  const c10::Device device = launches[0].tensors[0].device();
   const c10::DeviceGuard guard(device);
-  ensure_context(launch, device.index());
-  void* function = find_function(launch, device.index());
+  ensure_context(launches[0], device.index());
+  std::vector<void*> functions;
+  functions.reserve(launches.size());
+  for (const Launch& launch : launches) {
+    TORCH_INTERNAL_ASSERT(launch.threads_per_threadgroup % 32 == 0, "cuda.h counts on whole warps, got ",
+                          launch.threads_per_threadgroup, " threads");
+    functions.push_back(launch.threadgroups ? find_function(launch, device.index()) : nullptr);
+  }
   const c10::impl::VirtualGuardImpl cuda(c10::DeviceType::CUDA);
   void* stream = cuda.getStreamNativeHandle(cuda.getStream(device));
 
+  const bool early_launches = compute_capability(launches[0], device.index()).first >= kFirstWithEarlyLaunches;
+  LaunchAttribute early{kProgrammaticStreamSerialization, 0, {1}};
   std::array<void*, kMaxBuffers> pointers;
   std::array<void*, kMaxBuffers> arguments;
-  const size_t count = launch.tensors.size();
-  for (size_t i = 0; i < count; ++i) {
-    pointers[i] = launch.tensors[i].data_ptr();
-    arguments[i] = &pointers[i];
+  for (size_t i = 0; i < launches.size(); ++i) {
+    const Launch& launch = launches[i];
+    if (!functions[i]) continue;
+    const size_t count = launch.tensors.size();
+    for (size_t j = 0; j < count; ++j) {
+      pointers[j] = launch.tensors[j].data_ptr();
+      arguments[j] = &pointers[j];
+    }
+    arguments[count] = const_cast<void*>(launch.params);
+    const LaunchConfig config{{static_cast<unsigned>(launch.threadgroups), 1, 1},
+                              {static_cast<unsigned>(launch.threads_per_threadgroup), 1, 1},
+                              0,
+                              stream,
+                              &early,
+                              launch.early && early_launches ? 1u : 0u};
+    driver().check(driver().launch(&config, functions[i], arguments.data(), nullptr), launch, "cuLaunchKernelEx");
   }
-  arguments[count] = const_cast<void*>(launch.params);
-  driver().check(driver().launch(function, static_cast<unsigned>(launch.threadgroups), 1, 1,
-                                 static_cast<unsigned>(launch.threads_per_threadgroup), 1, 1, 0, stream,
-                                 arguments.data(), nullptr),
-                 launch, "cuLaunchKernel");
 }
 
 }  // namespace torch_fused

@@ -130,16 +130,20 @@ bool emulating() {
   return any_open.load(std::memory_order_relaxed);
 }
 
-void launch_emulated(const Launch& launch) {
+void launch_emulated(c10::ArrayRef<Launch> launches) {
   const auto emulation = innermost();
-  TORCH_CHECK(emulation, "torch_fused: ", launch.kernel, ": CPU tensors run GPU kernels only inside ",
+  TORCH_CHECK(emulation, "torch_fused: ", launches[0].kernel.name, ": CPU tensors run GPU kernels only inside ",
               "torch_fused.metal.emulate()");
-  std::vector<Buffer> buffers = buffers_of(launch.tensors);
-  const auto params = reinterpret_cast<uintptr_t>(launch.params);
-  buffers.push_back({static_cast<int>(buffers.size()), params, params + launch.params_size, 4});
-  const auto threads = static_cast<uint32_t>(launch.threads_per_threadgroup);
-  emulation->run(emulation->library(launch.source.name), launch.kernel,
-                 {static_cast<uint64_t>(launch.threadgroups) * threads, 1, 1}, {threads, 1, 1}, std::move(buffers));
+  for (const Launch& launch : launches) emulation->library(launch.kernel.source.name);
+  for (const Launch& launch : launches) {
+    if (launch.threadgroups == 0) continue;
+    std::vector<Buffer> buffers = buffers_of(launch.tensors);
+    const auto params = reinterpret_cast<uintptr_t>(launch.params);
+    buffers.push_back({static_cast<int>(buffers.size()), params, params + launch.params_size, 4});
+    const auto threads = static_cast<uint32_t>(launch.threads_per_threadgroup);
+    emulation->run(emulation->library(launch.kernel.source.name), launch.kernel.name,
+                   {static_cast<uint64_t>(launch.threadgroups) * threads, 1, 1}, {threads, 1, 1}, std::move(buffers));
+  }
 }
 
 }  // namespace torch_fused

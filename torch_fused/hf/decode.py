@@ -1,7 +1,6 @@
-"""Steps of a few tokens through a whole model as one op on the CPU, where that computes what transformers does."""
+"""Steps of a few tokens through a whole model as one op, where that computes what transformers does."""
 
 import inspect
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -13,14 +12,16 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..ops.decode import LAYER_PARTS, decode_
+from ..ops.decode import LAYER_PARTS, decode_, make_decoder
 from .cache import CACHE, FusedKVCache, FusedLayer
 from .models import FAMILIES, SILU, Family, take_cache
 from .origin import describe, home_of, is_ours, is_own, path_of
 from .watch import FUNCTIONS, GLOBAL_HOOKS, Watch, has_hooks
 
 MOST_SEQUENCES = MOST_STEPS = 8
+MOST_HEAD_DIM = 256  # on a GPU
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DEVICES = ("cpu", "cuda", "mps")
 INTEGERS = (torch.int32, torch.int64)
 ARGUMENTS = (
     "input_ids",
@@ -53,22 +54,37 @@ class Left(Exception):
 class Plan:
     """What the op takes of a model."""
 
-    weights: dict[str, Any]
+    decoder: Any  # a torch.classes.torch_fused.Decoder
+    embedding: Tensor
     rotary: Any
     layers: int
     dropout: list[nn.Module]  # the attentions that have it
-    tables: tuple[Tensor, Tensor, Tensor] | None = None  # of the frequencies that come last
+    tables: tuple[Tensor, Tensor] | None = None
+    frequencies: Any = None  # those of the tables
 
     def cos_and_sin(self, positions: int) -> tuple[Tensor, Tensor]:
         """The model's own tables for at least that many positions, ``(positions, rotary_dim)``."""
-        tables, frequencies = self.tables, self.rotary.inv_freq
-        if tables is None or tables[0].shape[0] < positions or not torch.equal(tables[2], frequencies):
-            embedding: Tensor = self.weights["embedding"]
-            many = torch.arange(max(256, 1 << (positions - 1).bit_length()))[None]
+        tables = self.tables
+        if tables is None or tables[0].shape[0] < positions or not self._has_frequencies():
+            many = torch.arange(max(256, 1 << (positions - 1).bit_length()), device=self.embedding.device)[None]
             with torch.no_grad():
-                cos, sin = self.rotary(embedding.new_empty(0), many)
-            self.tables = tables = cos[0].contiguous(), sin[0].contiguous(), frequencies.clone()
-        return tables[:2]
+                cos, sin = self.rotary(self.embedding.new_empty(0), many)
+            self.tables = tables = cos[0].contiguous(), sin[0].contiguous()
+            inv_freq = self.rotary.inv_freq
+            # Comparing values would wait for a GPU: there, the tensor and torch's count of the writes to it.
+            self.frequencies = inv_freq.clone() if _on_the_host(inv_freq) else (inv_freq, inv_freq._version)
+        return tables
+
+    def _has_frequencies(self) -> bool:
+        inv_freq = self.rotary.inv_freq
+        if _on_the_host(inv_freq):
+            return isinstance(self.frequencies, Tensor) and torch.equal(self.frequencies, inv_freq)
+        known, version = self.frequencies
+        return known is inv_freq and version == inv_freq._version
+
+
+def _on_the_host(tensor: Tensor) -> bool:
+    return tensor.is_cpu or tensor.is_inference()  # which has no count of writes
 
 
 class Decoder:
@@ -99,7 +115,7 @@ class Decoder:
     def plan(self) -> Plan:
         """The plan for the model as it is now; raises `Left`."""
         found = self._read
-        if found is None or not found[0].holds():
+        if found is None or not found[0].holds() or not (isinstance(found[1], Left) or found[1].decoder.is_current()):
             found = self._read = None  # the tensors in it may be gone from the model
             found = self._read = Watch(self.model), read(self.model)
         plan = found[1]
@@ -148,14 +164,19 @@ class Decoder:
         input_ids: Tensor,
         positions: Tensor,
         starts: Tensor | None,
+        rows: int,
         cache: FusedKVCache,
         **more: Any,
     ) -> Tensor:
-        """Calls the op `run` for new tokens behind those of the cache; `check` has given the plan."""
-        cos, sin = plan.cos_and_sin(int(positions.max()) + 1)
+        """Calls the op `run` for new tokens behind those of the cache; `check` has given the plan.
+
+        All positions are below `rows`.
+        """
+        cos, sin = plan.cos_and_sin(rows)
         keys, values = cache.room_for(input_ids.shape[1])
         length = cache.get_seq_length()
         result = run(
+            plan.decoder,
             input_ids.long().contiguous(),
             positions.long().contiguous(),
             starts,
@@ -164,7 +185,6 @@ class Decoder:
             keys=keys,
             values=values,
             length=length,
-            **plan.weights,
             **more,
         )
         cache.advance(input_ids.shape[1])
@@ -175,8 +195,8 @@ class Decoder:
         """The plan, if the call is one for the op; raises `Left`."""
         self._check_cache(input_ids, cache)
         plan = self.plan()
-        weight: Tensor = plan.weights["embedding"]
-        if torch.is_autocast_enabled("cpu"):
+        weight = plan.embedding
+        if torch.is_autocast_enabled(weight.device.type):
             _widen(cache, weight.dtype)
         if len(cache.layers) != plan.layers or not cache.is_uniform(weight.dtype, weight.device, input_ids.shape[0]):
             raise Left("the cache has another dtype, device, number of layers or another batch size, or layers differ")
@@ -184,9 +204,6 @@ class Decoder:
             raise Left("gradients are enabled")
         if any(attention.training for attention in plan.dropout):
             raise Left("the model is in training mode and has attention dropout")
-        emulation = sys.modules.get("torch_fused.metal.emulation")
-        if emulation is not None and emulation.active():
-            raise Left("the Metal kernels are being emulated")
         config = self.model.config
         if config.num_hidden_layers != plan.layers:
             raise Left(f"config.num_hidden_layers has become {config.num_hidden_layers}")
@@ -273,14 +290,19 @@ class Decoder:
         plan = self.check(input_ids, cache)
         length = cache.get_seq_length()
         starts = left_padding(attention_mask, input_ids, length)
+        rows = length + input_ids.shape[1]
         if position_ids is None:
-            position_ids = torch.arange(length, length + input_ids.shape[1])[None]
+            position_ids = torch.arange(length, rows, device=input_ids.device)[None].expand(input_ids.shape)
+        else:
+            position_ids = rows_of(position_ids, input_ids)
+            rows = int(position_ids.max()) + 1
         logits = self.step(
             plan,
             decode_,
             input_ids,
-            rows_of(position_ids, input_ids),
+            position_ids,
             starts,
+            rows,
             cache,
             logits_to_keep=min(logits_to_keep, input_ids.shape[1]),
         )
@@ -409,17 +431,22 @@ def _read(model: Any) -> Plan:
         raise Left("lm_head has a bias")
     weights["eps"] = _only("epsilons of norms", reader.epsilons)
     weights["scaling"] = _only("scalings of attention", [attention.scaling for attention in attentions])
-    dtypes = {(tensor.dtype, tensor.device.type) for tensor in reader.tensors}
-    dtype, device = _only("dtypes or devices", dtypes)
-    if dtype not in DTYPES or device != "cpu":
+    dtype, device = _only("dtypes or devices", {(tensor.dtype, tensor.device) for tensor in reader.tensors})
+    if dtype not in DTYPES or device.type not in DEVICES:
         raise Left(f"its weights are {dtype} on {device}")
+    if device.type != "cpu" and attentions[0].head_dim > MOST_HEAD_DIM:
+        raise Left(f"its heads have more than {MOST_HEAD_DIM} dimensions")
     for path, module in model.named_modules():
         if path and has_hooks(module):
             raise Left(f"hooks on {path}")
     if any(GLOBAL_HOOKS):
         raise Left("hooks on all modules")
     dropout = [attention for attention in attentions if attention.attention_dropout]
-    return Plan(weights, rotary, len(layers), dropout)
+    try:
+        decoder = make_decoder(**weights)
+    except RuntimeError as error:
+        raise Left(str(error)) from None
+    return Plan(decoder, weights["embedding"], rotary, len(layers), dropout)
 
 
 class _Reader:

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache
 from .cache import CACHE, FusedKVCache
 from .decode import CAUSAL_LMS, DECODER, Decoder, causal_lm_forward
 from .inputs import find_model
+from .loop import generate_by_loop
 from .models import DECODER_LAYERS, FAMILIES, MLPS, RMS_NORMS, ROTARY, Forwards
 from .origin import Bound, describe, function_of, home_of, is_ours, path_of
 from .sampling import get_logits_processor
@@ -290,6 +291,7 @@ def apply_torch_fused(
                 handle.bind_generation("_get_logits_processor", get_logits_processor)
             if decode:
                 handle.bind_decoder(gives_cache=cache)
+                handle.bind_generation("generate", generate_by_loop)
             if norms or rotary or mlp or decode:
                 handle.tell_other_families()
             if not handle.patched:

@@ -1,4 +1,4 @@
-"""One step of a whole decoder, from token ids to logits, as one op on the CPU."""
+"""One step of a whole decoder, from token ids to logits, as one op."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,34 +31,102 @@ LAYER_PARTS = (
 """What a layer has, in the order of the op's flat list of all layers."""
 
 
-def decode_reference(
-    token_ids: Tensor,
-    positions: Tensor,
-    starts: Tensor | None,
+@torch._library.register_fake_class("torch_fused::Decoder")
+class DecoderParts:
+    """A `torch.classes.torch_fused.Decoder` in Python, unchecked: for the reference, and for torch.compile to trace."""
+
+    def __init__(self, embedding, layers, norm, head, heads, eps, scaling, windows):
+        self.embedding, self.layers, self.norm, self.head = embedding, layers, norm, head
+        self.heads, self.eps, self.scaling, self.windows = heads, eps, scaling, windows
+
+    @classmethod
+    def __obj_unflatten__(cls, flat):
+        return cls(**dict(flat))
+
+    def arguments(self):
+        return (
+            self.embedding,
+            self.layers,
+            self.norm,
+            self.head,
+            self.heads,
+            self.eps,
+            self.scaling,
+            self.windows,
+        )
+
+    def is_current(self):
+        return True
+
+
+def make_decoder(
     embedding: Tensor,
-    cos: Tensor,
-    sin: Tensor,
     layers: Sequence[Tensor | None],
     norm: Tensor,
     head: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    length: int,
+    *,
     heads: int,
     eps: float,
     scaling: float,
+    windows: Sequence[int] | None = None,
+) -> Any:
+    """A Llama-like decoder as :func:`decode_` takes it: checked here, once, and read where it is from then on.
+
+    The decoder is Llama's, Qwen2's or Qwen3's: RMS norm, attention with rotary positions and grouped queries, SwiGLU.
+    Each tensor may have a dtype of its own, float32, float16 or bfloat16; those of ``gate`` and ``up`` are the same.
+
+    Args:
+        embedding: ``(vocabulary, hidden)``.
+        layers: for each layer the tensors named by `LAYER_PARTS`, one after the other in one list: matrices are
+            ``(results, inputs)`` with dense rows, the biases and the norms of queries and keys may be None.
+        norm: ``(hidden,)``, the last norm's weight.
+        head: ``(vocabulary, hidden)``; may be the embedding itself.
+        heads: query heads.
+        eps: of all norms.
+        scaling: of the products of queries and keys.
+        windows: for each layer how many of the last cache slots a token attends, its own included; 0 for all. None:
+            0 for every layer.
+
+    Returns:
+        A ``torch.classes.torch_fused.Decoder``. It holds the tensors; values changed in place are seen. When a tensor
+        is given other memory or another shape, as by ``parameter.data = tensor``, its ``is_current()`` is False, and
+        :func:`decode_` raises.
+
+    Raises:
+        RuntimeError: a tensor has a wrong shape, dtype, device or layout; the message names it.
+    """
+    layers = list(layers)
+    if windows is None:
+        windows = [0] * (len(layers) // len(LAYER_PARTS))
+    return torch.classes.torch_fused.Decoder(embedding, layers, norm, head, heads, eps, scaling, list(windows))
+
+
+def decode_reference(
+    model: Any,
+    token_ids: Tensor,
+    positions: Tensor,
+    starts: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    length: int,
     logits_to_keep: int,
 ) -> Tensor:
     """`decode_` in plain torch, in the tensors' dtype, without its checks."""
+    embedding, layers, norm, head, heads, eps, scaling, windows = model.arguments()
     batch, steps = token_ids.shape
-    slots = torch.arange(length + steps)
-    visible = slots <= length + torch.arange(steps)[:, None]
+    slots = torch.arange(length + steps, device=token_ids.device)
+    newest = length + torch.arange(steps, device=token_ids.device)[:, None]
+    causal = slots <= newest
     if starts is not None:
-        visible = visible & (slots >= starts[:, None, None])
-    visible = visible.expand(batch, steps, length + steps)[:, None]
+        causal = causal & (slots >= starts[:, None, None])
+    causal = causal.expand(batch, steps, length + steps)[:, None]
     cos, sin = cos[positions][:, None], sin[positions][:, None]
     states = F.embedding(token_ids, embedding)
-    for keys_buffer, values_buffer, first in zip(keys, values, range(0, len(layers), len(LAYER_PARTS)), strict=True):
+    for i, (keys_buffer, values_buffer, window) in enumerate(zip(keys, values, windows, strict=True)):
+        first = i * len(LAYER_PARTS)
+        visible = causal & (slots > newest - window) if window else causal
         part: dict[str, Any] = dict(zip(LAYER_PARTS, layers[first : first + len(LAYER_PARTS)], strict=True))
         x = rms_norm_reference(states, states.shape[-1:], part["input_norm"], eps)
         q, k, v = (F.linear(x, part[name], part[f"{name}_bias"]) for name in "qkv")
@@ -87,26 +155,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([rotated * cos + torch.cat([-second, first], -1) * sin, passed], -1)
 
 
-def _decode_fake(
-    token_ids,
-    positions,
-    starts,
-    embedding,
-    cos,
-    sin,
-    layers,
-    norm,
-    head,
-    keys,
-    values,
-    length,
-    heads,
-    eps,
-    scaling,
-    logits_to_keep,
-):
+def _decode_fake(model, token_ids, positions, starts, cos, sin, keys, values, length, logits_to_keep):
+    vocabulary = model.arguments()[3].shape[0]
     kept = logits_to_keep or token_ids.shape[1]
-    return embedding.new_empty(token_ids.shape[0], kept, head.shape[0], dtype=torch.float32)
+    return cos.new_empty(token_ids.shape[0], kept, vocabulary, dtype=torch.float32)
 
 
 register("decode_", reference=decode_reference, fake=_decode_fake)
@@ -115,50 +167,36 @@ refuse_vmap("decode_token_")
 
 
 def decode_(
+    model: Any,
     token_ids: Tensor,
     positions: Tensor,
     starts: Tensor | None,
-    embedding: Tensor,
     cos: Tensor,
     sin: Tensor,
-    layers: Sequence[Tensor | None],
-    norm: Tensor,
-    head: Tensor,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     length: int,
     *,
-    heads: int,
-    eps: float,
-    scaling: float,
     logits_to_keep: int = 0,
 ) -> Tensor:
-    """Runs new tokens through a whole Llama-like decoder and appends their keys and values to the cache.
+    """Runs new tokens through a whole decoder and appends their keys and values to the cache.
 
-    The decoder is Llama's, Qwen2's or Qwen3's: RMS norm, attention with rotary positions and grouped queries, SwiGLU.
-    All weights have one dtype, float32, float16 or bfloat16, and are read where they are; everything between them is
-    float32, only the keys and values are rounded to the cache's dtype, the weights' own. On the CPU only.
+    Everything between the weights is float32; only the keys and values are rounded, to the cache's dtype. On a GPU it
+    takes five launches a layer and two more, and the host reads nothing of the device.
 
     Args:
+        model: what :func:`make_decoder` made.
         token_ids: ``(batch, steps)`` int64, 1 to 8 sequences of 1 to 8 new tokens each.
         positions: ``(batch, steps)`` int64, each token's row of ``cos`` and ``sin``.
         starts: ``(batch,)`` int64, the first cache slot that each sequence attends; None for 0: no left padding.
-        embedding: ``(vocabulary, hidden)``.
         cos: ``(positions, rotary_dim)``, contiguous, both halves as transformers' rotary embedding makes them;
             dimensions of a head past ``rotary_dim`` pass through.
         sin: as ``cos``.
-        layers: for each layer the tensors named by `LAYER_PARTS`, one after the other in one list: matrices are
-            ``(results, inputs)`` with dense rows, the biases and the norms of queries and keys may be None.
-        norm: ``(hidden,)``, the last norm's weight.
-        head: ``(vocabulary, hidden)``; may be the embedding itself.
         keys: a tensor ``(batch, kv_heads, capacity, head_dim)`` for each layer, written in place at slots
-            ``length : length + steps``; any strides with a dense last dimension. No element may be one of another
-            tensor here, of another layer's neither.
+            ``length : length + steps``; any strides with a dense last dimension; float32, float16 or bfloat16. No
+            element may be one of another tensor here, of another layer's neither.
         values: as ``keys``.
         length: slots of the cache that are in use.
-        heads: query heads.
-        eps: of all norms.
-        scaling: of the products of queries and keys.
         logits_to_keep: how many last tokens of each sequence get logits; 0 for all.
 
     Returns:
@@ -167,48 +205,26 @@ def decode_(
     Raises:
         RuntimeError: an argument has a wrong shape, dtype, device or layout, the cache has no room, or a gradient would
             be lost; the message names it. Nothing is written then.
-        IndexError: a token id, a position or a start is out of range.
+        IndexError: on the CPU, a token id, a position or a start is out of range. On a GPU these are not looked at: an
+            id that is not in the vocabulary gives NaN, a position or a start is taken as the nearest in range.
     """
-    return _decode(
-        token_ids,
-        positions,
-        starts,
-        embedding,
-        cos,
-        sin,
-        layers,
-        norm,
-        head,
-        keys,
-        values,
-        length,
-        heads,
-        eps,
-        scaling,
-        logits_to_keep,
-    )
+    return _decode(model, token_ids, positions, starts, cos, sin, keys, values, length, logits_to_keep)
 
 
 _decode = torch.ops.torch_fused.decode_.default
 
 
 def decode_token_(
+    model: Any,
     token_ids: Tensor,
     positions: Tensor,
     starts: Tensor | None,
-    embedding: Tensor,
     cos: Tensor,
     sin: Tensor,
-    layers: Sequence[Tensor | None],
-    norm: Tensor,
-    head: Tensor,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     length: int,
     *,
-    heads: int,
-    eps: float,
-    scaling: float,
     do_sample: bool = False,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -218,9 +234,8 @@ def decode_token_(
     """:func:`decode_`, then the next token of each sequence, as ``next_token`` of `torch_fused.ops.sampling`.
 
     Args:
-        token_ids, positions, starts, embedding, cos, sin, layers, norm, head, keys, values, length, heads, eps,
-            scaling: as in :func:`decode_`.
-        do_sample: draw with torch's default CPU generator; otherwise take the most probable token.
+        model, token_ids, positions, starts, cos, sin, keys, values, length: as in :func:`decode_`.
+        do_sample: draw with torch's default generator; otherwise take the most probable token.
         temperature, top_k, top_p, min_p: as in :func:`torch_fused.sampling.sample`; only for ``do_sample``.
 
     Returns:
@@ -231,26 +246,7 @@ def decode_token_(
             step, when the new keys and values have been written behind ``length``.
     """
     return _decode_token(
-        token_ids,
-        positions,
-        starts,
-        embedding,
-        cos,
-        sin,
-        layers,
-        norm,
-        head,
-        keys,
-        values,
-        length,
-        heads,
-        eps,
-        scaling,
-        do_sample,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
+        model, token_ids, positions, starts, cos, sin, keys, values, length, do_sample, temperature, top_k, top_p, min_p
     )
 
 

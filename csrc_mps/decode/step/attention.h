@@ -8,40 +8,56 @@
 
 #include "../../common/convert.h"
 #include "../../common/exp.h"
-#include "../decode.h"
+#include "../cpu_step.h"
+#include "formats.h"
 #include "norm.h"
 #include "products.h"
 
 namespace torch_fused::TORCH_FUSED_TARGET {
 
 // A head of a query or key: normed if the model has a norm for it, then rotated by its position's angles, half-split.
-template <class T>
-TORCH_FUSED_INLINE void place_head(const Step<T>& s, const float* from, const T* norm, int64_t position, float* to) {
-  if (norm) {
+TORCH_FUSED_INLINE void place_head(const CpuStep& s, const float* from, const Vector& norm, int64_t position,
+                                   float* to) {
+  if (norm.data) {
     normed(from, norm, s.head_dim, s.eps, to);
   } else {
     std::copy_n(from, s.head_dim, to);
   }
-  const T* cos = s.cos + position * s.rotary_dim;
-  const T* sin = s.sin + position * s.rotary_dim;
-  const int64_t half = s.rotary_dim / 2;
-  for (int64_t i = 0; i < half; ++i) {
-    const float a = to[i], b = to[half + i];
-    to[i] = a * widen(cos[i]) - b * widen(sin[i]);
-    to[half + i] = b * widen(cos[half + i]) + a * widen(sin[half + i]);
-  }
+  with_format(s.cos.format, s.cos.data, [&](const auto* table) __attribute__((always_inline)) {
+    const auto* cos = table + position * s.rotary_dim;
+    const auto* sin = static_cast<decltype(table)>(s.sin.data) + position * s.rotary_dim;
+    const int64_t half = s.rotary_dim / 2;
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = to[i], b = to[half + i];
+      to[i] = a * widen(cos[i]) - b * widen(sin[i]);
+      to[half + i] = b * widen(cos[half + i]) + a * widen(sin[half + i]);
+    }
+  });
 }
+
+// A layer with its cache as T.
+template <class T>
+struct Context {
+  const StepLayer& layer;
+  CacheStates<T> keys, values;
+
+  Context(const StepLayer& layer, T* keys)
+      : layer(layer),
+        keys{keys, layer.keys.batch_stride, layer.keys.head_stride, layer.keys.slot_stride},
+        values{static_cast<T*>(layer.values.data), layer.values.batch_stride, layer.values.head_stride,
+               layer.values.slot_stride} {}
+};
 
 // Writes the new keys and values of one head; `head` is room for one.
 template <class T>
-TORCH_FUSED_INLINE void append(const Step<T>& s, const Layer<T>& layer, int64_t batch, int64_t kv_head, float* head) {
+TORCH_FUSED_INLINE void append(const CpuStep& s, const Context<T>& context, int64_t batch, int64_t kv_head, float* head) {
   for (int64_t step = 0; step < s.steps; ++step) {
     const int64_t token = batch * s.steps + step;
     const float* key = s.qkv + token * s.projected() + (s.heads + kv_head) * s.head_dim;
     const float* value = key + s.kv_heads * s.head_dim;
-    place_head(s, key, layer.k_norm, s.positions[token], head);
-    T* to_key = layer.keys.at(batch, kv_head, s.length + step);
-    T* to_value = layer.values.at(batch, kv_head, s.length + step);
+    place_head(s, key, context.layer.k_norm, s.positions[token], head);
+    T* to_key = context.keys.at(batch, kv_head, s.length + step);
+    T* to_value = context.values.at(batch, kv_head, s.length + step);
     for (int64_t i = 0; i < s.head_dim; ++i) {
       to_key[i] = narrow<T>(head[i]);
       to_value[i] = narrow<T>(value[i]);
@@ -186,20 +202,21 @@ TORCH_FUSED_INLINE float sum_of_block(const float* scores) {
 
 // Adds the slots begin .. end - 1, at most kKeyBlock, that a query at slot s.length + step may see.
 template <class T>
-TORCH_FUSED_INLINE void attend_block(const Step<T>& s, const Layer<T>& layer, int64_t batch, int64_t kv_head,
+TORCH_FUSED_INLINE void attend_block(const CpuStep& s, const Context<T>& context, int64_t batch, int64_t kv_head,
                                      int64_t begin, int64_t end, const Attended& seen) {
   const int64_t queries = s.queries(), group = s.heads / s.kv_heads, n = end - begin;
-  const Slots<T> keys{layer.keys.at(batch, kv_head, begin), layer.keys.slot_stride, n, s.head_dim};
-  const Slots<T> values{layer.values.at(batch, kv_head, begin), layer.values.slot_stride, n, s.head_dim};
+  const Slots<T> keys{context.keys.at(batch, kv_head, begin), context.keys.slot_stride, n, s.head_dim};
+  const Slots<T> values{context.values.at(batch, kv_head, begin), context.values.slot_stride, n, s.head_dim};
   for_queries(queries, [&](auto count, int64_t i) __attribute__((always_inline)) {
     score<count>(keys, seen.queries + i * s.head_dim, seen.scores + i * kKeyBlock);
   });
   for (int64_t i = 0; i < queries; ++i) {
     float* scores = seen.scores + i * kKeyBlock;
-    const int64_t visible = std::min(n, s.length + i / group + 1 - begin);
-    for (int64_t j = std::max<int64_t>(visible, 0); j < kKeyBlock; ++j) {
-      scores[j] = -std::numeric_limits<float>::infinity();
-    }
+    const int64_t newest = s.length + i / group, window = context.layer.window;
+    const int64_t visible = std::clamp<int64_t>(newest + 1 - begin, 0, n);
+    const int64_t hidden = window ? std::clamp<int64_t>(newest + 1 - window - begin, 0, n) : 0;
+    std::fill(scores, scores + hidden, -std::numeric_limits<float>::infinity());
+    std::fill(scores + visible, scores + kKeyBlock, -std::numeric_limits<float>::infinity());
     float largest = largest_of(scores, seen.maxima[i]);
     if (largest == -std::numeric_limits<float>::infinity()) largest = 0;  // nothing visible yet
     const float keep = exp_nonpositive(seen.maxima[i] - largest);
@@ -218,7 +235,7 @@ TORCH_FUSED_INLINE void attend_block(const Step<T>& s, const Layer<T>& layer, in
 // One chunk of one sequence's context for the queries of one key head; the last chunk has the new tokens, and writes
 // their keys and values first. `own` has attention_memory() floats.
 template <class T>
-TORCH_FUSED_INLINE void attend(const Step<T>& s, const Layer<T>& layer, int64_t batch, int64_t kv_head, int64_t chunk,
+TORCH_FUSED_INLINE void attend(const CpuStep& s, const Context<T>& context, int64_t batch, int64_t kv_head, int64_t chunk,
                                float* own) {
   const int64_t queries = s.queries(), group = s.heads / s.kv_heads;
   Attended seen;
@@ -228,24 +245,25 @@ TORCH_FUSED_INLINE void attend(const Step<T>& s, const Layer<T>& layer, int64_t 
   seen.maxima = seen.scores + queries * kKeyBlock;
   seen.sums = seen.maxima + queries;
 
-  const int64_t first = s.starts ? std::min(s.starts[batch], s.length) : 0, held = s.length - first;
+  const int64_t window = context.layer.window, start = s.starts ? std::min(s.starts[batch], s.length) : 0;
+  const int64_t first = window ? std::max(start, s.length + 1 - window) : start, held = s.length - first;
   const int64_t begin = first + held * chunk / s.chunks;
   int64_t end = first + held * (chunk + 1) / s.chunks;
   if (chunk == s.chunks - 1) {
-    append(s, layer, batch, kv_head, seen.values);
+    append(s, context, batch, kv_head, seen.values);
     end += s.steps;
   }
   for (int64_t i = 0; i < queries; ++i) {
     const int64_t token = batch * s.steps + i / group, head = kv_head * group + i % group;
     float* query = seen.queries + i * s.head_dim;
-    place_head(s, s.qkv + token * s.projected() + head * s.head_dim, layer.q_norm, s.positions[token], query);
+    place_head(s, s.qkv + token * s.projected() + head * s.head_dim, context.layer.q_norm, s.positions[token], query);
     for (int64_t d = 0; d < s.head_dim; ++d) query[d] *= s.scaling;
     seen.maxima[i] = -std::numeric_limits<float>::infinity();
     seen.sums[i] = 0;
   }
   std::fill_n(seen.values, queries * s.head_dim, 0.0f);
   for (int64_t slot = begin; slot < end; slot += kKeyBlock) {
-    attend_block(s, layer, batch, kv_head, slot, std::min(slot + kKeyBlock, end), seen);
+    attend_block(s, context, batch, kv_head, slot, std::min(slot + kKeyBlock, end), seen);
   }
   for (int64_t i = 0; i < queries; ++i) {
     const int64_t token = batch * s.steps + i / group, head = kv_head * group + i % group;
@@ -257,8 +275,7 @@ TORCH_FUSED_INLINE void attend(const Step<T>& s, const Layer<T>& layer, int64_t 
 }
 
 // The chunks of each token's heads as one: `to` is (tokens, heads, head_dim).
-template <class T>
-TORCH_FUSED_INLINE void combine_chunks(const Step<T>& s, float* to) {
+TORCH_FUSED_INLINE void combine_chunks(const CpuStep& s, float* to) {
   for (int64_t row = 0; row < s.tokens() * s.heads; ++row, to += s.head_dim) {
     const float* partials = s.partials + row * s.chunks * s.partial();
     float largest = -std::numeric_limits<float>::infinity(), sum = 0;

@@ -17,7 +17,7 @@
 
 #include "../../common/convert.h"
 #include "../../common/exp.h"
-#include "../decode.h"
+#include "../cpu_step.h"
 #include "../team.h"
 
 #ifdef TORCH_FUSED_X86_DISPATCH

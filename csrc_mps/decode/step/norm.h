@@ -5,12 +5,13 @@
 #include <cstdint>
 
 #include "../../common/convert.h"
+#include "../cpu_step.h"
+#include "formats.h"
 #include "lanes.h"
 
 namespace torch_fused::TORCH_FUSED_TARGET {
 
-template <class T>
-TORCH_FUSED_INLINE void normed(const float* x, const T* weight, int64_t n, float eps, float* to) {
+TORCH_FUSED_INLINE void normed(const float* x, const Vector& weight, int64_t n, float eps, float* to) {
   Lanes squares = {}, values;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -20,7 +21,9 @@ TORCH_FUSED_INLINE void normed(const float* x, const T* weight, int64_t n, float
   float sum = sum_of(squares);
   for (; i < n; ++i) sum += x[i] * x[i];
   const float scale = 1 / std::sqrt(sum / static_cast<float>(n) + eps);
-  for (i = 0; i < n; ++i) to[i] = x[i] * scale * widen(weight[i]);
+  with_format(weight.format, weight.data, [&](const auto* w) __attribute__((always_inline)) {
+    for (int64_t j = 0; j < n; ++j) to[j] = x[j] * scale * widen(w[j]);
+  });
 }
 
 }  // namespace torch_fused::TORCH_FUSED_TARGET

@@ -7,9 +7,10 @@
 
 #include "../../common/convert.h"
 #include "../../common/exp.h"
-#include "../decode.h"
+#include "../cpu_step.h"
 #include "../team.h"
 #include "attention.h"
+#include "formats.h"
 #include "norm.h"
 #include "products.h"
 
@@ -19,12 +20,12 @@ enum class Write { kSet, kAdd };
 
 // Rows begin .. end - 1 of the product of `count` vectors; result `row` of vector i goes to to[i * stride + row].
 template <Write write, class T>
-TORCH_FUSED_INLINE void project(const Matrix<T>& matrix, Range rows, const float* x, int64_t count, float* to,
-                                int64_t stride) {
-  float results[kMostBatch * kMostSteps];
+TORCH_FUSED_INLINE void project_rows(const Matrix& matrix, const T* weight, Range rows, const float* x, int64_t count,
+                                     float* to, int64_t stride) {
+  float results[kMostVectors];
   for (int64_t row = rows.begin; row < rows.end; ++row) {
-    row_products(matrix.weight + row * matrix.stride, matrix.cols, {x, matrix.cols}, count, results);
-    const float bias = matrix.bias ? widen(matrix.bias[row]) : 0;
+    row_products(weight + row * matrix.stride, matrix.cols, {x, matrix.cols}, count, results);
+    const float bias = matrix.bias.data ? matrix.bias[row] : 0;
     for (int64_t i = 0; i < count; ++i) {
       float& result = to[i * stride + row];
       result = (write == Write::kAdd ? result : 0) + results[i] + bias;
@@ -32,34 +33,44 @@ TORCH_FUSED_INLINE void project(const Matrix<T>& matrix, Range rows, const float
   }
 }
 
-template <class T>
-TORCH_FUSED_INLINE void embed(const Step<T>& s, const Team& team) {
-  const Range share = team.share(s.tokens());
-  for (int64_t token = share.begin; token < share.end; ++token) {
-    const T* row = s.embedding + s.token_ids[token] * s.embedding_stride;
-    for (int64_t i = 0; i < s.hidden; ++i) s.states[token * s.hidden + i] = widen(row[i]);
-  }
+template <Write write>
+void project(const Matrix& matrix, Range rows, const float* x, int64_t count, float* to, int64_t stride) {
+  with_format(matrix.format, matrix.weight, [&](const auto* weight) __attribute__((always_inline)) {
+    project_rows<write>(matrix, weight, rows, x, count, to, stride);
+  });
 }
 
-template <class T>
-TORCH_FUSED_INLINE void attention(const Step<T>& s, const Layer<T>& layer, const Team& team, float* own) {
+TORCH_FUSED_INLINE void embed(const CpuStep& s, const Team& team) {
+  const Range share = team.share(s.tokens());
+  with_format(s.embedding.format, s.embedding.weight, [&](const auto* rows) __attribute__((always_inline)) {
+    for (int64_t token = share.begin; token < share.end; ++token) {
+      const auto* row = rows + s.token_ids[token] * s.embedding.stride;
+      for (int64_t i = 0; i < s.hidden; ++i) s.states[token * s.hidden + i] = widen(row[i]);
+    }
+  });
+}
+
+TORCH_FUSED_INLINE void attention(const CpuStep& s, const StepLayer& layer, const Team& team, float* own) {
   const int64_t tokens = s.tokens(), projected = s.projected();
   for (int64_t token = 0; token < tokens; ++token) {
     normed(s.states + token * s.hidden, layer.input_norm, s.hidden, s.eps, own + token * s.hidden);
   }
   const Range rows = team.share(projected);
   int64_t first = 0;
-  for (const Matrix<T>* matrix : {&layer.q, &layer.k, &layer.v}) {
+  for (const Matrix* matrix : {&layer.q, &layer.k, &layer.v}) {
     project<Write::kSet>(*matrix, rows.part(first, matrix->rows), own, tokens, s.qkv + first, projected);
     first += matrix->rows;
   }
   team.meet();
 
   const Range units = team.share(s.batch * s.kv_heads * s.chunks);
-  for (int64_t unit = units.begin; unit < units.end; ++unit) {
-    const int64_t head = unit / s.chunks;
-    attend(s, layer, head / s.kv_heads, head % s.kv_heads, unit % s.chunks, own);
-  }
+  with_format(s.cache_format, layer.keys.data, [&](auto* keys) __attribute__((always_inline)) {
+    const Context context(layer, keys);
+    for (int64_t unit = units.begin; unit < units.end; ++unit) {
+      const int64_t head = unit / s.chunks;
+      attend(s, context, head / s.kv_heads, head % s.kv_heads, unit % s.chunks, own);
+    }
+  });
   team.meet();
 
   combine_chunks(s, own);
@@ -67,8 +78,7 @@ TORCH_FUSED_INLINE void attention(const Step<T>& s, const Layer<T>& layer, const
   team.meet();
 }
 
-template <class T>
-TORCH_FUSED_INLINE void feed_forward(const Step<T>& s, const Layer<T>& layer, const Team& team, float* own) {
+TORCH_FUSED_INLINE void feed_forward(const CpuStep& s, const StepLayer& layer, const Team& team, float* own) {
   const int64_t tokens = s.tokens();
   for (int64_t token = 0; token < tokens; ++token) {
     normed(s.states + token * s.hidden, layer.post_attention_norm, s.hidden, s.eps, own + token * s.hidden);
@@ -87,8 +97,7 @@ TORCH_FUSED_INLINE void feed_forward(const Step<T>& s, const Layer<T>& layer, co
   team.meet();
 }
 
-template <class T>
-TORCH_FUSED_INLINE void logits(const Step<T>& s, const Team& team, float* own) {
+TORCH_FUSED_INLINE void logits(const CpuStep& s, const Team& team, float* own) {
   for (int64_t i = 0; i < s.batch * s.kept; ++i) {
     const int64_t token = i / s.kept * s.steps + s.steps - s.kept + i % s.kept;
     normed(s.states + token * s.hidden, s.norm, s.hidden, s.eps, own + i * s.hidden);
@@ -96,20 +105,15 @@ TORCH_FUSED_INLINE void logits(const Step<T>& s, const Team& team, float* own) {
   project<Write::kSet>(s.head, team.share(s.vocabulary), own, s.batch * s.kept, s.logits, s.vocabulary);
 }
 
-template <class T>
-void run_step(const Step<T>& s, const Team& team) {
+void run_step(const CpuStep& s, const Team& team) {
   float* own = s.own + team.member() * s.own_size();
   embed(s, team);
   team.meet();
-  for (const Layer<T>& layer : s.layers) {
+  for (const StepLayer& layer : s.layers) {
     attention(s, layer, team, own);
     feed_forward(s, layer, team, own);
   }
   logits(s, team, own);
 }
-
-template void run_step(const Step<float>&, const Team&);
-template void run_step(const Step<c10::Half>&, const Team&);
-template void run_step(const Step<c10::BFloat16>&, const Team&);
 
 }  // namespace torch_fused::TORCH_FUSED_TARGET

@@ -65,6 +65,14 @@ MSL_FN void simdgroup_barrier(mem_flags) {
   __syncwarp();
 }
 
+// For a kernel that was launched before those ahead of it were done: they are now. The one behind it may begin as well.
+MSL_FN void previous_launch_done(uint) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Simdgroup functions
 
 #define MSL_SHUFFLE(NAME, INTRINSIC)                                                                              \

@@ -1,0 +1,240 @@
+// Attention of the new tokens: a threadgroup a key/value head and chunk of a sequence's context, for all query heads that
+// share it. Placing comes with it: queries and keys are normed and rotated, the new keys and values appended.
+//
+// LANES lanes, of eight columns each, hold a key, so a simdgroup reads several keys at once. Scores are in octaves.
+#include <metal_stdlib>
+#include "common/pack.metal.h"
+#include "decode/decode_params.h"
+#include "decode/vectors.metal.h"
+using namespace metal;
+using namespace torch_fused;
+
+constant constexpr int W = kLaneColumns;
+constant constexpr int SIMDGROUPS = kAttentionSimdgroups;
+
+// What placing needs besides a head.
+struct Places {
+  device const ushort* cos;
+  device const ushort* sin;
+  device const long* positions;
+};
+
+// Element d of a head of a query or key, normed: `scale` is the norm's, 0 for none.
+template <typename T, bool WHOLE>
+inline float normed_at(device const float* head, device const ushort* norm, float scale, uint d,
+                       constant AttentionParams& p) {
+  return scale == 0.0f ? head[d] : head[d] * scale * vector_at<T, WHOLE>(norm, p.norm_format, d);
+}
+
+// A head normed, rotated half-split and handed to `store`, by a whole simdgroup.
+template <typename T, bool WHOLE, typename Store>
+inline void place_head(device const float* head, device const ushort* norm, bool normed, uint token, Places places,
+                       constant AttentionParams& p, uint lane, Store store) {
+  float scale = 0.0f;
+  if (normed) {
+    float squares = 0.0f;
+    for (uint d = lane; d < p.head_dim; d += 32) squares = fma(head[d], head[d], squares);
+    scale = rsqrt(simd_sum(squares) / float(p.head_dim) + p.eps);
+  }
+  const ulong row = ulong(clamp(places.positions[token], 0L, long(p.positions) - 1)) * p.rotary_dim;
+  const uint half_dim = p.rotary_dim / 2;
+  for (uint d = lane; d < p.head_dim; d += 32) {
+    float x = normed_at<T, WHOLE>(head, norm, scale, d, p);
+    if (d < p.rotary_dim) {
+      const float other = d < half_dim ? -normed_at<T, WHOLE>(head, norm, scale, d + half_dim, p)
+                                       : normed_at<T, WHOLE>(head, norm, scale, d - half_dim, p);
+      const float straight = x * vector_at<T, WHOLE>(places.cos, p.table_format, row + d);
+      x = fma(other, vector_at<T, WHOLE>(places.sin, p.table_format, row + d), straight);
+    }
+    store.put(d, x);
+  }
+}
+
+template <typename T>
+struct CacheStore {
+  device T* to;
+  void put(uint d, float x) const { to[d] = T(x); }
+};
+
+struct QueryStore {
+  threadgroup float* to;
+  float scaling;
+  void put(uint d, float x) const { to[d] = x * scaling; }
+};
+
+// NQ queries at once, U keys at once a group of lanes. WHOLE: a head is LANES packs.
+template <typename T, int NQ, int LANES, int U, bool WHOLE>
+[[kernel, max_total_threads_per_threadgroup(256)]]
+void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[buffer(1)]],
+                      device T* values [[buffer(2)]], device const ushort* q_norm [[buffer(3)]],
+                      device const ushort* k_norm [[buffer(4)]], device const ushort* cos [[buffer(5)]],
+                      device const ushort* sin [[buffer(6)]], device const long* positions [[buffer(7)]],
+                      device const long* starts [[buffer(8)]], device float* attended [[buffer(9)]],
+                      device float2* stats [[buffer(10)]], constant AttentionParams& p [[buffer(11)]],
+                      uint group [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
+                      uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+  constexpr int DIM = LANES * W, KEYS = 32 / LANES;  // columns of a head, and keys of a simdgroup
+  threadgroup float queries[NQ * DIM];
+  constexpr int ROOM = NQ * DIM > 512 ? 512 / DIM : NQ;  // queries that are merged at once
+  threadgroup float merged[ROOM * SIMDGROUPS * DIM];
+  threadgroup float2 merged_stats[ROOM * SIMDGROUPS];
+  previous_launch_done(lane);
+  const uint chunk = group % p.chunks, kv_head = group / p.chunks % p.kv_heads;
+  const uint batch = group / p.chunks / p.kv_heads;
+  const uint group_heads = p.heads / p.kv_heads, projected = (p.heads + 2 * p.kv_heads) * p.head_dim;
+  device T* head_keys = keys + long(batch) * p.keys_batch + long(kv_head) * p.keys_head;
+  device T* head_values = values + long(batch) * p.values_batch + long(kv_head) * p.values_head;
+  const Places places = {cos, sin, positions};
+
+  // The slots of this chunk; the last one has the new tokens.
+  const long start = p.flags & kStarts ? clamp(starts[batch], 0L, p.length) : 0L;
+  const long first = p.window > 0 ? max(start, p.length + 1 - p.window) : start;
+  const long held = max(p.length - first, 0L);
+  const long begin = first + held * chunk / p.chunks;
+  const bool newest_chunk = chunk == p.chunks - 1;
+  const long end = newest_chunk ? p.length + p.steps : first + held * (chunk + 1) / p.chunks;
+  if (newest_chunk) {
+    for (uint step = simdgroup; step < p.steps; step += SIMDGROUPS) {
+      const uint token = batch * p.steps + step;
+      device const float* key = qkv + ulong(token) * projected + (p.heads + kv_head) * p.head_dim;
+      device const float* value = key + p.kv_heads * p.head_dim;
+      const CacheStore<T> store = {head_keys + (p.length + step) * p.keys_slot};
+      place_head<T, WHOLE>(key, k_norm, p.flags & kKeyNorm, token, places, p, lane, store);
+      device T* to = head_values + (p.length + step) * p.values_slot;
+      for (uint d = lane; d < p.head_dim; d += 32) to[d] = T(value[d]);
+    }
+  }
+
+  const uint column = lane % LANES * W, key_group = lane / LANES;
+  const uint count = group_heads * p.steps;
+  for (uint first_query = 0; first_query < count; first_query += NQ) {
+    for (uint q = SIMDGROUPS - 1 - simdgroup; q < NQ; q += SIMDGROUPS) {  // the first ones have the new keys to place
+      const uint query = min(first_query + q, count - 1), token = batch * p.steps + query / group_heads;
+      device const float* from =
+          qkv + ulong(token) * projected + (kv_head * group_heads + query % group_heads) * p.head_dim;
+      const QueryStore store = {queries + q * DIM, p.scaling};
+      if (!WHOLE) {
+        for (uint d = p.head_dim + lane; d < DIM; d += 32) queries[q * DIM + d] = 0.0f;
+      }
+      place_head<T, WHOLE>(from, q_norm, p.flags & kQueryNorm, token, places, p, lane, store);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);
+
+    float largest[NQ], sums[NQ], seen[NQ][W];
+#pragma unroll
+    for (int q = 0; q < NQ; q++) {
+      largest[q] = -INFINITY;
+      sums[q] = 0.0f;
+#pragma unroll
+      for (int j = 0; j < W; j++) seen[q][j] = 0.0f;
+    }
+    for (long base = begin + simdgroup * KEYS * U; base < end; base += SIMDGROUPS * KEYS * U) {
+      Pack<T, W> key[U], value[U];
+#pragma unroll
+      for (int u = 0; u < U; u++) {
+        const long slot = min(base + u * KEYS + key_group, end - 1);
+        load_pack<T, WHOLE>(head_keys + slot * p.keys_slot, column, p.head_dim, key[u]);
+        load_pack<T, WHOLE>(head_values + slot * p.values_slot, column, p.head_dim, value[u]);
+      }
+#pragma unroll
+      for (int q = 0; q < NQ; q++) {
+        const long newest = p.length + (first_query + q) / group_heads;
+        float score[U], most = largest[q];
+#pragma unroll
+        for (int u = 0; u < U; u++) score[u] = 0.0f;
+#pragma unroll
+        for (int j = 0; j < W; j++) {
+          const float x = queries[q * DIM + column + j];
+#pragma unroll
+          for (int u = 0; u < U; u++) score[u] = fma(key[u].get(j), x, score[u]);
+        }
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+#pragma unroll
+          for (int distance = 1; distance < LANES; distance *= 2) score[u] += simd_shuffle_xor(score[u], distance);
+          const long slot = base + u * KEYS + key_group;
+          const bool visible = slot < end && slot <= newest && (p.window == 0 || slot > newest - p.window);
+          score[u] = visible ? score[u] : -INFINITY;
+          most = max(most, score[u]);
+        }
+        const float middle = most == -INFINITY ? 0.0f : most;  // nothing seen yet
+        const float keep = exp2(largest[q] - middle);
+        largest[q] = most;
+        sums[q] *= keep;
+#pragma unroll
+        for (int j = 0; j < W; j++) seen[q][j] *= keep;
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+          const float weight = exp2(score[u] - middle);
+          sums[q] += weight;
+#pragma unroll
+          for (int j = 0; j < W; j++) {
+            // A slot that is not attended may hold anything.
+            seen[q][j] = fma(weight == 0.0f ? 0.0f : value[u].get(j), weight, seen[q][j]);
+          }
+        }
+      }
+    }
+
+    // What the groups of lanes have seen, then the simdgroups, as one: as many queries at once as there is room for.
+#pragma unroll
+    for (int q = 0; q < NQ; q++) {
+      float most = largest[q];
+#pragma unroll
+      for (int distance = LANES; distance < 32; distance *= 2) most = max(most, simd_shuffle_xor(most, distance));
+      const float keep = most == -INFINITY ? 0.0f : exp2(largest[q] - most);
+      float sum = sums[q] * keep;
+#pragma unroll
+      for (int distance = LANES; distance < 32; distance *= 2) sum += simd_shuffle_xor(sum, distance);
+      const uint room = q % ROOM * SIMDGROUPS + simdgroup;
+#pragma unroll
+      for (int j = 0; j < W; j++) {
+        float part = seen[q][j] * keep;
+#pragma unroll
+        for (int distance = LANES; distance < 32; distance *= 2) part += simd_shuffle_xor(part, distance);
+        if (key_group == 0) merged[room * DIM + column + j] = part;
+      }
+      if (lane == 0) merged_stats[room] = float2(most, sum);
+      if (q % ROOM != ROOM - 1) continue;
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      for (uint i = thread_id; i < ROOM * DIM; i += 32 * SIMDGROUPS) {
+        const uint query = first_query + q + 1 - ROOM + i / DIM, d = i % DIM;
+        threadgroup const float* parts = merged + i / DIM * SIMDGROUPS * DIM + d;
+        threadgroup const float2* part_stats = merged_stats + i / DIM * SIMDGROUPS;
+        float2 all = part_stats[0];
+#pragma unroll
+        for (int s = 1; s < SIMDGROUPS; s++) all.x = max(all.x, part_stats[s].x);
+        const float middle = all.x == -INFINITY ? 0.0f : all.x;
+        float total = 0.0f;
+        all.y = 0.0f;
+#pragma unroll
+        for (int s = 0; s < SIMDGROUPS; s++) {
+          const float weight = exp2(part_stats[s].x - middle);
+          all.y = fma(part_stats[s].y, weight, all.y);
+          total = fma(parts[s * DIM], weight, total);
+        }
+        const uint token = batch * p.steps + query / group_heads;
+        const ulong place =
+            (ulong(token) * p.heads + kv_head * group_heads + query % group_heads) * p.chunks + chunk;
+        if (query < count && d < p.head_dim) attended[place * p.head_dim + d] = total;
+        if (query < count && d == 0) stats[place] = all;
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+  }
+}
+
+#define ATTENTION(host, T, NQ, LANES, U, WHOLE)                                                                      \
+  template [[host_name(host)]] [[kernel]] void decode_attention<T, NQ, LANES, U, WHOLE>(                             \
+      device const float*, device T*, device T*, device const ushort*, device const ushort*, device const ushort*,   \
+      device const ushort*, device const long*, device const long*, device float*, device float2*,                   \
+      constant AttentionParams&, uint, uint, uint, uint);
+#define ATTENTIONS(name, T)                                       \
+  ATTENTION("decode_attention_" #name "_0", T, 2, 32, 1, false)   \
+  ATTENTION("decode_attention_64_" #name "_2", T, 2, 8, 4, true)  \
+  ATTENTION("decode_attention_64_" #name "_8", T, 8, 8, 4, true)  \
+  ATTENTION("decode_attention_128_" #name "_2", T, 2, 16, 4, true) \
+  ATTENTION("decode_attention_128_" #name "_8", T, 8, 16, 4, true)
+ATTENTIONS(f32, float)
+ATTENTIONS(f16, half)
+ATTENTIONS(bf16, bfloat)

@@ -1,0 +1,51 @@
+// What the host code and the kernels of the decode step share.
+#pragma once
+#include "common/shared.h"
+
+namespace torch_fused {
+
+// How a matrix, a vector or a cache holds its numbers.
+SHARED_CONSTANT uint32_t kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2;
+
+SHARED_CONSTANT uint32_t kLaneColumns = 8;                 // columns that a lane takes at once
+SHARED_CONSTANT uint32_t kBlockColumns = 32 * kLaneColumns;  // and a simdgroup
+SHARED_CONSTANT uint32_t kMostHeadDim = 256;
+SHARED_CONSTANT uint32_t kAttentionSimdgroups = 8;
+
+// One row of the embedding a token.
+struct EmbedParams {
+  int64_t stride;  // elements from row to row
+  uint32_t hidden, vocabulary;
+};
+
+SHARED_CONSTANT uint32_t kNormed = 1;  // the vectors are normed before the product
+SHARED_CONSTANT uint32_t kAdd = 2;     // the results are added to what is there
+SHARED_CONSTANT uint32_t kBias = 4;    // shifted by a matrix's number: it has a bias
+
+// The product of up to three matrices, one below the other, with the step's vectors.
+struct ProductParams {
+  int64_t strides[3];  // elements from row to row of each matrix
+  uint32_t ends[3];    // where each matrix's results end
+  uint32_t cols;
+  uint32_t result_stride;  // floats from vector to vector
+  uint32_t vectors;
+  uint32_t steps, kept;  // of each sequence's `steps` vectors the last `kept` are taken
+  uint32_t splits;       // simdgroups that share a row
+  uint32_t flags, norm_format, bias_format;
+  float eps;
+  uint32_t chunks, head_dim;  // of attention, where its chunks are put together first
+  uint32_t unused;
+};
+
+// Attention of the new tokens over one chunk of the context, a threadgroup a key/value head and chunk.
+struct AttentionParams {
+  int64_t keys_batch, keys_head, keys_slot, values_batch, values_head, values_slot;  // strides
+  int64_t length, window;  // slots in use; the last slots that a token sees, its own included, 0 for all
+  uint32_t steps, heads, kv_heads, head_dim, rotary_dim, positions;
+  uint32_t chunks, flags, norm_format, table_format;
+  float eps, scaling;
+};
+
+SHARED_CONSTANT uint32_t kQueryNorm = 1, kKeyNorm = 2, kStarts = 4;  // flags of attention
+
+}  // namespace torch_fused

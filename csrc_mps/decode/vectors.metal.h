@@ -1,0 +1,39 @@
+// How the kernels of the decode step read: fast where everything is of one type and aligned (WHOLE), else anything.
+#pragma once
+#include <metal_stdlib>
+#include "common/pack.metal.h"
+#include "decode/decode_params.h"
+using namespace metal;
+using namespace torch_fused;
+
+// The launches of a step follow each other so closely that on NVIDIA a kernel may begin before those ahead of it are
+// done: cuda.h has the overload for uint, which waits. A kernel reads the model's own tensors before it calls this, and
+// anything that an earlier launch of the step has written, or reads, after it.
+template <typename Lane>
+inline void previous_launch_done(Lane) {}
+
+// Element i of a norm, a bias or a table of angles.
+template <typename T, bool WHOLE>
+inline float vector_at(device const ushort* vector, uint format, ulong i) {
+  if (WHOLE) return float(((device const T*)vector)[i]);
+  if (format == kFloat32) return as_type<float>(uint(vector[2 * i]) | uint(vector[2 * i + 1]) << 16);
+  return format == kFloat16 ? float(as_type<half>(vector[i])) : float(as_type<bfloat>(vector[i]));
+}
+
+// A pack of a row from `column` on, zero past the end. WHOLE: no pack crosses it.
+template <typename T, bool WHOLE>
+inline void load_pack(device const T* row, uint column, uint cols, thread Pack<T, kLaneColumns>& pack) {
+  if (!WHOLE) {
+    pack.load(row, column, cols, false);
+  } else {
+    device const uint4* from = (device const uint4*)(row + column);
+#pragma unroll
+    for (uint i = 0; i < kLaneColumns * sizeof(T) / 16; i++) {
+      const uint4 raw = column < cols ? from[i] : uint4(0u);
+      pack.words[4 * i] = raw.x;
+      pack.words[4 * i + 1] = raw.y;
+      pack.words[4 * i + 2] = raw.z;
+      pack.words[4 * i + 3] = raw.w;
+    }
+  }
+}

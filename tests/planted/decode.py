@@ -1,0 +1,161 @@
+"""Mistakes in the kernels of the decode step."""
+
+from collections.abc import Callable
+
+import torch
+from test_decode import Shape, Step
+
+from .bug import BARRIER, RACE, Bug
+
+
+def step(head_dim: int = 64, **options) -> Callable[[], list[torch.Tensor]]:
+    """Two new tokens of two sequences after a context of two chunks, through the kernels for whole packs."""
+    shape = Shape("qwen3", 1, 128, 8, 2, head_dim, head_dim, intermediate=504, vocabulary=101)
+
+    def run() -> list[torch.Tensor]:
+        call = Step(shape, **{"batch": 2, "steps": 2, "length": 300, **options})
+        return [call.run(), *call.args["keys"], *call.args["values"]]
+
+    return run
+
+
+ATTENTION, PRODUCT, VECTORS = (f"decode/{name}" for name in ("decode_attention.metal", "decode_product.metal", "vectors.metal.h"))
+
+BUGS = [
+    Bug(
+        "missing barrier after the queries and the new keys are placed",
+        "decode_attention",
+        "    threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);\n",
+        "\n",
+        step(),
+        RACE,
+        ATTENTION,
+        "",
+    ),
+    Bug(
+        "the new keys are not there for other simdgroups",
+        "decode_attention",
+        "mem_flags::mem_threadgroup | mem_flags::mem_device",
+        "mem_flags::mem_threadgroup",
+        step(),
+        "data race on buffer [12]",
+        VECTORS,
+        "from[i]",
+    ),
+    Bug(
+        "missing barrier before the simdgroups' parts are merged",
+        "decode_attention",
+        BARRIER.replace("  ", "      ", 1) + "      for (uint i = thread_id",
+        "\n      for (uint i = thread_id",
+        step(),
+        RACE,
+        ATTENTION,
+        "part",
+    ),
+    Bug(
+        "missing barrier before the room for merging is used again",
+        "decode_attention",
+        BARRIER.replace("  ", "      ", 1) + "    }\n  }",
+        "    }\n  }",
+        step(head_dim=128),
+        RACE,
+        ATTENTION,
+        "",
+    ),
+    Bug(
+        "a chunk's last keys are not held back by its end",
+        "decode_attention",
+        "min(base + u * KEYS + key_group, end - 1)",
+        "(base + u * KEYS + key_group)",
+        step(),
+        "out-of-bounds",
+        VECTORS,
+        "from[i]",
+    ),
+    Bug(
+        "a new value is appended too late",
+        "decode_attention",
+        "head_values + (p.length + step) * p.values_slot",
+        "head_values + (p.length + step + 5) * p.values_slot",
+        step(),
+        "out-of-bounds",
+        ATTENTION,
+        "to[d] = T(value[d])",
+    ),
+    Bug(
+        "all chunks write one result",
+        "decode_attention",
+        "query % group_heads) * p.chunks + chunk;",
+        "query % group_heads) * p.chunks;",
+        step(),
+        "data race on buffer",
+        ATTENTION,
+        "[place",
+    ),
+    Bug(
+        "missing barrier before the parts of a row are added up",
+        "decode_product",
+        BARRIER.replace("  ", "    ", 1) + "    for (uint s = 1;",
+        "\n    for (uint s = 1;",
+        step(),
+        RACE,
+        PRODUCT,
+        "scratch[(simdgroup + s)",
+    ),
+    Bug(
+        "rows past the last one are read",
+        "decode_product",
+        "min(first + (GATED ? r / 2 : r), last)",
+        "(first + (GATED ? r / 2 : r))",
+        step(),
+        "out-of-bounds",
+        VECTORS,
+        "from[i]",
+    ),
+    Bug(
+        "all vectors write one result",
+        "decode_product",
+        "results + ulong(vector) * p.result_stride + row",
+        "results + row",
+        step(),
+        "data race on buffer 9",
+        PRODUCT,
+        "*result",
+    ),
+    Bug(
+        "a chunk is taken from another head",
+        "decode_product",
+        "from + c * p.head_dim, 0",
+        "from + c * p.cols, 0",
+        step(),
+        "out-of-bounds",
+        VECTORS,
+        "from[i]",
+    ),
+    Bug(
+        "one element more than the embedding has",
+        "decode_product",
+        "i < p.hidden; i += threads",
+        "i <= p.hidden; i += threads",
+        step(),
+        "out-of-bounds|data race",
+        PRODUCT,
+        "states[ulong(token)",
+    ),
+]
+
+ONLY_NUMBERS = [
+    ("positions turn the other way", "decode_attention", "? -normed_at<T, WHOLE>", "? normed_at<T, WHOLE>", step()),
+    ("the sum forgets its old maximum", "decode_attention", "sums[q] *= keep;", "", step()),
+    ("the window has a slot too many", "decode_attention", "slot > newest - p.window", "slot >= newest - p.window",
+     step(windows=[20])),
+    ("a token sees those after it", "decode_attention", "slot < end && slot <= newest", "slot < end", step()),
+    ("padding is attended", "decode_attention", "p.flags & kStarts ?", "false ?", step(starts=[0, 200])),
+    ("no norm of the keys", "decode_attention", "k_norm, p.flags & kKeyNorm", "k_norm, false", step()),
+    ("the residual is left out", "decode_product", "*result = residual +", "*result =", step()),
+    ("the norm takes the weights for the values", "decode_product", "sums[R][c] = fma(x[j], x[j], sums[R][c]);",
+     "sums[R][c] = fma(weight[j], weight[j], sums[R][c]);", step()),
+    ("chunks count alike", "decode_product", "const float weight = exp2(stat[c].x - largest);",
+     "const float weight = 1.0f;", step()),
+    ("up is not gated", "decode_product", "silu(sum * scale) * (up * scale)", "silu(sum * scale)", step()),
+]  # fmt: skip
