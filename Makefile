@@ -26,11 +26,14 @@ build: venv
 demo: build
 	$(BIN)/python -m torch_fused demo $(ARGS)
 
+# A process a core, whose threads do not spin while they wait for each other.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+
 test: build
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-full: build
-	$(BIN)/python -m pytest -m '' $(ARGS)
+	$(PYTEST) -m '' $(ARGS)
 
 bench: build
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -73,8 +73,9 @@ def test_generate_function_and_bfloat16(bfloat16_model):
         assert greedy(model, inputs, 60) == stock
 
 
-def test_bfloat16_tokens_of_five_prompts_are_stocks(bfloat16_model):
-    """200 tokens each, the prompts as one left-padded batch."""
+@pytest.mark.parametrize("tokens", [50, pytest.param(200, marks=pytest.mark.full)])
+def test_bfloat16_tokens_of_five_prompts_are_stocks(bfloat16_model, tokens):
+    """The prompts as one left-padded batch."""
     model, tokenizer = bfloat16_model
     encoded = [demo._encode(tokenizer, text)["input_ids"][0] for text in PROMPTS]
     longest = max(map(len, encoded))
@@ -82,7 +83,7 @@ def test_bfloat16_tokens_of_five_prompts_are_stocks(bfloat16_model):
     for row, tokens in enumerate(encoded):
         ids[row, longest - len(tokens) :], mask[row, longest - len(tokens) :] = tokens, 1
     inputs = {"input_ids": ids, "attention_mask": mask}
-    options = {"do_sample": False, "max_new_tokens": 200, "min_new_tokens": 200}
+    options = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens}
     stock = model.generate(**inputs, **options)
     with apply_torch_fused(model, decode=False):
         assert torch.equal(model.generate(**inputs, **options), stock)
@@ -333,7 +334,7 @@ def test_temperature_0_is_greedy(capsys, folders):
 def test_a_gguf_file(capsys, tmp_path):
     """Loaded as transformers loads it, with the tokenizer in it."""
     gguf = demo._demo_file()
-    output = run_command(capsys, "--model", str(gguf), "--max-new-tokens", "8", "--prompt", "Hello")
+    output = run_command(capsys, "--model", str(gguf), "--max-new-tokens", "8", "--rounds", "1", "--prompt", "Hello")
     assert gguf.name in output and "8 tokens" in output and "LlamaDecoderLayer.forward" in output
 
 

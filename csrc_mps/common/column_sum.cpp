@@ -1,5 +1,7 @@
 #include "column_sum.h"
 
+#include <algorithm>
+
 #include "../runtime/launch.h"
 #include "dtype.h"
 
@@ -16,7 +18,9 @@ constexpr int64_t kColumns = 8;  // of a threadgroup
 
 void column_sum_gpu(const at::Tensor& partial, const at::Tensor& sums) {
   const ColumnSumParams params{static_cast<uint32_t>(partial.size(0)), static_cast<uint32_t>(partial.size(1))};
-  launch("column_sum", "column_sum_" + dtype_name(sums), (partial.size(1) + kColumns - 1) / kColumns, kMaxThreads,
+  // A thread a row and column, as far as there are threads; each column's sum is a simdgroup's.
+  const int64_t threads = std::clamp((partial.size(0) * kColumns + 31) / 32 * 32, 32 * kColumns, kMaxThreads);
+  launch("column_sum", "column_sum_" + dtype_name(sums), (partial.size(1) + kColumns - 1) / kColumns, threads,
          {partial, sums}, params);
 }
 
