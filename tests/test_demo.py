@@ -73,8 +73,8 @@ def test_generate_function_and_bfloat16(bfloat16_model):
         assert greedy(model, inputs, 60) == stock
 
 
-@pytest.mark.parametrize("tokens", [50, pytest.param(200, marks=pytest.mark.full)])
-def test_bfloat16_tokens_of_five_prompts_are_stocks(bfloat16_model, tokens):
+@pytest.mark.parametrize("count", [50, pytest.param(200, marks=pytest.mark.full)])
+def test_bfloat16_tokens_of_five_prompts_are_stocks(bfloat16_model, count):
     """The prompts as one left-padded batch."""
     model, tokenizer = bfloat16_model
     encoded = [demo._encode(tokenizer, text)["input_ids"][0] for text in PROMPTS]
@@ -83,7 +83,7 @@ def test_bfloat16_tokens_of_five_prompts_are_stocks(bfloat16_model, tokens):
     for row, tokens in enumerate(encoded):
         ids[row, longest - len(tokens) :], mask[row, longest - len(tokens) :] = tokens, 1
     inputs = {"input_ids": ids, "attention_mask": mask}
-    options = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens}
+    options = {"do_sample": False, "max_new_tokens": count, "min_new_tokens": count}
     stock = model.generate(**inputs, **options)
     with apply_torch_fused(model, decode=False):
         assert torch.equal(model.generate(**inputs, **options), stock)
@@ -331,6 +331,7 @@ def test_temperature_0_is_greedy(capsys, folders):
     assert texts[0] == texts[1] == texts[2]
 
 
+@pytest.mark.full
 def test_a_gguf_file(capsys, tmp_path):
     """Loaded as transformers loads it, with the tokenizer in it."""
     gguf = demo._demo_file()
