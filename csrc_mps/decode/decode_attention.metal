@@ -12,41 +12,65 @@ using namespace torch_fused;
 constant constexpr int W = kLaneColumns;
 constant constexpr int SIMDGROUPS = kAttentionSimdgroups;
 
-// What placing needs besides a head.
-struct Places {
-  device const ushort* cos;
-  device const ushort* sin;
-  device const long* positions;
+// Elements lane, lane + 32, ... of a vector of `count`, and `fill` past its end.
+template <typename T, int N, bool WHOLE>
+inline void load_strided(device const ushort* vector, uint format, ulong first, uint count, uint lane, float fill,
+                         thread float* x) {
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    const uint d = lane + 32 * i;
+    x[i] = d < count ? vector_at<T, WHOLE>(vector, format, first + d) : fill;
+  }
+}
+
+// The cosines and sines of one token's position, as a lane holds them.
+template <int N>
+struct Angles {
+  float cos[N], sin[N];
+  uint token;
 };
 
-// Element d of a head of a query or key, normed: `scale` is the norm's, 0 for none.
-template <typename T, bool WHOLE>
-inline float normed_at(device const float* head, device const ushort* norm, float scale, uint d,
-                       constant AttentionParams& p) {
-  return scale == 0.0f ? head[d] : head[d] * scale * vector_at<T, WHOLE>(norm, p.norm_format, d);
+template <typename T, int N, bool WHOLE>
+inline void load_angles(thread Angles<N>& angles, uint token, device const ushort* cos, device const ushort* sin,
+                        device const long* positions, uint lane, constant AttentionParams& p) {
+  const ulong row = ulong(clamp(positions[token], 0L, long(p.positions) - 1)) * p.rotary_dim;
+  load_strided<T, N, WHOLE>(cos, p.table_format, row, p.rotary_dim, lane, 1.0f, angles.cos);
+  load_strided<T, N, WHOLE>(sin, p.table_format, row, p.rotary_dim, lane, 0.0f, angles.sin);
+  angles.token = token;
 }
 
 // A head normed, rotated half-split and handed to `store`, by a whole simdgroup.
-template <typename T, bool WHOLE, typename Store>
-inline void place_head(device const float* head, device const ushort* norm, bool normed, uint token, Places places,
+template <int N, typename Store>
+inline void place_head(device const float* head, bool normed, thread const float* norm, thread const Angles<N>& angles,
                        constant AttentionParams& p, uint lane, Store store) {
-  float scale = 0.0f;
+  float x[N];
+#pragma unroll
+  for (int i = 0; i < N; i++) x[i] = lane + 32 * i < p.head_dim ? head[lane + 32 * i] : 0.0f;
   if (normed) {
     float squares = 0.0f;
-    for (uint d = lane; d < p.head_dim; d += 32) squares = fma(head[d], head[d], squares);
-    scale = rsqrt(simd_sum(squares) / float(p.head_dim) + p.eps);
+#pragma unroll
+    for (int i = 0; i < N; i++) squares = fma(x[i], x[i], squares);
+    const float scale = rsqrt(simd_sum(squares) / float(p.head_dim) + p.eps);
+#pragma unroll
+    for (int i = 0; i < N; i++) x[i] *= scale * norm[i];
   }
-  const ulong row = ulong(clamp(places.positions[token], 0L, long(p.positions) - 1)) * p.rotary_dim;
   const uint half_dim = p.rotary_dim / 2;
-  for (uint d = lane; d < p.head_dim; d += 32) {
-    float x = normed_at<T, WHOLE>(head, norm, scale, d, p);
-    if (d < p.rotary_dim) {
-      const float other = d < half_dim ? -normed_at<T, WHOLE>(head, norm, scale, d + half_dim, p)
-                                       : normed_at<T, WHOLE>(head, norm, scale, d - half_dim, p);
-      const float straight = x * vector_at<T, WHOLE>(places.cos, p.table_format, row + d);
-      x = fma(other, vector_at<T, WHOLE>(places.sin, p.table_format, row + d), straight);
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    const uint d = lane + 32 * i;
+    float other = 0.0f;  // the element that this one is rotated with
+    if (half_dim == 16 * N) {
+      other = x[i < N / 2 ? i + N / 2 : i - N / 2];
+    } else {
+      const uint partner = d < half_dim ? d + half_dim : d - half_dim;
+#pragma unroll
+      for (int k = 0; k < N; k++) {
+        const float held = simd_shuffle(x[k], ushort(partner % 32));
+        other = partner / 32 == uint(k) ? held : other;
+      }
     }
-    store.put(d, x);
+    const float rotated = fma(d < half_dim ? -other : other, angles.sin[i], x[i] * angles.cos[i]);
+    if (d < p.head_dim) store.put(d, d < p.rotary_dim ? rotated : x[i]);
   }
 }
 
@@ -78,13 +102,18 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
   constexpr int ROOM = NQ * DIM > 512 ? 512 / DIM : NQ;  // queries that are merged at once
   threadgroup float merged[ROOM * SIMDGROUPS * DIM];
   threadgroup float2 merged_stats[ROOM * SIMDGROUPS];
-  previous_launch_done(lane);
+  constexpr int N = DIM / 32;
   const uint chunk = group % p.chunks, kv_head = group / p.chunks % p.kv_heads;
   const uint batch = group / p.chunks / p.kv_heads;
   const uint group_heads = p.heads / p.kv_heads, projected = (p.heads + 2 * p.kv_heads) * p.head_dim;
   device T* head_keys = keys + long(batch) * p.keys_batch + long(kv_head) * p.keys_head;
   device T* head_values = values + long(batch) * p.values_batch + long(kv_head) * p.values_head;
-  const Places places = {cos, sin, positions};
+  // The first token's angles, and the norms, are under way before the queries and keys are there.
+  float q_scale[N], k_scale[N];
+  load_strided<T, N, WHOLE>(q_norm, p.norm_format, 0, p.flags & kQueryNorm ? p.head_dim : 0, lane, 0.0f, q_scale);
+  load_strided<T, N, WHOLE>(k_norm, p.norm_format, 0, p.flags & kKeyNorm ? p.head_dim : 0, lane, 0.0f, k_scale);
+  Angles<N> angles;
+  load_angles<T, N, WHOLE>(angles, batch * p.steps, cos, sin, positions, lane, p);
 
   // The slots of this chunk; the last one has the new tokens.
   const long start = p.flags & kStarts ? clamp(starts[batch], 0L, p.length) : 0L;
@@ -93,13 +122,15 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
   const long begin = first + held * chunk / p.chunks;
   const bool newest_chunk = chunk == p.chunks - 1;
   const long end = newest_chunk ? p.length + p.steps : first + held * (chunk + 1) / p.chunks;
+  previous_launch_done(lane);
   if (newest_chunk) {
     for (uint step = simdgroup; step < p.steps; step += SIMDGROUPS) {
       const uint token = batch * p.steps + step;
       device const float* key = qkv + ulong(token) * projected + (p.heads + kv_head) * p.head_dim;
       device const float* value = key + p.kv_heads * p.head_dim;
       const CacheStore<T> store = {head_keys + (p.length + step) * p.keys_slot};
-      place_head<T, WHOLE>(key, k_norm, p.flags & kKeyNorm, token, places, p, lane, store);
+      if (token != angles.token) load_angles<T, N, WHOLE>(angles, token, cos, sin, positions, lane, p);
+      place_head<N>(key, p.flags & kKeyNorm, k_scale, angles, p, lane, store);
       device T* to = head_values + (p.length + step) * p.values_slot;
       for (uint d = lane; d < p.head_dim; d += 32) to[d] = T(value[d]);
     }
@@ -116,7 +147,8 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
       if (!WHOLE) {
         for (uint d = p.head_dim + lane; d < DIM; d += 32) queries[q * DIM + d] = 0.0f;
       }
-      place_head<T, WHOLE>(from, q_norm, p.flags & kQueryNorm, token, places, p, lane, store);
+      if (token != angles.token) load_angles<T, N, WHOLE>(angles, token, cos, sin, positions, lane, p);
+      place_head<N>(from, p.flags & kQueryNorm, q_scale, angles, p, lane, store);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);
 

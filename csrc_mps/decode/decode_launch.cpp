@@ -15,10 +15,9 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kSimdgroups = 4;       // of a threadgroup that multiplies
 constexpr int64_t kChunkSlots = 128;     // slots of the context that a chunk of attention should at least have
 constexpr int64_t kMostChunks = 32;      // more cost more to put together than they save
-constexpr int64_t kGroups = 256;         // threadgroups of attention that fill a GPU
+constexpr int64_t kGroups = 128;         // threadgroups of attention that fill a GPU
 constexpr int64_t kMostSplits = 8;
 constexpr int64_t kFewRows = 8192;       // a product with more rows fills a GPU without splitting them
 
@@ -27,10 +26,10 @@ constexpr int64_t kFewRows = 8192;       // a product with more rows fills a GPU
 struct Width {
   int64_t variant, vectors, rows, blocks;
 };
-Width width_for(int64_t vectors, bool whole, bool combine) {
+Width width_for(int64_t vectors, bool whole, bool gated) {
   if (!whole) return {0, 1, 2, 1};
-  if (combine) return {1, 1, 2, 2};
-  return vectors == 1 ? Width{1, 1, 2, 4} : Width{8, 8, 4, 1};
+  if (vectors > 1) return {8, 8, 4, 1};
+  return gated ? Width{1, 1, 4, 2} : Width{1, 1, 2, 4};
 }
 
 // One step: its memory, and its launches so far.
@@ -48,7 +47,7 @@ struct Vectors {
   const Tensor& to;
   const Tensor* norm;  // null for none
   int64_t steps, kept;
-  bool add, combine;
+  bool add;
 };
 
 // Whether a fast kernel for `dtype` can read a matrix or a vector.
@@ -58,8 +57,7 @@ bool is_whole(const Tensor& tensor, at::ScalarType dtype) {
 
 // Matrices of one dtype, one below the other; two that gate if `gated`.
 void multiply(Step& step, std::initializer_list<const Linear*> matrices, const Vectors& v, bool gated) {
-  static KernelSet plain("decode_product", "decode_product"), gating("decode_product", "decode_gated"),
-      attending("decode_product", "decode_attended");
+  static KernelSet plain("decode_product", "decode_product"), gating("decode_product", "decode_gated");
   const Linear& first = **matrices.begin();
   ProductParams p{};
   p.cols = static_cast<uint32_t>(first.weight.size(1));
@@ -68,10 +66,8 @@ void multiply(Step& step, std::initializer_list<const Linear*> matrices, const V
   p.kept = static_cast<uint32_t>(v.kept);
   p.result_stride = static_cast<uint32_t>(v.to.stride(-2));
   p.eps = static_cast<float>(step.model.eps);
-  p.chunks = static_cast<uint32_t>(step.chunks);
-  p.head_dim = static_cast<uint32_t>(step.model.head_dim);
   const at::ScalarType dtype = first.weight.scalar_type();
-  bool whole = p.cols % kLaneColumns == 0 && (!v.combine || step.model.head_dim % kLaneColumns == 0);
+  bool whole = p.cols % kLaneColumns == 0;
   p.flags = v.add ? kAdd : 0;
   Tensor weights[3], biases[3];
   int64_t results = 0;
@@ -97,25 +93,44 @@ void multiply(Step& step, std::initializer_list<const Linear*> matrices, const V
     whole = whole && is_whole(*v.norm, dtype);
   }
 
-  const Width width = width_for(p.vectors, whole, v.combine);
+  const Width width = width_for(p.vectors, whole, gated);
   const int64_t blocks = (p.cols + kBlockColumns - 1) / kBlockColumns;
   p.splits = static_cast<uint32_t>(
       results <= kFewRows ? std::clamp<int64_t>((blocks + width.blocks - 1) / width.blocks, 1, kMostSplits) : 1);
-  const int64_t simdgroups = (kSimdgroups + p.splits - 1) / p.splits * p.splits;
+  const int64_t simdgroups = (kProductSimdgroups + p.splits - 1) / p.splits * p.splits;
   const int64_t rows = simdgroups / p.splits * (gated ? width.rows / 2 : width.rows);
   const int64_t groups = (results + rows - 1) / rows * ((p.vectors + width.vectors - 1) / width.vectors);
-  step.launches.add((gated       ? gating
-                     : v.combine ? attending
-                                 : plain)(first.weight, width.variant),
-                    groups, 32 * simdgroups,
-                    {weights[0], weights[1], weights[2], biases[0], biases[1], biases[2], v.from, step.stats,
+  step.launches.add((gated ? gating : plain)(first.weight, width.variant), groups, 32 * simdgroups,
+                    {weights[0], weights[1], weights[2], biases[0], biases[1], biases[2], v.from,
                      v.norm ? *v.norm : first.weight, v.to},
                     p);
 }
 
+// The product behind attention, whose chunks it puts together.
+void multiply_attended(Step& step, const Linear& o) {
+  static KernelSet kernels("decode_attended", "decode_attended");
+  const Tensor& weight = o.weight;
+  AttendedParams p{};
+  p.stride = weight.stride(0);
+  p.rows = static_cast<uint32_t>(weight.size(0));
+  p.cols = static_cast<uint32_t>(weight.size(1));
+  p.vectors = static_cast<uint32_t>(step.call.tokens());
+  p.chunks = static_cast<uint32_t>(step.chunks);
+  p.head_dim = static_cast<uint32_t>(step.model.head_dim);
+  if (o.bias) p.flags |= kBias, p.bias_format = format_of(*o.bias);
+  const bool whole = p.cols % kLaneColumns == 0 && p.head_dim % kLaneColumns == 0 &&
+                     is_whole(weight, weight.scalar_type()) &&
+                     (!o.bias || o.bias->scalar_type() == weight.scalar_type());
+  const int64_t variant = !whole ? 0 : p.vectors == 1 ? 1 : 8, vectors = variant == 8 ? 8 : 1;
+  const int64_t rows = kProductSimdgroups * kAttendedRows;
+  const int64_t groups = (p.rows + rows - 1) / rows * ((p.vectors + vectors - 1) / vectors);
+  step.launches.add(kernels(weight, variant), groups, 32 * kProductSimdgroups,
+                    {weight, o.bias.value_or(weight), step.attended, step.stats, step.states}, p);
+}
+
 // Each on its own where their formats differ.
 void multiply_qkv(Step& step, const DecoderLayer& layer) {
-  const Vectors v{step.states, step.qkv, &layer.input_norm, step.call.steps, step.call.steps, false, false};
+  const Vectors v{step.states, step.qkv, &layer.input_norm, step.call.steps, step.call.steps, false};
   const auto dtype = [](const Linear& linear) { return linear.weight.scalar_type(); };
   if (dtype(layer.q) == dtype(layer.k) && dtype(layer.q) == dtype(layer.v)) {
     return multiply(step, {&layer.q, &layer.k, &layer.v}, v, false);
@@ -124,7 +139,7 @@ void multiply_qkv(Step& step, const DecoderLayer& layer) {
   for (const Linear* matrix : {&layer.q, &layer.k, &layer.v}) {
     const int64_t rows = matrix->weight.size(0);
     const Tensor results = step.qkv.narrow(1, first, rows);
-    multiply(step, {matrix}, {v.from, results, v.norm, v.steps, v.kept, false, false}, false);
+    multiply(step, {matrix}, {v.from, results, v.norm, v.steps, v.kept, false}, false);
     first += rows;
   }
 }
@@ -205,13 +220,13 @@ Tensor decode_gpu(const DecoderPtr& decoder, const Tensor& token_ids, const Tens
     const DecoderLayer& layer = model.layers[i];
     multiply_qkv(step, layer);
     attend(step, i);
-    multiply(step, {&layer.o}, {step.attended, step.states, nullptr, steps, steps, true, true}, false);
+    multiply_attended(step, layer.o);
     multiply(step, {&layer.gate, &layer.up},
-             {step.states, step.gates, &layer.post_attention_norm, steps, steps, false, false}, true);
-    multiply(step, {&layer.down}, {step.gates, step.states, nullptr, steps, steps, true, false}, false);
+             {step.states, step.gates, &layer.post_attention_norm, steps, steps, false}, true);
+    multiply(step, {&layer.down}, {step.gates, step.states, nullptr, steps, steps, true}, false);
   }
   const Linear head{model.head, std::nullopt};
-  multiply(step, {&head}, {step.states, step.logits, &model.norm, steps, call.kept, false, false}, false);
+  multiply(step, {&head}, {step.states, step.logits, &model.norm, steps, call.kept, false}, false);
   step.launches.run();
   return step.logits;
 }

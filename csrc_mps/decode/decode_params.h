@@ -33,7 +33,18 @@ struct ProductParams {
   uint32_t splits;       // simdgroups that share a row
   uint32_t flags, norm_format, bias_format;
   float eps;
-  uint32_t chunks, head_dim;  // of attention, where its chunks are put together first
+  uint32_t unused;
+};
+
+SHARED_CONSTANT uint32_t kProductSimdgroups = 4;  // of a threadgroup that multiplies, but for splits
+SHARED_CONSTANT uint32_t kAttendedRows = 4;       // of a simdgroup behind attention
+
+// The product behind attention; its results are added to what is there.
+struct AttendedParams {
+  int64_t stride;  // elements from row to row
+  uint32_t rows, cols, vectors;
+  uint32_t chunks, head_dim;
+  uint32_t flags, bias_format;
   uint32_t unused;
 };
 

@@ -19,7 +19,10 @@ def step(head_dim: int = 64, **options) -> Callable[[], list[torch.Tensor]]:
     return run
 
 
-ATTENTION, PRODUCT, VECTORS = (f"decode/{name}" for name in ("decode_attention.metal", "decode_product.metal", "vectors.metal.h"))
+ATTENTION, ATTENDED, PRODUCT, VECTORS = (
+    f"decode/{name}"
+    for name in ("decode_attention.metal", "decode_attended.metal", "decode_product.metal", "vectors.metal.h")
+)
 
 BUGS = [
     Bug(
@@ -76,7 +79,7 @@ BUGS = [
         "a new value is appended too late",
         "decode_attention",
         "head_values + (p.length + step) * p.values_slot",
-        "head_values + (p.length + step + 5) * p.values_slot",
+        "head_values + (p.length + step + 6) * p.values_slot",
         step(),
         "out-of-bounds",
         ATTENTION,
@@ -103,10 +106,10 @@ BUGS = [
         "scratch[(simdgroup + s)",
     ),
     Bug(
-        "rows past the last one are read",
+        "columns past the last one are read",
         "decode_product",
-        "min(first + (GATED ? r / 2 : r), last)",
-        "(first + (GATED ? r / 2 : r))",
+        "column < cols ? from[i] : uint4(0u)",
+        "from[i]",
         step(),
         "out-of-bounds",
         VECTORS,
@@ -118,13 +121,33 @@ BUGS = [
         "results + ulong(vector) * p.result_stride + row",
         "results + row",
         step(),
-        "data race on buffer 9",
+        "data race on buffer 8",
         PRODUCT,
         "*result",
     ),
     Bug(
+        "missing barrier before a vector is multiplied",
+        "decode_attended",
+        BARRIER.replace("  ", "      ", 1) + "#pragma unroll\n      for (int u",
+        "\n#pragma unroll\n      for (int u",
+        step(),
+        RACE,
+        ATTENDED,
+        "combined[",
+    ),
+    Bug(
+        "missing barrier before the next vector takes the place",
+        "decode_attended",
+        "      threadgroup_barrier(mem_flags::mem_threadgroup);  // the vector before is done with\n",
+        "\n",
+        step(),
+        RACE,
+        ATTENDED,
+        "combined[",
+    ),
+    Bug(
         "a chunk is taken from another head",
-        "decode_product",
+        "decode_attended",
         "from + c * p.head_dim, 0",
         "from + c * p.cols, 0",
         step(),
@@ -145,17 +168,17 @@ BUGS = [
 ]
 
 ONLY_NUMBERS = [
-    ("positions turn the other way", "decode_attention", "? -normed_at<T, WHOLE>", "? normed_at<T, WHOLE>", step()),
+    ("positions turn the other way", "decode_attention", "? -other : other", "? other : -other", step()),
     ("the sum forgets its old maximum", "decode_attention", "sums[q] *= keep;", "", step()),
     ("the window has a slot too many", "decode_attention", "slot > newest - p.window", "slot >= newest - p.window",
      step(windows=[20])),
     ("a token sees those after it", "decode_attention", "slot < end && slot <= newest", "slot < end", step()),
     ("padding is attended", "decode_attention", "p.flags & kStarts ?", "false ?", step(starts=[0, 200])),
-    ("no norm of the keys", "decode_attention", "k_norm, p.flags & kKeyNorm", "k_norm, false", step()),
+    ("no norm of the keys", "decode_attention", "(key, p.flags & kKeyNorm,", "(key, false,", step()),
     ("the residual is left out", "decode_product", "*result = residual +", "*result =", step()),
-    ("the norm takes the weights for the values", "decode_product", "sums[R][c] = fma(x[j], x[j], sums[R][c]);",
-     "sums[R][c] = fma(weight[j], weight[j], sums[R][c]);", step()),
-    ("chunks count alike", "decode_product", "const float weight = exp2(stat[c].x - largest);",
+    ("the norm takes the weights for the values", "decode_product", "squares[c] = fma(x[j], x[j], squares[c]);",
+     "squares[c] = fma(weight[j], weight[j], squares[c]);", step()),
+    ("chunks count alike", "decode_attended", "const float weight = exp2(stat[c].x - largest);",
      "const float weight = 1.0f;", step()),
-    ("up is not gated", "decode_product", "silu(sum * scale) * (up * scale)", "silu(sum * scale)", step()),
+    ("up is not gated", "decode_product", "silu(sum.x * scale) * (up * scale)", "silu(sum.x * scale)", step()),
 ]  # fmt: skip
