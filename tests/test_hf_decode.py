@@ -464,11 +464,10 @@ def test_gradients_and_emulation():
         with torch.no_grad():
             with emulate() as run:
                 emulated = one_step(model).logits
-            assert any("rms_norm" in launch.kernel for launch in run.launches)
-            assert "the Metal kernels are being emulated" in calls(handle)[1][-1]
-            assert calls(handle)[0] == 0
+            assert any("decode_product" in launch.kernel for launch in run.launches)
+            assert calls(handle)[0] == 1
             fused = one_step(model).logits
-        assert calls(handle)[0] == 1
+        assert calls(handle)[0] == 2
         torch.testing.assert_close(fused, logits)
         torch.testing.assert_close(fused, emulated)
 

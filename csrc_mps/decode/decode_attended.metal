@@ -1,4 +1,4 @@
-// The product behind attention. A threadgroup puts the chunks of the context together, 1024 columns at a time, and
+// The product behind attention. A threadgroup puts the chunks of the context together, some columns at a time, and
 // multiplies its rows with the result.
 #include <metal_stdlib>
 #include "common/pack.metal.h"
@@ -8,7 +8,7 @@
 using namespace metal;
 using namespace torch_fused;
 
-constant constexpr int W = kLaneColumns, R = kAttendedRows, U = kProductSimdgroups;
+constant constexpr int W = kLaneColumns, R = kAttendedRows, THREADS = 32 * kProductSimdgroups;
 
 // Eight columns of attention's result: each chunk has its weighted values, and of the scores the maximum (in octaves)
 // and the sum.
@@ -23,7 +23,7 @@ inline void combine_chunks(device const float* values, device const float2* stat
   float sum = 0.0f;
 #pragma unroll
   for (int j = 0; j < W; j++) x[j] = 0.0f;
-#pragma unroll 8
+#pragma unroll 4
   for (uint c = 0; c < p.chunks; c++) {
     const float weight = exp2(stat[c].x - largest);
     Pack<float, W> chunk;
@@ -37,15 +37,16 @@ inline void combine_chunks(device const float* values, device const float2* stat
   for (int j = 0; j < W; j++) x[j] *= scale;
 }
 
-// C vectors at once.
-template <typename T, int C, bool WHOLE>
+// C vectors at once, U blocks of columns at once.
+template <typename T, int C, int U, bool WHOLE>
 [[kernel, max_total_threads_per_threadgroup(128)]]
 void decode_attended(device const T* matrix [[buffer(0)]], device const ushort* bias [[buffer(1)]],
                      device const float* chunks [[buffer(2)]], device const float2* stats [[buffer(3)]],
                      device float* results [[buffer(4)]], constant AttendedParams& p [[buffer(5)]],
                      uint group [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
                      uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]]) {
-  threadgroup float4 combined[U * kBlockColumns / 4];
+  constexpr int PLACES = U * kBlockColumns / W;  // of eight columns
+  threadgroup float4 combined[C * PLACES * 2];
   const uint blocks = (p.vectors + C - 1) / C, first_vector = group % blocks * C;
   const uint first = (group / blocks * kProductSimdgroups + simdgroup) * R, last = p.rows - 1;
   Rows<T, R, U> rows;
@@ -64,10 +65,11 @@ void decode_attended(device const T* matrix [[buffer(0)]], device const ushort* 
   for (int i = 0; i < R * C; i++) sums[i] = 0.0f;
   for (uint begin = 0; begin < p.cols; begin += U * kBlockColumns) {
     if (begin > 0) load_rows<WHOLE>(rows, begin + lane * W, p.cols);
-    const uint column = begin + thread_id * W;
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // the columns before are done with
 #pragma unroll
-    for (int c = 0; c < C; c++) {
-      const uint source = min(first_vector + c, p.vectors - 1);
+    for (int k = 0; k < C * PLACES / THREADS; k++) {
+      const uint place = thread_id + k * THREADS, column = begin + place % PLACES * W;
+      const uint source = min(first_vector + place / PLACES, p.vectors - 1);
       device const float* values = chunks + ulong(source) * p.chunks * p.cols;
       device const float2* stat = stats + ulong(source) * (p.cols / p.head_dim) * p.chunks;
       float x[W];
@@ -82,14 +84,16 @@ void decode_attended(device const T* matrix [[buffer(0)]], device const ushort* 
           x[j] = one[0];
         }
       }
-      threadgroup_barrier(mem_flags::mem_threadgroup);  // the vector before is done with
-      combined[thread_id * 2] = float4(x[0], x[1], x[2], x[3]);
-      combined[thread_id * 2 + 1] = float4(x[4], x[5], x[6], x[7]);
-      threadgroup_barrier(mem_flags::mem_threadgroup);
+      combined[place * 2] = float4(x[0], x[1], x[2], x[3]);
+      combined[place * 2 + 1] = float4(x[4], x[5], x[6], x[7]);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+    for (int c = 0; c < C; c++) {
 #pragma unroll
       for (int u = 0; u < U; u++) {
-        const float4 low = combined[u * kBlockColumns / 4 + lane * 2];
-        const float4 high = combined[u * kBlockColumns / 4 + lane * 2 + 1];
+        const uint place = c * PLACES + u * 32 + lane;
+        const float4 low = combined[place * 2], high = combined[place * 2 + 1];
         const float y[W] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
         for (int r = 0; r < R; r++) {
@@ -103,14 +107,14 @@ void decode_attended(device const T* matrix [[buffer(0)]], device const ushort* 
   if (writes) *result = residual + sum + shift;
 }
 
-#define ATTENDED(host, T, C, WHOLE)                                                                     \
-  template [[host_name(host)]] [[kernel]] void decode_attended<T, C, WHOLE>(                            \
+#define ATTENDED(host, T, C, U, WHOLE)                                                                  \
+  template [[host_name(host)]] [[kernel]] void decode_attended<T, C, U, WHOLE>(                         \
       device const T*, device const ushort*, device const float*, device const float2*, device float*,  \
       constant AttendedParams&, uint, uint, uint, uint);
-#define ATTENDED_ALL(name, T)                           \
-  ATTENDED("decode_attended_" #name "_1", T, 1, true)   \
-  ATTENDED("decode_attended_" #name "_8", T, 8, true)   \
-  ATTENDED("decode_attended_" #name "_0", T, 1, false)
+#define ATTENDED_ALL(name, T)                            \
+  ATTENDED("decode_attended_" #name "_1", T, 1, 4, true) \
+  ATTENDED("decode_attended_" #name "_8", T, 8, 2, true) \
+  ATTENDED("decode_attended_" #name "_0", T, 1, 4, false)
 ATTENDED_ALL(f32, float)
 ATTENDED_ALL(f16, half)
 ATTENDED_ALL(bf16, bfloat)

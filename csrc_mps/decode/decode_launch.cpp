@@ -28,7 +28,7 @@ struct Width {
 };
 Width width_for(int64_t vectors, bool whole, bool gated) {
   if (!whole) return {0, 1, 2, 1};
-  if (vectors > 1) return {8, 8, 4, 1};
+  if (vectors > 1) return {8, 8, 4, 2};
   return gated ? Width{1, 1, 4, 2} : Width{1, 1, 2, 4};
 }
 

@@ -21,22 +21,28 @@ inline void load_rows(thread Rows<T, R, U>& rows, uint column, uint cols) {
   }
 }
 
-// N sums over a simdgroup at once, N a power of two: lane l gets that of values[l % N], and `values` is used up. At each
-// step a lane hands half of its values on and takes over the other half, so all take 31 exchanges at most.
+// A lane hands half of its N values on and takes over the other half of another's, until it has one.
+template <int N>
+inline void share_sums(thread float* values, uint lane) {
+  constexpr int HALF = N / 2;
+  const bool upper = lane & HALF;
+#pragma unroll
+  for (int i = 0; i < HALF; i++) {
+    const float low = values[i], high = values[i + HALF];
+    values[i] = (upper ? high : low) + simd_shuffle_xor(upper ? low : high, ushort(HALF));
+  }
+  share_sums<HALF>(values, lane);
+}
+
+template <>
+inline void share_sums<1>(thread float* values, uint lane) {}
+
+// N sums over a simdgroup at once, N a power of two up to 32: lane l gets that of values[l % N]. `values` is used up.
 template <int N>
 inline float sum_of_each(thread float* values, uint lane) {
-#pragma unroll
-  for (int half_of = N / 2; half_of > 0; half_of /= 2) {
-    const bool upper = lane & half_of;
-#pragma unroll
-    for (int i = 0; i < half_of; i++) {
-      const float kept = upper ? values[i + half_of] : values[i];
-      const float other = upper ? values[i] : values[i + half_of];
-      values[i] = kept + simd_shuffle_xor(other, half_of);
-    }
-  }
+  share_sums<N>(values, lane);
   float sum = values[0];
 #pragma unroll
-  for (int distance = N; distance < 32; distance *= 2) sum += simd_shuffle_xor(sum, distance);
+  for (int distance = N; distance < 32; distance *= 2) sum += simd_shuffle_xor(sum, ushort(distance));
   return sum;
 }
