@@ -18,7 +18,7 @@ from transformers import DynamicCache
 import torch_fused
 from torch_fused.__main__ import main
 from torch_fused.functional import add_rms_norm, layer_norm, rms_norm, silu_mul, softmax
-from torch_fused.hf import FusedKVCache, apply_torch_fused, generate
+from torch_fused.hf import FusedKVCache, apply_torch_fused, generate, loop
 from torch_fused.metal import emulate
 from torch_fused.optim import AdamW
 from torch_fused.sampling import filter_logits, greedy, sample
@@ -432,6 +432,28 @@ def test_cuda_sampled_tokens_are_the_cpus_for_the_same_logits(model):
     assert torch.equal(drawn, out.sequences[:, length:].cpu())
     actual = torch.stack(out.logits, dim=1).cpu()
     torch.testing.assert_close(actual, expected[:, length - 1 : -1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_cuda_generation_waits_for_nothing(model, options, monkeypatch):
+    """From the third token on, torch raises where the host would wait for the device."""
+    decode, steps = loop._Loop.decode, []
+
+    def watched(self, tokens):
+        steps.append(tokens)
+        if len(steps) == 2:
+            torch.cuda.set_sync_debug_mode("error")
+        return decode(self, tokens)
+
+    with apply_torch_fused(model):
+        expected = model.generate(**batch(4), **options) if options is GREEDY else None
+        monkeypatch.setattr(loop._Loop, "decode", watched)
+        try:
+            tokens = model.generate(**batch(4), **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(steps) == options["max_new_tokens"] - 1
+    assert expected is None or torch.equal(tokens, expected)
 
 
 def test_cuda_training_gives_stocks_losses():

@@ -11,6 +11,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch.library import opcheck
 
+from torch_fused.metal import emulate
 from torch_fused.ops.decode import LAYER_PARTS, DecoderParts, decode_, decode_reference, decode_token_, make_decoder
 from torch_fused.testing import HALF_ULP, make, relative_error
 
@@ -231,7 +232,9 @@ def test_dtypes_of_their_own(backend):
     dtypes = dict(zip(LAYER_PARTS, (torch.float16, torch.bfloat16, torch.float32) * 5, strict=True))
     dtypes["up"] = dtypes["gate"]
     names = LAYER_PARTS * step.shape.layers
-    step.model["layers"] = [t if t is None else t.to(dtypes[n]) for t, n in zip(step.model["layers"], names, strict=True)]
+    step.model["layers"] = [
+        t if t is None else t.to(dtypes[n]) for t, n in zip(step.model["layers"], names, strict=True)
+    ]
     step.model["head"] = step.model["head"].bfloat16()
     step.args["cos"], step.args["sin"] = step.args["cos"].half(), step.args["sin"].half()
     step.check()
@@ -343,12 +346,11 @@ def test_worker_of_a_data_loader():
 
 def test_inputs_are_not_written():
     step = Step(batch=2)
-    before = [
-        t.clone() for t in _tensors({**step.args, **step.model}) if not any(t is s for s in step.args["keys"] + step.args["values"])
-    ]
+    caches = set(map(id, step.args["keys"] + step.args["values"]))
+    inputs = [tensor for tensor in _tensors({**step.args, **step.model}) if id(tensor) not in caches]
+    before = [tensor.clone() for tensor in inputs]
     step.run()
-    after = [t for t in _tensors({**step.args, **step.model}) if not any(t is s for s in step.args["keys"] + step.args["values"])]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
 def _tensors(args):
@@ -532,7 +534,7 @@ def test_caches_side_by_side():
     ],
 )
 def test_a_model_that_has_changed(change, name):
-    """Values written in place are read; a tensor that was given other memory or another shape is refused by its name."""
+    """Values written in place are read; a tensor that has other memory or another shape is refused by its name."""
     step = Step()
     model = make_decoder(**step.model)
     step.model["head"].mul_(2)
@@ -542,3 +544,29 @@ def test_a_model_that_has_changed(change, name):
     assert not model.is_current()
     with pytest.raises(RuntimeError, match=f"decode_: {name} of the model has been given other memory"):
         decode_(model, **step.args)
+
+
+# ---- what the kernels cost -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [0, 1000, 5000])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_launches_of_a_token(batch, length):
+    """Five a layer, and six for the embedding, the head and the choice of the token, whatever the context."""
+    step = Step(Shape("qwen3", layers=3), batch=batch, length=length)
+    with emulate(checked=False) as run:
+        _token(step)
+    assert len(run.launches) <= 5 * 3 + 6
+
+
+def test_a_step_reads_the_least_bytes():
+    """Weights and the context are read once: at most 1.05 of them, all that is in between included."""
+    shape = Shape("qwen3", 1, 512, 8, 2, 64, 64, intermediate=1024, vocabulary=2000)
+    step = Step(shape, length=1000, dtype=torch.bfloat16)
+    with emulate() as run:
+        _token(step)
+    parts = [step.model["head"], *(t for t in step.model["layers"] if t is not None)]
+    context = 2 * 1000 * 2 * 64 * 2
+    least = sum(t.nbytes for t in parts) + context
+    moved = sum(buffer.distinct_read + buffer.written for launch in run.launches for buffer in launch.buffers)
+    assert least <= moved <= 1.05 * least

@@ -16,10 +16,10 @@ def generate(
 ):
     """Calls ``model.generate`` with the fused sampler, and a :class:`FusedKVCache` in place of a ``DynamicCache``.
 
-    On the CPU the tokens of a greedy or sampled generation with a Llama, Qwen2 or Qwen3 model, after those of the
-    prompt, take one op each, which returns nothing but the next token ids; see ``decode`` of
-    :func:`apply_torch_fused`. A model patched by :func:`apply_torch_fused` stays so, and several threads may call this
-    at a time; any other is as before when the call returns, and calls on it wait for each other.
+    The tokens of a greedy or sampled generation with a Llama, Qwen2 or Qwen3 model, after those of the prompt, take
+    one op each, which returns nothing but the next token ids; see ``decode`` of :func:`apply_torch_fused`. A model
+    patched by :func:`apply_torch_fused` stays so, and several threads may call this at a time; any other is as before
+    when the call returns, and calls on it wait for each other.
 
     Args:
         model: a transformers model that can generate, or a pipeline, which has one.

@@ -67,10 +67,9 @@ def token_loop(
         )
     loop = _Loop(decoder, generation_config.do_sample, filters, model_kwargs)
     tokens = loop.prefill(input_ids, generation_config)
+    # A user's own criteria may look at anything, so they are asked before the next step begins.
     kinds = set(map(type, stopping_criteria))
-    # A GPU begins the next step before the host knows whether this one was the last. A user's own criteria may look at
-    # anything, so they are asked first.
-    ahead = not input_ids.is_cpu and kinds <= {MaxLengthCriteria, EosTokenCriteria}
+    ahead = runs_ahead(input_ids.device) and kinds <= {MaxLengthCriteria, EosTokenCriteria}
     ends = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     while True:
@@ -78,8 +77,7 @@ def token_loop(
             tokens = torch.where(unfinished, tokens, generation_config._pad_token_tensor)
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
         unfinished = unfinished & ~stopping_criteria(input_ids, None)
-        goes_on = OnItsWay(unfinished.any())
-        streamed = None if streamer is None else OnItsWay(tokens)
+        goes_on, streamed = OnItsWay(unfinished.any()), OnItsWay(tokens)
         full = stopping_criteria.max_length is not None and input_ids.shape[1] >= stopping_criteria.max_length
         following = loop.decode(tokens) if ahead and not full else None
         if streamer is not None:
@@ -97,6 +95,11 @@ def token_loop(
     return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: loop.cache})
 
 
+def runs_ahead(device: torch.device) -> bool:
+    """Whether a step begins before the host knows if the one before it was the last."""
+    return device.type != "cpu"
+
+
 class OnItsWay:
     """A tensor of a device on its way to the host, which waits for nothing until the values are asked for."""
 
@@ -110,6 +113,18 @@ class OnItsWay:
         if self._event is not None:
             self._event.synchronize()
         return self._copy
+
+
+def random_state(device: torch.device) -> Tensor:
+    """Of torch's default generator; a GPU's is on the host too."""
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+
+def set_random_state(state: Tensor, device: torch.device) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)
 
 
 @dataclass(frozen=True)
@@ -179,8 +194,8 @@ class _Loop:
         except Left as left:
             self.decoder.count(str(left))
             return None
-        if self.do_sample and not last.is_cpu:
-            self._random_state = torch.get_device_module(last.device).get_rng_state(last.device)
+        if self.do_sample:
+            self._random_state = random_state(last.device)
         following = self.decoder.step(
             plan,
             decode_token_,
@@ -200,8 +215,7 @@ class _Loop:
         """Undoes the last `decode`."""
         self.cache.crop(-1)
         if self._random_state is not None:
-            device = self.cache.layers[0].keys.device
-            torch.get_device_module(device).set_rng_state(self._random_state, device)
+            set_random_state(self._random_state, self.cache.layers[0].keys.device)
 
     def _find_place(self, last: Tensor) -> "Place":
         mask, positions = self.model_kwargs.get("attention_mask"), self.model_kwargs.get("position_ids")

@@ -51,8 +51,13 @@ KWARGS_REACH_CACHE = CACHE == "cache"
 # Each forward serves only calls that its class's own, as transformers wrote it, would serve alike.
 
 
+def _is_left(module: nn.Module) -> bool:
+    """Whether a call is the class's own: somebody has replaced it, or a compiler traces it, which fuses better."""
+    return home_of(type(module)) is None or torch.compiler.is_compiling()
+
+
 def rms_norm_forward(self, hidden_states: Tensor) -> Tensor:
-    if home_of(type(self)) is None or not _plain(hidden_states, self.weight):
+    if _is_left(self) or not _plain(hidden_states, self.weight):
         return type(self).forward(self, hidden_states)
     return rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon, casting_mode="llama")
 
@@ -60,7 +65,7 @@ def rms_norm_forward(self, hidden_states: Tensor) -> Tensor:
 def rotary_embedding_forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """The tables of cosines and sines in float32, without the steps that change nothing."""
     by_length = "dynamic" in self.rope_type or self.rope_type == "longrope"  # so are the frequencies
-    if by_length or self.inv_freq.requires_grad or home_of(type(self)) is None:
+    if by_length or self.inv_freq.requires_grad or _is_left(self):
         return type(self).forward(self, x, position_ids)
     angles = position_ids[..., None] * self.inv_freq.to(device=x.device, dtype=torch.float32)
     angles = torch.cat([angles, angles], -1)
@@ -79,9 +84,9 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What the attention of Llama, Qwen2 and Qwen3 computes, the positions of queries and keys by one kernel."""
-    home = home_of(type(self))
-    if home is None:
+    if _is_left(self):
         return type(self).forward(self, hidden_states, position_embeddings, attention_mask, *cache, **kwargs)
+    home: Any = home_of(type(self))
     held = take_cache(kwargs, *cache)
     heads = (*hidden_states.shape[:-1], -1, self.head_dim)
     q, k, v = (project(hidden_states).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
@@ -105,7 +110,7 @@ def attention_forward(
 def mlp_forward(self, x: Tensor) -> Tensor:
     activation = self.act_fn
     silu = type(activation) in SILU and home_of(type(activation)) is not None
-    if not silu or "forward" in activation.__dict__ or _hooked(activation) or home_of(type(self)) is None:
+    if not silu or "forward" in activation.__dict__ or _hooked(activation) or _is_left(self):
         return type(self).forward(self, x)
     gate, up = self.gate_proj(x), self.up_proj(x)
     product = silu_mul(gate, up, casting_mode="llama") if _plain(gate, up) else activation(gate) * up
@@ -114,7 +119,7 @@ def mlp_forward(self, x: Tensor) -> Tensor:
 
 def decoder_layer_forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
     checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-    if checkpointed or home_of(type(self)) is None:
+    if checkpointed or _is_left(self):
         return type(self).forward(self, hidden_states, *args, **kwargs)
     return _decoder_layer_forward(self, hidden_states, *args, **kwargs)
 

@@ -207,7 +207,7 @@ def apply_torch_fused(
     sampler: bool = True,
     decode: bool = True,
 ) -> PatchHandle:
-    """Makes ``model`` use fused ops with the roundings of its own code, so that it gives the same greedy tokens.
+    """Makes ``model`` use fused ops: the same greedy tokens in float32, and with ``decode=False`` in any dtype.
 
     Only this model's instances are touched: methods are bound on them, and no class and no global changes. Modules
     whose class is not exactly one of Llama's, Qwen2's or Qwen3's are left alone, and so are modules that accelerate,
@@ -228,12 +228,13 @@ def apply_torch_fused(
             :func:`torch_fused.sampling.sample`, which take over temperature, top-k, top-p and min-p; other processors
             run as before. What is drawn follows ``torch.manual_seed`` but is another draw than transformers' from the
             same probabilities.
-        decode: on the CPU, with a `FusedKVCache`, up to 8 new tokens of up to 8 sequences go through the whole model in
-            one op, several times as fast. It keeps float32 between the weights, so in float32 the tokens are
-            transformers' own, and in bfloat16, float16 and under autocast the logits, which are then float32, are
-            nearer to the exact ones than transformers' are: set this to False to have its roundings. Whatever the op
-            cannot do, such as hooks, adapters, quantised weights or attention maps, runs as before; the report tells
-            why.
+        decode: with a `FusedKVCache`, up to 8 new tokens of up to 8 sequences go through the whole model in one op,
+            several times as fast. The op keeps float32 between the weights, so in float32 the tokens are transformers'
+            own, and in bfloat16, float16 and under autocast the logits, which are then float32, are nearer to the
+            exact ones than transformers' are: set this to False to have its roundings. On a GPU ``generate()`` then
+            starts each step before it knows whether the one before it was the last, and takes back one too many.
+            Whatever the op cannot do, such as hooks, adapters, quantised weights or attention maps, runs as before;
+            the report tells why.
 
     Returns:
         A :class:`PatchHandle` with ``revert()`` and ``report()``, and a context manager that reverts. For a model that
