@@ -36,7 +36,7 @@ bool is_aligned(const AdamwTensor& t) {
          rows_aligned(t.exp_avg_sq, 0);
 }
 
-void launch_batch(const std::string& kernel, Batch batch, const AdamwSettings& settings) {
+void launch_batch(const Kernel& kernel, Batch batch, const AdamwSettings& settings) {
   const auto s = settings.scalars<float>(batch[0].step);
   AdamwParams params{{}, {}, 0, {}, {}, s.decay, s.sign, s.lerp, s.beta2, s.one_minus_beta2, s.eps};
   std::vector<Tensor> tensors;
@@ -58,7 +58,7 @@ void launch_batch(const std::string& kernel, Batch batch, const AdamwSettings& s
     params.negative_step_size[i] = own.negative_step_size;
     threadgroups += (t.param.numel() + chunk - 1) / chunk;
   }
-  launch("adamw", kernel, threadgroups, kThreads, tensors, params);
+  launch(kernel, threadgroups, kThreads, tensors, params);
 }
 
 }  // namespace
@@ -75,7 +75,8 @@ void adamw_gpu(TensorList params, TensorList grads, TensorList exp_avgs, TensorL
     // Large tensors share launches with large ones: each launch waits for the last threadgroup of the one before.
     std::stable_sort(tensors.begin(), tensors.end(),
                      [](const AdamwTensor& a, const AdamwTensor& b) { return a.param.numel() > b.param.numel(); });
-    const std::string kernel = "adamw_" + dtype_name(tensors[0].param) + "_" + dtype_name(tensors[0].exp_avg);
+    const Kernel& kernel =
+        find_kernel("adamw", "adamw_" + dtype_name(tensors[0].param) + "_" + dtype_name(tensors[0].exp_avg));
     for (size_t i = 0; i < tensors.size(); i += kTensors) {
       launch_batch(kernel, Batch(tensors).slice(i, std::min(kTensors, tensors.size() - i)), settings);
     }

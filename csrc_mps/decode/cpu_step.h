@@ -100,9 +100,9 @@ struct CpuStep : StepShape {
 };
 
 // One member's share of a step, for each instruction set. step/ has the code.
-#define TORCH_FUSED_DECLARE_STEP(target)              \
-  namespace target {                                  \
-  void run_step(const CpuStep& s, const Team& team);  \
+#define TORCH_FUSED_DECLARE_STEP(target)             \
+  namespace target {                                 \
+  void run_step(const CpuStep& s, const Team& team); \
   }
 TORCH_FUSED_DECLARE_STEP(baseline)
 #ifdef TORCH_FUSED_X86_DISPATCH

@@ -41,8 +41,8 @@ class Reader {
     const at::ScalarType dtype = tensor.scalar_type();
     TORCH_CHECK(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, "Decoder: ", name,
                 " must be float32, float16 or bfloat16, got ", dtype);
-    TORCH_CHECK(tensor.device() == device_, "Decoder: ", name, " must be on the embedding's device ", device_,
-                ", got ", tensor.device());
+    TORCH_CHECK(tensor.device() == device_, "Decoder: ", name, " must be on the embedding's device ", device_, ", got ",
+                tensor.device());
     TORCH_CHECK(tensor.layout() == at::kStrided && (tensor.stride(-1) == 1 || tensor.size(-1) == 1), "Decoder: ", name,
                 " must have dense rows, got strides ", tensor.strides());
     TORCH_CHECK(!tensor.is_neg(), "Decoder: ", name, " must not be a lazily negated view: pass tensor.resolve_neg()");
@@ -143,9 +143,9 @@ auto arguments_of(const DecoderPtr& model) {
   std::vector<OptionalTensor> layers;
   std::vector<int64_t> windows;
   for (const DecoderLayer& l : model->layers) {
-    layers.insert(layers.end(), {l.input_norm, l.q.weight, l.q.bias, l.k.weight, l.k.bias, l.v.weight, l.v.bias,
-                                 l.q_norm, l.k_norm, l.o.weight, l.o.bias, l.post_attention_norm, l.gate.weight,
-                                 l.up.weight, l.down.weight});
+    layers.insert(layers.end(),
+                  {l.input_norm, l.q.weight, l.q.bias, l.k.weight, l.k.bias, l.v.weight, l.v.bias, l.q_norm, l.k_norm,
+                   l.o.weight, l.o.bias, l.post_attention_norm, l.gate.weight, l.up.weight, l.down.weight});
     windows.push_back(l.window);
   }
   return std::make_tuple(model->embedding, layers, model->norm, model->head, model->heads, model->eps, model->scaling,
@@ -181,9 +181,9 @@ void check_cache(const char* name, TensorList buffers, const DecodeCall& call) {
                 "decode_: ", name, " must be (", call.batch, ", ", m.kv_heads, ", capacity, ", m.head_dim,
                 ") with a dense last dimension, got shape ", buffer.sizes(), " with strides ", buffer.strides());
     const at::ScalarType dtype = buffer.scalar_type();
-    TORCH_CHECK(dtype == call.keys[0].scalar_type() &&
-                    (dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16),
-                "decode_: ", name, " must all be float32, all float16 or all bfloat16, got ", dtype);
+    TORCH_CHECK(
+        dtype == call.keys[0].scalar_type() && (dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16),
+        "decode_: ", name, " must all be float32, all float16 or all bfloat16, got ", dtype);
     TORCH_CHECK(buffer.device() == m.embedding.device(), "decode_: ", name, " must be on the model's device ",
                 m.embedding.device(), ", got ", buffer.device());
     TORCH_CHECK(call.length <= buffer.size(2) - call.steps, "decode_: ", name, " must have room for ", call.steps,
@@ -226,18 +226,29 @@ DecodeCall check_decode(const DecoderPtr& model, const Tensor& token_ids, const 
                   token_ids.size(1) >= 1 && token_ids.size(1) <= kMostSteps,
               "decode_: token_ids must be (batch, steps) with 1 to ", kMostBatch, " sequences and 1 to ", kMostSteps,
               " tokens of each, got shape ", token_ids.sizes());
-  DecodeCall call{m,    token_ids,          positions,          starts, cos, sin, keys, values, token_ids.size(0),
-                  token_ids.size(1), length, logits_to_keep == 0 ? token_ids.size(1) : logits_to_keep, 0};
+  DecodeCall call{m,
+                  token_ids,
+                  positions,
+                  starts,
+                  cos,
+                  sin,
+                  keys,
+                  values,
+                  token_ids.size(0),
+                  token_ids.size(1),
+                  length,
+                  logits_to_keep == 0 ? token_ids.size(1) : logits_to_keep,
+                  0};
   for (const auto& [name, table] : {std::pair<const char*, const Tensor&>{"cos", cos}, {"sin", sin}}) {
     TORCH_CHECK(table.dim() == 2 && table.is_contiguous() && table.size(1) % 2 == 0 && table.size(1) <= m.head_dim &&
                     table.sizes() == cos.sizes(),
                 "decode_: ", name, " must be a contiguous (positions, rotary dim) with an even rotary dim of at most ",
                 m.head_dim, ", got shape ", table.sizes());
     check_dtype("decode_", name, table);
-    TORCH_CHECK(table.scalar_type() == cos.scalar_type() && table.scalar_type() != at::kDouble &&
-                    table.device() == device,
-                "decode_: ", name, " must have cos's dtype, ", cos.scalar_type(), ", not float64, and be on ", device,
-                ", got ", table.scalar_type(), " on ", table.device());
+    TORCH_CHECK(
+        table.scalar_type() == cos.scalar_type() && table.scalar_type() != at::kDouble && table.device() == device,
+        "decode_: ", name, " must have cos's dtype, ", cos.scalar_type(), ", not float64, and be on ", device, ", got ",
+        table.scalar_type(), " on ", table.device());
   }
   call.rotary_dim = cos.size(1);
   TORCH_CHECK(length >= 0, "decode_: length must not be negative, got ", length);
@@ -272,11 +283,13 @@ CacheStates<void> states_of(const Tensor& buffer) {
 }
 
 StepLayer layer_of(const DecoderLayer& layer, const Tensor& keys, const Tensor& values) {
-  return {vector_of(layer.input_norm), matrix_of(layer.q),       matrix_of(layer.k),
-          matrix_of(layer.v),          matrix_of(layer.o),       vector_of(layer.q_norm),
+  return {vector_of(layer.input_norm), matrix_of(layer.q),
+          matrix_of(layer.k),          matrix_of(layer.v),
+          matrix_of(layer.o),          vector_of(layer.q_norm),
           vector_of(layer.k_norm),     vector_of(layer.post_attention_norm),
-          matrix_of(layer.gate),       matrix_of(layer.up),      matrix_of(layer.down),
-          states_of(keys),             states_of(values),        layer.window};
+          matrix_of(layer.gate),       matrix_of(layer.up),
+          matrix_of(layer.down),       states_of(keys),
+          states_of(values),           layer.window};
 }
 
 // So many chunks that all threads have as much to do, if the context is long enough to be worth it.
@@ -387,8 +400,7 @@ Tensor decode_token(const DecoderPtr& model, const Tensor& token_ids, const Tens
     check_sampling("decode_token_", row, temperature, top_k, top_p, min_p, std::nullopt);
   }
   static const auto decode = find_op<decltype(decode_cpu)>("torch_fused::decode_");
-  const Tensor logits =
-      decode.call(model, token_ids, positions, starts, cos, sin, keys, values, length, 1).squeeze(1);
+  const Tensor logits = decode.call(model, token_ids, positions, starts, cos, sin, keys, values, length, 1).squeeze(1);
   static const auto next_token =
       find_op<Tensor(const Tensor&, bool, double, std::optional<int64_t>, std::optional<double>,
                      std::optional<double>)>("torch_fused::_next_token");
@@ -408,10 +420,12 @@ TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
       // What torch.compile traces in its place; ops/decode.py has the class.
       .def("__obj_flatten__", [](const DecoderPtr& model) {
         const auto [embedding, layers, norm, head, heads, eps, scaling, windows] = arguments_of(model);
-        const auto named = [](const char* name, const auto& value) { return std::make_tuple(std::string(name), value); };
+        const auto named = [](const char* name, const auto& value) {
+          return std::make_tuple(std::string(name), value);
+        };
         return std::make_tuple(named("embedding", embedding), named("layers", layers), named("norm", norm),
-                               named("head", head), named("heads", heads), named("eps", eps),
-                               named("scaling", scaling), named("windows", windows));
+                               named("head", head), named("heads", heads), named("eps", eps), named("scaling", scaling),
+                               named("windows", windows));
       });
   m.def(
       "decode_(__torch__.torch.classes.torch_fused.Decoder model, Tensor token_ids, Tensor positions, Tensor? starts, "

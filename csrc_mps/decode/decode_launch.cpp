@@ -15,11 +15,11 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kChunkSlots = 128;     // slots of the context that a chunk of attention should at least have
-constexpr int64_t kMostChunks = 32;      // more cost more to put together than they save
-constexpr int64_t kGroups = 128;         // threadgroups of attention that fill a GPU
+constexpr int64_t kChunkSlots = 128;  // slots of the context that a chunk of attention should at least have
+constexpr int64_t kMostChunks = 32;   // more cost more to put together than they save
+constexpr int64_t kGroups = 128;      // threadgroups of attention that fill a GPU
 constexpr int64_t kMostSplits = 8;
-constexpr int64_t kFewRows = 8192;       // a product with more rows fills a GPU without splitting them
+constexpr int64_t kFewRows = 8192;  // a product with more rows fills a GPU without splitting them
 
 // What decode_product.metal instantiates: vectors, rows and blocks at once. The variant 0 takes operands of any layout
 // and type.
@@ -180,9 +180,8 @@ void attend(Step& step, size_t index) {
   const int64_t queries = model.heads / model.kv_heads * call.steps;
   const int64_t variant = kernels == &any ? 0 : queries <= 2 ? 2 : 8;
   step.launches.add((*kernels)(keys, variant), call.batch * model.kv_heads * step.chunks, 32 * kAttentionSimdgroups,
-                    {step.qkv, keys, values, layer.q_norm.value_or(call.cos), layer.k_norm.value_or(call.cos),
-                     call.cos, call.sin, call.positions, call.starts.value_or(call.positions), step.attended,
-                     step.stats},
+                    {step.qkv, keys, values, layer.q_norm.value_or(call.cos), layer.k_norm.value_or(call.cos), call.cos,
+                     call.sin, call.positions, call.starts.value_or(call.positions), step.attended, step.stats},
                     p);
 }
 
@@ -221,8 +220,8 @@ Tensor decode_gpu(const DecoderPtr& decoder, const Tensor& token_ids, const Tens
     multiply_qkv(step, layer);
     attend(step, i);
     multiply_attended(step, layer.o);
-    multiply(step, {&layer.gate, &layer.up},
-             {step.states, step.gates, &layer.post_attention_norm, steps, steps, false}, true);
+    multiply(step, {&layer.gate, &layer.up}, {step.states, step.gates, &layer.post_attention_norm, steps, steps, false},
+             true);
     multiply(step, {&layer.down}, {step.gates, step.states, nullptr, steps, steps, true}, false);
   }
   const Linear head{model.head, std::nullopt};

@@ -7,7 +7,7 @@ namespace torch_fused {
 // How a matrix, a vector or a cache holds its numbers.
 SHARED_CONSTANT uint32_t kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2;
 
-SHARED_CONSTANT uint32_t kLaneColumns = 8;                 // columns that a lane takes at once
+SHARED_CONSTANT uint32_t kLaneColumns = 8;                   // columns that a lane takes at once
 SHARED_CONSTANT uint32_t kBlockColumns = 32 * kLaneColumns;  // and a simdgroup
 SHARED_CONSTANT uint32_t kMostHeadDim = 256;
 SHARED_CONSTANT uint32_t kAttentionSimdgroups = 8;

@@ -1,5 +1,6 @@
 // Appending to a key / value cache on a GPU: kernel, grid and parameters of the launch.
 #include <algorithm>
+#include <array>
 #include <limits>
 
 #include "../common/registration.h"
@@ -64,8 +65,15 @@ void kv_append_gpu(const Tensor& keys, const Tensor& values, const Tensor& new_k
                               copy_in_units(to_values, new_values, unit / element),
                               static_cast<uint32_t>(new_keys.size(1)), static_cast<uint32_t>(tokens)};
   const int64_t units = int64_t{params.keys.units} + params.values.units;
-  launch("kv_append", "kv_append_" + std::to_string(unit), (units + kThreads - 1) / kThreads, kThreads,
-         {to_keys, new_keys, to_values, new_values}, params);
+  static const auto kernels = [] {  // by the bytes of a unit
+    std::array<const Kernel*, kPack + 1> found{};
+    for (const int64_t bytes : {1, 2, 4, 8, 16}) {
+      found.at(bytes) = &find_kernel("kv_append", "kv_append_" + std::to_string(bytes));
+    }
+    return found;
+  }();
+  launch(*kernels.at(unit), (units + kThreads - 1) / kThreads, kThreads, {to_keys, new_keys, to_values, new_values},
+         params);
 }
 
 }  // namespace torch_fused

@@ -5,7 +5,6 @@
 
 #include "../common/checks.h"
 #include "../common/column_sum.h"
-#include "../common/dtype.h"
 #include "../common/registration.h"
 #include "../common/row_shape.h"
 #include "../common/rows.h"
@@ -48,8 +47,8 @@ Tensor layer_norm_gpu(const Tensor& input, IntArrayRef normalized_shape, const O
   const LayerNormParams params{x.stride, kernel_size("layer_norm", "columns", norm.cols),
                                (aligned ? ALIGNED : 0) | (weight ? HAS_WEIGHT : 0) | (bias ? HAS_BIAS : 0),
                                static_cast<float>(norm.eps), 0};
-  launch("layer_norm", "layer_norm_" + dtype_name(input) + "_" + std::to_string(shape.packs), norm.rows, shape.threads,
-         {x.tensor, w, b, output}, params);
+  static KernelSet kernels("layer_norm", "layer_norm");
+  launch(kernels(input, shape.packs), norm.rows, shape.threads, {x.tensor, w, b, output}, params);
   return output;
 }
 
@@ -74,8 +73,8 @@ std::tuple<Tensor, Tensor> layer_norm_backward_gpu(const Tensor& grad, const Ten
                                        (aligned ? ALIGNED : 0) | (weight ? HAS_WEIGHT : 0) |
                                            (need_weight_grad ? GRAD_WEIGHT : 0) | (need_bias_grad ? GRAD_BIAS : 0),
                                        static_cast<float>(norm.eps)};
-  launch("layer_norm_backward", "layer_norm_backward_" + dtype_name(x) + "_" + std::to_string(shape.packs), groups,
-         shape.threads, {dy.tensor, values.tensor, w, grad_x, partial}, params);
+  static KernelSet kernels("layer_norm_backward", "layer_norm_backward");
+  launch(kernels(x, shape.packs), groups, shape.threads, {dy.tensor, values.tensor, w, grad_x, partial}, params);
   if (need_sums) column_sum_gpu(partial, grad_params);
   return {grad_x, grad_params};
 }

@@ -6,7 +6,6 @@
 
 #include "../common/checks.h"
 #include "../common/column_sum.h"
-#include "../common/dtype.h"
 #include "../common/registration.h"
 #include "../common/row_shape.h"
 #include "../common/rows.h"
@@ -55,7 +54,8 @@ std::tuple<Tensor, Tensor> forward_gpu(const RmsNorm& norm, const Tensor& input,
                              flags(norm, residual.has_value(), weight.has_value(), aligned),
                              static_cast<float>(norm.eps),
                              static_cast<float>(norm.weight_offset)};
-  launch("rms_norm", "rms_norm_" + dtype_name(input) + "_" + std::to_string(shape.packs), norm.rows, shape.threads,
+  static KernelSet kernels("rms_norm", "rms_norm");
+  launch(kernels(input, shape.packs), norm.rows, shape.threads,
          {x.tensor, r.tensor, w, output, residual ? sum : output}, params);
   return {output, sum};
 }
@@ -100,8 +100,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward_gpu(const Tensor& grad, const Optio
                                static_cast<float>(norm.weight_offset),
                                0};
   if (need_weight_grad) params.flags |= GRAD_WEIGHT;
-  launch("rms_norm_backward", "rms_norm_backward_" + dtype_name(x) + "_" + std::to_string(shape.packs), groups,
-         shape.threads, {dy.tensor, extra, values.tensor, w, grad_x, partial}, params);
+  static KernelSet kernels("rms_norm_backward", "rms_norm_backward");
+  launch(kernels(x, shape.packs), groups, shape.threads, {dy.tensor, extra, values.tensor, w, grad_x, partial}, params);
   if (need_weight_grad) column_sum_gpu(partial, grad_weight);
   return {grad_x, grad_weight};
 }

@@ -2,7 +2,6 @@
 #include <algorithm>
 
 #include "../common/checks.h"
-#include "../common/dtype.h"
 #include "../common/registration.h"
 #include "../common/rows.h"
 #include "../runtime/launch.h"
@@ -62,7 +61,8 @@ std::tuple<Tensor, Tensor> launch_rope(const char* op, const Rope& call, uint32_
                             kernel_size(op, "dimensions", half),
                             kernel_size(op, "dimensions", call.head_dim),
                             flags | (aligned(call) ? ALIGNED : 0)};
-    launch("rope", "rope_" + dtype_name(call.cos), call.batch * call.tokens, threads,
+    static KernelSet kernels("rope", "rope");
+    launch(kernels(call.cos), call.batch * call.tokens, threads,
            {call.q.input, call.k.input, call.cos, call.sin, call.q.output, call.k.output}, params);
   }
   return {call.q.output, call.k.output};

@@ -40,8 +40,9 @@ const Kernel& find_kernel(const std::string& source, const std::string& name) {
   const auto key = std::make_pair(source, name);
   const auto found = kernels.find(key);
   if (found != kernels.end()) return found->second;
-  return kernels.emplace(std::piecewise_construct, std::forward_as_tuple(key),
-                         std::forward_as_tuple(find_source(source), name)).first->second;
+  return kernels
+      .emplace(std::piecewise_construct, std::forward_as_tuple(key), std::forward_as_tuple(find_source(source), name))
+      .first->second;
 }
 
 const Kernel& KernelSet::operator()(const at::Tensor& of, int64_t variant) {
@@ -65,9 +66,8 @@ void launch(c10::ArrayRef<Launch> launches) {
   for (const Launch& launch : launches) {
     if (launch.threadgroups == 0) continue;
     TORCH_INTERNAL_ASSERT(!launch.tensors.empty() && launch.tensors.size() < kMaxBuffers);
-    TORCH_CHECK(launch.threadgroups > 0 && launch.threadgroups <= INT32_MAX, "torch_fused::",
-                launch.kernel.source.name, ": a GPU takes at most 2^31 - 1 threadgroups at once, and these tensors need ",
-                launch.threadgroups);
+    TORCH_CHECK(launch.threadgroups > 0 && launch.threadgroups <= INT32_MAX, "torch_fused::", launch.kernel.source.name,
+                ": a GPU takes at most 2^31 - 1 threadgroups at once, and these tensors need ", launch.threadgroups);
     TORCH_INTERNAL_ASSERT(launch.threads_per_threadgroup > 0 && launch.threads_per_threadgroup <= kMaxThreads);
     for (const at::Tensor& tensor : launch.tensors) {
       TORCH_CHECK(tensor.device() == device, "torch_fused::", launch.kernel.source.name,

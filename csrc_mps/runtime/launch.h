@@ -33,7 +33,8 @@ struct Source {
 const Source* first_source();
 const Source& find_source(const std::string& name);
 
-// A kernel of a source by its name. Each is made once and lives as long as the process, with what the runtimes know of it.
+// A kernel of a source by its name. Each is made once and lives as long as the process, with what the runtimes know of
+// it.
 struct Kernel {
   Kernel(const Source& source, std::string name) : source(source), name(std::move(name)) {}
   const Source& source;
@@ -85,12 +86,6 @@ template <class Params>
 void launch(const Kernel& kernel, int64_t threadgroups, int64_t threads_per_threadgroup, at::TensorList tensors,
             const Params& params) {
   launch(Launch{kernel, threadgroups, threads_per_threadgroup, tensors, &params, params_size<Params>()});
-}
-
-template <class Params>
-void launch(const std::string& source, const std::string& kernel, int64_t threadgroups, int64_t threads_per_threadgroup,
-            at::TensorList tensors, const Params& params) {
-  launch(find_kernel(source, kernel), threadgroups, threads_per_threadgroup, tensors, params);
 }
 
 // Launches that are gathered, then handed over at once. After the first, each may begin early.

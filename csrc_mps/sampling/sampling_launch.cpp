@@ -1,7 +1,6 @@
 // Sampling on a GPU: operands, kernel, grid and parameters of each launch.
 #include <ATen/ops/empty.h>
 
-#include "../common/dtype.h"
 #include "../common/registration.h"
 #include "../common/rows.h"
 #include "../runtime/launch.h"
@@ -61,10 +60,9 @@ Divided divide(const Sampling& call, const Tensor& logits) {
   const Tensor splitters = at::empty({call.rows, kBuckets}, longs);
   const Tensor maxima = at::empty({call.rows, slices}, ints), heavy = at::empty({call.rows, slices}, longs);
   const Tensor row_parameters = call.row_parameters.value_or(maxima);
-  const std::string dtype = dtype_name(logits);
-  launch("sampling", "sampling_survey_" + dtype, call.rows * (slices + 1), kSliceThreads,
-         {x.tensor, maxima, splitters, tallies}, params);
-  launch("sampling", "sampling_divide_" + dtype, call.rows * slices, kSliceThreads,
+  static KernelSet surveys("sampling", "sampling_survey"), divisions("sampling", "sampling_divide");
+  launch(surveys(logits), call.rows * (slices + 1), kSliceThreads, {x.tensor, maxima, splitters, tallies}, params);
+  launch(divisions(logits), call.rows * slices, kSliceThreads,
          {x.tensor, maxima, splitters, row_parameters, tokens, segments, tallies, heavy}, params);
   return {x, params, row_parameters, tokens, segments, tallies, splitters, maxima, heavy};
 }
@@ -81,8 +79,10 @@ Tensor greedy_gpu(const Tensor& logits) {
   const Tensor best = at::empty({rows, slices, 2}, logits.options().dtype(at::kInt));
   const GreedyParams params{x.stride, static_cast<uint32_t>(vocabulary), static_cast<uint32_t>(slices),
                             rows_aligned(x.tensor, x.stride), 0};
-  launch("greedy", "greedy_slices_" + dtype_name(logits), rows * slices, kGreedyThreads, {x.tensor, best}, params);
-  launch("greedy", "greedy_rows", rows, kGreedyThreads, {best, ids}, params);
+  static KernelSet of_slices("greedy", "greedy_slices");
+  static const Kernel& of_rows = find_kernel("greedy", "greedy_rows");
+  launch(of_slices(logits), rows * slices, kGreedyThreads, {x.tensor, best}, params);
+  launch(of_rows, rows, kGreedyThreads, {best, ids}, params);
   return ids;
 }
 
@@ -93,7 +93,8 @@ Tensor filter_logits_gpu(const Tensor& logits, double temperature, std::optional
   const Tensor output = at::empty(logits.sizes(), logits.options());
   if (call.rows == 0) return output;
   const Divided d = divide(call, logits);
-  launch("sampling", "filter_logits_" + dtype_name(logits), call.rows * d.params.slices, kSearchThreads,
+  static KernelSet kernels("sampling", "filter_logits");
+  launch(kernels(logits), call.rows * d.params.slices, kSearchThreads,
          {d.logits.tensor, d.tokens, d.segments, d.tallies, d.splitters, d.maxima, d.heavy, d.row_parameters, output},
          d.params);
   return output;
@@ -118,7 +119,8 @@ std::tuple<Tensor, Tensor> sample_gpu(const Tensor& logits, double temperature, 
   d.params.seed = random.seed;
   d.params.offset = random.offset;
   if (random.tensor) d.params.flags |= STATE;
-  launch("sampling", "sampling_draw", call.rows, kSearchThreads,
+  static const Kernel& draw = find_kernel("sampling", "sampling_draw");
+  launch(draw, call.rows, kSearchThreads,
          {d.tokens, d.segments, d.tallies, d.splitters, d.maxima, d.heavy, d.row_parameters,
           random.tensor.value_or(d.tokens), ids, valid},
          d.params);

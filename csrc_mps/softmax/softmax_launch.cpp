@@ -6,7 +6,6 @@
 #include <algorithm>
 
 #include "../common/checks.h"
-#include "../common/dtype.h"
 #include "../common/registration.h"
 #include "../common/row_shape.h"
 #include "../common/rows.h"
@@ -39,10 +38,9 @@ void launch_chunked(const Rows& x, const Tensor& output, const SoftmaxShape& sha
   params.chunk = static_cast<uint32_t>(chunk);
   params.chunks = static_cast<uint32_t>(chunks);
   const Tensor partial = at::empty({shape.rows, chunks, 2}, output.options().dtype(at::kFloat));
-  launch("softmax", "softmax_chunk_" + dtype_name(output), shape.rows * chunks, kChunkThreads, {x.tensor, partial},
-         params);
-  launch("softmax", "softmax_finish_" + dtype_name(output), shape.rows * chunks, kChunkThreads,
-         {x.tensor, partial, output}, params);
+  static KernelSet chunk_kernels("softmax", "softmax_chunk"), finish_kernels("softmax", "softmax_finish");
+  launch(chunk_kernels(output), shape.rows * chunks, kChunkThreads, {x.tensor, partial}, params);
+  launch(finish_kernels(output), shape.rows * chunks, kChunkThreads, {x.tensor, partial, output}, params);
 }
 
 }  // namespace
@@ -59,8 +57,8 @@ Tensor softmax_gpu(const Tensor& input, std::optional<at::ScalarType> dtype) {
   if (row.packs == 0 && shape.rows < kFewRows) {
     launch_chunked(x, output, shape, params);
   } else {
-    launch("softmax", "softmax_" + dtype_name(output) + "_" + std::to_string(row.packs), shape.rows, row.threads,
-           {x.tensor, output}, params);
+    static KernelSet kernels("softmax", "softmax");
+    launch(kernels(output, row.packs), shape.rows, row.threads, {x.tensor, output}, params);
   }
   return output;
 }
@@ -77,8 +75,8 @@ Tensor softmax_backward_gpu(const Tensor& grad, const Tensor& output) {
                              all_aligned({dy, y, {grad_input, shape.cols}}),
                              0,
                              1};
-  launch("softmax", "softmax_backward_" + dtype_name(output) + "_" + std::to_string(row.packs), shape.rows, row.threads,
-         {dy.tensor, y.tensor, grad_input}, params);
+  static KernelSet kernels("softmax", "softmax_backward");
+  launch(kernels(output, row.packs), shape.rows, row.threads, {dy.tensor, y.tensor, grad_input}, params);
   return grad_input;
 }
 

@@ -4,7 +4,6 @@
 #include <algorithm>
 
 #include "../common/checks.h"
-#include "../common/dtype.h"
 #include "../common/registration.h"
 #include "../common/row_shape.h"
 #include "../runtime/launch.h"
@@ -24,15 +23,15 @@ struct SwigluParams {
 
 constexpr int64_t kThreads = 256, kPackBytes = 16;
 
-// Launches `kernel` over the operands' rows, a pack a thread, with the dense results behind them.
-void launch_rows(const std::string& kernel, const SwigluRows& call, std::initializer_list<Tensor> results,
+// Launches a kernel of `op` over the operands' rows, a pack a thread, with the dense results behind them.
+void launch_rows(const char* op, KernelSet& kernels, const SwigluRows& call, std::initializer_list<Tensor> results,
                  SwigluParams params) {
   const Tensor& result = *results.begin();
   if (result.numel() == 0) return;
   const int64_t pack = kPackBytes / result.element_size();
   const int64_t threads = std::min(kThreads, (call.cols + 32 * pack - 1) / (32 * pack) * 32);
   params.cols = call.cols;
-  params.groups = kernel_size(kernel.c_str(), "groups of columns", (call.cols + threads * pack - 1) / (threads * pack));
+  params.groups = kernel_size(op, "groups of columns", (call.cols + threads * pack - 1) / (threads * pack));
   std::vector<Tensor> buffers;
   bool aligned = true;
   for (const Rows& operand : call.operands) {
@@ -44,7 +43,7 @@ void launch_rows(const std::string& kernel, const SwigluRows& call, std::initial
     aligned = aligned && rows_aligned(tensor, call.rows > 1 ? call.cols : 0);
   }
   if (aligned) params.flags |= ALIGNED;
-  launch("swiglu", kernel + "_" + dtype_name(result), call.rows * params.groups, threads, buffers, params);
+  launch(kernels(result), call.rows * params.groups, threads, buffers, params);
 }
 
 }  // namespace
@@ -53,7 +52,8 @@ Tensor silu_mul_gpu(const Tensor& gate, const Tensor& up, std::string_view casti
   const bool llama = is_llama("silu_mul", casting_mode);
   const SwigluRows call = check_swiglu("silu_mul", {{"gate", &gate}, {"up", &up}});
   const Tensor output = at::empty(gate.sizes(), gate.options());
-  launch_rows("silu_mul", call, {output},
+  static KernelSet kernels("swiglu", "silu_mul");
+  launch_rows("silu_mul", kernels, call, {output},
               {0, call.operands[0].stride, call.operands[1].stride, 0, 0, llama ? LLAMA : 0});
   return output;
 }
@@ -61,7 +61,8 @@ Tensor silu_mul_gpu(const Tensor& gate, const Tensor& up, std::string_view casti
 std::tuple<Tensor, Tensor> silu_mul_backward_gpu(const Tensor& grad, const Tensor& gate, const Tensor& up) {
   const SwigluRows call = check_swiglu("silu_mul_backward", {{"grad", &grad}, {"gate", &gate}, {"up", &up}});
   const Tensor grad_gate = at::empty(gate.sizes(), gate.options()), grad_up = at::empty(up.sizes(), up.options());
-  launch_rows("silu_mul_backward", call, {grad_gate, grad_up},
+  static KernelSet kernels("swiglu", "silu_mul_backward");
+  launch_rows("silu_mul_backward", kernels, call, {grad_gate, grad_up},
               {0, call.operands[1].stride, call.operands[2].stride, call.operands[0].stride, 0, 0});
   return {grad_gate, grad_up};
 }

@@ -50,7 +50,8 @@ struct Context {
 
 // Writes the new keys and values of one head; `head` is room for one.
 template <class T>
-TORCH_FUSED_INLINE void append(const CpuStep& s, const Context<T>& context, int64_t batch, int64_t kv_head, float* head) {
+TORCH_FUSED_INLINE void append(const CpuStep& s, const Context<T>& context, int64_t batch, int64_t kv_head,
+                               float* head) {
   for (int64_t step = 0; step < s.steps; ++step) {
     const int64_t token = batch * s.steps + step;
     const float* key = s.qkv + token * s.projected() + (s.heads + kv_head) * s.head_dim;
@@ -235,8 +236,8 @@ TORCH_FUSED_INLINE void attend_block(const CpuStep& s, const Context<T>& context
 // One chunk of one sequence's context for the queries of one key head; the last chunk has the new tokens, and writes
 // their keys and values first. `own` has attention_memory() floats.
 template <class T>
-TORCH_FUSED_INLINE void attend(const CpuStep& s, const Context<T>& context, int64_t batch, int64_t kv_head, int64_t chunk,
-                               float* own) {
+TORCH_FUSED_INLINE void attend(const CpuStep& s, const Context<T>& context, int64_t batch, int64_t kv_head,
+                               int64_t chunk, float* own) {
   const int64_t queries = s.queries(), group = s.heads / s.kv_heads;
   Attended seen;
   seen.queries = own;
