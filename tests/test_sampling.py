@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
 )
 
 import torch_fused
-from torch_fused.ops.decode import decode_token_
+from torch_fused.ops.decode import decode_token_, make_decoder
 from torch_fused.ops.sampling import (
     _random_bits,
     _share_of,
@@ -415,13 +415,14 @@ def test_an_error_of_a_decode_step_moves_no_generator():
     """decode_token_ looks at its filters before it writes the cache; NaN logits leave the slots in use as they are."""
     step = Step()
     args = {name: value for name, value in step.args.items() if name != "logits_to_keep"}
+    args["model"] = make_decoder(**step.model)
     caches, state = [*args["keys"], *args["values"]], torch.get_rng_state()
     before = [cache.clone() for cache in caches]
     for filters in ({"top_k": 0}, {"top_p": 2.0}, {"min_p": -1.0}, {"temperature": INF}):
         with pytest.raises(RuntimeError, match=f"decode_token_: {next(iter(filters))} must be"):
             decode_token_(**args, do_sample=True, **filters)
     assert all(torch.equal(cache, old) for cache, old in zip(caches, before, strict=True))
-    args["head"][7] = torch.nan
+    step.model["head"][7] = torch.nan
     with pytest.raises(RuntimeError, match=r"no NaN or .inf .* row 0 has"):
         decode_token_(**args, do_sample=True)
     used = slice(0, step.length)

@@ -110,8 +110,8 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
   device T* head_values = values + long(batch) * p.values_batch + long(kv_head) * p.values_head;
   // The first token's angles, and the norms, are under way before the queries and keys are there.
   float q_scale[N], k_scale[N];
-  load_strided<T, N, WHOLE>(q_norm, p.norm_format, 0, p.flags & kQueryNorm ? p.head_dim : 0, lane, 0.0f, q_scale);
-  load_strided<T, N, WHOLE>(k_norm, p.norm_format, 0, p.flags & kKeyNorm ? p.head_dim : 0, lane, 0.0f, k_scale);
+  load_strided<T, N, WHOLE>(q_norm, p.q_norm_format, 0, p.flags & kQueryNorm ? p.head_dim : 0, lane, 0.0f, q_scale);
+  load_strided<T, N, WHOLE>(k_norm, p.k_norm_format, 0, p.flags & kKeyNorm ? p.head_dim : 0, lane, 0.0f, k_scale);
   Angles<N> angles;
   load_angles<T, N, WHOLE>(angles, batch * p.steps, cos, sin, positions, lane, p);
 

@@ -131,8 +131,11 @@ void multiply_attended(Step& step, const Linear& o) {
 // Each on its own where their formats differ.
 void multiply_qkv(Step& step, const DecoderLayer& layer) {
   const Vectors v{step.states, step.qkv, &layer.input_norm, step.call.steps, step.call.steps, false};
-  const auto dtype = [](const Linear& linear) { return linear.weight.scalar_type(); };
-  if (dtype(layer.q) == dtype(layer.k) && dtype(layer.q) == dtype(layer.v)) {
+  const auto alike = [](const Linear& a, const Linear& b) {
+    return a.weight.scalar_type() == b.weight.scalar_type() &&
+           (!a.bias || !b.bias || a.bias->scalar_type() == b.bias->scalar_type());
+  };
+  if (alike(layer.q, layer.k) && alike(layer.q, layer.v) && alike(layer.k, layer.v)) {
     return multiply(step, {&layer.q, &layer.k, &layer.v}, v, false);
   }
   int64_t first = 0;
@@ -173,8 +176,8 @@ void attend(Step& step, size_t index) {
   const auto alike = [&](const OptionalTensor& t) { return !t || t->scalar_type() == dtype; };
   const bool whole = aligned(keys) && aligned(values) && alike(layer.q_norm) && alike(layer.k_norm) && alike(call.cos);
   if (call.starts) p.flags |= kStarts;
-  if (layer.q_norm) p.flags |= kQueryNorm, p.norm_format = format_of(*layer.q_norm);
-  if (layer.k_norm) p.flags |= kKeyNorm, p.norm_format = format_of(*layer.k_norm);
+  if (layer.q_norm) p.flags |= kQueryNorm, p.q_norm_format = format_of(*layer.q_norm);
+  if (layer.k_norm) p.flags |= kKeyNorm, p.k_norm_format = format_of(*layer.k_norm);
   KernelSet* kernels = !whole || model.head_dim % 64 > 0 ? &any : model.head_dim == 64 ? &dim_64 : &dim_128;
   if (model.head_dim > 128) kernels = &any;
   const int64_t queries = model.heads / model.kv_heads * call.steps;

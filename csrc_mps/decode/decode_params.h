@@ -53,8 +53,9 @@ struct AttentionParams {
   int64_t keys_batch, keys_head, keys_slot, values_batch, values_head, values_slot;  // strides
   int64_t length, window;  // slots in use; the last slots that a token sees, its own included, 0 for all
   uint32_t steps, heads, kv_heads, head_dim, rotary_dim, positions;
-  uint32_t chunks, flags, norm_format, table_format;
+  uint32_t chunks, flags, q_norm_format, k_norm_format, table_format;
   float eps, scaling;
+  uint32_t unused;
 };
 
 SHARED_CONSTANT uint32_t kQueryNorm = 1, kKeyNorm = 2, kStarts = 4;  // flags of attention

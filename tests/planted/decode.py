@@ -8,9 +8,9 @@ from test_decode import Shape, Step
 from .bug import BARRIER, RACE, Bug
 
 
-def step(head_dim: int = 64, **options) -> Callable[[], list[torch.Tensor]]:
+def step(head_dim: int = 64, intermediate: int = 504, **options) -> Callable[[], list[torch.Tensor]]:
     """Two new tokens of two sequences after a context of two chunks, through the kernels for whole packs."""
-    shape = Shape("qwen3", 1, 128, 8, 2, head_dim, head_dim, intermediate=504, vocabulary=101)
+    shape = Shape("qwen3", 1, 128, 8, 2, head_dim, head_dim, intermediate, vocabulary=101)
 
     def run() -> list[torch.Tensor]:
         call = Step(shape, **{"batch": 2, "steps": 2, "length": 300, **options})
@@ -100,7 +100,7 @@ BUGS = [
         "decode_product",
         BARRIER.replace("  ", "    ", 1) + "    for (uint s = 1;",
         "\n    for (uint s = 1;",
-        step(),
+        step(intermediate=2008),
         RACE,
         PRODUCT,
         "scratch[(simdgroup + s)",

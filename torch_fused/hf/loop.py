@@ -1,6 +1,7 @@
 """The loop over new tokens of a patched model: a step is one op where it can be, and nobody waits for the device."""
 
 import functools
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,6 @@ NEEDED_BY_TRANSFORMERS = ("tokenizer", "assistant_tokenizer", "assistant_model",
 """Arguments of `generate` that ask for another loop; transformers' calls the model, a step of which is one op too."""
 
 
-@functools.wraps(GenerationMixin.generate)
 def generate_by_loop(self, *args: Any, **kwargs: Any) -> Any:
     """The class's own `generate`, which sets everything up and then calls `token_loop`."""
     decoder = self.__dict__.get(DECODER)
@@ -32,6 +32,10 @@ def generate_by_loop(self, *args: Any, **kwargs: Any) -> Any:
         loop = functools.partial(token_loop, decoder=decoder, streamer=kwargs.get("streamer"))
         kwargs = {**kwargs, "custom_generate": loop}
     return type(self).generate(self, *args, **kwargs)
+
+
+# Pipelines and wrappers look at it.
+generate_by_loop.__signature__ = inspect.signature(GenerationMixin.generate)  # type: ignore[attr-defined]
 
 
 def token_loop(

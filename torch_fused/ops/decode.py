@@ -113,7 +113,7 @@ def decode_reference(
     length: int,
     logits_to_keep: int,
 ) -> Tensor:
-    """`decode_` in plain torch, in the tensors' dtype, without its checks."""
+    """`decode_` in plain torch, in the embedding's dtype, without its checks."""
     embedding, layers, norm, head, heads, eps, scaling, windows = model.arguments()
     batch, steps = token_ids.shape
     slots = torch.arange(length + steps, device=token_ids.device)
@@ -122,12 +122,13 @@ def decode_reference(
     if starts is not None:
         causal = causal & (slots >= starts[:, None, None])
     causal = causal.expand(batch, steps, length + steps)[:, None]
-    cos, sin = cos[positions][:, None], sin[positions][:, None]
     states = F.embedding(token_ids, embedding)
+    cos, sin = cos[positions][:, None].to(states), sin[positions][:, None].to(states)
     for i, (keys_buffer, values_buffer, window) in enumerate(zip(keys, values, windows, strict=True)):
         first = i * len(LAYER_PARTS)
         visible = causal & (slots > newest - window) if window else causal
-        part: dict[str, Any] = dict(zip(LAYER_PARTS, layers[first : first + len(LAYER_PARTS)], strict=True))
+        own = [t if t is None else t.to(states) for t in layers[first : first + len(LAYER_PARTS)]]
+        part: dict[str, Any] = dict(zip(LAYER_PARTS, own, strict=True))
         x = rms_norm_reference(states, states.shape[-1:], part["input_norm"], eps)
         q, k, v = (F.linear(x, part[name], part[f"{name}_bias"]) for name in "qkv")
         q, k, v = (t.unflatten(-1, (-1, q.shape[-1] // heads)).transpose(1, 2) for t in (q, k, v))
@@ -135,9 +136,11 @@ def decode_reference(
             q = rms_norm_reference(q, q.shape[-1:], part["q_norm"], eps)
         if part["k_norm"] is not None:
             k = rms_norm_reference(k, k.shape[-1:], part["k_norm"], eps)
-        kv_append_reference(keys_buffer, values_buffer, _rotate(k, cos, sin), v, length)
+        new = (_rotate(k, cos, sin).to(keys_buffer), v.to(values_buffer))
+        kv_append_reference(keys_buffer, values_buffer, *new, length)
         k, v = (
-            t[:, :, : length + steps].repeat_interleave(heads // t.shape[1], 1) for t in (keys_buffer, values_buffer)
+            t[:, :, : length + steps].to(states).repeat_interleave(heads // t.shape[1], 1)
+            for t in (keys_buffer, values_buffer)
         )
         # Slots that are not attended may hold anything.
         k, v = (t.masked_fill(~visible.any(2).transpose(1, 2)[:, None, :, 0, None], 0) for t in (k, v))
@@ -145,8 +148,8 @@ def decode_reference(
         states = states + F.linear(x.transpose(1, 2).flatten(2), part["o"], part["o_bias"])
         x = rms_norm_reference(states, states.shape[-1:], part["post_attention_norm"], eps)
         states = states + F.linear(F.silu(F.linear(x, part["gate"])) * F.linear(x, part["up"]), part["down"])
-    states = rms_norm_reference(states[:, -logits_to_keep:], states.shape[-1:], norm, eps)
-    return F.linear(states, head).to(torch.promote_types(torch.float32, states.dtype))
+    states = rms_norm_reference(states[:, -logits_to_keep:], states.shape[-1:], norm.to(states), eps)
+    return F.linear(states, head.to(states)).to(torch.promote_types(torch.float32, states.dtype))
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
