@@ -1,5 +1,6 @@
 """The loop over new tokens of a patched model: a step is one op where it can be, and nobody waits for the device."""
 
+import contextlib
 import functools
 import inspect
 from dataclasses import dataclass
@@ -83,14 +84,17 @@ def token_loop(
         unfinished = unfinished & ~stopping_criteria(input_ids, None)
         goes_on, streamed = OnItsWay(unfinished.any()), OnItsWay(tokens)
         full = stopping_criteria.max_length is not None and input_ids.shape[1] >= stopping_criteria.max_length
-        following = loop.decode(tokens) if ahead and not full else None
+        early = ahead and not full
+        following = loop.decode(tokens) if early else None
         if streamer is not None:
             streamer.put(streamed.get())
         if full or not goes_on.get():
             if following is not None:
                 loop.take_back()
             break
-        tokens = loop.next(input_ids, tokens) if following is None else following
+        if not early:
+            following = loop.decode(tokens)
+        tokens = loop.forward(input_ids) if following is None else following
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
@@ -111,7 +115,8 @@ class OnItsWay:
         self._copy = tensor.to("cpu", non_blocking=True)
         self._event = None if tensor.is_cpu else torch.Event(tensor.device)
         if self._event is not None:
-            self._event.record()
+            with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+                self._event.record()
 
     def get(self) -> Tensor:
         if self._event is not None:
@@ -121,14 +126,18 @@ class OnItsWay:
 
 def random_state(device: torch.device) -> Tensor:
     """Of torch's default generator; a GPU's is on the host too."""
-    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    return torch.mps.get_rng_state() if device.type == "mps" else torch.get_rng_state()
 
 
 def set_random_state(state: Tensor, device: torch.device) -> None:
-    if device.type == "cpu":
-        torch.set_rng_state(state)
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(state)
     else:
-        torch.get_device_module(device).set_rng_state(state, device)
+        torch.set_rng_state(state)
 
 
 @dataclass(frozen=True)
@@ -164,11 +173,8 @@ class _Loop:
         )
         return self._took(outputs)
 
-    def next(self, input_ids: Tensor, tokens: Tensor) -> Tensor:
-        """The tokens that follow `input_ids`, the last of which are `tokens`."""
-        following = self.decode(tokens)
-        if following is not None:
-            return following
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """The tokens that follow, from the model's forward."""
         self.model_kwargs = self.model._update_model_kwargs_for_generation(
             self._outputs, self.model_kwargs, num_new_tokens=self.pending
         )
