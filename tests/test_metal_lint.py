@@ -204,9 +204,9 @@ PLANTED = [
     ("float squares = 0.0f;", "float squares = 0.0;", "rms_norm/rms_norm.metal", "has no suffix"),
     ("float squares = 0.0f;", "double squares = 0.0f;", "rms_norm/rms_norm.metal", "double"),
     (
-        "constant constexpr uint ALIGNED = 1;",
-        "constexpr uint ALIGNED = 1;",
-        "rms_norm/rms_norm.metal.h",
+        "SHARED_CONSTANT uint32_t ALIGNED = 1;",
+        "constexpr uint32_t ALIGNED = 1;",
+        "rms_norm/rms_norm_params.h",
         "must be in the constant address space",
     ),
 ]

@@ -1,27 +1,10 @@
 // AdamW over up to seven tensors: four buffers each and the parameters are 29 of Metal's 31.
 #include <metal_stdlib>
+#include "adamw/adamw_params.h"
 #include "adamw/update.h"
 #include "common/pack.metal.h"
 using namespace metal;
-using torch_fused::AdamwElement;
-using torch_fused::AdamwScalars;
-
-constant constexpr uint TENSORS = 7;
-constant constexpr uint THREADS = 256;
-
-struct AdamwParams {
-  long numel[TENSORS];
-  uint first[TENSORS];  // the first threadgroup of each tensor; past the grid for those that are not there
-  uint aligned;         // bit i: the four operands of tensor i start at 16 bytes
-  float bias_correction2[TENSORS];
-  float negative_step_size[TENSORS];
-  float decay;
-  float sign;
-  float lerp;
-  float beta2;
-  float one_minus_beta2;
-  float eps;
-};
+using namespace torch_fused;
 
 template <typename Pointer>
 inline Pointer pick(uint i, Pointer p0, Pointer p1, Pointer p2, Pointer p3, Pointer p4, Pointer p5, Pointer p6) {

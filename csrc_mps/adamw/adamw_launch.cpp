@@ -8,6 +8,7 @@
 #include "../common/registration.h"
 #include "../common/rows.h"
 #include "../runtime/launch.h"
+#include "adamw_params.h"
 
 namespace torch_fused {
 namespace {
@@ -15,19 +16,9 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-constexpr size_t kTensors = 7;
-constexpr int64_t kThreads = 256;
+constexpr size_t kTensors = TENSORS;
+constexpr int64_t kThreads = THREADS;
 constexpr int64_t kPackBytes = 16;  // of a parameter, for each thread
-
-// As in adamw.metal.
-struct AdamwParams {
-  int64_t numel[kTensors];
-  uint32_t first[kTensors];
-  uint32_t aligned;
-  float bias_correction2[kTensors];
-  float negative_step_size[kTensors];
-  float decay, sign, lerp, beta2, one_minus_beta2, eps;
-};
 
 using Batch = at::ArrayRef<AdamwTensor>;
 

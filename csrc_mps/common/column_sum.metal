@@ -1,15 +1,10 @@
 // The column sums of a matrix of partial sums: the second step of a parameter's gradient.
 #include <metal_stdlib>
+#include "common/column_sum_params.h"
 using namespace metal;
+using namespace torch_fused;
 
-struct ColumnSumParams {
-  uint rows;
-  uint cols;
-};
-
-constant constexpr uint COLUMNS = 8;
-
-// A threadgroup takes eight columns, few, so that there are threadgroups for the whole GPU; its threads share the rows.
+// The threads of a threadgroup share the rows.
 template <typename T>
 [[kernel, max_total_threads_per_threadgroup(1024)]]
 void column_sum(device const float* partial [[buffer(0)]], device T* sums [[buffer(1)]],

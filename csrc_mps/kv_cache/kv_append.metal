@@ -1,24 +1,11 @@
 // Copies the keys and values of new tokens into a cache, a unit a thread. A unit is a pack of 16 bytes where every
 // operand's layout allows it, else an element; the copy is of bytes, so one kernel serves all dtypes of a size.
 #include <metal_stdlib>
+#include "kv_cache/kv_append_params.h"
 using namespace metal;
+using namespace torch_fused;
 
 // Units from one index to the next.
-struct KvStrides {
-  long batch, head, token, unit;
-};
-
-struct KvCopy {
-  KvStrides to, from;
-  uint units;  // of the whole copy
-  uint width;  // units a token of a head
-};
-
-struct KvAppendParams {
-  KvCopy keys, values;
-  uint heads, tokens;
-};
-
 template <typename U>
 inline void copy_unit(device U* to, device const U* from, constant KvCopy& copy, uint heads, uint tokens, uint index) {
   const uint row = index / copy.width, unit = index % copy.width;

@@ -6,25 +6,13 @@
 #include "../common/registration.h"
 #include "../common/rows.h"
 #include "../runtime/launch.h"
+#include "kv_append_params.h"
 #include "kv_cache.h"
 
 namespace torch_fused {
 namespace {
 
 using at::Tensor;
-
-// As in kv_append.metal.
-struct KvStrides {
-  int64_t batch, head, token, unit;
-};
-struct KvCopy {
-  KvStrides to, from;
-  uint32_t units, width;
-};
-struct KvAppendParams {
-  KvCopy keys, values;
-  uint32_t heads, tokens;
-};
 
 constexpr int64_t kThreads = 256;
 constexpr int64_t kPack = 16;  // bytes

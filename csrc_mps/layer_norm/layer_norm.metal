@@ -5,14 +5,6 @@
 #include "layer_norm/layer_norm.metal.h"
 using namespace metal;
 
-struct LayerNormParams {
-  long input_stride;  // elements from row to row; all other operands are dense
-  uint cols;
-  uint flags;
-  float eps;
-  uint unused;
-};
-
 // One row's operands, and how to read and write a pack of it.
 template <typename T, int W>
 struct LayerNormRow {

@@ -1,5 +1,4 @@
-// What the kernels of layer norm share: the flags of a launch (layer_norm_launch.cpp has the same names) and how a
-// row's mean and variance are found.
+// What the kernels of layer norm share: how a row's mean and variance are found.
 //
 // Each simdgroup, or in backward each thread, subtracts its own shift, the mean of the packs that it holds, before it adds
 // anything up; the sums of all are then brought to one shift. So no sum cancels, the mean is exact to more than one float,
@@ -7,13 +6,9 @@
 #pragma once
 #include <metal_stdlib>
 #include "common/reduce.metal.h"
+#include "layer_norm/layer_norm_params.h"
 using namespace metal;
-
-constant constexpr uint ALIGNED = 1;  // every row of every operand starts at 16 bytes
-constant constexpr uint HAS_WEIGHT = 2;
-constant constexpr uint HAS_BIAS = 4;
-constant constexpr uint GRAD_WEIGHT = 8;  // the weight needs a gradient
-constant constexpr uint GRAD_BIAS = 16;   // the bias does
+using namespace torch_fused;
 
 template <int W>
 inline void fill(thread float* x, float value) {

@@ -5,15 +5,6 @@
 #include "layer_norm/layer_norm.metal.h"
 using namespace metal;
 
-struct LayerNormBackwardParams {
-  long grad_stride;  // elements from row to row; all other operands are dense
-  long x_stride;
-  uint rows;
-  uint cols;
-  uint flags;
-  float eps;
-};
-
 // What a row's sums say of its gradient.
 struct Slopes {
   float mean_g;

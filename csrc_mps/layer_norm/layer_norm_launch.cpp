@@ -9,31 +9,12 @@
 #include "../common/row_shape.h"
 #include "../common/rows.h"
 #include "../runtime/launch.h"
+#include "layer_norm_params.h"
 
 namespace torch_fused {
-namespace {
-
 using at::IntArrayRef;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-// As in layer_norm.metal.h.
-constexpr uint32_t ALIGNED = 1, HAS_WEIGHT = 2, HAS_BIAS = 4, GRAD_WEIGHT = 8, GRAD_BIAS = 16;
-
-// As in layer_norm.metal and layer_norm_backward.metal.
-struct LayerNormParams {
-  int64_t input_stride;
-  uint32_t cols, flags;
-  float eps;
-  uint32_t unused;
-};
-struct LayerNormBackwardParams {
-  int64_t grad_stride, x_stride;
-  uint32_t rows, cols, flags;
-  float eps;
-};
-
-}  // namespace
 
 Tensor layer_norm_gpu(const Tensor& input, IntArrayRef normalized_shape, const OptionalTensor& weight,
                       const OptionalTensor& bias, double eps) {

@@ -2,17 +2,9 @@
 #include <metal_stdlib>
 #include "common/pack.metal.h"
 #include "common/reduce.metal.h"
-#include "rms_norm/rms_norm.metal.h"
+#include "rms_norm/rms_norm_params.h"
 using namespace metal;
-
-struct RmsNormParams {
-  long input_stride;     // elements from row to row; all other operands are dense
-  long residual_stride;
-  uint cols;
-  uint flags;
-  float eps;
-  float weight_offset;
-};
+using namespace torch_fused;
 
 // One row's operands, and how to read and write a pack of it.
 template <typename T, int W>

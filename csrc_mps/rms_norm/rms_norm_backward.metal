@@ -2,19 +2,9 @@
 #include <metal_stdlib>
 #include "common/pack.metal.h"
 #include "common/reduce.metal.h"
-#include "rms_norm/rms_norm.metal.h"
+#include "rms_norm/rms_norm_params.h"
 using namespace metal;
-
-struct RmsNormBackwardParams {
-  long grad_stride;  // elements from row to row; all other operands are dense
-  long x_stride;
-  uint rows;
-  uint cols;
-  uint flags;
-  float eps;
-  float weight_offset;
-  uint unused;
-};
+using namespace torch_fused;
 
 // One row of the backward pass. With g = dy * weight and s = rsqrt(mean(x^2) + eps):
 // dx = s * (g - x * s^2 * mean(g * x)) (+ the gradient of the sum), and dy * x * s is the row's part of dweight.

@@ -10,6 +10,7 @@
 #include "../common/row_shape.h"
 #include "../common/rows.h"
 #include "../runtime/launch.h"
+#include "rms_norm_params.h"
 
 namespace torch_fused {
 namespace {
@@ -17,22 +18,6 @@ namespace {
 using at::IntArrayRef;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-// As in rms_norm.metal.h.
-constexpr uint32_t ALIGNED = 1, HAS_RESIDUAL = 2, HAS_WEIGHT = 4, LLAMA = 8, GRAD_WEIGHT = 16;
-
-// As in rms_norm.metal and rms_norm_backward.metal.
-struct RmsNormParams {
-  int64_t input_stride, residual_stride;
-  uint32_t cols, flags;
-  float eps, weight_offset;
-};
-struct RmsNormBackwardParams {
-  int64_t grad_stride, x_stride;
-  uint32_t rows, cols, flags;
-  float eps, weight_offset;
-  uint32_t unused;
-};
 
 uint32_t flags(const RmsNorm& norm, bool residual, bool weight, bool aligned) {
   return (aligned ? ALIGNED : 0) | (residual ? HAS_RESIDUAL : 0) | (weight ? HAS_WEIGHT : 0) | (norm.llama ? LLAMA : 0);

@@ -2,34 +2,9 @@
 // (a, b) -> (a * cos - b * sin, b * cos + a * sin), each half with its own half of the tables.
 #include <metal_stdlib>
 #include "common/pack.metal.h"
+#include "rope/rope_params.h"
 using namespace metal;
-
-enum : uint { ALIGNED = 1, LLAMA = 2, TRANSPOSED = 4 };
-
-// Strides in elements.
-struct RopeHeads {
-  long from_batch;
-  long from_token;
-  long from_head;
-  long to_batch;
-  long to_token;
-  long to_head;
-};
-
-struct RopeParams {
-  RopeHeads q;
-  RopeHeads k;
-  long cos_batch;
-  long cos_token;
-  long sin_batch;
-  long sin_token;
-  uint tokens;
-  uint q_heads;
-  uint heads;  // of q and k together
-  uint half_dim;
-  uint head_dim;
-  uint flags;
-};
+using namespace torch_fused;
 
 // `negate` is the sign of the sine, which is exact.
 template <typename T, int W>
@@ -64,7 +39,7 @@ void rope(device const T* q [[buffer(0)]], device const T* k [[buffer(1)]], devi
     const uint head = unit / packs;
     const uint pack = unit % packs;
     const bool is_q = head < p.q_heads;
-    constant RopeHeads& s = is_q ? p.q : p.k;
+    constant RopeHeadStrides& s = is_q ? p.q : p.k;
     const long h = is_q ? head : head - p.q_heads;
     device const T* from = (is_q ? q : k) + batch * s.from_batch + token * s.from_token + h * s.from_head;
     device T* to = (is_q ? q_out : k_out) + batch * s.to_batch + token * s.to_token + h * s.to_head;

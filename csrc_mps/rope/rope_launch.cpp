@@ -6,26 +6,16 @@
 #include "../common/rows.h"
 #include "../runtime/launch.h"
 #include "rope.h"
+#include "rope_params.h"
 
 namespace torch_fused {
 namespace {
 
 using at::Tensor;
 
-// As in rope.metal.
-constexpr uint32_t ALIGNED = 1, LLAMA = 2, TRANSPOSED = 4;
-struct RopeHeadsParams {
-  int64_t from_batch, from_token, from_head, to_batch, to_token, to_head;
-};
-struct RopeParams {
-  RopeHeadsParams q, k;
-  int64_t cos_batch, cos_token, sin_batch, sin_token;
-  uint32_t tokens, q_heads, heads, half_dim, head_dim, flags;
-};
-
 constexpr int64_t kThreads = 512;
 
-RopeHeadsParams params_of(const RopeHeads& x) {
+RopeHeadStrides strides_of(const RopeHeads& x) {
   return {x.from.batch, x.from.token, x.from.head, x.to.batch, x.to.token, x.to.head};
 }
 
@@ -49,8 +39,8 @@ std::tuple<Tensor, Tensor> launch_rope(const char* op, const Rope& call, uint32_
     const int64_t packs = (half + pack - 1) / pack + (call.head_dim - call.rotary_dim + pack - 1) / pack;
     const int64_t heads = call.q.heads + call.k.heads, threads = std::min(kThreads, (heads * packs + 31) / 32 * 32);
     kernel_size(op, "packs of 16 bytes in a token's heads", heads * packs + threads);
-    const RopeParams params{params_of(call.q),
-                            params_of(call.k),
+    const RopeParams params{strides_of(call.q),
+                            strides_of(call.k),
                             call.cos_batch,
                             call.cos_token,
                             call.sin_batch,

@@ -3,18 +3,9 @@
 #include "common/pack.metal.h"
 #include "common/scan.metal.h"
 #include "common/token_weight.h"
+#include "sampling/sampling_params.h"
 using namespace metal;
 using namespace torch_fused;
-
-struct GreedyParams {
-  long row_stride;
-  uint vocabulary;
-  uint slices;  // of a row
-  uint aligned;
-  uint unused;
-};
-
-constant constexpr uint SLICE = 2048;
 
 // The larger key, then the lower index, of all threads; the index is valid in every thread.
 inline uint2 best_token(uint key, uint index, threadgroup uint* scratch, Place place) {

@@ -5,6 +5,7 @@
 #include "../common/rows.h"
 #include "../runtime/launch.h"
 #include "sampling.h"
+#include "sampling_params.h"
 
 namespace torch_fused {
 namespace {
@@ -12,25 +13,11 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// As in greedy.metal and tokens.metal.h.
-struct GreedyParams {
-  int64_t row_stride;
-  uint32_t vocabulary, slices, aligned, unused;
-};
-struct SamplingParams {
-  int64_t row_stride;
-  uint64_t seed, offset, top_p;
-  float temperature, top_k, min_p;
-  uint32_t vocabulary, slices, flags;
-};
-constexpr uint32_t ROW_PARAMETERS = 1, STATE = 2;
-
-constexpr int64_t kSlice = 2048;  // tokens of a threadgroup
-constexpr int64_t kBuckets = 256, kTallies = 4;
+constexpr int64_t kTallies = 4;
 constexpr int64_t kSliceThreads = 256, kSearchThreads = 1024, kGreedyThreads = 256;
 
 int64_t slices_of(int64_t vocabulary) {
-  return (vocabulary + kSlice - 1) / kSlice;
+  return (vocabulary + SLICE - 1) / SLICE;
 }
 
 // Rows divided into buckets, which the last launch searches.
@@ -54,10 +41,10 @@ Divided divide(const Sampling& call, const Tensor& logits) {
                               static_cast<uint32_t>(slices),
                               call.row_parameters ? ROW_PARAMETERS : 0};
   const auto longs = logits.options().dtype(at::kLong), ints = longs.dtype(at::kInt);
-  const Tensor tokens = at::empty({call.rows, slices, kSlice}, longs);
-  const Tensor segments = at::empty({call.rows, slices, kBuckets}, ints);
-  const Tensor tallies = at::empty({call.rows, kTallies, kBuckets}, ints);
-  const Tensor splitters = at::empty({call.rows, kBuckets}, longs);
+  const Tensor tokens = at::empty({call.rows, slices, SLICE}, longs);
+  const Tensor segments = at::empty({call.rows, slices, BUCKETS}, ints);
+  const Tensor tallies = at::empty({call.rows, kTallies, BUCKETS}, ints);
+  const Tensor splitters = at::empty({call.rows, BUCKETS}, longs);
   const Tensor maxima = at::empty({call.rows, slices}, ints), heavy = at::empty({call.rows, slices}, longs);
   const Tensor row_parameters = call.row_parameters.value_or(maxima);
   static KernelSet surveys("sampling", "sampling_survey"), divisions("sampling", "sampling_divide");

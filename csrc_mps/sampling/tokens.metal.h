@@ -1,33 +1,17 @@
-// What the kernels of sampling share: their parameters, tokens as integers in the sampling order, and tokens' weights.
+// What the kernels of sampling share: tokens as integers in the sampling order, and tokens' weights.
 #pragma once
 #include <metal_stdlib>
 #include "common/token_weight.h"
+#include "sampling/sampling_params.h"
 #include "sampling/sort.metal.h"
 using namespace metal;
 using namespace torch_fused;
 
-struct SamplingParams {
-  long row_stride;
-  ulong seed;
-  ulong offset;
-  ulong top_p;
-  float temperature;
-  float top_k;
-  float min_p;
-  uint vocabulary;
-  uint slices;  // of a row
-  uint flags;
-};
-
-constant constexpr uint SLICE = 2048;  // tokens that a threadgroup divides
 constant constexpr uint PER_THREAD = 8;
 constant constexpr uint SLICE_THREADS = SLICE / PER_THREAD;
-constant constexpr uint BUCKETS = 256;
 constant constexpr uint THREADS = 1024;      // that search a row
 constant constexpr uint PLACES = 2;          // that each of them has in what is sorted
 constant constexpr uint MOST_SORTED = PLACES * THREADS;
-constant constexpr uint ROW_PARAMETERS = 1;  // flags: the filter of each row is in a buffer
-constant constexpr uint STATE = 2;           // seed and offset are in a buffer
 
 // A token is its key above its inverted index, so that the order is that of integers, descending. 0 is none.
 constant constexpr uint INDEX_BITS = 20;

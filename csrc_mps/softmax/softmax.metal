@@ -2,16 +2,9 @@
 #include <metal_stdlib>
 #include "common/pack.metal.h"
 #include "common/reduce.metal.h"
+#include "softmax/softmax_params.h"
 using namespace metal;
-
-struct SoftmaxParams {
-  long input_stride;  // elements from row to row; the result is dense
-  long output_stride;  // of the output that the gradient starts from
-  uint cols;
-  uint aligned;       // every row of every operand starts at 16 bytes
-  uint chunk;         // columns a threadgroup takes of a row shared by several
-  uint chunks;        // threadgroups a row
-};
+using namespace torch_fused;
 
 // The largest value seen so far and the sum of exp(x - largest). A maximum of -inf, of nothing or of masked values,
 // leaves the sum 0; the result is NaN then, as torch's, because -inf - -inf is.

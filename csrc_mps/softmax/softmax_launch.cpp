@@ -10,17 +10,12 @@
 #include "../common/row_shape.h"
 #include "../common/rows.h"
 #include "../runtime/launch.h"
+#include "softmax_params.h"
 
 namespace torch_fused {
 namespace {
 
 using at::Tensor;
-
-// As in softmax.metal.
-struct SoftmaxParams {
-  int64_t input_stride, output_stride;
-  uint32_t cols, aligned, chunk, chunks;
-};
 
 constexpr int64_t kFewRows = 128;  // too few threadgroups to fill a GPU, if each takes a whole row
 constexpr int64_t kChunk = 4096, kLongestChunk = 16384;  // columns

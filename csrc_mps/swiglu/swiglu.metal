@@ -1,18 +1,9 @@
 // The activation of SwiGLU, y = silu(gate) * up with silu(g) = g / (1 + exp(-g)), and its gradients.
 #include <metal_stdlib>
 #include "common/pack.metal.h"
+#include "swiglu/swiglu_params.h"
 using namespace metal;
-
-enum : uint { ALIGNED = 1, LLAMA = 2 };
-
-struct SwigluParams {
-  long cols;
-  long gate_stride;  // elements from row to row; the results are dense
-  long up_stride;
-  long grad_stride;
-  uint groups;  // threadgroups a row
-  uint flags;
-};
+using namespace torch_fused;
 
 // The columns of a row that one threadgroup covers, a pack of W a thread.
 template <int W>

@@ -8,18 +8,12 @@
 #include "../common/row_shape.h"
 #include "../runtime/launch.h"
 #include "swiglu.h"
+#include "swiglu_params.h"
 
 namespace torch_fused {
 namespace {
 
 using at::Tensor;
-
-// As in swiglu.metal.
-constexpr uint32_t ALIGNED = 1, LLAMA = 2;
-struct SwigluParams {
-  int64_t cols, gate_stride, up_stride, grad_stride;
-  uint32_t groups, flags;
-};
 
 constexpr int64_t kThreads = 256, kPackBytes = 16;
 
