@@ -439,11 +439,11 @@ def test_cuda_generation_waits_for_nothing(model, options, monkeypatch):
     """From the third token on, torch raises where the host would wait for the device."""
     decode, steps = loop._Loop.decode, []
 
-    def watched(self, tokens):
+    def watched(self, tokens, **early):
         steps.append(tokens)
         if len(steps) == 2:
             torch.cuda.set_sync_debug_mode("error")
-        return decode(self, tokens)
+        return decode(self, tokens, **early)
 
     with apply_torch_fused(model):
         expected = model.generate(**batch(4), **options) if options is GREEDY else None

@@ -77,8 +77,8 @@ class Plan:
 
     def _has_frequencies(self) -> bool:
         inv_freq = self.rotary.inv_freq
-        if _on_the_host(inv_freq):
-            return isinstance(self.frequencies, Tensor) and torch.equal(self.frequencies, inv_freq)
+        if isinstance(self.frequencies, Tensor):
+            return self.frequencies.device == inv_freq.device and torch.equal(self.frequencies, inv_freq)
         known, version = self.frequencies
         return known is inv_freq and version == inv_freq._version
 

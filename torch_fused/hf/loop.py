@@ -85,7 +85,7 @@ def token_loop(
         goes_on, streamed = OnItsWay(unfinished.any()), OnItsWay(tokens)
         full = stopping_criteria.max_length is not None and input_ids.shape[1] >= stopping_criteria.max_length
         early = ahead and not full
-        following = loop.decode(tokens) if early else None
+        following = loop.decode(tokens, early=True) if early else None
         if streamer is not None:
             streamer.put(streamed.get())
         if full or not goes_on.get():
@@ -191,8 +191,8 @@ class _Loop:
         logits = outputs.logits[:, -1].float()
         return next_token(logits, self.do_sample, **self.filters)
 
-    def decode(self, tokens: Tensor) -> Tensor | None:
-        """The tokens that follow, from one op; None if it cannot give them."""
+    def decode(self, tokens: Tensor, early: bool = False) -> Tensor | None:
+        """The tokens that follow, from one op; None if it cannot give them. `early`: it may have to be taken back."""
         if self.decoder.is_wrapped():
             return None
         last = tokens[:, None]
@@ -204,7 +204,7 @@ class _Loop:
         except Left as left:
             self.decoder.count(str(left))
             return None
-        if self.do_sample:
+        if early and self.do_sample:
             self._random_state = random_state(last.device)
         following = self.decoder.step(
             plan,
@@ -222,7 +222,7 @@ class _Loop:
         return following
 
     def take_back(self) -> None:
-        """Undoes the last `decode`."""
+        """Undoes the last `decode`, which was early."""
         self.cache.crop(-1)
         if self._random_state is not None:
             set_random_state(self._random_state, self.cache.layers[0].keys.device)
