@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../common/memory.h"
+#include "../runtime/launch.h"
 #include "decode/decode_params.h"
 
 namespace torch_fused {
@@ -54,7 +55,8 @@ struct Decoder : torch::CustomClassHolder {
   int64_t hidden, heads, kv_heads, head_dim, intermediate, vocabulary;
   double eps, scaling;
   std::vector<Taken> taken;
-  MemoryMap memory;  // where they are
+  MemoryMap memory;         // where they are
+  mutable Repeats repeats;  // a GPU's steps
 };
 
 using DecoderPtr = c10::intrusive_ptr<Decoder>;

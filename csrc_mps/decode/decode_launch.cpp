@@ -229,7 +229,7 @@ Tensor decode_gpu(const DecoderPtr& decoder, const Tensor& token_ids, const Tens
   }
   const Linear head{model.head, std::nullopt};
   multiply(step, {&head}, {step.states, step.logits, &model.norm, steps, call.kept, false}, false);
-  step.launches.run();
+  step.launches.run(model.repeats);
   return step.logits;
 }
 

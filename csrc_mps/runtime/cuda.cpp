@@ -1,4 +1,4 @@
-// NVIDIA runtime: the driver API through dlopen, so that one build serves torch with and without CUDA.
+// NVIDIA runtime: builds a source for a device, and launches its kernels.
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
@@ -10,74 +10,14 @@
 #include <vector>
 
 #include "cubin.h"
+#include "cuda_driver.h"
+#include "cuda_graph.h"
 #include "launch.h"
 
 namespace torch_fused {
 namespace {
 
-constexpr int kRelaxedCaptureMode = 2;                                     // CU_STREAM_CAPTURE_MODE_RELAXED
-constexpr int kComputeCapabilityMajor = 75, kComputeCapabilityMinor = 76;  // CUdevice_attribute
-
-// CUlaunchAttribute and CUlaunchConfig.
-struct LaunchAttribute {
-  int id, unused;
-  union {
-    int allowed;
-    char room[64];
-  };
-};
-struct LaunchConfig {
-  unsigned grid[3], block[3], shared_bytes;
-  void* stream;
-  LaunchAttribute* attributes;
-  unsigned attribute_count;
-};
-constexpr int kProgrammaticStreamSerialization = 6;  // CU_LAUNCH_ATTRIBUTE_...
-constexpr int kFirstWithEarlyLaunches = 9;           // compute capability
-
-// The few driver functions used, with their documented signatures; handles are opaque pointers.
-struct Driver {
-  int (*device_get)(int*, int);
-  int (*device_attribute)(int*, int, int);
-  int (*primary_context)(void**, int);
-  int (*current_context)(void**);
-  int (*set_current_context)(void*);
-  int (*exchange_capture_mode)(int*);
-  int (*load_module)(void**, const void*);
-  int (*get_function)(void**, void*, const char*);
-  int (*launch)(const LaunchConfig*, void*, void**, void**);
-  int (*error_name)(int, const char**);
-
-  void check(int status, const Launch& launch, const char* step) const {
-    if (status == 0) return;
-    const char* name = nullptr;
-    error_name(status, &name);
-    TORCH_CHECK(false, "torch_fused: CUDA kernel ", launch.kernel.name, ": ", step,
-                " failed: ", name ? name : "unknown error");
-  }
-};
-
-const Driver& driver() {
-  static const Driver api = [] {
-    void* library = open_library({"libcuda.so.1"});
-    Driver d;
-    const auto bind = [&](auto& function, const char* name) {
-      function = reinterpret_cast<std::decay_t<decltype(function)>>(symbol(library, name));
-    };
-    bind(d.device_get, "cuDeviceGet");
-    bind(d.device_attribute, "cuDeviceGetAttribute");
-    bind(d.primary_context, "cuDevicePrimaryCtxRetain");
-    bind(d.current_context, "cuCtxGetCurrent");
-    bind(d.set_current_context, "cuCtxSetCurrent");
-    bind(d.exchange_capture_mode, "cuThreadExchangeStreamCaptureMode");
-    bind(d.load_module, "cuModuleLoadData");
-    bind(d.get_function, "cuModuleGetFunction");
-    bind(d.launch, "cuLaunchKernelEx");
-    bind(d.error_name, "cuGetErrorName");
-    return d;
-  }();
-  return api;
-}
+constexpr int kFirstWithEarlyLaunches = 9;  // compute capability
 
 // A thread that has not called the CUDA runtime yet has no context, which the driver API needs.
 void ensure_context(const Launch& launch, int device) {
@@ -162,7 +102,7 @@ void* find_function(const Launch& launch, int device) {
 
 }  // namespace
 
-void launch_cuda(c10::ArrayRef<Launch> launches) {
+void launch_cuda(c10::ArrayRef<Launch> launches, Repeats* repeats) {
   const c10::Device device = launches[0].tensors[0].device();
   const c10::DeviceGuard guard(device);
   ensure_context(launches[0], device.index());
@@ -177,6 +117,7 @@ void launch_cuda(c10::ArrayRef<Launch> launches) {
   void* stream = cuda.getStreamNativeHandle(cuda.getStream(device));
 
   const bool early_launches = compute_capability(launches[0], device.index()).first >= kFirstWithEarlyLaunches;
+  if (repeats && launch_graph(*repeats, launches, functions, device.index(), stream, early_launches)) return;
   LaunchAttribute early{kProgrammaticStreamSerialization, 0, {1}};
   std::array<void*, kMaxBuffers> pointers;
   std::array<void*, kMaxBuffers> arguments;

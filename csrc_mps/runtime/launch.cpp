@@ -60,7 +60,7 @@ const Kernel& KernelSet::operator()(const at::Tensor& of, int64_t variant) {
   return *kernel;
 }
 
-void launch(c10::ArrayRef<Launch> launches) {
+void launch(c10::ArrayRef<Launch> launches, Repeats* repeats) {
   if (launches.empty()) return;
   TORCH_INTERNAL_ASSERT(!launches[0].tensors.empty());
   const c10::Device device = launches[0].tensors[0].device();
@@ -75,7 +75,7 @@ void launch(c10::ArrayRef<Launch> launches) {
                   ": all tensors must be on one device, got ", device, " and ", tensor.device());
     }
   }
-  if (device.is_cuda()) return launch_cuda(launches);
+  if (device.is_cuda()) return launch_cuda(launches, repeats);
   if (device.is_cpu()) return launch_emulated(launches);
 #ifdef __APPLE__
   if (device.is_mps()) return launch_metal(launches);
@@ -83,7 +83,7 @@ void launch(c10::ArrayRef<Launch> launches) {
   TORCH_CHECK(false, "torch_fused::", launches[0].kernel.source.name, ": no GPU runtime for device ", device);
 }
 
-void LaunchList::run() const {
+void LaunchList::run(Repeats& repeats) const {
   std::vector<Launch> launches;
   launches.reserve(entries_.size());
   for (const Entry& e : entries_) {
@@ -91,7 +91,7 @@ void LaunchList::run() const {
                         at::TensorList(tensors_.data() + e.first_tensor, e.tensors), &params_[e.first_param],
                         e.params_size, /*early=*/!launches.empty()});
   }
-  launch(launches);
+  launch(launches, &repeats);
 }
 
 }  // namespace torch_fused

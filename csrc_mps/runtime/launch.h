@@ -8,6 +8,8 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -71,9 +73,18 @@ struct LibraryUnavailable : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// What a runtime keeps for an owner that makes the same launches again and again, with other arguments each time.
+struct Repeats {
+  struct Kept {
+    virtual ~Kept() = default;
+  };
+  std::mutex mutex;
+  std::vector<std::unique_ptr<Kept>> kept;
+};
+
 // Checks the launches, then hands them, in order and at once, to the runtime of the tensors' device. Asynchronous on a
 // GPU. No threadgroups is no launch. An absent tensor is bound to any present one and flagged in the parameters.
-void launch(c10::ArrayRef<Launch> launches);
+void launch(c10::ArrayRef<Launch> launches, Repeats* repeats = nullptr);
 
 template <class Params>
 constexpr size_t params_size() {
@@ -100,7 +111,7 @@ class LaunchList {
     params_.resize(params_.size() + sizeof(Params) / sizeof(uint64_t));
     std::memcpy(&params_[entries_.back().first_param], &params, sizeof(Params));
   }
-  void run() const;
+  void run(Repeats& repeats) const;
 
  private:
   struct Entry {
@@ -115,7 +126,7 @@ class LaunchList {
 
 // The runtimes. Each throws c10::Error for a failed launch and LibraryUnavailable when a source cannot be built; then
 // none of the launches has been made.
-void launch_cuda(c10::ArrayRef<Launch> launches);
+void launch_cuda(c10::ArrayRef<Launch> launches, Repeats* repeats);
 void launch_emulated(c10::ArrayRef<Launch> launches);
 #ifdef __APPLE__
 void launch_metal(c10::ArrayRef<Launch> launches);
