@@ -15,11 +15,35 @@ constant constexpr int W = kLaneColumns;
 
 inline float silu(float x) { return x / (1.0f + exp(-x)); }
 
+// Where a vector of the step begins.
+inline ulong vector_offset(constant ProductParams& p, uint vector) {
+  const uint v = min(vector, p.vectors - 1);
+  return ulong(v / p.kept * p.steps + p.steps - p.kept + v % p.kept) * p.cols;
+}
+
 // The norm's weights for U blocks of columns.
 template <typename T, int U, bool WHOLE>
 inline void load_norm(device const ushort* norm, uint column, uint cols, thread Pack<T, W>* packs) {
 #pragma unroll
   for (int u = 0; u < U; u++) load_pack<T, WHOLE>((device const T*)norm, column + u * kBlockColumns, cols, packs[u]);
+}
+
+// The sum of squares of each of C vectors, a simdgroup a vector.
+template <int C, bool WHOLE>
+inline void sum_squares(device const float* vectors, constant ProductParams& p, uint first_vector, uint lane,
+                        uint simdgroup, uint simdgroups, threadgroup float* squares) {
+  for (uint c = simdgroup; c < C; c += simdgroups) {
+    device const float* from = vectors + vector_offset(p, first_vector + c);
+    float sum = 0.0f;
+    for (uint column = lane * W; column < p.cols; column += kBlockColumns) {
+      Pack<float, W> x;
+      load_pack<float, WHOLE>(from, column, p.cols, x);
+#pragma unroll
+      for (int j = 0; j < W; j++) sum = fma(x.get(j), x.get(j), sum);
+    }
+    sum = simd_sum(sum);
+    if (lane == 0) squares[c] = sum;
+  }
 }
 
 // R rows at once with C vectors, U blocks of columns at once. GATED: the rows are pairs of a gate's and an up's, and the
@@ -35,7 +59,9 @@ void decode_product(device const T* w0 [[buffer(0)]], device const T* w1 [[buffe
                     uint simdgroup [[simdgroup_index_in_threadgroup]],
                     uint simdgroups [[simdgroups_per_threadgroup]]) {
   constexpr int OUTPUTS = GATED ? R / 2 : R;
+  constexpr bool MANY = C > 1;  // then a norm's weights go to the rows, and the squares are summed once a threadgroup
   threadgroup float2 scratch[8 * 32];
+  threadgroup float shared_squares[C];
   const uint blocks = (p.vectors + C - 1) / C, slots = simdgroups / p.splits;
   const uint first_vector = group % blocks * C, split = simdgroup % p.splits;
   const uint first = (group / blocks * slots + simdgroup / p.splits) * OUTPUTS;
@@ -51,10 +77,7 @@ void decode_product(device const T* w0 [[buffer(0)]], device const T* w1 [[buffe
   }
   device const float* sources[C];
 #pragma unroll
-  for (int c = 0; c < C; c++) {
-    const uint vector = min(first_vector + c, p.vectors - 1);
-    sources[c] = vectors + ulong(vector / p.kept * p.steps + p.steps - p.kept + vector % p.kept) * p.cols;
-  }
+  for (int c = 0; c < C; c++) sources[c] = vectors + vector_offset(p, first_vector + c);
   // The result that this lane will write.
   const uint row = min(first + lane / C, last), vector = first_vector + lane % C;
   const bool writes = split == 0 && lane < uint(OUTPUTS * C) && first + lane / C <= last && vector < p.vectors;
@@ -75,6 +98,10 @@ void decode_product(device const T* w0 [[buffer(0)]], device const T* w1 [[buffe
   if (normed && WHOLE) load_norm<T, U, WHOLE>(norm, column, p.cols, norms);
   previous_launch_done(lane);
   const float residual = writes && p.flags & kAdd ? *result : 0.0f;
+  if (MANY && normed) {
+    sum_squares<C, WHOLE>(vectors, p, first_vector, lane, simdgroup, simdgroups, shared_squares);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
 
   // The sums of a gate's rows come before those of an up's.
   float sums[R * C], squares[C];
@@ -93,13 +120,23 @@ void decode_product(device const T* w0 [[buffer(0)]], device const T* w1 [[buffe
           weight[j] = place + j < p.cols ? vector_at<T, false>(norm, p.norm_format, place + j) : 0.0f;
         }
       }
+      float w[R][W];
+#pragma unroll
+      for (int r = 0; r < R; r++) {
+#pragma unroll
+        for (int j = 0; j < W; j++) w[r][j] = rows.packs[r][u].get(j);
+        if (MANY && normed) {
+#pragma unroll
+          for (int j = 0; j < W; j++) w[r][j] *= weight[j];
+        }
+      }
 #pragma unroll
       for (int c = 0; c < C; c++) {
         Pack<float, W> pack;
         float x[W];
         load_pack<float, WHOLE>(sources[c], place, p.cols, pack);
         pack.unpack(x);
-        if (normed) {
+        if (!MANY && normed) {
 #pragma unroll
           for (int j = 0; j < W; j++) {
             squares[c] = fma(x[j], x[j], squares[c]);
@@ -110,7 +147,7 @@ void decode_product(device const T* w0 [[buffer(0)]], device const T* w1 [[buffe
         for (int r = 0; r < R; r++) {
           const int i = (GATED ? r % 2 * OUTPUTS + r / 2 : r) * C + c;
 #pragma unroll
-          for (int j = 0; j < W; j++) sums[i] = fma(rows.packs[r][u].get(j), x[j], sums[i]);
+          for (int j = 0; j < W; j++) sums[i] = fma(w[r][j], x[j], sums[i]);
         }
       }
     }
@@ -121,7 +158,7 @@ void decode_product(device const T* w0 [[buffer(0)]], device const T* w1 [[buffe
   }
 
   // Each result is a lane's.
-  float2 sum = float2(sum_of_each<R * C>(sums, lane), sum_of_each<C>(squares, lane));
+  float2 sum = float2(sum_of_each<R * C>(sums, lane), MANY ? 0.0f : sum_of_each<C>(squares, lane));
   if (p.splits > 1) {
     scratch[simdgroup * 32 + lane] = sum;
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -129,6 +166,7 @@ void decode_product(device const T* w0 [[buffer(0)]], device const T* w1 [[buffe
   }
   const float up = simd_shuffle_xor(sum.x, ushort(OUTPUTS * C % 32));
   if (!writes) return;
+  if (MANY && normed) sum.y = shared_squares[lane % C];
   const float scale = normed ? rsqrt(sum.y / float(p.cols) + p.eps) : 1.0f;
   *result = residual + (GATED ? silu(sum.x * scale) * (up * scale) : sum.x * scale + bias);
 }
