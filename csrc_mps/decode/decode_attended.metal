@@ -8,7 +8,7 @@
 using namespace metal;
 using namespace torch_fused;
 
-constant constexpr int W = kLaneColumns, R = kAttendedRows, THREADS = 32 * kProductSimdgroups;
+constant constexpr int W = kLaneColumns, THREADS = 32 * kProductSimdgroups;
 
 // Eight columns of attention's result: each chunk has its weighted values, and of the scores the maximum (in octaves)
 // and the sum.
@@ -37,8 +37,8 @@ inline void combine_chunks(device const float* values, device const float2* stat
   for (int j = 0; j < W; j++) x[j] *= scale;
 }
 
-// C vectors at once, U blocks of columns at once.
-template <typename T, int C, int U, bool WHOLE>
+// R rows of a simdgroup at once with C vectors, U blocks of columns at once.
+template <typename T, int C, int R, int U, bool WHOLE>
 [[kernel, max_total_threads_per_threadgroup(128)]]
 void decode_attended(device const T* matrix [[buffer(0)]], device const ushort* bias [[buffer(1)]],
                      device const float* chunks [[buffer(2)]], device const float2* stats [[buffer(3)]],
@@ -107,14 +107,14 @@ void decode_attended(device const T* matrix [[buffer(0)]], device const ushort* 
   if (writes) *result = residual + sum + shift;
 }
 
-#define ATTENDED(host, T, C, U, WHOLE)                                                                  \
-  template [[host_name(host)]] [[kernel]] void decode_attended<T, C, U, WHOLE>(                         \
+#define ATTENDED(host, T, C, R, U, WHOLE)                                                               \
+  template [[host_name(host)]] [[kernel]] void decode_attended<T, C, R, U, WHOLE>(                      \
       device const T*, device const ushort*, device const float*, device const float2*, device float*,  \
       constant AttendedParams&, uint, uint, uint, uint);
-#define ATTENDED_ALL(name, T)                            \
-  ATTENDED("decode_attended_" #name "_1", T, 1, 4, true) \
-  ATTENDED("decode_attended_" #name "_8", T, 8, 2, true) \
-  ATTENDED("decode_attended_" #name "_0", T, 1, 4, false)
+#define ATTENDED_ALL(name, T)                               \
+  ATTENDED("decode_attended_" #name "_1", T, 1, 4, 4, true) \
+  ATTENDED("decode_attended_" #name "_8", T, 8, 4, 2, true) \
+  ATTENDED("decode_attended_" #name "_0", T, 1, 4, 4, false)
 ATTENDED_ALL(f32, float)
 ATTENDED_ALL(f16, half)
 ATTENDED_ALL(bf16, bfloat)

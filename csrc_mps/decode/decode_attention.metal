@@ -10,7 +10,7 @@ using namespace metal;
 using namespace torch_fused;
 
 constant constexpr int W = kLaneColumns;
-constant constexpr int SIMDGROUPS = kAttentionSimdgroups;
+constant constexpr int SIMDGROUPS = kAttentionSimdgroups, NQ = kTeamQueries, MOST_TEAMS = 4;
 
 // Elements lane, lane + 32, ... of a vector of `count`, and `fill` past its end.
 template <typename T, int N, bool WHOLE>
@@ -86,8 +86,9 @@ struct QueryStore {
   void put(uint d, float x) const { to[d] = x * scaling; }
 };
 
-// NQ queries at once, U keys at once a group of lanes. WHOLE: a head is LANES packs.
-template <typename T, int NQ, int LANES, int U, bool WHOLE>
+// Queries share a threadgroup's simdgroups: a team of them has NQ queries, and its members share the chunk's slots. U
+// keys at once a group of lanes. WHOLE: a head is LANES packs.
+template <typename T, int LANES, int U, bool WHOLE>
 [[kernel, max_total_threads_per_threadgroup(256)]]
 void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[buffer(1)]],
                       device T* values [[buffer(2)]], device const ushort* q_norm [[buffer(3)]],
@@ -98,10 +99,9 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
                       uint group [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
                       uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]]) {
   constexpr int DIM = LANES * W, KEYS = 32 / LANES;  // columns of a head, and keys of a simdgroup
-  threadgroup float queries[NQ * DIM];
-  constexpr int ROOM = NQ * DIM > 512 ? 512 / DIM : NQ;  // queries that are merged at once
-  threadgroup float merged[ROOM * SIMDGROUPS * DIM];
-  threadgroup float2 merged_stats[ROOM * SIMDGROUPS];
+  threadgroup float queries[MOST_TEAMS * NQ * DIM];
+  threadgroup float merged[SIMDGROUPS * NQ * DIM];
+  threadgroup float2 merged_stats[SIMDGROUPS * NQ];
   constexpr int N = DIM / 32;
   const uint chunk = group % p.chunks, kv_head = group / p.chunks % p.kv_heads;
   const uint batch = group / p.chunks / p.kv_heads;
@@ -138,8 +138,10 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
 
   const uint column = lane % LANES * W, key_group = lane / LANES;
   const uint count = group_heads * p.steps;
-  for (uint first_query = 0; first_query < count; first_query += NQ) {
-    for (uint q = SIMDGROUPS - 1 - simdgroup; q < NQ; q += SIMDGROUPS) {  // the first ones have the new keys to place
+  const uint teams = count > 2 * NQ ? MOST_TEAMS : count > NQ ? 2 : 1, members = SIMDGROUPS / teams;
+  const uint team = simdgroup / members, member = simdgroup % members, at_once = teams * NQ;
+  for (uint first_query = 0; first_query < count; first_query += at_once) {
+    for (uint q = SIMDGROUPS - 1 - simdgroup; q < at_once; q += SIMDGROUPS) {  // the first have the new keys to place
       const uint query = min(first_query + q, count - 1), token = batch * p.steps + query / group_heads;
       device const float* from =
           qkv + ulong(token) * projected + (kv_head * group_heads + query % group_heads) * p.head_dim;
@@ -152,15 +154,18 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
     }
     threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);
 
-    float largest[NQ], sums[NQ], seen[NQ][W];
+    float x[NQ][W], largest[NQ], sums[NQ], seen[NQ][W];
 #pragma unroll
     for (int q = 0; q < NQ; q++) {
       largest[q] = -INFINITY;
       sums[q] = 0.0f;
 #pragma unroll
-      for (int j = 0; j < W; j++) seen[q][j] = 0.0f;
+      for (int j = 0; j < W; j++) {
+        x[q][j] = queries[(team * NQ + q) * DIM + column + j];
+        seen[q][j] = 0.0f;
+      }
     }
-    for (long base = begin + simdgroup * KEYS * U; base < end; base += SIMDGROUPS * KEYS * U) {
+    for (long base = begin + member * KEYS * U; base < end; base += members * KEYS * U) {
       Pack<T, W> key[U], value[U];
 #pragma unroll
       for (int u = 0; u < U; u++) {
@@ -170,18 +175,13 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
       }
 #pragma unroll
       for (int q = 0; q < NQ; q++) {
-        const long newest = p.length + (first_query + q) / group_heads;
+        const long newest = p.length + (first_query + team * NQ + q) / group_heads;
         float score[U], most = largest[q];
 #pragma unroll
-        for (int u = 0; u < U; u++) score[u] = 0.0f;
-#pragma unroll
-        for (int j = 0; j < W; j++) {
-          const float x = queries[q * DIM + column + j];
-#pragma unroll
-          for (int u = 0; u < U; u++) score[u] = fma(key[u].get(j), x, score[u]);
-        }
-#pragma unroll
         for (int u = 0; u < U; u++) {
+          score[u] = 0.0f;
+#pragma unroll
+          for (int j = 0; j < W; j++) score[u] = fma(key[u].get(j), x[q][j], score[u]);
 #pragma unroll
           for (int distance = 1; distance < LANES; distance *= 2) score[u] += simd_shuffle_xor(score[u], distance);
           const long slot = base + u * KEYS + key_group;
@@ -199,16 +199,14 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
         for (int u = 0; u < U; u++) {
           const float weight = exp2(score[u] - middle);
           sums[q] += weight;
+          if (weight == 0.0f) continue;  // a slot that is not attended may hold anything
 #pragma unroll
-          for (int j = 0; j < W; j++) {
-            // A slot that is not attended may hold anything.
-            seen[q][j] = fma(weight == 0.0f ? 0.0f : value[u].get(j), weight, seen[q][j]);
-          }
+          for (int j = 0; j < W; j++) seen[q][j] = fma(value[u].get(j), weight, seen[q][j]);
         }
       }
     }
 
-    // What the groups of lanes have seen, then the simdgroups, as one: as many queries at once as there is room for.
+    // What the groups of lanes have seen, then the members of a team, as one.
 #pragma unroll
     for (int q = 0; q < NQ; q++) {
       float most = largest[q];
@@ -218,7 +216,7 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
       float sum = sums[q] * keep;
 #pragma unroll
       for (int distance = LANES; distance < 32; distance *= 2) sum += simd_shuffle_xor(sum, distance);
-      const uint room = q % ROOM * SIMDGROUPS + simdgroup;
+      const uint room = simdgroup * NQ + q;
 #pragma unroll
       for (int j = 0; j < W; j++) {
         float part = seen[q][j] * keep;
@@ -227,46 +225,41 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
         if (key_group == 0) merged[room * DIM + column + j] = part;
       }
       if (lane == 0) merged_stats[room] = float2(most, sum);
-      if (q % ROOM != ROOM - 1) continue;
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-      for (uint i = thread_id; i < ROOM * DIM; i += 32 * SIMDGROUPS) {
-        const uint query = first_query + q + 1 - ROOM + i / DIM, d = i % DIM;
-        threadgroup const float* parts = merged + i / DIM * SIMDGROUPS * DIM + d;
-        threadgroup const float2* part_stats = merged_stats + i / DIM * SIMDGROUPS;
-        float2 all = part_stats[0];
-#pragma unroll
-        for (int s = 1; s < SIMDGROUPS; s++) all.x = max(all.x, part_stats[s].x);
-        const float middle = all.x == -INFINITY ? 0.0f : all.x;
-        float total = 0.0f;
-        all.y = 0.0f;
-#pragma unroll
-        for (int s = 0; s < SIMDGROUPS; s++) {
-          const float weight = exp2(part_stats[s].x - middle);
-          all.y = fma(part_stats[s].y, weight, all.y);
-          total = fma(parts[s * DIM], weight, total);
-        }
-        const uint token = batch * p.steps + query / group_heads;
-        const ulong place =
-            (ulong(token) * p.heads + kv_head * group_heads + query % group_heads) * p.chunks + chunk;
-        if (query < count && d < p.head_dim) attended[place * p.head_dim + d] = total;
-        if (query < count && d == 0) stats[place] = all;
-      }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
     }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint i = thread_id; i < at_once * DIM; i += 32 * SIMDGROUPS) {
+      const uint q = i / DIM, query = first_query + q, d = i % DIM;
+      const uint room = q / NQ * members * NQ + q % NQ;  // of the team's first member
+      float2 all = merged_stats[room];
+      for (uint s = 1; s < members; s++) all.x = max(all.x, merged_stats[room + s * NQ].x);
+      const float middle = all.x == -INFINITY ? 0.0f : all.x;
+      float total = 0.0f;
+      all.y = 0.0f;
+      for (uint s = 0; s < members; s++) {
+        const float2 part = merged_stats[room + s * NQ];
+        const float weight = exp2(part.x - middle);
+        all.y = fma(part.y, weight, all.y);
+        total = fma(merged[(room + s * NQ) * DIM + d], weight, total);
+      }
+      const uint token = batch * p.steps + query / group_heads;
+      const ulong place = (ulong(token) * p.heads + kv_head * group_heads + query % group_heads) * p.chunks + chunk;
+      if (p.chunks == 1) total /= all.y;
+      if (query < count && d < p.head_dim) attended[place * p.head_dim + d] = total;
+      if (query < count && d == 0) stats[place] = all;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 }
 
-#define ATTENTION(host, T, NQ, LANES, U, WHOLE)                                                                      \
-  template [[host_name(host)]] [[kernel]] void decode_attention<T, NQ, LANES, U, WHOLE>(                             \
-      device const float*, device T*, device T*, device const ushort*, device const ushort*, device const ushort*,   \
-      device const ushort*, device const long*, device const long*, device float*, device float2*,                   \
+#define ATTENTION(host, T, LANES, U, WHOLE)                                                                        \
+  template [[host_name(host)]] [[kernel]] void decode_attention<T, LANES, U, WHOLE>(                               \
+      device const float*, device T*, device T*, device const ushort*, device const ushort*, device const ushort*, \
+      device const ushort*, device const long*, device const long*, device float*, device float2*,                 \
       constant AttentionParams&, uint, uint, uint, uint);
-#define ATTENTIONS(name, T)                                       \
-  ATTENTION("decode_attention_" #name "_0", T, 2, 32, 1, false)   \
-  ATTENTION("decode_attention_64_" #name "_2", T, 2, 8, 4, true)  \
-  ATTENTION("decode_attention_64_" #name "_8", T, 8, 8, 4, true)  \
-  ATTENTION("decode_attention_128_" #name "_2", T, 2, 16, 4, true) \
-  ATTENTION("decode_attention_128_" #name "_8", T, 8, 16, 4, true)
+#define ATTENTIONS(name, T)                                    \
+  ATTENTION("decode_attention_" #name, T, 32, 1, false)        \
+  ATTENTION("decode_attention_64_" #name, T, 8, 4, true)       \
+  ATTENTION("decode_attention_128_" #name, T, 16, 4, true)
 ATTENTIONS(f32, float)
 ATTENTIONS(f16, half)
 ATTENTIONS(bf16, bfloat)

@@ -15,11 +15,14 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kChunkSlots = 128;  // slots of the context that a chunk of attention should at least have
-constexpr int64_t kMostChunks = 32;   // more cost more to put together than they save
-constexpr int64_t kGroups = 128;      // threadgroups of attention that fill a GPU
+constexpr int64_t kChunkSlots = 32;  // slots of the context that a chunk of attention should at least have
+constexpr int64_t kMostChunks = 32;  // more cost more to put together than they save
+constexpr int64_t kFewGroups = 16;   // threadgroups of attention; where there are more anyway, chunks are larger
+constexpr int64_t kGroups = 128;     // and so many fill a GPU
 constexpr int64_t kMostSplits = 8;
-constexpr int64_t kFewRows = 8192;  // a product with more rows fills a GPU without splitting them
+constexpr int64_t kFewRows = 8192;     // a product with more rows fills a GPU without splitting them
+constexpr int64_t kSimdgroups = 4096;  // and so many simdgroups, each with several vectors
+constexpr int64_t kAttendedRows = 4;   // of a simdgroup behind attention
 
 // What decode_product.metal instantiates: vectors, rows and blocks at once. The variant 0 takes operands of any layout
 // and type.
@@ -28,7 +31,7 @@ struct Width {
 };
 Width width_for(int64_t vectors, bool whole, bool gated) {
   if (!whole) return {0, 1, 2, 1};
-  if (vectors > 1) return {8, 8, 4, 2};
+  if (vectors > 1) return {8, 8, 4, 1};
   return gated ? Width{1, 1, 4, 2} : Width{1, 1, 2, 4};
 }
 
@@ -95,10 +98,12 @@ void multiply(Step& step, std::initializer_list<const Linear*> matrices, const V
 
   const Width width = width_for(p.vectors, whole, gated);
   const int64_t blocks = (p.cols + kBlockColumns - 1) / kBlockColumns;
-  p.splits = static_cast<uint32_t>(
-      results <= kFewRows ? std::clamp<int64_t>((blocks + width.blocks - 1) / width.blocks, 1, kMostSplits) : 1);
+  const int64_t outputs = gated ? width.rows / 2 : width.rows;
+  const int64_t enough = width.vectors > 1 ? kSimdgroups * outputs / results : results <= kFewRows ? kMostSplits : 1;
+  const int64_t most = std::min((blocks + width.blocks - 1) / width.blocks, kMostSplits);
+  p.splits = static_cast<uint32_t>(std::clamp<int64_t>(enough, 1, most));
   const int64_t simdgroups = (kProductSimdgroups + p.splits - 1) / p.splits * p.splits;
-  const int64_t rows = simdgroups / p.splits * (gated ? width.rows / 2 : width.rows);
+  const int64_t rows = simdgroups / p.splits * outputs;
   const int64_t groups = (results + rows - 1) / rows * ((p.vectors + width.vectors - 1) / width.vectors);
   step.launches.add((gated ? gating : plain)(first.weight, width.variant), groups, 32 * simdgroups,
                     {weights[0], weights[1], weights[2], biases[0], biases[1], biases[2], v.from,
@@ -106,8 +111,10 @@ void multiply(Step& step, std::initializer_list<const Linear*> matrices, const V
                     p);
 }
 
-// The product behind attention, whose chunks it puts together.
+// The product behind attention, whose chunks it puts together if there are several.
 void multiply_attended(Step& step, const Linear& o) {
+  const int64_t steps = step.call.steps;
+  if (step.chunks == 1) return multiply(step, {&o}, {step.attended, step.states, nullptr, steps, steps, true}, false);
   static KernelSet kernels("decode_attended", "decode_attended");
   const Tensor& weight = o.weight;
   AttendedParams p{};
@@ -180,9 +187,7 @@ void attend(Step& step, size_t index) {
   if (layer.k_norm) p.flags |= kKeyNorm, p.k_norm_format = format_of(*layer.k_norm);
   KernelSet* kernels = !whole || model.head_dim % 64 > 0 ? &any : model.head_dim == 64 ? &dim_64 : &dim_128;
   if (model.head_dim > 128) kernels = &any;
-  const int64_t queries = model.heads / model.kv_heads * call.steps;
-  const int64_t variant = kernels == &any ? 0 : queries <= 2 ? 2 : 8;
-  step.launches.add((*kernels)(keys, variant), call.batch * model.kv_heads * step.chunks, 32 * kAttentionSimdgroups,
+  step.launches.add((*kernels)(keys), call.batch * model.kv_heads * step.chunks, 32 * kAttentionSimdgroups,
                     {step.qkv, keys, values, layer.q_norm.value_or(call.cos), layer.k_norm.value_or(call.cos), call.cos,
                      call.sin, call.positions, call.starts.value_or(call.positions), step.attended, step.stats},
                     p);
@@ -201,8 +206,10 @@ Tensor decode_gpu(const DecoderPtr& decoder, const Tensor& token_ids, const Tens
               " dimensions, got ", model.head_dim);
   const auto floats = model.embedding.options().dtype(at::kFloat);
   const int64_t tokens = call.tokens(), heads = model.heads, dim = model.head_dim;
-  const int64_t most_chunks = std::clamp<int64_t>(kGroups / (call.batch * model.kv_heads), 1, kMostChunks);
-  const int64_t chunks = std::clamp<int64_t>(call.length / kChunkSlots, 1, most_chunks);
+  const int64_t groups = call.batch * model.kv_heads;
+  const int64_t most_chunks = std::clamp<int64_t>(kGroups / groups, 1, kMostChunks);
+  const int64_t chunk_slots = kChunkSlots * std::max<int64_t>(1, groups / kFewGroups);
+  const int64_t chunks = std::clamp<int64_t>(call.length / chunk_slots, 1, most_chunks);
   const auto room = [&](int64_t each) { return at::empty({tokens, each}, floats); };
   Step step{call,
             model,

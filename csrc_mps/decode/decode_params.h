@@ -11,6 +11,7 @@ SHARED_CONSTANT uint32_t kLaneColumns = 8;                   // columns that a l
 SHARED_CONSTANT uint32_t kBlockColumns = 32 * kLaneColumns;  // and a simdgroup
 SHARED_CONSTANT uint32_t kMostHeadDim = 256;
 SHARED_CONSTANT uint32_t kAttentionSimdgroups = 8;
+SHARED_CONSTANT uint32_t kTeamQueries = 2;  // that a simdgroup of attention has at once
 
 // One row of the embedding a token.
 struct EmbedParams {
@@ -37,7 +38,6 @@ struct ProductParams {
 };
 
 SHARED_CONSTANT uint32_t kProductSimdgroups = 4;  // of a threadgroup that multiplies, but for splits
-SHARED_CONSTANT uint32_t kAttendedRows = 4;       // of a simdgroup behind attention
 
 // The product behind attention; its results are added to what is there.
 struct AttendedParams {

@@ -18,6 +18,7 @@ inline float silu(float x) { return x / (1.0f + exp(-x)); }
 // Where a vector of the step begins.
 inline ulong vector_offset(constant ProductParams& p, uint vector) {
   const uint v = min(vector, p.vectors - 1);
+  if (p.kept == p.steps) return ulong(v) * p.cols;
   return ulong(v / p.kept * p.steps + p.steps - p.kept + v % p.kept) * p.cols;
 }
 
@@ -192,10 +193,10 @@ void decode_embed(device const T* embedding [[buffer(0)]], device const long* to
       constant ProductParams&, uint, uint, uint, uint);
 #define PRODUCTS(name, T)                                                        \
   PRODUCT("decode_product_" #name "_1", T, 1, 2, 4, false, true)                 \
-  PRODUCT("decode_product_" #name "_8", T, 8, 4, 2, false, true)                 \
+  PRODUCT("decode_product_" #name "_8", T, 8, 4, 1, false, true)                 \
   PRODUCT("decode_product_" #name "_0", T, 1, 2, 1, false, false)                \
   PRODUCT("decode_gated_" #name "_1", T, 1, 4, 2, true, true)                    \
-  PRODUCT("decode_gated_" #name "_8", T, 8, 4, 2, true, true)                    \
+  PRODUCT("decode_gated_" #name "_8", T, 8, 4, 1, true, true)                    \
   PRODUCT("decode_gated_" #name "_0", T, 1, 2, 1, true, false)                   \
   template [[host_name("decode_embed_" #name)]] [[kernel]] void decode_embed<T>( \
       device const T*, device const long*, device float*, constant EmbedParams&, uint, uint, uint);
