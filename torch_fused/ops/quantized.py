@@ -1,10 +1,13 @@
 """Packed weights: 4 or 8 bits each, in MLX's affine layout."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_floating
+from .library import leading, register, run_first
 
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -112,6 +115,29 @@ def quantized_linear_reference(
     return F.linear(x, matrix, bias)
 
 
+def _dequantize_fake(weight, scales, biases, *, bits, group_size, dtype=None):
+    return scales.new_empty((*weight.shape[:-1], weight.shape[-1] * 32 // bits), dtype=dtype or scales.dtype)
+
+
+def _quantized_linear_fake(x, weight, scales, biases, bias=None, *, bits, group_size):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+register("dequantize", reference=dequantize_reference, fake=_dequantize_fake, batched=dequantize_reference)
+register("quantized_linear", reference=quantized_linear_reference, fake=_quantized_linear_fake)
+
+
+@torch.library.register_vmap("torch_fused::quantized_linear")
+def _quantized_linear_vmap(info, in_dims, x, weight, scales, biases, bias=None, *, bits, group_size):
+    """A batch of vectors is one more leading dimension; of matrices, torch's product."""
+    options = {"bits": bits, "group_size": group_size}
+    tensors = (x, weight, scales, biases, bias)
+    if any(dim is not None for dim in in_dims[1:]):
+        run_first(_quantized_linear, info, in_dims, *tensors, **options)
+        return torch.vmap(partial(quantized_linear_reference, **options), in_dims)(*tensors), 0
+    return _quantized_linear(leading(info, x, in_dims[0]), *tensors[1:], **options), 0
+
+
 def dequantize(
     weight: Tensor, scales: Tensor, biases: Tensor, *, bits: int, group_size: int, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -134,7 +160,7 @@ def dequantize(
         >>> torch_fused.functional.dequantize(*packed, bits=8, group_size=32)[0, :3]
         tensor([-1.0000, -0.5294, -0.0588])
     """
-    return dequantize_reference(weight, scales, biases, bits=bits, group_size=group_size, dtype=dtype)
+    return _dequantize(weight, scales, biases, bits=bits, group_size=group_size, dtype=dtype)
 
 
 def quantized_linear(
@@ -163,4 +189,8 @@ def quantized_linear(
         >>> torch_fused.functional.quantized_linear(torch.ones(1, 32), *packed, bits=4, group_size=32)
         tensor([[32., 32.]])
     """
-    return quantized_linear_reference(x, weight, scales, biases, bias, bits=bits, group_size=group_size)
+    return _quantized_linear(x, weight, scales, biases, bias, bits=bits, group_size=group_size)
+
+
+_dequantize = torch.ops.torch_fused.dequantize.default
+_quantized_linear = torch.ops.torch_fused.quantized_linear.default
