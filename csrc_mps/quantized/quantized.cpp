@@ -191,14 +191,14 @@ void with_instruction_set(Function function) {
   using Multiply = void (*)(const PackedMatrix&, const Vectors&, int64_t, int64_t, float*, int64_t);
 #ifdef TORCH_FUSED_X86_DISPATCH
   static const std::string allowed = at::get_cpu_capability();
-#define TORCH_FUSED_USE(target) return function([](auto... a) { target::arrange(a...); }, Multiply(&target::multiply))
+#define TORCH_FUSED_USE(target) return function([](const auto&... a) { target::arrange(a...); }, Multiply(&target::multiply))
   if (allowed == "AVX512" && __builtin_cpu_supports("x86-64-v4")) {
     if (__builtin_cpu_supports("avx512vnni")) TORCH_FUSED_USE(vnni);
     TORCH_FUSED_USE(avx512);
   }
   if (allowed != "DEFAULT" && __builtin_cpu_supports("x86-64-v3")) TORCH_FUSED_USE(avx2);
 #endif
-  function([](auto... a) { baseline::arrange(a...); }, Multiply(&baseline::multiply));
+  function([](const auto&... a) { baseline::arrange(a...); }, Multiply(&baseline::multiply));
 }
 
 PackedMatrix as_loops_see(const Packed& m) {
@@ -224,18 +224,18 @@ Tensor multiply_packed(const QuantizedCall& call, const Tensor& x) {
   const float* from = elements<const float>(wide);
   float* to = elements<float>(results);
   constexpr bool floats = std::is_same_v<Vectors, FloatVectors>;
-  const auto size = static_cast<size_t>(call.vectors * m.cols), blocks = static_cast<size_t>(call.vectors * m.blocks());
-  std::unique_ptr<float[]> values(new float[floats ? size : size / 4]), scales(new float[blocks]),
-      sums(new float[blocks]);
+  const auto memory = [&](int64_t each) { return new float[static_cast<size_t>(call.vectors * each)]; };
+  std::unique_ptr<float[]> values(memory(floats ? m.cols : m.units * kCodeUnit / 4)), scales(memory(8 * m.units)),
+      sums(memory(m.sums));
   with_instruction_set<Vectors>([&](auto arrange, auto multiply) {
     Vectors vectors;
     for (int64_t i = 0; i < call.vectors; ++i) {
-      float* sum = sums.get() + i * m.blocks();
+      float* sum = sums.get() + i * m.sums;
       if constexpr (floats) {
-        arrange(from + i * m.cols, m.cols, m.bits, values.get() + i * m.cols, sum);
+        arrange(m, from + i * m.cols, values.get() + i * m.cols, sum);
       } else {
         auto* codes = reinterpret_cast<int8_t*>(values.get());
-        arrange(from + i * m.cols, m.cols, m.bits, codes + i * m.cols, scales.get() + i * m.blocks(), sum);
+        arrange(m, from + i * m.cols, codes + i * m.units * kCodeUnit, scales.get() + i * m.units * 8, sum);
       }
     }
     if constexpr (floats) {
