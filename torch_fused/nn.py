@@ -3,8 +3,9 @@
 import torch
 
 from . import functional
+from .ops.quantized import can_pack, check_format
 
-__all__ = ["LayerNorm", "RMSNorm", "Softmax", "SwiGLU"]
+__all__ = ["LayerNorm", "QuantizedEmbedding", "QuantizedLinear", "RMSNorm", "Softmax", "SwiGLU"]
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -22,6 +23,172 @@ class LayerNorm(torch.nn.LayerNorm):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class _Packed(torch.nn.Module):
+    """A packed matrix in buffers that have MLX's names."""
+
+    weight: torch.Tensor
+    scales: torch.Tensor
+    biases: torch.Tensor
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        bits: int,
+        group_size: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        check_format(name, bits, group_size)
+        if not can_pack(columns, group_size):
+            raise RuntimeError(f"{name}: the columns must be a multiple of group_size, {group_size}, got {columns}")
+        self.bits, self.group_size = bits, group_size
+        # The scales of zeros, so that a module that has not been loaded yet gives zeros.
+        packed = torch.zeros(rows, columns * bits // 32, dtype=torch.int32, device=device).view(torch.uint32)
+        self.register_buffer("weight", packed)
+        self.register_buffer("scales", torch.zeros(rows, columns // group_size, device=device, dtype=dtype))
+        self.register_buffer("biases", torch.zeros(rows, columns // group_size, device=device, dtype=dtype))
+
+    def _pack(self, weight: torch.Tensor) -> None:
+        packed = functional.quantize(weight, bits=self.bits, group_size=self.group_size)
+        self.weight, self.scales, self.biases = packed
+
+
+class QuantizedEmbedding(_Packed):
+    """`torch.nn.Embedding` of a packed matrix: rows are unpacked as they are looked up.
+
+    Args:
+        num_embeddings: rows.
+        embedding_dim: columns, a multiple of ``group_size``.
+        bits: 4 or 8, of a weight.
+        group_size: 32, 64 or 128 columns that share a scale and a bias.
+        device, dtype: of the scales and biases; float32, float16 or bfloat16.
+        output_dtype: of the result; None is the scales'.
+
+    Shapes: ids ``(*)``, output ``(*, embedding_dim)``. The state dict is MLX's: ``weight`` (uint32), ``scales``,
+    ``biases``, as :func:`torch_fused.functional.quantize` gives them; none of them has a gradient.
+
+    Raises:
+        RuntimeError: ``bits``, ``group_size`` or ``embedding_dim`` cannot be packed.
+
+    Example:
+        >>> embedding = torch.nn.Embedding.from_pretrained(torch.eye(32))
+        >>> packed = torch_fused.nn.QuantizedEmbedding.from_embedding(embedding, group_size=32)
+        >>> packed(torch.tensor([1]))[0, :3], packed.as_linear(torch.ones(32)).shape
+        (tensor([0., 1., 0.]), torch.Size([32]))
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        bits: int = 4,
+        group_size: int = 64,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        output_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, bits, group_size, device, dtype)
+        self.num_embeddings, self.embedding_dim, self.output_dtype = num_embeddings, embedding_dim, output_dtype
+
+    @classmethod
+    def from_embedding(
+        cls, embedding: torch.nn.Embedding, *, bits: int = 4, group_size: int = 64
+    ) -> "QuantizedEmbedding":
+        """Packs an embedding's matrix."""
+        packed = cls(*embedding.weight.shape, bits=bits, group_size=group_size, device="meta")
+        packed._pack(embedding.weight)
+        return packed.train(embedding.training)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = self.weight.view(torch.int32)[ids].view(torch.uint32)
+        return functional.dequantize(
+            rows,
+            self.scales[ids],
+            self.biases[ids],
+            bits=self.bits,
+            group_size=self.group_size,
+            dtype=self.output_dtype,
+        )
+
+    def as_linear(self, x: torch.Tensor) -> torch.Tensor:
+        """The product with the matrix, for a head that is tied to the embedding."""
+        return functional.quantized_linear(
+            x, self.weight, self.scales, self.biases, bits=self.bits, group_size=self.group_size
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}, group_size={self.group_size}"
+
+
+class QuantizedLinear(_Packed):
+    """`torch.nn.Linear` of a packed matrix.
+
+    Args:
+        in_features: columns, a multiple of ``group_size``.
+        out_features: rows.
+        bias: whether there is one, a parameter.
+        bits: 4 or 8, of a weight.
+        group_size: 32, 64 or 128 columns that share a scale and a bias.
+        device, dtype: of the scales, the biases and the bias; float32, float16 or bfloat16.
+
+    Shapes: input ``(*, in_features)``, output ``(*, out_features)`` in the input's dtype. The state dict is MLX's:
+    ``weight`` (uint32), ``scales``, ``biases``, as :func:`torch_fused.functional.quantize` gives them, and ``bias``.
+    Only ``bias`` and the input have gradients.
+
+    Raises:
+        RuntimeError: ``bits``, ``group_size`` or ``in_features`` cannot be packed; when called, as
+            :func:`torch_fused.functional.quantized_linear`.
+
+    Example:
+        >>> linear = torch.nn.Linear(64, 3)
+        >>> packed = torch_fused.nn.QuantizedLinear.from_linear(linear)
+        >>> packed(torch.ones(2, 64)).shape, packed.weight.shape
+        (torch.Size([2, 3]), torch.Size([3, 8]))
+    """
+
+    bias: torch.nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        bits: int = 4,
+        group_size: int = 64,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(out_features, in_features, bits, group_size, device, dtype)
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = torch.nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def from_linear(cls, linear: torch.nn.Linear, *, bits: int = 4, group_size: int = 64) -> "QuantizedLinear":
+        """Packs a linear layer's matrix; its bias is shared."""
+        rows, columns = linear.weight.shape
+        packed = cls(columns, rows, bias=False, bits=bits, group_size=group_size, device="meta")
+        packed._pack(linear.weight)
+        packed.bias = linear.bias
+        return packed.train(linear.training)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return functional.quantized_linear(
+            input, self.weight, self.scales, self.biases, bias, bits=self.bits, group_size=self.group_size
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={self.bits}, group_size={self.group_size}"
+        )
 
 
 class RMSNorm(torch.nn.RMSNorm):
