@@ -7,8 +7,8 @@
 
 namespace torch_fused {
 
-inline std::string dtype_name(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+inline std::string dtype_name(at::ScalarType dtype) {
+  switch (dtype) {
     case at::kFloat:
       return "f32";
     case at::kHalf:
@@ -16,7 +16,7 @@ inline std::string dtype_name(const at::Tensor& tensor) {
     case at::kBFloat16:
       return "bf16";
     default:
-      TORCH_CHECK(false, "torch_fused: GPU kernels take float32, float16 or bfloat16, got ", tensor.scalar_type());
+      TORCH_CHECK(false, "torch_fused: GPU kernels take float32, float16 or bfloat16, got ", dtype);
   }
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../common/convert.h"
+#include "../quantized/cpu/ready_vectors.h"
 #include "decode_params.h"
 #include "team.h"
 
@@ -35,6 +36,7 @@ struct Matrix {
   int64_t rows, cols;
   int64_t stride;  // elements from row to row
   Vector bias;
+  PackedMatrix packed;  // in place of the weight if it has bits
 };
 
 // One sequence's states after another: (batch, heads, slots, head_dim), dense in the last dimension.
@@ -76,6 +78,11 @@ struct StepShape {
   int64_t own_size() const {
     return std::max({tokens() * hidden, tokens() * heads * head_dim, queries() * (2 * head_dim + kKeyBlock + 2)});
   }
+
+  // And those in which it makes vectors ready for packed rows.
+  int64_t ready_size() const {
+    return ReadyVectors::size(std::max({hidden, heads * head_dim, intermediate}), tokens());
+  }
 };
 
 struct CpuStep : StepShape {
@@ -89,6 +96,7 @@ struct CpuStep : StepShape {
   Vector norm;
   Matrix head;
   float eps, scaling;
+  bool int8_products;
 
   float* states;    // (tokens, hidden): the residual stream
   float* qkv;       // (tokens, projected)
@@ -96,6 +104,7 @@ struct CpuStep : StepShape {
   float* gates;     // (tokens, intermediate)
   float* ups;       // (tokens, intermediate)
   float* own;       // (threads, own_size()): each thread's own memory
+  float* ready;     // (threads, ready_size())
   float* logits;    // (batch, kept, vocabulary)
 };
 

@@ -34,12 +34,12 @@ constexpr size_t kLayerParts = 15;  // ops/decode.py has their names
 // Checks the tensors of a model one by one, and takes each as it is now.
 class Reader {
  public:
-  explicit Reader(const Tensor& embedding) : device_(embedding.device()) {}
+  Reader(const Tensor& embedding, const std::vector<Tensor>& groups) : device_(embedding.device()), groups_(groups) {}
 
-  Tensor take(const Tensor& tensor, const std::string& name, at::IntArrayRef shape) {
+  Tensor take(const Tensor& tensor, const std::string& name, at::IntArrayRef shape, bool codes = false) {
     TORCH_CHECK(tensor.sizes() == shape, "Decoder: ", name, " must have shape ", shape, ", got ", tensor.sizes());
     const at::ScalarType dtype = tensor.scalar_type();
-    TORCH_CHECK(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, "Decoder: ", name,
+    TORCH_CHECK(codes || dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, "Decoder: ", name,
                 " must be float32, float16 or bfloat16, got ", dtype);
     TORCH_CHECK(tensor.device() == device_, "Decoder: ", name, " must be on the embedding's device ", device_, ", got ",
                 tensor.device());
@@ -55,10 +55,49 @@ class Reader {
     return tensor ? OptionalTensor(take(*tensor, name, shape)) : std::nullopt;
   }
 
+  // Of any number of rows if `rows` is not positive.
+  Linear take_matrix(const OptionalTensor& tensor, const std::string& name, int64_t rows, int64_t cols) {
+    TORCH_CHECK(tensor, "Decoder: ", name, " must be a tensor, got None");
+    TORCH_CHECK(tensor->dim() == 2 && tensor->numel() > 0, "Decoder: ", name,
+                " must be a matrix with rows and columns, got shape ", tensor->sizes());
+    if (rows <= 0) rows = tensor->size(0);
+    Linear matrix;
+    matrix.cols = cols;
+    if (tensor->scalar_type() != at::kUInt32) {
+      matrix.weight = take(*tensor, name, {rows, cols});
+      return matrix;
+    }
+    TORCH_CHECK(next_group_ + 2 <= groups_.size(), "Decoder: groups must have the scales and the biases of ", name);
+    const Tensor &scales = groups_[next_group_], &biases = groups_[next_group_ + 1];
+    next_group_ += 2;
+    matrix.bits = tensor->size(1) * 32 / cols;
+    TORCH_CHECK((matrix.bits == 4 || matrix.bits == 8) && tensor->size(1) * 32 == matrix.bits * cols, "Decoder: ", name,
+                " must have rows of ", cols, " codes of 4 or 8 bits, got ", tensor->size(1), " words");
+    const int64_t groups = scales.dim() == 2 ? scales.size(1) : 0;
+    matrix.group_size = groups > 0 ? cols / groups : 0;
+    TORCH_CHECK((matrix.group_size == 32 || matrix.group_size == 64 || matrix.group_size == 128) &&
+                    matrix.group_size * groups == cols,
+                "Decoder: scales of ", name, " must be one for each 32, 64 or 128 of its ", cols,
+                " columns, got shape ", scales.sizes());
+    matrix.weight = take(*tensor, name, {rows, tensor->size(1)}, true);
+    matrix.scales = take(scales, "scales of " + name, {rows, groups});
+    matrix.group_biases = take(biases, "biases of " + name, {rows, groups});
+    TORCH_CHECK(biases.scalar_type() == scales.scalar_type(), "Decoder: biases of ", name,
+                " must have the dtype of its scales, ", scales.scalar_type(), ", got ", biases.scalar_type());
+    return matrix;
+  }
+
+  void check_no_groups_left() const {
+    TORCH_CHECK(next_group_ == groups_.size(), "Decoder: groups must have two tensors for each packed matrix, ",
+                next_group_, " in all, got ", groups_.size());
+  }
+
   std::vector<Decoder::Taken> taken;
 
  private:
   c10::Device device_;
+  const std::vector<Tensor>& groups_;
+  size_t next_group_ = 0;
 };
 
 int64_t rows_of(const OptionalTensor& matrix, const char* name) {
@@ -70,17 +109,15 @@ int64_t rows_of(const OptionalTensor& matrix, const char* name) {
 }  // namespace
 
 Decoder::Decoder(const Tensor& embedding_, const std::vector<OptionalTensor>& parts, const Tensor& norm_,
-                 const Tensor& head_, int64_t heads_, double eps_, double scaling_, const std::vector<int64_t>& windows)
-    : heads(heads_), eps(eps_), scaling(scaling_) {
-  TORCH_CHECK(embedding_.dim() == 2 && embedding_.numel() > 0,
-              "Decoder: embedding must be (vocabulary, hidden), got shape ", embedding_.sizes());
-  hidden = embedding_.size(1);
-  Reader reader(embedding_);
-  embedding = reader.take(embedding_, "embedding", embedding_.sizes());
-  TORCH_CHECK(head_.dim() == 2 && head_.numel() > 0, "Decoder: head must be (vocabulary, hidden), got shape ",
-              head_.sizes());
-  vocabulary = head_.size(0);
-  head = reader.take(head_, "head", {vocabulary, hidden});
+                 const Tensor& head_, const std::vector<Tensor>& groups, int64_t heads_, double eps_, double scaling_,
+                 const std::vector<int64_t>& windows, bool int8_products_)
+    : heads(heads_), eps(eps_), scaling(scaling_), int8_products(int8_products_) {
+  TORCH_CHECK(norm_.dim() == 1 && norm_.numel() > 0, "Decoder: norm must be (hidden,), got shape ", norm_.sizes());
+  hidden = norm_.size(0);
+  Reader reader(embedding_, groups);
+  embedding = reader.take_matrix(embedding_, "embedding", 0, hidden);
+  head = reader.take_matrix(head_, "head", 0, hidden);
+  vocabulary = head.rows();
   norm = reader.take(norm_, "norm", {hidden});
   const size_t count = parts.size() / kLayerParts;
   TORCH_CHECK(count >= 1 && count * kLayerParts == parts.size(), "Decoder: layers must have ", kLayerParts,
@@ -102,27 +139,40 @@ Decoder::Decoder(const Tensor& embedding_, const std::vector<OptionalTensor>& pa
       return reader.take(parts[next++], name + of_layer, {size}, optional);
     };
     const auto matrix = [&](const char* name, int64_t rows, int64_t cols) {
-      return *reader.take(parts[next++], name + of_layer, {rows, cols}, false);
+      return reader.take_matrix(parts[next++], name + of_layer, rows, cols);
+    };
+    const auto linear = [&](const char* name, int64_t rows, int64_t cols) {
+      Linear result = matrix(name, rows, cols);
+      result.bias = vector((std::string(name) + "_bias").c_str(), rows, true);
+      return result;
     };
     DecoderLayer layer;
     layer.input_norm = *vector("input_norm", hidden);
-    layer.q = {matrix("q", q_rows, hidden), vector("q_bias", q_rows, true)};
-    layer.k = {matrix("k", kv_rows, hidden), vector("k_bias", kv_rows, true)};
-    layer.v = {matrix("v", kv_rows, hidden), vector("v_bias", kv_rows, true)};
+    layer.q = linear("q", q_rows, hidden);
+    layer.k = linear("k", kv_rows, hidden);
+    layer.v = linear("v", kv_rows, hidden);
     layer.q_norm = vector("q_norm", head_dim, true);
     layer.k_norm = vector("k_norm", head_dim, true);
-    layer.o = {matrix("o", hidden, q_rows), vector("o_bias", hidden, true)};
+    layer.o = linear("o", hidden, q_rows);
     layer.post_attention_norm = *vector("post_attention_norm", hidden);
-    layer.gate.weight = matrix("gate", intermediate, hidden);
-    layer.up.weight = matrix("up", intermediate, hidden);
-    layer.down.weight = matrix("down", hidden, intermediate);
+    layer.gate = matrix("gate", intermediate, hidden);
+    layer.up = matrix("up", intermediate, hidden);
+    layer.down = matrix("down", hidden, intermediate);
     TORCH_CHECK(layer.up.weight.scalar_type() == layer.gate.weight.scalar_type(), "Decoder: up", of_layer,
                 " must have gate's dtype ", layer.gate.weight.scalar_type(), ", got ", layer.up.weight.scalar_type());
+    TORCH_CHECK(layer.up.is_like(layer.gate), "Decoder: up", of_layer,
+                " must be packed as gate is, with the same bits, groups and dtype of the scales");
     layer.window = windows[i];
     layers.push_back(std::move(layer));
   }
+  reader.check_no_groups_left();
   taken = std::move(reader.taken);
   for (const Taken& part : taken) memory.add(part.tensor);
+}
+
+bool Linear::is_like(const Linear& other) const {
+  return weight.scalar_type() == other.weight.scalar_type() && bits == other.bits && group_size == other.group_size &&
+         (!is_packed() || scales.scalar_type() == other.scales.scalar_type());
 }
 
 const Decoder::Taken* Decoder::changed() const {
@@ -148,8 +198,17 @@ auto arguments_of(const DecoderPtr& model) {
                    l.o.weight, l.o.bias, l.post_attention_norm, l.gate.weight, l.up.weight, l.down.weight});
     windows.push_back(l.window);
   }
-  return std::make_tuple(model->embedding, layers, model->norm, model->head, model->heads, model->eps, model->scaling,
-                         windows);
+  std::vector<Tensor> groups;
+  const auto add_groups = [&](const Linear& matrix) {
+    if (matrix.is_packed()) groups.insert(groups.end(), {matrix.scales, matrix.group_biases});
+  };
+  add_groups(model->embedding);
+  add_groups(model->head);
+  for (const DecoderLayer& l : model->layers) {
+    for (const Linear* matrix : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) add_groups(*matrix);
+  }
+  return std::make_tuple(model->embedding.weight, layers, model->norm, model->head.weight, groups, model->heads,
+                         model->eps, model->scaling, windows, model->int8_products);
 }
 
 }  // namespace
@@ -184,8 +243,8 @@ void check_cache(const char* name, TensorList buffers, const DecodeCall& call) {
     TORCH_CHECK(
         dtype == call.keys[0].scalar_type() && (dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16),
         "decode_: ", name, " must all be float32, all float16 or all bfloat16, got ", dtype);
-    TORCH_CHECK(buffer.device() == m.embedding.device(), "decode_: ", name, " must be on the model's device ",
-                m.embedding.device(), ", got ", buffer.device());
+    TORCH_CHECK(buffer.device() == m.norm.device(), "decode_: ", name, " must be on the model's device ",
+                m.norm.device(), ", got ", buffer.device());
     TORCH_CHECK(call.length <= buffer.size(2) - call.steps, "decode_: ", name, " must have room for ", call.steps,
                 " tokens after length = ", call.length, ", got a capacity of ", buffer.size(2));
   }
@@ -221,7 +280,7 @@ DecodeCall check_decode(const DecoderPtr& model, const Tensor& token_ids, const 
   const Decoder::Taken* changed = m.changed();
   TORCH_CHECK(!changed, "decode_: ", changed->name,
               " of the model has been given other memory or another shape: make the decoder again");
-  const c10::Device device = m.embedding.device();
+  const c10::Device device = m.norm.device();
   TORCH_CHECK(token_ids.dim() == 2 && token_ids.size(0) >= 1 && token_ids.size(0) <= kMostBatch &&
                   token_ids.size(1) >= 1 && token_ids.size(1) <= kMostSteps,
               "decode_: token_ids must be (batch, steps) with 1 to ", kMostBatch, " sequences and 1 to ", kMostSteps,
@@ -256,7 +315,7 @@ DecodeCall check_decode(const DecoderPtr& model, const Tensor& token_ids, const 
               call.steps, ", got ", logits_to_keep);
   check_cache("keys", keys, call);
   check_cache("values", values, call);
-  check_indices("token_ids", token_ids, token_ids.sizes(), m.embedding.size(0), device);
+  check_indices("token_ids", token_ids, token_ids.sizes(), m.embedding.rows(), device);
   check_indices("positions", positions, token_ids.sizes(), cos.size(0), device);
   if (starts) check_indices("starts", *starts, {call.batch}, length + 1, device);
   check_memory(call);
@@ -275,7 +334,22 @@ Vector vector_of(const OptionalTensor& tensor) {
 
 Matrix matrix_of(const Linear& linear) {
   const Tensor& w = linear.weight;
-  return {w.const_data_ptr(), format_of(w), w.size(0), w.size(1), w.stride(0), vector_of(linear.bias)};
+  Matrix matrix{w.const_data_ptr(), 0, linear.rows(), linear.cols, w.stride(0), vector_of(linear.bias), {}};
+  if (linear.is_packed()) {
+    matrix.packed = PackedMatrix{elements<const uint32_t>(w),
+                                 linear.scales.const_data_ptr(),
+                                 linear.group_biases.const_data_ptr(),
+                                 format_of(linear.scales),
+                                 linear.cols,
+                                 linear.bits,
+                                 linear.group_size,
+                                 w.stride(0),
+                                 linear.scales.stride(0),
+                                 linear.group_biases.stride(0)};
+  } else {
+    matrix.format = format_of(w);
+  }
+  return matrix;
 }
 
 CacheStates<void> states_of(const Tensor& buffer) {
@@ -335,25 +409,26 @@ Tensor decode_cpu(const DecoderPtr& model, const Tensor& token_ids, const Tensor
   s.token_ids = elements<const int64_t>(token_ids);
   s.positions = elements<const int64_t>(positions);
   s.starts = starts ? elements<const int64_t>(*starts) : nullptr;
-  s.embedding = matrix_of({m.embedding, std::nullopt});
+  s.embedding = matrix_of(m.embedding);
   s.cos = vector_of(cos);
   s.sin = vector_of(sin);
   s.layers.reserve(m.layers.size());
   for (size_t i = 0; i < m.layers.size(); ++i) s.layers.push_back(layer_of(m.layers[i], keys[i], values[i]));
   s.cache_format = format_of(keys[0]);
   s.norm = vector_of(m.norm);
-  s.head = matrix_of({m.head, std::nullopt});
+  s.head = matrix_of(m.head);
+  s.int8_products = m.int8_products;
   s.eps = static_cast<float>(m.eps);
   s.scaling = static_cast<float>(m.scaling);
 
   const int64_t sizes[] = {
       s.tokens() * s.hidden,       s.tokens() * s.projected(),  s.tokens() * s.heads * s.chunks * s.partial(),
-      s.tokens() * s.intermediate, s.tokens() * s.intermediate, s.threads * s.own_size()};
-  const auto floats = m.embedding.options().dtype(at::kFloat);
+      s.tokens() * s.intermediate, s.tokens() * s.intermediate, s.threads * s.own_size(),  s.threads * s.ready_size()};
+  const auto floats = m.norm.options().dtype(at::kFloat);
   const Tensor logits = at::empty({s.batch, s.kept, s.vocabulary}, floats);
   const Tensor memory = at::empty({std::accumulate(std::begin(sizes), std::end(sizes), int64_t{0})}, floats);
   float* next = elements<float>(memory);
-  float** const places[] = {&s.states, &s.qkv, &s.partials, &s.gates, &s.ups, &s.own};
+  float** const places[] = {&s.states, &s.qkv, &s.partials, &s.gates, &s.ups, &s.own, &s.ready};
   for (size_t i = 0; i < std::size(places); ++i) {
     *places[i] = next;
     next += sizes[i];
@@ -413,19 +488,21 @@ Tensor decode_token(const DecoderPtr& model, const Tensor& token_ids, const Tens
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   using namespace torch_fused;
   m.class_<Decoder>("Decoder")
-      .def(torch::init<const Tensor&, const std::vector<OptionalTensor>&, const Tensor&, const Tensor&, int64_t, double,
-                       double, const std::vector<int64_t>&>())
+      .def(torch::init<const Tensor&, const std::vector<OptionalTensor>&, const Tensor&, const Tensor&,
+                       const std::vector<Tensor>&, int64_t, double, double, const std::vector<int64_t>&, bool>())
       .def("arguments", arguments_of)
       .def("is_current", [](const DecoderPtr& model) { return !model->changed(); })
       // What torch.compile traces in its place; ops/decode.py has the class.
       .def("__obj_flatten__", [](const DecoderPtr& model) {
-        const auto [embedding, layers, norm, head, heads, eps, scaling, windows] = arguments_of(model);
+        const auto [embedding, layers, norm, head, groups, heads, eps, scaling, windows, int8_products] =
+            arguments_of(model);
         const auto named = [](const char* name, const auto& value) {
           return std::make_tuple(std::string(name), value);
         };
         return std::make_tuple(named("embedding", embedding), named("layers", layers), named("norm", norm),
-                               named("head", head), named("heads", heads), named("eps", eps), named("scaling", scaling),
-                               named("windows", windows));
+                               named("head", head), named("groups", groups), named("heads", heads), named("eps", eps),
+                               named("scaling", scaling), named("windows", windows),
+                               named("int8_products", int8_products));
       });
   m.def(
       "decode_(__torch__.torch.classes.torch_fused.Decoder model, Tensor token_ids, Tensor positions, Tensor? starts, "

@@ -21,10 +21,18 @@ inline uint32_t format_of(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kFloat ? kFloat32 : tensor.scalar_type() == at::kHalf ? kFloat16 : kBFloat16;
 }
 
-// A linear layer: results are rows * x + bias.
+// A linear layer: results are rows * x + bias. Its rows are dense, of its own dtype, or packed: uint32 words of codes
+// with a scale and a bias for each group of columns.
 struct Linear {
-  at::Tensor weight;  // (results, inputs), dense rows, of its own dtype
+  at::Tensor weight;
+  at::Tensor scales, group_biases;  // undefined unless it is packed
   std::optional<at::Tensor> bias;
+  int64_t cols = 0, bits = 0, group_size = 0;  // no bits: it is not packed
+
+  int64_t rows() const { return weight.size(0); }
+  bool is_packed() const { return bits > 0; }
+  // Whether one kernel can read both.
+  bool is_like(const Linear& other) const;
 };
 
 struct DecoderLayer {
@@ -37,8 +45,10 @@ struct DecoderLayer {
 // A decoder's tensors and numbers, checked when it is made and not again: a step reads them as they are.
 struct Decoder : torch::CustomClassHolder {
   // `layers` has, one layer after the other, what LAYER_PARTS in ops/decode.py names.
+  // `groups` has the scales and the biases of each packed matrix, in the order embedding, head, layers.
   Decoder(const at::Tensor& embedding, const std::vector<std::optional<at::Tensor>>& layers, const at::Tensor& norm,
-          const at::Tensor& head, int64_t heads, double eps, double scaling, const std::vector<int64_t>& windows);
+          const at::Tensor& head, const std::vector<at::Tensor>& groups, int64_t heads, double eps, double scaling,
+          const std::vector<int64_t>& windows, bool int8_products);
 
   // A tensor of the model, and what it was when it was checked: its owner can give it other memory at any time, as
   // `parameter.data = tensor` does.
@@ -50,10 +60,12 @@ struct Decoder : torch::CustomClassHolder {
   // One that is not what it was, or null.
   const Taken* changed() const;
 
-  at::Tensor embedding, norm, head;
+  Linear embedding, head;
+  at::Tensor norm;
   std::vector<DecoderLayer> layers;
   int64_t hidden, heads, kv_heads, head_dim, intermediate, vocabulary;
   double eps, scaling;
+  bool int8_products;  // a CPU's with packed matrices
   std::vector<Taken> taken;
   MemoryMap memory;         // where they are
   mutable Repeats repeats;  // a GPU's steps

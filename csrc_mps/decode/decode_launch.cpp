@@ -58,43 +58,71 @@ bool is_whole(const Tensor& tensor, at::ScalarType dtype) {
   return tensor.scalar_type() == dtype && rows_aligned(tensor, tensor.dim() > 1 ? tensor.stride(0) : 0);
 }
 
-// Matrices of one dtype, one below the other; two that gate if `gated`.
+// How packed matrices are laid out, in the order of their buffers.
+PackedFormat packed_format(std::initializer_list<const Linear*> matrices) {
+  const Linear& first = **matrices.begin();
+  PackedFormat format{};
+  format.group_size = static_cast<uint32_t>(first.group_size);
+  format.scale_format = format_of(first.scales);
+  size_t i = 0;
+  for (const Linear* matrix : matrices) {
+    format.strides[i] = matrix->weight.stride(0);
+    format.scale_strides[i] = matrix->scales.stride(0);
+    format.bias_strides[i++] = matrix->group_biases.stride(0);
+  }
+  return format;
+}
+
+// The dtype of what is read beside a matrix: norms and biases. A fast kernel takes them in this one only.
+at::ScalarType dtype_beside(const Linear& matrix) {
+  return (matrix.is_packed() ? matrix.scales : matrix.weight).scalar_type();
+}
+
+// Whether a fast kernel can read a matrix and its bias.
+bool is_whole(const Linear& matrix) {
+  const at::ScalarType dtype = dtype_beside(matrix);
+  if (matrix.bias && matrix.bias->scalar_type() != dtype) return false;
+  return rows_aligned(matrix.weight, matrix.weight.stride(0)) && matrix.cols % kLaneColumns == 0;
+}
+
+// A kernel of a kind, "" or "_gated" or "_attended", for packed matrices; the variant 0 is there for one dtype.
+const Kernel& packed_kernel(const Linear& matrix, int64_t kind, int64_t variant) {
+  static KernelSet sets[2][3] = {{{"decode_packed4", "decode_packed4"},
+                                  {"decode_packed4", "decode_packed4_gated"},
+                                  {"decode_packed4", "decode_packed4_attended"}},
+                                 {{"decode_packed8", "decode_packed8"},
+                                  {"decode_packed8", "decode_packed8_gated"},
+                                  {"decode_packed8", "decode_packed8_attended"}}};
+  return sets[matrix.bits / 8][kind](variant == 0 ? at::kFloat : matrix.scales.scalar_type(), variant);
+}
+
+// Matrices that one kernel can read, one below the other; two that gate if `gated`.
 void multiply(Step& step, std::initializer_list<const Linear*> matrices, const Vectors& v, bool gated) {
   static KernelSet plain("decode_product", "decode_product"), gating("decode_product", "decode_gated");
   const Linear& first = **matrices.begin();
   ProductParams p{};
-  p.cols = static_cast<uint32_t>(first.weight.size(1));
+  p.cols = static_cast<uint32_t>(first.cols);
   p.vectors = static_cast<uint32_t>(step.call.batch * v.kept);
   p.steps = static_cast<uint32_t>(v.steps);
   p.kept = static_cast<uint32_t>(v.kept);
   p.result_stride = static_cast<uint32_t>(v.to.stride(-2));
   p.eps = static_cast<float>(step.model.eps);
-  const at::ScalarType dtype = first.weight.scalar_type();
-  bool whole = p.cols % kLaneColumns == 0;
   p.flags = v.add ? kAdd : 0;
-  Tensor weights[3], biases[3];
+  bool whole = !v.norm || is_whole(*v.norm, dtype_beside(first));
+  const Linear* each[3] = {&first, &first, &first};
+  std::copy(matrices.begin(), matrices.end(), each);
   int64_t results = 0;
-  size_t i = 0;
-  for (const Linear* matrix : matrices) {
-    weights[i] = matrix->weight;
-    biases[i] = matrix->bias.value_or(matrix->weight);
-    if (matrix->bias) p.flags |= kBias << i, p.bias_format = format_of(*matrix->bias);
-    whole = whole && is_whole(weights[i], dtype) && (!matrix->bias || matrix->bias->scalar_type() == dtype);
-    results += gated && i > 0 ? 0 : matrix->weight.size(0);
-    p.strides[i] = matrix->weight.stride(0);
-    p.ends[i] = static_cast<uint32_t>(results);
-    ++i;
-  }
-  for (; i < 3; ++i) {
-    weights[i] = biases[i] = first.weight;
-    p.strides[i] = p.strides[0];
+  for (size_t i = 0; i < 3; ++i) {
+    const bool there = i < matrices.size();
+    if (there) {
+      if (each[i]->bias) p.flags |= kBias << i, p.bias_format = format_of(*each[i]->bias);
+      whole = whole && is_whole(*each[i]);
+      results += gated && i > 0 ? 0 : each[i]->rows();
+    }
+    p.strides[i] = each[i]->weight.stride(0);
     p.ends[i] = static_cast<uint32_t>(results);
   }
-  if (v.norm) {
-    p.flags |= kNormed;
-    p.norm_format = format_of(*v.norm);
-    whole = whole && is_whole(*v.norm, dtype);
-  }
+  if (v.norm) p.flags |= kNormed, p.norm_format = format_of(*v.norm);
 
   const Width width = width_for(p.vectors, whole, gated);
   const int64_t blocks = (p.cols + kBlockColumns - 1) / kBlockColumns;
@@ -105,10 +133,20 @@ void multiply(Step& step, std::initializer_list<const Linear*> matrices, const V
   const int64_t simdgroups = (kProductSimdgroups + p.splits - 1) / p.splits * p.splits;
   const int64_t rows = simdgroups / p.splits * outputs;
   const int64_t groups = (results + rows - 1) / rows * ((p.vectors + width.vectors - 1) / width.vectors);
-  step.launches.add((gated ? gating : plain)(first.weight, width.variant), groups, 32 * simdgroups,
-                    {weights[0], weights[1], weights[2], biases[0], biases[1], biases[2], v.from,
-                     v.norm ? *v.norm : first.weight, v.to},
-                    p);
+  const Tensor& norm = v.norm ? *v.norm : step.model.norm;
+  const auto bias = [&](size_t i) { return each[i]->bias.value_or(step.model.norm); };
+  if (first.is_packed()) {
+    step.launches.add(packed_kernel(first, gated ? 1 : 0, width.variant), groups, 32 * simdgroups,
+                      {each[0]->weight, each[1]->weight, each[2]->weight, each[0]->scales, each[1]->scales,
+                       each[2]->scales, each[0]->group_biases, each[1]->group_biases, each[2]->group_biases, bias(0),
+                       bias(1), bias(2), v.from, norm, v.to},
+                      PackedProductParams{p, packed_format({each[0], each[1], each[2]})});
+  } else {
+    step.launches.add((gated ? gating : plain)(first.weight.scalar_type(), width.variant), groups, 32 * simdgroups,
+                      {each[0]->weight, each[1]->weight, each[2]->weight, bias(0), bias(1), bias(2), v.from, norm,
+                       v.to},
+                      p);
+  }
 }
 
 // The product behind attention, whose chunks it puts together if there are several.
@@ -116,38 +154,57 @@ void multiply_attended(Step& step, const Linear& o) {
   const int64_t steps = step.call.steps;
   if (step.chunks == 1) return multiply(step, {&o}, {step.attended, step.states, nullptr, steps, steps, true}, false);
   static KernelSet kernels("decode_attended", "decode_attended");
-  const Tensor& weight = o.weight;
   AttendedParams p{};
-  p.stride = weight.stride(0);
-  p.rows = static_cast<uint32_t>(weight.size(0));
-  p.cols = static_cast<uint32_t>(weight.size(1));
+  p.stride = o.weight.stride(0);
+  p.rows = static_cast<uint32_t>(o.rows());
+  p.cols = static_cast<uint32_t>(o.cols);
   p.vectors = static_cast<uint32_t>(step.call.tokens());
   p.chunks = static_cast<uint32_t>(step.chunks);
   p.head_dim = static_cast<uint32_t>(step.model.head_dim);
   if (o.bias) p.flags |= kBias, p.bias_format = format_of(*o.bias);
-  const bool whole = p.cols % kLaneColumns == 0 && p.head_dim % kLaneColumns == 0 &&
-                     is_whole(weight, weight.scalar_type()) &&
-                     (!o.bias || o.bias->scalar_type() == weight.scalar_type());
+  const bool whole = is_whole(o) && p.head_dim % kLaneColumns == 0;
   const int64_t variant = !whole ? 0 : p.vectors == 1 ? 1 : 8, vectors = variant == 8 ? 8 : 1;
   const int64_t rows = kProductSimdgroups * kAttendedRows;
   const int64_t groups = (p.rows + rows - 1) / rows * ((p.vectors + vectors - 1) / vectors);
-  step.launches.add(kernels(weight, variant), groups, 32 * kProductSimdgroups,
-                    {weight, o.bias.value_or(weight), step.attended, step.stats, step.states}, p);
+  const Tensor bias = o.bias.value_or(step.model.norm);
+  if (o.is_packed()) {
+    step.launches.add(packed_kernel(o, 2, variant), groups, 32 * kProductSimdgroups,
+                      {o.weight, o.scales, o.group_biases, bias, step.attended, step.stats, step.states},
+                      PackedAttendedParams{p, packed_format({&o})});
+  } else {
+    step.launches.add(kernels(o.weight.scalar_type(), variant), groups, 32 * kProductSimdgroups,
+                      {o.weight, bias, step.attended, step.stats, step.states}, p);
+  }
+}
+
+void embed(Step& step) {
+  static KernelSet dense("decode_product", "decode_embed");
+  static const Kernel* const packed[] = {&find_kernel("decode_packed4", "decode_packed4_embed"),
+                                         &find_kernel("decode_packed8", "decode_packed8_embed")};
+  const Linear& e = step.model.embedding;
+  const EmbedParams p{e.weight.stride(0), static_cast<uint32_t>(e.cols), static_cast<uint32_t>(e.rows())};
+  const int64_t tokens = step.call.tokens();
+  if (e.is_packed()) {
+    step.launches.add(*packed[e.bits / 8], tokens, 256,
+                      {e.weight, e.scales, e.group_biases, step.call.token_ids, step.states},
+                      PackedEmbedParams{p, packed_format({&e})});
+  } else {
+    step.launches.add(dense(e.weight.scalar_type()), tokens, 256, {e.weight, step.call.token_ids, step.states}, p);
+  }
 }
 
 // Each on its own where their formats differ.
 void multiply_qkv(Step& step, const DecoderLayer& layer) {
   const Vectors v{step.states, step.qkv, &layer.input_norm, step.call.steps, step.call.steps, false};
   const auto alike = [](const Linear& a, const Linear& b) {
-    return a.weight.scalar_type() == b.weight.scalar_type() &&
-           (!a.bias || !b.bias || a.bias->scalar_type() == b.bias->scalar_type());
+    return a.is_like(b) && (!a.bias || !b.bias || a.bias->scalar_type() == b.bias->scalar_type());
   };
   if (alike(layer.q, layer.k) && alike(layer.q, layer.v) && alike(layer.k, layer.v)) {
     return multiply(step, {&layer.q, &layer.k, &layer.v}, v, false);
   }
   int64_t first = 0;
   for (const Linear* matrix : {&layer.q, &layer.k, &layer.v}) {
-    const int64_t rows = matrix->weight.size(0);
+    const int64_t rows = matrix->rows();
     const Tensor results = step.qkv.narrow(1, first, rows);
     multiply(step, {matrix}, {v.from, results, v.norm, v.steps, v.kept, false}, false);
     first += rows;
@@ -187,7 +244,7 @@ void attend(Step& step, size_t index) {
   if (layer.k_norm) p.flags |= kKeyNorm, p.k_norm_format = format_of(*layer.k_norm);
   KernelSet* kernels = !whole || model.head_dim % 64 > 0 ? &any : model.head_dim == 64 ? &dim_64 : &dim_128;
   if (model.head_dim > 128) kernels = &any;
-  step.launches.add((*kernels)(keys), call.batch * model.kv_heads * step.chunks, 32 * kAttentionSimdgroups,
+  step.launches.add((*kernels)(dtype), call.batch * model.kv_heads * step.chunks, 32 * kAttentionSimdgroups,
                     {step.qkv, keys, values, layer.q_norm.value_or(call.cos), layer.k_norm.value_or(call.cos), call.cos,
                      call.sin, call.positions, call.starts.value_or(call.positions), step.attended, step.stats},
                     p);
@@ -198,13 +255,12 @@ void attend(Step& step, size_t index) {
 Tensor decode_gpu(const DecoderPtr& decoder, const Tensor& token_ids, const Tensor& positions,
                   const OptionalTensor& starts, const Tensor& cos, const Tensor& sin, at::TensorList keys,
                   at::TensorList values, int64_t length, int64_t logits_to_keep) {
-  static KernelSet embed("decode_product", "decode_embed");
   const DecodeCall call =
       check_decode(decoder, token_ids, positions, starts, cos, sin, keys, values, length, logits_to_keep);
   const Decoder& model = *decoder;
   TORCH_CHECK(model.head_dim <= kMostHeadDim, "decode_: on a GPU heads have at most ", kMostHeadDim,
               " dimensions, got ", model.head_dim);
-  const auto floats = model.embedding.options().dtype(at::kFloat);
+  const auto floats = model.norm.options().dtype(at::kFloat);
   const int64_t tokens = call.tokens(), heads = model.heads, dim = model.head_dim;
   const int64_t groups = call.batch * model.kv_heads;
   const int64_t most_chunks = std::clamp<int64_t>(kGroups / groups, 1, kMostChunks);
@@ -221,9 +277,7 @@ Tensor decode_gpu(const DecoderPtr& decoder, const Tensor& token_ids, const Tens
             at::empty({call.batch, call.kept, model.vocabulary}, floats),
             chunks,
             {}};
-  const EmbedParams p{model.embedding.stride(0), static_cast<uint32_t>(model.hidden),
-                      static_cast<uint32_t>(model.embedding.size(0))};
-  step.launches.add(embed(model.embedding), tokens, 256, {model.embedding, call.token_ids, step.states}, p);
+  embed(step);
   const int64_t steps = call.steps;
   for (size_t i = 0; i < model.layers.size(); ++i) {
     const DecoderLayer& layer = model.layers[i];
@@ -234,8 +288,7 @@ Tensor decode_gpu(const DecoderPtr& decoder, const Tensor& token_ids, const Tens
              true);
     multiply(step, {&layer.down}, {step.gates, step.states, nullptr, steps, steps, true}, false);
   }
-  const Linear head{model.head, std::nullopt};
-  multiply(step, {&head}, {step.states, step.logits, &model.norm, steps, call.kept, false}, false);
+  multiply(step, {&model.head}, {step.states, step.logits, &model.norm, steps, call.kept, false}, false);
   step.launches.run(model.repeats);
   return step.logits;
 }

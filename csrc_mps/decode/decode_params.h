@@ -37,7 +37,19 @@ struct ProductParams {
   uint32_t unused;
 };
 
-SHARED_CONSTANT uint32_t kProductSimdgroups = 4;  // of a threadgroup that multiplies, but for splits
+// How up to three packed matrices are laid out.
+struct PackedFormat {
+  int64_t strides[3], scale_strides[3], bias_strides[3];  // words, or elements, from row to row
+  uint32_t group_size, scale_format;
+};
+
+struct PackedProductParams {
+  ProductParams product;  // its strides are not used
+  PackedFormat format;
+};
+
+SHARED_CONSTANT uint32_t kProductSimdgroups = 4;    // of a threadgroup that multiplies, but for splits
+SHARED_CONSTANT uint32_t kMostSplitSimdgroups = 8;  // with them
 
 // The product behind attention; its results are added to what is there.
 struct AttendedParams {
@@ -46,6 +58,16 @@ struct AttendedParams {
   uint32_t chunks, head_dim;
   uint32_t flags, bias_format;
   uint32_t unused;
+};
+
+struct PackedAttendedParams {
+  AttendedParams attended;
+  PackedFormat format;
+};
+
+struct PackedEmbedParams {
+  EmbedParams embed;
+  PackedFormat format;
 };
 
 // Attention of the new tokens over one chunk of the context, a threadgroup a key/value head and chunk.

@@ -1,54 +1,9 @@
-// Products of matrix rows with a few vectors, a simdgroup or several a row. A norm before a product, and what comes after
-// it (bias, residual, activation), are part of the same launch.
-//
-// A lane takes eight columns of every block of 256. It holds them of the rows and of a vector in registers, so no lane
-// waits for another before the sums at the end, and all rows are under way before the first vector is needed.
+// Products of dense matrices' rows with the vectors of a step, and the rows of a dense embedding.
 #include <metal_stdlib>
-#include "common/pack.metal.h"
-#include "decode/decode_params.h"
-#include "decode/product.metal.h"
-#include "decode/vectors.metal.h"
+#include "decode/multiply.metal.h"
 using namespace metal;
 using namespace torch_fused;
 
-constant constexpr int W = kLaneColumns;
-
-inline float silu(float x) { return x / (1.0f + exp(-x)); }
-
-// Where a vector of the step begins.
-inline ulong vector_offset(constant ProductParams& p, uint vector) {
-  const uint v = min(vector, p.vectors - 1);
-  if (p.kept == p.steps) return ulong(v) * p.cols;
-  return ulong(v / p.kept * p.steps + p.steps - p.kept + v % p.kept) * p.cols;
-}
-
-// The norm's weights for U blocks of columns.
-template <typename T, int U, bool WHOLE>
-inline void load_norm(device const ushort* norm, uint column, uint cols, thread Pack<T, W>* packs) {
-#pragma unroll
-  for (int u = 0; u < U; u++) load_pack<T, WHOLE>((device const T*)norm, column + u * kBlockColumns, cols, packs[u]);
-}
-
-// The sum of squares of each of C vectors, a simdgroup a vector.
-template <int C, bool WHOLE>
-inline void sum_squares(device const float* vectors, constant ProductParams& p, uint first_vector, uint lane,
-                        uint simdgroup, uint simdgroups, threadgroup float* squares) {
-  for (uint c = simdgroup; c < C; c += simdgroups) {
-    device const float* from = vectors + vector_offset(p, first_vector + c);
-    float sum = 0.0f;
-    for (uint column = lane * W; column < p.cols; column += kBlockColumns) {
-      Pack<float, W> x;
-      load_pack<float, WHOLE>(from, column, p.cols, x);
-#pragma unroll
-      for (int j = 0; j < W; j++) sum = fma(x.get(j), x.get(j), sum);
-    }
-    sum = simd_sum(sum);
-    if (lane == 0) squares[c] = sum;
-  }
-}
-
-// R rows at once with C vectors, U blocks of columns at once. GATED: the rows are pairs of a gate's and an up's, and the
-// result is silu(gate) * up.
 template <typename T, int C, int R, int U, bool GATED, bool WHOLE>
 [[kernel, max_total_threads_per_threadgroup(256)]]
 void decode_product(device const T* w0 [[buffer(0)]], device const T* w1 [[buffer(1)]],
@@ -59,117 +14,12 @@ void decode_product(device const T* w0 [[buffer(0)]], device const T* w1 [[buffe
                     uint group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
                     uint simdgroup [[simdgroup_index_in_threadgroup]],
                     uint simdgroups [[simdgroups_per_threadgroup]]) {
-  constexpr int OUTPUTS = GATED ? R / 2 : R;
-  constexpr bool MANY = C > 1;  // then a norm's weights go to the rows, and the squares are summed once a threadgroup
-  threadgroup float2 scratch[8 * 32];
-  threadgroup float shared_squares[C];
-  const uint blocks = (p.vectors + C - 1) / C, slots = simdgroups / p.splits;
-  const uint first_vector = group % blocks * C, split = simdgroup % p.splits;
-  const uint first = (group / blocks * slots + simdgroup / p.splits) * OUTPUTS;
-  const uint last = p.ends[GATED ? 0 : 2] - 1;
-
+  threadgroup Shared<C> shared;
   Rows<T, R, U> rows;
-#pragma unroll
-  for (int r = 0; r < R; r++) {
-    const uint index = min(first + (GATED ? r / 2 : r), last);
-    const uint of = GATED ? r % 2 : uint(index >= p.ends[0]) + uint(index >= p.ends[1]);
-    const uint row_of = GATED || of == 0 ? index : index - p.ends[of - 1];
-    rows.at[r] = (of == 0 ? w0 : of == 1 ? w1 : w2) + long(row_of) * p.strides[of];
-  }
-  device const float* sources[C];
-#pragma unroll
-  for (int c = 0; c < C; c++) sources[c] = vectors + vector_offset(p, first_vector + c);
-  // The result that this lane will write.
-  const uint row = min(first + lane / C, last), vector = first_vector + lane % C;
-  const bool writes = split == 0 && lane < uint(OUTPUTS * C) && first + lane / C <= last && vector < p.vectors;
-  device float* result = results + ulong(vector) * p.result_stride + row;
-  const uint matrix = uint(row >= p.ends[0]) + uint(row >= p.ends[1]);
-  float bias = 0.0f;
-  if (!GATED && writes && p.flags & (kBias << matrix)) {
-    bias = vector_at<T, WHOLE>(matrix == 0 ? b0 : matrix == 1 ? b1 : b2, p.bias_format,
-                               matrix == 0 ? row : row - p.ends[matrix - 1]);
-  }
-
-  // The first rows are under way before the vectors are there.
-  const bool normed = p.flags & kNormed;
-  const uint step = p.splits * U * kBlockColumns;
-  uint column = split * U * kBlockColumns + lane * W;
-  Pack<T, W> norms[U];
-  load_rows<WHOLE>(rows, column, p.cols);
-  if (normed && WHOLE) load_norm<T, U, WHOLE>(norm, column, p.cols, norms);
-  previous_launch_done(lane);
-  const float residual = writes && p.flags & kAdd ? *result : 0.0f;
-  if (MANY && normed) {
-    sum_squares<C, WHOLE>(vectors, p, first_vector, lane, simdgroup, simdgroups, shared_squares);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-  }
-
-  // The sums of a gate's rows come before those of an up's.
-  float sums[R * C], squares[C];
-#pragma unroll
-  for (int i = 0; i < R * C; i++) sums[i] = 0.0f;
-#pragma unroll
-  for (int c = 0; c < C; c++) squares[c] = 0.0f;
-  while (true) {
-#pragma unroll
-    for (int u = 0; u < U; u++) {
-      const uint place = column + u * kBlockColumns;
-      float weight[W];
-      if (normed && WHOLE) norms[u].unpack(weight);
-      if (normed && !WHOLE) {
-        for (int j = 0; j < W; j++) {
-          weight[j] = place + j < p.cols ? vector_at<T, false>(norm, p.norm_format, place + j) : 0.0f;
-        }
-      }
-      float w[R][W];
-#pragma unroll
-      for (int r = 0; r < R; r++) {
-#pragma unroll
-        for (int j = 0; j < W; j++) w[r][j] = rows.packs[r][u].get(j);
-        if (MANY && normed) {
-#pragma unroll
-          for (int j = 0; j < W; j++) w[r][j] *= weight[j];
-        }
-      }
-#pragma unroll
-      for (int c = 0; c < C; c++) {
-        Pack<float, W> pack;
-        float x[W];
-        load_pack<float, WHOLE>(sources[c], place, p.cols, pack);
-        pack.unpack(x);
-        if (!MANY && normed) {
-#pragma unroll
-          for (int j = 0; j < W; j++) {
-            squares[c] = fma(x[j], x[j], squares[c]);
-            x[j] *= weight[j];
-          }
-        }
-#pragma unroll
-        for (int r = 0; r < R; r++) {
-          const int i = (GATED ? r % 2 * OUTPUTS + r / 2 : r) * C + c;
-#pragma unroll
-          for (int j = 0; j < W; j++) sums[i] = fma(w[r][j], x[j], sums[i]);
-        }
-      }
-    }
-    column += step;
-    if (column - lane * W >= p.cols) break;
-    load_rows<WHOLE>(rows, column, p.cols);
-    if (normed && WHOLE) load_norm<T, U, WHOLE>(norm, column, p.cols, norms);
-  }
-
-  // Each result is a lane's.
-  float2 sum = float2(sum_of_each<R * C>(sums, lane), MANY ? 0.0f : sum_of_each<C>(squares, lane));
-  if (p.splits > 1) {
-    scratch[simdgroup * 32 + lane] = sum;
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (uint s = 1; s < p.splits && split == 0; s++) sum += scratch[(simdgroup + s) * 32 + lane];
-  }
-  const float up = simd_shuffle_xor(sum.x, ushort(OUTPUTS * C % 32));
-  if (!writes) return;
-  if (MANY && normed) sum.y = shared_squares[lane % C];
-  const float scale = normed ? rsqrt(sum.y / float(p.cols) + p.eps) : 1.0f;
-  *result = residual + (GATED ? silu(sum.x * scale) * (up * scale) : sum.x * scale + bias);
+  rows.w0 = w0, rows.w1 = w1, rows.w2 = w2;
+  rows.s0 = p.strides[0], rows.s1 = p.strides[1], rows.s2 = p.strides[2];
+  multiply<T, C, R, U, GATED, WHOLE>(rows, b0, b1, b2, vectors, norm, results, p, shared, group, lane, simdgroup,
+                                     simdgroups);
 }
 
 // A row of the embedding a token; a token that is not in it has NaN.

@@ -1,25 +1,7 @@
-// What the products of the decode step share: how the rows of a matrix are read, and how each lane gets its own result.
+// How each lane gets its own of several sums over a simdgroup.
 #pragma once
 #include <metal_stdlib>
-#include "decode/vectors.metal.h"
 using namespace metal;
-using namespace torch_fused;
-
-// R rows of a matrix, and what a lane has loaded of U blocks of their columns.
-template <typename T, int R, int U>
-struct Rows {
-  device const T* at[R];
-  Pack<T, kLaneColumns> packs[R][U];
-};
-
-template <bool WHOLE, typename T, int R, int U>
-inline void load_rows(thread Rows<T, R, U>& rows, uint column, uint cols) {
-#pragma unroll
-  for (int u = 0; u < U; u++) {
-#pragma unroll
-    for (int r = 0; r < R; r++) load_pack<T, WHOLE>(rows.at[r], column + u * kBlockColumns, cols, rows.packs[r][u]);
-  }
-}
 
 // A lane hands half of its N values on and takes over the other half of another's, until it has one.
 template <int N>

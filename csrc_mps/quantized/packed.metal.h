@@ -21,6 +21,12 @@ struct PackedPack {
     return as_type<float>((moved & ((1u << BITS) - 1u) << TO) | 0x3f800000u);
   }
 
+  // Column j's weight.
+  float get(int j) const {
+    const float step = scale * float(1 << BITS);
+    return fma(step, fraction(j), bias - step);
+  }
+
   // The product with W values, whose sum is `sum`. Where infinities or overflows cancel it would be no number; weight by
   // weight it is the unpacked row's.
   float product(thread const float* x, float sum) const {
@@ -50,8 +56,9 @@ inline PackedRow packed_row(device const uint* words, device const ushort* scale
   return {words + row * stride, scales + row * scales_stride * size, biases + row * biases_stride * size};
 }
 
-// The columns from `column` on, zeros past the end. WHOLE: rows start at 16 bytes.
-template <int BITS, int W, bool WHOLE>
+// The columns from `column` on, zeros past the end. WHOLE: rows start at 16 bytes. TYPED: scales and biases are S, else
+// as `format` says.
+template <int BITS, int W, bool WHOLE, typename S = float, bool TYPED = false>
 inline void load_packed(PackedRow row, uint column, uint cols, uint group_size, uint format,
                         thread PackedPack<BITS, W>& pack) {
   constexpr int WORDS = BITS * W / 32;
@@ -73,7 +80,7 @@ inline void load_packed(PackedRow row, uint column, uint cols, uint group_size, 
       pack.words[i] = inside ? from[i] : 0u;
     }
   }
-  const ulong group = column / group_size;
-  pack.scale = inside ? vector_at<float, false>(row.scales, format, group) : 0.0f;
-  pack.bias = inside ? vector_at<float, false>(row.biases, format, group) : 0.0f;
+  const ulong group = column >> (31u - clz(group_size));  // a power of two
+  pack.scale = inside ? vector_at<S, TYPED>(row.scales, format, group) : 0.0f;
+  pack.bias = inside ? vector_at<S, TYPED>(row.biases, format, group) : 0.0f;
 }

@@ -18,7 +18,7 @@
 #include "../common/checks.h"
 #include "../common/convert.h"
 #include "../common/simd.h"
-#include "cpu/packed.h"
+#include "cpu/ready_vectors.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def(
@@ -185,22 +185,6 @@ Tensor linear_unpacked(const Tensor& x, const Tensor& weight, const Tensor& scal
 
 namespace {
 
-// Calls function(arrange, multiply) of the machine's instruction set.
-template <class Vectors, class Function>
-void with_instruction_set(Function function) {
-  using Multiply = void (*)(const PackedMatrix&, const Vectors&, int64_t, int64_t, float*, int64_t);
-#ifdef TORCH_FUSED_X86_DISPATCH
-  static const std::string allowed = at::get_cpu_capability();
-#define TORCH_FUSED_USE(target) return function([](const auto&... a) { target::arrange(a...); }, Multiply(&target::multiply))
-  if (allowed == "AVX512" && __builtin_cpu_supports("x86-64-v4")) {
-    if (__builtin_cpu_supports("avx512vnni")) TORCH_FUSED_USE(vnni);
-    TORCH_FUSED_USE(avx512);
-  }
-  if (allowed != "DEFAULT" && __builtin_cpu_supports("x86-64-v3")) TORCH_FUSED_USE(avx2);
-#endif
-  function([](const auto&... a) { baseline::arrange(a...); }, Multiply(&baseline::multiply));
-}
-
 PackedMatrix as_loops_see(const Packed& m) {
   return {elements<const uint32_t>(m.weight.tensor),
           m.scales.tensor.const_data_ptr(),
@@ -215,37 +199,17 @@ PackedMatrix as_loops_see(const Packed& m) {
 }
 
 // Products of up to kMostPackedVectors vectors, in float32: (vectors, rows).
-template <class Vectors>
-Tensor multiply_packed(const QuantizedCall& call, const Tensor& x) {
-  const Packed& packed = call.matrix;
-  const PackedMatrix m = as_loops_see(packed);
+Tensor multiply_packed(const QuantizedCall& call, const Tensor& x, bool integers) {
+  const int64_t rows = call.matrix.rows;
+  const PackedMatrix m = as_loops_see(call.matrix);
   const Tensor wide = x.to(at::kFloat).reshape({call.vectors, m.cols}).contiguous();
-  const Tensor results = at::empty({call.vectors, packed.rows}, wide.options());
-  const float* from = elements<const float>(wide);
+  const Tensor results = at::empty({call.vectors, rows}, wide.options());
   float* to = elements<float>(results);
-  constexpr bool floats = std::is_same_v<Vectors, FloatVectors>;
-  const auto memory = [&](int64_t each) { return new float[static_cast<size_t>(call.vectors * each)]; };
-  std::unique_ptr<float[]> values(memory(floats ? m.cols : m.units * kCodeUnit / 4)), scales(memory(8 * m.units)),
-      sums(memory(m.sums));
-  with_instruction_set<Vectors>([&](auto arrange, auto multiply) {
-    Vectors vectors;
-    for (int64_t i = 0; i < call.vectors; ++i) {
-      float* sum = sums.get() + i * m.sums;
-      if constexpr (floats) {
-        arrange(m, from + i * m.cols, values.get() + i * m.cols, sum);
-      } else {
-        auto* codes = reinterpret_cast<int8_t*>(values.get());
-        arrange(m, from + i * m.cols, codes + i * m.units * kCodeUnit, scales.get() + i * m.units * 8, sum);
-      }
-    }
-    if constexpr (floats) {
-      vectors = {values.get(), sums.get(), call.vectors};
-    } else {
-      vectors = {reinterpret_cast<int8_t*>(values.get()), scales.get(), sums.get(), call.vectors};
-    }
-    at::parallel_for(0, packed.rows, 4 * row_grain(m.cols), [&](int64_t begin, int64_t end) {
-      multiply(m, vectors, begin, end, to, packed.rows);
-    });
+  const std::unique_ptr<float[]> memory(new float[static_cast<size_t>(ReadyVectors::size(m.cols, call.vectors))]);
+  ReadyVectors vectors;
+  vectors.prepare(m, elements<const float>(wide), call.vectors, integers, memory.get());
+  at::parallel_for(0, rows, 4 * row_grain(m.cols), [&](int64_t begin, int64_t end) {
+    vectors.multiply(m, begin, end, to + begin, rows);
   });
   return results;
 }
@@ -258,7 +222,7 @@ Tensor quantized_linear_cpu(const Tensor& x, const Tensor& weight, const Tensor&
   if (!call.is_small() || x.scalar_type() == at::kDouble) {
     return linear_unpacked(x, weight, scales, biases, bias, bits, group_size, dequantize_cpu);
   }
-  Tensor result = multiply_packed<FloatVectors>(call, x);
+  Tensor result = multiply_packed(call, x, false);
   if (bias) result += *bias;
   return result.reshape(call.result_sizes).to(x.scalar_type());
 }
@@ -270,7 +234,7 @@ Tensor quantized_linear_int8(const Tensor& x, const Tensor& weight, const Tensor
   const char* op = "_quantized_linear_int8";
   const QuantizedCall call = check_quantized(op, x, weight, scales, biases, std::nullopt, bits, group_size);
   TORCH_CHECK(call.is_small(), op, ": x must have 1 to ", kMostPackedVectors, " vectors, got shape ", x.sizes());
-  return multiply_packed<IntegerVectors>(call, x).reshape(call.result_sizes).to(x.scalar_type());
+  return multiply_packed(call, x, true).reshape(call.result_sizes).to(x.scalar_type());
 }
 
 // ---- autograd and autocast ------------------------------------------------------------------------------------------

@@ -45,15 +45,14 @@ const Kernel& find_kernel(const std::string& source, const std::string& name) {
       .first->second;
 }
 
-const Kernel& KernelSet::operator()(const at::Tensor& of, int64_t variant) {
-  const at::ScalarType dtype = of.scalar_type();
+const Kernel& KernelSet::operator()(at::ScalarType dtype, int64_t variant) {
   const int64_t row = dtype == at::kFloat ? 0 : dtype == at::kHalf ? 1 : 2;
   TORCH_INTERNAL_ASSERT(row < 2 || dtype == at::kBFloat16, "no kernel takes ", dtype);
   TORCH_INTERNAL_ASSERT(variant >= 0 && variant < kVariants);
   std::atomic<const Kernel*>& found = found_[row][variant];
   const Kernel* kernel = found.load(std::memory_order_acquire);
   if (!kernel) {
-    const std::string name = std::string(prefix_) + "_" + dtype_name(of);
+    const std::string name = std::string(prefix_) + "_" + dtype_name(dtype);
     kernel = &find_kernel(source_, variant == kNoVariant ? name : name + "_" + std::to_string(variant));
     found.store(kernel, std::memory_order_release);
   }

@@ -49,7 +49,10 @@ const Kernel& find_kernel(const std::string& source, const std::string& name);
 class KernelSet {
  public:
   KernelSet(const char* source, const char* prefix) : source_(source), prefix_(prefix) {}
-  const Kernel& operator()(const at::Tensor& of, int64_t variant = kNoVariant);
+  const Kernel& operator()(at::ScalarType dtype, int64_t variant = kNoVariant);
+  const Kernel& operator()(const at::Tensor& of, int64_t variant = kNoVariant) {
+    return (*this)(of.scalar_type(), variant);
+  }
 
  private:
   static constexpr int64_t kNoVariant = 15, kVariants = 16, kDtypes = 3;

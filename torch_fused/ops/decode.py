@@ -1,7 +1,7 @@
 """One step of a whole decoder, from token ids to logits, as one op."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .kv_cache import kv_append_reference
 from .library import COMPOSED, refuse_vmap, register
+from .quantized import dequantize_reference
 from .rms_norm import rms_norm_reference
 
 LAYER_PARTS = (
@@ -35,9 +36,10 @@ LAYER_PARTS = (
 class DecoderParts:
     """A `torch.classes.torch_fused.Decoder` in Python, unchecked: for the reference, and for torch.compile to trace."""
 
-    def __init__(self, embedding, layers, norm, head, heads, eps, scaling, windows):
-        self.embedding, self.layers, self.norm, self.head = embedding, layers, norm, head
+    def __init__(self, embedding, layers, norm, head, groups, heads, eps, scaling, windows, int8_products):
+        self.embedding, self.layers, self.norm, self.head, self.groups = embedding, layers, norm, head, groups
         self.heads, self.eps, self.scaling, self.windows = heads, eps, scaling, windows
+        self.int8_products = int8_products
 
     @classmethod
     def __obj_unflatten__(cls, flat):
@@ -49,31 +51,46 @@ class DecoderParts:
             self.layers,
             self.norm,
             self.head,
+            self.groups,
             self.heads,
             self.eps,
             self.scaling,
             self.windows,
+            self.int8_products,
         )
 
     def is_current(self):
         return True
 
 
+class Packed(NamedTuple):
+    """A packed matrix, as :func:`quantize` returns it."""
+
+    weight: Tensor
+    scales: Tensor
+    biases: Tensor
+
+
+Matrix = Tensor | Packed
+
+
 def make_decoder(
-    embedding: Tensor,
-    layers: Sequence[Tensor | None],
+    embedding: Matrix,
+    layers: Sequence[Matrix | None],
     norm: Tensor,
-    head: Tensor,
+    head: Matrix,
     *,
     heads: int,
     eps: float,
     scaling: float,
     windows: Sequence[int] | None = None,
+    int8_products: bool = True,
 ) -> Any:
     """A Llama-like decoder as :func:`decode_` takes it: checked here, once, and read where it is from then on.
 
     The decoder is Llama's, Qwen2's or Qwen3's: RMS norm, attention with rotary positions and grouped queries, SwiGLU.
-    Each tensor may have a dtype of its own, float32, float16 or bfloat16; those of ``gate`` and ``up`` are the same.
+    Each tensor may have a dtype of its own, float32, float16 or bfloat16; those of ``gate`` and ``up`` are the same. Any
+    matrix may be packed instead, a ``Packed(weight, scales, biases)`` of 4 or 8 bits; ``gate`` and ``up`` alike.
 
     Args:
         embedding: ``(vocabulary, hidden)``.
@@ -86,6 +103,8 @@ def make_decoder(
         scaling: of the products of queries and keys.
         windows: for each layer how many of the last cache slots a token attends, its own included; 0 for all. None:
             0 for every layer.
+        int8_products: on the CPU, packed rows are multiplied as integers, with vectors rounded to int8 a block of 32,
+            which is faster. False: as float32.
 
     Returns:
         A ``torch.classes.torch_fused.Decoder``. It holds the tensors; values changed in place are seen. When a tensor
@@ -95,10 +114,38 @@ def make_decoder(
     Raises:
         RuntimeError: a tensor has a wrong shape, dtype, device or layout; the message names it.
     """
-    layers = list(layers)
     if windows is None:
         windows = [0] * (len(layers) // len(LAYER_PARTS))
-    return torch.classes.torch_fused.Decoder(embedding, layers, norm, head, heads, eps, scaling, list(windows))
+    groups: list[Tensor] = []
+
+    def take(matrix: Matrix | None) -> Tensor | None:
+        if not isinstance(matrix, Packed):
+            return matrix
+        groups.extend((matrix.scales, matrix.biases))
+        return matrix.weight
+
+    embedding, head, layers = take(embedding), take(head), [take(part) for part in layers]
+    return torch.classes.torch_fused.Decoder(
+        embedding, layers, norm, head, groups, heads, eps, scaling, list(windows), int8_products
+    )
+
+
+def _unpack(
+    parts: Sequence[Tensor | None], norm: Tensor, groups: Sequence[Tensor]
+) -> Iterator[Tensor | None]:
+    """The embedding, the head and the parts of layers, the packed ones in the norm's dtype."""
+    rest = iter(groups)
+    names = ("embedding", "head", *LAYER_PARTS * (len(parts) // len(LAYER_PARTS)))
+    columns = {name: len(norm) for name in names}
+    for name, part in zip(names, parts, strict=True):
+        if part is not None and name in ("q", "gate"):
+            columns["o" if name == "q" else "down"] = len(part)
+        if part is None or part.dtype != torch.uint32:
+            yield part
+            continue
+        scales, biases = next(rest), next(rest)
+        size = {"bits": part.shape[1] * 32 // columns[name], "group_size": columns[name] // scales.shape[1]}
+        yield dequantize_reference(part, scales, biases, dtype=norm.dtype, **size)
 
 
 def decode_reference(
@@ -114,7 +161,9 @@ def decode_reference(
     logits_to_keep: int,
 ) -> Tensor:
     """`decode_` in plain torch, in the embedding's dtype, without its checks."""
-    embedding, layers, norm, head, heads, eps, scaling, windows = model.arguments()
+    embedding, layers, norm, head, groups, heads, eps, scaling, windows, _ = model.arguments()
+    if groups:
+        embedding, head, *layers = _unpack((embedding, head, *layers), norm, groups)
     batch, steps = token_ids.shape
     slots = torch.arange(length + steps, device=token_ids.device)
     newest = length + torch.arange(steps, device=token_ids.device)[:, None]

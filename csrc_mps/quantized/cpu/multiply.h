@@ -71,7 +71,7 @@ void multiply_rows(const PackedMatrix& m, const Vectors& x, int64_t begin, int64
           for_groups([&](const PackedGroups& groups) { add_exact_product(m, groups, x, i, products[i]); });
         }
       }
-      results[i * n + row] = products[i];
+      results[i * n + row - begin] = products[i];
     }
   }
 }

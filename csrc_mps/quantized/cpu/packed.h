@@ -18,7 +18,7 @@ struct PackedMatrix {
   const void* scales;
   const void* biases;
   uint32_t format;  // of the scales and the biases
-  int64_t cols, bits, group_size;
+  int64_t cols = 0, bits = 0, group_size = 1;
   int64_t stride, scales_stride, biases_stride;  // words, or elements, from row to row
 
   // Of a row; a division would take as long as much of a short row's product.
@@ -44,7 +44,7 @@ struct IntegerVectors {
 };
 
 // For each instruction set: makes a vector ready for the rows of a matrix, and multiplies rows begin .. end - 1 with
-// vectors; result `row` of vector i goes to results[i * n + row].
+// vectors; the result of row begin + r and vector i goes to results[i * n + r].
 #define TORCH_FUSED_DECLARE_PACKED(target)                                                                             \
   namespace target {                                                                                                   \
   void arrange(const PackedMatrix& m, const float* x, float* values, float* sums);                                     \

@@ -1,0 +1,133 @@
+// Products of packed matrices' rows with the vectors of a step, and the rows of a packed embedding. A source for each
+// number of bits instantiates them.
+#pragma once
+#include <metal_stdlib>
+#include "decode/attended.metal.h"
+#include "decode/multiply.metal.h"
+#include "quantized/packed.metal.h"
+using namespace metal;
+using namespace torch_fused;
+
+// As Rows, of packed matrices with BITS bits a column. T is the type of scales, biases, norms.
+template <typename T, int BITS, int R, int U, bool WHOLE>
+struct PackedRows {
+  device const uint *w0, *w1, *w2;
+  device const ushort *s0, *s1, *s2;  // scales
+  device const ushort *g0, *g1, *g2;  // biases of groups
+  constant PackedFormat* format;
+  PackedRow at[R];
+  PackedPack<BITS, kLaneColumns> packs[R][U];
+
+  void point(int r, uint of, uint row) {
+    at[r] = packed_row(of == 0 ? w0 : of == 1 ? w1 : w2, of == 0 ? s0 : of == 1 ? s1 : s2,
+                       of == 0 ? g0 : of == 1 ? g1 : g2, row, format->strides[of], format->scale_strides[of],
+                       format->bias_strides[of], format->scale_format);
+  }
+};
+
+template <bool, typename T, int BITS, int R, int U, bool WHOLE>
+inline void load_rows(thread PackedRows<T, BITS, R, U, WHOLE>& rows, uint column, uint cols) {
+#pragma unroll
+  for (int u = 0; u < U; u++) {
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+      load_packed<BITS, kLaneColumns, WHOLE, T, WHOLE>(rows.at[r], column + u * kBlockColumns, cols,
+                                                       rows.format->group_size, rows.format->scale_format,
+                                                       rows.packs[r][u]);
+    }
+  }
+}
+
+template <typename T, int BITS, int C, int R, int U, bool GATED, bool WHOLE>
+[[kernel, max_total_threads_per_threadgroup(256)]]
+void decode_packed(device const uint* w0 [[buffer(0)]], device const uint* w1 [[buffer(1)]],
+                   device const uint* w2 [[buffer(2)]], device const ushort* s0 [[buffer(3)]],
+                   device const ushort* s1 [[buffer(4)]], device const ushort* s2 [[buffer(5)]],
+                   device const ushort* g0 [[buffer(6)]], device const ushort* g1 [[buffer(7)]],
+                   device const ushort* g2 [[buffer(8)]], device const ushort* b0 [[buffer(9)]],
+                   device const ushort* b1 [[buffer(10)]], device const ushort* b2 [[buffer(11)]],
+                   device const float* vectors [[buffer(12)]], device const ushort* norm [[buffer(13)]],
+                   device float* results [[buffer(14)]], constant PackedProductParams& p [[buffer(15)]],
+                   uint group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
+                   uint simdgroup [[simdgroup_index_in_threadgroup]],
+                   uint simdgroups [[simdgroups_per_threadgroup]]) {
+  threadgroup Shared<C> shared;
+  PackedRows<T, BITS, R, U, WHOLE> rows;
+  rows.w0 = w0, rows.w1 = w1, rows.w2 = w2;
+  rows.s0 = s0, rows.s1 = s1, rows.s2 = s2;
+  rows.g0 = g0, rows.g1 = g1, rows.g2 = g2;
+  rows.format = &p.format;
+  multiply<T, C, R, U, GATED, WHOLE>(rows, b0, b1, b2, vectors, norm, results, p.product, shared, group, lane,
+                                     simdgroup, simdgroups);
+}
+
+template <typename T, int BITS, int C, int R, int U, bool WHOLE>
+[[kernel, max_total_threads_per_threadgroup(128)]]
+void decode_packed_attended(device const uint* matrix [[buffer(0)]], device const ushort* scales [[buffer(1)]],
+                            device const ushort* biases [[buffer(2)]], device const ushort* bias [[buffer(3)]],
+                            device const float* chunks [[buffer(4)]], device const float2* stats [[buffer(5)]],
+                            device float* results [[buffer(6)]], constant PackedAttendedParams& p [[buffer(7)]],
+                            uint group [[threadgroup_position_in_grid]],
+                            uint thread_id [[thread_position_in_threadgroup]],
+                            uint lane [[thread_index_in_simdgroup]],
+                            uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+  threadgroup Combined<C, U> combined;
+  PackedRows<T, BITS, R, U, WHOLE> rows;
+  rows.w0 = rows.w1 = rows.w2 = matrix;
+  rows.s0 = rows.s1 = rows.s2 = scales;
+  rows.g0 = rows.g1 = rows.g2 = biases;
+  rows.format = &p.format;
+  multiply_attended<T, C, R, U, WHOLE>(rows, bias, chunks, stats, results, p.attended, combined, group, thread_id,
+                                       lane, simdgroup);
+}
+
+// A row of the embedding a token; a token that is not in it has NaN.
+template <int BITS>
+[[kernel, max_total_threads_per_threadgroup(256)]]
+void decode_packed_embed(device const uint* words [[buffer(0)]], device const ushort* scales [[buffer(1)]],
+                         device const ushort* biases [[buffer(2)]], device const long* token_ids [[buffer(3)]],
+                         device float* states [[buffer(4)]], constant PackedEmbedParams& p [[buffer(5)]],
+                         uint token [[threadgroup_position_in_grid]],
+                         uint thread_id [[thread_position_in_threadgroup]],
+                         uint threads [[threads_per_threadgroup]]) {
+  const long id = token_ids[token];
+  const bool known = id >= 0 && id < long(p.embed.vocabulary);
+  constant PackedFormat& f = p.format;
+  const PackedRow row = packed_row(words, scales, biases, known ? id : 0, f.strides[0], f.scale_strides[0],
+                                   f.bias_strides[0], f.scale_format);
+  for (uint column = thread_id * kLaneColumns; column < p.embed.hidden; column += threads * kLaneColumns) {
+    PackedPack<BITS, kLaneColumns> pack;
+    load_packed<BITS, kLaneColumns, false>(row, column, p.embed.hidden, f.group_size, f.scale_format, pack);
+#pragma unroll
+    for (uint j = 0; j < kLaneColumns; j++) {
+      states[ulong(token) * p.embed.hidden + column + j] = known ? pack.get(j) : NAN;
+    }
+  }
+}
+
+#define PRODUCT(host, T, BITS, C, R, U, GATED, WHOLE)                                                            \
+  template [[host_name(host)]] [[kernel]] void decode_packed<T, BITS, C, R, U, GATED, WHOLE>(                    \
+      device const uint*, device const uint*, device const uint*, device const ushort*, device const ushort*,    \
+      device const ushort*, device const ushort*, device const ushort*, device const ushort*,                    \
+      device const ushort*, device const ushort*, device const ushort*, device const float*,                     \
+      device const ushort*, device float*, constant PackedProductParams&, uint, uint, uint, uint);
+#define ATTENDED(host, T, BITS, C, R, U, WHOLE)                                                        \
+  template [[host_name(host)]] [[kernel]] void decode_packed_attended<T, BITS, C, R, U, WHOLE>(        \
+      device const uint*, device const ushort*, device const ushort*, device const ushort*,            \
+      device const float*, device const float2*, device float*, constant PackedAttendedParams&, uint,  \
+      uint, uint, uint);
+#define PACKED(name, T, BITS)                                                       \
+  PRODUCT("decode_packed" #BITS "_" #name "_1", T, BITS, 1, 2, 4, false, true)      \
+  PRODUCT("decode_packed" #BITS "_" #name "_8", T, BITS, 8, 4, 1, false, true)      \
+  PRODUCT("decode_packed" #BITS "_gated_" #name "_1", T, BITS, 1, 4, 2, true, true) \
+  PRODUCT("decode_packed" #BITS "_gated_" #name "_8", T, BITS, 8, 4, 1, true, true) \
+  ATTENDED("decode_packed" #BITS "_attended_" #name "_1", T, BITS, 1, 4, 4, true)   \
+  ATTENDED("decode_packed" #BITS "_attended_" #name "_8", T, BITS, 8, 4, 2, true)
+// Scales, biases and norms of any types.
+#define PACKED_ANY(BITS)                                                                                 \
+  PRODUCT("decode_packed" #BITS "_f32_0", float, BITS, 1, 2, 1, false, false)                            \
+  PRODUCT("decode_packed" #BITS "_gated_f32_0", float, BITS, 1, 2, 1, true, false)                       \
+  ATTENDED("decode_packed" #BITS "_attended_f32_0", float, BITS, 1, 4, 1, false)                         \
+  template [[host_name("decode_packed" #BITS "_embed")]] [[kernel]] void decode_packed_embed<BITS>(      \
+      device const uint*, device const ushort*, device const ushort*, device const long*, device float*, \
+      constant PackedEmbedParams&, uint, uint, uint);
