@@ -440,7 +440,7 @@ def test_wrapped_and_compiled_modules_are_left_and_reported():
         "     1 x Qwen2RotaryEmbedding.forward",
         "     2 x Qwen2MLP.forward",
         "     1 x Qwen2ForCausalLM._prepare_cache_for_generation",
-        "     1 x Qwen2ForCausalLM._get_logits_processor",
+        "     1 x Qwen2ForCausalLM.generate",
         "  left: model.layers.0.input_layernorm: it is compiled by torch.compile",
         "  left: model.layers.0.post_attention_layernorm: its forward is already replaced by somebody.logging_forward",
     ]

@@ -21,7 +21,7 @@ from .inputs import find_model
 from .loop import generate_by_loop
 from .models import DECODER_LAYERS, FAMILIES, MLPS, RMS_NORMS, ROTARY, Forwards
 from .origin import Bound, describe, function_of, home_of, is_ours, path_of
-from .sampling import get_logits_processor
+from .transformers_private import PREPARE_CACHE, prepare_cache
 
 HANDLE = "_torch_fused_handle"
 """The attribute of a patched model that holds its `PatchHandle`."""
@@ -287,11 +287,10 @@ def apply_torch_fused(
             if mlp:
                 handle.bind_forwards(MLPS)
             if cache:
-                handle.bind_generation("_prepare_cache_for_generation", prepare_cache_for_generation)
-            if sampler:
-                handle.bind_generation("_get_logits_processor", get_logits_processor)
+                handle.bind_generation(PREPARE_CACHE, prepare_cache_for_generation)
             if decode:
                 handle.bind_decoder(gives_cache=cache)
+            if sampler:
                 handle.bind_generation("generate", generate_by_loop)
             if norms or rotary or mlp or decode:
                 handle.tell_other_families()
@@ -309,9 +308,7 @@ def prepare_cache_for_generation(
 ) -> None:
     """The class's own method; then a `FusedKVCache` instead of the `DynamicCache` that it made, if it made one."""
     user_cache = model_kwargs.get(CACHE)
-    type(self)._prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    )
+    prepare_cache(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     cache = model_kwargs.get(CACHE)
     if user_cache is not None or type(cache) is not DynamicCache or cache.offloading:
         return
