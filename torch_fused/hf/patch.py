@@ -224,10 +224,12 @@ def apply_torch_fused(
         cache: ``generate()`` uses a :class:`FusedKVCache` where it would make a ``DynamicCache``, and so does a call of
             the model without gradients and without a cache, if ``decode`` can go on from it. Your own cache, another
             ``cache_implementation`` and ``use_cache=False`` are respected.
-        sampler: ``generate()`` picks tokens with :func:`torch_fused.sampling.greedy` and
-            :func:`torch_fused.sampling.sample`, which take over temperature, top-k, top-p and min-p; other processors
-            run as before. What is drawn follows ``torch.manual_seed`` but is another draw than transformers' from the
-            same probabilities.
+        sampler: the loop of ``generate()`` is ours, for greedy and sampled tokens: it picks them with
+            :func:`torch_fused.sampling.greedy` and :func:`torch_fused.sampling.sample`, which take over temperature,
+            top-k, top-p and min-p; other processors run as before. What is drawn follows ``torch.manual_seed`` but is
+            another draw than transformers' from the same probabilities. Beams, assisted generation and
+            ``output_scores`` are transformers' own. Where transformers compiles the model, as for a static cache on a
+            GPU, so does this loop.
         decode: with a `FusedKVCache`, up to 8 new tokens of up to 8 sequences go through the whole model in one op,
             several times as fast. The op keeps float32 between the weights, so in float32 the tokens are transformers'
             own, and in bfloat16, float16 and under autocast the logits, which are then float32, are nearer to the
