@@ -14,10 +14,10 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
 from torch import nn
-from transformers import DynamicCache, PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from torch_fused.hf import FusedKVCache, apply_torch_fused, generate
+from torch_fused.hf import FusedKVCache, apply_torch_fused, generate, loop
 from torch_fused.hf.cache import CACHE
 from torch_fused.metal import emulate
 from torch_fused.testing import relative_error
@@ -580,21 +580,35 @@ def test_embeddings_that_require_gradients():
         assert "gradients are enabled" in calls(handle)[1][-1]
 
 
-def test_stop_strings():
-    """Transformers hands the tokenizer through the model."""
+@pytest.mark.parametrize("way", ["argument", "config", "the model's config"])
+def test_stop_strings(way):
+    """Wherever they come from: the loop is ours, a step behind on a GPU, and the tokens are stock's."""
     model = make_model()
     tokens = model.generate(prompt(1, 9), max_new_tokens=30, do_sample=False)[0].tolist()
-    stop = "".join(chr(0x21 + token) for token in tokens[20:22])
+    stop = ["".join(chr(0x21 + token) for token in tokens[20:22])]
     characters = Tokenizer(BPE({chr(0x21 + token): token for token in range(128)}, []))
     characters.decoder = Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters)
-    options = {"max_new_tokens": 30, "do_sample": False, "stop_strings": [stop], "tokenizer": tokenizer}
+    options = {"do_sample": False, "tokenizer": PreTrainedTokenizerFast(tokenizer_object=characters)}
+    if way == "config":
+        options["generation_config"] = GenerationConfig(max_new_tokens=30, stop_strings=stop)
+    else:
+        options["max_new_tokens"] = 30
+    if way == "argument":
+        options["stop_strings"] = stop
+    elif way == "the model's config":
+        model.generation_config.stop_strings = stop
     expected = model.generate(prompt(1, 9), **options)
     assert expected.shape[1] < 39
     with apply_torch_fused(model) as handle:
-        assert torch.equal(model.generate(prompt(1, 9), **options), expected)
+        with torch.profiler.profile() as profile:
+            assert torch.equal(model.generate(prompt(1, 9), **options), expected)
+        assert "aten::argmax" not in {event.key for event in profile.key_averages()}
         assert torch.equal(generate(model, prompt(1, 9), **options), expected)
         assert calls(handle)[0] == 2 * (expected.shape[1] - 10)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(loop, "runs_ahead", lambda device: True)
+            assert torch.equal(model.generate(prompt(1, 9), **options), expected)
+        assert calls(handle)[0] == 3 * (expected.shape[1] - 10) + 1
 
 
 @pytest.mark.parametrize("use_cache", [True, None])
