@@ -240,6 +240,8 @@ def test_errors_of_generate_are_its_own():
         ((prompt(1, 7),), {"nobody_knows": 1}),
         ((prompt(1, 7),), {"num_beams": 2, "streamer": Kept()}),
         ((prompt(1, 7),), {"stop_strings": ["a"]}),
+        ((prompt(1, 7),), {"penalty_alpha": 0.6}),
+        ((prompt(1, 7),), {"temperature": -1.0, "do_sample": True}),
     ]
     for args, kwargs in cases:
         errors = []

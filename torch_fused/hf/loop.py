@@ -1,6 +1,7 @@
 """The loop over new tokens of a patched model: a step is one op where it can be, and nobody waits for the device."""
 
 import contextlib
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
+from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -38,11 +39,12 @@ def generate_by_loop(self, *args: Any, **kwargs: Any) -> Any:
     others = named.pop("kwargs", {})
     if any({**named, **others}.get(name) is not None for name in ASK_FOR_ANOTHER) or not has_common_loop(self):
         return type(self).generate(self, *args, **kwargs)
-    config = private.prepare_config(self, named.get("generation_config"), others)
+    config = what_is_asked(self, named.get("generation_config"), others)
     mode, tokenizer = config.get_generation_mode(), others.get("tokenizer")
     if (
         mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
         or (config.return_dict_in_generate and config.output_scores)  # of which transformers' own tokens are drawn
+        or config.penalty_alpha is not None  # contrastive search, but for a default of top_k
         or config.token_healing
         or (config.stop_strings is not None and tokenizer is None)
     ):
@@ -60,6 +62,15 @@ def generate_by_loop(self, *args: Any, **kwargs: Any) -> Any:
 
 # Pipelines and wrappers look at it.
 generate_by_loop.__signature__ = GENERATE  # type: ignore[attr-defined]
+
+
+def what_is_asked(model: Any, given: GenerationConfig | None, arguments: dict[str, Any]) -> GenerationConfig:
+    """As `generate` will find it: by its arguments, its config or else the model's. It refuses itself what is wrong."""
+    config = copy.copy(model.generation_config)
+    if given is not None:
+        vars(config).update({name: value for name, value in vars(given).items() if value is not None})
+    vars(config).update({name: value for name, value in arguments.items() if name in vars(config)})
+    return config
 
 
 def has_common_loop(model: Any) -> bool:

@@ -42,11 +42,6 @@ def mask_function_of(attention: str) -> Any:
 # ---- generate -------------------------------------------------------------------------------------------------------
 
 
-def prepare_config(model: Any, config: GenerationConfig | None, arguments: dict[str, Any]) -> GenerationConfig:
-    """What `generate` is asked to do by its config, its other arguments and the model's defaults."""
-    return model._prepare_generation_config(config, **arguments)[0]
-
-
 def prepare_cache(model: Any, config: GenerationConfig, model_kwargs: dict[str, Any], *more: Any) -> None:
     """The class's own method."""
     getattr(type(model), PREPARE_CACHE)(model, config, model_kwargs, *more)
