@@ -12,8 +12,9 @@ import cuda_ops
 import pytest
 import torch
 from cuda_ops import CASES, assert_close_to_the_cpus, assert_same, operands_on
+from test_hf_compile import Counting
 from test_hf_generate import FAMILIES, make_model, prompt
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache
 
 import torch_fused
 from torch_fused.__main__ import main
@@ -454,6 +455,38 @@ def test_cuda_generation_waits_for_nothing(model, options, monkeypatch):
             torch.cuda.set_sync_debug_mode("default")
     assert len(steps) == options["max_new_tokens"] - 1
     assert expected is None or torch.equal(tokens, expected)
+
+
+def test_cuda_an_end_that_is_seen_late(model, monkeypatch):
+    """A sampled step too many leaves no trace: tokens, cache and generator are those of a loop that waits."""
+
+    def run(**options):
+        torch.manual_seed(3)
+        output = model.generate(**batch(1), **SAMPLED, **options, return_dict_in_generate=True)
+        length = next(value for value in output.values() if hasattr(value, "layers")).get_seq_length()
+        return output.sequences.tolist(), length, torch.get_rng_state().tolist(), torch.cuda.get_rng_state().tolist()
+
+    with apply_torch_fused(model):
+        end = run(eos_token_id=None)[0][0][-5]
+        late = run(eos_token_id=end)
+        monkeypatch.setattr(loop, "runs_ahead", lambda device: False)
+        assert late == run(eos_token_id=end)
+
+
+def test_cuda_static_cache_is_compiled():
+    """As many calls of a compiled model as stock makes, and its tokens."""
+    model, counts = make_model("qwen2").to("cuda"), []
+    options = {**GREEDY, "cache_implementation": "static"}
+    for patched in (False, True):
+        torch._dynamo.reset()
+        backend = Counting()
+        options["compile_config"] = CompileConfig(fullgraph=True, backend=backend)
+        handle = apply_torch_fused(model) if patched else None
+        counts.append((model.generate(**batch(2), **options).tolist(), backend.graphs, backend.calls))
+        if handle is not None:
+            handle.revert()
+    assert counts[0] == counts[1]
+    assert backend.calls == GREEDY["max_new_tokens"] - 1
 
 
 def test_cuda_training_gives_stocks_losses():

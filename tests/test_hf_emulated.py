@@ -1,10 +1,10 @@
-"""End to end: Qwen2 generates and trains through the Metal kernels, emulated and checked, as stock."""
+"""End to end: every family generates, and Qwen2 trains, through the Metal kernels, emulated and checked, as stock."""
 
 import copy
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from test_hf_generate import FAMILIES, make_model
 
 from torch_fused.hf import apply_torch_fused
 from torch_fused.metal import emulate
@@ -13,37 +13,28 @@ from torch_fused.optim import AdamW
 VOCABULARY = 320
 
 
-def small_qwen2() -> Qwen2ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=0,
-    )
-    return Qwen2ForCausalLM(config)
-
-
 def launched(run) -> set[str]:
     """The Metal sources that were launched."""
     return {launch.kernel.split("_f32")[0].rstrip("_0123456789") for launch in run.launches}
 
 
-@pytest.mark.parametrize("schedule", ["sequential", "random"])
-def test_qwen2_generates_stocks_tokens_through_metal(schedule):
-    """All ops on, greedy: stock's tokens. Sampled: the same tokens as on the CPU."""
-    model = small_qwen2().eval()
-    prompt = torch.randint(1, VOCABULARY, (2, 7))
-    stock = model.generate(prompt, do_sample=False, max_new_tokens=24)
+@pytest.mark.parametrize(
+    ("family", "schedule"), [("qwen2", "random"), *((family, "sequential") for family in FAMILIES)]
+)
+def test_generates_stocks_tokens_through_metal(family, schedule):
+    """All ops on, greedy, left-padded: stock's tokens. Sampled: the same tokens as on the CPU."""
+    model = make_model(family, vocab_size=VOCABULARY)
+    prompt = torch.randint(1, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(prompt)
+    mask[1, :3] = 0
+    greedy = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 24}
+    stock = model.generate(prompt, **greedy)
+    assert len(set(stock.flatten().tolist())) > 20
     sampled = {"do_sample": True, "max_new_tokens": 8, "temperature": 0.7, "top_k": 30, "top_p": 0.9}
-    with apply_torch_fused(model):
+    with apply_torch_fused(model) as handle:
         with emulate(schedule=schedule) as run:
-            fused = model.generate(prompt, do_sample=False, max_new_tokens=24)
+            fused = model.generate(prompt, **greedy)
+        assert "23 calls as one op" in handle.report()
         torch.manual_seed(1)
         drawn_on_cpu = model.generate(prompt, **sampled)
         with emulate(schedule=schedule):
@@ -69,7 +60,7 @@ def test_qwen2_trains_with_stocks_losses_through_metal():
             values.append(loss.detach())
         return torch.stack(values)
 
-    stock = small_qwen2().train()
+    stock = make_model("qwen2", vocab_size=VOCABULARY, initializer_range=0.02).train()
     fused = copy.deepcopy(stock)
     expected = losses(stock, torch.optim.AdamW(stock.parameters(), lr=3e-3))
     apply_torch_fused(fused)

@@ -1,13 +1,16 @@
 """The loop of generate(): a step that began too early leaves no trace. A GPU works so; here the CPU does."""
 
+import contextlib
+
 import pytest
 import torch
 from test_hf_generate import FAMILIES, make_model, one_thread, prompt  # noqa: F401 (a fixture)
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationMixin, GPT2Config, GPT2LMHeadModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import torch_fused.hf.loop
-from torch_fused.hf import apply_torch_fused
+from torch_fused.hf import FusedKVCache, apply_torch_fused, transformers_private
+from torch_fused.hf.cache import CACHE
 
 GREEDY = {"do_sample": False}
 SAMPLED = {"do_sample": True, "temperature": 1.5}
@@ -94,10 +97,31 @@ def test_a_users_own_criteria_are_asked_in_time(monkeypatch):
         assert "7 calls as one op" in handle.report()
 
 
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_forward_that_was_too_early(options, monkeypatch):
+    """Where transformers' own loop calls the model before it knows the end, so does ours, without the decode step."""
+    model, calls = make_model(), []
+    with apply_torch_fused(model, decode=False):
+        end = ends_of(model, 1, **options)[0]
+        expected = outcome(model, 1, eos_token_id=end, **options)
+        monkeypatch.setattr(torch_fused.hf.loop, "runs_ahead", lambda device: True)
+        monkeypatch.setattr(transformers_private, "forward_may_be_early", lambda *_: True)
+        hook = model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+        actual = outcome(model, 1, eos_token_id=end, **options)
+        hook.remove()
+    assert actual[:2] == expected[:2]
+    assert all(torch.equal(a, b) for a, b in zip(actual[2], expected[2], strict=True))
+    assert torch.equal(actual[3], expected[3])
+    assert len(calls) == len(expected[0][0]) - 7 + 1
+
+
+# ---- 256 tokens of every family -------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_256_tokens_are_stocks(family, rows):
-    """float32, every length of the context from 1 to 260, left-padded, across several growths of the cache."""
+    """float32, every length of the context from 1 to 260, left-padded, across growths of a cache without a hint."""
     model = make_model(family)
     ids = prompt(rows, 4)
     mask = torch.ones_like(ids)
@@ -107,4 +131,123 @@ def test_256_tokens_are_stocks(family, rows):
     expected = model.generate(ids, **options)
     with apply_torch_fused(model) as handle:
         assert torch.equal(model.generate(ids, **options), expected)
-        assert "255 calls as one op" in handle.report()
+        cache = FusedKVCache(model.config)
+        assert torch.equal(model.generate(ids, **options, **{CACHE: cache}), expected)
+        assert cache.get_seq_length() == 259
+        assert "510 calls as one op" in handle.report()
+
+
+MODES = {
+    "prompt lookup": {"prompt_lookup_num_tokens": 4},
+    "lookup of more tokens than a step has": {"prompt_lookup_num_tokens": 12},
+    "beams": {"num_beams": 3},
+    "beams of a batch": {"num_beams": 2, "rows": 4},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_256_tokens_are_stocks_in_other_modes(family, mode):
+    """Steps of several tokens that are cropped again, and sequences that change places, with a cache that grows."""
+    options = {"eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 256, **GREEDY, **MODES[mode]}
+    model = make_model(family)
+    rows = options.pop("rows", 1)
+    ids = prompt(rows, 6).repeat(1, 3)
+    mask = torch.ones_like(ids)
+    mask[1:, :5] = 0
+    inputs = {"attention_mask": mask, **options}
+    expected = model.generate(ids, **inputs)
+    assert expected.shape[1] == 18 + 256
+    with apply_torch_fused(model) as handle:
+        for given in ({}, {CACHE: FusedKVCache(model.config)}):
+            assert torch.equal(model.generate(ids, **inputs, **given), expected)
+        assert "calls as one op" in handle.report()
+
+
+# ---- which loop it is -----------------------------------------------------------------------------------------------
+
+
+def ops_of(run):
+    with torch.profiler.profile() as profile:
+        run()
+    return {event.key for event in profile.key_averages()}
+
+
+def small_gpt2():
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 128}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).eval()
+
+
+OURS = {
+    "decode=False": ({"decode": False}, {}),
+    "another family": ({}, {}),
+    "logits": ({}, {"return_dict_in_generate": True, "output_logits": True}),
+    "hidden states": ({}, {"return_dict_in_generate": True, "output_hidden_states": True}),
+    "a user's cache": ({"cache": False}, {}),
+    "a processor": ({}, {"repetition_penalty": 1.2}),
+    "without a cache": ({}, {"use_cache": False}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:apply_torch_fused")
+@pytest.mark.parametrize("case", OURS)
+def test_the_fused_sampler_draws(case):
+    """Whatever the model's steps are: no multinomial of torch's, and greedy tokens, and all else, are stock's."""
+    flags, options = OURS[case]
+    model = small_gpt2() if case == "another family" else make_model()
+    options = {"pad_token_id": 0, "max_new_tokens": 12, **options}
+    expected = model.generate(prompt(2, 7), **options, **GREEDY)
+    with apply_torch_fused(model, **flags):
+        actual = model.generate(prompt(2, 7), **options, **GREEDY)
+        names = ops_of(lambda: model.generate(prompt(2, 7), **options, **SAMPLED))
+    assert "aten::multinomial" not in names
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(actual, expected)
+    else:
+        assert list(actual) == list(expected)
+        assert torch.equal(actual.sequences, expected.sequences)
+        for name in expected.keys() & {"logits", "hidden_states"}:
+            torch.testing.assert_close(actual[name], expected[name])
+
+
+sample_of_transformers = GenerationMixin._sample
+
+
+@pytest.mark.parametrize("where", ["the class", "the mixin"])
+def test_a_loop_that_somebody_replaced_runs(where, monkeypatch):
+    """In the place of transformers' own: it is called, not ours."""
+    model, seen = make_model(), []
+    expected = model.generate(prompt(2, 7), max_new_tokens=12, **GREEDY)
+
+    def replaced(self, *args, **kwargs):
+        seen.append(1)
+        return sample_of_transformers(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model) if where == "the class" else GenerationMixin, "_sample", replaced)
+    with apply_torch_fused(model) as handle:
+        assert torch.equal(model.generate(prompt(2, 7), max_new_tokens=12, **GREEDY), expected)
+        assert "11 calls as one op" in handle.report()
+    assert seen == [1]
+
+
+def test_errors_of_generate_are_its_own():
+    """An argument too many, or twice, or one that nobody takes; a streamer with beams: as from stock."""
+    model = make_model()
+    cases = [
+        ((prompt(1, 7), *[None] * 20), {}),
+        ((prompt(1, 7),), {"inputs": prompt(1, 7)}),
+        ((prompt(1, 7),), {"nobody_knows": 1}),
+        ((prompt(1, 7),), {"num_beams": 2, "streamer": Kept()}),
+        ((prompt(1, 7),), {"stop_strings": ["a"]}),
+        ((prompt(1, 7),), {"penalty_alpha": 0.6}),
+        ((prompt(1, 7),), {"temperature": -1.0, "do_sample": True}),
+    ]
+    for args, kwargs in cases:
+        errors = []
+        for patched in (False, True):
+            with apply_torch_fused(model) if patched else contextlib.nullcontext():
+                with pytest.raises((TypeError, ValueError)) as error:
+                    model.generate(*args, max_new_tokens=4, **kwargs)
+                errors.append((error.type, str(error.value) if error.type is ValueError else ""))
+        assert errors[0] == errors[1]

@@ -16,7 +16,8 @@ from transformers.generation import (
 )
 
 from torch_fused.hf import apply_torch_fused, generate
-from torch_fused.hf.sampling import FusedProcessorList
+from torch_fused.hf.sampling import split_processors
+from torch_fused.ops.sampling import next_token
 from torch_fused.testing import make
 
 TEMPERATURE, TOP_K, TOP_P, MIN_P = (
@@ -43,32 +44,29 @@ LISTS = {
 
 @pytest.mark.parametrize("name", LISTS)
 def test_what_the_sampler_takes_over(name):
-    """The last processors in the sampler's own order; whoever looks at the scores sees transformers' own."""
+    """The last processors in the sampler's own order; the others run before."""
     processors, count = LISTS[name]
-    fused = FusedProcessorList(processors)
-    assert list(fused) == processors
-    assert len(fused._later) == count
-    ids, scores = prompt(2, 5), make(2, VOCABULARY, scale=2.0)
-    expected = LogitsProcessorList(processors)(ids, scores.clone())
-    lazy = fused(ids, scores.clone())
-    assert torch.equal(lazy + 0.0, expected)
-    assert torch.equal(lazy[:, :3] * 2, expected[:, :3] * 2)
-    assert torch.equal(torch.stack([lazy, expected])[0], expected)
-    probabilities = torch.nn.functional.softmax(lazy, dim=-1)
-    assert torch.equal(probabilities + 0.0, expected.softmax(-1))
-    assert lazy.shape == probabilities.shape == expected.shape
+    before, filters = split_processors(LogitsProcessorList(processors))
+    assert type(before) is LogitsProcessorList
+    assert list(before) == processors[: len(processors) - count]
+    assert len(filters) == count
+
+
+def draw(processors, scores):
+    """A token for each row, as the loop draws it."""
+    before, filters = split_processors(processors)
+    return next_token(before(prompt(1, 5).expand(len(scores), 5), scores), True, **filters)
 
 
 @pytest.mark.parametrize("name", LISTS)
 def test_draws_follow_the_processed_probabilities(name):
     """20,000 draws a row: chi-square against transformers' softmax."""
     processors, _ = LISTS[name]
-    ids, scores = prompt(1, 5), make(1, VOCABULARY, scale=2.0)
-    expected = LogitsProcessorList(processors)(ids, scores.clone()).softmax(-1)[0].double()
+    scores = make(1, VOCABULARY, scale=2.0)
+    expected = LogitsProcessorList(processors)(prompt(1, 5), scores.clone()).softmax(-1)[0].double()
     draws = 20000
-    lazy = FusedProcessorList(processors)(ids.expand(draws, 5), scores.repeat(draws, 1))
     torch.manual_seed(0)
-    tokens = torch.multinomial(torch.nn.functional.softmax(lazy, dim=-1), num_samples=1).squeeze(1)
+    tokens = draw(processors, scores.repeat(draws, 1))
     counts = torch.bincount(tokens, minlength=VOCABULARY).double()
     assert (counts[expected == 0] == 0).all()
     likely = expected * draws >= 5
@@ -81,9 +79,9 @@ def test_draws_follow_the_processed_probabilities(name):
 def test_generate_runs_the_fused_sampler(way):
     """Neither torch's multinomial nor a sort or argmax runs, with the model patched or through hf.generate."""
     model = make_model()
-    call = model.generate
     if way == "model.generate":
         apply_torch_fused(model)
+        call = model.generate
     else:
 
         def call(ids, **options):
@@ -225,16 +223,13 @@ def test_an_error_moves_no_generator():
     """What is drawn after an error is what would have been drawn."""
     scores = make(2, VOCABULARY)
     scores[1, 3] = torch.nan
-    lazy = FusedProcessorList([TOP_K])(prompt(2, 5), scores)
     state = torch.get_rng_state()
     with pytest.raises(RuntimeError, match="row 1 has"):
-        torch.multinomial(torch.nn.functional.softmax(lazy, dim=-1), num_samples=1)
+        draw([TOP_K], scores)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_top_p_that_is_reached_exactly():
     """Hugging Face's own regression case: two of the four tokens are drawn."""
     scores = torch.tensor([[0.3, 0.1, 0.1, 0.5]]).log().repeat(400, 1)
-    lazy = FusedProcessorList([TopPLogitsWarper(0.8)])(prompt(400, 5), scores)
-    tokens = torch.multinomial(torch.nn.functional.softmax(lazy, dim=-1), num_samples=1)
-    assert set(tokens.flatten().tolist()) == {0, 3}
+    assert set(draw([TopPLogitsWarper(0.8)], scores).tolist()) == {0, 3}

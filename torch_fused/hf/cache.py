@@ -1,22 +1,17 @@
 """A key / value cache that is written in place, so that a token costs the same however long the sequence is."""
 
 from collections.abc import Callable
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
-from transformers import GenerationMixin, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from ..ops.kv_cache import kv_append_reference, kv_update_
-
-CACHE = "cache"
-"""Transformers' name for the cache, as an argument and in its outputs; before 5.24 it was ``past_key_values``."""
-if CACHE not in signature(GenerationMixin.prepare_inputs_for_generation).parameters:
-    CACHE = "past_key_values"
+from .transformers_private import CACHE as CACHE
 
 ALLOCATE_AT_ONCE = 256 * 2**20
 """Bytes up to which a whole cache is allocated for its final length with the first token; a larger one grows."""
@@ -384,6 +379,8 @@ class FusedKVCache(DynamicCache):
         >>> cache = FusedKVCache(model.config)
         >>> tokens = model.generate(input_ids, cache=cache, max_new_tokens=32)  # past_key_values before 5.24
     """
+
+    is_compileable = False  # as a `DynamicCache` is to `generate`, which asks for that very class
 
     def __init__(self, config: PreTrainedConfig, *, max_cache_len: int | None = None, expected_len: int | None = None):
         if max_cache_len is not None and max_cache_len < 1:

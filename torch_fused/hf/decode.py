@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..ops.decode import LAYER_PARTS, decode_, make_decoder
-from .cache import CACHE, FusedKVCache, FusedLayer
+from .cache import FusedKVCache, FusedLayer
 from .models import FAMILIES, SILU, Family, take_cache
 from .origin import describe, home_of, is_ours, is_own, path_of
+from .transformers_private import CACHE, attention_of, mask_function_of
 from .watch import FUNCTIONS, GLOBAL_HOOKS, Watch, has_hooks
 
 MOST_SEQUENCES = MOST_STEPS = 8
@@ -196,6 +196,8 @@ class Decoder:
         self._check_cache(input_ids, cache)
         plan = self.plan()
         weight = plan.embedding
+        if input_ids.device != weight.device:
+            raise Left(f"the token ids are on {input_ids.device}, the weights on {weight.device}")
         if torch.is_autocast_enabled(weight.device.type):
             _widen(cache, weight.dtype)
         if len(cache.layers) != plan.layers or not cache.is_uniform(weight.dtype, weight.device, input_ids.shape[0]):
@@ -209,12 +211,12 @@ class Decoder:
             raise Left(f"config.num_hidden_layers has become {config.num_hidden_layers}")
         if not getattr(config, "is_causal", True):
             raise Left("config.is_causal is off")
-        implementation = config._attn_implementation
+        implementation = attention_of(config)
         if implementation not in ("eager", "sdpa"):
             raise Left(f"its attention is {implementation!r}")
         home: Any = home_of(type(self.model))
         attention = home.ALL_ATTENTION_FUNCTIONS.get(implementation, home.eager_attention_forward)
-        for function in (attention, ALL_MASK_ATTENTION_FUNCTIONS[implementation]):
+        for function in (attention, mask_function_of(implementation)):
             if not is_own(function):
                 raise Left(f"{implementation} attention is {describe(function)}")
         return plan

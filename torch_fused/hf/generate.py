@@ -8,7 +8,7 @@ from torch import Tensor
 from .inputs import find_model, merge_inputs
 from .loop import generate_by_loop
 from .patch import PatchHandle, lock_of, prepare_cache_for_generation
-from .sampling import get_logits_processor
+from .transformers_private import PREPARE_CACHE
 
 
 def generate(
@@ -42,11 +42,10 @@ def generate(
     model = find_model("generate", model, can="generate")
     generate_kwargs = merge_inputs(inputs, generate_kwargs)
     with lock_of(model), PatchHandle(model) as handle:
-        handle.bind_generation("_prepare_cache_for_generation", prepare_cache_for_generation)
-        handle.bind_generation("_get_logits_processor", get_logits_processor)
+        handle.bind_generation(PREPARE_CACHE, prepare_cache_for_generation)
+        handle.bind_generation("generate", generate_by_loop)
         if decode:
             handle.bind_decoder()
-            handle.bind_generation("generate", generate_by_loop)
         if handle.patched:
             return model.generate(**generate_kwargs)
     return model.generate(**generate_kwargs)  # a patched model serves several threads at a time

@@ -1,42 +1,85 @@
 """The loop over new tokens of a patched model: a step is one op where it can be, and nobody waits for the device."""
 
 import contextlib
+import copy
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationMixin
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria
+from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList, StopStringCriteria
+from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..ops.decode import decode_token_
 from ..ops.sampling import next_token
-from .cache import CACHE
+from . import transformers_private as private
 from .decode import DECODER, Decoder, Left, left_padding, rows_of
-from .sampling import FusedProcessorList
+from .origin import innermost
+from .sampling import split_processors
+from .transformers_private import CACHE
 
-NEEDED_BY_TRANSFORMERS = ("tokenizer", "assistant_tokenizer", "assistant_model", "synced_gpus", "custom_generate")
-"""Arguments of `generate` that ask for another loop; transformers' calls the model, a step of which is one op too."""
+GENERATE = inspect.signature(GenerationMixin.generate)
+ASK_FOR_ANOTHER = ("assistant_tokenizer", "assistant_model", "synced_gpus", "custom_generate")
+"""Arguments of `generate` that ask for another loop."""
+
+LOOK_AT_TOKENS_ALONE = {MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria, StopStringCriteria}
+"""Stopping criteria that may be asked when the next step has begun. A user's own may look at anything."""
 
 
 def generate_by_loop(self, *args: Any, **kwargs: Any) -> Any:
-    """The class's own `generate`, which sets everything up and then calls `token_loop`."""
+    """The class's own `generate`, which calls `token_loop` for the new tokens if that does what is asked."""
+    named = dict(GENERATE.bind(self, *args, **kwargs).arguments)
+    del named["self"]
+    others = named.pop("kwargs", {})
+    if any({**named, **others}.get(name) is not None for name in ASK_FOR_ANOTHER) or not has_common_loop(self):
+        return type(self).generate(self, *args, **kwargs)
+    config = what_is_asked(self, named.get("generation_config"), others)
+    mode, tokenizer = config.get_generation_mode(), others.get("tokenizer")
+    if (
+        mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        or (config.return_dict_in_generate and config.output_scores)  # of which transformers' own tokens are drawn
+        or config.penalty_alpha is not None  # contrastive search, but for a default of top_k
+        or config.token_healing
+        or (config.stop_strings is not None and tokenizer is None)
+    ):
+        return type(self).generate(self, *args, **kwargs)
+    if config.stop_strings is not None:  # `generate` hands no tokenizer on where the loop is not its own
+        stops = StopStringCriteria(tokenizer, config.stop_strings)
+        named["stopping_criteria"] = StoppingCriteriaList([*(named.get("stopping_criteria") or ()), stops])
+        others = {**others, "stop_strings": None}
     decoder = self.__dict__.get(DECODER)
-    asked = any(kwargs.get(name) is not None for name in NEEDED_BY_TRANSFORMERS)
-    if decoder is not None and len(args) <= 4 and not asked and not decoder.why_not():
-        loop = functools.partial(token_loop, decoder=decoder, streamer=kwargs.get("streamer"))
-        kwargs = {**kwargs, "custom_generate": loop}
-    return type(self).generate(self, *args, **kwargs)
+    if decoder is not None and decoder.why_not():
+        decoder = None
+    named["custom_generate"] = functools.partial(token_loop, decoder=decoder, streamer=named.get("streamer"))
+    return type(self).generate(self, **named, **others)
 
 
 # Pipelines and wrappers look at it.
-generate_by_loop.__signature__ = inspect.signature(GenerationMixin.generate)  # type: ignore[attr-defined]
+generate_by_loop.__signature__ = GENERATE  # type: ignore[attr-defined]
+
+
+def what_is_asked(model: Any, given: GenerationConfig | None, arguments: dict[str, Any]) -> GenerationConfig:
+    """As `generate` will find it: by its arguments, its config or else the model's. It refuses itself what is wrong."""
+    config = copy.copy(model.generation_config)
+    if given is not None:
+        vars(config).update({name: value for name, value in vars(given).items() if value is not None})
+    vars(config).update({name: value for name, value in arguments.items() if name in vars(config)})
+    return config
+
+
+def has_common_loop(model: Any) -> bool:
+    """Whether the loop over new tokens is that of all decoders, and no other process waits for its steps."""
+    for name in ("generate", "_sample"):
+        own = innermost(getattr(type(model), name))
+        if own is None or own.__qualname__ != f"GenerationMixin.{name}":
+            return False
+    return not model.config.is_encoder_decoder and not private.is_in_step_with_others(model)
 
 
 def token_loop(
@@ -46,61 +89,45 @@ def token_loop(
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: Any,
-    decoder: Decoder,
+    decoder: Decoder | None,
     streamer: Any = None,
     **model_kwargs: Any,
 ):
-    """The loop over new tokens; what the op cannot give, or another mode of generation, is left to the class's own."""
-    mode = generation_config.get_generation_mode()
-    filters = logits_processor.filters if isinstance(logits_processor, FusedProcessorList) else None
-    wanted = generation_config.return_dict_in_generate and any(
-        getattr(generation_config, f"output_{name}") for name in ("scores", "logits", "attentions", "hidden_states")
-    )
-    ours = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and not wanted
-    if not ours or filters is None:
-        method = GENERATION_MODES_MAPPING[mode]
-        if "/" in method:
-            raise ValueError(f"generate: {mode.value} is not a part of transformers any more: call model.generate")
-        return getattr(type(model), method)(
-            model,
-            input_ids,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            generation_config=generation_config,
-            **({} if streamer is None else {"streamer": streamer}),
-            **model_kwargs,
-        )
-    loop = _Loop(decoder, generation_config.do_sample, filters, model_kwargs)
-    tokens = loop.prefill(input_ids, generation_config)
-    # A user's own criteria may look at anything, so they are asked before the next step begins.
-    kinds = set(map(type, stopping_criteria))
-    ahead = runs_ahead(input_ids.device) and kinds <= {MaxLengthCriteria, EosTokenCriteria}
+    """Greedy or sampled tokens behind `input_ids`, as transformers' own loop would give them."""
+    wanted = [
+        name
+        for name in ("logits", "attentions", "hidden_states")
+        if generation_config.return_dict_in_generate and getattr(generation_config, f"output_{name}")
+    ]
+    loop = _Loop(model, None if wanted else decoder, generation_config, logits_processor, model_kwargs, wanted)
+    tokens = loop.prefill(input_ids)
+    ahead = loop.runs_ahead(input_ids) and set(map(type, stopping_criteria)) <= LOOK_AT_TOKENS_ALONE
     ends = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
+    padding = private.pad_token(generation_config, input_ids.device) if ends else None
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    while True:
-        if ends:  # a sequence that has ended gets padding
-            tokens = torch.where(unfinished, tokens, generation_config._pad_token_tensor)
-        input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-        unfinished = unfinished & ~stopping_criteria(input_ids, None)
-        goes_on, streamed = OnItsWay(unfinished.any()), OnItsWay(tokens)
-        full = stopping_criteria.max_length is not None and input_ids.shape[1] >= stopping_criteria.max_length
-        early = ahead and not full
-        following = loop.decode(tokens, early=True) if early else None
-        if streamer is not None:
-            streamer.put(streamed.get())
-        if full or not goes_on.get():
-            if following is not None:
-                loop.take_back()
-            break
-        if not early:
-            following = loop.decode(tokens)
-        tokens = loop.forward(input_ids) if following is None else following
+    with private.optimized_for_decode(model):
+        while True:
+            if padding is not None:  # a sequence that has ended gets padding
+                tokens = torch.where(unfinished, tokens, padding)
+            input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+            unfinished = unfinished & ~stopping_criteria(input_ids, None)
+            goes_on, streamed = OnItsWay(unfinished.any()), OnItsWay(tokens)
+            full = stopping_criteria.max_length is not None and input_ids.shape[1] >= stopping_criteria.max_length
+            following = loop.early_step(input_ids) if ahead and not full else None
+            if streamer is not None:
+                streamer.put(streamed.get())
+            if full or not goes_on.get():
+                if following is not None:
+                    loop.take_back()
+                break
+            tokens = loop.step(input_ids) if following is None else following
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
         return input_ids
     sequences: Any = input_ids
-    return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: loop.cache})
+    outputs: dict[str, Any] = {name: tuple(values) for name, values in loop.outputs.items()}
+    return GenerateDecoderOnlyOutput(sequences=sequences, **outputs, **{CACHE: loop.cache})
 
 
 def runs_ahead(device: torch.device) -> bool:
@@ -124,22 +151,6 @@ class OnItsWay:
         return self._copy
 
 
-def random_state(device: torch.device) -> Tensor:
-    """Of torch's default generator; a GPU's is on the host too."""
-    if device.type == "cuda":
-        return torch.cuda.get_rng_state(device)
-    return torch.mps.get_rng_state() if device.type == "mps" else torch.get_rng_state()
-
-
-def set_random_state(state: Tensor, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    elif device.type == "mps":
-        torch.mps.set_rng_state(state)
-    else:
-        torch.set_rng_state(state)
-
-
 @dataclass(frozen=True)
 class Place:
     """Where the next tokens belong. Only the first of a generation is read from the device."""
@@ -151,62 +162,98 @@ class Place:
 
 
 class _Loop:
-    """Where a generation stands: what `model.generate` passes from step to step, brought up to date when needed."""
+    """Where a generation stands: what `model.generate` passes from step to step, brought up to date when needed.
 
-    def __init__(self, decoder: Decoder, do_sample: bool, filters: dict[str, Any], model_kwargs: dict[str, Any]):
-        self.decoder = decoder
-        self.model = decoder.model
-        self.do_sample = do_sample
-        self.filters = filters
+    Args:
+        wanted: outputs of each call of the model that are kept.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        decoder: Decoder | None,
+        config: Any,
+        processors: Any,
+        model_kwargs: dict[str, Any],
+        wanted: list[str],
+    ):
+        self.model = model
+        self.config = config
+        self.do_sample = config.do_sample
+        self.processors: Any = processors
+        self.filters: dict[str, Any] = {}
+        if self.do_sample:
+            self.processors, self.filters = split_processors(processors)
+        self.decoder = None if self.processors else decoder
         self.model_kwargs = model_kwargs
+        self.outputs: dict[str, list] = {name: [] for name in wanted}
         self.pending = 0  # tokens that model_kwargs does not know of
+        self._call: Callable = private.compiled_call(model, config, model_kwargs)
         self._place: Place | None = None
         self._random_state: Tensor | None = None
+        self._forward_may_be_early = False
 
     @property
     def cache(self) -> Any:
-        return self.model_kwargs.get(CACHE)
+        return private.cache_in(self.model_kwargs)
 
-    def prefill(self, input_ids: Tensor, generation_config: Any) -> Tensor:
-        outputs = self.model._prefill(
-            input_ids, generation_config, self.model_kwargs, is_first_iteration=not generation_config.is_assistant
+    def prefill(self, input_ids: Tensor) -> Tensor:
+        return self._took(private.prefill(self.model, input_ids, self.config, self.model_kwargs), input_ids)
+
+    def runs_ahead(self, input_ids: Tensor) -> bool:
+        """Whether steps may be early; asked once, after the prompt."""
+        limited = getattr(self.cache, "max_cache_len", None) is not None  # a token too many would be an error
+        self._forward_may_be_early = (
+            not limited and not self.outputs and private.forward_may_be_early(input_ids, self.config, self.cache)
         )
-        return self._took(outputs)
+        return runs_ahead(input_ids.device) and (self.decoder is not None or self._forward_may_be_early)
+
+    def early_step(self, input_ids: Tensor) -> Tensor | None:
+        """The tokens that follow, which `take_back` can undo; None if it could not."""
+        if self.do_sample:
+            self._random_state = torch.get_rng_state()  # the sampler draws from the CPU's generator, on any device
+        following = self.decode(input_ids[:, -1:])
+        return self.forward(input_ids) if following is None and self._forward_may_be_early else following
+
+    def step(self, input_ids: Tensor) -> Tensor:
+        """The tokens that follow."""
+        following = self.decode(input_ids[:, -1:])
+        return self.forward(input_ids) if following is None else following
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """The tokens that follow, from the model's forward."""
-        self.model_kwargs = self.model._update_model_kwargs_for_generation(
-            self._outputs, self.model_kwargs, num_new_tokens=self.pending
-        )
+        if self.pending:
+            outputs = CausalLMOutputWithPast(**{CACHE: self.cache})
+            self.model_kwargs = private.after(self.model, outputs, self.model_kwargs, self.pending)
         new = 1 if self.model_kwargs["use_cache"] else None
         inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **self.model_kwargs)
-        return self._took(self.model(**inputs, return_dict=True))
+        return self._took(self._call(**inputs, return_dict=True), input_ids)
 
-    def _took(self, outputs: Any) -> Tensor:
-        cache = {CACHE: getattr(outputs, CACHE)}
-        self._outputs = CausalLMOutputWithPast(**cache)
-        self.model_kwargs.update(cache)
-        self.pending = 1
+    def _took(self, outputs: Any, input_ids: Tensor) -> Tensor:
+        self.model_kwargs = private.after(self.model, outputs, self.model_kwargs)
+        self.pending = 0
         self._place = None
-        logits = outputs.logits[:, -1].float()
+        # Processors may write what they are given.
+        logits = outputs.logits[:, -1].to(input_ids.device, torch.float32, copy=bool(self.processors or self.outputs))
+        for name, kept in self.outputs.items():
+            kept.append(logits if name == "logits" else outputs[name])
+        if self.processors:
+            logits = self.processors(input_ids, logits.clone() if self.outputs else logits)
         return next_token(logits, self.do_sample, **self.filters)
 
-    def decode(self, tokens: Tensor, early: bool = False) -> Tensor | None:
-        """The tokens that follow, from one op; None if it cannot give them. `early`: it may have to be taken back."""
-        if self.decoder.is_wrapped():
+    def decode(self, last: Tensor) -> Tensor | None:
+        """The tokens that follow, from one op; None if it cannot give them."""
+        decoder = self.decoder
+        if decoder is None or decoder.is_wrapped():
             return None
-        last = tokens[:, None]
         try:
-            plan = self.decoder.check(last, self.cache)
+            plan = decoder.check(last, self.cache)
             place = self._place
             if place is None or place.length != self.cache.get_seq_length():
                 place = self._find_place(last)
-        except Left as left:
-            self.decoder.count(str(left))
-            return None
-        if early and self.do_sample:
-            self._random_state = random_state(last.device)
-        following = self.decoder.step(
+        except Left:
+            return None  # the model's forward, which is asked then, counts the reason
+        following = decoder.step(
             plan,
             decode_token_,
             last,
@@ -222,10 +269,11 @@ class _Loop:
         return following
 
     def take_back(self) -> None:
-        """Undoes the last `decode`, which was early."""
-        self.cache.crop(-1)
+        """Undoes the last step, which was early."""
+        if self.cache is not None:
+            self.cache.crop(-1)
         if self._random_state is not None:
-            set_random_state(self._random_state, self.cache.layers[0].keys.device)
+            torch.set_rng_state(self._random_state)
 
     def _find_place(self, last: Tensor) -> "Place":
         mask, positions = self.model_kwargs.get("attention_mask"), self.model_kwargs.get("position_ids")

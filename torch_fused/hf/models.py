@@ -13,8 +13,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import SiLUActivation
 
 from ..functional import add_rms_norm, apply_rotary_pos_emb, rms_norm, silu_mul
-from .cache import CACHE
 from .origin import function_of, has_own_rotation, home_of
+from .transformers_private import CACHE, KWARGS_REACH_CACHE, attention_of
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,6 @@ FAMILIES = (_family("llama", "Llama"), _family("qwen2", "Qwen2"), _family("qwen3
 
 SILU = {nn.SiLU, SiLUActivation}
 """The classes of the activation that `silu_mul` computes."""
-
-KWARGS_REACH_CACHE = CACHE == "cache"
-"""Whether attention hands the cache what it got itself besides the states, as it does from transformers 5.24 on."""
 
 # Each forward serves only calls that its class's own, as transformers wrote it, would serve alike.
 
@@ -101,7 +98,7 @@ def attention_forward(
         handed = {"kwargs": kwargs} if KWARGS_REACH_CACHE else {}  # which the cache may change
         k, v = held.update(k, v, self.layer_idx, **handed)
     window = {"sliding_window": self.sliding_window} if hasattr(self, "sliding_window") else {}
-    attend = home.ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, home.eager_attention_forward)
+    attend = home.ALL_ATTENTION_FUNCTIONS.get_interface(attention_of(self.config), home.eager_attention_forward)
     dropout = self.attention_dropout if self.training else 0.0
     attended, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **window, **kwargs)
     return self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1)), weights

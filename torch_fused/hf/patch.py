@@ -21,7 +21,7 @@ from .inputs import find_model
 from .loop import generate_by_loop
 from .models import DECODER_LAYERS, FAMILIES, MLPS, RMS_NORMS, ROTARY, Forwards
 from .origin import Bound, describe, function_of, home_of, is_ours, path_of
-from .sampling import get_logits_processor
+from .transformers_private import PREPARE_CACHE, prepare_cache
 
 HANDLE = "_torch_fused_handle"
 """The attribute of a patched model that holds its `PatchHandle`."""
@@ -224,10 +224,12 @@ def apply_torch_fused(
         cache: ``generate()`` uses a :class:`FusedKVCache` where it would make a ``DynamicCache``, and so does a call of
             the model without gradients and without a cache, if ``decode`` can go on from it. Your own cache, another
             ``cache_implementation`` and ``use_cache=False`` are respected.
-        sampler: ``generate()`` picks tokens with :func:`torch_fused.sampling.greedy` and
-            :func:`torch_fused.sampling.sample`, which take over temperature, top-k, top-p and min-p; other processors
-            run as before. What is drawn follows ``torch.manual_seed`` but is another draw than transformers' from the
-            same probabilities.
+        sampler: the loop of ``generate()`` is ours, for greedy and sampled tokens: it picks them with
+            :func:`torch_fused.sampling.greedy` and :func:`torch_fused.sampling.sample`, which take over temperature,
+            top-k, top-p and min-p; other processors run as before. What is drawn follows ``torch.manual_seed`` but is
+            another draw than transformers' from the same probabilities. Beams, assisted generation and
+            ``output_scores`` are transformers' own. Where transformers compiles the model, as for a static cache on a
+            GPU, so does this loop.
         decode: with a `FusedKVCache`, up to 8 new tokens of up to 8 sequences go through the whole model in one op,
             several times as fast. The op keeps float32 between the weights, so in float32 the tokens are transformers'
             own, and in bfloat16, float16 and under autocast the logits, which are then float32, are nearer to the
@@ -287,11 +289,10 @@ def apply_torch_fused(
             if mlp:
                 handle.bind_forwards(MLPS)
             if cache:
-                handle.bind_generation("_prepare_cache_for_generation", prepare_cache_for_generation)
-            if sampler:
-                handle.bind_generation("_get_logits_processor", get_logits_processor)
+                handle.bind_generation(PREPARE_CACHE, prepare_cache_for_generation)
             if decode:
                 handle.bind_decoder(gives_cache=cache)
+            if sampler:
                 handle.bind_generation("generate", generate_by_loop)
             if norms or rotary or mlp or decode:
                 handle.tell_other_families()
@@ -309,9 +310,7 @@ def prepare_cache_for_generation(
 ) -> None:
     """The class's own method; then a `FusedKVCache` instead of the `DynamicCache` that it made, if it made one."""
     user_cache = model_kwargs.get(CACHE)
-    type(self)._prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    )
+    prepare_cache(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     cache = model_kwargs.get(CACHE)
     if user_cache is not None or type(cache) is not DynamicCache or cache.offloading:
         return

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from .origin import home_of
+from .transformers_private import IDLE_HOOK
 
 GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
 FUNCTIONS = (
@@ -74,7 +75,7 @@ def _is_idle(hook: Any) -> bool:
 
 _IDLE = {
     # From the first call that asks for hidden states or attentions on.
-    ("transformers.utils.output_capturing", "output_capturing_hook"),
+    IDLE_HOOK,
     # From enable_input_require_grads, and what trainers of adapters do instead.
     ("transformers.modeling_utils", "make_inputs_require_grads"),
     ("peft.peft_model", "make_inputs_require_grad"),
