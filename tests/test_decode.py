@@ -12,7 +12,16 @@ import torch.autograd.forward_ad as forward_ad
 from torch.library import opcheck
 
 from torch_fused.metal import emulate
-from torch_fused.ops.decode import LAYER_PARTS, DecoderParts, decode_, decode_reference, decode_token_, make_decoder
+from torch_fused.ops.decode import (
+    LAYER_PARTS,
+    DecoderParts,
+    Packed,
+    decode_,
+    decode_reference,
+    decode_token_,
+    make_decoder,
+)
+from torch_fused.ops.quantized import dequantize_reference, quantize
 from torch_fused.testing import HALF_ULP, make, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -105,6 +114,7 @@ class Step:
             "eps": 1e-6,
             "scaling": shape.head_dim**-0.5,
             "windows": self.windows or [0] * shape.layers,
+            "int8_products": False,
         }
 
     def weight(self, *size: int, around: float = 0.0) -> torch.Tensor:
@@ -125,7 +135,7 @@ class Step:
     def exact(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The logits in float64, and the caches that the reference has written."""
         args = {name: _double(value) for name, value in self.args.items()}
-        model = WideDecoder(**{name: _double(value) for name, value in self.model.items()})
+        model = WideDecoder(groups=[], **{name: _double(value) for name, value in self.model.items()})
         return decode_reference(model, *args.values()), [*args["keys"], *args["values"]]
 
     def check(self, **changes) -> None:
@@ -144,17 +154,39 @@ class Step:
             assert torch.equal(cache.double(), expected)
 
 
+class PackedDense(Packed):
+    """A packed matrix that knows what it holds, in float64."""
+
+    dense: torch.Tensor
+
+
+def packed(weight: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor, dense: torch.Tensor) -> PackedDense:
+    matrix = PackedDense(weight, scales, biases)
+    matrix.dense = dense
+    return matrix
+
+
+def pack(matrix: torch.Tensor, bits: int, group_size: int) -> PackedDense:
+    size = {"bits": bits, "group_size": group_size}
+    parts = quantize(matrix, **size)
+    return packed(*parts, dequantize_reference(*parts, **size, dtype=torch.float64))
+
+
 class WideDecoder(DecoderParts):
     """A model in float64, which the op does not take."""
 
 
 def _on(device, value):
+    if isinstance(value, Packed):
+        return packed(*(part.to(device) for part in value), value.dense)
     if isinstance(value, list):
         return [_on(device, item) for item in value]
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _double(value):
+    if isinstance(value, Packed):
+        return value.dense.double()
     if isinstance(value, list):
         return [_double(item) for item in value]
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value

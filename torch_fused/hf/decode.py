@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..ops.decode import LAYER_PARTS, decode_, make_decoder
+from ..nn import QuantizedEmbedding, QuantizedLinear
+from ..ops.decode import LAYER_PARTS, Matrix, Packed, decode_, make_decoder
 from .cache import FusedKVCache, FusedLayer
 from .models import FAMILIES, SILU, Family, take_cache
 from .origin import describe, home_of, is_ours, is_own, path_of
@@ -55,7 +56,8 @@ class Plan:
     """What the op takes of a model."""
 
     decoder: Any  # a torch.classes.torch_fused.Decoder
-    embedding: Tensor
+    dtype: torch.dtype  # of the model's vectors, its rotary tables and the cache
+    device: torch.device
     rotary: Any
     layers: int
     dropout: list[nn.Module]  # the attentions that have it
@@ -66,9 +68,9 @@ class Plan:
         """The model's own tables for at least that many positions, ``(positions, rotary_dim)``."""
         tables = self.tables
         if tables is None or tables[0].shape[0] < positions or not self._has_frequencies():
-            many = torch.arange(max(256, 1 << (positions - 1).bit_length()), device=self.embedding.device)[None]
+            many = torch.arange(max(256, 1 << (positions - 1).bit_length()), device=self.device)[None]
             with torch.no_grad():
-                cos, sin = self.rotary(self.embedding.new_empty(0), many)
+                cos, sin = self.rotary(torch.empty(0, dtype=self.dtype, device=self.device), many)
             self.tables = tables = cos[0].contiguous(), sin[0].contiguous()
             inv_freq = self.rotary.inv_freq
             # Comparing values would wait for a GPU: there, the tensor and torch's count of the writes to it.
@@ -195,12 +197,11 @@ class Decoder:
         """The plan, if the call is one for the op; raises `Left`."""
         self._check_cache(input_ids, cache)
         plan = self.plan()
-        weight = plan.embedding
-        if input_ids.device != weight.device:
-            raise Left(f"the token ids are on {input_ids.device}, the weights on {weight.device}")
-        if torch.is_autocast_enabled(weight.device.type):
-            _widen(cache, weight.dtype)
-        if len(cache.layers) != plan.layers or not cache.is_uniform(weight.dtype, weight.device, input_ids.shape[0]):
+        if input_ids.device != plan.device:
+            raise Left(f"the token ids are on {input_ids.device}, the weights on {plan.device}")
+        if torch.is_autocast_enabled(plan.device.type):
+            _widen(cache, plan.dtype)
+        if len(cache.layers) != plan.layers or not cache.is_uniform(plan.dtype, plan.device, input_ids.shape[0]):
             raise Left("the cache has another dtype, device, number of layers or another batch size, or layers differ")
         if self.needs_gradients():
             raise Left("gradients are enabled")
@@ -389,15 +390,15 @@ def _read(model: Any) -> Plan:
             raise Left(f"{home.__name__}.{name} has been replaced by {describe(getattr(home, name))}")
     base = reader.child(model, "model", family.model)
     layers = list(base.layers[: model.config.num_hidden_layers])
-    embedding = reader.child(base, "embed_tokens", nn.Embedding)
-    if embedding.max_norm is not None:
+    embedding = reader.child(base, "embed_tokens", nn.Embedding, QuantizedEmbedding)
+    if getattr(embedding, "max_norm", None) is not None:
         raise Left("model.embed_tokens has a max_norm")
     rotary = reader.child(base, "rotary_emb", family.rotary_embedding)
     if rotary.inv_freq.requires_grad:
         raise Left("its rotary frequencies are trained")
     if "dynamic" in rotary.rope_type or rotary.rope_type == "longrope":
         raise Left(f"its rotary embedding is {rotary.rope_type!r}, whose angles depend on the length")
-    parts: list[Tensor | None] = []
+    parts: list[Matrix | None] = []
     attentions = []
     for layer in layers:
         if path_of(layer) != family.class_path(family.decoder_layer):
@@ -423,7 +424,7 @@ def _read(model: Any) -> Plan:
             raise Left("its feed-forward layers have biases")
         parts += [found[name] for name in LAYER_PARTS]
     weights = {
-        "embedding": reader.parameter(embedding, "weight"),
+        "embedding": reader.matrix(embedding),
         "layers": parts,
         "norm": reader.norm(base, "norm"),
         **reader.linear(model, head="lm_head"),
@@ -434,6 +435,10 @@ def _read(model: Any) -> Plan:
     weights["eps"] = _only("epsilons of norms", reader.epsilons)
     weights["scaling"] = _only("scalings of attention", [attention.scaling for attention in attentions])
     dtype, device = _only("dtypes or devices", {(tensor.dtype, tensor.device) for tensor in reader.tensors})
+    if any(tensor.device != device for tensor in reader.packed):
+        raise Left(f"not all of its packed matrices are on {device}")
+    if isinstance(embedding, QuantizedEmbedding) and (embedding.output_dtype or embedding.scales.dtype) != dtype:
+        raise Left(f"embed_tokens gives another dtype than the norms' {dtype}")
     if dtype not in DTYPES or device.type not in DEVICES:
         raise Left(f"its weights are {dtype} on {device}")
     if device.type != "cpu" and attentions[0].head_dim > MOST_HEAD_DIM:
@@ -448,7 +453,7 @@ def _read(model: Any) -> Plan:
         decoder = make_decoder(**weights)
     except RuntimeError as error:
         raise Left(str(error)) from None
-    return Plan(decoder, weights["embedding"], rotary, len(layers), dropout)
+    return Plan(decoder, dtype, device, rotary, len(layers), dropout)
 
 
 class _Reader:
@@ -458,13 +463,14 @@ class _Reader:
         self.family = family
         self.epsilons: list[float] = []
         self.tensors: list[Tensor] = []
+        self.packed: list[Tensor] = []  # codes, scales and biases
 
-    def child(self, parent: nn.Module, name: str, expected: str | type) -> Any:
+    def child(self, parent: nn.Module, name: str, *expected: str | type) -> Any:
         module = getattr(parent, name)
-        if isinstance(expected, str):
-            plain = path_of(module) == self.family.class_path(expected)
+        if isinstance(expected[0], str):
+            plain = path_of(module) == self.family.class_path(expected[0])
         else:
-            plain = type(module) is expected
+            plain = type(module) in expected
         if not plain:
             raise Left(f"{name} is a {_name(module)}")
         _reject_foreign_forward(name, module)
@@ -475,23 +481,33 @@ class _Reader:
         self.epsilons.append(norm.variance_epsilon)
         return self.parameter(norm, "weight")
 
-    def linear(self, parent: nn.Module, **names: str) -> dict[str, Tensor | None]:
+    def linear(self, parent: nn.Module, **names: str) -> dict[str, Matrix | None]:
         """The weights and biases of linear layers, by the op's name for each."""
-        found: dict[str, Tensor | None] = {}
+        found: dict[str, Matrix | None] = {}
         for part, name in names.items():
-            layer = self.child(parent, name, nn.Linear)
-            found[part] = self.parameter(layer, "weight")
+            layer = self.child(parent, name, nn.Linear, QuantizedLinear)
+            found[part] = self.matrix(layer)
             found[f"{part}_bias"] = None if layer.bias is None else self.parameter(layer, "bias")
         return found
 
+    def matrix(self, module: nn.Module) -> Matrix:
+        if not isinstance(module, QuantizedLinear | QuantizedEmbedding):
+            return self.parameter(module, "weight")
+        packed = Packed(*(self.tensor(module, name) for name in Packed._fields))
+        self.packed += packed
+        return packed
+
     def parameter(self, module: nn.Module, name: str) -> Tensor:
+        self.tensors.append(self.tensor(module, name))
+        return self.tensors[-1]
+
+    def tensor(self, module: nn.Module, name: str) -> Tensor:
         tensor = getattr(module, name)
         # A subclass holds its values in another way: quantised, or sharded over devices.
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
             raise Left(f"a weight of {_name(module)} is a {_name(tensor)}")
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise Left(f"a weight of {_name(module)} has strides {tensor.stride()}")
-        self.tensors.append(tensor)
         return tensor
 
 

@@ -87,13 +87,13 @@ def is_own(function: Any, *modules: str) -> bool:
 
 
 def innermost(function: Any) -> FunctionType | None:
-    """What transformers' decorators hold, if it is what a module of transformers or torch defines; else None."""
+    """What transformers' decorators hold, if a module of transformers, torch or ours defines it; else None."""
     while hasattr(function, "__wrapped__"):
         if not _file(function).startswith(_DECORATORS):
             return None
         function = function.__wrapped__
     home = sys.modules.get(getattr(function, "__module__", None) or "")
-    if home is None or home.__name__.partition(".")[0] not in ("transformers", "torch"):
+    if home is None or home.__name__.partition(".")[0] not in ("transformers", "torch", "torch_fused"):
         return None
     return function if _file(function) == home.__file__ else None
 

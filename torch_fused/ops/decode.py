@@ -89,8 +89,8 @@ def make_decoder(
     """A Llama-like decoder as :func:`decode_` takes it: checked here, once, and read where it is from then on.
 
     The decoder is Llama's, Qwen2's or Qwen3's: RMS norm, attention with rotary positions and grouped queries, SwiGLU.
-    Each tensor may have a dtype of its own, float32, float16 or bfloat16; those of ``gate`` and ``up`` are the same. Any
-    matrix may be packed instead, a ``Packed(weight, scales, biases)`` of 4 or 8 bits; ``gate`` and ``up`` alike.
+    Each tensor may have a dtype of its own, float32, float16 or bfloat16; those of ``gate`` and ``up`` are the same.
+    Any matrix may be packed instead, a ``Packed(weight, scales, biases)`` of 4 or 8 bits; ``gate`` and ``up`` alike.
 
     Args:
         embedding: ``(vocabulary, hidden)``.
@@ -124,15 +124,12 @@ def make_decoder(
         groups.extend((matrix.scales, matrix.biases))
         return matrix.weight
 
-    embedding, head, layers = take(embedding), take(head), [take(part) for part in layers]
-    return torch.classes.torch_fused.Decoder(
-        embedding, layers, norm, head, groups, heads, eps, scaling, list(windows), int8_products
-    )
+    parts = take(embedding), [], norm, take(head), groups  # in the order of their groups
+    parts[1].extend(map(take, layers))
+    return torch.classes.torch_fused.Decoder(*parts, heads, eps, scaling, list(windows), int8_products)
 
 
-def _unpack(
-    parts: Sequence[Tensor | None], norm: Tensor, groups: Sequence[Tensor]
-) -> Iterator[Tensor | None]:
+def _unpack(parts: Sequence[Tensor | None], norm: Tensor, groups: Sequence[Tensor]) -> Iterator[Tensor | None]:
     """The embedding, the head and the parts of layers, the packed ones in the norm's dtype."""
     rest = iter(groups)
     names = ("embedding", "head", *LAYER_PARTS * (len(parts) // len(LAYER_PARTS)))

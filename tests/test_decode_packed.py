@@ -1,0 +1,152 @@
+"""decode_ with packed matrices computes what it does with the matrices that they hold."""
+
+import pytest
+import torch
+from test_decode import DTYPES, Packed, Shape, Step, pack
+
+from torch_fused.metal import emulate
+from torch_fused.ops.decode import LAYER_PARTS, decode_, decode_reference, make_decoder
+from torch_fused.ops.quantized import quantize
+from torch_fused.testing import relative_error
+
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def shape_for(family: str = "qwen2", group_size: int = 32) -> Shape:
+    """Sizes that groups divide; neither hidden nor intermediate is a whole block of a kernel."""
+    return Shape(
+        family, hidden=3 * group_size, heads=4, head_dim=group_size, intermediate=5 * group_size, rotary_dim=16
+    )
+
+
+def packed_step(bits=4, group_size=32, only=(*MATRICES, "embedding", "head"), family="qwen2", **options) -> Step:
+    """A step of a model whose matrices named by `only` are packed."""
+    step = Step(shape_for(family, group_size), **options)
+    names = LAYER_PARTS * step.shape.layers
+    step.model["layers"] = [
+        pack(part, bits, group_size) if name in only else part
+        for name, part in zip(names, step.model["layers"], strict=True)
+    ]
+    for name in {"embedding", "head"} & {*only}:
+        step.model[name] = pack(step.model[name], bits, group_size)
+    return step
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_all_packed(backend, bits, group_size, dtype):
+    packed_step(bits, group_size, dtype=dtype, device=backend.device).check()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "biased"])
+@pytest.mark.parametrize(("batch", "steps", "length"), [(1, 1, 200), (3, 1, 33), (2, 4, 70), (8, 8, 5)])
+def test_families_and_sizes(backend, family, batch, steps, length):
+    """One vector and several, one chunk of the context and several."""
+    starts = None if batch == 1 else [i % 3 for i in range(batch)]
+    packed_step(family=family, batch=batch, steps=steps, length=length, starts=starts, device=backend.device).check()
+
+
+@pytest.mark.parametrize("only", [("q",), ("k", "v"), ("o",), ("gate", "up"), ("down",), ("embedding",), ("head",)])
+def test_some_packed(backend, only):
+    packed_step(8, only=only, length=100, device=backend.device).check()
+
+
+def test_formats_of_their_own(backend):
+    """Bits, groups and dtypes of scales differ from matrix to matrix, and from the norms' dtype."""
+    step = packed_step(only=(), group_size=128, length=100, device=backend.device)
+    sizes = {"q": (4, 32), "k": (8, 64), "v": (4, 128), "o": (8, 32), "gate": (4, 64), "up": (4, 64), "down": (8, 128)}
+    dtypes = {"q": torch.float16, "o": torch.bfloat16, "gate": torch.float16, "up": torch.float16}
+    step.model["layers"] = [
+        pack(part.to(dtypes.get(name, torch.float32)), *sizes[name]) if name in sizes else part
+        for name, part in zip(LAYER_PARTS * 2, step.model["layers"], strict=True)
+    ]
+    step.model["embedding"] = pack(step.model["embedding"].half(), 4, 32)
+    step.model["head"] = pack(step.model["head"].bfloat16(), 8, 64)
+    step.check()
+
+
+def test_tied_head(backend):
+    step = packed_step(device=backend.device)
+    step.model["head"] = step.model["embedding"]
+    step.check()
+
+
+def test_parts_of_larger_tensors(backend):
+    """Rows that lie apart, and start anywhere, are read in place."""
+    step = packed_step(device=backend.device, length=100)
+    for part in step.model["layers"]:
+        if isinstance(part, Packed):
+            apart = [torch.cat([t, t], 1)[:, : t.shape[1]] for t in part]
+            assert not any(t.is_contiguous() for t in apart)
+            step.model["layers"][step.model["layers"].index(part)] = type(part)(*apart)
+    dense = [part.dense if isinstance(part, Packed) else part for part in packed_step(length=100).model["layers"]]
+    exact = Step(step.shape, length=100)
+    exact.model.update(layers=dense, embedding=step.model["embedding"].dense, head=step.model["head"].dense)
+    expected, _ = exact.exact()
+    assert relative_error(decode_(make_decoder(**step.model), **step.args), expected) < 1e-5
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("batch", "steps"), [(1, 1), (3, 4)])
+def test_int8_products(bits, batch, steps):
+    """Vectors rounded to int8 cost a CPU's logits at most a hundredth."""
+    step = packed_step(bits, batch=batch, steps=steps)
+    exact, _ = step.exact()
+    assert 1e-5 < relative_error(step.run(int8_products=True), exact) < 1e-2
+
+
+def test_reference():
+    step = packed_step(8, length=20)
+    exact, _ = step.exact()
+    model = make_decoder(**step.model)
+    assert relative_error(decode_reference(model, *step.args.values()), exact) < 1e-5
+
+
+@pytest.mark.parametrize("schedule", ["reversed", "random", "preemptive"])
+def test_schedules(schedule):
+    step = packed_step(batch=2, length=70)
+    exact, _ = step.exact()
+    with emulate(schedule=schedule):
+        assert relative_error(decode_(make_decoder(**step.model), **step.args), exact) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w, s, b: (w[:, :-1], s, b), "q of layer 1 must have rows of 96 codes of 4 or 8 bits, got 11 words"),
+        (lambda w, s, b: (w[:-1], s, b), "q of layer 1 must have shape"),
+        (lambda w, s, b: (w, s[:, :-1], b), "scales of q of layer 1 must be one for each 32, 64 or 128"),
+        (lambda w, s, b: (w, s[:-1], b), "scales of q of layer 1 must have shape"),
+        (lambda w, s, b: (w, s, b[:, :-1]), "biases of q of layer 1 must have shape"),
+        (lambda w, s, b: (w, s.double(), b), "scales of q of layer 1 must be float32"),
+        (lambda w, s, b: (w, s, b.half()), "biases of q of layer 1 must have the dtype of its scales"),
+        (lambda w, s, b: (w.view(torch.int32), s, b), "q of layer 1 must have shape|q of layer 1 must be float32"),
+    ],
+)
+def test_bad_matrices(change, message):
+    step = packed_step()
+    at = len(LAYER_PARTS) + LAYER_PARTS.index("q")
+    step.model["layers"][at] = Packed(*change(*step.model["layers"][at]))
+    with pytest.raises(RuntimeError, match=f"Decoder: ({message})"):
+        make_decoder(**step.model)
+
+
+def test_gate_and_up_are_alike():
+    step = packed_step()
+    at = LAYER_PARTS.index("up")
+    step.model["layers"][at] = pack(step.model["layers"][at].dense.float(), 8, 32)
+    with pytest.raises(RuntimeError, match="Decoder: up of layer 0 must be packed as gate is"):
+        make_decoder(**step.model)
+
+
+def test_groups_of_no_matrix():
+    step = packed_step()
+    _, scales, biases = quantize(torch.zeros(2, 32), group_size=32)
+    arguments = list(make_decoder(**step.model).arguments())
+    arguments[4] = [*arguments[4], scales, biases]
+    with pytest.raises(RuntimeError, match="Decoder: groups must have two tensors for each packed matrix"):
+        torch.classes.torch_fused.Decoder(*arguments)
+    arguments[4] = arguments[4][:-4]
+    with pytest.raises(RuntimeError, match="Decoder: groups must have the scales and the biases of down of layer 1"):
+        torch.classes.torch_fused.Decoder(*arguments)
