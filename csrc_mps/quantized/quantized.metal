@@ -84,7 +84,6 @@ void quantized_unpack(device const uint* weight [[buffer(0)]], device const usho
   constexpr int N = kUnpackedColumns;
   const long row = group / p.groups;
   const uint column = (group % p.groups * threads + thread_id) * N;
-  if (column >= p.cols) return;
   const PackedRow from = packed_row(weight, scales, biases, row, p.weight_stride, p.scales_stride, p.biases_stride,
                                     p.scale_format);
   PackedPack<BITS, N> pack;

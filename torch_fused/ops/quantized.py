@@ -123,19 +123,35 @@ def _quantized_linear_fake(x, weight, scales, biases, bias=None, *, bits, group_
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-register("dequantize", reference=dequantize_reference, fake=_dequantize_fake, batched=dequantize_reference)
+register("dequantize", reference=dequantize_reference, fake=_dequantize_fake)
 register("quantized_linear", reference=quantized_linear_reference, fake=_quantized_linear_fake)
+
+
+def _dequantize_vmap(info, in_dims, *packed, **options):
+    """A batch is one more leading dimension."""
+    return _dequantize(*map(partial(leading, info), packed, in_dims), **options), 0
+
+
+torch.library.register_vmap("torch_fused::dequantize", _dequantize_vmap)
 
 
 @torch.library.register_vmap("torch_fused::quantized_linear")
 def _quantized_linear_vmap(info, in_dims, x, weight, scales, biases, bias=None, *, bits, group_size):
-    """A batch of vectors is one more leading dimension; of matrices, torch's product."""
+    """A batch of vectors is one more leading dimension; a batch of matrices is unpacked."""
     options = {"bits": bits, "group_size": group_size}
-    tensors = (x, weight, scales, biases, bias)
-    if any(dim is not None for dim in in_dims[1:]):
-        run_first(_quantized_linear, info, in_dims, *tensors, **options)
-        return torch.vmap(partial(quantized_linear_reference, **options), in_dims)(*tensors), 0
-    return _quantized_linear(leading(info, x, in_dims[0]), *tensors[1:], **options), 0
+    run_first(_quantized_linear, info, in_dims, *(x, weight, scales, biases, bias)[: len(in_dims)], **options)
+    packed, x = (weight, scales, biases), leading(info, x, in_dims[0])
+    if all(dim is None for dim in in_dims[1:]):
+        return _quantized_linear(x, *packed, bias, **options), 0
+    if all(dim is None for dim in in_dims[1:4]):
+        result = _quantized_linear(x, *packed, **options)
+    else:
+        matrices, _ = _dequantize_vmap(info, in_dims[1:4], *packed, **options, dtype=x.dtype)
+        result = (x.reshape(len(x), -1, x.shape[-1]) @ matrices.mT).view(*x.shape[:-1], matrices.shape[-2])
+    if bias is not None:
+        bias = leading(info, bias, in_dims[4])
+        result = result + bias.view(len(bias), *[1] * (x.dim() - 2), -1)
+    return result, 0
 
 
 def dequantize(
