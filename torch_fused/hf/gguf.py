@@ -8,13 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils.logging import tqdm
 
 from .quantization import TorchFusedConfig
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+SIZES = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+}
+"""A config's names -> the file's."""
 
 
 def load_gguf(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
@@ -46,11 +55,11 @@ def load_gguf(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None)
     """
     path = Path(path)
     reader = _read(path)
-    config, tensors = _config(path, reader), {tensor.name: tensor for tensor in reader.tensors}
+    config = _config(path, reader)
     dtype = dtype or torch.float32
     with torch.device("meta"):
         empty: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    places = _places(path, empty, tensors)
+    places = _places(path, empty, {tensor.name: tensor for tensor in reader.tensors})
     for scales_dtype in (torch.float16, torch.float32):
         state, formats, errors = _convert(empty, places, scales_dtype, dtype)
         if all(bool(t.isfinite().all()) for name, t in state.items() if name.endswith((".scales", ".biases"))):
@@ -58,7 +67,7 @@ def load_gguf(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None)
     others = {name: form for name, form in formats.items() if form != {"bits": 4}}
     quantization = TorchFusedConfig(4, 32, per_module=others, scales_dtype=scales_dtype)
     config.quantization_config = quantization.to_dict()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
     model = type(empty).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     model.hf_quantizer.report.errors = errors
     if errors:
@@ -72,27 +81,57 @@ def load_gguf(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None)
 
 
 def _read(path: Path) -> Any:
+    import numpy
     from gguf import GGUFReader
+
+    class Reader(GGUFReader):
+        def _get(self, *args: Any, **kwargs: Any) -> Any:
+            # Many small slices, of which those of a memmap are slow.
+            self.data: Any = self.data.view(numpy.ndarray)
+            return super()._get(*args, **kwargs)
 
     if not path.is_file():
         raise RuntimeError(f"load_gguf: {path}: there is no such file")
     try:
-        return GGUFReader(path)
+        return Reader(path)
     except (ValueError, IndexError, KeyError) as error:
         raise RuntimeError(f"load_gguf: {path}: it is no whole GGUF file: {error}") from error
 
 
 def _config(path: Path, reader: Any) -> Any:
-    field = reader.get_field("general.architecture")
-    architecture = field.contents() if field else None
-    if architecture not in ARCHITECTURES:
+    def get(key: str, default: Any = None) -> Any:
+        field = reader.get_field(key)
+        return default if field is None else field.contents()
+
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    kind = get("general.architecture")
+    if kind not in ARCHITECTURES:
         raise RuntimeError(
-            f"load_gguf: {path}: the architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}"
+            f"load_gguf: {path}: the architecture must be one of {', '.join(ARCHITECTURES)}, got {kind!r}"
         )
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    for tensor in reader.tensors:
-        if tensor.name == "rope_freqs.weight":
-            config.rope_parameters = _llama3_rope(path, config, torch.from_numpy(tensor.data.copy()))
+    sizes = {name: get(f"{kind}.{key}") for name, key in SIZES.items()}
+    absent = [f"{kind}.{SIZES[name]}" for name, size in sizes.items() if size is None]
+    if absent or "token_embd.weight" not in tensors:
+        raise RuntimeError(f"load_gguf: {path}: it has no {absent[0] if absent else 'tensor token_embd.weight'}")
+    heads = sizes["num_attention_heads"]
+    head_dim = get(f"{kind}.attention.key_length", sizes["hidden_size"] // heads)
+    scaling = get(f"{kind}.rope.scaling.type", "none")
+    if scaling != "none" or get(f"{kind}.rope.dimension_count", head_dim) != head_dim:
+        raise RuntimeError(f"load_gguf: {path}: its rotary embedding is scaled ({scaling}) or partial")
+    config = AutoConfig.for_model(
+        kind,
+        **sizes,
+        vocab_size=int(tensors["token_embd.weight"].shape[1]),
+        num_key_value_heads=get(f"{kind}.attention.head_count_kv", heads),
+        head_dim=head_dim,
+        rope_parameters={"rope_type": "default", "rope_theta": get(f"{kind}.rope.freq_base", 10000.0)},
+        tie_word_embeddings="output.weight" not in tensors,
+        attention_bias="blk.0.attn_q.bias" in tensors,
+        **{f"{name}_token_id": get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")},
+        pad_token_id=get("tokenizer.ggml.padding_token_id"),
+    )
+    if "rope_freqs.weight" in tensors:
+        config.rope_parameters = _llama3_rope(path, config, torch.from_numpy(tensors["rope_freqs.weight"].data.copy()))
     return config
 
 
@@ -102,7 +141,7 @@ def _llama3_rope(path: Path, config: Any, divisors: Tensor) -> dict[str, Any]:
     rope = {
         **plain,
         "rope_type": "llama3",
-        "factor": float(divisors.max()),
+        "factor": round(float(divisors.max()), 3),
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
@@ -160,7 +199,7 @@ def _convert(
     formats: dict[str, Any] = {}
     errors = {}
     for key, tensor in tqdm(places.items(), desc="Reading weights"):
-        module = key.rpartition(".")[0]
+        module, _, part = key.rpartition(".")
         rows = _rows(model.config, key)
         if tensor.tensor_type in BLOCK_BYTES:
             packed = pack(torch.from_numpy(tensor.data.copy())[rows], tensor.tensor_type, scales_dtype)
@@ -170,7 +209,7 @@ def _convert(
                 errors[module] = packed.error
         else:
             state[key] = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())[rows].to(dtype)
-            if isinstance(model.get_submodule(module), (nn.Linear, nn.Embedding)):
+            if part == "weight" and isinstance(model.get_submodule(module), (nn.Linear, nn.Embedding)):
                 formats[module] = False
     for head, owner in _ties(model):
         formats[head] = formats[owner]
@@ -187,5 +226,4 @@ def _rows(config: Any, key: str) -> Any:
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(key.split(".")[-2])
     if heads is None or config.model_type != "llama":
         return slice(None)
-    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-    return torch.arange(heads * head_dim).view(heads, head_dim // 2, 2).transpose(1, 2).flatten()
+    return torch.arange(heads * config.head_dim).view(heads, config.head_dim // 2, 2).transpose(1, 2).flatten()
