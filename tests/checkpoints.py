@@ -53,7 +53,7 @@ def write_gguf(path: Path, model, types=None, rope_freqs=None, **changes) -> dic
     writer.add_float32(f"{arch}.rope.freq_base", config.rope_parameters["rope_theta"])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(BYTES[: config.vocab_size - 1] + ["Ġt"])
+    writer.add_token_list([*BYTES[: config.vocab_size - 1], "Ġt"])
     writer.add_token_merges(["Ġ t"])
     writer.add_eos_token_id(0)
     if rope_freqs is not None:
@@ -94,7 +94,7 @@ def write_mlx(folder: Path, model, quantization: dict, dense=(), twice: bool = T
     (folder / "config.json").write_text(json.dumps(config))
     tensors = {}
     for key, value in model.state_dict().items():
-        name, _, part = key.rpartition(".")
+        name = key.rpartition(".")[0]
         if key == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
         if value.dim() != 2 or name in dense:

@@ -71,7 +71,7 @@ def _read_pickle(file: str) -> list[Stored]:
 
 
 def check_packed(model: PreTrainedModel, stored: dict[str, Stored], packed: dict[str, Any]) -> None:
-    """Raises RuntimeError if a tensor of a packed module is missing or wrong, or has no module; the message names it."""
+    """Raises RuntimeError, which names the tensor, if one of a packed module is missing or wrong or has no module."""
     for name, module in packed.items():
         for part in ("weight", "scales", "biases"):
             expected = getattr(module, part)

@@ -52,8 +52,8 @@ def pack(data: Tensor, kind: Any, scales_dtype: torch.dtype) -> Packed:
     blocks = data.unflatten(-1, (-1, BLOCK_BYTES[kind]))
     if kind == Type.Q6_K:
         exact = _q6_k(blocks)
-        packed = quantize(exact.to(scales_dtype), bits=8, group_size=GROUP_SIZE)
-        return _with_error(Packed(8, *packed, 0.0), exact)
+        anew = quantize(exact.to(scales_dtype), bits=8, group_size=GROUP_SIZE)
+        return _with_error(Packed(8, *anew, 0.0), exact)
     bits, codes, *affine = GROUPS[kind](blocks)
     codes = codes.reshape(len(data), -1)
     if bits == 4:
@@ -71,7 +71,7 @@ def _with_error(packed: Packed, exact: Tensor) -> Packed:
     return packed._replace(error=float(error))
 
 
-# ---- groups: each takes blocks ``(rows, blocks, bytes)`` of its format ------------------------------------------------
+# ---- groups: each takes blocks ``(rows, blocks, bytes)`` of its format -----------------------------------------------
 
 
 def _half(data: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from .quantization import TorchFusedConfig
 
 
-def load_mlx(path: str | os.PathLike[str], *, dtype: torch.dtype | str | None = None, **options: Any) -> tuple[Any, Any]:
+def load_mlx(
+    path: str | os.PathLike[str], *, dtype: torch.dtype | str | None = None, **options: Any
+) -> tuple[Any, Any]:
     """Loads a quantised checkpoint of MLX, as it is, from a folder or a hub: ``(model, tokenizer)``.
 
     The packed matrices stay as they are in the file. ``from_pretrained`` alone cannot: in their config.json the

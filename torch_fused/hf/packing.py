@@ -183,8 +183,9 @@ def pack_module(module: Any, form: Format, scales_dtype: torch.dtype | None) -> 
 def tie(model: nn.Module, ties: Mapping[str, str]) -> None:
     """Lets heads use the packed matrices of embeddings, and transformers forget that it ties their parameters."""
     for head, embedding in ties.items():
-        bias = model.get_submodule(head).bias
-        model.set_submodule(head, TiedLinear(model.get_submodule(embedding), bias))
+        dense: Any = model.get_submodule(head)
+        packed: Any = model.get_submodule(embedding)
+        model.set_submodule(head, TiedLinear(packed, dense.bias))
     forget_ties(model, ties)
 
 

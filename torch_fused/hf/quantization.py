@@ -69,7 +69,7 @@ class TorchFusedConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
     ) -> None:
         check_format("TorchFusedConfig", bits, group_size)
-        self.quant_method = quant_method
+        self.quant_method: Any = quant_method
         self.bits, self.group_size = bits, group_size
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
         self.per_module = dict(per_module or {})
@@ -150,7 +150,7 @@ class TorchFusedQuantizer(HfQuantizer):
         chosen = self.quantization_config.format_of(name)
         if isinstance(chosen, str):
             return chosen
-        if not should_convert_module(name, model._keep_in_fp32_modules):
+        if not should_convert_module(name, list(model._keep_in_fp32_modules or ())):
             return "transformers keeps it in float32"
         stored = self._stored
         tied_to = next((_owner(s) for t, s in model.all_tied_weights_keys.items() if _owner(t) == name), name)
@@ -259,14 +259,14 @@ def quantize_(
     """
     model = find_model("quantize_", model)
     config = TorchFusedConfig(bits, group_size, modules_to_not_convert, per_module, scales_dtype)
-    method = getattr(getattr(model, "quantization_method", None), "value", getattr(model, "quantization_method", None))
+    method = getattr(model, "quantization_method", None)
     if method not in (None, METHOD, "metal"):
         raise RuntimeError(f"quantize_: model is quantised already, with {method}")
     if any(hasattr(module, "peft_config") for module in model.modules()):
         raise RuntimeError("quantize_: model has adapters: quantise it first and add them afterwards")
     kept = [name for module in model.modules() for name in getattr(module, "_keep_in_fp32_modules", None) or ()]
 
-    def choose(name: str, module: nn.Module) -> Format | str:
+    def choose(name: str, module: Any) -> Format | str:
         if hasattr(module, "qbiases"):
             return Format(module.bits, module.group_size)
         return config.format_of(name) if should_convert_module(name, kept) else "transformers keeps it in float32"
@@ -284,8 +284,9 @@ def quantize_(
     if isinstance(model, PreTrainedModel):
         quantizer = TorchFusedQuantizer(config, pre_quantized=True)
         quantizer.dtype, quantizer._plan = dtype, plan
-        model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, METHOD
-        quantizer.postprocess_model(model)
+        for name, value in {"hf_quantizer": quantizer, "is_quantized": True, "quantization_method": METHOD}.items():
+            setattr(model, name, value)
+        quantizer.postprocess_model(model)  # as after `from_pretrained`
         report = quantizer.report
     return report
 
