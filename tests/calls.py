@@ -160,8 +160,9 @@ class Call:
             assert exact.isnan().any() or narrow.isnan().any() or right, f"{what}: off by {min(errors):.3g}"
             return
         right = _near(actual, exact, cancels) | _near(actual, narrow, cancels)
-        if self.op.endswith("_backward"):  # sums of infinities are NaN in one order and infinite in another
-            right |= ~actual.isfinite() & ~exact.to(actual.dtype).isfinite()
+        if self.op.endswith(("_backward", "_linear")):  # infinities sum to NaN in one order and are infinite in another
+            overflows = torch.as_tensor(cancels) > torch.finfo(torch.float32).max
+            right |= ~actual.isfinite() & (~exact.to(actual.dtype).isfinite() | overflows)
         assert bool(right.all()), (
             f"{what}: {int((~right).sum())} of {right.numel()} elements are off; the first, at "
             f"{(~right).nonzero()[0].tolist()}: {actual[~right][0]:.9g}, exact {exact[~right][0]:.9g}, "
@@ -481,6 +482,50 @@ def sample(m: Maker) -> Arguments:
     return filter_logits(m) | random | {"generator": None, "return_valid": True}
 
 
+def dequantize(m: Maker) -> Arguments:
+    bits, group_size, rows, groups = m.pick(4, 8), m.pick(32, 64, 128), m.leading(), m.size(3, 40)
+    scale = m.pick(torch.float32, torch.float16, torch.bfloat16)
+    return {
+        "weight": m.integers(*rows, groups * group_size * bits // 32, end=2**32).to(torch.uint32),
+        "scales": m.tensor(*rows, groups, dtype=scale),
+        "biases": m.tensor(*rows, groups, dtype=scale),
+        "bits": bits,
+        "group_size": group_size,
+        "dtype": m.dtype,
+    }
+
+
+def dequantize_cancels(scales: Tensor, biases: Tensor, bits: int, **_: Any) -> float:
+    """The bias, which the scaled code meets with the other sign."""
+    finite = lambda t: torch.where(t.isfinite(), t, 0.0).abs()  # noqa: E731
+    return float((finite(scales) * 2**bits + finite(biases)).amax()) if scales.numel() else 0.0
+
+
+def quantized_linear(m: Maker) -> Arguments:
+    bits, group_size, groups, rows = m.pick(4, 8), m.pick(32, 64, 128), m.size(3, 20), m.size(5, 200)
+    scale = m.pick(torch.float32, torch.float16, torch.bfloat16)
+    return {
+        "x": m.tensor(*m.leading(), groups * group_size),
+        "weight": m.integers(rows, groups * group_size * bits // 32, end=2**32).to(torch.uint32),
+        "scales": m.tensor(rows, groups, dtype=scale),
+        "biases": m.tensor(rows, groups, dtype=scale),
+        "bias": m.tensor(rows) if m.pick(True, False) else None,
+        "bits": bits,
+        "group_size": group_size,
+    }
+
+
+def quantized_cancels(
+    x: Tensor, scales: Tensor, biases: Tensor, bits: int, bias: Tensor | None = None, **_: Any
+) -> Tensor | float:
+    """The terms of the sums; many vectors meet weights that are rounded to x's dtype."""
+    if x.numel() == 0 or scales.numel() == 0:
+        return 0.0
+    finite = lambda t: torch.where(t.isfinite(), t, 0.0).abs()  # noqa: E731
+    largest = float((finite(scales) * 2**bits + finite(biases)).amax())
+    return finite(x).sum(-1, keepdim=True) * largest + (0.0 if bias is None else float(finite(bias).sum()))
+
+
 GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DECODER = frozenset(
     ("token_ids", "positions", "starts", "embedding", "cos", "sin", "layers", "norm", "head", "keys", "values")
@@ -523,6 +568,8 @@ CALLS = {
             dtypes=(torch.float32,),
             says=("decode_", "Decoder"),
         ),
+        Call("dequantize", dequantize, cancels=dequantize_cancels),
+        Call("quantized_linear", quantized_linear, cancels=quantized_cancels, differentiable=("x", "bias")),
         Call("greedy", greedy, in_float64=False),
         Call("filter_logits", filter_logits, in_float64=False, only_dense=frozenset({"row_parameters"})),
         Call("sample", sample, in_float64=False, only_dense=frozenset({"row_parameters", "state"})),

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_fused.functional import add_rms_norm, apply_rotary_pos_emb, layer_norm, rms_norm, silu_mul, softmax
+from torch_fused.functional import (
+    add_rms_norm,
+    apply_rotary_pos_emb,
+    layer_norm,
+    quantize,
+    quantized_linear,
+    rms_norm,
+    silu_mul,
+    softmax,
+)
 from torch_fused.ops.adamw import adamw_
 from torch_fused.ops.kv_cache import kv_append_
 from torch_fused.sampling import filter_logits, greedy, sample
@@ -104,6 +113,19 @@ def drawn_by_row(logits: Tensor, *more: Tensor) -> list[Tensor]:
     return list(sample(logits, seed=seed, offset=offset, return_valid=True, **filters))
 
 
+def packed_operands(seed: int) -> list[Tensor]:
+    """x, a packed matrix, bias, and the gradient of the result."""
+    x, weight, bias, grad = tensors((3, COLS), (67, COLS), (67,), (3, 67))(seed)
+    return [x, *quantize(weight * 0.1), bias, grad]
+
+
+def multiplied(x: Tensor, weight: Tensor, scales: Tensor, biases: Tensor, *operands: Tensor) -> list[Tensor]:
+    def linear(x: Tensor, bias: Tensor) -> Tensor:
+        return quantized_linear(x, weight, scales, biases, bias, bits=4, group_size=64)
+
+    return differentiated(linear, 2)(x, *operands)
+
+
 ROWS, WEIGHT = (5, COLS), (COLS,)
 LONG = (3, 40001)  # few long rows, which several threadgroups share
 HEADS = ((2, 5, 64), (2, 5, 64), (2, 6, 5, 64), (2, 2, 5, 64))  # cos, sin, q, k
@@ -121,6 +143,7 @@ CASES: dict[str, Case] = {
     "apply_rotary_pos_emb": Case(tensors(*HEADS, *HEADS[2:]), rotated),
     "adamw_": Case(adamw_operands, adamw_step),
     "kv_append_": Case(tensors(*CACHE), appended),
+    "quantized_linear": Case(packed_operands, multiplied),
     "greedy": Case(logits_and(lambda seed: []), lambda logits: [greedy(logits)]),
     "filter_logits": Case(logits_and(row_parameters), filtered),
     "sample": Case(logits_and(random_state), drawn),

@@ -2,6 +2,7 @@
 
 import pytest
 import test_layer_norm
+import test_quantized
 import test_rms_norm
 import test_rope
 import test_softmax
@@ -19,7 +20,7 @@ from derivatives import (
 from torch_fused.testing import make
 
 # Each has the op's calls, the same in torch code and the operands' shapes; and what it does not take.
-MODULES = (test_layer_norm, test_rms_norm, test_rope, test_softmax, test_swiglu)
+MODULES = (test_layer_norm, test_quantized, test_rms_norm, test_rope, test_softmax, test_swiglu)
 
 
 def name_of(module):

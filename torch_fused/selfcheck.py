@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import add_rms_norm, apply_rotary_pos_emb, silu_mul
+from .functional import add_rms_norm, apply_rotary_pos_emb, dequantize, quantize, silu_mul
 from .ops.adamw import adamw_, adamw_reference
 from .ops.decode import LAYER_PARTS, DecoderParts, decode_, decode_reference, make_decoder
 from .ops.kv_cache import kv_append_, kv_append_reference
 from .ops.layer_norm import layer_norm_backward_reference, layer_norm_reference
+from .ops.quantized import dequantize_reference, quantized_linear_reference
 from .ops.rms_norm import add_rms_norm_reference, rms_norm_backward_reference, rms_norm_reference
 from .ops.rope import apply_rotary_pos_emb_backward_reference, apply_rotary_pos_emb_reference
 from .ops.sampling import filter_logits_reference, greedy_reference, sample_reference
@@ -174,6 +175,33 @@ def same(what: str, actual: Tensor, exact: Tensor) -> None:
     assert torch.equal(actual.cpu(), exact), f"{what}: not the reference's"
 
 
+def packed_operands(device: str):
+    """(what, x and a packed matrix on the device, the same on the CPU, options): aligned and not, 1 vector and 5."""
+    for dtype in DTYPES:
+        for bits, group_size, cols in ((4, 32, 96), (4, 64, 2112), (8, 32, 1120), (8, 128, 896)):
+            packed = quantize(make(9, cols, dtype=dtype, scale=0.2), bits=bits, group_size=group_size)
+            for vectors, start in ((1, 0), (1, 3), (5, 0)):
+                x = make(vectors, cols + start, dtype=dtype, seed=1)
+                moved = [x.to(device)[:, start:], *(t.to(device) for t in packed)]
+                what = f"of {vectors} vectors of {cols} columns, {bits} bits in groups of {group_size}"
+                yield what, moved, (x[:, start:], *packed), {"bits": bits, "group_size": group_size}
+
+
+def check_dequantize(device: str) -> None:
+    for what, (_, *packed), (_, *exact), options in packed_operands(device):
+        for dtype in DTYPES:
+            actual = dequantize(*packed, **options, dtype=dtype)
+            same(f"dequantize {what}, {dtype}", actual, dequantize_reference(*exact, **options, dtype=dtype))
+
+
+def check_quantized_linear(device: str) -> None:
+    for what, (x, *packed), (x_cpu, weight, scales, biases), options in packed_operands(device):
+        bias = make(9, dtype=x.dtype, seed=2)
+        wide = x_cpu.double(), weight, scales.double(), biases.double(), bias.double()
+        actual = torch.ops.torch_fused.quantized_linear(x, *packed, bias.to(device), **options)
+        compare(f"quantized_linear {what}", [actual], [quantized_linear_reference(*wide, **options)])
+
+
 def check_greedy(device: str) -> None:
     for what, x, x_cpu in logits(device):
         same(f"greedy {what}", greedy(x), greedy_reference(x_cpu))
@@ -296,6 +324,8 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "adamw_": check_adamw,
     "kv_append_": check_kv_append,
     "decode_": check_decode,
+    "dequantize": check_dequantize,
+    "quantized_linear": check_quantized_linear,
     "greedy": check_greedy,
     "filter_logits": check_filter_logits,
     "sample": check_sample,

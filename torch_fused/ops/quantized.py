@@ -1,10 +1,13 @@
 """Packed weights: 4 or 8 bits each, in MLX's affine layout."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_floating
+from .library import leading, register, run_first
 
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -112,6 +115,45 @@ def quantized_linear_reference(
     return F.linear(x, matrix, bias)
 
 
+def _dequantize_fake(weight, scales, biases, *, bits, group_size, dtype=None):
+    return scales.new_empty((*weight.shape[:-1], weight.shape[-1] * 32 // bits), dtype=dtype or scales.dtype)
+
+
+def _quantized_linear_fake(x, weight, scales, biases, bias=None, *, bits, group_size):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+register("dequantize", reference=dequantize_reference, fake=_dequantize_fake)
+register("quantized_linear", reference=quantized_linear_reference, fake=_quantized_linear_fake)
+
+
+def _dequantize_vmap(info, in_dims, *packed, **options):
+    """A batch is one more leading dimension."""
+    return _dequantize(*map(partial(leading, info), packed, in_dims), **options), 0
+
+
+torch.library.register_vmap("torch_fused::dequantize", _dequantize_vmap)
+
+
+@torch.library.register_vmap("torch_fused::quantized_linear")
+def _quantized_linear_vmap(info, in_dims, x, weight, scales, biases, bias=None, *, bits, group_size):
+    """A batch of vectors is one more leading dimension; a batch of matrices is unpacked."""
+    options = {"bits": bits, "group_size": group_size}
+    run_first(_quantized_linear, info, in_dims, *(x, weight, scales, biases, bias)[: len(in_dims)], **options)
+    packed, x = (weight, scales, biases), leading(info, x, in_dims[0])
+    if all(dim is None for dim in in_dims[1:]):
+        return _quantized_linear(x, *packed, bias, **options), 0
+    if all(dim is None for dim in in_dims[1:4]):
+        result = _quantized_linear(x, *packed, **options)
+    else:
+        matrices, _ = _dequantize_vmap(info, in_dims[1:4], *packed, **options, dtype=x.dtype)
+        result = (x.reshape(len(x), -1, x.shape[-1]) @ matrices.mT).view(*x.shape[:-1], matrices.shape[-2])
+    if bias is not None:
+        bias = leading(info, bias, in_dims[4])
+        result = result + bias.view(len(bias), *[1] * (x.dim() - 2), -1)
+    return result, 0
+
+
 def dequantize(
     weight: Tensor, scales: Tensor, biases: Tensor, *, bits: int, group_size: int, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -134,7 +176,7 @@ def dequantize(
         >>> torch_fused.functional.dequantize(*packed, bits=8, group_size=32)[0, :3]
         tensor([-1.0000, -0.5294, -0.0588])
     """
-    return dequantize_reference(weight, scales, biases, bits=bits, group_size=group_size, dtype=dtype)
+    return _dequantize(weight, scales, biases, bits=bits, group_size=group_size, dtype=dtype)
 
 
 def quantized_linear(
@@ -163,4 +205,8 @@ def quantized_linear(
         >>> torch_fused.functional.quantized_linear(torch.ones(1, 32), *packed, bits=4, group_size=32)
         tensor([[32., 32.]])
     """
-    return quantized_linear_reference(x, weight, scales, biases, bias, bits=bits, group_size=group_size)
+    return _quantized_linear(x, weight, scales, biases, bias, bits=bits, group_size=group_size)
+
+
+_dequantize = torch.ops.torch_fused.dequantize.default
+_quantized_linear = torch.ops.torch_fused.quantized_linear.default

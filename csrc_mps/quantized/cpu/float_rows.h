@@ -1,0 +1,159 @@
+// Products of a packed row with vectors of floats: codes become floats, and each group's sum is scaled once.
+#pragma once
+
+#include "../../decode/step/lanes.h"
+#include "packed.h"
+
+namespace torch_fused::TORCH_FUSED_TARGET {
+
+// One register of floats: g++ takes larger vectors of converted integers apart in memory.
+#if defined(TORCH_FUSED_AVX512)
+constexpr int64_t kWide = 16;
+#elif defined(TORCH_FUSED_AVX2)
+constexpr int64_t kWide = 8;
+#else
+constexpr int64_t kWide = 4;
+#endif
+typedef float Wide __attribute__((vector_size(4 * kWide)));
+typedef int32_t WideInts __attribute__((vector_size(4 * kWide)));
+typedef uint8_t WideBytes __attribute__((vector_size(kWide)));
+
+TORCH_FUSED_INLINE void load_bytes(const uint8_t* from, WideInts& to) {
+#if defined(TORCH_FUSED_AVX512)
+  to = (WideInts)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(TORCH_FUSED_AVX2)
+  to = (WideInts)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+  WideBytes bytes;
+  std::memcpy(&bytes, from, sizeof(bytes));
+  to = __builtin_convertvector(bytes, WideInts);
+#endif
+}
+
+TORCH_FUSED_INLINE void load_wide(const float* from, Wide& to) {
+  std::memcpy(&to, from, sizeof(to));
+}
+
+// The sum of one, two or four registers' worth of lanes.
+template <class Vector>
+TORCH_FUSED_INLINE float sum_of_lanes(const Vector& vector) {
+  Lanes all = {};
+  std::memcpy(&all, &vector, sizeof(vector));
+  return sum_of(all);
+}
+
+// The codes of a block, as the vectors are laid out.
+constexpr int kBlockWides = kCodeBlock / kWide;
+
+template <int bits>
+TORCH_FUSED_INLINE void load_codes(const uint8_t* from, Wide (&to)[kBlockWides]) {
+  constexpr int kLoads = bits == 4 ? kBlockWides / 2 : kBlockWides;
+#pragma GCC unroll 8
+  for (int i = 0; i < kLoads; ++i) {
+    WideInts bytes;
+    load_bytes(from + i * kWide, bytes);
+    if constexpr (bits == 4) {
+      const WideInts low = bytes & 15, high = bytes >> 4;
+      to[i] = __builtin_convertvector(low, Wide);
+      to[kLoads + i] = __builtin_convertvector(high, Wide);
+    } else {
+      to[i] = __builtin_convertvector(bytes, Wide);
+    }
+  }
+}
+
+// Calls place(column, i) for each column of a block, i its place there.
+template <class Place>
+TORCH_FUSED_INLINE void arranged(int64_t bits, Place place) {
+  constexpr int64_t half = kCodeBlock / 2;
+  if (bits == 4) {
+    for (int64_t i = 0; i < half; ++i) place(2 * i, i);
+    for (int64_t i = 0; i < half; ++i) place(2 * i + 1, half + i);
+  } else {
+    for (int64_t i = 0; i < kCodeBlock; ++i) place(i, i);
+  }
+}
+
+TORCH_FUSED_INLINE void arrange_floats(const PackedMatrix& m, const float* x, float* values, float* sums) {
+  std::fill(sums, sums + m.sums, 0.0f);
+  for (int64_t block = 0; block < m.blocks; ++block, x += kCodeBlock, values += kCodeBlock) {
+    arranged(m.bits, [&](int64_t column, int64_t i) __attribute__((always_inline)) { values[i] = x[column]; });
+    Lanes half[2];
+    load(values, half[0]);
+    load(values + kLanes, half[1]);
+    sums[block * kCodeBlock / m.group_size] += sum_of(half[0] + half[1]);
+  }
+}
+
+constexpr int64_t kGroupsAtOnce = 64;
+
+// Some groups of a row.
+struct PackedGroups {
+  const uint8_t* codes;
+  int64_t first, count;
+  float scales[kGroupsAtOnce], biases[kGroupsAtOnce];  // zero to the end of a register
+};
+
+// The biases' part of the products.
+TORCH_FUSED_INLINE float shift_of(const PackedGroups& groups, const float* sums) {
+  Lanes total = {}, bias, sum;
+  for (int64_t i = 0; i < groups.count; i += kLanes) {
+    load(groups.biases + i, bias);
+    load(sums + groups.first + i, sum);
+    total += bias * sum;
+  }
+  return sum_of(total);
+}
+
+// Adds the products with C vectors from `first` on. A group has `blocks` blocks.
+template <int bits, int blocks, int C>
+TORCH_FUSED_INLINE void add_products(const PackedMatrix& m, const PackedGroups& groups, const FloatVectors& x,
+                                     int64_t first, float* results) {
+  const float* values = x.values + first * m.cols + groups.first * m.group_size;
+  const uint8_t* from = groups.codes;
+  Wide totals[C] = {};
+  for (int64_t group = 0; group < groups.count; ++group) {
+    Wide dots[C] = {};
+#pragma GCC unroll 4
+    for (int block = 0; block < blocks; ++block) {
+      Wide codes[kBlockWides], value;
+      load_codes<bits>(from, codes);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kBlockWides; ++i) {
+          load_wide(values + c * m.cols + i * kWide, value);
+          dots[c] += codes[i] * value;
+        }
+      }
+      from += kCodeBlock * bits / 8;
+      values += kCodeBlock;
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) totals[c] += groups.scales[group] * dots[c];
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) {
+    results[c] += sum_of_lanes(totals[c]) + shift_of(groups, x.sums + (first + c) * m.sums);
+  }
+}
+
+// A product weight by weight. A sum above may be no number where infinities or overflows cancel; this one has the
+// unpacked matrix's.
+inline void add_exact_product(const PackedMatrix& m, const PackedGroups& groups, const FloatVectors& x, int64_t vector,
+                              float& result) {
+  const int64_t in_group = m.group_size / kCodeBlock;
+  const float* values = x.values + vector * m.cols + groups.first * m.group_size;
+  const uint8_t* from = groups.codes;
+  for (int64_t block = 0; block < groups.count * in_group; ++block) {
+    const float scale = groups.scales[block / in_group], bias = groups.biases[block / in_group];
+    arranged(m.bits, [&](int64_t column, int64_t i) {
+      const int code = m.bits == 8 ? from[column] : column % 2 ? from[column / 2] >> 4 : from[column / 2] & 15;
+      result += (scale * static_cast<float>(code) + bias) * values[i];
+    });
+    from += kCodeBlock * m.bits / 8;
+    values += kCodeBlock;
+  }
+}
+
+}  // namespace torch_fused::TORCH_FUSED_TARGET

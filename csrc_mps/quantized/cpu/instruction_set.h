@@ -1,0 +1,24 @@
+// What the sources of these loops include before they choose an instruction set: the choice must not reach the functions
+// of other headers, which the linker shares between all sources.
+#pragma once
+
+// Fused multiply-adds where the machine has them.
+#pragma GCC optimize("fp-contract=fast")
+#pragma STDC FP_CONTRACT ON
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../../common/convert.h"
+#include "packed.h"
+
+#ifdef TORCH_FUSED_X86_DISPATCH
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif

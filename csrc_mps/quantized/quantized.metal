@@ -1,0 +1,114 @@
+// Products of a packed matrix's rows with a few vectors, a simdgroup or several a row, and unpacking for more vectors.
+//
+// A lane takes sixteen columns of every block of 512: of four bits two words, of eight four.
+#include <metal_stdlib>
+#include "common/pack.metal.h"
+#include "decode/product.metal.h"
+#include "quantized/packed.metal.h"
+#include "quantized/quantized_params.h"
+using namespace metal;
+using namespace torch_fused;
+
+constant constexpr int W = kPackedColumns;
+
+// R rows at once with C vectors, U blocks of columns at once.
+template <typename T, int BITS, int C, int R, int U, bool WHOLE>
+[[kernel, max_total_threads_per_threadgroup(256)]]
+void quantized_product(device const uint* weight [[buffer(0)]], device const ushort* scales [[buffer(1)]],
+                       device const ushort* biases [[buffer(2)]], device const T* x [[buffer(3)]],
+                       device const T* bias [[buffer(4)]], device T* output [[buffer(5)]],
+                       constant QuantizedParams& p [[buffer(6)]], uint group [[threadgroup_position_in_grid]],
+                       uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+                       uint simdgroups [[simdgroups_per_threadgroup]]) {
+  threadgroup float scratch[8 * 32];
+  const uint blocks = (p.vectors + C - 1) / C, slots = simdgroups / p.splits;
+  const uint first_vector = group % blocks * C, split = simdgroup % p.splits;
+  const uint first = (group / blocks * slots + simdgroup / p.splits) * R;
+
+  PackedRow rows[R];
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    rows[r] = packed_row(weight, scales, biases, min(first + r, p.rows - 1), p.weight_stride, p.scales_stride,
+                         p.biases_stride, p.scale_format);
+  }
+  float sums[R * C];
+#pragma unroll
+  for (int i = 0; i < R * C; i++) sums[i] = 0.0f;
+
+  for (uint begin = split * U * kPackedBlock; begin < p.cols; begin += p.splits * U * kPackedBlock) {
+    // All rows are under way before the first is needed.
+    PackedPack<BITS, W> packs[R][U];
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+#pragma unroll
+      for (int r = 0; r < R; r++) {
+        load_packed<BITS, W, WHOLE>(rows[r], begin + u * kPackedBlock + lane * W, p.cols, p.group_size, p.scale_format,
+                                    packs[r][u]);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+      const uint column = begin + u * kPackedBlock + lane * W;
+      if (column >= p.cols) continue;
+#pragma unroll
+      for (int c = 0; c < C; c++) {
+        float values[W], sum = 0.0f;
+        load_columns<W>(x + long(min(first_vector + c, p.vectors - 1)) * p.x_stride, column, p.cols, WHOLE, values);
+#pragma unroll
+        for (int j = 0; j < W; j++) sum += values[j];
+#pragma unroll
+        for (int r = 0; r < R; r++) sums[r * C + c] += packs[r][u].product(values, sum);
+      }
+    }
+  }
+
+  // Each result is a lane's.
+  float sum = sum_of_each<R * C>(sums, lane);
+  if (p.splits > 1) {
+    scratch[simdgroup * 32 + lane] = sum;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint s = 1; s < p.splits && split == 0; s++) sum += scratch[(simdgroup + s) * 32 + lane];
+  }
+  const uint row = first + lane / C, vector = first_vector + lane % C;
+  if (split > 0 || lane >= uint(R * C) || row >= p.rows || vector >= p.vectors) return;
+  output[ulong(vector) * p.rows + row] = T(sum + (p.flags & kHasBias ? float(bias[row]) : 0.0f));
+}
+
+// A thread unpacks eight columns of a row.
+template <typename T, int BITS>
+[[kernel, max_total_threads_per_threadgroup(256)]]
+void quantized_unpack(device const uint* weight [[buffer(0)]], device const ushort* scales [[buffer(1)]],
+                      device const ushort* biases [[buffer(2)]], device T* output [[buffer(3)]],
+                      constant UnpackParams& p [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
+                      uint thread_id [[thread_position_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
+  constexpr int N = kUnpackedColumns;
+  const long row = group / p.groups;
+  const uint column = (group % p.groups * threads + thread_id) * N;
+  const PackedRow from = packed_row(weight, scales, biases, row, p.weight_stride, p.scales_stride, p.biases_stride,
+                                    p.scale_format);
+  PackedPack<BITS, N> pack;
+  load_packed<BITS, N, false>(from, column, p.cols, p.group_size, p.scale_format, pack);
+  float values[N];
+#pragma unroll
+  for (int j = 0; j < N; j++) values[j] = pack.scale * float(pack.code(j)) + pack.bias;
+  store_columns<N>(output + row * p.cols, column, p.cols, p.aligned, values);
+}
+
+#define PRODUCT(name, T, BITS, VARIANT, C, R, U, WHOLE)                                                              \
+  template [[host_name("quantized_product_" #BITS "_" #name "_" #VARIANT)]] [[kernel]] void                          \
+  quantized_product<T, BITS, C, R, U, WHOLE>(device const uint*, device const ushort*, device const ushort*,         \
+                                             device const T*, device const T*, device T*, constant QuantizedParams&, \
+                                             uint, uint, uint, uint);
+#define QUANTIZED(name, T, BITS)                                                                              \
+  PRODUCT(name, T, BITS, 1, 1, 4, 2, true)                                                                    \
+  PRODUCT(name, T, BITS, 8, 8, 4, 1, true)                                                                    \
+  PRODUCT(name, T, BITS, 0, 1, 2, 1, false)                                                                   \
+  template [[host_name("quantized_unpack_" #name "_" #BITS)]] [[kernel]] void quantized_unpack<T, BITS>(      \
+      device const uint*, device const ushort*, device const ushort*, device T*, constant UnpackParams&, uint, \
+      uint, uint);
+QUANTIZED(f32, float, 4)
+QUANTIZED(f32, float, 8)
+QUANTIZED(f16, half, 4)
+QUANTIZED(f16, half, 8)
+QUANTIZED(bf16, bfloat, 4)
+QUANTIZED(bf16, bfloat, 8)

@@ -1,0 +1,99 @@
+// Packed matrices on a GPU: operands, kernel, grid and parameters of each launch.
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+
+#include "../common/checks.h"
+#include "../common/registration.h"
+#include "../decode/decode_params.h"
+#include "../runtime/launch.h"
+#include "quantized.h"
+#include "quantized_params.h"
+
+namespace torch_fused {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kThreads = 256, kMostSplits = 8;
+constexpr int64_t kFewRows = 8192;  // a product with more rows fills a GPU without splitting them
+
+// What quantized.metal instantiates: vectors, rows and blocks at once. The variant 0 takes operands of any alignment.
+struct Width {
+  int64_t variant, vectors, rows, blocks;
+};
+Width width_for(int64_t vectors, bool whole) {
+  if (!whole) return {0, 1, 2, 1};
+  return vectors > 1 ? Width{8, 8, 4, 1} : Width{1, 1, 4, 2};
+}
+
+uint32_t format_of_scales(const Tensor& scales) {
+  return scales.scalar_type() == at::kFloat ? kFloat32 : scales.scalar_type() == at::kHalf ? kFloat16 : kBFloat16;
+}
+
+}  // namespace
+
+Tensor dequantize_gpu(const Tensor& weight, const Tensor& scales, const Tensor& biases, int64_t bits,
+                      int64_t group_size, std::optional<at::ScalarType> dtype) {
+  static KernelSet kernels("quantized", "quantized_unpack");
+  const Packed m = check_packed("dequantize", weight, scales, biases, bits, group_size);
+  const at::ScalarType result_dtype = dtype.value_or(scales.scalar_type());
+  TORCH_CHECK(takes_dtype(result_dtype, scales), "dequantize: dtype", dtypes_taken(scales), result_dtype);
+  std::vector<int64_t> sizes = weight.sizes().vec();
+  sizes.back() = m.cols;
+  const Tensor result = at::empty(sizes, scales.options().dtype(result_dtype));
+  if (result.numel() == 0) return result;
+  UnpackParams p{};
+  p.weight_stride = m.weight.stride;
+  p.scales_stride = m.scales.stride;
+  p.biases_stride = m.biases.stride;
+  p.cols = kernel_size("dequantize", "columns of weight", m.cols);
+  p.group_size = static_cast<uint32_t>(group_size);
+  p.scale_format = format_of_scales(scales);
+  const int64_t each = kUnpackedColumns, threads = std::min(kThreads, (m.cols / each + 31) / 32 * 32);
+  p.groups = static_cast<uint32_t>((m.cols + threads * each - 1) / (threads * each));
+  p.aligned = rows_aligned(result, 0);
+  launch(kernels(result, bits), m.rows * p.groups, threads,
+         {m.weight.tensor, m.scales.tensor, m.biases.tensor, result}, p);
+  return result;
+}
+
+Tensor quantized_linear_gpu(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& biases,
+                            const OptionalTensor& bias, int64_t bits, int64_t group_size) {
+  static KernelSet four("quantized", "quantized_product_4"), eight("quantized", "quantized_product_8");
+  const QuantizedCall call = check_quantized("quantized_linear", x, weight, scales, biases, bias, bits, group_size);
+  if (!call.is_small()) return linear_unpacked(x, weight, scales, biases, bias, bits, group_size, dequantize_gpu);
+  const Packed& m = call.matrix;
+  const Rows vectors = as_rows(x, call.vectors, m.cols);
+  const Tensor result = at::empty(call.result_sizes, x.options());
+  QuantizedParams p{};
+  p.weight_stride = m.weight.stride;
+  p.scales_stride = m.scales.stride;
+  p.biases_stride = m.biases.stride;
+  p.x_stride = vectors.stride;
+  p.rows = kernel_size("quantized_linear", "rows of weight", m.rows);
+  p.cols = kernel_size("quantized_linear", "columns of weight", m.cols);
+  p.group_size = static_cast<uint32_t>(group_size);
+  p.vectors = static_cast<uint32_t>(call.vectors);
+  p.scale_format = format_of_scales(scales);
+  const Tensor row = bias ? bias->contiguous() : x;
+  if (bias) p.flags |= kHasBias;
+  const bool whole = rows_aligned(m.weight.tensor, m.rows > 1 ? m.weight.stride : 0) &&
+                     rows_aligned(vectors.tensor, call.vectors > 1 ? vectors.stride : 0);
+  const Width width = width_for(call.vectors, whole);
+  const int64_t steps = (m.cols + width.blocks * kPackedBlock - 1) / (width.blocks * kPackedBlock);
+  p.splits = static_cast<uint32_t>(m.rows <= kFewRows ? std::clamp<int64_t>(steps, 1, kMostSplits) : 1);
+  const int64_t simdgroups = (kPackedSimdgroups + p.splits - 1) / p.splits * p.splits;
+  const int64_t rows = simdgroups / p.splits * width.rows;
+  const int64_t groups = (m.rows + rows - 1) / rows * ((call.vectors + width.vectors - 1) / width.vectors);
+  launch((bits == 4 ? four : eight)(x, width.variant), groups, 32 * simdgroups,
+         {m.weight.tensor, m.scales.tensor, m.biases.tensor, vectors.tensor, row, result}, p);
+  return result;
+}
+
+}  // namespace torch_fused
+
+using namespace torch_fused;
+TORCH_FUSED_KERNELS(dequantize)
+TORCH_FUSED_KERNELS(quantized_linear)
