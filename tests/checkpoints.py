@@ -53,9 +53,10 @@ def write_gguf(path: Path, model, types=None, rope_freqs=None, **changes) -> dic
     writer.add_float32(f"{arch}.rope.freq_base", config.rope_parameters["rope_theta"])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([*BYTES[: config.vocab_size - 1], "Ġt"])
-    writer.add_token_merges(["Ġ t"])
-    writer.add_eos_token_id(0)
+    writer.add_token_list([*BYTES[: config.vocab_size - 2], "Ġt", "he"])
+    writer.add_token_merges(["Ġ t", "h e"])
+    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id, writer.add_pad_token_id):
+        add(0)
     if rope_freqs is not None:
         writer.add_tensor("rope_freqs.weight", rope_freqs.numpy())
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
