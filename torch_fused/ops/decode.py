@@ -124,9 +124,10 @@ def make_decoder(
         groups.extend((matrix.scales, matrix.biases))
         return matrix.weight
 
-    parts = take(embedding), [], norm, take(head), groups  # in the order of their groups
-    parts[1].extend(map(take, layers))
-    return torch.classes.torch_fused.Decoder(*parts, heads, eps, scaling, list(windows), int8_products)
+    taken = [take(matrix) for matrix in (embedding, head, *layers)]  # the order of their groups
+    return torch.classes.torch_fused.Decoder(
+        taken[0], taken[2:], norm, taken[1], groups, heads, eps, scaling, list(windows), int8_products
+    )
 
 
 def _unpack(parts: Sequence[Tensor | None], norm: Tensor, groups: Sequence[Tensor]) -> Iterator[Tensor | None]:
