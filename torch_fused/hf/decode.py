@@ -16,6 +16,7 @@ from ..ops.decode import LAYER_PARTS, Matrix, Packed, decode_, make_decoder
 from .cache import FusedKVCache, FusedLayer
 from .models import FAMILIES, SILU, Family, take_cache
 from .origin import describe, home_of, is_ours, is_own, path_of
+from .packing import TiedLinear
 from .transformers_private import CACHE, attention_of, mask_function_of
 from .watch import FUNCTIONS, GLOBAL_HOOKS, Watch, has_hooks
 
@@ -485,7 +486,7 @@ class _Reader:
         """The weights and biases of linear layers, by the op's name for each."""
         found: dict[str, Matrix | None] = {}
         for part, name in names.items():
-            layer = self.child(parent, name, nn.Linear, QuantizedLinear)
+            layer = self.child(parent, name, nn.Linear, QuantizedLinear, TiedLinear)
             found[part] = self.matrix(layer)
             found[f"{part}_bias"] = None if layer.bias is None else self.parameter(layer, "bias")
         return found
