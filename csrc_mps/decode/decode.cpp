@@ -423,7 +423,8 @@ Tensor decode_cpu(const DecoderPtr& model, const Tensor& token_ids, const Tensor
 
   const int64_t sizes[] = {
       s.tokens() * s.hidden,       s.tokens() * s.projected(),  s.tokens() * s.heads * s.chunks * s.partial(),
-      s.tokens() * s.intermediate, s.tokens() * s.intermediate, s.threads * s.own_size(),  s.threads * s.ready_size()};
+      s.tokens() * s.intermediate, s.tokens() * s.intermediate, s.threads * s.own_size(),
+      s.threads * s.ready_size()};
   const auto floats = m.norm.options().dtype(at::kFloat);
   const Tensor logits = at::empty({s.batch, s.kept, s.vocabulary}, floats);
   const Tensor memory = at::empty({std::accumulate(std::begin(sizes), std::end(sizes), int64_t{0})}, floats);
