@@ -210,10 +210,8 @@ def test_real_file_is_stocks():
     found = matrices(model)
     found["lm_head.weight"] = found["model.embed_tokens.weight"]
     assert all(torch.equal(found[key], value) for key, value in stock.state_dict().items())
-    inputs = demo._encode(tokenizer, "Tell me of the 3 Zürich trams.")
-    assert torch.equal(
-        inputs["input_ids"], demo._encode(stock_tokenizer, "Tell me of the 3 Zürich trams.")["input_ids"]
-    )
+    inputs, expected = (demo._encode(t, "Tell me of the 3 Zürich trams.") for t in (tokenizer, stock_tokenizer))
+    assert torch.equal(inputs["input_ids"], expected["input_ids"])
     with torch.no_grad():
         logits, expected = model(**inputs).logits, stock(**inputs).logits
     assert relative_error(logits, expected) < 1e-4

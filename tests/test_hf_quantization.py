@@ -9,6 +9,7 @@ import sys
 import textwrap
 import weakref
 
+import peft
 import pytest
 import torch
 from checkpoints import write_mlx
@@ -500,7 +501,6 @@ def train(model, steps=10):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora(family, patched, tmp_path):
     """PEFT's adapters learn, on every packed linear layer and the tied head; the packed tensors stay as they are."""
-    peft = pytest.importorskip("peft")
     model = make_model(family, tie_word_embeddings=True)
     quantize_(model, group_size=32)
     before = copy.deepcopy(model)
