@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_docs import small_tokenizer
 from test_hf_generate import FAMILIES, make_model, one_thread, prompt  # noqa: F401
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GPT2Config,
@@ -85,6 +86,25 @@ def test_round_trip(family, tied, dtype, tmp_path):
         assert torch.equal(again(prompt(2, 5)).logits, model(prompt(2, 5)).logits)
     assert type(model.lm_head) is (TiedLinear if tied else QuantizedLinear)
     assert {type(m) for m in packed_modules(model).values()} == {QuantizedLinear, QuantizedEmbedding}
+
+
+def test_other_files(folder, tmp_path):
+    """Pickled checkpoints, which hold a tied head twice; several files; a part of the model."""
+    config = TorchFusedConfig(group_size=32)
+    model = load(folder, quantization_config=config)
+    (folder / "model.safetensors").unlink()
+    torch.save(make_model(tie_word_embeddings=True).state_dict(), folder / "pytorch_model.bin")
+    pickled = load(folder, quantization_config=config)
+    assert isinstance(pickled.lm_head, TiedLinear)
+    same_state(pickled, model)
+    untied = make_model()
+    quantize_(untied, group_size=32)
+    untied.save_pretrained(tmp_path / "parts", max_shard_size="30KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
+    same_state(load(tmp_path / "parts", device_map="cpu"), untied)
+    base = AutoModel.from_pretrained(tmp_path / "parts")
+    same_state(base, untied.model)
+    assert len(base.hf_quantizer.report.packed) == 15
 
 
 def test_values(folder):
@@ -412,9 +432,13 @@ BAD_FILES = {
     ),
     "no biases": (changed(lambda t: t.pop(f"{Q_PROJ}.biases")), "no tensor .*q_proj.biases, and .*q_proj is packed"),
     "no scales": (changed(lambda t: t.pop(f"{Q_PROJ}.scales")), "q_proj.weight is packed, and .* no tensor .*scales"),
-    "unknown": (
-        changed(lambda t: t.update({"model.extra.scales": torch.ones(2, 2)})),
-        "model.extra.scales: model.extra is no linear layer or embedding of Qwen2ForCausalLM",
+    "a packed norm": (
+        changed(lambda t: t.update({"model.norm.scales": torch.ones(2, 2)})),
+        r"model\.norm\.scales: model\.norm is a Qwen2RMSNorm, which cannot be packed",
+    ),
+    "another model": (
+        changed(lambda t: [t.update({f"other.{name}": t.pop(name)}) for name in list(t)]),
+        "the checkpoint has no packed tensor that a Qwen2ForCausalLM has",
     ),
 }
 

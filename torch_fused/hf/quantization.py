@@ -117,10 +117,13 @@ class TorchFusedQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: TorchFusedConfig
-    dtype: torch.dtype | None = None
-    report: QuantizationReport = QuantizationReport()
-    _plan: Plan = Plan({}, {}, {})
-    _stored: dict[str, Stored] | None = None  # None where the tensors come from no files
+
+    def __init__(self, quantization_config: TorchFusedConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.report = QuantizationReport()
+        self.dtype: torch.dtype | None = None
+        self._plan = Plan({}, {}, {})
+        self._stored: dict[str, Stored] | None = None  # None where the tensors come from no files
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         self.dtype = dtype
