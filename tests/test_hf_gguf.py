@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torch_fused import demo
 from torch_fused.functional import dequantize
-from torch_fused.hf import apply_torch_fused, load_gguf
+from torch_fused.hf import apply_torch_fused, gguf_blocks, load_gguf
 from torch_fused.hf.packing import packed_modules
 from torch_fused.nn import QuantizedEmbedding, QuantizedLinear
 from torch_fused.testing import relative_error
@@ -66,8 +66,9 @@ def test_exact(family, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", CONVERTED, ids=lambda kind: kind.name)
-def test_converted(kind, tmp_path):
-    """The error of what is not exact is told, and as small as it is said to be."""
+def test_converted(kind, tmp_path, monkeypatch):
+    """The error of what is not exact is told, and as small as it is said to be; also taken apart in several blocks."""
+    monkeypatch.setattr(gguf_blocks, "_BLOCK", 20_000)
     bits, most = CONVERTED[kind]
     held = write_gguf(tmp_path / "m.gguf", gguf_model(), dict.fromkeys(["token_embd.weight", *LAYERS], kind))
     with pytest.warns(UserWarning, match=f"{1 + len(LAYERS)} matrices were converted with a relative error"):
