@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .functional import add_rms_norm, apply_rotary_pos_emb, dequantize, quantize, silu_mul
 from .ops.adamw import adamw_, adamw_reference
-from .ops.decode import LAYER_PARTS, DecoderParts, decode_, decode_reference, make_decoder
+from .ops.decode import LAYER_PARTS, DecoderParts, Packed, decode_, decode_reference, make_decoder
 from .ops.kv_cache import kv_append_, kv_append_reference
 from .ops.layer_norm import layer_norm_backward_reference, layer_norm_reference
 from .ops.quantized import dequantize_reference, quantized_linear_reference
@@ -25,6 +25,8 @@ from .testing import make, relative_error
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+INT8_TOLERANCE = 1.6e-2
+"""Of a CPU's products with vectors rounded to int8, at these sizes."""
 
 
 def compare(what: str, actual: Iterable[Tensor], exact: Iterable[Tensor]) -> None:
@@ -243,10 +245,31 @@ def check_decode(device: str) -> None:
     for hidden, head_dim, steps in ((42, 12, 3), (64, 64, 1), (64, 64, 3), (64, 128, 1), (64, 128, 3)):
         for dtype in DTYPES:
             check_decoder(device, dtype, hidden, head_dim, steps)
+    # A context of several chunks, which are put together behind attention.
+    for hidden, head_dim, steps in ((42, 12, 3), (64, 64, 1), (64, 64, 3)):
+        for dtype in DTYPES:
+            check_decoder(device, dtype, hidden, head_dim, steps, length=70)
+    for bits in (4, 8):
+        for dtype in DTYPES:
+            for steps, length in ((1, 20), (3, 20), (1, 70), (3, 70)):
+                check_decoder(device, dtype, 64, 64, steps, length, bits)
+        # Norms and biases in another dtype than the scales.
+        for length in (20, 70):
+            check_decoder(device, torch.float16, 64, 64, 3, length, bits, beside=torch.float32)
 
 
-def check_decoder(device: str, dtype: torch.dtype, hidden: int, head_dim: int, steps: int) -> None:
-    heads, batch, length, vocabulary = 4, 1 if steps == 1 else 2, 20, 50
+def check_decoder(
+    device: str,
+    dtype: torch.dtype,
+    hidden: int,
+    head_dim: int,
+    steps: int,
+    length: int = 20,
+    bits: int = 0,
+    beside: torch.dtype | None = None,
+) -> None:
+    """Of dense matrices, or of packed ones with `bits` bits; norms and biases have the dtype `beside`."""
+    heads, batch, vocabulary = 4, 1 if steps == 1 else 2, 50
     intermediate = 96 if hidden == 64 else 71
     queries, keys = heads * head_dim, 2 * head_dim
     sizes = {
@@ -257,14 +280,21 @@ def check_decoder(device: str, dtype: torch.dtype, hidden: int, head_dim: int, s
         "v": (keys, hidden),
         "k_norm": (head_dim,),
         "o": (hidden, queries),
+        "o_bias": (hidden,),
         "post_attention_norm": (hidden,),
         "gate": (intermediate, hidden),
         "up": (intermediate, hidden),
         "down": (hidden, intermediate),
     }
 
-    def weight(*shape: int, seed: int = 20) -> Tensor:
+    def scaled(*shape: int, seed: int, dtype: torch.dtype = dtype) -> Tensor:
         return make(*shape, dtype=dtype, seed=seed, scale=shape[-1] ** -0.5)
+
+    def weight(*shape: int, seed: int = 20) -> Any:
+        if len(shape) == 1:
+            return scaled(*shape, seed=seed, dtype=beside or dtype)
+        matrix = scaled(*shape, seed=seed)
+        return Packed(*quantize(matrix, bits=bits, group_size=32)) if bits else matrix
 
     ids = torch.arange(batch * steps).view(batch, steps)
     model: dict[str, Any] = {
@@ -275,22 +305,28 @@ def check_decoder(device: str, dtype: torch.dtype, hidden: int, head_dim: int, s
         "heads": heads,
         "eps": 1e-5,
         "scaling": head_dim**-0.5,
-        "windows": [9],
+        "windows": [length - 11],
     }
     arguments: dict[str, Any] = {
         "token_ids": ids,
         "positions": ids,
         "starts": torch.tensor([0, 15])[:batch],
-        "cos": weight(30, head_dim, seed=21),
-        "sin": weight(30, head_dim, seed=22),
-        "keys": [weight(batch, 2, length + steps, head_dim, seed=25)],
-        "values": [weight(batch, 2, length + steps, head_dim, seed=26)],
+        "cos": scaled(30, head_dim, seed=21),
+        "sin": scaled(30, head_dim, seed=22),
+        "keys": [scaled(batch, 2, length + steps, head_dim, seed=25)],
+        "values": [scaled(batch, 2, length + steps, head_dim, seed=26)],
         "length": length,
     }
-    exact_model = DecoderParts(**in_float64(model))
+    exact_model = DecoderParts(**in_float64(model), groups=[], int8_products=False)
     exact = decode_reference(exact_model, **in_float64(arguments), logits_to_keep=steps)
-    logits = decode_(make_decoder(**on(device, model)), **on(device, arguments))
-    compare(f"decode_ of {hidden} columns and heads of {head_dim}", [logits.to(dtype)], [exact])
+    matrices = f"{bits} bits" if bits else "dense matrices"
+    what = f"decode_ of {hidden} columns and heads of {head_dim} behind {length}, {matrices}"
+    moved = on(device, model)
+    logits = decode_(make_decoder(**moved, int8_products=False), **on(device, arguments))
+    compare(what, [logits.to(dtype)], [exact])
+    if bits:  # on a CPU vectors rounded to int8, elsewhere the same again
+        error = relative_error(decode_(make_decoder(**moved), **on(device, arguments)), exact)
+        assert error < INT8_TOLERANCE, f"{what}, as integers: relative error {error:.3g}"
 
 
 def on(device: str, value: Any) -> Any:
@@ -298,14 +334,24 @@ def on(device: str, value: Any) -> Any:
 
 
 def in_float64(value: Any) -> Any:
-    return map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, value)
+    """Packed matrices are unpacked."""
+    return map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, value, unpacked)
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+def unpacked(matrix: Packed, group_size: int = 32) -> Tensor:
+    bits = matrix.weight.shape[1] * 32 // (matrix.scales.shape[1] * group_size)
+    return dequantize_reference(*matrix, bits=bits, group_size=group_size, dtype=torch.float64)
+
+
+def map_tensors(
+    function: Callable[[Tensor], Tensor], value: Any, of_packed: Callable[[Packed], Any] | None = None
+) -> Any:
     if isinstance(value, dict):
-        return {name: map_tensors(function, item) for name, item in value.items()}
+        return {name: map_tensors(function, item, of_packed) for name, item in value.items()}
     if isinstance(value, list):
-        return [map_tensors(function, item) for item in value]
+        return [map_tensors(function, item, of_packed) for item in value]
+    if isinstance(value, Packed):
+        return of_packed(value) if of_packed else Packed(*map(function, value))
     return function(value) if isinstance(value, Tensor) else value
 
 

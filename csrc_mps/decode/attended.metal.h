@@ -52,6 +52,7 @@ inline void multiply_attended(thread MatrixRows& rows, device const ushort* bias
                               threadgroup Combined<C, U>& combined, uint group, uint thread_id, uint lane,
                               uint simdgroup) {
   constexpr int PLACES = U * kBlockColumns / W;  // of eight columns
+  static_assert(C * PLACES % THREADS == 0, "every thread fills as many places");
   const uint blocks = (p.vectors + C - 1) / C, first_vector = group % blocks * C;
   const uint first = (group / blocks * kProductSimdgroups + simdgroup) * R, last = p.rows - 1;
 #pragma unroll

@@ -131,7 +131,7 @@ void decode_packed_embed(device const uint* words [[buffer(0)]], device const us
 #define PACKED_ANY(BITS)                                                                                 \
   PRODUCT("decode_packed" #BITS "_f32_0", float, BITS, 1, 2, 1, false, false)                            \
   PRODUCT("decode_packed" #BITS "_gated_f32_0", float, BITS, 1, 2, 1, true, false)                       \
-  ATTENDED("decode_packed" #BITS "_attended_f32_0", float, BITS, 1, 4, 1, false)                         \
+  ATTENDED("decode_packed" #BITS "_attended_f32_0", float, BITS, 1, 4, 4, false)                         \
   template [[host_name("decode_packed" #BITS "_embed")]] [[kernel]] void decode_packed_embed<BITS>(      \
       device const uint*, device const ushort*, device const ushort*, device const long*, device float*, \
       constant PackedEmbedParams&, uint, uint, uint);
