@@ -523,7 +523,7 @@ def _token(step: Step, **changes) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"head": torch.zeros(0, 48)}, r"Decoder: head must be \(vocabulary, hidden\)"),
+        ({"head": torch.zeros(0, 48)}, "Decoder: head must be a matrix with rows and columns"),
         ({"head": torch.zeros(1, 48).expand(2**20 + 1, 48)}, "decode_token_: head must have 1 to 1048576 rows"),
         (
             {"do_sample": True, "temperature": -1.0},

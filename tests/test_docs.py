@@ -11,8 +11,8 @@ import pytest
 import torch
 from checkpoints import write_gguf, write_mlx
 from gguf import GGMLQuantizationType as Type
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokens import small_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import torch_fused
 from torch_fused.hf import quantize_
@@ -26,7 +26,6 @@ ENTRIES = [entry for _, entries in api_reference.public_api() for entry in entri
 
 FROM_PRETRAINED = AutoModelForCausalLM.from_pretrained
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-WORDS = ["<unk>", "<pad>", "the", "sky", "is", "blue", "because", "of", "light", "Hello", "The"]
 
 
 def small_model(name="", *_, dtype=torch.float32, quantization_config=None, **options):
@@ -50,13 +49,6 @@ def small_model(name="", *_, dtype=torch.float32, quantization_config=None, **op
     if quantization_config is not None:
         quantize_(model, bits=quantization_config.bits, group_size=quantization_config.group_size)
     return model
-
-
-def small_tokenizer(*_, **__):
-    words = WORDS + [f"word{i}" for i in range(len(WORDS), 128)]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>")
 
 
 @pytest.fixture

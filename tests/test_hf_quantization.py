@@ -15,8 +15,8 @@ import torch
 from checkpoints import write_mlx
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_docs import small_tokenizer
 from test_hf_generate import FAMILIES, make_model, one_thread, prompt  # noqa: F401
+from tokens import small_tokenizer
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
