@@ -247,7 +247,6 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
       if (query < count && d < p.head_dim) attended[place * p.head_dim + d] = total;
       if (query < count && d == 0) stats[place] = all;
     }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 }
 

@@ -70,17 +70,7 @@ BUGS = [
         step(),
         RACE,
         ATTENTION,
-        "part",
-    ),
-    Bug(
-        "missing barrier before the room for merging is used again",
-        "decode_attention",
-        BARRIER.replace("  ", "    ", 1) + "  }\n}",
-        "  }\n}",
-        step(steps=4),
-        RACE,
-        ATTENTION,
-        "",
+        "merged_stats[room",
     ),
     Bug(
         "a chunk's last keys are not held back by its end",
@@ -150,7 +140,7 @@ BUGS = [
         step(),
         RACE,
         ATTENDED,
-        "combined[",
+        "combined.columns[",
     ),
     Bug(
         "missing barrier before the next columns take the place",
@@ -160,7 +150,7 @@ BUGS = [
         step(head_dim=128),
         RACE,
         ATTENDED,
-        "combined[",
+        "combined.columns[",
     ),
     Bug(
         "a chunk is taken from another head",

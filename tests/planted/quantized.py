@@ -110,7 +110,7 @@ ONLY_NUMBERS = [
     (
         "the group before",
         "quantized",
-        "const ulong group = column / group_size;",
+        "const ulong group = column >> (31u - clz(group_size));",
         "const ulong group = 0;",
         multiplied(),
     ),
