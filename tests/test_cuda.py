@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cuda_ops
 import pytest
 import torch
 from cuda_ops import CASES, assert_close_to_the_cpus, assert_same, operands_on
+from test_decode import Shape, Step, on_device
 from test_hf_compile import Counting
 from test_hf_generate import FAMILIES, make_model, prompt
 from transformers import CompileConfig, DynamicCache
@@ -21,10 +23,11 @@ from torch_fused.__main__ import main
 from torch_fused.functional import add_rms_norm, layer_norm, rms_norm, silu_mul, softmax
 from torch_fused.hf import FusedKVCache, apply_torch_fused, generate, loop
 from torch_fused.metal import emulate
+from torch_fused.ops.decode import decode_, make_decoder
 from torch_fused.optim import AdamW
 from torch_fused.sampling import filter_logits, greedy, sample
 from torch_fused.selfcheck import CHECKS
-from torch_fused.testing import make
+from torch_fused.testing import make, relative_error
 
 ROOT = Path(__file__).parents[1]
 INF = torch.inf
@@ -71,6 +74,66 @@ def test_cuda_first_use_inside_a_capture(tmp_path):
     assert compiled
     finish(start("first_use_in_captures", tmp_path))
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cubin").iterdir()} == compiled
+
+
+def steps_of_one_decoder(lengths) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Logits of steps by one decoder on a GPU and by another on the CPU, each with other tokens, context and cache."""
+    step = Step(Shape("qwen3", kv_heads=1), batch=2, length=max(lengths), dtype=torch.bfloat16)
+    decoders = {device: make_decoder(**on_device(device, step.model)) for device in ("cpu", "cuda")}
+    found: dict[str, list[torch.Tensor]] = {"cpu": [], "cuda": []}
+    for i, length in enumerate(lengths):
+        ids = torch.tensor([[i], [2 * i + 1]])
+        for device, logits in found.items():
+            args = on_device(
+                device, {**step.args, "token_ids": ids, "length": length, "positions": torch.full((2, 1), length)}
+            )
+            logits.append(decode_(decoders[device], *args.values()).cpu())
+    return found["cuda"], found["cpu"]
+
+
+def assert_near(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for mine, other in zip(found, expected, strict=True):
+        assert relative_error(mine, other) < 2e-2
+
+
+def test_cuda_steps_that_are_made_again():
+    """From the second step on the launches are a graph, whose arguments, grids and number of chunks change."""
+    assert_near(*steps_of_one_decoder([20, 21, 22, 300, 301, 40, 23, 302]))
+
+
+def test_cuda_steps_on_streams_of_their_own():
+    """Threads that share a decoder each get their own logits."""
+    step = Step(Shape("qwen2", layers=8), length=50)
+    model = make_decoder(**on_device("cuda", step.model))
+
+    def work(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        args = on_device("cuda", {**step.args, "token_ids": torch.full((1, 1), number)})
+        with torch.cuda.stream(torch.cuda.Stream()):
+            first = decode_(model, *args.values()).clone()
+            for _ in range(20):
+                last = decode_(model, *args.values())
+            return first.cpu(), last.cpu()
+
+    torch.cuda.synchronize()
+    alone = [work(number) for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(work, range(4)))
+    for (first, last), (expected, _) in zip([*alone, *together], [*alone, *alone], strict=True):
+        assert torch.equal(first, expected) and torch.equal(last, expected)
+
+
+def test_cuda_step_in_a_graph_of_torch():
+    """While torch captures, the launches go to its graph; before and after, to the decoder's own."""
+    step = Step(length=50, device="cuda")
+    model, args = make_decoder(**on_device("cuda", step.model)), on_device("cuda", step.args)
+    expected = [decode_(model, *args.values()) for _ in range(3)][-1].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = decode_(model, *args.values())
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, expected)
+    assert torch.equal(decode_(model, *args.values()), expected)
 
 
 # ---- threads and processes ------------------------------------------------------------------------------------------

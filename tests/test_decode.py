@@ -123,8 +123,8 @@ class Step:
 
     def run(self, **changes) -> torch.Tensor:
         """The logits on the CPU; the caches in `args` are written wherever the step runs."""
-        model = {name: _on(self.device, changes.pop(name, value)) for name, value in self.model.items()}
-        args = {name: _on(self.device, value) for name, value in {**self.args, **changes}.items()}
+        model = on_device(self.device, {name: changes.pop(name, value) for name, value in self.model.items()})
+        args = on_device(self.device, {**self.args, **changes})
         logits = decode_(make_decoder(**model), **args)
         if self.device != "cpu":
             for name in ("keys", "values"):
@@ -176,11 +176,13 @@ class WideDecoder(DecoderParts):
     """A model in float64, which the op does not take."""
 
 
-def _on(device, value):
+def on_device(device, value):
     if isinstance(value, Packed):
         return packed(*(part.to(device) for part in value), value.dense)
     if isinstance(value, list):
-        return [_on(device, item) for item in value]
+        return [on_device(device, item) for item in value]
+    if isinstance(value, dict):
+        return {name: on_device(device, item) for name, item in value.items()}
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
@@ -521,7 +523,7 @@ def _token(step: Step, **changes) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"head": torch.zeros(0, 48)}, r"Decoder: head must be \(vocabulary, hidden\)"),
+        ({"head": torch.zeros(0, 48)}, "Decoder: head must be a matrix with rows and columns"),
         ({"head": torch.zeros(1, 48).expand(2**20 + 1, 48)}, "decode_token_: head must have 1 to 1048576 rows"),
         (
             {"do_sample": True, "temperature": -1.0},

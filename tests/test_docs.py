@@ -9,10 +9,13 @@ from pathlib import Path
 import api_reference
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from checkpoints import write_gguf, write_mlx
+from gguf import GGMLQuantizationType as Type
+from tokens import small_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import torch_fused
+from torch_fused.hf import quantize_
 from torch_fused.hf.cache import CACHE
 
 ROOT = Path(__file__).parents[1]
@@ -21,12 +24,14 @@ SIGNATURES = ROOT / "docs" / "api.md"  # its Python blocks are no programs
 
 ENTRIES = [entry for _, entries in api_reference.public_api() for entry in entries]
 
+FROM_PRETRAINED = AutoModelForCausalLM.from_pretrained
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-WORDS = ["<unk>", "<pad>", "the", "sky", "is", "blue", "because", "of", "light", "Hello", "The"]
 
 
-def small_model(*_, dtype=torch.float32, **__):
-    """Two layers with random weights, whatever name is asked for."""
+def small_model(name="", *_, dtype=torch.float32, quantization_config=None, **options):
+    """Two layers with random weights, whatever name is asked for; a folder is loaded."""
+    if name and Path(name).is_dir():
+        return FROM_PRETRAINED(name, dtype=dtype, **options)
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=128,
@@ -40,14 +45,10 @@ def small_model(*_, dtype=torch.float32, **__):
         bos_token_id=None,
         eos_token_id=None,
     )
-    return Qwen2ForCausalLM(config).to({"bfloat16": torch.bfloat16}.get(dtype, dtype)).eval()
-
-
-def small_tokenizer(*_, **__):
-    words = WORDS + [f"word{i}" for i in range(len(WORDS), 128)]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>")
+    model = Qwen2ForCausalLM(config).to({"bfloat16": torch.bfloat16}.get(dtype, dtype)).eval()
+    if quantization_config is not None:
+        quantize_(model, bits=quantization_config.bits, group_size=quantization_config.group_size)
+    return model
 
 
 @pytest.fixture
@@ -56,6 +57,11 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", small_model)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", small_tokenizer)
     monkeypatch.chdir(tmp_path)
+    folder = Path("mlx-community", "Qwen2.5-0.5B-Instruct-4bit")
+    dense = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]  # whose columns no group divides
+    write_mlx(folder, small_model(), {"group_size": 64, "bits": 4}, dense)
+    small_tokenizer().save_pretrained(folder)
+    write_gguf(Path("SmolLM2-135M-Instruct.Q4_1.gguf"), small_model(), {"token_embd.weight": Type.Q8_0})
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # models this small lose more to waking threads than they gain
     yield

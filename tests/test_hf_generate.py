@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_docs import small_tokenizer
+from tokens import small_tokenizer
 from transformers import (
     ContinuousBatchingConfig,
     DynamicCache,

@@ -23,7 +23,7 @@ MODULES = ("functional", "sampling", "nn", "optim", "hf", "demo", "metal")
 """Their public names are in `__all__`."""
 
 RETURNED = {
-    "hf": ("patch.PatchHandle",),
+    "hf": ("packing.QuantizationReport", "patch.PatchHandle"),
     "metal": ("emulation.Emulation", "emulation.Launch", "emulation.Traffic", "shader.Library", "shader.Kernel"),
 }
 """Classes that nobody constructs, but that public functions return."""

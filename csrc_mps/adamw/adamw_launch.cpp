@@ -66,9 +66,8 @@ void adamw_gpu(TensorList params, TensorList grads, TensorList exp_avgs, TensorL
     // Large tensors share launches with large ones: each launch waits for the last threadgroup of the one before.
     std::stable_sort(tensors.begin(), tensors.end(),
                      [](const AdamwTensor& a, const AdamwTensor& b) { return a.param.numel() > b.param.numel(); });
-    const Kernel& kernel =
-        find_kernel("adamw", "adamw_" + dtype_name(tensors[0].param.scalar_type()) + "_" +
-                                 dtype_name(tensors[0].exp_avg.scalar_type()));
+    const Kernel& kernel = find_kernel("adamw", "adamw_" + dtype_name(tensors[0].param.scalar_type()) + "_" +
+                                                    dtype_name(tensors[0].exp_avg.scalar_type()));
     for (size_t i = 0; i < tensors.size(); i += kTensors) {
       launch_batch(kernel, Batch(tensors).slice(i, std::min(kTensors, tensors.size() - i)), settings);
     }

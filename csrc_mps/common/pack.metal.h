@@ -6,7 +6,9 @@
 #include <metal_stdlib>
 using namespace metal;
 
-inline uint bits_of(float value) { return as_type<uint>(value); }
+inline uint bits_of(float value) {
+  return as_type<uint>(value);
+}
 
 template <typename T>
 inline uint bits_of(T value) {

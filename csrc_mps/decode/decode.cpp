@@ -112,8 +112,12 @@ Decoder::Decoder(const Tensor& embedding_, const std::vector<OptionalTensor>& pa
                  const Tensor& head_, const std::vector<Tensor>& groups, int64_t heads_, double eps_, double scaling_,
                  const std::vector<int64_t>& windows, bool int8_products_)
     : heads(heads_), eps(eps_), scaling(scaling_), int8_products(int8_products_) {
-  TORCH_CHECK(norm_.dim() == 1 && norm_.numel() > 0, "Decoder: norm must be (hidden,), got shape ", norm_.sizes());
-  hidden = norm_.size(0);
+  const bool packed = embedding_.scalar_type() == at::kUInt32;  // its words do not tell their columns
+  const Tensor& sized = packed ? norm_ : embedding_;
+  TORCH_CHECK(sized.dim() == (packed ? 1 : 2) && sized.numel() > 0, "Decoder: ",
+              packed ? "norm must be (hidden,)" : "embedding must be (vocabulary, hidden)", ", got shape ",
+              sized.sizes());
+  hidden = sized.size(-1);
   Reader reader(embedding_, groups);
   embedding = reader.take_matrix(embedding_, "embedding", 0, hidden);
   head = reader.take_matrix(head_, "head", 0, hidden);
@@ -423,7 +427,8 @@ Tensor decode_cpu(const DecoderPtr& model, const Tensor& token_ids, const Tensor
 
   const int64_t sizes[] = {
       s.tokens() * s.hidden,       s.tokens() * s.projected(),  s.tokens() * s.heads * s.chunks * s.partial(),
-      s.tokens() * s.intermediate, s.tokens() * s.intermediate, s.threads * s.own_size(),  s.threads * s.ready_size()};
+      s.tokens() * s.intermediate, s.tokens() * s.intermediate, s.threads * s.own_size(),
+      s.threads * s.ready_size()};
   const auto floats = m.norm.options().dtype(at::kFloat);
   const Tensor logits = at::empty({s.batch, s.kept, s.vocabulary}, floats);
   const Tensor memory = at::empty({std::accumulate(std::begin(sizes), std::end(sizes), int64_t{0})}, floats);

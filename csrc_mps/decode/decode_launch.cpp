@@ -142,10 +142,9 @@ void multiply(Step& step, std::initializer_list<const Linear*> matrices, const V
                        bias(1), bias(2), v.from, norm, v.to},
                       PackedProductParams{p, packed_format({each[0], each[1], each[2]})});
   } else {
-    step.launches.add((gated ? gating : plain)(first.weight.scalar_type(), width.variant), groups, 32 * simdgroups,
-                      {each[0]->weight, each[1]->weight, each[2]->weight, bias(0), bias(1), bias(2), v.from, norm,
-                       v.to},
-                      p);
+    step.launches.add(
+        (gated ? gating : plain)(first.weight.scalar_type(), width.variant), groups, 32 * simdgroups,
+        {each[0]->weight, each[1]->weight, each[2]->weight, bias(0), bias(1), bias(2), v.from, norm, v.to}, p);
   }
 }
 

@@ -13,7 +13,9 @@
 using namespace metal;
 using namespace torch_fused;
 
-inline float silu(float x) { return x / (1.0f + exp(-x)); }
+inline float silu(float x) {
+  return x / (1.0f + exp(-x));
+}
 
 // Where a vector of the step begins.
 inline ulong vector_offset(constant ProductParams& p, uint vector) {
@@ -57,10 +59,10 @@ struct Shared {
 // R rows at once with C vectors, U blocks of columns at once. `rows` finds and loads rows; T is the type of norms and
 // biases. GATED: the rows are pairs of a gate's and an up's, and the result is silu(gate) * up.
 template <typename T, int C, int R, int U, bool GATED, bool WHOLE, typename MatrixRows>
-inline void multiply(thread MatrixRows& rows, device const ushort* b0, device const ushort* b1,
-                     device const ushort* b2, device const float* vectors, device const ushort* norm,
-                     device float* results, constant ProductParams& p, threadgroup Shared<C>& shared, uint group,
-                     uint lane, uint simdgroup, uint simdgroups) {
+inline void multiply(thread MatrixRows& rows, device const ushort* b0, device const ushort* b1, device const ushort* b2,
+                     device const float* vectors, device const ushort* norm, device float* results,
+                     constant ProductParams& p, threadgroup Shared<C>& shared, uint group, uint lane, uint simdgroup,
+                     uint simdgroups) {
   constexpr int OUTPUTS = GATED ? R / 2 : R;
   constexpr bool MANY = C > 1;  // then a norm's weights go to the rows, and the squares are summed once a threadgroup
   const uint blocks = (p.vectors + C - 1) / C, slots = simdgroups / p.splits;
@@ -84,8 +86,10 @@ inline void multiply(thread MatrixRows& rows, device const ushort* b0, device co
   const uint matrix = uint(row >= p.ends[0]) + uint(row >= p.ends[1]);
   float bias = 0.0f;
   if (!GATED && writes && p.flags & (kBias << matrix)) {
-    bias = vector_at<T, WHOLE>(matrix == 0 ? b0 : matrix == 1 ? b1 : b2, p.bias_format,
-                               matrix == 0 ? row : row - p.ends[matrix - 1]);
+    bias = vector_at<T, WHOLE>(matrix == 0   ? b0
+                               : matrix == 1 ? b1
+                                             : b2,
+                               p.bias_format, matrix == 0 ? row : row - p.ends[matrix - 1]);
   }
 
   // The first rows are under way before the vectors are there.

@@ -19,9 +19,17 @@ struct PackedRows {
   PackedPack<BITS, kLaneColumns> packs[R][U];
 
   void point(int r, uint of, uint row) {
-    at[r] = packed_row(of == 0 ? w0 : of == 1 ? w1 : w2, of == 0 ? s0 : of == 1 ? s1 : s2,
-                       of == 0 ? g0 : of == 1 ? g1 : g2, row, format->strides[of], format->scale_strides[of],
-                       format->bias_strides[of], format->scale_format);
+    at[r] =
+        packed_row(of == 0   ? w0
+                   : of == 1 ? w1
+                             : w2,
+                   of == 0   ? s0
+                   : of == 1 ? s1
+                             : s2,
+                   of == 0   ? g0
+                   : of == 1 ? g1
+                             : g2,
+                   row, format->strides[of], format->scale_strides[of], format->bias_strides[of], format->scale_format);
   }
 };
 
@@ -49,8 +57,7 @@ void decode_packed(device const uint* w0 [[buffer(0)]], device const uint* w1 [[
                    device const float* vectors [[buffer(12)]], device const ushort* norm [[buffer(13)]],
                    device float* results [[buffer(14)]], constant PackedProductParams& p [[buffer(15)]],
                    uint group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
-                   uint simdgroup [[simdgroup_index_in_threadgroup]],
-                   uint simdgroups [[simdgroups_per_threadgroup]]) {
+                   uint simdgroup [[simdgroup_index_in_threadgroup]], uint simdgroups [[simdgroups_per_threadgroup]]) {
   threadgroup Shared<C> shared;
   PackedRows<T, BITS, R, U, WHOLE> rows;
   rows.w0 = w0, rows.w1 = w1, rows.w2 = w2;
@@ -68,8 +75,7 @@ void decode_packed_attended(device const uint* matrix [[buffer(0)]], device cons
                             device const float* chunks [[buffer(4)]], device const float2* stats [[buffer(5)]],
                             device float* results [[buffer(6)]], constant PackedAttendedParams& p [[buffer(7)]],
                             uint group [[threadgroup_position_in_grid]],
-                            uint thread_id [[thread_position_in_threadgroup]],
-                            uint lane [[thread_index_in_simdgroup]],
+                            uint thread_id [[thread_position_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
                             uint simdgroup [[simdgroup_index_in_threadgroup]]) {
   threadgroup Combined<C, U> combined;
   PackedRows<T, BITS, R, U, WHOLE> rows;
@@ -77,8 +83,8 @@ void decode_packed_attended(device const uint* matrix [[buffer(0)]], device cons
   rows.s0 = rows.s1 = rows.s2 = scales;
   rows.g0 = rows.g1 = rows.g2 = biases;
   rows.format = &p.format;
-  multiply_attended<T, C, R, U, WHOLE>(rows, bias, chunks, stats, results, p.attended, combined, group, thread_id,
-                                       lane, simdgroup);
+  multiply_attended<T, C, R, U, WHOLE>(rows, bias, chunks, stats, results, p.attended, combined, group, thread_id, lane,
+                                       simdgroup);
 }
 
 // A row of the embedding a token; a token that is not in it has NaN.
@@ -87,8 +93,7 @@ template <int BITS>
 void decode_packed_embed(device const uint* words [[buffer(0)]], device const ushort* scales [[buffer(1)]],
                          device const ushort* biases [[buffer(2)]], device const long* token_ids [[buffer(3)]],
                          device float* states [[buffer(4)]], constant PackedEmbedParams& p [[buffer(5)]],
-                         uint token [[threadgroup_position_in_grid]],
-                         uint thread_id [[thread_position_in_threadgroup]],
+                         uint token [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
                          uint threads [[threads_per_threadgroup]]) {
   const long id = token_ids[token];
   const bool known = id >= 0 && id < long(p.embed.vocabulary);
@@ -105,17 +110,16 @@ void decode_packed_embed(device const uint* words [[buffer(0)]], device const us
   }
 }
 
-#define PRODUCT(host, T, BITS, C, R, U, GATED, WHOLE)                                                            \
-  template [[host_name(host)]] [[kernel]] void decode_packed<T, BITS, C, R, U, GATED, WHOLE>(                    \
-      device const uint*, device const uint*, device const uint*, device const ushort*, device const ushort*,    \
-      device const ushort*, device const ushort*, device const ushort*, device const ushort*,                    \
-      device const ushort*, device const ushort*, device const ushort*, device const float*,                     \
-      device const ushort*, device float*, constant PackedProductParams&, uint, uint, uint, uint);
-#define ATTENDED(host, T, BITS, C, R, U, WHOLE)                                                        \
-  template [[host_name(host)]] [[kernel]] void decode_packed_attended<T, BITS, C, R, U, WHOLE>(        \
-      device const uint*, device const ushort*, device const ushort*, device const ushort*,            \
-      device const float*, device const float2*, device float*, constant PackedAttendedParams&, uint,  \
-      uint, uint, uint);
+#define PRODUCT(host, T, BITS, C, R, U, GATED, WHOLE)                                                               \
+  template [[host_name(host)]] [[kernel]] void decode_packed<T, BITS, C, R, U, GATED, WHOLE>(                       \
+      device const uint*, device const uint*, device const uint*, device const ushort*, device const ushort*,       \
+      device const ushort*, device const ushort*, device const ushort*, device const ushort*, device const ushort*, \
+      device const ushort*, device const ushort*, device const float*, device const ushort*, device float*,         \
+      constant PackedProductParams&, uint, uint, uint, uint);
+#define ATTENDED(host, T, BITS, C, R, U, WHOLE)                                                                  \
+  template [[host_name(host)]] [[kernel]] void decode_packed_attended<T, BITS, C, R, U, WHOLE>(                  \
+      device const uint*, device const ushort*, device const ushort*, device const ushort*, device const float*, \
+      device const float2*, device float*, constant PackedAttendedParams&, uint, uint, uint, uint);
 #define PACKED(name, T, BITS)                                                       \
   PRODUCT("decode_packed" #BITS "_" #name "_1", T, BITS, 1, 2, 4, false, true)      \
   PRODUCT("decode_packed" #BITS "_" #name "_8", T, BITS, 8, 4, 1, false, true)      \

@@ -1,8 +1,8 @@
 // What the kernels of layer norm share: how a row's mean and variance are found.
 //
-// Each simdgroup, or in backward each thread, subtracts its own shift, the mean of the packs that it holds, before it adds
-// anything up; the sums of all are then brought to one shift. So no sum cancels, the mean is exact to more than one float,
-// and the threadgroup meets only once.
+// Each simdgroup, or in backward each thread, subtracts its own shift, the mean of the packs that it holds, before it
+// adds anything up; the sums of all are then brought to one shift. So no sum cancels, the mean is exact to more than
+// one float, and the threadgroup meets only once.
 #pragma once
 #include <metal_stdlib>
 #include "common/reduce.metal.h"

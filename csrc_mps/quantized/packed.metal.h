@@ -27,8 +27,8 @@ struct PackedPack {
     return fma(step, fraction(j), bias - step);
   }
 
-  // The product with W values, whose sum is `sum`. Where infinities or overflows cancel it would be no number; weight by
-  // weight it is the unpacked row's.
+  // The product with W values, whose sum is `sum`. Where infinities or overflows cancel it would be no number; weight
+  // by weight it is the unpacked row's.
   float product(thread const float* x, float sum) const {
     float dot = 0.0f;
 #pragma unroll

@@ -43,8 +43,8 @@ using OptionalTensor = std::optional<Tensor>;
 Packed check_packed(const char* op, const Tensor& weight, const Tensor& scales, const Tensor& biases, int64_t bits,
                     int64_t group_size) {
   TORCH_CHECK(bits == 4 || bits == 8, op, ": bits must be 4 or 8, got ", bits);
-  TORCH_CHECK(group_size == 32 || group_size == 64 || group_size == 128, op,
-              ": group_size must be 32, 64 or 128, got ", group_size);
+  TORCH_CHECK(group_size == 32 || group_size == 64 || group_size == 128, op, ": group_size must be 32, 64 or 128, got ",
+              group_size);
   TORCH_CHECK(weight.scalar_type() == at::kUInt32 && weight.dim() >= 1, op,
               ": weight must be a uint32 tensor of packed rows, got ", weight.scalar_type(), " of shape ",
               weight.sizes());
@@ -54,9 +54,9 @@ Packed check_packed(const char* op, const Tensor& weight, const Tensor& scales, 
               weight.sizes());
   std::vector<int64_t> sizes = weight.sizes().vec();
   sizes.back() = words / in_group;
-  TORCH_CHECK(scales.scalar_type() == at::kFloat || scales.scalar_type() == at::kHalf ||
-                  scales.scalar_type() == at::kBFloat16,
-              op, ": scales must be float32, float16 or bfloat16, got ", scales.scalar_type());
+  TORCH_CHECK(
+      scales.scalar_type() == at::kFloat || scales.scalar_type() == at::kHalf || scales.scalar_type() == at::kBFloat16,
+      op, ": scales must be float32, float16 or bfloat16, got ", scales.scalar_type());
   for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>{"scales", scales}, {"biases", biases}}) {
     TORCH_CHECK(tensor.sizes() == at::IntArrayRef(sizes), op, ": ", name, " must have the shape ",
                 at::IntArrayRef(sizes), ", one for each group of weight, got ", tensor.sizes());
@@ -84,8 +84,8 @@ QuantizedCall check_quantized(const char* op, const Tensor& x, const Tensor& wei
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) == call.matrix.cols, op, ": x must have weight's ", call.matrix.cols,
               " columns as its last dimension, got shape ", x.sizes());
   if (bias) {
-    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), op, ": bias must have the shape [",
-                weight.size(0), "], got ", bias->sizes());
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), op, ": bias must have the shape [", weight.size(0),
+                "], got ", bias->sizes());
     check_alike(op, "bias", *bias, "x", x);
   }
   call.result_sizes = x.sizes().vec();
@@ -115,10 +115,10 @@ TORCH_FUSED_INLINE void unpack_group(const uint32_t* words, int64_t count, Wide 
   }
 }
 
-#define QUANTIZED_UNPACK(T)                                                                                      \
+#define QUANTIZED_UNPACK(T)                                                                                         \
   TORCH_FUSED_SIMD void unpack(const uint32_t* words, int64_t count, int64_t bits, wide_t<T> scale, wide_t<T> bias, \
-                               T* to) {                                                                          \
-    bits == 4 ? unpack_group<4>(words, count, scale, bias, to) : unpack_group<8>(words, count, scale, bias, to);   \
+                               T* to) {                                                                             \
+    bits == 4 ? unpack_group<4>(words, count, scale, bias, to) : unpack_group<8>(words, count, scale, bias, to);    \
   }
 QUANTIZED_UNPACK(float)
 QUANTIZED_UNPACK(double)
@@ -157,16 +157,14 @@ Tensor dequantize_cpu(const Tensor& weight, const Tensor& scales, const Tensor& 
   if (result.numel() == 0) return result;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, result_dtype, "dequantize", [&] {
     using T = scalar_t;
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, scales.scalar_type(), "dequantize", [&] {
-      unpack_rows<T, scalar_t>(m, elements<T>(result));
-    });
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, scales.scalar_type(), "dequantize",
+                                    [&] { unpack_rows<T, scalar_t>(m, elements<T>(result)); });
   });
   return result;
 }
 
 Tensor linear_unpacked(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& biases,
-                       const OptionalTensor& bias, int64_t bits, int64_t group_size,
-                       decltype(&dequantize_cpu) unpack) {
+                       const OptionalTensor& bias, int64_t bits, int64_t group_size, decltype(&dequantize_cpu) unpack) {
   const int64_t rows = weight.size(0), block = std::max<int64_t>(1, kUnpackedAtOnce / std::max<int64_t>(1, x.size(-1)));
   if (rows <= block) return at::linear(x, unpack(weight, scales, biases, bits, group_size, x.scalar_type()), bias);
   std::vector<int64_t> sizes = x.sizes().vec();
@@ -208,9 +206,8 @@ Tensor multiply_packed(const QuantizedCall& call, const Tensor& x, bool integers
   const std::unique_ptr<float[]> memory(new float[static_cast<size_t>(ReadyVectors::size(m.cols, call.vectors))]);
   ReadyVectors vectors;
   vectors.prepare(m, elements<const float>(wide), call.vectors, integers, memory.get());
-  at::parallel_for(0, rows, 4 * row_grain(m.cols), [&](int64_t begin, int64_t end) {
-    vectors.multiply(m, begin, end, to + begin, rows);
-  });
+  at::parallel_for(0, rows, 4 * row_grain(m.cols),
+                   [&](int64_t begin, int64_t end) { vectors.multiply(m, begin, end, to + begin, rows); });
   return results;
 }
 
@@ -329,9 +326,9 @@ TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
   m.impl("dequantize", torch_fused::dequantize_autograd);
   m.impl("quantized_linear", torch_fused::quantized_linear_autograd);
 }
-#define TORCH_FUSED_AUTOCAST(key, device)                                                              \
-  TORCH_LIBRARY_IMPL(torch_fused, key, m) {                                                            \
-    m.impl("quantized_linear",                                                                         \
+#define TORCH_FUSED_AUTOCAST(key, device)                                                           \
+  TORCH_LIBRARY_IMPL(torch_fused, key, m) {                                                         \
+    m.impl("quantized_linear",                                                                      \
            torch_fused::quantized_linear_autocast<c10::DispatchKey::key, c10::DeviceType::device>); \
   }
 TORCH_FUSED_AUTOCAST(AutocastCPU, CPU)

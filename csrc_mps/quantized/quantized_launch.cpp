@@ -54,8 +54,8 @@ Tensor dequantize_gpu(const Tensor& weight, const Tensor& scales, const Tensor& 
   const int64_t each = kUnpackedColumns, threads = std::min(kThreads, (m.cols / each + 31) / 32 * 32);
   p.groups = static_cast<uint32_t>((m.cols + threads * each - 1) / (threads * each));
   p.aligned = rows_aligned(result, 0);
-  launch(kernels(result, bits), m.rows * p.groups, threads,
-         {m.weight.tensor, m.scales.tensor, m.biases.tensor, result}, p);
+  launch(kernels(result, bits), m.rows * p.groups, threads, {m.weight.tensor, m.scales.tensor, m.biases.tensor, result},
+         p);
   return result;
 }
 

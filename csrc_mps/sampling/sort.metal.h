@@ -1,5 +1,6 @@
-// Sorts tokens, largest first, in registers, E a thread: some comparisons need no other thread, most others a simdgroup,
-// and the fewest threadgroup memory. E is a power of two from 2 on; many are less work, few are ready sooner.
+// Sorts tokens, largest first, in registers, E a thread: some comparisons need no other thread, most others a
+// simdgroup, and the fewest threadgroup memory. E is a power of two from 2 on; many are less work, few are ready
+// sooner.
 //
 // Batcher's bitonic network in the form in which every comparison has one direction: a merge begins with each token and
 // its mirror image, and goes on with the token half as far away, then a quarter and so on.
@@ -80,8 +81,8 @@ inline void sort_in_simdgroup(thread ulong* tokens, uint lane) {
   }
 }
 
-// Sorts the tokens of the first `sorters` threads, a power of two from 32 on: place p is then token p % E of thread p / E.
-// `exchange` holds a token a place. Every thread of the threadgroup calls this.
+// Sorts the tokens of the first `sorters` threads, a power of two from 32 on: place p is then token p % E of thread p /
+// E. `exchange` holds a token a place. Every thread of the threadgroup calls this.
 template <uint E>
 inline void sort_tokens(thread ulong* tokens, threadgroup ulong* exchange, uint sorters, uint thread_id, uint lane) {
   const bool sorts = thread_id < sorters;

@@ -9,8 +9,8 @@ using namespace torch_fused;
 
 constant constexpr uint PER_THREAD = 8;
 constant constexpr uint SLICE_THREADS = SLICE / PER_THREAD;
-constant constexpr uint THREADS = 1024;      // that search a row
-constant constexpr uint PLACES = 2;          // that each of them has in what is sorted
+constant constexpr uint THREADS = 1024;  // that search a row
+constant constexpr uint PLACES = 2;      // that each of them has in what is sorted
 constant constexpr uint MOST_SORTED = PLACES * THREADS;
 
 // A token is its key above its inverted index, so that the order is that of integers, descending. 0 is none.

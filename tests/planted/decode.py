@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from test_decode import Shape, Step
+from test_decode_packed import packed_step
 
 from .bug import BARRIER, RACE, Bug
 
@@ -19,9 +20,25 @@ def step(head_dim: int = 64, intermediate: int = 504, **options) -> Callable[[],
     return run
 
 
-ATTENTION, ATTENDED, PRODUCT, VECTORS = (
+def packed(bits: int = 4) -> Callable[[], list[torch.Tensor]]:
+    """A step of a model whose matrices are all packed."""
+
+    def run() -> list[torch.Tensor]:
+        call = packed_step(bits, length=100)
+        return [call.run(), *call.args["keys"], *call.args["values"]]
+
+    return run
+
+
+ATTENTION, ATTENDED, PRODUCT, EMBED, VECTORS = (
     f"decode/{name}"
-    for name in ("decode_attention.metal", "decode_attended.metal", "decode_product.metal", "vectors.metal.h")
+    for name in (
+        "decode_attention.metal",
+        "attended.metal.h",
+        "multiply.metal.h",
+        "decode_product.metal",
+        "vectors.metal.h",
+    )
 )
 
 BUGS = [
@@ -48,8 +65,8 @@ BUGS = [
     Bug(
         "missing barrier before the simdgroups' parts are merged",
         "decode_attention",
-        BARRIER.replace("  ", "      ", 1) + "      for (uint i = thread_id",
-        "\n      for (uint i = thread_id",
+        BARRIER.replace("  ", "    ", 1) + "    for (uint i = thread_id",
+        "\n    for (uint i = thread_id",
         step(),
         RACE,
         ATTENTION,
@@ -58,9 +75,9 @@ BUGS = [
     Bug(
         "missing barrier before the room for merging is used again",
         "decode_attention",
-        BARRIER.replace("  ", "      ", 1) + "    }\n  }",
-        "    }\n  }",
-        step(head_dim=128),
+        BARRIER.replace("  ", "    ", 1) + "  }\n}",
+        "  }\n}",
+        step(steps=4),
         RACE,
         ATTENTION,
         "",
@@ -103,7 +120,7 @@ BUGS = [
         step(intermediate=2008),
         RACE,
         PRODUCT,
-        "scratch[(simdgroup + s)",
+        "shared.sums[(simdgroup + s)",
     ),
     Bug(
         "columns past the last one are read",
@@ -162,7 +179,7 @@ BUGS = [
         "i <= p.hidden; i += threads",
         step(),
         "out-of-bounds|data race",
-        PRODUCT,
+        EMBED,
         "states[ulong(token)",
     ),
 ]
@@ -177,7 +194,13 @@ ONLY_NUMBERS = [
     ("no norm of the keys", "decode_attention", "(key, p.flags & kKeyNorm,", "(key, false,", step()),
     ("the residual is left out", "decode_product", "*result = residual +", "*result =", step()),
     ("the norm takes the weights for the values", "decode_product", "squares[c] = fma(x[j], x[j], squares[c]);",
-     "squares[c] = fma(weight[j], weight[j], squares[c]);", step()),
+     "squares[c] = fma(weight[j], weight[j], squares[c]);", step(batch=1, steps=1)),
+    ("the norm of several vectors sums no squares", "decode_product", "sum = fma(x.get(j), x.get(j), sum);",
+     "sum += x.get(j);", step()),
+    ("codes come in the wrong order", "decode_packed4", "const int at = j * BITS % 32;",
+     "const int at = (32 - BITS) - j * BITS % 32;", packed()),
+    ("the biases of groups are left out", "decode_packed8", "return fma(step, fraction(j), bias - step);",
+     "return fma(step, fraction(j), -step);", packed(bits=8)),
     ("chunks count alike", "decode_attended", "const float weight = exp2(stat[c].x - largest);",
      "const float weight = 1.0f;", step()),
     ("up is not gated", "decode_product", "silu(sum.x * scale) * (up * scale)", "silu(sum.x * scale)", step()),

@@ -24,6 +24,7 @@ def prepare_lora(config: Any) -> Any:
         TypeError: ``config`` is no LoraConfig.
 
     Example:
+        >>> import peft
         >>> config = prepare_lora(peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
         >>> trained = peft.get_peft_model(model, config)
     """

@@ -71,7 +71,7 @@ def _read_pickle(file: str) -> list[Stored]:
 
 
 def check_packed(model: PreTrainedModel, stored: dict[str, Stored], packed: dict[str, Any]) -> None:
-    """Raises RuntimeError, which names the tensor, if one of a packed module is missing or wrong or has no module."""
+    """Raises RuntimeError, which names the tensor, if one of a packed module is missing or wrong."""
     for name, module in packed.items():
         for part in ("weight", "scales", "biases"):
             expected = getattr(module, part)
@@ -85,9 +85,14 @@ def check_packed(model: PreTrainedModel, stored: dict[str, Stored], packed: dict
                     f"{list(expected.shape)}, as {name} has {module.bits} bits and groups of {module.group_size}; "
                     f"got {str(found.dtype).removeprefix('torch.')} with {list(found.shape)}"
                 )
+    modules = dict(model.named_modules())  # a checkpoint may hold more than one model's
     for name, found in stored.items():
         owner, _, part = name.rpartition(".")
-        if part == "scales" and owner not in packed:
-            raise RuntimeError(f"{found.name}: {owner} is no linear layer or embedding of {type(model).__name__}")
-        if part == "weight" and found.dtype == torch.uint32 and owner not in packed:
+        if owner in packed or owner not in modules:
+            continue
+        if part == "scales":
+            raise RuntimeError(f"{found.name}: {owner} is a {type(modules[owner]).__name__}, which cannot be packed")
+        if part == "weight" and found.dtype == torch.uint32:
             raise RuntimeError(f"{found.name} is packed, and the checkpoint has no tensor {owner}.scales")
+    if not packed:
+        raise RuntimeError(f"the checkpoint has no packed tensor that a {type(model).__name__} has")

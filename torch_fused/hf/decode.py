@@ -96,17 +96,20 @@ class Decoder:
     Args:
         model: the model.
         gives_cache: whether a call without a cache, but with ``use_cache``, gets a `FusedKVCache`.
+        int8_products: as in :func:`make_decoder`.
     """
 
-    def __init__(self, model: nn.Module, gives_cache: bool = False):
+    def __init__(self, model: nn.Module, gives_cache: bool = False, int8_products: bool = True):
         self.model: Any = model
         self.gives_cache = gives_cache
+        self.int8_products = int8_products
         self.calls: Counter[str] = Counter()  # by the reason why they were left; "" for none
         self._read: tuple[Watch, Plan | Left] | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model, "gives_cache": self.gives_cache, "calls": self.calls}
+        names = ("model", "gives_cache", "int8_products", "calls")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _read=None, _lock=threading.Lock())
@@ -120,7 +123,7 @@ class Decoder:
         found = self._read
         if found is None or not found[0].holds() or not (isinstance(found[1], Left) or found[1].decoder.is_current()):
             found = self._read = None  # the tensors in it may be gone from the model
-            found = self._read = Watch(self.model), read(self.model)
+            found = self._read = Watch(self.model), read(self.model, self.int8_products)
         plan = found[1]
         if isinstance(plan, Left):
             raise Left(*plan.args)
@@ -370,15 +373,15 @@ def left_padding(mask: Tensor | None, input_ids: Tensor, length: int) -> Tensor 
 # ---- what the op takes of a model -----------------------------------------------------------------------------------
 
 
-def read(model: Any) -> Plan | Left:
+def read(model: Any, int8_products: bool = True) -> Plan | Left:
     """The plan for a model of exactly the classes that `FAMILIES` names, or why there is none."""
     try:
-        return _read(model)
+        return _read(model, int8_products)
     except Left as left:
         return left
 
 
-def _read(model: Any) -> Plan:
+def _read(model: Any, int8_products: bool) -> Plan:
     family = next((f for f in FAMILIES if path_of(model) == f.class_path(f.causal_lm)), None)
     if family is None:
         raise Left(f"{type(model).__name__} is not one of {', '.join(f.causal_lm for f in FAMILIES)}")
@@ -451,7 +454,7 @@ def _read(model: Any) -> Plan:
         raise Left("hooks on all modules")
     dropout = [attention for attention in attentions if attention.attention_dropout]
     try:
-        decoder = make_decoder(**weights)
+        decoder = make_decoder(**weights, int8_products=int8_products)
     except RuntimeError as error:
         raise Left(str(error)) from None
     return Plan(decoder, dtype, device, rotary, len(layers), dropout)

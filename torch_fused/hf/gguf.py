@@ -34,7 +34,7 @@ def load_gguf(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None)
     is in ``model.hf_quantizer.report.errors``, and a warning tells the largest. Codes of 5 and 6 bits take 8. F32, F16
     and BF16 matrices stay dense.
 
-    Needs the packages gguf and accelerate, which the extra demo brings.
+    Needs the package gguf, which the extra demo brings.
 
     Args:
         path: a file of the architecture llama, qwen2 or qwen3.
@@ -44,6 +44,7 @@ def load_gguf(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None)
         The model, ready to generate, and its tokenizer.
 
     Raises:
+        ImportError: the package gguf is not installed.
         RuntimeError: the file is not whole, it has another architecture, a tensor has a type or a shape that is not
             supported, is missing or has no place in the model; the message names the tensor.
 
@@ -82,7 +83,11 @@ def load_gguf(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None)
 
 def _read(path: Path) -> Any:
     import numpy
-    from gguf import GGUFReader
+
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ImportError("load_gguf: it needs the package gguf: pip install gguf") from error
 
     class Reader(GGUFReader):
         def _get(self, *args: Any, **kwargs: Any) -> Any:

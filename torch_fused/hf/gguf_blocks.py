@@ -14,6 +14,9 @@ from torch import Tensor
 from ..functional import dequantize, quantize
 
 GROUP_SIZE = 32
+K_TYPES = (Type.Q4_K, Type.Q5_K, Type.Q6_K)
+"""Whose scales are products that float16 does not hold."""
+_BLOCK = 1 << 21  # bytes of a file taken apart at once: what is needed on the way is several times larger
 BLOCK_BYTES = {
     Type.Q4_0: 18,
     Type.Q4_1: 20,
@@ -36,11 +39,13 @@ class Groups(NamedTuple):
 
 
 class Packed(NamedTuple):
+    """A matrix in our layout. `error`: the root of the mean square over that of the matrix; 0 is exact."""
+
     bits: int
     weight: Tensor
     scales: Tensor
     biases: Tensor
-    error: float  # the root of the mean square over that of the matrix; 0: exact
+    error: float
 
     def unpack(self) -> Tensor:
         """In float32."""
@@ -49,6 +54,17 @@ class Packed(NamedTuple):
 
 def pack(data: Tensor, kind: Any, scales_dtype: torch.dtype) -> Packed:
     """The matrix in a tensor of a file, ``(rows, bytes)``; scales that are not finite are too large for their dtype."""
+    parts = [_pack_rows(rows, kind, scales_dtype) for rows in data.split(max(1, _BLOCK // data.shape[1]))]
+    weight = torch.cat([packed.weight.view(torch.int32) for packed, _ in parts]).view(torch.uint32)
+    scales = torch.cat([packed.scales for packed, _ in parts])
+    biases = torch.cat([packed.biases for packed, _ in parts])
+    wrong = sum((packed.error * size) ** 2 for packed, size in parts)
+    whole = sum(size**2 for _, size in parts)
+    return Packed(parts[0][0].bits, weight, scales, biases, (wrong / max(whole, 1e-30)) ** 0.5)
+
+
+def _pack_rows(data: Tensor, kind: Any, scales_dtype: torch.dtype) -> tuple[Packed, float]:
+    """Some rows, and the norm of them if they are not exact."""
     blocks = data.unflatten(-1, (-1, BLOCK_BYTES[kind]))
     if kind == Type.Q6_K:
         exact = _q6_k(blocks)
@@ -61,14 +77,14 @@ def pack(data: Tensor, kind: Any, scales_dtype: torch.dtype) -> Packed:
     weight = codes.contiguous().view(torch.int32).view(torch.uint32)
     scales, biases = (t.reshape(len(data), -1) for t in affine)
     packed = Packed(bits, weight, scales.to(scales_dtype), biases.to(scales_dtype), 0.0)
-    if torch.equal(packed.scales.float(), scales) and torch.equal(packed.biases.float(), biases):
-        return packed
+    if kind not in K_TYPES:
+        return packed, 0.0
     return _with_error(packed, packed._replace(scales=scales, biases=biases).unpack())
 
 
-def _with_error(packed: Packed, exact: Tensor) -> Packed:
-    error = (packed.unpack() - exact).norm() / exact.norm().clamp_min(1e-30)
-    return packed._replace(error=float(error))
+def _with_error(packed: Packed, exact: Tensor) -> tuple[Packed, float]:
+    size = float(exact.norm())
+    return packed._replace(error=float((packed.unpack() - exact).norm()) / max(size, 1e-30)), size
 
 
 # ---- groups: each takes blocks ``(rows, blocks, bytes)`` of its format -----------------------------------------------

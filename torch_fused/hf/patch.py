@@ -103,12 +103,12 @@ class PatchHandle:
             if issubclass(type(module), GenerationMixin):
                 self._bind(path, module, method, Bound(function, module))
 
-    def bind_decoder(self, gives_cache: bool = False) -> None:
+    def bind_decoder(self, gives_cache: bool = False, int8_products: bool = True) -> None:
         """Lets each causal language model run steps of few tokens as one op."""
         self.bind_forwards(CAUSAL_LM_FORWARDS)
         for path, module in self._model.named_modules():
             if _runs_decoder(module.__dict__.get("forward")) and DECODER not in module.__dict__:
-                decoder = Decoder(module, gives_cache)
+                decoder = Decoder(module, gives_cache, int8_products)
                 self._patches.append(Patch(path or type(module).__name__, module, DECODER, decoder))
                 module.__dict__[DECODER] = decoder  # not setattr: it is no part of the model
 
@@ -206,6 +206,7 @@ def apply_torch_fused(
     cache: bool = True,
     sampler: bool = True,
     decode: bool = True,
+    int8_products: bool = True,
 ) -> PatchHandle:
     """Makes ``model`` use fused ops: the same greedy tokens in float32, and with ``decode=False`` in any dtype.
 
@@ -235,8 +236,9 @@ def apply_torch_fused(
             own, and in bfloat16, float16 and under autocast the logits, which are then float32, are nearer to the
             exact ones than transformers' are: set this to False to have its roundings. On a GPU ``generate()`` then
             starts each step before it knows whether the one before it was the last, and takes back one too many.
-            Whatever the op cannot do, such as hooks, adapters, quantised weights or attention maps, runs as before;
-            the report tells why.
+            Whatever the op cannot do, such as hooks, adapters or attention maps, runs as before; the report tells why.
+        int8_products: of packed matrices, in that op on the CPU: vectors are rounded to int8 a block of 32 for them,
+            which is faster. False: as float32.
 
     Returns:
         A :class:`PatchHandle` with ``revert()`` and ``report()``, and a context manager that reverts. For a model that
@@ -263,6 +265,7 @@ def apply_torch_fused(
         "cache": cache,
         "sampler": sampler,
         "decode": decode,
+        "int8_products": int8_products,
     }
     with lock_of(model):
         present = model.__dict__.get(HANDLE)
@@ -291,7 +294,7 @@ def apply_torch_fused(
             if cache:
                 handle.bind_generation(PREPARE_CACHE, prepare_cache_for_generation)
             if decode:
-                handle.bind_decoder(gives_cache=cache)
+                handle.bind_decoder(gives_cache=cache, int8_products=int8_products)
             if sampler:
                 handle.bind_generation("generate", generate_by_loop)
             if norms or rotary or mlp or decode:

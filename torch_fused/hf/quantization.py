@@ -17,6 +17,7 @@ from ..ops.quantized import check_format
 from .checkpoint import Stored, check_packed, stored_tensors
 from .inputs import find_model
 from .packing import (
+    PACKED,
     Format,
     Plan,
     QuantizationReport,
@@ -50,11 +51,13 @@ class TorchFusedConfig(QuantizationConfigMixin):
         per_module: exact module names with a format of their own, ``{"bits": ..., "group_size": ...}``, or False: it
             stays dense.
         scales_dtype: of scales and biases: float32, float16 or bfloat16; None is the model's.
+        quant_method: by which transformers finds this class for a config.json; not to be given.
 
     Raises:
         RuntimeError: ``bits``, ``group_size`` or ``scales_dtype`` is none of these; the message names the module.
 
     Example:
+        >>> from transformers import AutoModelForCausalLM
         >>> config = TorchFusedConfig(bits=4, group_size=64)
         >>> model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B-Instruct", quantization_config=config)
     """
@@ -104,8 +107,8 @@ class TorchFusedConfig(QuantizationConfigMixin):
     def note_formats(self, model: nn.Module) -> None:
         """Writes down what is packed in another format than this config's own."""
         self.per_module = {name: form for name, form in self.per_module.items() if form is False}
-        for name, module in packed_modules(model).items():
-            if (module.bits, module.group_size) != (self.bits, self.group_size):
+        for name, module in model.named_modules():  # tied heads too, for they have their embedding's
+            if isinstance(module, PACKED) and (module.bits, module.group_size) != (self.bits, self.group_size):
                 self.per_module[name] = {"bits": module.bits, "group_size": module.group_size}
 
 
@@ -115,10 +118,13 @@ class TorchFusedQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: TorchFusedConfig
-    dtype: torch.dtype | None = None
-    report: QuantizationReport = QuantizationReport()
-    _plan: Plan = Plan({}, {}, {})
-    _stored: dict[str, Stored] | None = None  # None where the tensors come from no files
+
+    def __init__(self, quantization_config: TorchFusedConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.report = QuantizationReport()
+        self.dtype: torch.dtype | None = None
+        self._plan = Plan({}, {}, {})
+        self._stored: dict[str, Stored] | None = None  # None where the tensors come from no files
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         self.dtype = dtype
@@ -254,8 +260,8 @@ def quantize_(
         RuntimeError: an argument has the wrong value, or the model has adapters or is quantised in another way.
 
     Example:
-        >>> print(quantize_(model, bits=8))
-        15 matrices packed: 15 with 8 bits in groups of 64, ... MiB, 0.53 of bfloat16
+        >>> print(quantize_(model, bits=8, group_size=32))
+        16 matrices packed: 16 with 8 bits in groups of 32, ... MiB, 0.62 of bfloat16
     """
     model = find_model("quantize_", model)
     config = TorchFusedConfig(bits, group_size, modules_to_not_convert, per_module, scales_dtype)

@@ -1,5 +1,5 @@
-// What the sources of these loops include before they choose an instruction set: the choice must not reach the functions
-// of other headers, which the linker shares between all sources.
+// What the sources of these loops include before they choose an instruction set: the choice must not reach the
+// functions of other headers, which the linker shares between all sources.
 #pragma once
 
 // Fused multiply-adds where the machine has them.

@@ -184,7 +184,7 @@ TORCH_FUSED_INLINE void add_units(const PackedMatrix& m, const PackedGroups& gro
       const float first = groups.scales[block], second = block + 1 < count ? groups.scales[block + 1] : 0;
       scale = Dots{first, first, first, first, second, second, second, second};
     } else {
-      scale = groups.scales[block / blocks] - Dots{};
+      scale = groups.scales[block / blocks] - Dots{};  // in every lane
     }
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) totals[c] += scale * dots[c];

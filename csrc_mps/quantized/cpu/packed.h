@@ -45,12 +45,13 @@ struct IntegerVectors {
 
 // For each instruction set: makes a vector ready for the rows of a matrix, and multiplies rows begin .. end - 1 with
 // vectors; the result of row begin + r and vector i goes to results[i * n + r].
-#define TORCH_FUSED_DECLARE_PACKED(target)                                                                             \
-  namespace target {                                                                                                   \
-  void arrange(const PackedMatrix& m, const float* x, float* values, float* sums);                                     \
-  void arrange(const PackedMatrix& m, const float* x, int8_t* codes, float* scales, float* sums);                      \
-  void multiply(const PackedMatrix& m, const FloatVectors& x, int64_t begin, int64_t end, float* results, int64_t n);   \
-  void multiply(const PackedMatrix& m, const IntegerVectors& x, int64_t begin, int64_t end, float* results, int64_t n); \
+#define TORCH_FUSED_DECLARE_PACKED(target)                                                                            \
+  namespace target {                                                                                                  \
+  void arrange(const PackedMatrix& m, const float* x, float* values, float* sums);                                    \
+  void arrange(const PackedMatrix& m, const float* x, int8_t* codes, float* scales, float* sums);                     \
+  void multiply(const PackedMatrix& m, const FloatVectors& x, int64_t begin, int64_t end, float* results, int64_t n); \
+  void multiply(const PackedMatrix& m, const IntegerVectors& x, int64_t begin, int64_t end, float* results,           \
+                int64_t n);                                                                                           \
   }
 TORCH_FUSED_DECLARE_PACKED(baseline)
 #ifdef TORCH_FUSED_X86_DISPATCH

@@ -16,8 +16,10 @@ struct Loops {
 
 // With the best instructions that the machine has, or that ATEN_CPU_CAPABILITY allows torch.
 const Loops& loops() {
-#define TORCH_FUSED_LOOPS(target) \
-  Loops { target::arrange, target::arrange, target::multiply, target::multiply }
+#define TORCH_FUSED_LOOPS(target)                                        \
+  Loops {                                                                \
+    target::arrange, target::arrange, target::multiply, target::multiply \
+  }
   static const Loops best = [] {
 #ifdef TORCH_FUSED_X86_DISPATCH
     const std::string allowed = at::get_cpu_capability();
