@@ -1,4 +1,4 @@
-"""Times of the ops on Apple GPUs: predicted where there is none, measured where there is.
+"""Times of the ops, and of whole tokens, on Apple GPUs: predicted where there is none, measured where there is.
 
     python benchmarks/apple_prediction.py
 
@@ -8,10 +8,11 @@ the bandwidth that is reached. On a Mac the same command times the ops instead, 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from bench_adamw import SMALL
+from bench_decode import GROUP_SIZE, LLAMA, QWEN, Sizes, decoder, operands
 from cases import randn
 from harness import Call, arguments, measure
 from progress import Progress
@@ -19,6 +20,7 @@ from record import Results
 
 from torch_fused import functional, sampling
 from torch_fused.metal import emulate
+from torch_fused.ops.decode import decode_, decode_token_
 from torch_fused.ops.kv_cache import kv_append_
 from torch_fused.optim import AdamW
 
@@ -47,12 +49,28 @@ LAUNCH_SECONDS = (2e-6, 12e-6)
 SHARE_REACHED = (1.0, 0.7)
 
 
+Counts = tuple[int, int]
+"""Launches, and the bytes that they move."""
+
+
+def counted(call: Call) -> Counts:
+    """Of one call; a byte that one launch reads twice counts once."""
+    with emulate() as run:
+        call()
+    moved = sum(buffer.distinct_read + buffer.distinct_written for launch in run.launches for buffer in launch.buffers)
+    return len(run.launches), moved
+
+
 @dataclass(frozen=True)
 class Op:
     name: str
     shape: str
-    dtype: torch.dtype
+    dtype: str
     make: Callable[[str], Call]
+    counts: Callable[[], Counts] | None = None  # for an op that is too long for the emulator
+
+    def counted(self) -> Counts:
+        return self.counts() if self.counts else counted(self.make("cpu"))
 
 
 def predicted(nbytes: float, launches: float, gb_s: float) -> tuple[float, float]:
@@ -64,6 +82,10 @@ def predicted(nbytes: float, launches: float, gb_s: float) -> tuple[float, float
     return low, high
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def rows_op(name: str, inputs: int, weights: int, call: Callable[..., object]) -> Callable[..., Op]:
     def op(rows: int, cols: int, dtype: torch.dtype) -> Op:
         def make(device: str) -> Call:
@@ -71,7 +93,7 @@ def rows_op(name: str, inputs: int, weights: int, call: Callable[..., object]) -
             operands = [randn(*shape, dtype=dtype, device=device) for shape in shapes]
             return lambda: call(*operands)
 
-        return Op(name, f"({rows}, {cols})", dtype, make)
+        return Op(name, f"({rows}, {cols})", dtype_name(dtype), make)
 
     return op
 
@@ -82,7 +104,7 @@ def rotary(dtype: torch.dtype) -> Op:
         tables = [randn(1, 1, 64, dtype=dtype, device=device) for _ in range(2)]
         return lambda: functional.apply_rotary_pos_emb(q, k, *tables)
 
-    return Op("apply_rotary_pos_emb", "(1, 1, 14, 2, 64)", dtype, make)
+    return Op("apply_rotary_pos_emb", "(1, 1, 14, 2, 64)", dtype_name(dtype), make)
 
 
 def append(dtype: torch.dtype) -> Op:
@@ -91,7 +113,7 @@ def append(dtype: torch.dtype) -> Op:
         token = randn(1, 2, 1, 64, dtype=dtype, device=device)
         return lambda: kv_append_(keys, values, token, token, 1024)
 
-    return Op("kv_append_", "one token, one layer", dtype, make)
+    return Op("kv_append_", "one token, one layer", dtype_name(dtype), make)
 
 
 def adamw(dtype: torch.dtype) -> Op:
@@ -101,7 +123,39 @@ def adamw(dtype: torch.dtype) -> Op:
             param.grad = torch.ones_like(param)
         return AdamW(params).step
 
-    return Op("AdamW", f"8 million in {len(SMALL)} tensors", dtype, make)
+    return Op("AdamW", f"8 million in {len(SMALL)} tensors", dtype_name(dtype), make)
+
+
+TOKEN = "a greedy token"
+CONTEXT, PART = 128, 1024  # tokens; those in a part of a vocabulary
+
+
+def token(sizes: Sizes, bits: int) -> Op:
+    """A greedy token of a whole model, by `decode_token_`."""
+    half, shape = torch.bfloat16, (1, 1, CONTEXT)
+
+    def make(device: str) -> Call:
+        model, rest = decoder(sizes, bits, device, half), operands(sizes, shape, device, half)
+        return lambda: decode_token_(model, *rest)
+
+    def of_part(layers: int, vocabulary: int) -> Counts:
+        part = replace(sizes, layers=layers, vocabulary=vocabulary)
+        model, rest = decoder(part, bits, "cpu", half), operands(part, shape, "cpu", half)
+        return counted(lambda: decode_(model, *rest))
+
+    def counts() -> Counts:
+        """From one layer and two, and from two vocabularies: with each the counts grow by as much."""
+        one, two, wide = of_part(1, PART), of_part(2, PART), of_part(1, 2 * PART)
+        greedy = counted(lambda: sampling.greedy(torch.zeros(1, sizes.vocabulary)))
+
+        def whole(i: int) -> int:
+            layers = (sizes.layers - 1) * (two[i] - one[i])
+            return one[i] + layers + (sizes.vocabulary - PART) * (wide[i] - one[i]) // PART + greedy[i]
+
+        return whole(0), whole(1)
+
+    weights = f"{bits} bits in groups of {GROUP_SIZE}" if bits else "bfloat16"
+    return Op(TOKEN, f"{sizes.name} behind {CONTEXT}", weights, make, counts)
 
 
 def ops() -> list[Op]:
@@ -121,16 +175,8 @@ def ops() -> list[Op]:
         rows_op("sample, top-k 50", 1, 0, lambda x: sampling.sample(x, top_k=50, seed=1))(1, 151936, torch.float32),
         rows_op("sample, top-p 0.9", 1, 0, lambda x: sampling.sample(x, top_p=0.9, seed=1))(1, 151936, torch.float32),
         adamw(torch.float32),
+        *(token(sizes, bits) for sizes in (QWEN, LLAMA) for bits in (0, 4)),
     ]
-
-
-def counted(op: Op) -> dict[str, str]:
-    """Launches of a call, and the bytes that they move: a byte that one launch reads twice counts once."""
-    call = op.make("cpu")
-    with emulate() as run:
-        call()
-    moved = sum(buffer.distinct_read + buffer.distinct_written for launch in run.launches for buffer in launch.buffers)
-    return {"launches": str(len(run.launches)), "bytes": str(moved)}
 
 
 def main() -> None:
@@ -141,13 +187,13 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.no_grad(), Progress(name, len(ops())) as progress:
         for op in ops():
-            key = {"op": op.name, "shape": op.shape, "dtype": str(op.dtype).removeprefix("torch.")}
+            key = {"op": op.name, "shape": op.shape, "dtype": op.dtype}
             row = results.current(**key)
             if row is None and measures:
                 timing = measure([op.make("mps")], "mps")
                 row = results.add(**key, ms=timing.seconds * 1e3, spread=timing.spread)
             elif row is None:
-                row = results.add(**key, **counted(op))
+                row = results.add(**key, **dict(zip(COUNTED, map(str, op.counted()), strict=True)))
             progress.say("  ".join((*key.values(), *(f"{row[name]} {name}" for name in values))))
             progress.advance()
 

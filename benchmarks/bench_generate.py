@@ -3,10 +3,12 @@
     python benchmarks/bench_generate.py [--device cpu|cuda|mps] [--model demo|qwen] [--compile] [--full] [--again]
 
 Contenders: transformers as it is, transformers with a static cache and torch.compile (--compile), torch_fused, and
-where installed llama-cpp-python (CPU) and mlx-lm (MPS), which run the same weights for one sequence.
+where installed llama-cpp-python (CPU) and mlx-lm (MPS), which run the same weights for one sequence. Beside packed
+weights transformers and torch_fused run dense ones.
 """
 
 import contextlib
+import copy
 import ctypes
 import functools
 import gc
@@ -27,13 +29,13 @@ from progress import Progress
 from record import Results
 from transformers import CompileConfig, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from torch_fused.demo import load_demo_model
-from torch_fused.hf import apply_torch_fused, generate
+from torch_fused.demo import _demo_file, load_demo_model
+from torch_fused.hf import apply_torch_fused, generate, load_gguf, quantize_
 from torch_fused.opcount import ops_per_token
 from torch_fused.testing import NAMES
 
 KEYS = ("model", "dtype", "mode", "batch", "prompt", "new", "contender")
-VALUES = ("tokens_s", "spread", "ms_token", "ttft_ms", "peak_mb", "ops_token", "launches_token")
+VALUES = ("tokens_s", "spread", "ms_token", "ttft_ms", "peak_mb", "ops_token", "launches_token", "weights_mb")
 COMPILED = "HF static + compile"
 SAMPLING = {"do_sample": True, "top_k": 50, "top_p": 0.9}
 
@@ -45,10 +47,15 @@ class Setting:
     batch: int
     prompt: int
     new: int
+    bits: int = 0  # of packed weights; 0 for dense ones
+
+    @property
+    def weights(self) -> str:
+        return f"{self.bits} bits" if self.bits else NAMES[self.dtype]
 
 
 def settings(device: str, full: bool) -> list[Setting]:
-    """Around one sequence, greedy, behind 128 tokens: other lengths, other batches, sampling."""
+    """Around one sequence, greedy, behind 128 tokens: other lengths, other batches, sampling, packed weights."""
     cpu = device == "cpu"
     lengths, batches = [16, 128, 1024], [1, 4, 8]
     if full or not cpu:
@@ -59,7 +66,8 @@ def settings(device: str, full: bool) -> list[Setting]:
     dtypes = (torch.bfloat16, torch.float32) if full else (torch.bfloat16,)
     new = 64 if full else 32
     found = [Setting(dtype, "greedy", *shape, new) for dtype in dtypes for shape in shapes]
-    return found + [Setting(torch.bfloat16, "sampled", batch, 128, new) for batch in (1, batches[-1])]
+    found += [Setting(torch.bfloat16, "sampled", batch, 128, new) for batch in (1, batches[-1])]
+    return found + [Setting(torch.bfloat16, "greedy", 1, 128, 128, bits) for bits in (4, 8)]
 
 
 # ---- models and contenders ------------------------------------------------------------------------------------------
@@ -83,8 +91,26 @@ def load(name: str, dtype: torch.dtype, device: str) -> tuple[str, Any]:
         torch.manual_seed(0)
         with torch.device(device):
             model = Qwen2ForCausalLM(config).to(dtype).eval()
+    return label, _endless(model)
+
+
+def _endless(model):
     model.generation_config = GenerationConfig(pad_token_id=0)  # no end of sequence: as many tokens as asked for
-    return label, model
+    return model
+
+
+def pack(label: str, model, setting: Setting, device: str):
+    """The model with packed weights: in 4 bits the demo's as they come, else packed anew, in groups of 64."""
+    if label == "SmolLM2-135M" and setting.bits == 4:
+        return _endless(load_gguf(_demo_file(), dtype=setting.dtype)[0].to(device).eval())
+    packed = copy.deepcopy(model)
+    quantize_(packed, bits=setting.bits)
+    return packed
+
+
+def megabytes_of_weights(model) -> float:
+    """What tensors share counts once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values()) / 1e6
 
 
 @contextlib.contextmanager
@@ -211,45 +237,56 @@ def launches_per_token(run: Callable[[int], object], tokens: int) -> float:
     return (counts[1] - counts[0]) / tokens
 
 
-def contenders(setting: Setting, label: str, model, args) -> dict[str, Callable[[], Enter]]:
-    """Those of a setting: others than torch run the demo's model, and one sequence."""
-    found: dict[str, Callable[[], Enter]] = {
-        "transformers": partial(stock, model),
-        "torch_fused": partial(fused, model),
+def contenders(setting: Setting, label: str, dense, packed, args) -> dict[str, tuple[Callable[[], Enter], Any]]:
+    """Those of a setting, with the model that each runs: others than torch run the demo's model, and one sequence.
+
+    `packed` is None where the weights are dense.
+    """
+    ours = dense if packed is None else packed
+    found: dict[str, tuple[Callable[[], Enter], Any]] = {
+        "transformers": (partial(stock, dense), dense),
+        "torch_fused": (partial(fused, ours), ours),
     }
+    if packed is not None:
+        found[f"torch_fused, {NAMES[setting.dtype]}"] = (partial(fused, dense), dense)
     if args.compile and (setting.batch, setting.prompt, setting.mode) == (1, 128, "greedy"):
-        found[COMPILED] = partial(static, model)
+        found[COMPILED] = (partial(static, dense), dense)
     if setting.batch == 1 and label == "SmolLM2-135M":
-        for name, load_peer in peers(args.device).items():
-            peer = functools.cache(partial(load_peer, setting.dtype, setting.prompt + setting.new + 8))
-            found[name] = lambda peer=peer: contextlib.nullcontext(peer())  # type: ignore[misc]
+        for name, load_peer in peers(args.device, setting.bits).items():
+            peer = functools.cache(partial(load_peer, setting.weights, setting.prompt + setting.new + 8))
+            found[name] = (lambda peer=peer: contextlib.nullcontext(peer()), None)  # type: ignore[misc]
     return found
 
 
 def measure(args, progress: Progress) -> None:
     results = Results("generate", KEYS, VALUES, args.results, args.device, args.again)
-    open_models: dict[torch.dtype, tuple[str, Any]] = {}
+    open_models: dict[tuple[torch.dtype, int], tuple[str, Any, Any]] = {}
     for setting in settings(args.device, args.full):
-        if setting.dtype not in open_models:
-            open_models = {setting.dtype: load(args.model, setting.dtype, args.device)}
-        label, model = open_models[setting.dtype]
-        dtype = NAMES[setting.dtype]
-        progress.say(f"{label} {dtype}, {setting.mode}, {setting.batch} x {setting.prompt} + {setting.new}")
-        entered = contenders(setting, label, model, args)
-        shared = (label, dtype, setting.mode, setting.batch, setting.prompt, setting.new)
+        key = (setting.dtype, setting.bits)
+        if key not in open_models:
+            open_models = {}  # the last ones go first
+            label, dense = load(args.model, setting.dtype, args.device)
+            open_models[key] = label, dense, pack(label, dense, setting, args.device) if setting.bits else None
+        label, dense, packed = open_models[key]
+        weights = setting.weights
+        progress.say(f"{label} {weights}, {setting.mode}, {setting.batch} x {setting.prompt} + {setting.new}")
+        entered = contenders(setting, label, dense, packed, args)
+        shared = (label, weights, setting.mode, setting.batch, setting.prompt, setting.new)
         keys = {name: dict(zip(KEYS, map(str, (*shared, name)), strict=True)) for name in entered}
         rows = {name: results.current(**key) for name, key in keys.items()}
         if None in rows.values():
             requests = {
-                name: Requests(
-                    enter, setting, model.config.vocab_size, args.device, name in ("transformers", "torch_fused")
-                )
-                for name, enter in entered.items()
+                name: Requests(enter, setting, dense.config.vocab_size, args.device, name in COUNTED)
+                for name, (enter, _) in entered.items()
             }
             for _ in range(ROUNDS):
                 for request in requests.values():
                     request.round()
-            rows = {name: results.add(**keys[name], **request.columns()) for name, request in requests.items()}
+            sizes = {name: {"weights_mb": megabytes_of_weights(model)} for name, (_, model) in entered.items() if model}
+            rows = {
+                name: results.add(**keys[name], **request.columns(), **sizes.get(name, {}))
+                for name, request in requests.items()
+            }
         for name, row in rows.items():
             progress.say(
                 f"  {name:20s} {float(row['tokens_s']):9.1f} tokens a second +-{float(row['spread']) * 100:3.0f} %"

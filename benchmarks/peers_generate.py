@@ -14,12 +14,12 @@ Run = Callable[..., object]
 """Given ids (batch, tokens), a number of new ones and whether they are sampled or greedy, generates them."""
 
 
-def llama_cpp(dtype: torch.dtype, room: int) -> Run:
+def llama_cpp(weights: str, room: int) -> Run:
     """llama-cpp-python on the CPU, one sequence at a time."""
     from llama_cpp import Llama
 
     threads = torch.get_num_threads()
-    path = str(llama_file(dtype))
+    path = str(llama_file(weights))
     model = Llama(path, n_ctx=room, n_threads=threads, n_threads_batch=threads, n_gpu_layers=0, verbose=False)
 
     def run(ids: torch.Tensor, count: int, sampled: bool) -> None:
@@ -32,11 +32,14 @@ def llama_cpp(dtype: torch.dtype, room: int) -> Run:
     return run
 
 
-def llama_file(dtype: torch.dtype) -> Path:
-    """The demo's weights, dequantised to bfloat16, as a file of that type or of float32; written once."""
+def llama_file(weights: str) -> Path:
+    """The demo's file for 4 bits; else its weights, dequantised to bfloat16, in a file that is written once."""
     import gguf
 
-    kind = {torch.bfloat16: gguf.GGMLQuantizationType.BF16, torch.float32: gguf.GGMLQuantizationType.F32}[dtype]
+    if weights == "4 bits":
+        return demo._demo_file()
+    types = gguf.GGMLQuantizationType
+    kind = {"bf16": types.BF16, "f32": types.F32, "8 bits": types.Q8_0}[weights]
     path = cache_dir("models") / f"SmolLM2-135M-Instruct.{kind.name}.gguf"
     if path.exists():
         return path
@@ -58,7 +61,7 @@ def llama_file(dtype: torch.dtype) -> Path:
     return partial.rename(path)
 
 
-def mlx_lm(dtype: torch.dtype, room: int) -> Run:
+def mlx_lm(weights: str, room: int) -> Run:
     """mlx-lm on a Mac's GPU."""
     import mlx.core as mx
     from mlx_lm import load
@@ -66,7 +69,7 @@ def mlx_lm(dtype: torch.dtype, room: int) -> Run:
     from mlx_lm.sample_utils import make_sampler
 
     model, _ = load(str(demo.demo_model_folder()))
-    model.set_dtype({torch.bfloat16: mx.bfloat16, torch.float16: mx.float16, torch.float32: mx.float32}[dtype])
+    model.set_dtype({"bf16": mx.bfloat16, "f16": mx.float16, "f32": mx.float32}[weights])
 
     def run(ids: torch.Tensor, count: int, sampled: bool) -> None:
         sampler = make_sampler(temp=1.0, top_p=0.9, top_k=50) if sampled else make_sampler(temp=0.0)
@@ -76,11 +79,11 @@ def mlx_lm(dtype: torch.dtype, room: int) -> Run:
     return run
 
 
-def peers(device: str) -> dict[str, Callable[[torch.dtype, int], Run]]:
-    """What is installed and runs on `device`."""
-    found: dict[str, Callable[[torch.dtype, int], Run]] = {}
+def peers(device: str, bits: int) -> dict[str, Callable[[str, int], Run]]:
+    """What is installed and runs weights of so many bits, 0 for dense ones, on `device`."""
+    found: dict[str, Callable[[str, int], Run]] = {}
     if device == "cpu" and importlib.util.find_spec("llama_cpp"):
         found["llama-cpp-python"] = llama_cpp
-    if device == "mps" and sys.platform == "darwin" and importlib.util.find_spec("mlx_lm"):
+    if device == "mps" and not bits and sys.platform == "darwin" and importlib.util.find_spec("mlx_lm"):
         found["mlx-lm"] = mlx_lm
     return found

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from apple_prediction import BANDWIDTH, LAUNCH_SECONDS, SHARE_REACHED, predicted
+from apple_prediction import BANDWIDTH, LAUNCH_SECONDS, SHARE_REACHED, TOKEN, predicted
 from harness import ROOT
 from peers import LIBRARIES
 from record import machines, read
@@ -191,8 +191,10 @@ def reason(what: str, ours: Row, best: Row) -> str:
 def text_table(rows: list[Row]) -> Iterator[str]:
     yield "### Generation\n"
     yield (
-        "Whole requests of new tokens behind a prompt of random ids, the prompt included in tokens a second; memory is "
-        "what a request takes on top of the weights; ops are those that reach a device, views left out.\n"
+        "Whole requests of new tokens behind a prompt of random ids, the prompt included in tokens a second; memory on "
+        "top is what a request takes besides the weights; ops are those that reach a device, views left out. Beside "
+        "packed weights transformers runs dense ones in bfloat16. The 4 bits of SmolLM2-135M are its file's, Q4_1 "
+        "with the embedding in Q8_0; others are packed anew, in groups of 64, and for llama.cpp as Q8_0.\n"
     )
     lines = []
     for (model, dtype, mode, batch, prompt, new), contenders in groups(
@@ -204,12 +206,12 @@ def text_table(rows: list[Row]) -> Iterator[str]:
             lines.append((
                 f"{model} {dtype}, {mode}, {batch} x {prompt} + {new}" if row is contenders[0] else "",
                 row["contender"], row["tokens_s"], f"{speed:.2f}" if speed else "", row["ms_token"], row["ttft_ms"],
-                row["peak_mb"], row["ops_token"], row["launches_token"],
+                row.get("weights_mb", ""), row["peak_mb"], row["ops_token"], row["launches_token"],
             ))  # fmt: skip
     yield table(
         (
-            "", "", "tokens a second", "times as fast as transformers", "ms a token", "ms to the first", "MB",
-            "ops a token", "launches a token",
+            "", "", "tokens a second", "times as fast as transformers", "ms a token", "ms to the first",
+            "MB of weights", "MB on top", "ops a token", "launches a token",
         ),
         lines,
     )  # fmt: skip
@@ -268,19 +270,32 @@ def prediction(counted: dict[tuple[str, ...], list[Row]]) -> Iterator[str]:
         f"that bandwidth and {high} us a launch, which is what the host takes for one through torch. On a Mac "
         "`python benchmarks/apple_prediction.py` times the ops, and its times then stand here in their place.\n"
     )
-    ops = [(key, rows[0]) for key, rows in counted.items()]
+    rows = [(key, rows[0]) for key, rows in counted.items()]
     yield table(
         ("op", "shape", "dtype", "launches", "bytes"),
-        ((*key, row["launches"], f"{int(row['bytes']):,}") for key, row in ops),
+        ((*key, row["launches"], f"{int(row['bytes']):,}") for key, row in rows),
     )
-    columns = "us, from - to", *(f"{op} {shape} {dtype}" for (op, shape, dtype), _ in ops)
-    times: Callable[[Row, float], str] = lambda row, gb_s: " - ".join(  # noqa: E731
-        f"{1e6 * seconds:.3g}" if seconds < 1e-3 else f"{1e6 * seconds:.0f}"
-        for seconds in predicted(int(row["bytes"]), int(row["launches"]), gb_s)
+
+    def by_chip(unit: str, tokens: bool, times: Callable[[float, float], str]) -> str:
+        chosen = [(key, row) for key, row in rows if (key[0] == TOKEN) == tokens]
+        names = (" ".join(key[1:] if tokens else key) for key, _ in chosen)
+
+        def cells(gb_s: float) -> Iterator[str]:
+            return (times(*predicted(int(row["bytes"]), int(row["launches"]), gb_s)) for _, row in chosen)
+
+        chips = ((f"{chip}, {gb_s:g} GB/s", *cells(gb_s)) for chip, gb_s in BANDWIDTH.items())
+        return table((f"{unit}, from - to", *names), chips)
+
+    yield by_chip(
+        "us",
+        False,
+        lambda low, high: " - ".join(f"{1e6 * s:.3g}" if s < 1e-3 else f"{1e6 * s:.0f}" for s in (low, high)),
     )
-    yield table(
-        columns, ((f"{chip}, {gb_s:g} GB/s", *(times(row, gb_s) for _, row in ops)) for chip, gb_s in BANDWIDTH.items())
+    yield (
+        "A greedy token is one step of a whole model, whose head is its embedding, and the sampler. What it takes is "
+        "counted of one layer and of two, and of two small vocabularies, and extended to the model's.\n"
     )
+    yield by_chip("tokens a second", True, lambda low, high: f"{1 / high:.0f} - {1 / low:.0f}")
 
 
 def main() -> None:

