@@ -114,8 +114,8 @@ Decoder::Decoder(const Tensor& embedding_, const std::vector<OptionalTensor>& pa
     : heads(heads_), eps(eps_), scaling(scaling_), int8_products(int8_products_) {
   const bool packed = embedding_.scalar_type() == at::kUInt32;  // its words do not tell their columns
   const Tensor& sized = packed ? norm_ : embedding_;
-  TORCH_CHECK(sized.dim() == (packed ? 1 : 2) && sized.numel() > 0, "Decoder: ",
-              packed ? "norm must be (hidden,)" : "embedding must be (vocabulary, hidden)", ", got shape ",
+  TORCH_CHECK(sized.dim() == (packed ? 1 : 2) && sized.numel() > 0,
+              "Decoder: ", packed ? "norm must be (hidden,)" : "embedding must be (vocabulary, hidden)", ", got shape ",
               sized.sizes());
   hidden = sized.size(-1);
   Reader reader(embedding_, groups);

@@ -1,0 +1,166 @@
+// The products of a decode step on a GPU: which kernel multiplies a matrix, in how many threadgroups.
+#include <algorithm>
+
+#include "../common/rows.h"
+#include "gpu_step.h"
+
+namespace torch_fused {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kMostSplits = 8;
+constexpr int64_t kFewRows = 8192;     // a product with more rows fills a GPU without splitting them
+constexpr int64_t kSimdgroups = 4096;  // and so many simdgroups, each with several vectors
+constexpr int64_t kAttendedRows = 4;   // of a simdgroup behind attention
+
+// What decode_product.metal instantiates: vectors, rows and blocks at once. The variant 0 takes operands of any layout
+// and type.
+struct Width {
+  int64_t variant, vectors, rows, blocks;
+};
+Width width_for(int64_t vectors, bool whole, bool gated) {
+  if (!whole) return {0, 1, 2, 1};
+  if (vectors > 1) return {8, 8, 4, 1};
+  return gated ? Width{1, 1, 4, 2} : Width{1, 1, 2, 4};
+}
+
+// Whether a fast kernel for `dtype` can read a matrix or a vector.
+bool is_whole(const Tensor& tensor, at::ScalarType dtype) {
+  return tensor.scalar_type() == dtype && rows_aligned(tensor, tensor.dim() > 1 ? tensor.stride(0) : 0);
+}
+
+// How packed matrices are laid out, in the order of their buffers.
+PackedFormat packed_format(std::initializer_list<const Linear*> matrices) {
+  const Linear& first = **matrices.begin();
+  PackedFormat format{};
+  format.group_size = static_cast<uint32_t>(first.group_size);
+  format.scale_format = format_of(first.scales);
+  size_t i = 0;
+  for (const Linear* matrix : matrices) {
+    format.strides[i] = matrix->weight.stride(0);
+    format.scale_strides[i] = matrix->scales.stride(0);
+    format.bias_strides[i++] = matrix->group_biases.stride(0);
+  }
+  return format;
+}
+
+// The dtype of what is read beside a matrix: norms and biases. A fast kernel takes them in this one only.
+at::ScalarType dtype_beside(const Linear& matrix) {
+  return (matrix.is_packed() ? matrix.scales : matrix.weight).scalar_type();
+}
+
+// Whether a fast kernel can read a matrix and its bias.
+bool is_whole(const Linear& matrix) {
+  const at::ScalarType dtype = dtype_beside(matrix);
+  if (matrix.bias && matrix.bias->scalar_type() != dtype) return false;
+  return rows_aligned(matrix.weight, matrix.weight.stride(0)) && matrix.cols % kLaneColumns == 0;
+}
+
+// A kernel of a kind, "" or "_gated" or "_attended", for packed matrices; the variant 0 is there for one dtype.
+const Kernel& packed_kernel(const Linear& matrix, int64_t kind, int64_t variant) {
+  static KernelSet sets[2][3] = {{{"decode_packed4", "decode_packed4"},
+                                  {"decode_packed4", "decode_packed4_gated"},
+                                  {"decode_packed4", "decode_packed4_attended"}},
+                                 {{"decode_packed8", "decode_packed8"},
+                                  {"decode_packed8", "decode_packed8_gated"},
+                                  {"decode_packed8", "decode_packed8_attended"}}};
+  return sets[matrix.bits / 8][kind](variant == 0 ? at::kFloat : matrix.scales.scalar_type(), variant);
+}
+
+}  // namespace
+
+void multiply(GpuStep& step, std::initializer_list<const Linear*> matrices, const StepVectors& v, bool gated) {
+  static KernelSet plain("decode_product", "decode_product"), gating("decode_product", "decode_gated");
+  const Linear& first = **matrices.begin();
+  ProductParams p{};
+  p.cols = static_cast<uint32_t>(first.cols);
+  p.vectors = static_cast<uint32_t>(step.call.batch * v.kept);
+  p.steps = static_cast<uint32_t>(v.steps);
+  p.kept = static_cast<uint32_t>(v.kept);
+  p.result_stride = static_cast<uint32_t>(v.to.stride(-2));
+  p.eps = static_cast<float>(step.model.eps);
+  p.flags = v.add ? kAdd : 0;
+  bool whole = !v.norm || is_whole(*v.norm, dtype_beside(first));
+  const Linear* each[3] = {&first, &first, &first};
+  std::copy(matrices.begin(), matrices.end(), each);
+  int64_t results = 0;
+  for (size_t i = 0; i < 3; ++i) {
+    if (i < matrices.size()) {
+      if (each[i]->bias) p.flags |= kBias << i, p.bias_format = format_of(*each[i]->bias);
+      whole = whole && is_whole(*each[i]);
+      results += gated && i > 0 ? 0 : each[i]->rows();
+    }
+    p.strides[i] = each[i]->weight.stride(0);
+    p.ends[i] = static_cast<uint32_t>(results);
+  }
+  if (v.norm) p.flags |= kNormed, p.norm_format = format_of(*v.norm);
+
+  const Width width = width_for(p.vectors, whole, gated);
+  const int64_t blocks = (p.cols + kBlockColumns - 1) / kBlockColumns;
+  const int64_t outputs = gated ? width.rows / 2 : width.rows;
+  const int64_t enough = width.vectors > 1 ? kSimdgroups * outputs / results : results <= kFewRows ? kMostSplits : 1;
+  const int64_t most = std::min((blocks + width.blocks - 1) / width.blocks, kMostSplits);
+  p.splits = static_cast<uint32_t>(std::clamp<int64_t>(enough, 1, most));
+  const int64_t simdgroups = (kProductSimdgroups + p.splits - 1) / p.splits * p.splits;
+  const int64_t rows = simdgroups / p.splits * outputs;
+  const int64_t groups = (results + rows - 1) / rows * ((p.vectors + width.vectors - 1) / width.vectors);
+  const Tensor& norm = v.norm ? *v.norm : step.model.norm;
+  const auto bias = [&](size_t i) { return each[i]->bias.value_or(step.model.norm); };
+  if (first.is_packed()) {
+    step.launches.add(packed_kernel(first, gated ? 1 : 0, width.variant), groups, 32 * simdgroups,
+                      {each[0]->weight, each[1]->weight, each[2]->weight, each[0]->scales, each[1]->scales,
+                       each[2]->scales, each[0]->group_biases, each[1]->group_biases, each[2]->group_biases, bias(0),
+                       bias(1), bias(2), v.from, norm, v.to},
+                      PackedProductParams{p, packed_format({each[0], each[1], each[2]})});
+  } else {
+    step.launches.add(
+        (gated ? gating : plain)(first.weight.scalar_type(), width.variant), groups, 32 * simdgroups,
+        {each[0]->weight, each[1]->weight, each[2]->weight, bias(0), bias(1), bias(2), v.from, norm, v.to}, p);
+  }
+}
+
+void multiply_attended(GpuStep& step, const Linear& o) {
+  const int64_t steps = step.call.steps;
+  if (step.chunks == 1) return multiply(step, {&o}, {step.attended, step.states, nullptr, steps, steps, true}, false);
+  static KernelSet kernels("decode_attended", "decode_attended");
+  AttendedParams p{};
+  p.stride = o.weight.stride(0);
+  p.rows = static_cast<uint32_t>(o.rows());
+  p.cols = static_cast<uint32_t>(o.cols);
+  p.vectors = static_cast<uint32_t>(step.call.tokens());
+  p.chunks = static_cast<uint32_t>(step.chunks);
+  p.head_dim = static_cast<uint32_t>(step.model.head_dim);
+  if (o.bias) p.flags |= kBias, p.bias_format = format_of(*o.bias);
+  const bool whole = is_whole(o) && p.head_dim % kLaneColumns == 0;
+  const int64_t variant = !whole ? 0 : p.vectors == 1 ? 1 : 8, vectors = variant == 8 ? 8 : 1;
+  const int64_t rows = kProductSimdgroups * kAttendedRows;
+  const int64_t groups = (p.rows + rows - 1) / rows * ((p.vectors + vectors - 1) / vectors);
+  const Tensor bias = o.bias.value_or(step.model.norm);
+  if (o.is_packed()) {
+    step.launches.add(packed_kernel(o, 2, variant), groups, 32 * kProductSimdgroups,
+                      {o.weight, o.scales, o.group_biases, bias, step.attended, step.stats, step.states},
+                      PackedAttendedParams{p, packed_format({&o})});
+  } else {
+    step.launches.add(kernels(o.weight.scalar_type(), variant), groups, 32 * kProductSimdgroups,
+                      {o.weight, bias, step.attended, step.stats, step.states}, p);
+  }
+}
+
+void embed(GpuStep& step) {
+  static KernelSet dense("decode_product", "decode_embed");
+  static const Kernel* const packed[] = {&find_kernel("decode_packed4", "decode_packed4_embed"),
+                                         &find_kernel("decode_packed8", "decode_packed8_embed")};
+  const Linear& e = step.model.embedding;
+  const EmbedParams p{e.weight.stride(0), static_cast<uint32_t>(e.cols), static_cast<uint32_t>(e.rows())};
+  const int64_t tokens = step.call.tokens();
+  if (e.is_packed()) {
+    step.launches.add(*packed[e.bits / 8], tokens, 256,
+                      {e.weight, e.scales, e.group_biases, step.call.token_ids, step.states},
+                      PackedEmbedParams{p, packed_format({&e})});
+  } else {
+    step.launches.add(dense(e.weight.scalar_type()), tokens, 256, {e.weight, step.call.token_ids, step.states}, p);
+  }
+}
+
+}  // namespace torch_fused
