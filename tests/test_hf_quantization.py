@@ -497,14 +497,16 @@ def test_patched(family, dtype, late):
     quantize_(packed, group_size=32)
     stock = packed.generate(prompt(2, 5), **GREEDY)
     patched = model if late else packed
-    with apply_torch_fused(patched, decode=dtype == torch.float32) as handle:
+    # Products of int8 would choose other tokens.
+    with apply_torch_fused(patched, decode=dtype == torch.float32, int8_products=False) as handle:
         if late:
             patched.generate(prompt(2, 5), **GREEDY)
             quantize_(patched, group_size=32)
         assert torch.equal(patched.generate(prompt(2, 5), **GREEDY), stock)
-        assert torch.equal(generate(patched, prompt(2, 5), **GREEDY), stock)
+        own = generate(patched, prompt(2, 5), decode=dtype == torch.float32, **GREEDY)
+        assert torch.equal(own, stock)
         if dtype == torch.float32:
-            assert "  decode: " in handle.report()
+            assert "  decode: steps of few tokens are one op" in handle.report()
 
 
 def train(model, steps=10):
