@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_decode import DTYPES, Packed, Shape, Step, pack, packed
+from test_decode import DTYPES, Packed, Shape, Step, _token, pack, packed
 
 from torch_fused.metal import emulate
 from torch_fused.ops.decode import LAYER_PARTS, decode_, decode_reference, make_decoder
@@ -147,3 +147,19 @@ def test_groups_of_no_matrix():
     arguments[4] = arguments[4][:-4]
     with pytest.raises(RuntimeError, match="Decoder: groups must have the scales and the biases of down of layer 1"):
         torch.classes.torch_fused.Decoder(*arguments)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_step_reads_the_least_bytes(bits):
+    """Codes, scales, biases and the context are read once: at most 1.05 of them, all that is in between included."""
+    shape = Shape("qwen3", 1, 1024, 8, 2, 64, 64, intermediate=2048, vocabulary=2000)
+    step = Step(shape, length=1000, dtype=torch.bfloat16)
+    named = zip(LAYER_PARTS, step.model["layers"], strict=True)
+    layers = [pack(part, bits, 64) if name in MATRICES else part for name, part in named]
+    step.model.update(layers=layers, head=pack(step.model["head"], bits, 64))
+    with emulate() as run:
+        _token(step)
+    read = [part if isinstance(part, Packed) else (part,) for part in (*layers, step.model["head"]) if part is not None]
+    least = sum(t.nbytes for parts in read for t in parts) + 2 * 1000 * 2 * 64 * 2
+    moved = sum(buffer.distinct_read + buffer.written for launch in run.launches for buffer in launch.buffers)
+    assert least <= moved <= 1.05 * least
