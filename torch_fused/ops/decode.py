@@ -36,7 +36,7 @@ LAYER_PARTS = (
 class DecoderParts:
     """A `torch.classes.torch_fused.Decoder` in Python, unchecked: for the reference, and for torch.compile to trace."""
 
-    def __init__(self, embedding, layers, norm, head, groups, heads, eps, scaling, windows, int8_products):
+    def __init__(self, embedding, layers, norm, head, heads, eps, scaling, windows, groups=(), int8_products=True):
         self.embedding, self.layers, self.norm, self.head, self.groups = embedding, layers, norm, head, groups
         self.heads, self.eps, self.scaling, self.windows = heads, eps, scaling, windows
         self.int8_products = int8_products
