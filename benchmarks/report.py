@@ -291,6 +291,8 @@ def prediction(counted: dict[tuple[str, ...], list[Row]]) -> Iterator[str]:
         False,
         lambda low, high: " - ".join(f"{1e6 * s:.3g}" if s < 1e-3 else f"{1e6 * s:.0f}" for s in (low, high)),
     )
+    if all(op != TOKEN for (op, *_), _ in rows):
+        return
     yield (
         "A greedy token is one step of a whole model, whose head is its embedding, and the sampler. What it takes is "
         "counted of one layer and of two, and of two small vocabularies, and extended to the model's.\n"
