@@ -37,6 +37,7 @@ struct Matrix {
   int64_t stride;  // elements from row to row
   Vector bias;
   PackedMatrix packed;  // in place of the weight if it has bits
+  bool int8;            // multiplied as integers
 };
 
 // One sequence's states after another: (batch, heads, slots, head_dim), dense in the last dimension.
@@ -96,7 +97,6 @@ struct CpuStep : StepShape {
   Vector norm;
   Matrix head;
   float eps, scaling;
-  bool int8_products;
 
   float* states;    // (tokens, hidden): the residual stream
   float* qkv;       // (tokens, projected)

@@ -336,9 +336,10 @@ Vector vector_of(const OptionalTensor& tensor) {
   return tensor ? Vector{tensor->const_data_ptr(), format_of(*tensor)} : Vector{nullptr, 0};
 }
 
-Matrix matrix_of(const Linear& linear) {
+// `int8`: the rows may be multiplied as integers. Of 8 bits in groups of 32 that is hardly faster than as floats.
+Matrix matrix_of(const Linear& linear, bool int8) {
   const Tensor& w = linear.weight;
-  Matrix matrix{w.const_data_ptr(), 0, linear.rows(), linear.cols, w.stride(0), vector_of(linear.bias), {}};
+  Matrix matrix{w.const_data_ptr(), 0, linear.rows(), linear.cols, w.stride(0), vector_of(linear.bias), {}, false};
   if (linear.is_packed()) {
     matrix.packed = PackedMatrix{elements<const uint32_t>(w),
                                  linear.scales.const_data_ptr(),
@@ -350,6 +351,7 @@ Matrix matrix_of(const Linear& linear) {
                                  w.stride(0),
                                  linear.scales.stride(0),
                                  linear.group_biases.stride(0)};
+    matrix.int8 = int8 && !(linear.bits == 8 && linear.group_size == 32);
   } else {
     matrix.format = format_of(w);
   }
@@ -360,13 +362,14 @@ CacheStates<void> states_of(const Tensor& buffer) {
   return {buffer.mutable_data_ptr(), buffer.stride(0), buffer.stride(1), buffer.stride(2)};
 }
 
-StepLayer layer_of(const DecoderLayer& layer, const Tensor& keys, const Tensor& values) {
-  return {vector_of(layer.input_norm), matrix_of(layer.q),
-          matrix_of(layer.k),          matrix_of(layer.v),
-          matrix_of(layer.o),          vector_of(layer.q_norm),
+// The projection of the values is multiplied as floats: it is small, and its errors come through attention unweakened.
+StepLayer layer_of(const DecoderLayer& layer, const Tensor& keys, const Tensor& values, bool int8) {
+  return {vector_of(layer.input_norm), matrix_of(layer.q, int8),
+          matrix_of(layer.k, int8),    matrix_of(layer.v, false),
+          matrix_of(layer.o, int8),    vector_of(layer.q_norm),
           vector_of(layer.k_norm),     vector_of(layer.post_attention_norm),
-          matrix_of(layer.gate),       matrix_of(layer.up),
-          matrix_of(layer.down),       states_of(keys),
+          matrix_of(layer.gate, int8), matrix_of(layer.up, int8),
+          matrix_of(layer.down, int8), states_of(keys),
           states_of(values),           layer.window};
 }
 
@@ -413,15 +416,16 @@ Tensor decode_cpu(const DecoderPtr& model, const Tensor& token_ids, const Tensor
   s.token_ids = elements<const int64_t>(token_ids);
   s.positions = elements<const int64_t>(positions);
   s.starts = starts ? elements<const int64_t>(*starts) : nullptr;
-  s.embedding = matrix_of(m.embedding);
+  s.embedding = matrix_of(m.embedding, false);
   s.cos = vector_of(cos);
   s.sin = vector_of(sin);
   s.layers.reserve(m.layers.size());
-  for (size_t i = 0; i < m.layers.size(); ++i) s.layers.push_back(layer_of(m.layers[i], keys[i], values[i]));
+  for (size_t i = 0; i < m.layers.size(); ++i) {
+    s.layers.push_back(layer_of(m.layers[i], keys[i], values[i], m.int8_products));
+  }
   s.cache_format = format_of(keys[0]);
   s.norm = vector_of(m.norm);
-  s.head = matrix_of(m.head);
-  s.int8_products = m.int8_products;
+  s.head = matrix_of(m.head, m.int8_products);
   s.eps = static_cast<float>(m.eps);
   s.scaling = static_cast<float>(m.scaling);
 

@@ -104,7 +104,7 @@ def make_decoder(
         windows: for each layer how many of the last cache slots a token attends, its own included; 0 for all. None:
             0 for every layer.
         int8_products: on the CPU, packed rows are multiplied as integers, with vectors rounded to int8 a block of 32,
-            which is faster. False: as float32.
+            which is faster, but for ``v`` and for 8 bits in groups of 32. False: all as float32.
 
     Returns:
         A ``torch.classes.torch_fused.Decoder``. It holds the tensors; values changed in place are seen. When a tensor

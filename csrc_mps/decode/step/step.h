@@ -22,10 +22,10 @@ enum class Write { kSet, kAdd };
 class Inputs {
  public:
   Inputs(const CpuStep& s, const Team& team, const float* x, int64_t count)
-      : x(x), count(count), int8_(s.int8_products), memory_(s.ready + team.member() * s.ready_size()) {}
+      : x(x), count(count), memory_(s.ready + team.member() * s.ready_size()) {}
 
-  const ReadyVectors& ready_for(const PackedMatrix& m) {
-    if (!ready_.serve(m)) ready_.prepare(m, x, count, int8_, memory_);
+  const ReadyVectors& ready_for(const Matrix& matrix) {
+    if (!ready_.serve(matrix.packed, matrix.int8)) ready_.prepare(matrix.packed, x, count, matrix.int8, memory_);
     return ready_;
   }
 
@@ -33,7 +33,6 @@ class Inputs {
   const int64_t count;
 
  private:
-  bool int8_;
   float* memory_;
   ReadyVectors ready_;
 };
@@ -63,7 +62,7 @@ template <Write write>
 void project_packed(const Matrix& matrix, Range rows, Inputs& x, float* to, int64_t stride) {
   constexpr int64_t kAtOnce = 64;
   float results[kAtOnce * kMostVectors];
-  const ReadyVectors& ready = x.ready_for(matrix.packed);
+  const ReadyVectors& ready = x.ready_for(matrix);
   for (int64_t begin = rows.begin; begin < rows.end; begin += kAtOnce) {
     const int64_t n = std::min(kAtOnce, rows.end - begin);
     ready.multiply(matrix.packed, begin, begin + n, results, n);

@@ -13,8 +13,10 @@ class ReadyVectors {
   // Makes `x`, (count, cols), ready for the rows of a matrix. `integers`: the values are rounded to int8.
   void prepare(const PackedMatrix& m, const float* x, int64_t count, bool integers, float* memory);
 
-  // Whether they are ready for the rows of this matrix.
-  bool serve(const PackedMatrix& m) const { return m.bits == bits_ && m.group_size == group_size_; }
+  // Whether they are ready for the rows of this matrix, in that way.
+  bool serve(const PackedMatrix& m, bool integers) const {
+    return m.bits == bits_ && m.group_size == group_size_ && integers == integers_;
+  }
 
   // The product of row begin + r and vector i goes to results[i * n + r].
   void multiply(const PackedMatrix& m, int64_t begin, int64_t end, float* results, int64_t n) const;
