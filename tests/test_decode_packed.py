@@ -84,13 +84,21 @@ def test_parts_of_larger_tensors(backend):
     step.check()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 64), (8, 64), (8, 128)])
 @pytest.mark.parametrize(("batch", "steps"), [(1, 1), (3, 4)])
-def test_int8_products(bits, batch, steps):
+def test_int8_products(bits, group_size, batch, steps):
     """Vectors are rounded to int8 on a CPU: of random weights, two layers and the head, two hundredths at most."""
-    step = packed_step(bits, batch=batch, steps=steps)
+    step = packed_step(bits, group_size, batch=batch, steps=steps)
     exact, _ = step.exact()
     assert 1e-5 < relative_error(step.run(int8_products=True), exact) < 2e-2
+
+
+@pytest.mark.parametrize(("bits", "group_size", "only"), [(8, 32, (*MATRICES, "head")), (4, 64, ("v", "embedding"))])
+def test_float_products_all_the_same(bits, group_size, only):
+    """Where int8 gains nothing or costs too much, products are of floats."""
+    step = packed_step(bits, group_size, only=only)
+    exact, _ = step.exact()
+    assert relative_error(step.run(int8_products=True), exact) < 1e-5
 
 
 def test_reference():

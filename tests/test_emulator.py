@@ -409,6 +409,22 @@ def test_a_view_ends_where_its_elements_end():
         library.fill(storage[1:3, :5], 6, threads=2, arg_casts="int32")
 
 
+@pytest.mark.parametrize("distance", [-64, 64])
+def test_a_neighbour_in_memory_is_another_buffer(distance):
+    """What lies past a buffer's end is out of bounds, even if it is another buffer of the kernel."""
+    library = shader("""
+    kernel void copy(device float* o, device const float* x, constant int& distance,
+                     uint i [[thread_position_in_grid]]) {
+      o[i] = x[int(i) + distance];
+    }""")
+    storage = torch.arange(192.0)
+    parts = [storage[:64], storage[64:128], storage[128:]]
+    library.copy(parts[1 - distance // 64], parts[1], 0, threads=64, arg_casts="int32")
+    assert parts[1 - distance // 64].equal(parts[1])
+    with pytest.raises(RuntimeError, match="out-of-bounds device read of 4 bytes .* buffer 1"):
+        library.copy(parts[1 + distance // 64], parts[1], distance, threads=64, arg_casts="int32")
+
+
 def test_arguments_that_do_not_fit():
     library = shader("""
     struct Params { int a, b, c, d; };
@@ -437,6 +453,9 @@ def test_a_source_that_does_not_compile_names_its_line():
 
 def test_libraries_are_kept_for_the_next_process(tmp_path, monkeypatch):
     """One folder for each source and mode, that nobody else can read, and nothing half-made beside it."""
+    for checked in (True, False):
+        with emulate(checked=checked):
+            pass  # this process has the project's own kernels before it looks in the folder
     monkeypatch.setenv("TORCH_FUSED_CACHE", str(tmp_path))
     library = shader("kernel void cached(device float* o) { o[0] = 2.0f; }")
     for _ in range(2):

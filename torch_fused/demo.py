@@ -426,6 +426,7 @@ def _compare(stock_model, model, inputs, max_new_tokens: int, rounds: int) -> tu
     if packed:
         for result, used in zip(results, (stock_model, model), strict=True):
             result["weights"] = _weight_bytes(used)
+        results[1]["int8"] = model.device.type == "cpu"
         results[1]["report"] = f"{model.hf_quantizer.report}\n{results[1]['report']}"
     if packed or not wide:
         with apply_torch_fused(model, decode=False):
@@ -477,7 +478,8 @@ def _table(stock: dict, fused: dict):
         table.add_row("weights", *(_mib(result["weights"]) for result in (stock, fused)), share)
     table.add_row("peak cache memory", *(_mib(result["cache"]) for result in (stock, fused)), "")
     count = f"{len(stock['tokens'])} tokens"
-    table.add_row("greedy tokens", "", _same(stock["tokens"], fused["tokens"]), count)
+    products = ", with products of int8" if fused.get("int8") else ""
+    table.add_row(f"greedy tokens{products}", "", _same(stock["tokens"], fused["tokens"]), count)
     if fused["tokens"] != stock["tokens"] and "without_decode" in fused:
         rounded = _same(_rounded_alike(stock), fused["without_decode"])
         table.add_row("with stock's roundings, decode=False", "", rounded, count)

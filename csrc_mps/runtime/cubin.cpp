@@ -35,17 +35,14 @@ const Nvrtc& nvrtc() {
     // torch's stub library knows where the NVRTC of this torch is; the plain names serve builds without it.
     void* library = open_library({torch_library_folder() + "libcaffe2_nvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"});
     Nvrtc n;
-    const auto bind = [&](auto& function, const char* name) {
-      function = reinterpret_cast<std::decay_t<decltype(function)>>(symbol(library, name));
-    };
-    bind(n.version, "nvrtcVersion");
-    bind(n.create, "nvrtcCreateProgram");
-    bind(n.compile, "nvrtcCompileProgram");
-    bind(n.log_size, "nvrtcGetProgramLogSize");
-    bind(n.log, "nvrtcGetProgramLog");
-    bind(n.cubin_size, "nvrtcGetCUBINSize");
-    bind(n.cubin, "nvrtcGetCUBIN");
-    bind(n.destroy, "nvrtcDestroyProgram");
+    bind(library, n.version, "nvrtcVersion");
+    bind(library, n.create, "nvrtcCreateProgram");
+    bind(library, n.compile, "nvrtcCompileProgram");
+    bind(library, n.log_size, "nvrtcGetProgramLogSize");
+    bind(library, n.log, "nvrtcGetProgramLog");
+    bind(library, n.cubin_size, "nvrtcGetCUBINSize");
+    bind(library, n.cubin, "nvrtcGetCUBIN");
+    bind(library, n.destroy, "nvrtcDestroyProgram");
     return n;
   }();
   return api;

@@ -30,6 +30,7 @@ from .packing import (
     tie,
     unpack,
 )
+from .transformers_private import kept_in_float32
 
 METHOD = "torch_fused"
 """The ``quant_method`` in a config.json."""
@@ -156,7 +157,7 @@ class TorchFusedQuantizer(HfQuantizer):
         chosen = self.quantization_config.format_of(name)
         if isinstance(chosen, str):
             return chosen
-        if not should_convert_module(name, list(model._keep_in_fp32_modules or ())):
+        if not should_convert_module(name, kept_in_float32(model)):
             return "transformers keeps it in float32"
         stored = self._stored
         tied_to = next((_owner(s) for t, s in model.all_tied_weights_keys.items() if _owner(t) == name), name)
@@ -270,7 +271,7 @@ def quantize_(
         raise RuntimeError(f"quantize_: model is quantised already, with {method}")
     if any(hasattr(module, "peft_config") for module in model.modules()):
         raise RuntimeError("quantize_: model has adapters: quantise it first and add them afterwards")
-    kept = [name for module in model.modules() for name in getattr(module, "_keep_in_fp32_modules", None) or ()]
+    kept = [name for module in model.modules() for name in kept_in_float32(module)]
 
     def choose(name: str, module: Any) -> Format | str:
         if hasattr(module, "qbiases"):

@@ -29,6 +29,11 @@ IDLE_HOOK = ("transformers.utils.output_capturing", "output_capturing_hook")
 """The hook that a call for hidden states or attentions leaves on the layers; it does nothing in other calls."""
 
 
+def kept_in_float32(module: Any) -> list[str]:
+    """Names of modules that the class wants in float32 whatever the model's dtype."""
+    return list(getattr(module, "_keep_in_fp32_modules", None) or ())
+
+
 def attention_of(config: Any) -> str:
     """The name of a model's attention function."""
     return config._attn_implementation

@@ -1,10 +1,19 @@
 #include "device_memory.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 namespace torch_fused::emulator {
+namespace {
+
+constexpr uintptr_t kPage = 4096;
+constexpr uintptr_t kGap = 1 << 20;  // between two copies; what lies further from a buffer is likely just wrong
+
+}  // namespace
 
 DeviceMemory::DeviceMemory(std::vector<Buffer>& buffers) : buffers_(buffers) {
   std::vector<Buffer> sorted = buffers;
@@ -16,7 +25,7 @@ DeviceMemory::DeviceMemory(std::vector<Buffer>& buffers) : buffers_(buffers) {
       last.end = std::max(last.end, buffer.end);
       last.bytes_per_cell = std::min(last.bytes_per_cell, bytes_per_cell);
     } else if (buffer.begin < buffer.end) {
-      regions_.push_back({buffer.begin, buffer.end, bytes_per_cell});
+      regions_.push_back({buffer.begin, buffer.end, buffer.begin, bytes_per_cell});
     }
   }
   for (Region& region : regions_) {
@@ -24,6 +33,40 @@ DeviceMemory::DeviceMemory(std::vector<Buffer>& buffers) : buffers_(buffers) {
     const size_t count = (region.end - region.begin) / region.bytes_per_cell + 1;
     region.cells = {static_cast<Cell*>(std::calloc(count, sizeof(Cell))), std::free};
     if (!region.cells) throw std::bad_alloc();
+  }
+  move_apart();
+}
+
+void DeviceMemory::move_apart() {
+  uintptr_t size = kGap;
+  for (const Region& region : regions_) size += region.end - region.begin + kPage + kGap;
+  void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  copies_ = {static_cast<char*>(memory), [size](char* copies) { munmap(copies, size); }};
+  uintptr_t next = reinterpret_cast<uintptr_t>(memory) + kGap;
+  std::vector<uintptr_t> distances(buffers_.size());
+  for (Region& region : regions_) {
+    const uintptr_t begin = next + (region.origin - next) % kPage;  // aligned as it was
+    std::memcpy(reinterpret_cast<void*>(begin), reinterpret_cast<void*>(region.origin), region.end - region.begin);
+    for (size_t i = 0; i < buffers_.size(); ++i) {
+      if (buffers_[i].begin >= region.begin && buffers_[i].end <= region.end) distances[i] = begin - region.origin;
+    }
+    region.end += begin - region.begin;
+    region.begin = begin;
+    next = region.end + kGap;
+  }
+  for (size_t i = 0; i < buffers_.size(); ++i) {
+    buffers_[i].begin += distances[i];
+    buffers_[i].end += distances[i];
+  }
+}
+
+void DeviceMemory::write_back() const {
+  for (const Buffer& buffer : buffers_) {
+    if (buffer.read_only || buffer.begin == buffer.end) continue;
+    const Region& region = region_of(buffer);
+    std::memcpy(reinterpret_cast<void*>(region.origin + (buffer.begin - region.begin)),
+                reinterpret_cast<void*>(buffer.begin), buffer.end - buffer.begin);
   }
 }
 
@@ -65,7 +108,7 @@ Buffer* DeviceMemory::find(uintptr_t address, size_t size, msl_access access) {
   return found;
 }
 
-DeviceMemory::Region& DeviceMemory::region_of(const Buffer& buffer) {
+const DeviceMemory::Region& DeviceMemory::region_of(const Buffer& buffer) const {
   return *std::find_if(regions_.begin(), regions_.end(),
                        [&](const Region& region) { return buffer.begin >= region.begin && buffer.end <= region.end; });
 }
@@ -76,7 +119,7 @@ bool DeviceMemory::holds(uintptr_t address) const {
 }
 
 std::string DeviceMemory::nearest(uintptr_t address) const {
-  uintptr_t best = 1 << 20;  // further away, the address is likely just wrong
+  uintptr_t best = kGap;
   std::string text;
   const auto consider = [&](uintptr_t distance, const char* where, const Buffer& buffer) {
     if (distance >= best) return;

@@ -1,4 +1,5 @@
-// The buffers bound to one dispatch: their bounds, the races on them and the traffic to them.
+// The buffers bound to one dispatch: their bounds, the races on them and the traffic to them. The kernel gets copies
+// that lie far apart: beside its neighbour in memory, a buffer's end would hide that a kernel goes past it.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +21,12 @@ struct Buffer {
 
 class DeviceMemory {
  public:
-  // Counts traffic in `buffers`. Buffers that overlap share their cells, and traffic to them counts for the first.
+  // Moves `buffers` to copies and counts their traffic. Buffers that overlap stay so and share their cells; traffic to
+  // them counts for the first.
   explicit DeviceMemory(std::vector<Buffer>& buffers);
+
+  // Copies what the kernel may have written to where it belongs.
+  void write_back() const;
 
   // Checks and records an access. Returns what is wrong with it, or "".
   std::string access(uintptr_t address, size_t size, msl_access access, const Accessor& accessor);
@@ -34,15 +39,18 @@ class DeviceMemory {
  private:
   struct Region {  // of buffers that overlap
     uintptr_t begin, end;
+    uintptr_t origin;  // what it is a copy of
     uint32_t bytes_per_cell;
     std::unique_ptr<Cell, void (*)(void*)> cells{nullptr, nullptr};
   };
   // The buffer that holds the bytes, one that may be written if there is a choice, or null.
   Buffer* find(uintptr_t address, size_t size, msl_access access);
-  Region& region_of(const Buffer& buffer);
+  const Region& region_of(const Buffer& buffer) const;
+  void move_apart();
 
   std::vector<Buffer>& buffers_;
   std::vector<Region> regions_;
+  std::shared_ptr<char> copies_;
 };
 
 }  // namespace torch_fused::emulator

@@ -82,6 +82,7 @@ Failure Runner::run() {
     if (failed()) break;
   }
   current = outer;
+  device_memory_.write_back();
   return failure_;
 }
 
