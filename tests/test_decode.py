@@ -5,6 +5,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import cycle
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from torch_fused.metal import emulate
 from torch_fused.ops.decode import (
     LAYER_PARTS,
     DecoderParts,
+    Numbers,
     Packed,
     decode_,
     decode_reference,
     decode_token_,
+    decoder_arguments,
     make_decoder,
 )
 from torch_fused.ops.quantized import dequantize_reference, quantize
@@ -29,7 +32,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's sizes; `qwen2` has biases on q, k and v, `qwen3` norms of queries and keys, `biased` all biases."""
+    """A decoder's sizes; `qwen2` has biases on q, k and v, `qwen3` norms of queries and keys, `biased` all biases.
+
+    `olmo2` norms all heads as one, and what is added; `gemma` has norms before and after, and `TRAITS` more numbers.
+    """
 
     family: str = "llama"
     layers: int = 2
@@ -43,24 +49,45 @@ class Shape:
 
     def parts(self) -> dict[str, tuple[int, ...] | None]:
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        biased, normed = self.family in ("qwen2", "biased"), self.family == "qwen3"
+        biased, normed = self.family in ("qwen2", "biased"), self.family in ("qwen3", "gemma")
+        before = (self.hidden,) if self.family != "olmo2" else None
+        after = (self.hidden,) if self.family in ("olmo2", "gemma") else None
+        if self.family == "olmo2":
+            head_norms = {"q_norm": (queries,), "k_norm": (keys,)}
+        else:
+            head_norms = dict.fromkeys(("q_norm", "k_norm"), (self.head_dim,) if normed else None)
         return {
-            "input_norm": (self.hidden,),
+            "input_norm": before,
             "q": (queries, self.hidden),
             "q_bias": (queries,) if biased else None,
             "k": (keys, self.hidden),
             "k_bias": (keys,) if biased else None,
             "v": (keys, self.hidden),
             "v_bias": (keys,) if biased else None,
-            "q_norm": (self.head_dim,) if normed else None,
-            "k_norm": (self.head_dim,) if normed else None,
+            **head_norms,
             "o": (self.hidden, queries),
             "o_bias": (self.hidden,) if self.family == "biased" else None,
-            "post_attention_norm": (self.hidden,),
+            "attention_output_norm": after,
+            "post_attention_norm": before,
             "gate": (self.intermediate, self.hidden),
             "up": (self.intermediate, self.hidden),
             "down": (self.hidden, self.intermediate),
+            "feed_forward_output_norm": after,
         }
+
+
+TRAITS = {
+    "gemma": {
+        "norm_offset": 1.0,
+        "embedding_scale": 7.0,
+        "attention_softcap": 2.0,
+        "logits_softcap": 3.0,
+        "activation": "gelu_tanh",
+    },
+    "granite": {"embedding_scale": 12.0, "residual_scale": 0.22, "logits_scale": 0.125},
+    "gelu": {"activation": "gelu"},
+}
+"""The numbers of a family that others do not have."""
 
 
 @dataclass
@@ -111,10 +138,12 @@ class Step:
             "norm": self.weight(shape.hidden, around=1.0),
             "head": self.weight(shape.vocabulary, shape.hidden),
             "heads": shape.heads,
-            "eps": 1e-6,
-            "scaling": shape.head_dim**-0.5,
+            **Numbers(eps=1e-6, scaling=shape.head_dim**-0.5)._asdict(),
+            "activation": "silu",
             "windows": self.windows or [0] * shape.layers,
+            "tables": [0] * shape.layers,
             "int8_products": False,
+            **TRAITS.get(shape.family, {}),
         }
 
     def weight(self, *size: int, around: float = 0.0) -> torch.Tensor:
@@ -135,7 +164,7 @@ class Step:
     def exact(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The logits in float64, and the caches that the reference has written."""
         args = {name: _double(value) for name, value in self.args.items()}
-        model = WideDecoder(groups=[], **{name: _double(value) for name, value in self.model.items()})
+        model = WideDecoder(*decoder_arguments(**{name: _double(value) for name, value in self.model.items()}))
         return decode_reference(model, *args.values()), [*args["keys"], *args["values"]]
 
     def check(self, **changes) -> None:
@@ -195,9 +224,9 @@ def _double(value):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "biased"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "biased", "olmo2", *TRAITS])
 def test_families(backend, family, dtype):
-    """Biases and norms of queries and keys, one sequence and four left-padded ones, one token and several."""
+    """What families vary, for one sequence and four left-padded ones, one token and several."""
     shape = Shape(family)
     Step(shape, dtype=dtype, device=backend.device).check()
     Step(shape, dtype=dtype, batch=4, steps=3, starts=[0, 7, 20, 19], device=backend.device).check()
@@ -227,6 +256,41 @@ def test_sizes(backend, shape):
     """Tiny and odd sizes, parts of a head without positions, one key head for all queries and one for each."""
     for dtype in DTYPES:
         Step(shape, batch=2, steps=2, dtype=dtype, device=backend.device).check()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "olmo2", "gemma", "granite"])
+def test_aligned_families(backend, family):
+    """Sizes that the fast kernels take, a context of several chunks."""
+    shape = Shape(family, hidden=256, heads=4, kv_heads=2, head_dim=64, rotary_dim=64, intermediate=512)
+    for dtype in DTYPES:
+        Step(shape, dtype=dtype, length=300, device=backend.device).check()
+    Step(shape, batch=3, steps=3, dtype=torch.bfloat16, length=300, device=backend.device).check()
+
+
+@pytest.mark.parametrize("head_dim", [16, 64])
+def test_tables_of_layers(backend, head_dim):
+    """Layers that have other angles, or none."""
+    step = Step(
+        Shape(layers=3, head_dim=head_dim, rotary_dim=head_dim), batch=2, steps=2, starts=[0, 4], device=backend.device
+    )
+    for name in ("cos", "sin"):
+        step.args[name] = torch.stack([step.args[name], step.args[name].flip(0)])
+    step.model["tables"] = [1, -1, 0]
+    step.check()
+    step.model["tables"] = [1, -1, 2]
+    with pytest.raises(RuntimeError, match="cos must have the model's table 2, got 2"):
+        step.run()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+def test_activations_of_any_size(backend, activation):
+    """Gates far from zero, where the activations are their limits."""
+    step = Step(device=backend.device)
+    step.model["activation"] = activation
+    for i, name in enumerate(LAYER_PARTS * step.shape.layers):
+        if name == "gate":
+            step.model["layers"][i] = step.model["layers"][i] * 40
+    step.check()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
@@ -263,7 +327,7 @@ def test_chunk_edges(backend, length):
 def test_dtypes_of_their_own(backend):
     """Matrices, vectors, tables and cache each have a dtype of their own."""
     step = Step(Shape("biased"), batch=2, steps=2, device=backend.device)
-    dtypes = dict(zip(LAYER_PARTS, (torch.float16, torch.bfloat16, torch.float32) * 5, strict=True))
+    dtypes = dict(zip(LAYER_PARTS, cycle((torch.float16, torch.bfloat16, torch.float32))))
     dtypes["up"] = dtypes["gate"]
     names = LAYER_PARTS * step.shape.layers
     step.model["layers"] = [
@@ -449,14 +513,20 @@ def _parts(step: Step, **changes) -> list:
         (lambda s: {"embedding": s.model["embedding"].double()}, RuntimeError, "embedding must be .*float32"),
         (lambda s: {"cos": s.args["cos"][:, :15]}, RuntimeError, "cos must be .* even rotary dim"),
         (lambda s: {"sin": s.args["sin"][:4]}, RuntimeError, "sin must be a contiguous"),
-        (lambda s: {"layers": s.model["layers"][:-1]}, RuntimeError, "layers must .* 15"),
-        (lambda s: {"layers": []}, RuntimeError, "layers must .* 15 .* got 0"),
+        (lambda s: {"layers": s.model["layers"][:-1]}, RuntimeError, "layers must .* 17"),
+        (lambda s: {"layers": []}, RuntimeError, "layers must .* 17 .* got 0"),
         (lambda s: {"layers": _parts(s, down=None)}, RuntimeError, "down of layer 1 must be a tensor"),
         (lambda s: {"layers": _parts(s, q=torch.zeros(64, 47))}, RuntimeError, "q of layer 1 must have shape"),
         (lambda s: {"layers": _parts(s, k=torch.zeros(31, 48))}, RuntimeError, "k of layer 1 must have shape"),
         (lambda s: {"layers": _parts(s, up=torch.zeros(80, 48).half())}, RuntimeError, "up of layer 1 must have"),
         (lambda s: {"layers": _parts(s, gate=torch.zeros(48, 80).t())}, RuntimeError, "gate of layer 1 .* dense rows"),
         (lambda s: {"norm": torch.zeros(47)}, RuntimeError, "norm must have shape"),
+        (lambda s: {"layers": _parts(s, q_norm=torch.ones(17))}, RuntimeError, "q_norm of layer 1 must have shape"),
+        (lambda s: {"activation": "relu"}, RuntimeError, "activation must be silu, gelu or gelu_tanh, got relu"),
+        (lambda s: {"tables": [0]}, RuntimeError, "tables must be a number for each of the 2 layers"),
+        (lambda s: {"tables": [0, -2]}, RuntimeError, "tables must be .* -1 for none"),
+        (lambda s: {"residual_scale": float("nan")}, RuntimeError, "residual_scale must be finite, got nan"),
+        (lambda s: {"attention_softcap": -1.0}, RuntimeError, "attention_softcap and .* must not be negative, got -1"),
         (lambda s: {"head": torch.zeros(97, 47)}, RuntimeError, "head must have shape"),
         (lambda s: {"keys": s.args["keys"][:1]}, RuntimeError, "keys must be a tensor for each of the 2 layers"),
         (lambda s: {"values": [t[:, :, :21] for t in s.args["values"]]}, RuntimeError, "values must have room .* 21"),
@@ -563,7 +633,7 @@ def test_caches_side_by_side():
     [
         (lambda s: s.model["embedding"].set_(make(97, 48)), "embedding"),
         (lambda s: setattr(s.model["layers"][1], "data", make(48, 64).t()), "q of layer 0"),
-        (lambda s: s.model["layers"][16].resize_(1), "q of layer 1"),
+        (lambda s: s.model["layers"][len(LAYER_PARTS) + 1].resize_(1), "q of layer 1"),
         (lambda s: setattr(s.model["norm"], "data", s.model["norm"].data.half()), "norm"),
     ],
 )

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from .functional import add_rms_norm, apply_rotary_pos_emb, dequantize, quantize, silu_mul
 from .ops.adamw import adamw_, adamw_reference
-from .ops.decode import LAYER_PARTS, DecoderParts, Packed, decode_, decode_reference, make_decoder
+from .ops.decode import (
+    LAYER_PARTS,
+    DecoderParts,
+    Packed,
+    decode_,
+    decode_reference,
+    decoder_arguments,
+    make_decoder,
+)
 from .ops.kv_cache import kv_append_, kv_append_reference
 from .ops.layer_norm import layer_norm_backward_reference, layer_norm_reference
 from .ops.quantized import dequantize_reference, quantized_linear_reference
@@ -317,7 +325,7 @@ def check_decoder(
         "values": [scaled(batch, 2, length + steps, head_dim, seed=26)],
         "length": length,
     }
-    exact_model = DecoderParts(**in_float64(model), groups=[], int8_products=False)
+    exact_model = DecoderParts(*decoder_arguments(**in_float64(model)))
     exact = decode_reference(exact_model, **in_float64(arguments), logits_to_keep=steps)
     matrices = f"{bits} bits" if bits else "dense matrices"
     what = f"decode_ of {hidden} columns and heads of {head_dim} behind {length}, {matrices}"

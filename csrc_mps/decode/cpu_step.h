@@ -52,19 +52,21 @@ struct CacheStates {
 };
 
 struct StepLayer {
-  Vector input_norm;
+  Vector input_norm, attention_output_norm, post_attention_norm, feed_forward_output_norm;
   Matrix q, k, v, o;
   Vector q_norm, k_norm;
-  Vector post_attention_norm;
+  int64_t q_norm_size, k_norm_size;  // of one head, or of all
   Matrix gate, up, down;
   CacheStates<void> keys, values;  // both of cache_format
   int64_t window;                  // the last slots that a token attends, its own included; 0 for all
+  Vector cos, sin;                 // (positions, rotary_dim)
+  int64_t rotary_dim;              // 0 for none
 };
 
 // Sizes of a step, and of the memory it needs.
 struct StepShape {
   int64_t batch, steps;  // sequences, and new tokens of each
-  int64_t hidden, heads, kv_heads, head_dim, rotary_dim, intermediate, vocabulary;
+  int64_t hidden, heads, kv_heads, head_dim, intermediate, vocabulary;
   int64_t length;  // slots of the cache that are in use
   int64_t kept;    // last tokens of each sequence whose logits are wanted
   int64_t chunks;  // parts of a sequence's context, each attended on its own
@@ -91,14 +93,16 @@ struct CpuStep : StepShape {
   const int64_t* positions;  // (batch, steps)
   const int64_t* starts;     // (batch), or null: the first slot that each sequence attends
   Matrix embedding;
-  Vector cos, sin;  // (positions, rotary_dim)
   std::vector<StepLayer> layers;
   uint32_t cache_format;
   Vector norm;
   Matrix head;
-  float eps, scaling;
+  uint32_t activation;
+  float eps, scaling, norm_offset, embedding_scale, residual_scale;
+  float softcap;  // of scores; 0 for none
 
   float* states;    // (tokens, hidden): the residual stream
+  float* output;    // (tokens, hidden): what is normed before it is added to it
   float* qkv;       // (tokens, projected)
   float* partials;  // (tokens, heads, chunks, partial)
   float* gates;     // (tokens, intermediate)

@@ -12,7 +12,6 @@ namespace torch_fused {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kChunkSlots = 32;  // slots of the context that a chunk of attention should at least have
 constexpr int64_t kMostChunks = 32;  // more cost more to put together than they save
@@ -21,7 +20,7 @@ constexpr int64_t kGroups = 128;     // and so many fill a GPU
 
 // Each on its own where their formats differ.
 void multiply_qkv(GpuStep& step, const DecoderLayer& layer) {
-  const StepVectors v{step.states, step.qkv, &layer.input_norm, step.call.steps, step.call.steps, false};
+  const StepVectors v{step.states, step.qkv, layer.input_norm, step.call.steps, step.call.steps, false};
   const auto alike = [](const Linear& a, const Linear& b) {
     return a.is_like(b) && (!a.bias || !b.bias || a.bias->scalar_type() == b.bias->scalar_type());
   };
@@ -35,6 +34,22 @@ void multiply_qkv(GpuStep& step, const DecoderLayer& layer) {
     multiply(step, {matrix}, {v.from, results, v.norm, v.steps, v.kept, false}, false);
     first += rows;
   }
+}
+
+// The norm of each head, if there is one.
+OptionalTensor norm_of_each(const OptionalTensor& norm, const Decoder& model) {
+  return norm && norm->size(0) == model.head_dim ? norm : std::nullopt;
+}
+
+// Norms of all heads of queries or keys as one, in place.
+void norm_heads(GpuStep& step, const DecoderLayer& layer) {
+  const auto apply = [&](const OptionalTensor& norm, int64_t first) {
+    if (!norm || norm->size(0) == step.model.head_dim) return;
+    const Tensor rows = step.qkv.narrow(1, first, norm->size(0));
+    norm_rows(step, rows, *norm, rows, false, 1);
+  };
+  apply(layer.q_norm, 0);
+  apply(layer.k_norm, step.model.heads * step.model.head_dim);
 }
 
 void attend(GpuStep& step, size_t index) {
@@ -53,26 +68,29 @@ void attend(GpuStep& step, size_t index) {
   p.heads = static_cast<uint32_t>(model.heads);
   p.kv_heads = static_cast<uint32_t>(model.kv_heads);
   p.head_dim = static_cast<uint32_t>(model.head_dim);
-  p.rotary_dim = static_cast<uint32_t>(call.rotary_dim);
-  p.positions = static_cast<uint32_t>(call.cos.size(0));
+  const Tensor cos = call.table_of(call.cos, layer), sin = call.table_of(call.sin, layer);
+  p.rotary_dim = static_cast<uint32_t>(call.rotary_dim_of(layer));
+  p.positions = static_cast<uint32_t>(cos.size(0));
   p.chunks = static_cast<uint32_t>(step.chunks);
-  p.table_format = format_of(call.cos);
-  p.eps = static_cast<float>(model.eps);
-  p.scaling = static_cast<float>(model.scaling / std::log(2.0));
+  p.table_format = format_of(cos);
+  p.eps = static_cast<float>(model.numbers.eps);
+  p.norm_offset = static_cast<float>(model.numbers.norm_offset);
+  p.scaling = static_cast<float>(model.numbers.scaling / std::log(2.0));
+  p.softcap = static_cast<float>(model.numbers.attention_softcap / std::log(2.0));
   const at::ScalarType dtype = keys.scalar_type();
   const auto aligned = [&](const Tensor& t) {
     return rows_aligned(t, t.stride(0)) && rows_aligned(t, t.stride(1)) && rows_aligned(t, t.stride(2));
   };
+  const OptionalTensor q_norm = norm_of_each(layer.q_norm, model), k_norm = norm_of_each(layer.k_norm, model);
   const auto alike = [&](const OptionalTensor& t) { return !t || t->scalar_type() == dtype; };
-  const bool whole = aligned(keys) && aligned(values) && alike(layer.q_norm) && alike(layer.k_norm) && alike(call.cos);
+  const bool whole = aligned(keys) && aligned(values) && alike(q_norm) && alike(k_norm) && alike(cos);
   if (call.starts) p.flags |= kStarts;
-  if (layer.q_norm) p.flags |= kQueryNorm, p.q_norm_format = format_of(*layer.q_norm);
-  if (layer.k_norm) p.flags |= kKeyNorm, p.k_norm_format = format_of(*layer.k_norm);
+  if (q_norm) p.flags |= kQueryNorm, p.q_norm_format = format_of(*q_norm);
+  if (k_norm) p.flags |= kKeyNorm, p.k_norm_format = format_of(*k_norm);
   KernelSet* kernels = !whole || model.head_dim % 64 > 0 ? &any : model.head_dim == 64 ? &dim_64 : &dim_128;
   if (model.head_dim > 128) kernels = &any;
   step.launches.add((*kernels)(dtype), call.batch * model.kv_heads * step.chunks, 32 * kAttentionSimdgroups,
-                    {step.qkv, keys, values, layer.q_norm.value_or(call.cos), layer.k_norm.value_or(call.cos), call.cos,
-                     call.sin, call.positions, call.starts.value_or(call.positions), step.attended, step.stats},
+                    {step.qkv, keys, values, q_norm.value_or(cos), k_norm.value_or(cos), cos, sin, call.positions, call.starts.value_or(call.positions), step.attended, step.stats},
                     p);
 }
 
@@ -96,6 +114,7 @@ Tensor decode_gpu(const DecoderPtr& decoder, const Tensor& token_ids, const Tens
   GpuStep step{call,
                model,
                room(model.hidden),
+               room(model.hidden),
                room(call.projected()),
                room(heads * chunks * dim),
                room(heads * chunks * 2),
@@ -105,17 +124,30 @@ Tensor decode_gpu(const DecoderPtr& decoder, const Tensor& token_ids, const Tens
                {}};
   embed(step);
   const int64_t steps = call.steps;
+  const double scale = model.numbers.residual_scale;
   for (size_t i = 0; i < model.layers.size(); ++i) {
     const DecoderLayer& layer = model.layers[i];
     multiply_qkv(step, layer);
+    norm_heads(step, layer);
     attend(step, i);
-    multiply_attended(step, layer.o);
-    multiply(step, {&layer.gate, &layer.up}, {step.states, step.gates, &layer.post_attention_norm, steps, steps, false},
+    // With a norm the output goes to the states when all of it is there.
+    const auto add_output = [&](const OptionalTensor& norm, const auto& product) {
+      if (!norm) return product(step.states, true, scale);
+      product(step.output, false, 1.0);
+      norm_rows(step, step.output, *norm, step.states, true, scale);
+    };
+    add_output(layer.attention_output_norm, [&](const Tensor& to, bool add, double by) {
+      multiply_attended(step, layer.o, to, add, by);
+    });
+    multiply(step, {&layer.gate, &layer.up}, {step.states, step.gates, layer.post_attention_norm, steps, steps, false},
              true);
-    multiply(step, {&layer.down}, {step.gates, step.states, nullptr, steps, steps, true}, false);
+    add_output(layer.feed_forward_output_norm, [&](const Tensor& to, bool add, double by) {
+      multiply(step, {&layer.down}, {step.gates, to, {}, steps, steps, add, by}, false);
+    });
   }
-  multiply(step, {&model.head}, {step.states, step.logits, &model.norm, steps, call.kept, false}, false);
+  multiply(step, {&model.head}, {step.states, step.logits, model.norm, steps, call.kept, false}, false);
   step.launches.run(model.repeats);
+  finish_logits(model, step.logits);
   return step.logits;
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "../../common/convert.h"
 #include "../../common/exp.h"
@@ -17,6 +18,13 @@
 namespace torch_fused::TORCH_FUSED_TARGET {
 
 enum class Write { kSet, kAdd };
+
+// Where result `row` of vector i goes, times `scale`: data[i * stride + row].
+struct Results {
+  float* data;
+  int64_t stride;
+  float scale = 1;
+};
 
 // Vectors (count, cols) that a member multiplies with rows of some matrices. For packed rows it makes them ready once.
 class Inputs {
@@ -37,45 +45,45 @@ class Inputs {
   ReadyVectors ready_;
 };
 
-// Products with one row, of vector i in results[i * n], to to[i * stride + row].
+// Products with one row, of vector i in results[i * n].
 template <Write write>
 TORCH_FUSED_INLINE void put_results(const Matrix& matrix, int64_t row, const float* results, int64_t n, int64_t count,
-                                    float* to, int64_t stride) {
+                                    const Results& to) {
   const float bias = matrix.bias.data ? matrix.bias[row] : 0;
   for (int64_t i = 0; i < count; ++i) {
-    float& result = to[i * stride + row];
-    result = (write == Write::kAdd ? result : 0) + results[i * n] + bias;
+    float& result = to.data[i * to.stride + row];
+    result = (write == Write::kAdd ? result : 0) + (results[i * n] + bias) * to.scale;
   }
 }
 
 template <Write write, class T>
-TORCH_FUSED_INLINE void project_rows(const Matrix& matrix, const T* weight, Range rows, const Inputs& x, float* to,
-                                     int64_t stride) {
+TORCH_FUSED_INLINE void project_rows(const Matrix& matrix, const T* weight, Range rows, const Inputs& x,
+                                     const Results& to) {
   float results[kMostVectors];
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     row_products(weight + row * matrix.stride, matrix.cols, {x.x, matrix.cols}, x.count, results);
-    put_results<write>(matrix, row, results, 1, x.count, to, stride);
+    put_results<write>(matrix, row, results, 1, x.count, to);
   }
 }
 
 template <Write write>
-void project_packed(const Matrix& matrix, Range rows, Inputs& x, float* to, int64_t stride) {
+void project_packed(const Matrix& matrix, Range rows, Inputs& x, const Results& to) {
   constexpr int64_t kAtOnce = 64;
   float results[kAtOnce * kMostVectors];
   const ReadyVectors& ready = x.ready_for(matrix);
   for (int64_t begin = rows.begin; begin < rows.end; begin += kAtOnce) {
     const int64_t n = std::min(kAtOnce, rows.end - begin);
     ready.multiply(matrix.packed, begin, begin + n, results, n);
-    for (int64_t i = 0; i < n; ++i) put_results<write>(matrix, begin + i, results + i, n, x.count, to, stride);
+    for (int64_t i = 0; i < n; ++i) put_results<write>(matrix, begin + i, results + i, n, x.count, to);
   }
 }
 
-// Rows begin .. end - 1 of the product; result `row` of vector i goes to to[i * stride + row].
+// Rows begin .. end - 1 of the product.
 template <Write write>
-void project(const Matrix& matrix, Range rows, Inputs& x, float* to, int64_t stride) {
-  if (matrix.packed.bits > 0) return project_packed<write>(matrix, rows, x, to, stride);
+void project(const Matrix& matrix, Range rows, Inputs& x, const Results& to) {
+  if (matrix.packed.bits > 0) return project_packed<write>(matrix, rows, x, to);
   with_format(matrix.format, matrix.weight, [&](const auto* weight) __attribute__((always_inline)) {
-    project_rows<write>(matrix, weight, rows, x, to, stride);
+    project_rows<write>(matrix, weight, rows, x, to);
   });
 }
 
@@ -93,35 +101,103 @@ TORCH_FUSED_INLINE void embed(const CpuStep& s, const Team& team) {
   const Range share = team.share(s.tokens());
   if (s.embedding.packed.bits > 0) {
     for (int64_t token = share.begin; token < share.end; ++token) {
-      unpack_row(s.embedding.packed, s.token_ids[token], s.states + token * s.hidden);
+      float* state = s.states + token * s.hidden;
+      unpack_row(s.embedding.packed, s.token_ids[token], state);
+      for (int64_t i = 0; i < s.hidden; ++i) state[i] *= s.embedding_scale;
     }
     return;
   }
   with_format(s.embedding.format, s.embedding.weight, [&](const auto* rows) __attribute__((always_inline)) {
     for (int64_t token = share.begin; token < share.end; ++token) {
       const auto* row = rows + s.token_ids[token] * s.embedding.stride;
-      for (int64_t i = 0; i < s.hidden; ++i) s.states[token * s.hidden + i] = widen(row[i]);
+      for (int64_t i = 0; i < s.hidden; ++i) s.states[token * s.hidden + i] = widen(row[i]) * s.embedding_scale;
     }
   });
 }
 
+// The states as attention and the feed-forward layers take them, in a member's own memory.
+TORCH_FUSED_INLINE void normed_states(const CpuStep& s, const Vector& norm, float* own) {
+  for (int64_t token = 0; token < s.tokens(); ++token) {
+    const float* state = s.states + token * s.hidden;
+    if (norm.data) {
+      normed(state, norm, s.hidden, {s.eps, s.norm_offset}, own + token * s.hidden);
+    } else {
+      std::copy_n(state, s.hidden, own + token * s.hidden);
+    }
+  }
+}
+
+// Adds a product to the states; with a norm, when all of it is there.
+TORCH_FUSED_INLINE void add_output(const CpuStep& s, const Matrix& matrix, const Vector& norm, const Team& team,
+                                   Inputs& x, float* own) {
+  const Range rows = team.share(s.hidden);
+  if (!norm.data) {
+    project<Write::kAdd>(matrix, rows, x, {s.states, s.hidden, s.residual_scale});
+  } else {
+    project<Write::kSet>(matrix, rows, x, {s.output, s.hidden});
+    team.meet();
+    const Range tokens = team.share(s.tokens());
+    for (int64_t token = tokens.begin; token < tokens.end; ++token) {
+      normed(s.output + token * s.hidden, norm, s.hidden, {s.eps, s.norm_offset}, own);
+      float* state = s.states + token * s.hidden;
+      for (int64_t i = 0; i < s.hidden; ++i) state[i] += own[i] * s.residual_scale;
+    }
+  }
+  team.meet();
+}
+
+// Norms of all heads of queries or keys as one, in place.
+TORCH_FUSED_INLINE void norm_heads(const CpuStep& s, const StepLayer& layer, const Team& team, float* own) {
+  const auto apply = [&](const Vector& norm, int64_t size, int64_t first) {
+    const Range tokens = team.share(s.tokens());
+    for (int64_t token = tokens.begin; token < tokens.end; ++token) {
+      float* heads = s.qkv + token * s.projected() + first;
+      normed(heads, norm, size, {s.eps, s.norm_offset}, own);
+      std::copy_n(own, size, heads);
+    }
+  };
+  const bool queries = layer.q_norm_size > s.head_dim, keys = layer.k_norm_size > s.head_dim;
+  if (queries) apply(layer.q_norm, layer.q_norm_size, 0);
+  if (keys) apply(layer.k_norm, layer.k_norm_size, s.heads * s.head_dim);
+  if (queries || keys) team.meet();
+}
+
+// activation(gate) * up in place of the gate's columns begin .. end - 1.
+TORCH_FUSED_INLINE void gate_columns(const CpuStep& s, Range columns) {
+  for (int64_t token = 0; token < s.tokens(); ++token) {
+    float* gates = s.gates + token * s.intermediate;
+    const float* ups = s.ups + token * s.intermediate;
+    if (s.activation == kSilu) {
+      for (int64_t i = columns.begin; i < columns.end; ++i) gates[i] *= ups[i] / one_plus_exp(-gates[i]);
+    } else if (s.activation == kGelu) {
+      for (int64_t i = columns.begin; i < columns.end; ++i) {
+        gates[i] *= ups[i] * 0.5f * (1 + std::erf(gates[i] * 0.70710678f));
+      }
+    } else {
+      for (int64_t i = columns.begin; i < columns.end; ++i) {
+        const float g = gates[i];  // 1 + tanh(y) is 2 / (1 + exp(-2 y))
+        gates[i] = g * ups[i] / one_plus_exp(-1.59576912f * (g + 0.044715f * g * g * g));
+      }
+    }
+  }
+}
+
 TORCH_FUSED_INLINE void attention(const CpuStep& s, const StepLayer& layer, const Team& team, float* own) {
   const int64_t tokens = s.tokens(), projected = s.projected();
-  for (int64_t token = 0; token < tokens; ++token) {
-    normed(s.states + token * s.hidden, layer.input_norm, s.hidden, s.eps, own + token * s.hidden);
-  }
+  normed_states(s, layer.input_norm, own);
   const Range rows = team.share(projected);
   Inputs states(s, team, own, tokens);
   int64_t first = 0;
   for (const Matrix* matrix : {&layer.q, &layer.k, &layer.v}) {
-    project<Write::kSet>(*matrix, rows.part(first, matrix->rows), states, s.qkv + first, projected);
+    project<Write::kSet>(*matrix, rows.part(first, matrix->rows), states, {s.qkv + first, projected});
     first += matrix->rows;
   }
   team.meet();
+  norm_heads(s, layer, team, own);
 
   const Range units = team.share(s.batch * s.kv_heads * s.chunks);
   with_format(s.cache_format, layer.keys.data, [&](auto* keys) __attribute__((always_inline)) {
-    const Context context(layer, keys);
+    const Context context(s, layer, keys);
     for (int64_t unit = units.begin; unit < units.end; ++unit) {
       const int64_t head = unit / s.chunks;
       attend(s, context, head / s.kv_heads, head % s.kv_heads, unit % s.chunks, own);
@@ -131,38 +207,30 @@ TORCH_FUSED_INLINE void attention(const CpuStep& s, const StepLayer& layer, cons
 
   combine_chunks(s, own);
   Inputs attended(s, team, own, tokens);
-  project<Write::kAdd>(layer.o, team.share(s.hidden), attended, s.states, s.hidden);
-  team.meet();
+  add_output(s, layer.o, layer.attention_output_norm, team, attended, own);
 }
 
 TORCH_FUSED_INLINE void feed_forward(const CpuStep& s, const StepLayer& layer, const Team& team, float* own) {
   const int64_t tokens = s.tokens();
-  for (int64_t token = 0; token < tokens; ++token) {
-    normed(s.states + token * s.hidden, layer.post_attention_norm, s.hidden, s.eps, own + token * s.hidden);
-  }
+  normed_states(s, layer.post_attention_norm, own);
   const Range rows = team.share(s.intermediate);
   Inputs states(s, team, own, tokens);
-  project<Write::kSet>(layer.gate, rows, states, s.gates, s.intermediate);
-  project<Write::kSet>(layer.up, rows, states, s.ups, s.intermediate);
-  for (int64_t token = 0; token < tokens; ++token) {
-    float* gates = s.gates + token * s.intermediate;
-    const float* ups = s.ups + token * s.intermediate;
-    for (int64_t i = rows.begin; i < rows.end; ++i) gates[i] *= ups[i] / one_plus_exp(-gates[i]);
-  }
+  project<Write::kSet>(layer.gate, rows, states, {s.gates, s.intermediate});
+  project<Write::kSet>(layer.up, rows, states, {s.ups, s.intermediate});
+  gate_columns(s, rows);
   team.meet();
 
   Inputs gated(s, team, s.gates, tokens);
-  project<Write::kAdd>(layer.down, team.share(s.hidden), gated, s.states, s.hidden);
-  team.meet();
+  add_output(s, layer.down, layer.feed_forward_output_norm, team, gated, own);
 }
 
 TORCH_FUSED_INLINE void logits(const CpuStep& s, const Team& team, float* own) {
   for (int64_t i = 0; i < s.batch * s.kept; ++i) {
     const int64_t token = i / s.kept * s.steps + s.steps - s.kept + i % s.kept;
-    normed(s.states + token * s.hidden, s.norm, s.hidden, s.eps, own + i * s.hidden);
+    normed(s.states + token * s.hidden, s.norm, s.hidden, {s.eps, s.norm_offset}, own + i * s.hidden);
   }
   Inputs last(s, team, own, s.batch * s.kept);
-  project<Write::kSet>(s.head, team.share(s.vocabulary), last, s.logits, s.vocabulary);
+  project<Write::kSet>(s.head, team.share(s.vocabulary), last, {s.logits, s.vocabulary});
 }
 
 void run_step(const CpuStep& s, const Team& team) {
