@@ -21,7 +21,8 @@ inline float error_function(float x) {
   sum = fma(sum, t, 1.421413741f);
   sum = fma(sum, t, -0.284496736f);
   sum = fma(sum, t, 0.254829592f);
-  return copysign(1.0f - sum * t * exp(-x * x), x);
+  const float magnitude = 1.0f - sum * t * exp(-x * x);
+  return x < 0.0f ? -magnitude : magnitude;
 }
 
 // gelu_tanh is x * sigmoid(2 y) of its argument y.

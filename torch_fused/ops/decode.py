@@ -336,8 +336,8 @@ def decode_(
     """Runs new tokens through a whole decoder and appends their keys and values to the cache.
 
     Everything between the weights is float32; only the keys and values are rounded, to the cache's dtype. On a GPU it
-    takes five launches a layer, one more for each output norm and norm of all heads, and two more; the host reads nothing
-    of the device.
+    takes five launches a layer, one more for each output norm and each norm of all heads, and two more; the host reads
+    nothing of the device.
 
     Args:
         model: what :func:`make_decoder` made.
