@@ -15,6 +15,7 @@ from torch.library import opcheck
 from torch_fused.metal import emulate
 from torch_fused.ops.decode import (
     LAYER_PARTS,
+    Adapter,
     DecoderParts,
     Numbers,
     Packed,
@@ -143,6 +144,7 @@ class Step:
             "windows": self.windows or [0] * shape.layers,
             "tables": [0] * shape.layers,
             "int8_products": False,
+            "adapters": [],
             **TRAITS.get(shape.family, {}),
         }
 
@@ -208,6 +210,8 @@ class WideDecoder(DecoderParts):
 def on_device(device, value):
     if isinstance(value, Packed):
         return packed(*(part.to(device) for part in value), value.dense)
+    if isinstance(value, Adapter):
+        return value._replace(a=value.a.to(device), b=value.b.to(device))
     if isinstance(value, list):
         return [on_device(device, item) for item in value]
     if isinstance(value, dict):
@@ -218,6 +222,8 @@ def on_device(device, value):
 def _double(value):
     if isinstance(value, Packed):
         return value.dense.double()
+    if isinstance(value, Adapter):
+        return value._replace(a=value.a.double(), b=value.b.double())
     if isinstance(value, list):
         return [_double(item) for item in value]
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
@@ -280,6 +286,41 @@ def test_tables_of_layers(backend, head_dim):
     step.model["tables"] = [1, -1, 2]
     with pytest.raises(RuntimeError, match="cos must have the model's table 2, got 2"):
         step.run()
+
+
+def adapters(step: Step, rank: int, names=("q", "k", "v", "o", "gate", "up", "down"), dtype=None) -> list[Adapter]:
+    """One for each matrix of those names."""
+    shapes = step.shape.parts()
+    made = []
+    for place, name in enumerate(LAYER_PARTS * step.shape.layers):
+        if name in names:
+            rows, cols = shapes[name]
+            a, b = make(rank, cols, seed=300 + place), make(rows, rank, seed=400 + place)
+            made.append(Adapter(place, *(t.to(dtype or step.dtype) * t.shape[1] ** -0.5 for t in (a, b)), 0.7))
+    return made
+
+
+@pytest.mark.parametrize("rank", [1, 5, 64])
+@pytest.mark.parametrize("family", ["qwen2", "gemma"])
+def test_adapters(backend, family, rank):
+    """Low-rank adapters beside every matrix, or some, and several of one."""
+    step = Step(Shape(family), batch=2, steps=3, starts=[0, 4], device=backend.device)
+    for names in (("q", "v"), ("k", "o", "up"), ("q", "k", "v", "o", "gate", "up", "down")):
+        step.model["adapters"] = adapters(step, rank, names)
+        step.check()
+    step.model["adapters"] += adapters(step, 3, ("q", "down"))
+    step.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adapters_of_aligned_sizes(backend, dtype):
+    """Those that the fast kernels take, several chunks of context, one token and many, and float32 beside others."""
+    shape = Shape(hidden=256, heads=4, kv_heads=2, head_dim=64, rotary_dim=64, intermediate=512)
+    for batch, steps in ((1, 1), (3, 4)):
+        step = Step(shape, batch=batch, steps=steps, dtype=dtype, length=300, device=backend.device)
+        for own in (dtype, torch.float32):
+            step.model["adapters"] = adapters(step, 16, dtype=own)
+            step.check()
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
@@ -522,6 +563,32 @@ def _parts(step: Step, **changes) -> list:
         (lambda s: {"layers": _parts(s, gate=torch.zeros(48, 80).t())}, RuntimeError, "gate of layer 1 .* dense rows"),
         (lambda s: {"norm": torch.zeros(47)}, RuntimeError, "norm must have shape"),
         (lambda s: {"layers": _parts(s, q_norm=torch.ones(17))}, RuntimeError, "q_norm of layer 1 must have shape"),
+        (
+            lambda s: {"adapters": [Adapter(0, torch.ones(2, 48), torch.ones(64, 2), 1.0)]},
+            RuntimeError,
+            "adapter_places must be the places of matrices in layers, got 0",
+        ),
+        (lambda s: {"adapters": [Adapter(34, torch.ones(2, 48), torch.ones(64, 2), 1.0)]}, RuntimeError, "got 34"),
+        (
+            lambda s: {"adapters": [Adapter(1, torch.ones(2, 47), torch.ones(64, 2), 1.0)]},
+            RuntimeError,
+            "a of the adapter of q of layer 0 must have shape .2, 48., got .2, 47.",
+        ),
+        (
+            lambda s: {"adapters": [Adapter(1, torch.ones(257, 48), torch.ones(64, 257), 1.0)]},
+            RuntimeError,
+            "a rank of 1 to 256",
+        ),
+        (
+            lambda s: {"adapters": [Adapter(1, torch.ones(2, 48), torch.ones(63, 2), 1.0)]},
+            RuntimeError,
+            "b of the adapter of q of layer 0 must have shape",
+        ),
+        (
+            lambda s: {"adapters": [Adapter(1, torch.ones(2, 48), torch.ones(64, 2), float("inf"))]},
+            RuntimeError,
+            "the scale of the adapter of q of layer 0 must be finite",
+        ),
         (lambda s: {"activation": "relu"}, RuntimeError, "activation must be silu, gelu or gelu_tanh, got relu"),
         (lambda s: {"tables": [0]}, RuntimeError, "tables must be a number for each of the 2 layers"),
         (lambda s: {"tables": [0, -2]}, RuntimeError, "tables must be .* -1 for none"),

@@ -29,7 +29,9 @@ struct Vector {
   }
 };
 
-// y = x * weight^T + bias; a row of the weight for each result.
+struct MatrixAdapter;
+
+// y = x * weight^T + bias, and what the adapters add; a row of the weight for each result.
 struct Matrix {
   const void* weight;
   uint32_t format;
@@ -38,6 +40,12 @@ struct Matrix {
   Vector bias;
   PackedMatrix packed;  // in place of the weight if it has bits
   bool int8;            // multiplied as integers
+  std::vector<MatrixAdapter> adapters;
+};
+
+struct MatrixAdapter {
+  Matrix a, b;
+  float scale;
 };
 
 // One sequence's states after another: (batch, heads, slots, head_dim), dense in the last dimension.

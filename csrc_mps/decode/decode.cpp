@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <iterator>
+#include <map>
 #include <numeric>
 #include <string>
 #include <utility>
@@ -111,6 +112,20 @@ class Reader {
     return matrix;
   }
 
+  Adapter take_adapter(const Tensor& a, const Tensor& b, double scale, const std::string& of, const Linear& matrix) {
+    const int64_t rank = a.dim() == 2 ? a.size(0) : 0;
+    TORCH_CHECK(rank >= 1 && rank <= kMostRank, "Decoder: a of the adapter of ", of, " must be (rank, ", matrix.cols,
+                ") with a rank of 1 to ", kMostRank, ", got shape ", a.sizes());
+    TORCH_CHECK(std::isfinite(scale), "Decoder: the scale of the adapter of ", of, " must be finite, got ", scale);
+    Adapter adapter;
+    adapter.a.cols = matrix.cols;
+    adapter.a.weight = take(a, "a of the adapter of " + of, {rank, matrix.cols});
+    adapter.b.cols = rank;
+    adapter.b.weight = take(b, "b of the adapter of " + of, {matrix.rows(), rank});
+    adapter.scale = scale;
+    return adapter;
+  }
+
   void check_no_groups_left() const {
     TORCH_CHECK(next_group_ == groups_.size(), "Decoder: groups must have two tensors for each packed matrix, ",
                 next_group_, " in all, got ", groups_.size());
@@ -124,6 +139,12 @@ class Reader {
   size_t next_group_ = 0;
 };
 
+// The matrices of a layer by their places among its parts.
+const std::map<int64_t, std::pair<const char*, Linear DecoderLayer::*>> kMatrices = {
+    {1, {"q", &DecoderLayer::q}},      {3, {"k", &DecoderLayer::k}},        {5, {"v", &DecoderLayer::v}},
+    {9, {"o", &DecoderLayer::o}},      {13, {"gate", &DecoderLayer::gate}}, {14, {"up", &DecoderLayer::up}},
+    {15, {"down", &DecoderLayer::down}}};
+
 int64_t rows_of(const OptionalTensor& matrix, const char* name) {
   TORCH_CHECK(matrix && matrix->dim() == 2 && matrix->numel() > 0, "Decoder: ", name,
               " of layer 0 must be a matrix with rows and columns");
@@ -135,7 +156,9 @@ int64_t rows_of(const OptionalTensor& matrix, const char* name) {
 Decoder::Decoder(const Tensor& embedding_, const std::vector<OptionalTensor>& parts, const Tensor& norm_,
                  const Tensor& head_, const std::vector<Tensor>& groups, int64_t heads_,
                  const std::vector<double>& numbers_, const std::string& activation_,
-                 const std::vector<int64_t>& windows, const std::vector<int64_t>& tables, bool int8_products_)
+                 const std::vector<int64_t>& windows, const std::vector<int64_t>& tables, bool int8_products_,
+                 const std::vector<Tensor>& adapters, const std::vector<int64_t>& adapter_places,
+                 const std::vector<double>& adapter_scales)
     : heads(heads_),
       numbers(numbers_of(numbers_)),
       activation(activation_of(activation_)),
@@ -208,6 +231,19 @@ Decoder::Decoder(const Tensor& embedding_, const std::vector<OptionalTensor>& pa
     layers.push_back(std::move(layer));
   }
   reader.check_no_groups_left();
+  TORCH_CHECK(adapters.size() == 2 * adapter_places.size() && adapter_scales.size() == adapter_places.size(),
+              "Decoder: adapters must be two tensors and a scale for each of their ", adapter_places.size(),
+              " places, got ", adapters.size(), " and ", adapter_scales.size());
+  for (size_t i = 0; i < adapter_places.size(); ++i) {
+    const int64_t place = adapter_places[i], parts_in_all = static_cast<int64_t>(count * kLayerParts);
+    const auto found = kMatrices.find(place >= 0 && place < parts_in_all ? place % int64_t{kLayerParts} : -1);
+    TORCH_CHECK(found != kMatrices.end(), "Decoder: adapter_places must be the places of matrices in layers, got ",
+                place);
+    Linear& matrix = layers[place / kLayerParts].*found->second.second;
+    const std::string name = std::string(found->second.first) + " of layer " + std::to_string(place / kLayerParts);
+    matrix.adapters.push_back(
+        reader.take_adapter(adapters[2 * i], adapters[2 * i + 1], adapter_scales[i], name, matrix));
+  }
   taken = std::move(reader.taken);
   for (const Taken& part : taken) memory.add(part.tensor);
 }
@@ -254,8 +290,21 @@ auto arguments_of(const DecoderPtr& model) {
   const DecoderNumbers& n = model->numbers;
   const std::vector<double> numbers{n.eps,           n.scaling,      n.norm_offset,       n.embedding_scale,
                                     n.residual_scale, n.logits_scale, n.attention_softcap, n.logits_softcap};
+  std::vector<Tensor> adapters;
+  std::vector<int64_t> places;
+  std::vector<double> scales;
+  for (size_t i = 0; i < model->layers.size(); ++i) {
+    for (const auto& [place, matrix] : kMatrices) {
+      for (const Adapter& adapter : (model->layers[i].*matrix.second).adapters) {
+        adapters.insert(adapters.end(), {adapter.a.weight, adapter.b.weight});
+        places.push_back(static_cast<int64_t>(i * kLayerParts) + place);
+        scales.push_back(adapter.scale);
+      }
+    }
+  }
   return std::make_tuple(model->embedding.weight, layers, model->norm, model->head.weight, groups, model->heads,
-                         numbers, std::string(kActivations[model->activation]), windows, tables, model->int8_products);
+                         numbers, std::string(kActivations[model->activation]), windows, tables, model->int8_products, adapters,
+                         places, scales);
 }
 
 }  // namespace
@@ -395,7 +444,7 @@ Vector vector_of(const OptionalTensor& tensor) {
 // `int8`: the rows may be multiplied as integers. Of 8 bits in groups of 32 that is hardly faster than as floats.
 Matrix matrix_of(const Linear& linear, bool int8) {
   const Tensor& w = linear.weight;
-  Matrix matrix{w.const_data_ptr(), 0, linear.rows(), linear.cols, w.stride(0), vector_of(linear.bias), {}, false};
+  Matrix matrix{w.const_data_ptr(), 0, linear.rows(), linear.cols, w.stride(0), vector_of(linear.bias), {}, false, {}};
   if (linear.is_packed()) {
     matrix.packed = PackedMatrix{elements<const uint32_t>(w),
                                  linear.scales.const_data_ptr(),
@@ -410,6 +459,10 @@ Matrix matrix_of(const Linear& linear, bool int8) {
     matrix.int8 = int8 && !(linear.bits == 8 && linear.group_size == 32);
   } else {
     matrix.format = format_of(w);
+  }
+  for (const Adapter& adapter : linear.adapters) {
+    matrix.adapters.push_back(
+        {matrix_of(adapter.a, false), matrix_of(adapter.b, false), static_cast<float>(adapter.scale)});
   }
   return matrix;
 }
@@ -574,20 +627,22 @@ TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.class_<Decoder>("Decoder")
       .def(torch::init<const Tensor&, const std::vector<OptionalTensor>&, const Tensor&, const Tensor&,
                        const std::vector<Tensor>&, int64_t, const std::vector<double>&, const std::string&,
-                       const std::vector<int64_t>&, const std::vector<int64_t>&, bool>())
+                       const std::vector<int64_t>&, const std::vector<int64_t>&, bool, const std::vector<Tensor>&,
+                       const std::vector<int64_t>&, const std::vector<double>&>())
       .def("arguments", arguments_of)
       .def("is_current", [](const DecoderPtr& model) { return !model->changed(); })
       // What torch.compile traces in its place; ops/decode.py has the class.
       .def("__obj_flatten__", [](const DecoderPtr& model) {
-        const auto [embedding, layers, norm, head, groups, heads, numbers, activation, windows, tables, int8_products] =
-            arguments_of(model);
+        const auto [embedding, layers, norm, head, groups, heads, numbers, activation, windows, tables, int8_products,
+                    adapters, adapter_places, adapter_scales] = arguments_of(model);
         const auto named = [](const char* name, const auto& value) {
           return std::make_tuple(std::string(name), value);
         };
         return std::make_tuple(named("embedding", embedding), named("layers", layers), named("norm", norm),
                                named("head", head), named("groups", groups), named("heads", heads),
                                named("numbers", numbers), named("activation", activation), named("windows", windows),
-                               named("tables", tables), named("int8_products", int8_products));
+                               named("tables", tables), named("int8_products", int8_products), named("adapters", adapters),
+                               named("adapter_places", adapter_places), named("adapter_scales", adapter_scales));
       });
   m.def(
       "decode_(__torch__.torch.classes.torch_fused.Decoder model, Tensor token_ids, Tensor positions, Tensor? starts, "

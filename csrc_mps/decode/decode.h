@@ -24,18 +24,27 @@ inline uint32_t format_of(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kFloat ? kFloat32 : tensor.scalar_type() == at::kHalf ? kFloat16 : kBFloat16;
 }
 
-// A linear layer: results are rows * x + bias. Its rows are dense, of its own dtype, or packed: uint32 words of codes
+struct Adapter;
+
+// A linear layer: results are rows * x + bias, and what its adapters add. Its rows are dense, of its own dtype, or packed: uint32 words of codes
 // with a scale and a bias for each group of columns.
 struct Linear {
   at::Tensor weight;
   at::Tensor scales, group_biases;  // undefined unless it is packed
   OptionalTensor bias;
   int64_t cols = 0, bits = 0, group_size = 0;  // no bits: it is not packed
+  std::vector<Adapter> adapters;
 
   int64_t rows() const { return weight.size(0); }
   bool is_packed() const { return bits > 0; }
   // Whether one kernel can read both.
   bool is_like(const Linear& other) const;
+};
+
+// A low-rank adapter (LoRA): adds scale * b * (a * x).
+struct Adapter {
+  Linear a, b;
+  double scale;
 };
 
 struct DecoderLayer {
@@ -55,11 +64,13 @@ struct DecoderNumbers {
 // A decoder's tensors and numbers, checked when it is made and not again: a step reads them as they are.
 struct Decoder : torch::CustomClassHolder {
   // `layers` has, one layer after the other, what LAYER_PARTS in ops/decode.py names.
+  // `adapters` has an a and a b for each of `adapter_places`, which are matrices' places in `layers`.
   // `groups` has the scales and the biases of each packed matrix, in the order embedding, head, layers.
   Decoder(const at::Tensor& embedding, const std::vector<OptionalTensor>& layers, const at::Tensor& norm,
           const at::Tensor& head, const std::vector<at::Tensor>& groups, int64_t heads,
           const std::vector<double>& numbers, const std::string& activation, const std::vector<int64_t>& windows,
-          const std::vector<int64_t>& tables, bool int8_products);
+          const std::vector<int64_t>& tables, bool int8_products, const std::vector<at::Tensor>& adapters,
+          const std::vector<int64_t>& adapter_places, const std::vector<double>& adapter_scales);
 
   // A tensor of the model, and what it was when it was checked: its owner can give it other memory at any time, as
   // `parameter.data = tensor` does.

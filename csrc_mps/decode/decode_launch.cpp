@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "../common/registration.h"
 #include "../common/rows.h"
@@ -18,22 +19,55 @@ constexpr int64_t kMostChunks = 32;  // more cost more to put together than they
 constexpr int64_t kFewGroups = 16;   // threadgroups of attention; where there are more anyway, chunks are larger
 constexpr int64_t kGroups = 128;     // and so many fill a GPU
 
+// What the adapters of a matrix add to its product; `multiply_a` is the product with the first matrix of one.
+template <class Function>
+void add_adapters(GpuStep& step, const Linear& matrix, const Tensor& to, double scale, const Function& multiply_a) {
+  const int64_t steps = step.call.steps;
+  for (const Adapter& adapter : matrix.adapters) {
+    const Tensor thin = at::empty({step.call.tokens(), adapter.a.rows()}, step.states.options());
+    multiply_a(adapter.a, thin);
+    multiply(step, {&adapter.b}, {thin, to, {}, steps, steps, true, scale * adapter.scale}, false);
+  }
+}
+
+// And of one whose vectors are normed before.
+void add_adapters(GpuStep& step, const Linear& matrix, const OptionalTensor& norm, const Tensor& to) {
+  const int64_t steps = step.call.steps;
+  add_adapters(step, matrix, to, 1, [&](const Linear& a, const Tensor& thin) {
+    multiply(step, {&a}, {step.states, thin, norm, steps, steps, false}, false);
+  });
+}
+
 // Each on its own where their formats differ.
 void multiply_qkv(GpuStep& step, const DecoderLayer& layer) {
   const StepVectors v{step.states, step.qkv, layer.input_norm, step.call.steps, step.call.steps, false};
   const auto alike = [](const Linear& a, const Linear& b) {
     return a.is_like(b) && (!a.bias || !b.bias || a.bias->scalar_type() == b.bias->scalar_type());
   };
-  if (alike(layer.q, layer.k) && alike(layer.q, layer.v) && alike(layer.k, layer.v)) {
-    return multiply(step, {&layer.q, &layer.k, &layer.v}, v, false);
-  }
+  const bool together = alike(layer.q, layer.k) && alike(layer.q, layer.v) && alike(layer.k, layer.v);
+  if (together) multiply(step, {&layer.q, &layer.k, &layer.v}, v, false);
   int64_t first = 0;
   for (const Linear* matrix : {&layer.q, &layer.k, &layer.v}) {
     const int64_t rows = matrix->rows();
     const Tensor results = step.qkv.narrow(1, first, rows);
-    multiply(step, {matrix}, {v.from, results, v.norm, v.steps, v.kept, false}, false);
+    if (!together) multiply(step, {matrix}, {v.from, results, v.norm, v.steps, v.kept, false}, false);
+    add_adapters(step, *matrix, v.norm, results);
     first += rows;
   }
+}
+
+void multiply_gated(GpuStep& step, const DecoderLayer& layer) {
+  const int64_t steps = step.call.steps;
+  const OptionalTensor& norm = layer.post_attention_norm;
+  if (layer.gate.adapters.empty() && layer.up.adapters.empty()) {
+    return multiply(step, {&layer.gate, &layer.up}, {step.states, step.gates, norm, steps, steps, false}, true);
+  }
+  if (!step.ups.defined()) step.ups = at::empty_like(step.gates);
+  for (const auto& [matrix, to] : {std::pair(&layer.gate, &step.gates), std::pair(&layer.up, &step.ups)}) {
+    multiply(step, {matrix}, {step.states, *to, norm, steps, steps, false}, false);
+    add_adapters(step, *matrix, norm, *to);
+  }
+  gate(step);
 }
 
 // The norm of each head, if there is one.
@@ -119,6 +153,7 @@ Tensor decode_gpu(const DecoderPtr& decoder, const Tensor& token_ids, const Tens
                room(heads * chunks * dim),
                room(heads * chunks * 2),
                room(model.intermediate),
+               {},
                at::empty({call.batch, call.kept, model.vocabulary}, floats),
                chunks,
                {}};
@@ -138,11 +173,15 @@ Tensor decode_gpu(const DecoderPtr& decoder, const Tensor& token_ids, const Tens
     };
     add_output(layer.attention_output_norm, [&](const Tensor& to, bool add, double by) {
       multiply_attended(step, layer.o, to, add, by);
+      add_adapters(step, layer.o, to, by,
+                   [&](const Linear& a, const Tensor& thin) { multiply_attended(step, a, thin, false, 1); });
     });
-    multiply(step, {&layer.gate, &layer.up}, {step.states, step.gates, layer.post_attention_norm, steps, steps, false},
-             true);
+    multiply_gated(step, layer);
     add_output(layer.feed_forward_output_norm, [&](const Tensor& to, bool add, double by) {
       multiply(step, {&layer.down}, {step.gates, to, {}, steps, steps, add, by}, false);
+      add_adapters(step, layer.down, to, by, [&](const Linear& a, const Tensor& thin) {
+        multiply(step, {&a}, {step.gates, thin, {}, steps, steps, false}, false);
+      });
     });
   }
   multiply(step, {&model.head}, {step.states, step.logits, model.norm, steps, call.kept, false}, false);

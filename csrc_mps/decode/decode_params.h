@@ -15,6 +15,8 @@ SHARED_CONSTANT uint32_t kTeamQueries = 2;  // that a simdgroup of attention has
 
 SHARED_CONSTANT uint32_t kSilu = 0, kGelu = 1, kGeluTanh = 2;  // activations
 
+SHARED_CONSTANT uint32_t kMostRank = 256;  // of an adapter
+
 // One row of the embedding a token, times `scale`.
 struct EmbedParams {
   int64_t stride;  // elements from row to row
@@ -73,6 +75,11 @@ struct PackedAttendedParams {
 struct PackedEmbedParams {
   EmbedParams embed;
   PackedFormat format;
+};
+
+// activation(gate) * up of `count` floats, in place of the gates.
+struct GateParams {
+  uint32_t count, activation;
 };
 
 // The RMS norm of `cols` floats of each token, in place or added to what is there.

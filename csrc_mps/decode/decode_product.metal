@@ -59,6 +59,16 @@ void decode_norm(device const float* from [[buffer(0)]], device const ushort* no
   }
 }
 
+// What the gated products do at their end, where adapters come before it.
+[[kernel, max_total_threads_per_threadgroup(256)]]
+void decode_gate(device float* gates [[buffer(0)]], device const float* ups [[buffer(1)]],
+                 constant GateParams& p [[buffer(2)]], uint group [[threadgroup_position_in_grid]],
+                 uint thread_id [[thread_position_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  previous_launch_done(lane);
+  const uint i = group * 256 + thread_id;
+  if (i < p.count) gates[i] = activate(gates[i], p.activation) * ups[i];
+}
+
 #define PRODUCT(host, T, C, R, U, GATED, WHOLE)                                                             \
   template [[host_name(host)]] [[kernel]] void decode_product<T, C, R, U, GATED, WHOLE>(                    \
       device const T*, device const T*, device const T*, device const ushort*, device const ushort*,        \

@@ -12,7 +12,7 @@ namespace torch_fused {
 struct GpuStep {
   const DecodeCall& call;
   const Decoder& model;
-  at::Tensor states, output, qkv, attended, stats, gates, logits;  // output: normed before it is added to the states
+  at::Tensor states, output, qkv, attended, stats, gates, ups, logits;  // output: normed before it is added to states
   int64_t chunks;
   LaunchList launches;
 };
@@ -32,6 +32,8 @@ void multiply(GpuStep& step, std::initializer_list<const Linear*> matrices, cons
 // The product behind attention, whose chunks it puts together if there are several.
 void multiply_attended(GpuStep& step, const Linear& o, const at::Tensor& to, bool add, double scale);
 void embed(GpuStep& step);
+// activation(gate) * up, where adapters come before it.
+void gate(GpuStep& step);
 // RMS norm of each token's row, in place or added to `to`.
 void norm_rows(GpuStep& step, const at::Tensor& from, const at::Tensor& norm, const at::Tensor& to, bool add,
                double scale);

@@ -37,6 +37,18 @@ LAYER_PARTS = (
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
+class Adapter(NamedTuple):
+    """A low-rank adapter (LoRA) of one matrix of a layer: adds ``scale * b @ (a @ x)`` to its product with ``x``."""
+
+    place: int
+    """Of the matrix in the list of layers."""
+    a: Tensor
+    """``(rank, inputs)``, with a rank of at most 256."""
+    b: Tensor
+    """``(results, rank)``."""
+    scale: float
+
+
 class Numbers(NamedTuple):
     """A decoder's numbers, as :func:`make_decoder` takes them."""
 
@@ -55,30 +67,45 @@ class DecoderParts:
     """A `torch.classes.torch_fused.Decoder` in Python, unchecked: for the reference, and for torch.compile to trace."""
 
     def __init__(
-        self, embedding, layers, norm, head, groups, heads, numbers, activation, windows, tables, int8_products
+        self,
+        embedding,
+        layers,
+        norm,
+        head,
+        groups,
+        heads,
+        numbers,
+        activation,
+        windows,
+        tables,
+        int8_products,
+        adapters=(),
+        adapter_places=(),
+        adapter_scales=(),
     ):
-        self.embedding, self.layers, self.norm, self.head, self.groups = embedding, layers, norm, head, groups
-        self.heads, self.numbers, self.activation = heads, numbers, activation
-        self.windows, self.tables, self.int8_products = windows, tables, int8_products
+        self.parts = (
+            embedding,
+            layers,
+            norm,
+            head,
+            groups,
+            heads,
+            numbers,
+            activation,
+            windows,
+            tables,
+            int8_products,
+            adapters,
+            adapter_places,
+            adapter_scales,
+        )
 
     @classmethod
     def __obj_unflatten__(cls, flat):
         return cls(**dict(flat))
 
     def arguments(self):
-        return (
-            self.embedding,
-            self.layers,
-            self.norm,
-            self.head,
-            self.groups,
-            self.heads,
-            self.numbers,
-            self.activation,
-            self.windows,
-            self.tables,
-            self.int8_products,
-        )
+        return self.parts
 
     def is_current(self):
         return True
@@ -114,6 +141,7 @@ def make_decoder(
     windows: Sequence[int] | None = None,
     tables: Sequence[int] | None = None,
     int8_products: bool = True,
+    adapters: Sequence[Adapter] = (),
 ) -> Any:
     """A Llama-like decoder as :func:`decode_` takes it: checked here, once, and read where it is from then on.
 
@@ -147,6 +175,7 @@ def make_decoder(
             -1 for a layer without positions. None: 0 for every layer.
         int8_products: on the CPU, packed rows are multiplied as integers, with vectors rounded to int8 a block of 32,
             which is faster, but for ``v`` and for 8 bits in groups of 32. False: all as float32.
+        adapters: low-rank adapters of matrices of layers, several of one matrix if wanted.
 
     Returns:
         A ``torch.classes.torch_fused.Decoder``. It holds the tensors; values changed in place are seen. When a tensor
@@ -166,6 +195,7 @@ def make_decoder(
         windows=windows,
         tables=tables,
         int8_products=int8_products,
+        adapters=adapters,
         eps=eps,
         scaling=scaling,
         norm_offset=norm_offset,
@@ -189,6 +219,7 @@ def decoder_arguments(
     windows: Sequence[int] | None = None,
     tables: Sequence[int] | None = None,
     int8_products: bool = True,
+    adapters: Sequence[Adapter] = (),
     **numbers: float,
 ) -> tuple:
     """What :func:`make_decoder` takes as the arguments of the class, or of `DecoderParts`."""
@@ -214,6 +245,9 @@ def decoder_arguments(
         list(none if windows is None else windows),
         list(none if tables is None else tables),
         int8_products,
+        [matrix for adapter in adapters for matrix in (adapter.a, adapter.b)],
+        [adapter.place for adapter in adapters],
+        [float(adapter.scale) for adapter in adapters],
     )
 
 
@@ -246,10 +280,14 @@ def decode_reference(
     logits_to_keep: int,
 ) -> Tensor:
     """`decode_` in plain torch, in the embedding's dtype, without its checks."""
-    embedding, layers, norm, head, groups, heads, numbers, activation, windows, tables, _ = model.arguments()
+    embedding, layers, norm, head, groups, heads, numbers, activation, windows, tables, _, *adapters = model.arguments()
     n = Numbers(*numbers)
     if groups:
         embedding, head, *layers = _unpack((embedding, head, *layers), norm, groups)
+    layers = list(layers)
+    for i, (place, scale) in enumerate(zip(*adapters[1:], strict=True)):
+        a, b = (matrix.to(embedding) for matrix in adapters[0][2 * i : 2 * i + 2])
+        layers[place] = layers[place].to(embedding) + scale * (b @ a)
     batch, steps = token_ids.shape
     slots = torch.arange(length + steps, device=token_ids.device)
     newest = length + torch.arange(steps, device=token_ids.device)[:, None]

@@ -31,6 +31,7 @@ class Inputs {
  public:
   Inputs(const CpuStep& s, const Team& team, const float* x, int64_t count)
       : x(x), count(count), memory_(s.ready + team.member() * s.ready_size()) {}
+  Inputs(const float* x, int64_t count) : x(x), count(count), memory_(nullptr) {}  // of dense rows alone
 
   const ReadyVectors& ready_for(const Matrix& matrix) {
     if (!ready_.serve(matrix.packed, matrix.int8)) ready_.prepare(matrix.packed, x, count, matrix.int8, memory_);
@@ -78,13 +79,31 @@ void project_packed(const Matrix& matrix, Range rows, Inputs& x, const Results& 
   }
 }
 
-// Rows begin .. end - 1 of the product.
 template <Write write>
-void project(const Matrix& matrix, Range rows, Inputs& x, const Results& to) {
-  if (matrix.packed.bits > 0) return project_packed<write>(matrix, rows, x, to);
+void project_dense(const Matrix& matrix, Range rows, const Inputs& x, const Results& to) {
   with_format(matrix.format, matrix.weight, [&](const auto* weight) __attribute__((always_inline)) {
     project_rows<write>(matrix, weight, rows, x, to);
   });
+}
+
+// What an adapter adds to some rows. Every member that has rows makes a * x for itself: it is small.
+inline void add_adapter(const MatrixAdapter& adapter, Range rows, const Inputs& x, const Results& to) {
+  if (rows.begin >= rows.end) return;
+  float thin[kMostVectors * kMostRank];
+  const int64_t rank = adapter.a.rows;
+  project_dense<Write::kSet>(adapter.a, {0, rank}, x, {thin, rank});
+  project_dense<Write::kAdd>(adapter.b, rows, Inputs(thin, x.count), {to.data, to.stride, to.scale * adapter.scale});
+}
+
+// Rows begin .. end - 1 of the product.
+template <Write write>
+void project(const Matrix& matrix, Range rows, Inputs& x, const Results& to) {
+  if (matrix.packed.bits > 0) {
+    project_packed<write>(matrix, rows, x, to);
+  } else {
+    project_dense<write>(matrix, rows, x, to);
+  }
+  for (const MatrixAdapter& adapter : matrix.adapters) add_adapter(adapter, rows, x, to);
 }
 
 TORCH_FUSED_INLINE void unpack_row(const PackedMatrix& m, int64_t row, float* to) {
