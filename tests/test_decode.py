@@ -568,7 +568,7 @@ def _parts(step: Step, **changes) -> list:
             RuntimeError,
             "adapter_places must be the places of matrices in layers, got 0",
         ),
-        (lambda s: {"adapters": [Adapter(34, torch.ones(2, 48), torch.ones(64, 2), 1.0)]}, RuntimeError, "got 34"),
+        (lambda s: {"adapters": [Adapter(34, torch.ones(2, 48), torch.ones(64, 2), 1.0)]}, RuntimeError, "adapter_places must .* got 34"),
         (
             lambda s: {"adapters": [Adapter(1, torch.ones(2, 47), torch.ones(64, 2), 1.0)]},
             RuntimeError,
@@ -577,7 +577,7 @@ def _parts(step: Step, **changes) -> list:
         (
             lambda s: {"adapters": [Adapter(1, torch.ones(257, 48), torch.ones(64, 257), 1.0)]},
             RuntimeError,
-            "a rank of 1 to 256",
+            "a of the adapter of q of layer 0 .* a rank of 1 to 256",
         ),
         (
             lambda s: {"adapters": [Adapter(1, torch.ones(2, 48), torch.ones(63, 2), 1.0)]},
