@@ -432,6 +432,8 @@ def decode_(m: Maker) -> Arguments:
             return m.tensor(head_dim if head_norms == "each" else rows[name[0]]) if head_norms else None
         if name.endswith("norm"):
             return m.tensor(hidden) if (norms_after if "output" in name else norms_before) else None
+        if name not in rows and not name.endswith("bias"):
+            return None  # experts: of equal logits any may be chosen
         if name.endswith("bias"):
             return m.tensor(rows[name[0]]) if biases else None
         return m.tensor(rows[name], cols.get(name, hidden), scale=0.3)

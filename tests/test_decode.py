@@ -35,6 +35,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Shape:
     """A decoder's sizes; `qwen2` has biases on q, k and v, `qwen3` norms of queries and keys, `biased` all biases.
 
+    `qwen3_moe` has experts in place of feed-forward layers, `qwen2_moe` beside them.
     `olmo2` norms all heads as one, and what is added; `gemma` has norms before and after, and `TRAITS` more numbers.
     """
 
@@ -47,6 +48,8 @@ class Shape:
     rotary_dim: int = 16
     intermediate: int = 80
     vocabulary: int = 97
+    experts: int = 0
+    expert_intermediate: int = 24
 
     def parts(self) -> dict[str, tuple[int, ...] | None]:
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -57,6 +60,9 @@ class Shape:
             head_norms = {"q_norm": (queries,), "k_norm": (keys,)}
         else:
             head_norms = dict.fromkeys(("q_norm", "k_norm"), (self.head_dim,) if normed else None)
+        moe = self.family in ("qwen2_moe", "qwen3_moe")
+        experts = (self.experts, self.expert_intermediate, self.hidden) if moe else None
+        dense = self.family != "qwen3_moe"
         return {
             "input_norm": before,
             "q": (queries, self.hidden),
@@ -70,10 +76,15 @@ class Shape:
             "o_bias": (self.hidden,) if self.family == "biased" else None,
             "attention_output_norm": after,
             "post_attention_norm": before,
-            "gate": (self.intermediate, self.hidden),
-            "up": (self.intermediate, self.hidden),
-            "down": (self.hidden, self.intermediate),
+            "gate": (self.intermediate, self.hidden) if dense else None,
+            "up": (self.intermediate, self.hidden) if dense else None,
+            "down": (self.hidden, self.intermediate) if dense else None,
             "feed_forward_output_norm": after,
+            "router": (self.experts, self.hidden) if moe else None,
+            "experts_gate": experts,
+            "experts_up": experts,
+            "experts_down": (self.experts, self.hidden, self.expert_intermediate) if moe else None,
+            "shared_gate": (1, self.hidden) if self.family == "qwen2_moe" else None,
         }
 
 
@@ -87,6 +98,8 @@ TRAITS = {
     },
     "granite": {"embedding_scale": 12.0, "residual_scale": 0.22, "logits_scale": 0.125},
     "gelu": {"activation": "gelu"},
+    "qwen2_moe": {"experts_per_token": 3},
+    "qwen3_moe": {"experts_per_token": 4, "normalise_experts": True},
 }
 """The numbers of a family that others do not have."""
 
@@ -233,7 +246,7 @@ def _double(value):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "biased", "olmo2", *TRAITS])
 def test_families(backend, family, dtype):
     """What families vary, for one sequence and four left-padded ones, one token and several."""
-    shape = Shape(family)
+    shape = Shape(family, experts=9 if "moe" in family else 0)
     Step(shape, dtype=dtype, device=backend.device).check()
     Step(shape, dtype=dtype, batch=4, steps=3, starts=[0, 7, 20, 19], device=backend.device).check()
 
@@ -264,10 +277,11 @@ def test_sizes(backend, shape):
         Step(shape, batch=2, steps=2, dtype=dtype, device=backend.device).check()
 
 
-@pytest.mark.parametrize("family", ["qwen2", "olmo2", "gemma", "granite"])
+@pytest.mark.parametrize("family", ["qwen2", "olmo2", "gemma", "granite", "qwen2_moe", "qwen3_moe"])
 def test_aligned_families(backend, family):
     """Sizes that the fast kernels take, a context of several chunks."""
-    shape = Shape(family, hidden=256, heads=4, kv_heads=2, head_dim=64, rotary_dim=64, intermediate=512)
+    experts = {"experts": 40, "expert_intermediate": 136} if "moe" in family else {}
+    shape = Shape(family, hidden=256, heads=4, kv_heads=2, head_dim=64, rotary_dim=64, intermediate=512, **experts)
     for dtype in DTYPES:
         Step(shape, dtype=dtype, length=300, device=backend.device).check()
     Step(shape, batch=3, steps=3, dtype=torch.bfloat16, length=300, device=backend.device).check()
@@ -286,6 +300,28 @@ def test_tables_of_layers(backend, head_dim):
     step.model["tables"] = [1, -1, 2]
     with pytest.raises(RuntimeError, match="cos must have the model's table 2, got 2"):
         step.run()
+
+
+def test_layers_with_and_without_experts(backend):
+    """A layer of each kind, and experts whose matrices are parts of one tensor, as transformers has them."""
+    step = Step(Shape("qwen2_moe", layers=3, experts=5), batch=2, steps=2, device=backend.device)
+    layers = [step.model["layers"][i * len(LAYER_PARTS) : (i + 1) * len(LAYER_PARTS)] for i in range(3)]
+    for name in ("router", "experts_gate", "experts_up", "experts_down", "shared_gate"):
+        layers[1][LAYER_PARTS.index(name)] = None
+    layers[2][LAYER_PARTS.index("shared_gate")] = None
+    gate, up = LAYER_PARTS.index("experts_gate"), LAYER_PARTS.index("experts_up")
+    layers[0][gate : up + 1] = torch.cat(layers[0][gate : up + 1], 1).chunk(2, 1)
+    step.model["layers"] = [part for layer in layers for part in layer]
+    step.check()
+
+
+def test_experts_of_nan(backend):
+    """A router's NaN spoils its sequence only, and chooses no expert that is not there."""
+    step = Step(Shape("qwen3_moe", experts=6), batch=2, device=backend.device)
+    step.args["values"][0][1, 0, 3] = torch.nan
+    logits = step.run()
+    assert logits[0].isfinite().all()
+    assert logits[1].isnan().all()
 
 
 def adapters(step: Step, rank: int, names=("q", "k", "v", "o", "gate", "up", "down"), dtype=None) -> list[Adapter]:
@@ -408,12 +444,12 @@ def test_nan_stays_in_its_sequence(backend):
 
 def test_layouts(backend):
     """Caches with tokens before heads in memory, and weights that are parts of larger ones, are used in place."""
-    step = Step(batch=2, steps=3, device=backend.device)
+    step = Step(Shape("qwen2_moe", experts=5), batch=2, steps=3, device=backend.device)
     for name in ("keys", "values"):
         step.args[name] = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in step.args[name]]
     padded = [None if t is None or t.dim() == 1 else torch.nn.functional.pad(t, (3, 2)) for t in step.model["layers"]]
     step.model["layers"] = [
-        part if wide is None else wide[:, 3:-2] for part, wide in zip(step.model["layers"], padded, strict=True)
+        part if wide is None else wide[..., 3:-2] for part, wide in zip(step.model["layers"], padded, strict=True)
     ]
     step.check()
 
@@ -554,8 +590,8 @@ def _parts(step: Step, **changes) -> list:
         (lambda s: {"embedding": s.model["embedding"].double()}, RuntimeError, "embedding must be .*float32"),
         (lambda s: {"cos": s.args["cos"][:, :15]}, RuntimeError, "cos must be .* even rotary dim"),
         (lambda s: {"sin": s.args["sin"][:4]}, RuntimeError, "sin must be a contiguous"),
-        (lambda s: {"layers": s.model["layers"][:-1]}, RuntimeError, "layers must .* 17"),
-        (lambda s: {"layers": []}, RuntimeError, "layers must .* 17 .* got 0"),
+        (lambda s: {"layers": s.model["layers"][:-1]}, RuntimeError, "layers must .* 22"),
+        (lambda s: {"layers": []}, RuntimeError, "layers must .* 22 .* got 0"),
         (lambda s: {"layers": _parts(s, down=None)}, RuntimeError, "down of layer 1 must be a tensor"),
         (lambda s: {"layers": _parts(s, q=torch.zeros(64, 47))}, RuntimeError, "q of layer 1 must have shape"),
         (lambda s: {"layers": _parts(s, k=torch.zeros(31, 48))}, RuntimeError, "k of layer 1 must have shape"),
@@ -568,7 +604,11 @@ def _parts(step: Step, **changes) -> list:
             RuntimeError,
             "adapter_places must be the places of matrices in layers, got 0",
         ),
-        (lambda s: {"adapters": [Adapter(34, torch.ones(2, 48), torch.ones(64, 2), 1.0)]}, RuntimeError, "adapter_places must .* got 34"),
+        (
+            lambda s: {"adapters": [Adapter(34, torch.ones(2, 48), torch.ones(64, 2), 1.0)]},
+            RuntimeError,
+            "adapter_places must .* got 34",
+        ),
         (
             lambda s: {"adapters": [Adapter(1, torch.ones(2, 47), torch.ones(64, 2), 1.0)]},
             RuntimeError,
@@ -589,6 +629,39 @@ def _parts(step: Step, **changes) -> list:
             RuntimeError,
             "the scale of the adapter of q of layer 0 must be finite",
         ),
+        (
+            lambda s: {"layers": _parts(s, router=torch.ones(4, 48))},
+            RuntimeError,
+            "experts_gate of layer 1 must be .4, rows, columns.",
+        ),
+        (
+            lambda s: {
+                "layers": _parts(
+                    s,
+                    router=torch.ones(4, 48),
+                    experts_gate=torch.ones(4, 8, 48),
+                    experts_up=torch.ones(4, 8, 48),
+                    experts_down=torch.ones(4, 48, 7),
+                )
+            },
+            RuntimeError,
+            "experts_down of layer 1 must have shape",
+        ),
+        (
+            lambda s: {
+                "layers": _parts(
+                    s,
+                    router=torch.ones(4, 48),
+                    experts_gate=torch.ones(4, 8, 48),
+                    experts_up=torch.ones(4, 8, 48),
+                    experts_down=torch.ones(4, 48, 8),
+                )
+            },
+            RuntimeError,
+            "experts_per_token must be at least 1 with a router",
+        ),
+        (lambda s: {"experts_per_token": 33}, RuntimeError, "experts_per_token must be from 0 to 32, got 33"),
+        (lambda s: {"layers": _parts(s, gate=None)}, RuntimeError, "gate of layer 1 must be a tensor"),
         (lambda s: {"activation": "relu"}, RuntimeError, "activation must be silu, gelu or gelu_tanh, got relu"),
         (lambda s: {"tables": [0]}, RuntimeError, "tables must be a number for each of the 2 layers"),
         (lambda s: {"tables": [0, -2]}, RuntimeError, "tables must be .* -1 for none"),

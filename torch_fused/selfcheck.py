@@ -272,6 +272,8 @@ def check_decode(device: str) -> None:
             check_decoder(device, dtype, hidden, head_dim, steps, length=70)
     for hidden, head_dim in ((42, 12), (64, 64)):
         check_decoder(device, torch.float32, hidden, head_dim, 3, length=70, traits=True)
+        for dtype in DTYPES:
+            check_decoder(device, dtype, hidden, head_dim, 3, experts=5)
     for bits in (4, 8):
         for dtype in DTYPES:
             for steps, length in ((1, 20), (3, 20), (1, 70), (3, 70)):
@@ -291,10 +293,11 @@ def check_decoder(
     bits: int = 0,
     beside: torch.dtype | None = None,
     traits: bool = False,
+    experts: int = 0,
 ) -> None:
     """Of dense matrices, or of packed ones with `bits` bits; norms and biases have the dtype `beside`.
 
-    `traits`: with what only some families have.
+    `traits`: with what only some families have. `experts`: beside feed-forward layers that all tokens share.
     """
     heads, batch, vocabulary = 4, 1 if steps == 1 else 2, 50
     intermediate = 96 if hidden == 64 else 71
@@ -313,6 +316,9 @@ def check_decoder(
         "up": (intermediate, hidden),
         "down": (hidden, intermediate),
     }
+    if experts:
+        sizes |= {"router": (experts, hidden), "shared_gate": (1, hidden), "experts_down": (experts, hidden, 24)}
+        sizes |= dict.fromkeys(("experts_gate", "experts_up"), (experts, 24, hidden))
     if traits:
         sizes |= {"q_norm": (queries,), "attention_output_norm": (hidden,), "feed_forward_output_norm": (hidden,)}
 
@@ -336,6 +342,7 @@ def check_decoder(
         "scaling": head_dim**-0.5,
         "windows": [length - 11],
         **(TRAITS if traits else {}),
+        **({"experts_per_token": 2, "normalise_experts": True} if experts else {}),
     }
     if traits:  # the gate's adapter makes gating a step of its own
         shapes = {"gate": (intermediate, hidden), "o": (hidden, queries)}
@@ -357,7 +364,7 @@ def check_decoder(
     exact = decode_reference(exact_model, **in_float64(arguments), logits_to_keep=steps)
     matrices = f"{bits} bits" if bits else "dense matrices"
     what = f"decode_ of {hidden} columns and heads of {head_dim} behind {length}, {matrices}"
-    what += ", norms of outputs" if traits else ""
+    what += ", norms of outputs" if traits else f", {experts} experts" if experts else ""
     moved = on(device, model)
     logits = decode_(make_decoder(**moved, int8_products=False), **on(device, arguments))
     compare(what, [logits.to(dtype)], [exact])

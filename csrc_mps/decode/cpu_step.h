@@ -48,6 +48,18 @@ struct MatrixAdapter {
   float scale;
 };
 
+// The matrices of all experts, `stride` bytes apart.
+struct Experts {
+  Matrix first;
+  int64_t stride;
+
+  Matrix operator[](int64_t expert) const {
+    Matrix matrix = first;
+    matrix.weight = static_cast<const char*>(first.weight) + expert * stride;
+    return matrix;
+  }
+};
+
 // One sequence's states after another: (batch, heads, slots, head_dim), dense in the last dimension.
 template <class T>
 struct CacheStates {
@@ -64,7 +76,9 @@ struct StepLayer {
   Matrix q, k, v, o;
   Vector q_norm, k_norm;
   int64_t q_norm_size, k_norm_size;  // of one head, or of all
-  Matrix gate, up, down;
+  Matrix gate, up, down;            // without rows if there are experts alone
+  Matrix router, shared_gate;       // without rows if there are none
+  Experts experts_gate, experts_up, experts_down;
   CacheStates<void> keys, values;  // both of cache_format
   int64_t window;                  // the last slots that a token attends, its own included; 0 for all
   Vector cos, sin;                 // (positions, rotary_dim)
@@ -74,7 +88,10 @@ struct StepLayer {
 // Sizes of a step, and of the memory it needs.
 struct StepShape {
   int64_t batch, steps;  // sequences, and new tokens of each
-  int64_t hidden, heads, kv_heads, head_dim, intermediate, vocabulary;
+  int64_t hidden, heads, kv_heads, head_dim, vocabulary;
+  int64_t intermediate;      // gates of a token: of the feed-forward layers, then of the chosen experts
+  int64_t experts, chosen;   // of a token
+  int64_t most_cols;         // of a matrix that may be packed
   int64_t length;  // slots of the cache that are in use
   int64_t kept;    // last tokens of each sequence whose logits are wanted
   int64_t chunks;  // parts of a sequence's context, each attended on its own
@@ -92,7 +109,7 @@ struct StepShape {
 
   // And those in which it makes vectors ready for packed rows.
   int64_t ready_size() const {
-    return ReadyVectors::size(std::max({hidden, heads * head_dim, intermediate}), tokens());
+    return ReadyVectors::size(most_cols, tokens());
   }
 };
 
@@ -106,6 +123,7 @@ struct CpuStep : StepShape {
   Vector norm;
   Matrix head;
   uint32_t activation;
+  bool normalise_experts;
   float eps, scaling, norm_offset, embedding_scale, residual_scale;
   float softcap;  // of scores; 0 for none
 
@@ -115,6 +133,7 @@ struct CpuStep : StepShape {
   float* partials;  // (tokens, heads, chunks, partial)
   float* gates;     // (tokens, intermediate)
   float* ups;       // (tokens, intermediate)
+  float* routes;    // (tokens, experts + 1): the router's logits, and the gate of the shared expert
   float* own;       // (threads, own_size()): each thread's own memory
   float* ready;     // (threads, ready_size())
   float* logits;    // (batch, kept, vocabulary)

@@ -31,7 +31,7 @@ using at::TensorList;
 
 namespace {
 
-constexpr size_t kLayerParts = 17;  // ops/decode.py has their names
+constexpr size_t kLayerParts = 22;  // ops/decode.py has their names
 
 constexpr const char* kActivations[] = {"silu", "gelu", "gelu_tanh"};  // in the order of decode_params.h
 
@@ -42,22 +42,27 @@ uint32_t activation_of(const std::string& name) {
 }
 
 constexpr const char* kNumbers[] = {"eps",            "scaling",      "norm_offset",       "embedding_scale",
-                                    "residual_scale", "logits_scale", "attention_softcap", "logits_softcap"};
+                                    "residual_scale", "logits_scale", "attention_softcap", "logits_softcap",
+                                    "experts_per_token", "normalise_experts"};
 
 DecoderNumbers numbers_of(const std::vector<double>& n) {
   TORCH_CHECK(n.size() == std::size(kNumbers), "Decoder: numbers must be ", std::size(kNumbers), ", got ", n.size());
   for (size_t i = 0; i < n.size(); ++i) {
     TORCH_CHECK(std::isfinite(n[i]), "Decoder: ", kNumbers[i], " must be finite, got ", n[i]);
   }
-  const DecoderNumbers numbers{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7]};
+  const DecoderNumbers numbers{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9]};
   TORCH_CHECK(numbers.attention_softcap >= 0 && numbers.logits_softcap >= 0,
               "Decoder: attention_softcap and logits_softcap must not be negative, got ", numbers.attention_softcap,
               " and ", numbers.logits_softcap);
+  TORCH_CHECK(numbers.experts_per_token >= 0 && numbers.experts_per_token <= kMostChosen,
+              "Decoder: experts_per_token must be from 0 to ", kMostChosen, ", got ", numbers.experts_per_token);
   return numbers;
 }
 
+}  // namespace
+
 // Checks the tensors of a model one by one, and takes each as it is now.
-class Reader {
+class Decoder::Reader {
  public:
   Reader(const Tensor& embedding, const std::vector<Tensor>& groups) : device_(embedding.device()), groups_(groups) {}
 
@@ -139,6 +144,8 @@ class Reader {
   size_t next_group_ = 0;
 };
 
+namespace {
+
 // The matrices of a layer by their places among its parts.
 const std::map<int64_t, std::pair<const char*, Linear DecoderLayer::*>> kMatrices = {
     {1, {"q", &DecoderLayer::q}},      {3, {"k", &DecoderLayer::k}},        {5, {"v", &DecoderLayer::v}},
@@ -188,7 +195,6 @@ Decoder::Decoder(const Tensor& embedding_, const std::vector<OptionalTensor>& pa
   TORCH_CHECK(kv_heads >= 1 && kv_heads * head_dim == kv_rows && heads % kv_heads == 0,
               "Decoder: k of layer 0 must have rows for a number of heads of ", head_dim, " that divides ", heads,
               ", got ", kv_rows);
-  intermediate = rows_of(parts[13], "gate");
   for (size_t i = 0; i < count; ++i) {
     size_t next = i * kLayerParts;
     const std::string of_layer = " of layer " + std::to_string(i);
@@ -218,11 +224,21 @@ Decoder::Decoder(const Tensor& embedding_, const std::vector<OptionalTensor>& pa
     layer.o = linear("o", hidden, q_rows);
     layer.attention_output_norm = vector("attention_output_norm", hidden, true);
     layer.post_attention_norm = vector("post_attention_norm", hidden, true);
-    layer.gate = matrix("gate", intermediate, hidden);
-    layer.up = matrix("up", intermediate, hidden);
-    layer.down = matrix("down", hidden, intermediate);
+    const bool routed = parts[next + 4].has_value();
+    if (!routed || parts[next]) {
+      layer.gate = matrix("gate", 0, hidden);
+      layer.up = matrix("up", layer.gate.rows(), hidden);
+      layer.down = matrix("down", hidden, layer.gate.rows());
+      intermediate = std::max(intermediate, layer.gate.rows());
+    } else {
+      for (const char* name : {"gate", "up", "down"}) {
+        TORCH_CHECK(!parts[next++], "Decoder: ", name, of_layer, " must be None, as gate is");
+      }
+    }
     layer.feed_forward_output_norm = vector("feed_forward_output_norm", hidden, true);
-    TORCH_CHECK(layer.up.weight.scalar_type() == layer.gate.weight.scalar_type(), "Decoder: up", of_layer,
+    if (routed) take_experts(reader, layer, parts, next, of_layer);
+    next += 5;
+    if (layer.has_feed_forward()) TORCH_CHECK(layer.up.weight.scalar_type() == layer.gate.weight.scalar_type(), "Decoder: up", of_layer,
                 " must have gate's dtype ", layer.gate.weight.scalar_type(), ", got ", layer.up.weight.scalar_type());
     TORCH_CHECK(layer.up.is_like(layer.gate), "Decoder: up", of_layer,
                 " must be packed as gate is, with the same bits, groups and dtype of the scales");
@@ -231,6 +247,7 @@ Decoder::Decoder(const Tensor& embedding_, const std::vector<OptionalTensor>& pa
     layers.push_back(std::move(layer));
   }
   reader.check_no_groups_left();
+  if (numbers.chosen() == 0) TORCH_CHECK(experts == 0, "Decoder: experts_per_token must be at least 1 with a router");
   TORCH_CHECK(adapters.size() == 2 * adapter_places.size() && adapter_scales.size() == adapter_places.size(),
               "Decoder: adapters must be two tensors and a scale for each of their ", adapter_places.size(),
               " places, got ", adapters.size(), " and ", adapter_scales.size());
@@ -246,6 +263,37 @@ Decoder::Decoder(const Tensor& embedding_, const std::vector<OptionalTensor>& pa
   }
   taken = std::move(reader.taken);
   for (const Taken& part : taken) memory.add(part.tensor);
+}
+
+void Decoder::take_experts(Reader& reader, DecoderLayer& layer, const std::vector<OptionalTensor>& parts, size_t next,
+                           const std::string& of_layer) {
+  layer.router = reader.take_matrix(parts[next], "router" + of_layer, 0, hidden);
+  const int64_t count = layer.router.rows();
+  TORCH_CHECK(!layer.router.is_packed() && count <= kMostExperts && numbers.chosen() <= count, "Decoder: router",
+              of_layer, " must be a dense matrix with at least experts_per_token = ", numbers.chosen(),
+              " rows, and at most ", kMostExperts, ", got ", count);
+  const auto all_experts = [&](size_t place, const char* name, int64_t rows, int64_t cols) {
+    TORCH_CHECK(parts[place] && parts[place]->dim() == 3, "Decoder: ", name, of_layer, " must be (", count,
+                ", rows, columns)");
+    return reader.take(*parts[place], name + of_layer, {count, rows > 0 ? rows : parts[place]->size(1), cols});
+  };
+  layer.experts_gate = all_experts(next + 1, "experts_gate", 0, hidden);
+  const int64_t rows = layer.experts_gate.size(1);
+  TORCH_CHECK(rows > 0, "Decoder: experts_gate", of_layer, " must have rows");
+  layer.experts_up = all_experts(next + 2, "experts_up", rows, hidden);
+  layer.experts_down = all_experts(next + 3, "experts_down", hidden, rows);
+  TORCH_CHECK(layer.experts_up.scalar_type() == layer.experts_gate.scalar_type(), "Decoder: experts_up", of_layer,
+              " must have the dtype of experts_gate, ", layer.experts_gate.scalar_type(), ", got ",
+              layer.experts_up.scalar_type());
+  if (parts[next + 4]) {
+    layer.shared_gate = reader.take_matrix(parts[next + 4], "shared_gate" + of_layer, 1, hidden);
+    TORCH_CHECK(layer.has_feed_forward() && !layer.shared_gate.is_packed(), "Decoder: shared_gate", of_layer,
+                " must be dense, beside a gate, an up and a down");
+  }
+  TORCH_CHECK(!layer.feed_forward_output_norm, "Decoder: feed_forward_output_norm", of_layer,
+              " must be None beside experts");
+  experts = std::max(experts, count);
+  expert_intermediate = std::max(expert_intermediate, rows);
 }
 
 bool Linear::is_like(const Linear& other) const {
@@ -274,7 +322,11 @@ auto arguments_of(const DecoderPtr& model) {
     layers.insert(layers.end(), {l.input_norm, l.q.weight, l.q.bias, l.k.weight, l.k.bias, l.v.weight, l.v.bias,
                                  l.q_norm, l.k_norm, l.o.weight, l.o.bias, l.attention_output_norm,
                                  l.post_attention_norm, l.gate.weight, l.up.weight, l.down.weight,
-                                 l.feed_forward_output_norm});
+                                 l.feed_forward_output_norm, l.router.weight, l.experts_gate, l.experts_up,
+                                 l.experts_down, l.shared_gate.weight});
+    for (auto part = layers.end() - kLayerParts; part != layers.end(); ++part) {
+      if (*part && !(*part)->defined()) *part = std::nullopt;
+    }
     windows.push_back(l.window);
     tables.push_back(l.table);
   }
@@ -289,7 +341,8 @@ auto arguments_of(const DecoderPtr& model) {
   }
   const DecoderNumbers& n = model->numbers;
   const std::vector<double> numbers{n.eps,           n.scaling,      n.norm_offset,       n.embedding_scale,
-                                    n.residual_scale, n.logits_scale, n.attention_softcap, n.logits_softcap};
+                                    n.residual_scale, n.logits_scale, n.attention_softcap, n.logits_softcap,
+                                    n.experts_per_token, n.normalise_experts};
   std::vector<Tensor> adapters;
   std::vector<int64_t> places;
   std::vector<double> scales;
@@ -443,6 +496,7 @@ Vector vector_of(const OptionalTensor& tensor) {
 
 // `int8`: the rows may be multiplied as integers. Of 8 bits in groups of 32 that is hardly faster than as floats.
 Matrix matrix_of(const Linear& linear, bool int8) {
+  if (linear.rows() == 0) return {};
   const Tensor& w = linear.weight;
   Matrix matrix{w.const_data_ptr(), 0, linear.rows(), linear.cols, w.stride(0), vector_of(linear.bias), {}, false, {}};
   if (linear.is_packed()) {
@@ -472,6 +526,12 @@ CacheStates<void> states_of(const Tensor& buffer) {
 }
 
 // The projection of the values is multiplied as floats: it is small, and its errors come through attention unweakened.
+Experts experts_of(const Tensor& all) {
+  if (!all.defined()) return {};
+  return {{all.const_data_ptr(), format_of(all), all.size(1), all.size(2), all.stride(1), {}, {}, false, {}},
+          all.stride(0) * static_cast<int64_t>(all.element_size())};
+}
+
 StepLayer layer_of(const DecodeCall& call, size_t index) {
   const DecoderLayer& layer = call.model.layers[index];
   const bool int8 = call.model.int8_products;
@@ -491,6 +551,11 @@ StepLayer layer_of(const DecodeCall& call, size_t index) {
   l.up = matrix_of(layer.up, int8);
   l.down = matrix_of(layer.down, int8);
   l.feed_forward_output_norm = vector_of(layer.feed_forward_output_norm);
+  l.router = matrix_of(layer.router, false);
+  l.shared_gate = matrix_of(layer.shared_gate, false);
+  l.experts_gate = experts_of(layer.experts_gate);
+  l.experts_up = experts_of(layer.experts_up);
+  l.experts_down = experts_of(layer.experts_down);
   l.keys = states_of(call.keys[index]);
   l.values = states_of(call.values[index]);
   l.window = layer.window;
@@ -533,7 +598,11 @@ Tensor decode_cpu(const DecoderPtr& model, const Tensor& token_ids, const Tensor
   s.heads = m.heads;
   s.kv_heads = m.kv_heads;
   s.head_dim = m.head_dim;
-  s.intermediate = m.intermediate;
+  s.chosen = m.experts > 0 ? m.numbers.chosen() : 0;
+  s.normalise_experts = m.numbers.normalise_experts != 0;
+  s.experts = m.experts;
+  s.intermediate = m.intermediate + s.chosen * m.expert_intermediate;
+  s.most_cols = std::max({m.hidden, m.heads * m.head_dim, m.intermediate});
   s.vocabulary = m.vocabulary;
   s.length = call.length;
   s.kept = call.kept;
@@ -558,13 +627,13 @@ Tensor decode_cpu(const DecoderPtr& model, const Tensor& token_ids, const Tensor
 
   const int64_t sizes[] = {
       s.tokens() * s.hidden,       s.tokens() * s.hidden,       s.tokens() * s.projected(),  s.tokens() * s.heads * s.chunks * s.partial(),
-      s.tokens() * s.intermediate, s.tokens() * s.intermediate, s.threads * s.own_size(),
+      s.tokens() * s.intermediate, s.tokens() * s.intermediate, s.tokens() * (s.experts + 1), s.threads * s.own_size(),
       s.threads * s.ready_size()};
   const auto floats = m.norm.options().dtype(at::kFloat);
   const Tensor logits = at::empty({s.batch, s.kept, s.vocabulary}, floats);
   const Tensor memory = at::empty({std::accumulate(std::begin(sizes), std::end(sizes), int64_t{0})}, floats);
   float* next = elements<float>(memory);
-  float** const places[] = {&s.states, &s.output, &s.qkv, &s.partials, &s.gates, &s.ups, &s.own, &s.ready};
+  float** const places[] = {&s.states, &s.output, &s.qkv, &s.partials, &s.gates, &s.ups, &s.routes, &s.own, &s.ready};
   for (size_t i = 0; i < std::size(places); ++i) {
     *places[i] = next;
     next += sizes[i];

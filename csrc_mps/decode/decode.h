@@ -35,7 +35,7 @@ struct Linear {
   int64_t cols = 0, bits = 0, group_size = 0;  // no bits: it is not packed
   std::vector<Adapter> adapters;
 
-  int64_t rows() const { return weight.size(0); }
+  int64_t rows() const { return weight.defined() ? weight.size(0) : 0; }
   bool is_packed() const { return bits > 0; }
   // Whether one kernel can read both.
   bool is_like(const Linear& other) const;
@@ -48,17 +48,28 @@ struct Adapter {
 };
 
 struct DecoderLayer {
+  bool has_experts() const { return router.rows() > 0; }
+  bool has_feed_forward() const { return gate.rows() > 0; }
+  int64_t experts() const { return router.rows(); }
+
   // Norms before attention and the feed-forward layers, and of what these give before it is added.
   OptionalTensor input_norm, attention_output_norm, post_attention_norm, feed_forward_output_norm;
   Linear q, k, v, o, gate, up, down;
   OptionalTensor q_norm, k_norm;  // of each head, or of all as one
+  // A mixture of experts: a router chooses some of them for each token. gate, up and down, if there, are then those of
+  // an expert that all tokens share, times the sigmoid of `shared_gate`.
+  Linear router, shared_gate;
+  at::Tensor experts_gate, experts_up, experts_down;  // (experts, rows, cols)
   int64_t window;                 // the last slots that a token attends, its own included; 0 for all
   int64_t table;                  // which of the stacked tables of angles it has, -1 for none
 };
 
 // A decoder's numbers, in the order of `Numbers` in ops/decode.py.
 struct DecoderNumbers {
-  double eps, scaling, norm_offset, embedding_scale, residual_scale, logits_scale, attention_softcap, logits_softcap;
+  double eps, scaling, norm_offset, embedding_scale, residual_scale, logits_scale, attention_softcap, logits_softcap,
+      experts_per_token, normalise_experts;
+
+  int64_t chosen() const { return static_cast<int64_t>(experts_per_token); }
 };
 
 // A decoder's tensors and numbers, checked when it is made and not again: a step reads them as they are.
@@ -85,13 +96,20 @@ struct Decoder : torch::CustomClassHolder {
   Linear embedding, head;
   at::Tensor norm;
   std::vector<DecoderLayer> layers;
-  int64_t hidden, heads, kv_heads, head_dim, intermediate, vocabulary;
+  int64_t hidden, heads, kv_heads, head_dim, vocabulary;
+  int64_t intermediate = 0, expert_intermediate = 0, experts = 0;  // the most of any layer
   DecoderNumbers numbers;
   uint32_t activation;
   bool int8_products;  // a CPU's with packed matrices
   std::vector<Taken> taken;
   MemoryMap memory;         // where they are
   mutable Repeats repeats;  // a GPU's steps
+
+ private:
+  class Reader;
+  // `next` is the router's place among the parts.
+  void take_experts(Reader& reader, DecoderLayer& layer, const std::vector<OptionalTensor>& parts, size_t next,
+                    const std::string& of_layer);
 };
 
 using DecoderPtr = c10::intrusive_ptr<Decoder>;

@@ -56,20 +56,6 @@ void multiply_qkv(GpuStep& step, const DecoderLayer& layer) {
   }
 }
 
-void multiply_gated(GpuStep& step, const DecoderLayer& layer) {
-  const int64_t steps = step.call.steps;
-  const OptionalTensor& norm = layer.post_attention_norm;
-  if (layer.gate.adapters.empty() && layer.up.adapters.empty()) {
-    return multiply(step, {&layer.gate, &layer.up}, {step.states, step.gates, norm, steps, steps, false}, true);
-  }
-  if (!step.ups.defined()) step.ups = at::empty_like(step.gates);
-  for (const auto& [matrix, to] : {std::pair(&layer.gate, &step.gates), std::pair(&layer.up, &step.ups)}) {
-    multiply(step, {matrix}, {step.states, *to, norm, steps, steps, false}, false);
-    add_adapters(step, *matrix, norm, *to);
-  }
-  gate(step);
-}
-
 // The norm of each head, if there is one.
 OptionalTensor norm_of_each(const OptionalTensor& norm, const Decoder& model) {
   return norm && norm->size(0) == model.head_dim ? norm : std::nullopt;
@@ -130,6 +116,28 @@ void attend(GpuStep& step, size_t index) {
 
 }  // namespace
 
+void feed_forward(GpuStep& step, const DecoderLayer& layer, const Tensor& to, bool add, double scale) {
+  const int64_t steps = step.call.steps, tokens = step.call.tokens(), size = layer.gate.rows();
+  const OptionalTensor& norm = layer.post_attention_norm;
+  const auto part = [&](const Tensor& memory) { return memory.flatten().narrow(0, 0, tokens * size).view({tokens, size}); };
+  const Tensor gates = part(step.gates);
+  if (layer.gate.adapters.empty() && layer.up.adapters.empty()) {
+    multiply(step, {&layer.gate, &layer.up}, {step.states, gates, norm, steps, steps, false}, true);
+  } else {
+    if (!step.ups.defined()) step.ups = at::empty_like(step.gates);
+    const Tensor ups = part(step.ups);
+    for (const auto& [matrix, results] : {std::pair(&layer.gate, gates), std::pair(&layer.up, ups)}) {
+      multiply(step, {matrix}, {step.states, results, norm, steps, steps, false}, false);
+      add_adapters(step, *matrix, norm, results);
+    }
+    gate(step, gates, ups);
+  }
+  multiply(step, {&layer.down}, {gates, to, {}, steps, steps, add, scale}, false);
+  add_adapters(step, layer.down, to, scale, [&](const Linear& a, const Tensor& thin) {
+    multiply(step, {&a}, {gates, thin, {}, steps, steps, false}, false);
+  });
+}
+
 Tensor decode_gpu(const DecoderPtr& decoder, const Tensor& token_ids, const Tensor& positions,
                   const OptionalTensor& starts, const Tensor& cos, const Tensor& sin, at::TensorList keys,
                   at::TensorList values, int64_t length, int64_t logits_to_keep) {
@@ -176,13 +184,12 @@ Tensor decode_gpu(const DecoderPtr& decoder, const Tensor& token_ids, const Tens
       add_adapters(step, layer.o, to, by,
                    [&](const Linear& a, const Tensor& thin) { multiply_attended(step, a, thin, false, 1); });
     });
-    multiply_gated(step, layer);
-    add_output(layer.feed_forward_output_norm, [&](const Tensor& to, bool add, double by) {
-      multiply(step, {&layer.down}, {step.gates, to, {}, steps, steps, add, by}, false);
-      add_adapters(step, layer.down, to, by, [&](const Linear& a, const Tensor& thin) {
-        multiply(step, {&a}, {step.gates, thin, {}, steps, steps, false}, false);
-      });
-    });
+    if (layer.has_experts()) {
+      feed_forward_of_experts(step, layer);
+    } else {
+      add_output(layer.feed_forward_output_norm,
+                 [&](const Tensor& to, bool add, double by) { feed_forward(step, layer, to, add, by); });
+    }
   }
   multiply(step, {&model.head}, {step.states, step.logits, model.norm, steps, call.kept, false}, false);
   step.launches.run(model.repeats);

@@ -82,6 +82,31 @@ struct GateParams {
   uint32_t count, activation;
 };
 
+SHARED_CONSTANT uint32_t kMostExperts = 1024, kMostChosen = 32;
+
+// The choice of a token's experts: those with the largest logits, weighted by their softmax.
+struct ChooseParams {
+  uint32_t experts, chosen, stride;  // floats from token to token
+  uint32_t normalise;                // the chosen experts' weights, to a sum of 1
+};
+
+// The product of each chosen expert's matrix, or of two that gate, with one vector.
+struct ExpertsParams {
+  ProductParams product;
+  int64_t expert_strides[2];  // elements from expert to expert
+  uint32_t groups;            // threadgroups of one expert's product
+  uint32_t shared_by;         // experts that take the same vector
+};
+
+// The sum of a token's experts, and of the shared one, added to its state.
+struct ExpertSumParams {
+  uint32_t cols, chosen, flags, stride;  // floats from token to token of the routes
+  uint32_t gate;                         // where a token's routes have the shared expert's gate
+  float scale;
+};
+
+SHARED_CONSTANT uint32_t kSharedExpert = 1, kSharedGate = 2;
+
 // The RMS norm of `cols` floats of each token, in place or added to what is there.
 struct StepNormParams {
   int64_t from_stride, to_stride;  // floats from token to token

@@ -33,7 +33,11 @@ void multiply(GpuStep& step, std::initializer_list<const Linear*> matrices, cons
 void multiply_attended(GpuStep& step, const Linear& o, const at::Tensor& to, bool add, double scale);
 void embed(GpuStep& step);
 // activation(gate) * up, where adapters come before it.
-void gate(GpuStep& step);
+void gate(GpuStep& step, const at::Tensor& gates, const at::Tensor& ups);
+// What the feed-forward layers give, to `to`, times `scale`; without their norms of outputs.
+void feed_forward(GpuStep& step, const DecoderLayer& layer, const at::Tensor& to, bool add, double scale);
+// What the experts give, to the states.
+void feed_forward_of_experts(GpuStep& step, const DecoderLayer& layer);
 // RMS norm of each token's row, in place or added to `to`.
 void norm_rows(GpuStep& step, const at::Tensor& from, const at::Tensor& norm, const at::Tensor& to, bool add,
                double scale);

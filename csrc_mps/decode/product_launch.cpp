@@ -183,10 +183,10 @@ void norm_rows(GpuStep& step, const Tensor& from, const Tensor& norm, const Tens
   step.launches.add(kernel, from.size(0), 256, {from, norm, to}, p);
 }
 
-void gate(GpuStep& step) {
+void gate(GpuStep& step, const Tensor& gates, const Tensor& ups) {
   static const Kernel& kernel = find_kernel("decode_product", "decode_gate");
-  const GateParams p{static_cast<uint32_t>(step.gates.numel()), step.model.activation};
-  step.launches.add(kernel, (p.count + 255) / 256, 256, {step.gates, step.ups}, p);
+  const GateParams p{static_cast<uint32_t>(gates.numel()), step.model.activation};
+  step.launches.add(kernel, (p.count + 255) / 256, 256, {gates, ups}, p);
 }
 
 }  // namespace torch_fused

@@ -4,19 +4,22 @@ from collections.abc import Callable
 
 import torch
 from test_decode import Shape, Step
+from test_decode import adapters as adapters_of
 from test_decode_packed import packed_step
 
 from .bug import BARRIER, RACE, Bug
 
 
 def step(
-    head_dim: int = 64, intermediate: int = 504, family: str = "qwen3", **options
+    head_dim: int = 64, intermediate: int = 504, family: str = "qwen3", adapters: bool = False, **options
 ) -> Callable[[], list[torch.Tensor]]:
     """Two new tokens of two sequences after a context of two chunks, through the kernels for whole packs."""
-    shape = Shape(family, 1, 128, 8, 2, head_dim, head_dim, intermediate, vocabulary=101)
+    shape = Shape(family, 1, 128, 8, 2, head_dim, head_dim, intermediate, vocabulary=101, experts=6)
 
     def run() -> list[torch.Tensor]:
         call = Step(shape, **{"batch": 2, "steps": 2, "length": 300, **options})
+        if adapters:
+            call.model["adapters"] = adapters_of(call, 4)
         return [call.run(), *call.args["keys"], *call.args["values"]]
 
     return run
@@ -212,6 +215,13 @@ ONLY_NUMBERS = [
      step(family="gemma")),
     ("what is added is not scaled", "decode_attended", "fma(sum + shift, p.scale, residual)", "sum + shift + residual",
      step(family="granite")),
+    ("experts count alike", "decode_experts", "fma(weights[choice], ", "fma(1.0f, ", step(family="qwen3_moe")),
+    ("an expert is chosen twice", "decode_experts", "if (lane + 32 * i == where) mine[i] = -1.0f;", ";",
+     step(family="qwen3_moe")),
+    ("the shared expert is not gated", "decode_experts", "if (p.flags & kSharedGate)", "if (false)",
+     step(family="qwen2_moe")),
+    ("an adapter's gate is not activated", "decode_product", "activate(gates[i], p.activation) * ups[i]",
+     "gates[i] * ups[i]", step(adapters=True)),
     ("an output's norm replaces the states", "decode_product", "p.flags & kAdd ? y[i] + normed : normed", "normed",
      step(family="olmo2")),
 ]  # fmt: skip

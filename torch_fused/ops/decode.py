@@ -31,6 +31,11 @@ LAYER_PARTS = (
     "up",
     "down",
     "feed_forward_output_norm",
+    "router",
+    "experts_gate",
+    "experts_up",
+    "experts_down",
+    "shared_gate",
 )
 """What a layer has, in the order of the op's flat list of all layers."""
 
@@ -60,6 +65,8 @@ class Numbers(NamedTuple):
     logits_scale: float = 1.0
     attention_softcap: float = 0.0
     logits_softcap: float = 0.0
+    experts_per_token: float = 0
+    normalise_experts: float = False
 
 
 @torch._library.register_fake_class("torch_fused::Decoder")
@@ -137,6 +144,8 @@ def make_decoder(
     logits_scale: float = 1.0,
     attention_softcap: float = 0.0,
     logits_softcap: float = 0.0,
+    experts_per_token: int = 0,
+    normalise_experts: bool = False,
     activation: str = "silu",
     windows: Sequence[int] | None = None,
     tables: Sequence[int] | None = None,
@@ -156,7 +165,11 @@ def make_decoder(
             ``(results, inputs)`` with dense rows; the biases and the norms may be None. ``input_norm`` and
             ``post_attention_norm`` come before attention and the feed-forward layers, the output norms are of what
             these give, before it is added; ``q_norm`` and ``k_norm`` are ``(head_dim,)``, for each head, or as long as
-            all of the queries or keys, for all heads as one.
+            all of the queries or keys, for all heads as one. In a mixture of experts ``router`` is
+            ``(experts, hidden)``, and the dense ``experts_gate``, ``experts_up`` and ``experts_down`` have each
+            expert's matrix; ``gate``, ``up`` and ``down`` are then those of an expert that all tokens share, or None,
+            and ``shared_gate`` is ``(1, hidden)``, whose product's sigmoid multiplies what the shared expert gives, or
+            None. Layers without experts have None there.
         norm: ``(hidden,)``, the last norm's weight.
         head: ``(vocabulary, hidden)``; may be the embedding itself.
         heads: query heads.
@@ -168,6 +181,8 @@ def make_decoder(
         logits_scale: multiplies the logits.
         attention_softcap: where not 0, scores become ``cap * tanh(score / cap)``.
         logits_softcap: the same of the logits, after their scale.
+        experts_per_token: how many experts a token takes, those of the largest logits; at most 32.
+        normalise_experts: whether their weights, which are the softmax over all experts, are made to sum to 1.
         activation: of the gate: ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``.
         windows: for each layer how many of the last cache slots a token attends, its own included; 0 for all. None:
             0 for every layer.
@@ -204,6 +219,8 @@ def make_decoder(
         logits_scale=logits_scale,
         attention_softcap=attention_softcap,
         logits_softcap=logits_softcap,
+        experts_per_token=experts_per_token,
+        normalise_experts=normalise_experts,
     )
     return torch.classes.torch_fused.Decoder(*arguments)
 
@@ -240,7 +257,7 @@ def decoder_arguments(
         taken[1],
         groups,
         heads,
-        list(Numbers(**numbers)),
+        [float(number) for number in Numbers(**numbers)],
         activation,
         list(none if windows is None else windows),
         list(none if tables is None else tables),
@@ -331,10 +348,26 @@ def decode_reference(
         x = F.linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), part["o"], part["o_bias"])
         states = states + normed(x, part["attention_output_norm"]) * n.residual_scale
         x = normed(states, part["post_attention_norm"])
-        x = F.linear(ACTIVATIONS[activation](F.linear(x, part["gate"])) * F.linear(x, part["up"]), part["down"])
+        x = _feed_forward(x, part, ACTIVATIONS[activation], n)
         states = states + normed(x, part["feed_forward_output_norm"]) * n.residual_scale
     logits = F.linear(normed(states[:, -logits_to_keep:], norm), head.to(states)) * n.logits_scale
     return _capped(logits, n.logits_softcap).to(torch.promote_types(torch.float32, states.dtype))
+
+
+def _feed_forward(x: Tensor, part: dict[str, Any], activation: Any, n: Numbers) -> Tensor:
+    result = torch.zeros_like(x)
+    if part["gate"] is not None:
+        result = F.linear(activation(F.linear(x, part["gate"])) * F.linear(x, part["up"]), part["down"])
+    if part["router"] is None:
+        return result
+    if part["shared_gate"] is not None:
+        result = result * F.linear(x, part["shared_gate"]).sigmoid()
+    probabilities, chosen = F.linear(x, part["router"]).softmax(-1).topk(int(n.experts_per_token))
+    if n.normalise_experts:
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    gate, up, down = (part[f"experts_{name}"][chosen] for name in ("gate", "up", "down"))
+    outputs = down @ (activation(gate @ x[..., None, :, None]) * (up @ x[..., None, :, None]))
+    return result + (outputs.squeeze(-1) * probabilities[..., None]).sum(-2)
 
 
 def _capped(x: Tensor, cap: float) -> Tensor:

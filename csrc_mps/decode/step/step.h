@@ -181,22 +181,18 @@ TORCH_FUSED_INLINE void norm_heads(const CpuStep& s, const StepLayer& layer, con
   if (queries || keys) team.meet();
 }
 
-// activation(gate) * up in place of the gate's columns begin .. end - 1.
-TORCH_FUSED_INLINE void gate_columns(const CpuStep& s, Range columns) {
-  for (int64_t token = 0; token < s.tokens(); ++token) {
-    float* gates = s.gates + token * s.intermediate;
-    const float* ups = s.ups + token * s.intermediate;
-    if (s.activation == kSilu) {
-      for (int64_t i = columns.begin; i < columns.end; ++i) gates[i] *= ups[i] / one_plus_exp(-gates[i]);
-    } else if (s.activation == kGelu) {
-      for (int64_t i = columns.begin; i < columns.end; ++i) {
-        gates[i] *= ups[i] * 0.5f * (1 + std::erf(gates[i] * 0.70710678f));
-      }
-    } else {
-      for (int64_t i = columns.begin; i < columns.end; ++i) {
-        const float g = gates[i];  // 1 + tanh(y) is 2 / (1 + exp(-2 y))
-        gates[i] = g * ups[i] / one_plus_exp(-1.59576912f * (g + 0.044715f * g * g * g));
-      }
+// activation(gate) * up in place of some gates.
+TORCH_FUSED_INLINE void gate(uint32_t activation, Range columns, float* gates, const float* ups) {
+  if (activation == kSilu) {
+    for (int64_t i = columns.begin; i < columns.end; ++i) gates[i] *= ups[i] / one_plus_exp(-gates[i]);
+  } else if (activation == kGelu) {
+    for (int64_t i = columns.begin; i < columns.end; ++i) {
+      gates[i] *= ups[i] * 0.5f * (1 + std::erf(gates[i] * 0.70710678f));
+    }
+  } else {
+    for (int64_t i = columns.begin; i < columns.end; ++i) {
+      const float g = gates[i];  // 1 + tanh(y) is 2 / (1 + exp(-2 y))
+      gates[i] = g * ups[i] / one_plus_exp(-1.59576912f * (g + 0.044715f * g * g * g));
     }
   }
 }
@@ -231,16 +227,97 @@ TORCH_FUSED_INLINE void attention(const CpuStep& s, const StepLayer& layer, cons
 
 TORCH_FUSED_INLINE void feed_forward(const CpuStep& s, const StepLayer& layer, const Team& team, float* own) {
   const int64_t tokens = s.tokens();
+  const int64_t intermediate = layer.gate.rows;
   normed_states(s, layer.post_attention_norm, own);
-  const Range rows = team.share(s.intermediate);
+  const Range rows = team.share(intermediate);
   Inputs states(s, team, own, tokens);
-  project<Write::kSet>(layer.gate, rows, states, {s.gates, s.intermediate});
-  project<Write::kSet>(layer.up, rows, states, {s.ups, s.intermediate});
-  gate_columns(s, rows);
+  project<Write::kSet>(layer.gate, rows, states, {s.gates, intermediate});
+  project<Write::kSet>(layer.up, rows, states, {s.ups, intermediate});
+  for (int64_t token = 0; token < tokens; ++token) {
+    gate(s.activation, rows, s.gates + token * intermediate, s.ups + token * intermediate);
+  }
   team.meet();
 
   Inputs gated(s, team, s.gates, tokens);
   add_output(s, layer.down, layer.feed_forward_output_norm, team, gated, own);
+}
+
+// An expert of a token, and its weight.
+struct Choice {
+  int64_t expert;
+  float weight;
+};
+
+// The experts with the largest logits, weighted by the softmax of all, or of the chosen ones.
+TORCH_FUSED_INLINE void choose_experts(const CpuStep& s, const float* logits, int64_t experts, Choice* choices) {
+  float largest = logits[0], sum = 0, chosen = 0;
+  for (int64_t e = 1; e < experts; ++e) largest = std::max(largest, logits[e]);
+  for (int64_t e = 0; e < experts; ++e) sum += std::exp(logits[e] - largest);
+  bool taken[kMostExperts] = {};
+  for (int64_t k = 0; k < s.chosen; ++k) {
+    int64_t best = -1;
+    for (int64_t e = 0; e < experts; ++e) {
+      if (!taken[e] && (best < 0 || logits[e] > logits[best])) best = e;
+    }
+    taken[best] = true;
+    choices[k] = {best, std::exp(logits[best] - largest) / sum};
+    chosen += choices[k].weight;
+  }
+  for (int64_t k = 0; k < s.chosen && s.normalise_experts; ++k) choices[k].weight /= chosen;
+}
+
+// Feed-forward layers of which each token takes a few, and one that all share, if there is one. The gates of a token
+// are those of the shared one, then those of its experts.
+TORCH_FUSED_INLINE void feed_forward_of_experts(const CpuStep& s, const StepLayer& layer, const Team& team,
+                                                float* own) {
+  const int64_t tokens = s.tokens(), experts = layer.router.rows, routes = s.experts + 1;
+  const int64_t shared = layer.gate.rows, each = layer.experts_gate.first.rows;
+  normed_states(s, layer.post_attention_norm, own);
+  Inputs states(s, team, own, tokens);
+  project<Write::kSet>(layer.router, team.share(experts), states, {s.routes, routes});
+  if (layer.shared_gate.rows > 0) {
+    project<Write::kSet>(layer.shared_gate, team.share(1), states, {s.routes + s.experts, routes});
+  }
+  team.meet();
+
+  Choice choices[kMostVectors * kMostChosen];
+  const Range rows = team.share(shared), rows_of_experts = team.share(s.chosen * each);
+  for (int64_t token = 0; token < tokens; ++token) {
+    float *gates = s.gates + token * s.intermediate, *ups = s.ups + token * s.intermediate;
+    Inputs state(s, team, own + token * s.hidden, 1);
+    if (shared > 0) {
+      project<Write::kSet>(layer.gate, rows, state, {gates, shared});
+      project<Write::kSet>(layer.up, rows, state, {ups, shared});
+      gate(s.activation, rows, gates, ups);
+    }
+    choose_experts(s, s.routes + token * routes, experts, choices + token * s.chosen);
+    for (int64_t k = 0; k < s.chosen; ++k) {
+      const int64_t expert = choices[token * s.chosen + k].expert, first = shared + k * each;
+      const Range part = rows_of_experts.part(k * each, each);
+      project_dense<Write::kSet>(layer.experts_gate[expert], part, state, {gates + first, each});
+      project_dense<Write::kSet>(layer.experts_up[expert], part, state, {ups + first, each});
+      gate(s.activation, part, gates + first, ups + first);
+    }
+  }
+  team.meet();
+
+  const Range results = team.share(s.hidden);
+  for (int64_t token = 0; token < tokens; ++token) {
+    const float* gates = s.gates + token * s.intermediate;
+    float* state = s.states + token * s.hidden;
+    if (shared > 0) {
+      Inputs gated(s, team, gates, 1);
+      const float weight = layer.shared_gate.rows > 0 ? 1 / one_plus_exp(-s.routes[token * routes + s.experts]) : 1;
+      project<Write::kAdd>(layer.down, results, gated, {state, s.hidden, weight * s.residual_scale});
+    }
+    for (int64_t k = 0; k < s.chosen; ++k) {
+      const Choice& choice = choices[token * s.chosen + k];
+      const Inputs gated(gates + shared + k * each, 1);
+      project_dense<Write::kAdd>(layer.experts_down[choice.expert], results, gated,
+                                 {state, s.hidden, choice.weight * s.residual_scale});
+    }
+  }
+  team.meet();
 }
 
 TORCH_FUSED_INLINE void logits(const CpuStep& s, const Team& team, float* own) {
@@ -258,7 +335,11 @@ void run_step(const CpuStep& s, const Team& team) {
   team.meet();
   for (const StepLayer& layer : s.layers) {
     attention(s, layer, team, own);
-    feed_forward(s, layer, team, own);
+    if (layer.router.rows > 0) {
+      feed_forward_of_experts(s, layer, team, own);
+    } else {
+      feed_forward(s, layer, team, own);
+    }
   }
   logits(s, team, own);
 }
