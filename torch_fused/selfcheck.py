@@ -317,8 +317,9 @@ def check_decoder(
         "down": (hidden, intermediate),
     }
     if experts:
-        sizes |= {"router": (experts, hidden), "shared_gate": (1, hidden), "experts_down": (experts, hidden, 24)}
-        sizes |= dict.fromkeys(("experts_gate", "experts_up"), (experts, 24, hidden))
+        each = 24 if hidden == 64 else 23
+        sizes |= {"router": (experts, hidden), "shared_gate": (1, hidden), "experts_down": (experts, hidden, each)}
+        sizes |= dict.fromkeys(("experts_gate", "experts_up"), (experts, each, hidden))
     if traits:
         sizes |= {"q_norm": (queries,), "attention_output_norm": (hidden,), "feed_forward_output_norm": (hidden,)}
 

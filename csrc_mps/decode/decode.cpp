@@ -51,9 +51,11 @@ DecoderNumbers numbers_of(const std::vector<double>& n) {
     TORCH_CHECK(std::isfinite(n[i]), "Decoder: ", kNumbers[i], " must be finite, got ", n[i]);
   }
   const DecoderNumbers numbers{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9]};
-  TORCH_CHECK(numbers.attention_softcap >= 0 && numbers.logits_softcap >= 0,
-              "Decoder: attention_softcap and logits_softcap must not be negative, got ", numbers.attention_softcap,
-              " and ", numbers.logits_softcap);
+  constexpr double kLeastCap = 1e-6;  // float32 has no ratios to smaller ones
+  for (const double cap : {numbers.attention_softcap, numbers.logits_softcap}) {
+    TORCH_CHECK(cap == 0 || cap >= kLeastCap, "Decoder: attention_softcap and logits_softcap must be 0 or at least ",
+                kLeastCap, ", got ", cap);
+  }
   TORCH_CHECK(numbers.experts_per_token >= 0 && numbers.experts_per_token <= kMostChosen,
               "Decoder: experts_per_token must be from 0 to ", kMostChosen, ", got ", numbers.experts_per_token);
   return numbers;
