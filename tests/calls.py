@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_fused.ops.decode import LAYER_PARTS, DecoderParts, decode_reference, make_decoder
+from torch_fused.ops.decode import LAYER_PARTS, DecoderParts, decode_reference, decoder_arguments, make_decoder
 from torch_fused.ops.kv_cache import kv_append_reference
 from torch_fused.testing import HALF_ULP, make
 
@@ -58,7 +58,15 @@ MODEL = {
     "heads": "int",
     "eps": "float",
     "scaling": "float",
+    "norm_offset": "float",
+    "embedding_scale": "float",
+    "residual_scale": "float",
+    "logits_scale": "float",
+    "attention_softcap": "float",
+    "logits_softcap": "float",
+    "activation": "str",
     "windows": "List[int]",
+    "tables": "List[int]",
 }
 
 
@@ -127,7 +135,7 @@ class Call:
 
         copies = map_tensors(copied, arguments)
         exact = self.exact or getattr(torch.ops.torch_fused_reference, self.op)
-        parts = self._with_model(self.model and DecoderParts, copies)
+        parts = self._with_model(self.model and model_of_parts, copies)
         return self._outcome(copies, exact(**parts))
 
     def _outcome(self, arguments: Arguments, results: Any) -> list[Tensor]:
@@ -168,6 +176,10 @@ class Call:
             f"{(~right).nonzero()[0].tolist()}: {actual[~right][0]:.9g}, exact {exact[~right][0]:.9g}, "
             f"in torch {narrow[~right][0]:.9g}"
         )
+
+
+def model_of_parts(**parts: Any) -> DecoderParts:
+    return DecoderParts(*decoder_arguments(**parts))
 
 
 def _near(actual: Tensor, exact: Tensor, cancels: Tensor | float) -> Tensor:
@@ -412,13 +424,16 @@ def decode_(m: Maker) -> Arguments:
     rows = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim, "o": hidden}
     rows |= {"gate": intermediate, "up": intermediate, "down": hidden}
     cols = {"o": rows["q"], "down": intermediate}
-    biases, norms, layers = m.pick(True, False), m.pick(True, False), m.pick(1, 2)
+    biases, layers = m.pick(True, False), m.pick(1, 2)
+    head_norms, norms_before, norms_after = m.pick("each", "", "all"), m.pick(True, False), m.pick(True, False)
 
     def part(name: str) -> Tensor | None:
-        if name in ("input_norm", "post_attention_norm"):
-            return m.tensor(hidden)
+        if name in ("q_norm", "k_norm"):
+            return m.tensor(head_dim if head_norms == "each" else rows[name[0]]) if head_norms else None
         if name.endswith("norm"):
-            return m.tensor(head_dim) if norms else None
+            return m.tensor(hidden) if (norms_after if "output" in name else norms_before) else None
+        if name not in rows and not name.endswith("bias"):
+            return None  # experts: of equal logits any may be chosen
         if name.endswith("bias"):
             return m.tensor(rows[name[0]]) if biases else None
         return m.tensor(rows[name], cols.get(name, hidden), scale=0.3)
@@ -430,8 +445,8 @@ def decode_(m: Maker) -> Arguments:
         "positions": m.integers(batch, steps, end=positions),
         "starts": m.integers(batch, end=length + 1) if m.pick(True, False) else None,
         "embedding": m.tensor(vocabulary, hidden),
-        "cos": m.tensor(positions, 2 * half),
-        "sin": m.tensor(positions, 2 * half),
+        "cos": m.tensor(2, positions, 2 * half),
+        "sin": m.tensor(2, positions, 2 * half),
         "layers": [part(name) for _ in range(layers) for name in LAYER_PARTS],
         "norm": m.tensor(hidden),
         "head": m.tensor(vocabulary, hidden),
@@ -441,7 +456,15 @@ def decode_(m: Maker) -> Arguments:
         "heads": heads,
         "eps": 1e-5,
         "scaling": head_dim**-0.5,
+        "norm_offset": m.pick(1.0, 0.0),
+        "embedding_scale": m.pick(1.7, 1.0),
+        "residual_scale": m.pick(0.7, 1.0),
+        "logits_scale": m.pick(0.6, 1.0),
+        "attention_softcap": m.pick(0.0, 3.0),
+        "logits_softcap": m.pick(0.0, 2.0),
+        "activation": m.pick("silu", "gelu", "gelu_tanh"),
         "windows": [m.pick(0, 3, 1, 100) for _ in range(layers)],
+        "tables": [m.pick(1, 0, -1) for _ in range(layers)],
         "logits_to_keep": m.pick(0, 1),
     }
 

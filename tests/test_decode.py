@@ -5,6 +5,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import cycle
 
 import pytest
 import torch
@@ -14,11 +15,14 @@ from torch.library import opcheck
 from torch_fused.metal import emulate
 from torch_fused.ops.decode import (
     LAYER_PARTS,
+    Adapter,
     DecoderParts,
+    Numbers,
     Packed,
     decode_,
     decode_reference,
     decode_token_,
+    decoder_arguments,
     make_decoder,
 )
 from torch_fused.ops.quantized import dequantize_reference, quantize
@@ -29,7 +33,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's sizes; `qwen2` has biases on q, k and v, `qwen3` norms of queries and keys, `biased` all biases."""
+    """A decoder's sizes; `qwen2` has biases on q, k and v, `qwen3` norms of queries and keys, `biased` all biases.
+
+    `qwen3_moe` has experts in place of feed-forward layers, `qwen2_moe` beside them.
+    `olmo2` norms all heads as one, and what is added; `gemma` has norms before and after, and `TRAITS` more numbers.
+    """
 
     family: str = "llama"
     layers: int = 2
@@ -40,27 +48,60 @@ class Shape:
     rotary_dim: int = 16
     intermediate: int = 80
     vocabulary: int = 97
+    experts: int = 0
+    expert_intermediate: int = 24
 
     def parts(self) -> dict[str, tuple[int, ...] | None]:
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        biased, normed = self.family in ("qwen2", "biased"), self.family == "qwen3"
+        biased, normed = self.family in ("qwen2", "biased"), self.family in ("qwen3", "gemma")
+        before = (self.hidden,) if self.family != "olmo2" else None
+        after = (self.hidden,) if self.family in ("olmo2", "gemma") else None
+        if self.family == "olmo2":
+            head_norms = {"q_norm": (queries,), "k_norm": (keys,)}
+        else:
+            head_norms = dict.fromkeys(("q_norm", "k_norm"), (self.head_dim,) if normed else None)
+        moe = self.family in ("qwen2_moe", "qwen3_moe")
+        experts = (self.experts, self.expert_intermediate, self.hidden) if moe else None
+        dense = self.family != "qwen3_moe"
         return {
-            "input_norm": (self.hidden,),
+            "input_norm": before,
             "q": (queries, self.hidden),
             "q_bias": (queries,) if biased else None,
             "k": (keys, self.hidden),
             "k_bias": (keys,) if biased else None,
             "v": (keys, self.hidden),
             "v_bias": (keys,) if biased else None,
-            "q_norm": (self.head_dim,) if normed else None,
-            "k_norm": (self.head_dim,) if normed else None,
+            **head_norms,
             "o": (self.hidden, queries),
             "o_bias": (self.hidden,) if self.family == "biased" else None,
-            "post_attention_norm": (self.hidden,),
-            "gate": (self.intermediate, self.hidden),
-            "up": (self.intermediate, self.hidden),
-            "down": (self.hidden, self.intermediate),
+            "attention_output_norm": after,
+            "post_attention_norm": before,
+            "gate": (self.intermediate, self.hidden) if dense else None,
+            "up": (self.intermediate, self.hidden) if dense else None,
+            "down": (self.hidden, self.intermediate) if dense else None,
+            "feed_forward_output_norm": after,
+            "router": (self.experts, self.hidden) if moe else None,
+            "experts_gate": experts,
+            "experts_up": experts,
+            "experts_down": (self.experts, self.hidden, self.expert_intermediate) if moe else None,
+            "shared_gate": (1, self.hidden) if self.family == "qwen2_moe" else None,
         }
+
+
+TRAITS = {
+    "gemma": {
+        "norm_offset": 1.0,
+        "embedding_scale": 7.0,
+        "attention_softcap": 2.0,
+        "logits_softcap": 3.0,
+        "activation": "gelu_tanh",
+    },
+    "granite": {"embedding_scale": 12.0, "residual_scale": 0.22, "logits_scale": 0.125},
+    "gelu": {"activation": "gelu"},
+    "qwen2_moe": {"experts_per_token": 3},
+    "qwen3_moe": {"experts_per_token": 4, "normalise_experts": True},
+}
+"""The numbers of a family that others do not have."""
 
 
 @dataclass
@@ -111,10 +152,13 @@ class Step:
             "norm": self.weight(shape.hidden, around=1.0),
             "head": self.weight(shape.vocabulary, shape.hidden),
             "heads": shape.heads,
-            "eps": 1e-6,
-            "scaling": shape.head_dim**-0.5,
+            **Numbers(eps=1e-6, scaling=shape.head_dim**-0.5)._asdict(),
+            "activation": "silu",
             "windows": self.windows or [0] * shape.layers,
+            "tables": [0] * shape.layers,
             "int8_products": False,
+            "adapters": [],
+            **TRAITS.get(shape.family, {}),
         }
 
     def weight(self, *size: int, around: float = 0.0) -> torch.Tensor:
@@ -135,7 +179,7 @@ class Step:
     def exact(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The logits in float64, and the caches that the reference has written."""
         args = {name: _double(value) for name, value in self.args.items()}
-        model = WideDecoder(groups=[], **{name: _double(value) for name, value in self.model.items()})
+        model = WideDecoder(*decoder_arguments(**{name: _double(value) for name, value in self.model.items()}))
         return decode_reference(model, *args.values()), [*args["keys"], *args["values"]]
 
     def check(self, **changes) -> None:
@@ -179,6 +223,8 @@ class WideDecoder(DecoderParts):
 def on_device(device, value):
     if isinstance(value, Packed):
         return packed(*(part.to(device) for part in value), value.dense)
+    if isinstance(value, Adapter):
+        return value._replace(a=value.a.to(device), b=value.b.to(device))
     if isinstance(value, list):
         return [on_device(device, item) for item in value]
     if isinstance(value, dict):
@@ -189,16 +235,18 @@ def on_device(device, value):
 def _double(value):
     if isinstance(value, Packed):
         return value.dense.double()
+    if isinstance(value, Adapter):
+        return value._replace(a=value.a.double(), b=value.b.double())
     if isinstance(value, list):
         return [_double(item) for item in value]
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "biased"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "biased", "olmo2", *TRAITS])
 def test_families(backend, family, dtype):
-    """Biases and norms of queries and keys, one sequence and four left-padded ones, one token and several."""
-    shape = Shape(family)
+    """What families vary, for one sequence and four left-padded ones, one token and several."""
+    shape = Shape(family, experts=9 if "moe" in family else 0)
     Step(shape, dtype=dtype, device=backend.device).check()
     Step(shape, dtype=dtype, batch=4, steps=3, starts=[0, 7, 20, 19], device=backend.device).check()
 
@@ -227,6 +275,99 @@ def test_sizes(backend, shape):
     """Tiny and odd sizes, parts of a head without positions, one key head for all queries and one for each."""
     for dtype in DTYPES:
         Step(shape, batch=2, steps=2, dtype=dtype, device=backend.device).check()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "olmo2", "gemma", "granite", "qwen2_moe", "qwen3_moe"])
+def test_aligned_families(backend, family):
+    """Sizes that the fast kernels take, a context of several chunks."""
+    experts = {"experts": 40, "expert_intermediate": 136} if "moe" in family else {}
+    shape = Shape(family, hidden=256, heads=4, kv_heads=2, head_dim=64, rotary_dim=64, intermediate=512, **experts)
+    for dtype in DTYPES:
+        Step(shape, dtype=dtype, length=300, device=backend.device).check()
+    Step(shape, batch=3, steps=3, dtype=torch.bfloat16, length=300, device=backend.device).check()
+
+
+@pytest.mark.parametrize("head_dim", [16, 64])
+def test_tables_of_layers(backend, head_dim):
+    """Layers that have other angles, or none."""
+    step = Step(
+        Shape(layers=3, head_dim=head_dim, rotary_dim=head_dim), batch=2, steps=2, starts=[0, 4], device=backend.device
+    )
+    for name in ("cos", "sin"):
+        step.args[name] = torch.stack([step.args[name], step.args[name].flip(0)])
+    step.model["tables"] = [1, -1, 0]
+    step.check()
+    step.model["tables"] = [1, -1, 2]
+    with pytest.raises(RuntimeError, match="cos must have the model's table 2, got 2"):
+        step.run()
+
+
+def test_layers_with_and_without_experts(backend):
+    """A layer of each kind, and experts whose matrices are parts of one tensor, as transformers has them."""
+    step = Step(Shape("qwen2_moe", layers=3, experts=5), batch=2, steps=2, device=backend.device)
+    layers = [step.model["layers"][i * len(LAYER_PARTS) : (i + 1) * len(LAYER_PARTS)] for i in range(3)]
+    for name in ("router", "experts_gate", "experts_up", "experts_down", "shared_gate"):
+        layers[1][LAYER_PARTS.index(name)] = None
+    layers[2][LAYER_PARTS.index("shared_gate")] = None
+    gate, up = LAYER_PARTS.index("experts_gate"), LAYER_PARTS.index("experts_up")
+    layers[0][gate : up + 1] = torch.cat(layers[0][gate : up + 1], 1).chunk(2, 1)
+    step.model["layers"] = [part for layer in layers for part in layer]
+    step.check()
+
+
+def test_experts_of_nan(backend):
+    """A router's NaN spoils its sequence only, and chooses no expert that is not there."""
+    step = Step(Shape("qwen3_moe", experts=6), batch=2, device=backend.device)
+    step.args["values"][0][1, 0, 3] = torch.nan
+    logits = step.run()
+    assert logits[0].isfinite().all()
+    assert logits[1].isnan().all()
+
+
+def adapters(step: Step, rank: int, names=("q", "k", "v", "o", "gate", "up", "down"), dtype=None) -> list[Adapter]:
+    """One for each matrix of those names."""
+    shapes = step.shape.parts()
+    made = []
+    for place, name in enumerate(LAYER_PARTS * step.shape.layers):
+        if name in names:
+            rows, cols = shapes[name]
+            a, b = make(rank, cols, seed=300 + place), make(rows, rank, seed=400 + place)
+            made.append(Adapter(place, *(t.to(dtype or step.dtype) * t.shape[1] ** -0.5 for t in (a, b)), 0.7))
+    return made
+
+
+@pytest.mark.parametrize("rank", [1, 5, 64])
+@pytest.mark.parametrize("family", ["qwen2", "gemma"])
+def test_adapters(backend, family, rank):
+    """Low-rank adapters beside every matrix, or some, and several of one."""
+    step = Step(Shape(family), batch=2, steps=3, starts=[0, 4], device=backend.device)
+    for names in (("q", "v"), ("k", "o", "up"), ("q", "k", "v", "o", "gate", "up", "down")):
+        step.model["adapters"] = adapters(step, rank, names)
+        step.check()
+    step.model["adapters"] += adapters(step, 3, ("q", "down"))
+    step.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adapters_of_aligned_sizes(backend, dtype):
+    """Those that the fast kernels take, several chunks of context, one token and many, and float32 beside others."""
+    shape = Shape(hidden=256, heads=4, kv_heads=2, head_dim=64, rotary_dim=64, intermediate=512)
+    for batch, steps in ((1, 1), (3, 4)):
+        step = Step(shape, batch=batch, steps=steps, dtype=dtype, length=300, device=backend.device)
+        for own in (dtype, torch.float32):
+            step.model["adapters"] = adapters(step, 16, dtype=own)
+            step.check()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+def test_activations_of_any_size(backend, activation):
+    """Gates far from zero, where the activations are their limits."""
+    step = Step(device=backend.device)
+    step.model["activation"] = activation
+    for i, name in enumerate(LAYER_PARTS * step.shape.layers):
+        if name == "gate":
+            step.model["layers"][i] = step.model["layers"][i] * 40
+    step.check()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
@@ -263,7 +404,7 @@ def test_chunk_edges(backend, length):
 def test_dtypes_of_their_own(backend):
     """Matrices, vectors, tables and cache each have a dtype of their own."""
     step = Step(Shape("biased"), batch=2, steps=2, device=backend.device)
-    dtypes = dict(zip(LAYER_PARTS, (torch.float16, torch.bfloat16, torch.float32) * 5, strict=True))
+    dtypes = dict(zip(LAYER_PARTS, cycle((torch.float16, torch.bfloat16, torch.float32))))
     dtypes["up"] = dtypes["gate"]
     names = LAYER_PARTS * step.shape.layers
     step.model["layers"] = [
@@ -303,12 +444,12 @@ def test_nan_stays_in_its_sequence(backend):
 
 def test_layouts(backend):
     """Caches with tokens before heads in memory, and weights that are parts of larger ones, are used in place."""
-    step = Step(batch=2, steps=3, device=backend.device)
+    step = Step(Shape("qwen2_moe", experts=5), batch=2, steps=3, device=backend.device)
     for name in ("keys", "values"):
         step.args[name] = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in step.args[name]]
     padded = [None if t is None or t.dim() == 1 else torch.nn.functional.pad(t, (3, 2)) for t in step.model["layers"]]
     step.model["layers"] = [
-        part if wide is None else wide[:, 3:-2] for part, wide in zip(step.model["layers"], padded, strict=True)
+        part if wide is None else wide[..., 3:-2] for part, wide in zip(step.model["layers"], padded, strict=True)
     ]
     step.check()
 
@@ -449,14 +590,83 @@ def _parts(step: Step, **changes) -> list:
         (lambda s: {"embedding": s.model["embedding"].double()}, RuntimeError, "embedding must be .*float32"),
         (lambda s: {"cos": s.args["cos"][:, :15]}, RuntimeError, "cos must be .* even rotary dim"),
         (lambda s: {"sin": s.args["sin"][:4]}, RuntimeError, "sin must be a contiguous"),
-        (lambda s: {"layers": s.model["layers"][:-1]}, RuntimeError, "layers must .* 15"),
-        (lambda s: {"layers": []}, RuntimeError, "layers must .* 15 .* got 0"),
+        (lambda s: {"layers": s.model["layers"][:-1]}, RuntimeError, "layers must .* 22"),
+        (lambda s: {"layers": []}, RuntimeError, "layers must .* 22 .* got 0"),
         (lambda s: {"layers": _parts(s, down=None)}, RuntimeError, "down of layer 1 must be a tensor"),
         (lambda s: {"layers": _parts(s, q=torch.zeros(64, 47))}, RuntimeError, "q of layer 1 must have shape"),
         (lambda s: {"layers": _parts(s, k=torch.zeros(31, 48))}, RuntimeError, "k of layer 1 must have shape"),
         (lambda s: {"layers": _parts(s, up=torch.zeros(80, 48).half())}, RuntimeError, "up of layer 1 must have"),
         (lambda s: {"layers": _parts(s, gate=torch.zeros(48, 80).t())}, RuntimeError, "gate of layer 1 .* dense rows"),
         (lambda s: {"norm": torch.zeros(47)}, RuntimeError, "norm must have shape"),
+        (lambda s: {"layers": _parts(s, q_norm=torch.ones(17))}, RuntimeError, "q_norm of layer 1 must have shape"),
+        (
+            lambda s: {"adapters": [Adapter(0, torch.ones(2, 48), torch.ones(64, 2), 1.0)]},
+            RuntimeError,
+            "adapter_places must be the places of matrices in layers, got 0",
+        ),
+        (
+            lambda s: {"adapters": [Adapter(34, torch.ones(2, 48), torch.ones(64, 2), 1.0)]},
+            RuntimeError,
+            "adapter_places must .* got 34",
+        ),
+        (
+            lambda s: {"adapters": [Adapter(1, torch.ones(2, 47), torch.ones(64, 2), 1.0)]},
+            RuntimeError,
+            "a of the adapter of q of layer 0 must have shape .2, 48., got .2, 47.",
+        ),
+        (
+            lambda s: {"adapters": [Adapter(1, torch.ones(257, 48), torch.ones(64, 257), 1.0)]},
+            RuntimeError,
+            "a of the adapter of q of layer 0 .* a rank of 1 to 256",
+        ),
+        (
+            lambda s: {"adapters": [Adapter(1, torch.ones(2, 48), torch.ones(63, 2), 1.0)]},
+            RuntimeError,
+            "b of the adapter of q of layer 0 must have shape",
+        ),
+        (
+            lambda s: {"adapters": [Adapter(1, torch.ones(2, 48), torch.ones(64, 2), float("inf"))]},
+            RuntimeError,
+            "the scale of the adapter of q of layer 0 must be finite",
+        ),
+        (
+            lambda s: {"layers": _parts(s, router=torch.ones(4, 48))},
+            RuntimeError,
+            "experts_gate of layer 1 must be .4, rows, columns.",
+        ),
+        (
+            lambda s: {
+                "layers": _parts(
+                    s,
+                    router=torch.ones(4, 48),
+                    experts_gate=torch.ones(4, 8, 48),
+                    experts_up=torch.ones(4, 8, 48),
+                    experts_down=torch.ones(4, 48, 7),
+                )
+            },
+            RuntimeError,
+            "experts_down of layer 1 must have shape",
+        ),
+        (
+            lambda s: {
+                "layers": _parts(
+                    s,
+                    router=torch.ones(4, 48),
+                    experts_gate=torch.ones(4, 8, 48),
+                    experts_up=torch.ones(4, 8, 48),
+                    experts_down=torch.ones(4, 48, 8),
+                )
+            },
+            RuntimeError,
+            "experts_per_token must be at least 1 with a router",
+        ),
+        (lambda s: {"experts_per_token": 33}, RuntimeError, "experts_per_token must be from 0 to 32, got 33"),
+        (lambda s: {"layers": _parts(s, gate=None)}, RuntimeError, "gate of layer 1 must be a tensor"),
+        (lambda s: {"activation": "relu"}, RuntimeError, "activation must be silu, gelu or gelu_tanh, got relu"),
+        (lambda s: {"tables": [0]}, RuntimeError, "tables must be a number for each of the 2 layers"),
+        (lambda s: {"tables": [0, -2]}, RuntimeError, "tables must be .* -1 for none"),
+        (lambda s: {"residual_scale": float("nan")}, RuntimeError, "residual_scale must be finite, got nan"),
+        (lambda s: {"attention_softcap": -1.0}, RuntimeError, "attention_softcap and .* must be 0 or at least 1e-06, got -1"),
         (lambda s: {"head": torch.zeros(97, 47)}, RuntimeError, "head must have shape"),
         (lambda s: {"keys": s.args["keys"][:1]}, RuntimeError, "keys must be a tensor for each of the 2 layers"),
         (lambda s: {"values": [t[:, :, :21] for t in s.args["values"]]}, RuntimeError, "values must have room .* 21"),
@@ -563,7 +773,7 @@ def test_caches_side_by_side():
     [
         (lambda s: s.model["embedding"].set_(make(97, 48)), "embedding"),
         (lambda s: setattr(s.model["layers"][1], "data", make(48, 64).t()), "q of layer 0"),
-        (lambda s: s.model["layers"][16].resize_(1), "q of layer 1"),
+        (lambda s: s.model["layers"][len(LAYER_PARTS) + 1].resize_(1), "q of layer 1"),
         (lambda s: setattr(s.model["norm"], "data", s.model["norm"].data.half()), "norm"),
     ],
 )

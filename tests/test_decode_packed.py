@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_decode import DTYPES, Packed, Shape, Step, _token, pack, packed
+from test_decode import DTYPES, Packed, Shape, Step, _token, adapters, pack, packed
 
 from torch_fused.metal import emulate
 from torch_fused.ops.decode import LAYER_PARTS, decode_, decode_reference, make_decoder
@@ -99,6 +99,14 @@ def test_float_products_all_the_same(bits, group_size, only):
     step = packed_step(bits, group_size, only=only)
     exact, _ = step.exact()
     assert relative_error(step.run(int8_products=True), exact) < 1e-5
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_adapters(backend, bits):
+    """Low-rank adapters beside packed matrices."""
+    step = packed_step(bits, batch=2, steps=2, device=backend.device)
+    step.model["adapters"] = adapters(step, 8)
+    step.check()
 
 
 def test_reference():

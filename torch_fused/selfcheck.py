@@ -11,7 +11,16 @@ from torch import Tensor
 
 from .functional import add_rms_norm, apply_rotary_pos_emb, dequantize, quantize, silu_mul
 from .ops.adamw import adamw_, adamw_reference
-from .ops.decode import LAYER_PARTS, DecoderParts, Packed, decode_, decode_reference, make_decoder
+from .ops.decode import (
+    LAYER_PARTS,
+    Adapter,
+    DecoderParts,
+    Packed,
+    decode_,
+    decode_reference,
+    decoder_arguments,
+    make_decoder,
+)
 from .ops.kv_cache import kv_append_, kv_append_reference
 from .ops.layer_norm import layer_norm_backward_reference, layer_norm_reference
 from .ops.quantized import dequantize_reference, quantized_linear_reference
@@ -240,6 +249,18 @@ def check_kv_append(device: str) -> None:
             same(f"kv_append_ of {head_dim} elements, {dtype}", values, exact[1])
 
 
+TRAITS = {
+    "norm_offset": 1.0,
+    "embedding_scale": 3.0,
+    "residual_scale": 0.5,
+    "logits_scale": 0.5,
+    "attention_softcap": 2.0,
+    "logits_softcap": 2.0,
+    "activation": "gelu_tanh",
+}
+"""Numbers of a decoder that only some families have."""
+
+
 def check_decode(device: str) -> None:
     # Odd sizes, and whole packs with heads of 64 and 128 dimensions; one new token and several.
     for hidden, head_dim, steps in ((42, 12, 3), (64, 64, 1), (64, 64, 3), (64, 128, 1), (64, 128, 3)):
@@ -249,6 +270,10 @@ def check_decode(device: str) -> None:
     for hidden, head_dim, steps in ((42, 12, 3), (64, 64, 1), (64, 64, 3)):
         for dtype in DTYPES:
             check_decoder(device, dtype, hidden, head_dim, steps, length=70)
+    for hidden, head_dim in ((42, 12), (64, 64)):
+        check_decoder(device, torch.float32, hidden, head_dim, 3, length=70, traits=True)
+        for dtype in DTYPES:
+            check_decoder(device, dtype, hidden, head_dim, 3, experts=5)
     for bits in (4, 8):
         for dtype in DTYPES:
             for steps, length in ((1, 20), (3, 20), (1, 70), (3, 70)):
@@ -267,8 +292,13 @@ def check_decoder(
     length: int = 20,
     bits: int = 0,
     beside: torch.dtype | None = None,
+    traits: bool = False,
+    experts: int = 0,
 ) -> None:
-    """Of dense matrices, or of packed ones with `bits` bits; norms and biases have the dtype `beside`."""
+    """Of dense matrices, or of packed ones with `bits` bits; norms and biases have the dtype `beside`.
+
+    `traits`: with what only some families have. `experts`: beside feed-forward layers that all tokens share.
+    """
     heads, batch, vocabulary = 4, 1 if steps == 1 else 2, 50
     intermediate = 96 if hidden == 64 else 71
     queries, keys = heads * head_dim, 2 * head_dim
@@ -286,6 +316,12 @@ def check_decoder(
         "up": (intermediate, hidden),
         "down": (hidden, intermediate),
     }
+    if experts:
+        each = 24 if hidden == 64 else 23
+        sizes |= {"router": (experts, hidden), "shared_gate": (1, hidden), "experts_down": (experts, hidden, each)}
+        sizes |= dict.fromkeys(("experts_gate", "experts_up"), (experts, each, hidden))
+    if traits:
+        sizes |= {"q_norm": (queries,), "attention_output_norm": (hidden,), "feed_forward_output_norm": (hidden,)}
 
     def scaled(*shape: int, seed: int, dtype: torch.dtype = dtype) -> Tensor:
         return make(*shape, dtype=dtype, seed=seed, scale=shape[-1] ** -0.5)
@@ -306,7 +342,15 @@ def check_decoder(
         "eps": 1e-5,
         "scaling": head_dim**-0.5,
         "windows": [length - 11],
+        **(TRAITS if traits else {}),
+        **({"experts_per_token": 2, "normalise_experts": True} if experts else {}),
     }
+    if traits:  # the gate's adapter makes gating a step of its own
+        shapes = {"gate": (intermediate, hidden), "o": (hidden, queries)}
+        model["adapters"] = [
+            Adapter(LAYER_PARTS.index(name), scaled(4, cols, seed=27), scaled(rows, 4, seed=28), 0.5)
+            for name, (rows, cols) in shapes.items()
+        ]
     arguments: dict[str, Any] = {
         "token_ids": ids,
         "positions": ids,
@@ -317,10 +361,11 @@ def check_decoder(
         "values": [scaled(batch, 2, length + steps, head_dim, seed=26)],
         "length": length,
     }
-    exact_model = DecoderParts(**in_float64(model), groups=[], int8_products=False)
+    exact_model = DecoderParts(*decoder_arguments(**in_float64(model)))
     exact = decode_reference(exact_model, **in_float64(arguments), logits_to_keep=steps)
     matrices = f"{bits} bits" if bits else "dense matrices"
     what = f"decode_ of {hidden} columns and heads of {head_dim} behind {length}, {matrices}"
+    what += ", norms of outputs" if traits else f", {experts} experts" if experts else ""
     moved = on(device, model)
     logits = decode_(make_decoder(**moved, int8_products=False), **on(device, arguments))
     compare(what, [logits.to(dtype)], [exact])
@@ -348,6 +393,8 @@ def map_tensors(
 ) -> Any:
     if isinstance(value, dict):
         return {name: map_tensors(function, item, of_packed) for name, item in value.items()}
+    if isinstance(value, Adapter):
+        return value._replace(a=function(value.a), b=function(value.b))
     if isinstance(value, list):
         return [map_tensors(function, item, of_packed) for item in value]
     if isinstance(value, Packed):

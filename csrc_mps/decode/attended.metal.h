@@ -63,7 +63,7 @@ inline void multiply_attended(thread MatrixRows& rows, device const ushort* bias
   const float shift = writes && p.flags & kBias ? vector_at<T, WHOLE>(bias, p.bias_format, row) : 0.0f;
   load_rows<WHOLE>(rows, lane * W, p.cols);
   previous_launch_done(lane);
-  const float residual = writes ? *result : 0.0f;
+  const float residual = writes && p.flags & kAdd ? *result : 0.0f;
 
   float sums[R * C];
 #pragma unroll
@@ -109,5 +109,5 @@ inline void multiply_attended(thread MatrixRows& rows, device const ushort* bias
     }
   }
   const float sum = sum_of_each<R * C>(sums, lane);
-  if (writes) *result = residual + sum + shift;
+  if (writes) *result = fma(sum + shift, p.scale, residual);
 }

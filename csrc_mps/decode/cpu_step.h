@@ -29,7 +29,9 @@ struct Vector {
   }
 };
 
-// y = x * weight^T + bias; a row of the weight for each result.
+struct MatrixAdapter;
+
+// y = x * weight^T + bias, and what the adapters add; a row of the weight for each result.
 struct Matrix {
   const void* weight;
   uint32_t format;
@@ -38,6 +40,24 @@ struct Matrix {
   Vector bias;
   PackedMatrix packed;  // in place of the weight if it has bits
   bool int8;            // multiplied as integers
+  std::vector<MatrixAdapter> adapters;
+};
+
+struct MatrixAdapter {
+  Matrix a, b;
+  float scale;
+};
+
+// The matrices of all experts, `stride` bytes apart.
+struct Experts {
+  Matrix first;
+  int64_t stride;
+
+  Matrix operator[](int64_t expert) const {
+    Matrix matrix = first;
+    matrix.weight = static_cast<const char*>(first.weight) + expert * stride;
+    return matrix;
+  }
 };
 
 // One sequence's states after another: (batch, heads, slots, head_dim), dense in the last dimension.
@@ -52,19 +72,26 @@ struct CacheStates {
 };
 
 struct StepLayer {
-  Vector input_norm;
+  Vector input_norm, attention_output_norm, post_attention_norm, feed_forward_output_norm;
   Matrix q, k, v, o;
   Vector q_norm, k_norm;
-  Vector post_attention_norm;
-  Matrix gate, up, down;
+  int64_t q_norm_size, k_norm_size;  // of one head, or of all
+  Matrix gate, up, down;            // without rows if there are experts alone
+  Matrix router, shared_gate;       // without rows if there are none
+  Experts experts_gate, experts_up, experts_down;
   CacheStates<void> keys, values;  // both of cache_format
   int64_t window;                  // the last slots that a token attends, its own included; 0 for all
+  Vector cos, sin;                 // (positions, rotary_dim)
+  int64_t rotary_dim;              // 0 for none
 };
 
 // Sizes of a step, and of the memory it needs.
 struct StepShape {
   int64_t batch, steps;  // sequences, and new tokens of each
-  int64_t hidden, heads, kv_heads, head_dim, rotary_dim, intermediate, vocabulary;
+  int64_t hidden, heads, kv_heads, head_dim, vocabulary;
+  int64_t intermediate;      // gates of a token: of the feed-forward layers, then of the chosen experts
+  int64_t experts, chosen;   // of a token
+  int64_t most_cols;         // of a matrix that may be packed
   int64_t length;  // slots of the cache that are in use
   int64_t kept;    // last tokens of each sequence whose logits are wanted
   int64_t chunks;  // parts of a sequence's context, each attended on its own
@@ -82,7 +109,7 @@ struct StepShape {
 
   // And those in which it makes vectors ready for packed rows.
   int64_t ready_size() const {
-    return ReadyVectors::size(std::max({hidden, heads * head_dim, intermediate}), tokens());
+    return ReadyVectors::size(most_cols, tokens());
   }
 };
 
@@ -91,18 +118,22 @@ struct CpuStep : StepShape {
   const int64_t* positions;  // (batch, steps)
   const int64_t* starts;     // (batch), or null: the first slot that each sequence attends
   Matrix embedding;
-  Vector cos, sin;  // (positions, rotary_dim)
   std::vector<StepLayer> layers;
   uint32_t cache_format;
   Vector norm;
   Matrix head;
-  float eps, scaling;
+  uint32_t activation;
+  bool normalise_experts;
+  float eps, scaling, norm_offset, embedding_scale, residual_scale;
+  float softcap;  // of scores; 0 for none
 
   float* states;    // (tokens, hidden): the residual stream
+  float* output;    // (tokens, hidden): what is normed before it is added to it
   float* qkv;       // (tokens, projected)
   float* partials;  // (tokens, heads, chunks, partial)
   float* gates;     // (tokens, intermediate)
   float* ups;       // (tokens, intermediate)
+  float* routes;    // (tokens, experts + 1): the router's logits, and the gate of the shared expert
   float* own;       // (threads, own_size()): each thread's own memory
   float* ready;     // (threads, ready_size())
   float* logits;    // (batch, kept, vocabulary)

@@ -52,7 +52,7 @@ inline void place_head(device const float* head, bool normed, thread const float
     for (int i = 0; i < N; i++) squares = fma(x[i], x[i], squares);
     const float scale = rsqrt(simd_sum(squares) / float(p.head_dim) + p.eps);
 #pragma unroll
-    for (int i = 0; i < N; i++) x[i] *= scale * norm[i];
+    for (int i = 0; i < N; i++) x[i] *= scale * (norm[i] + p.norm_offset);
   }
   const uint half_dim = p.rotary_dim / 2;
 #pragma unroll
@@ -184,6 +184,7 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
           for (int j = 0; j < W; j++) score[u] = fma(key[u].get(j), x[q][j], score[u]);
 #pragma unroll
           for (int distance = 1; distance < LANES; distance *= 2) score[u] += simd_shuffle_xor(score[u], distance);
+          if (p.softcap > 0.0f) score[u] = p.softcap * tanh(score[u] / p.softcap);
           const long slot = base + u * KEYS + key_group;
           const bool visible = slot < end && slot <= newest && (p.window == 0 || slot > newest - p.window);
           score[u] = visible ? score[u] : -INFINITY;

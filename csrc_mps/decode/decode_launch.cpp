@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "../common/registration.h"
 #include "../common/rows.h"
@@ -12,29 +13,63 @@ namespace torch_fused {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kChunkSlots = 32;  // slots of the context that a chunk of attention should at least have
 constexpr int64_t kMostChunks = 32;  // more cost more to put together than they save
 constexpr int64_t kFewGroups = 16;   // threadgroups of attention; where there are more anyway, chunks are larger
 constexpr int64_t kGroups = 128;     // and so many fill a GPU
 
+// What the adapters of a matrix add to its product; `multiply_a` is the product with the first matrix of one.
+template <class Function>
+void add_adapters(GpuStep& step, const Linear& matrix, const Tensor& to, double scale, const Function& multiply_a) {
+  const int64_t steps = step.call.steps;
+  for (const Adapter& adapter : matrix.adapters) {
+    const Tensor thin = at::empty({step.call.tokens(), adapter.a.rows()}, step.states.options());
+    multiply_a(adapter.a, thin);
+    multiply(step, {&adapter.b}, {thin, to, {}, steps, steps, true, scale * adapter.scale}, false);
+  }
+}
+
+// And of one whose vectors are normed before.
+void add_adapters(GpuStep& step, const Linear& matrix, const OptionalTensor& norm, const Tensor& to) {
+  const int64_t steps = step.call.steps;
+  add_adapters(step, matrix, to, 1, [&](const Linear& a, const Tensor& thin) {
+    multiply(step, {&a}, {step.states, thin, norm, steps, steps, false}, false);
+  });
+}
+
 // Each on its own where their formats differ.
 void multiply_qkv(GpuStep& step, const DecoderLayer& layer) {
-  const StepVectors v{step.states, step.qkv, &layer.input_norm, step.call.steps, step.call.steps, false};
+  const StepVectors v{step.states, step.qkv, layer.input_norm, step.call.steps, step.call.steps, false};
   const auto alike = [](const Linear& a, const Linear& b) {
     return a.is_like(b) && (!a.bias || !b.bias || a.bias->scalar_type() == b.bias->scalar_type());
   };
-  if (alike(layer.q, layer.k) && alike(layer.q, layer.v) && alike(layer.k, layer.v)) {
-    return multiply(step, {&layer.q, &layer.k, &layer.v}, v, false);
-  }
+  const bool together = alike(layer.q, layer.k) && alike(layer.q, layer.v) && alike(layer.k, layer.v);
+  if (together) multiply(step, {&layer.q, &layer.k, &layer.v}, v, false);
   int64_t first = 0;
   for (const Linear* matrix : {&layer.q, &layer.k, &layer.v}) {
     const int64_t rows = matrix->rows();
     const Tensor results = step.qkv.narrow(1, first, rows);
-    multiply(step, {matrix}, {v.from, results, v.norm, v.steps, v.kept, false}, false);
+    if (!together) multiply(step, {matrix}, {v.from, results, v.norm, v.steps, v.kept, false}, false);
+    add_adapters(step, *matrix, v.norm, results);
     first += rows;
   }
+}
+
+// The norm of each head, if there is one.
+OptionalTensor norm_of_each(const OptionalTensor& norm, const Decoder& model) {
+  return norm && norm->size(0) == model.head_dim ? norm : std::nullopt;
+}
+
+// Norms of all heads of queries or keys as one, in place.
+void norm_heads(GpuStep& step, const DecoderLayer& layer) {
+  const auto apply = [&](const OptionalTensor& norm, int64_t first) {
+    if (!norm || norm->size(0) == step.model.head_dim) return;
+    const Tensor rows = step.qkv.narrow(1, first, norm->size(0));
+    norm_rows(step, rows, *norm, rows, false, 1);
+  };
+  apply(layer.q_norm, 0);
+  apply(layer.k_norm, step.model.heads * step.model.head_dim);
 }
 
 void attend(GpuStep& step, size_t index) {
@@ -53,30 +88,55 @@ void attend(GpuStep& step, size_t index) {
   p.heads = static_cast<uint32_t>(model.heads);
   p.kv_heads = static_cast<uint32_t>(model.kv_heads);
   p.head_dim = static_cast<uint32_t>(model.head_dim);
-  p.rotary_dim = static_cast<uint32_t>(call.rotary_dim);
-  p.positions = static_cast<uint32_t>(call.cos.size(0));
+  const Tensor cos = call.table_of(call.cos, layer), sin = call.table_of(call.sin, layer);
+  p.rotary_dim = static_cast<uint32_t>(call.rotary_dim_of(layer));
+  p.positions = static_cast<uint32_t>(cos.size(0));
   p.chunks = static_cast<uint32_t>(step.chunks);
-  p.table_format = format_of(call.cos);
-  p.eps = static_cast<float>(model.eps);
-  p.scaling = static_cast<float>(model.scaling / std::log(2.0));
+  p.table_format = format_of(cos);
+  p.eps = static_cast<float>(model.numbers.eps);
+  p.norm_offset = static_cast<float>(model.numbers.norm_offset);
+  p.scaling = static_cast<float>(model.numbers.scaling / std::log(2.0));
+  p.softcap = static_cast<float>(model.numbers.attention_softcap / std::log(2.0));
   const at::ScalarType dtype = keys.scalar_type();
   const auto aligned = [&](const Tensor& t) {
     return rows_aligned(t, t.stride(0)) && rows_aligned(t, t.stride(1)) && rows_aligned(t, t.stride(2));
   };
+  const OptionalTensor q_norm = norm_of_each(layer.q_norm, model), k_norm = norm_of_each(layer.k_norm, model);
   const auto alike = [&](const OptionalTensor& t) { return !t || t->scalar_type() == dtype; };
-  const bool whole = aligned(keys) && aligned(values) && alike(layer.q_norm) && alike(layer.k_norm) && alike(call.cos);
+  const bool whole = aligned(keys) && aligned(values) && alike(q_norm) && alike(k_norm) && alike(cos);
   if (call.starts) p.flags |= kStarts;
-  if (layer.q_norm) p.flags |= kQueryNorm, p.q_norm_format = format_of(*layer.q_norm);
-  if (layer.k_norm) p.flags |= kKeyNorm, p.k_norm_format = format_of(*layer.k_norm);
+  if (q_norm) p.flags |= kQueryNorm, p.q_norm_format = format_of(*q_norm);
+  if (k_norm) p.flags |= kKeyNorm, p.k_norm_format = format_of(*k_norm);
   KernelSet* kernels = !whole || model.head_dim % 64 > 0 ? &any : model.head_dim == 64 ? &dim_64 : &dim_128;
   if (model.head_dim > 128) kernels = &any;
   step.launches.add((*kernels)(dtype), call.batch * model.kv_heads * step.chunks, 32 * kAttentionSimdgroups,
-                    {step.qkv, keys, values, layer.q_norm.value_or(call.cos), layer.k_norm.value_or(call.cos), call.cos,
-                     call.sin, call.positions, call.starts.value_or(call.positions), step.attended, step.stats},
+                    {step.qkv, keys, values, q_norm.value_or(cos), k_norm.value_or(cos), cos, sin, call.positions, call.starts.value_or(call.positions), step.attended, step.stats},
                     p);
 }
 
 }  // namespace
+
+void feed_forward(GpuStep& step, const DecoderLayer& layer, const Tensor& to, bool add, double scale) {
+  const int64_t steps = step.call.steps, tokens = step.call.tokens(), size = layer.gate.rows();
+  const OptionalTensor& norm = layer.post_attention_norm;
+  const auto part = [&](const Tensor& memory) { return memory.flatten().narrow(0, 0, tokens * size).view({tokens, size}); };
+  const Tensor gates = part(step.gates);
+  if (layer.gate.adapters.empty() && layer.up.adapters.empty()) {
+    multiply(step, {&layer.gate, &layer.up}, {step.states, gates, norm, steps, steps, false}, true);
+  } else {
+    if (!step.ups.defined()) step.ups = at::empty_like(step.gates);
+    const Tensor ups = part(step.ups);
+    for (const auto& [matrix, results] : {std::pair(&layer.gate, gates), std::pair(&layer.up, ups)}) {
+      multiply(step, {matrix}, {step.states, results, norm, steps, steps, false}, false);
+      add_adapters(step, *matrix, norm, results);
+    }
+    gate(step, gates, ups);
+  }
+  multiply(step, {&layer.down}, {gates, to, {}, steps, steps, add, scale}, false);
+  add_adapters(step, layer.down, to, scale, [&](const Linear& a, const Tensor& thin) {
+    multiply(step, {&a}, {gates, thin, {}, steps, steps, false}, false);
+  });
+}
 
 Tensor decode_gpu(const DecoderPtr& decoder, const Tensor& token_ids, const Tensor& positions,
                   const OptionalTensor& starts, const Tensor& cos, const Tensor& sin, at::TensorList keys,
@@ -96,26 +156,44 @@ Tensor decode_gpu(const DecoderPtr& decoder, const Tensor& token_ids, const Tens
   GpuStep step{call,
                model,
                room(model.hidden),
+               room(model.hidden),
                room(call.projected()),
                room(heads * chunks * dim),
                room(heads * chunks * 2),
                room(model.intermediate),
+               {},
                at::empty({call.batch, call.kept, model.vocabulary}, floats),
                chunks,
                {}};
   embed(step);
   const int64_t steps = call.steps;
+  const double scale = model.numbers.residual_scale;
   for (size_t i = 0; i < model.layers.size(); ++i) {
     const DecoderLayer& layer = model.layers[i];
     multiply_qkv(step, layer);
+    norm_heads(step, layer);
     attend(step, i);
-    multiply_attended(step, layer.o);
-    multiply(step, {&layer.gate, &layer.up}, {step.states, step.gates, &layer.post_attention_norm, steps, steps, false},
-             true);
-    multiply(step, {&layer.down}, {step.gates, step.states, nullptr, steps, steps, true}, false);
+    // With a norm the output goes to the states when all of it is there.
+    const auto add_output = [&](const OptionalTensor& norm, const auto& product) {
+      if (!norm) return product(step.states, true, scale);
+      product(step.output, false, 1.0);
+      norm_rows(step, step.output, *norm, step.states, true, scale);
+    };
+    add_output(layer.attention_output_norm, [&](const Tensor& to, bool add, double by) {
+      multiply_attended(step, layer.o, to, add, by);
+      add_adapters(step, layer.o, to, by,
+                   [&](const Linear& a, const Tensor& thin) { multiply_attended(step, a, thin, false, 1); });
+    });
+    if (layer.has_experts()) {
+      feed_forward_of_experts(step, layer);
+    } else {
+      add_output(layer.feed_forward_output_norm,
+                 [&](const Tensor& to, bool add, double by) { feed_forward(step, layer, to, add, by); });
+    }
   }
-  multiply(step, {&model.head}, {step.states, step.logits, &model.norm, steps, call.kept, false}, false);
+  multiply(step, {&model.head}, {step.states, step.logits, model.norm, steps, call.kept, false}, false);
   step.launches.run(model.repeats);
+  finish_logits(model, step.logits);
   return step.logits;
 }
 

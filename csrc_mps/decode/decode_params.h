@@ -13,10 +13,16 @@ SHARED_CONSTANT uint32_t kMostHeadDim = 256;
 SHARED_CONSTANT uint32_t kAttentionSimdgroups = 8;
 SHARED_CONSTANT uint32_t kTeamQueries = 2;  // that a simdgroup of attention has at once
 
-// One row of the embedding a token.
+SHARED_CONSTANT uint32_t kSilu = 0, kGelu = 1, kGeluTanh = 2;  // activations
+
+SHARED_CONSTANT uint32_t kMostRank = 256;  // of an adapter
+
+// One row of the embedding a token, times `scale`.
 struct EmbedParams {
   int64_t stride;  // elements from row to row
   uint32_t hidden, vocabulary;
+  float scale;
+  uint32_t unused;
 };
 
 SHARED_CONSTANT uint32_t kNormed = 1;  // the vectors are normed before the product
@@ -33,8 +39,9 @@ struct ProductParams {
   uint32_t steps, kept;  // of each sequence's `steps` vectors the last `kept` are taken
   uint32_t splits;       // simdgroups that share a row
   uint32_t flags, norm_format, bias_format;
-  float eps;
-  uint32_t unused;
+  float eps, norm_offset;  // which is added to the norm's weights
+  float scale;             // of the results
+  uint32_t activation, unused;
 };
 
 // How up to three packed matrices are laid out.
@@ -51,13 +58,13 @@ struct PackedProductParams {
 SHARED_CONSTANT uint32_t kProductSimdgroups = 4;    // of a threadgroup that multiplies, but for splits
 SHARED_CONSTANT uint32_t kMostSplitSimdgroups = 8;  // with them
 
-// The product behind attention; its results are added to what is there.
+// The product behind attention.
 struct AttendedParams {
   int64_t stride;  // elements from row to row
   uint32_t rows, cols, vectors;
   uint32_t chunks, head_dim;
   uint32_t flags, bias_format;
-  uint32_t unused;
+  float scale;  // of the results
 };
 
 struct PackedAttendedParams {
@@ -70,6 +77,43 @@ struct PackedEmbedParams {
   PackedFormat format;
 };
 
+// activation(gate) * up of `count` floats, in place of the gates.
+struct GateParams {
+  uint32_t count, activation;
+};
+
+SHARED_CONSTANT uint32_t kMostExperts = 1024, kMostChosen = 32;
+
+// The choice of a token's experts: those with the largest logits, weighted by their softmax.
+struct ChooseParams {
+  uint32_t experts, chosen, stride;  // floats from token to token
+  uint32_t normalise;                // the chosen experts' weights, to a sum of 1
+};
+
+// The product of each chosen expert's matrix, or of two that gate, with one vector.
+struct ExpertsParams {
+  ProductParams product;
+  int64_t expert_strides[2];  // elements from expert to expert
+  uint32_t groups;            // threadgroups of one expert's product
+  uint32_t shared_by;         // experts that take the same vector
+};
+
+// The sum of a token's experts, and of the shared one, added to its state.
+struct ExpertSumParams {
+  uint32_t cols, chosen, flags, stride;  // floats from token to token of the routes
+  uint32_t gate;                         // where a token's routes have the shared expert's gate
+  float scale;
+};
+
+SHARED_CONSTANT uint32_t kSharedExpert = 1, kSharedGate = 2;
+
+// The RMS norm of `cols` floats of each token, in place or added to what is there.
+struct StepNormParams {
+  int64_t from_stride, to_stride;  // floats from token to token
+  uint32_t cols, flags, norm_format;
+  float eps, norm_offset, scale;
+};
+
 // Attention of the new tokens over one chunk of the context, a threadgroup a key/value head and chunk.
 struct AttentionParams {
   int64_t keys_batch, keys_head, keys_slot, values_batch, values_head, values_slot;  // strides
@@ -77,6 +121,8 @@ struct AttentionParams {
   uint32_t steps, heads, kv_heads, head_dim, rotary_dim, positions;
   uint32_t chunks, flags, q_norm_format, k_norm_format, table_format;
   float eps, scaling;
+  float softcap;  // of scores, in octaves; 0 for none
+  float norm_offset;
   uint32_t unused;
 };
 

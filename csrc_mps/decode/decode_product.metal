@@ -32,8 +32,41 @@ void decode_embed(device const T* embedding [[buffer(0)]], device const long* to
   const long id = token_ids[token];
   const bool known = id >= 0 && id < long(p.vocabulary);
   for (uint i = thread_id; i < p.hidden; i += threads) {
-    states[ulong(token) * p.hidden + i] = known ? float(embedding[id * p.stride + i]) : NAN;
+    states[ulong(token) * p.hidden + i] = known ? float(embedding[id * p.stride + i]) * p.scale : NAN;
   }
+}
+
+// The RMS norm of some floats of each token, a threadgroup a token.
+[[kernel, max_total_threads_per_threadgroup(256)]]
+void decode_norm(device const float* from [[buffer(0)]], device const ushort* norm [[buffer(1)]],
+                 device float* to [[buffer(2)]], constant StepNormParams& p [[buffer(3)]],
+                 uint token [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
+                 uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+  threadgroup float squares[8];
+  device const float* x = from + ulong(token) * p.from_stride;
+  device float* y = to + ulong(token) * p.to_stride;
+  previous_launch_done(lane);
+  float sum = 0.0f;
+  for (uint i = thread_id; i < p.cols; i += 256) sum = fma(x[i], x[i], sum);
+  sum = simd_sum(sum);
+  if (lane == 0) squares[simdgroup] = sum;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  sum = simd_sum(lane < 8 ? squares[lane] : 0.0f);
+  const float scale = rsqrt(sum / float(p.cols) + p.eps) * p.scale;
+  for (uint i = thread_id; i < p.cols; i += 256) {
+    const float normed = x[i] * scale * (vector_at<float, false>(norm, p.norm_format, i) + p.norm_offset);
+    y[i] = p.flags & kAdd ? y[i] + normed : normed;
+  }
+}
+
+// What the gated products do at their end, where adapters come before it.
+[[kernel, max_total_threads_per_threadgroup(256)]]
+void decode_gate(device float* gates [[buffer(0)]], device const float* ups [[buffer(1)]],
+                 constant GateParams& p [[buffer(2)]], uint group [[threadgroup_position_in_grid]],
+                 uint thread_id [[thread_position_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  previous_launch_done(lane);
+  const uint i = group * 256 + thread_id;
+  if (i < p.count) gates[i] = activate(gates[i], p.activation) * ups[i];
 }
 
 #define PRODUCT(host, T, C, R, U, GATED, WHOLE)                                                             \

@@ -12,7 +12,7 @@ namespace torch_fused {
 struct GpuStep {
   const DecodeCall& call;
   const Decoder& model;
-  at::Tensor states, qkv, attended, stats, gates, logits;
+  at::Tensor states, output, qkv, attended, stats, gates, ups, logits;  // output: normed before it is added to states
   int64_t chunks;
   LaunchList launches;
 };
@@ -21,15 +21,25 @@ struct GpuStep {
 struct StepVectors {
   const at::Tensor& from;
   const at::Tensor& to;
-  const at::Tensor* norm;  // null for none
+  const OptionalTensor& norm;
   int64_t steps, kept;
-  bool add;
+  bool add;          // to what is there
+  double scale = 1;  // of the results
 };
 
 // Products with matrices that one kernel can read, one below the other; with two that gate if `gated`.
 void multiply(GpuStep& step, std::initializer_list<const Linear*> matrices, const StepVectors& v, bool gated);
 // The product behind attention, whose chunks it puts together if there are several.
-void multiply_attended(GpuStep& step, const Linear& o);
+void multiply_attended(GpuStep& step, const Linear& o, const at::Tensor& to, bool add, double scale);
 void embed(GpuStep& step);
+// activation(gate) * up, where adapters come before it.
+void gate(GpuStep& step, const at::Tensor& gates, const at::Tensor& ups);
+// What the feed-forward layers give, to `to`, times `scale`; without their norms of outputs.
+void feed_forward(GpuStep& step, const DecoderLayer& layer, const at::Tensor& to, bool add, double scale);
+// What the experts give, to the states.
+void feed_forward_of_experts(GpuStep& step, const DecoderLayer& layer);
+// RMS norm of each token's row, in place or added to `to`.
+void norm_rows(GpuStep& step, const at::Tensor& from, const at::Tensor& norm, const at::Tensor& to, bool add,
+               double scale);
 
 }  // namespace torch_fused

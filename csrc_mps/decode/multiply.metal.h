@@ -13,8 +13,23 @@
 using namespace metal;
 using namespace torch_fused;
 
-inline float silu(float x) {
-  return x / (1.0f + exp(-x));
+// The error function, by the rational approximation 7.1.26 of Abramowitz and Stegun, within 1.5e-7.
+inline float error_function(float x) {
+  const float t = 1.0f / fma(0.3275911f, fabs(x), 1.0f);
+  float sum = 1.061405429f;
+  sum = fma(sum, t, -1.453152027f);
+  sum = fma(sum, t, 1.421413741f);
+  sum = fma(sum, t, -0.284496736f);
+  sum = fma(sum, t, 0.254829592f);
+  const float magnitude = 1.0f - sum * t * exp(-x * x);
+  return x < 0.0f ? -magnitude : magnitude;
+}
+
+// gelu_tanh is x * sigmoid(2 y) of its argument y.
+inline float activate(float x, uint activation) {
+  if (activation == kGelu) return 0.5f * x * (1.0f + error_function(x * 0.70710678f));
+  const float y = activation == kSilu ? x : 1.59576912f * fma(0.044715f * x * x, x, x);
+  return x / (1.0f + exp(-y));
 }
 
 // Where a vector of the step begins.
@@ -57,7 +72,7 @@ struct Shared {
 };
 
 // R rows at once with C vectors, U blocks of columns at once. `rows` finds and loads rows; T is the type of norms and
-// biases. GATED: the rows are pairs of a gate's and an up's, and the result is silu(gate) * up.
+// biases. GATED: the rows are pairs of a gate's and an up's, and the result is activation(gate) * up.
 template <typename T, int C, int R, int U, bool GATED, bool WHOLE, typename MatrixRows>
 inline void multiply(thread MatrixRows& rows, device const ushort* b0, device const ushort* b1, device const ushort* b2,
                      device const float* vectors, device const ushort* norm, device float* results,
@@ -117,10 +132,16 @@ inline void multiply(thread MatrixRows& rows, device const ushort* b0, device co
     for (int u = 0; u < U; u++) {
       const uint place = column + u * kBlockColumns;
       float weight[W];
-      if (normed && WHOLE) norms[u].unpack(weight);
+      if (normed && WHOLE) {
+        norms[u].unpack(weight);
+        if (p.norm_offset != 0.0f) {
+#pragma unroll
+          for (int j = 0; j < W; j++) weight[j] += p.norm_offset;
+        }
+      }
       if (normed && !WHOLE) {
         for (int j = 0; j < W; j++) {
-          weight[j] = place + j < p.cols ? vector_at<T, false>(norm, p.norm_format, place + j) : 0.0f;
+          weight[j] = place + j < p.cols ? vector_at<T, false>(norm, p.norm_format, place + j) + p.norm_offset : 0.0f;
         }
       }
       float w[R][W];
@@ -171,5 +192,6 @@ inline void multiply(thread MatrixRows& rows, device const ushort* b0, device co
   if (!writes) return;
   if (MANY && normed) sum.y = shared.squares[lane % C];
   const float scale = normed ? rsqrt(sum.y / float(p.cols) + p.eps) : 1.0f;
-  *result = residual + (GATED ? silu(sum.x * scale) * (up * scale) : sum.x * scale + bias);
+  const float value = GATED ? activate(sum.x * scale, p.activation) * (up * scale) : sum.x * scale + bias;
+  *result = fma(value, p.scale, residual);
 }

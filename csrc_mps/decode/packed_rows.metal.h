@@ -105,7 +105,7 @@ void decode_packed_embed(device const uint* words [[buffer(0)]], device const us
     load_packed<BITS, kLaneColumns, false>(row, column, p.embed.hidden, f.group_size, f.scale_format, pack);
 #pragma unroll
     for (uint j = 0; j < kLaneColumns; j++) {
-      states[ulong(token) * p.embed.hidden + column + j] = known ? pack.get(j) : NAN;
+      states[ulong(token) * p.embed.hidden + column + j] = known ? pack.get(j) * p.embed.scale : NAN;
     }
   }
 }

@@ -79,7 +79,10 @@ void multiply(GpuStep& step, std::initializer_list<const Linear*> matrices, cons
   p.steps = static_cast<uint32_t>(v.steps);
   p.kept = static_cast<uint32_t>(v.kept);
   p.result_stride = static_cast<uint32_t>(v.to.stride(-2));
-  p.eps = static_cast<float>(step.model.eps);
+  p.eps = static_cast<float>(step.model.numbers.eps);
+  p.norm_offset = static_cast<float>(step.model.numbers.norm_offset);
+  p.scale = static_cast<float>(v.scale);
+  p.activation = step.model.activation;
   p.flags = v.add ? kAdd : 0;
   bool whole = !v.norm || is_whole(*v.norm, dtype_beside(first));
   const Linear* each[3] = {&first, &first, &first};
@@ -120,9 +123,9 @@ void multiply(GpuStep& step, std::initializer_list<const Linear*> matrices, cons
   }
 }
 
-void multiply_attended(GpuStep& step, const Linear& o) {
+void multiply_attended(GpuStep& step, const Linear& o, const Tensor& to, bool add, double scale) {
   const int64_t steps = step.call.steps;
-  if (step.chunks == 1) return multiply(step, {&o}, {step.attended, step.states, nullptr, steps, steps, true}, false);
+  if (step.chunks == 1) return multiply(step, {&o}, {step.attended, to, {}, steps, steps, add, scale}, false);
   static KernelSet kernels("decode_attended", "decode_attended");
   AttendedParams p{};
   p.stride = o.weight.stride(0);
@@ -131,6 +134,8 @@ void multiply_attended(GpuStep& step, const Linear& o) {
   p.vectors = static_cast<uint32_t>(step.call.tokens());
   p.chunks = static_cast<uint32_t>(step.chunks);
   p.head_dim = static_cast<uint32_t>(step.model.head_dim);
+  p.scale = static_cast<float>(scale);
+  p.flags = add ? kAdd : 0;
   if (o.bias) p.flags |= kBias, p.bias_format = format_of(*o.bias);
   const bool whole = is_whole(o) && p.head_dim % kLaneColumns == 0;
   const int64_t variant = !whole ? 0 : p.vectors == 1 ? 1 : 8, vectors = variant == 8 ? 8 : 1;
@@ -139,11 +144,11 @@ void multiply_attended(GpuStep& step, const Linear& o) {
   const Tensor bias = o.bias.value_or(step.model.norm);
   if (o.is_packed()) {
     step.launches.add(packed_kernel(o, 2, variant), groups, 32 * kProductSimdgroups,
-                      {o.weight, o.scales, o.group_biases, bias, step.attended, step.stats, step.states},
+                      {o.weight, o.scales, o.group_biases, bias, step.attended, step.stats, to},
                       PackedAttendedParams{p, packed_format({&o})});
   } else {
     step.launches.add(kernels(o.weight.scalar_type(), variant), groups, 32 * kProductSimdgroups,
-                      {o.weight, bias, step.attended, step.stats, step.states}, p);
+                      {o.weight, bias, step.attended, step.stats, to}, p);
   }
 }
 
@@ -152,7 +157,8 @@ void embed(GpuStep& step) {
   static const Kernel* const packed[] = {&find_kernel("decode_packed4", "decode_packed4_embed"),
                                          &find_kernel("decode_packed8", "decode_packed8_embed")};
   const Linear& e = step.model.embedding;
-  const EmbedParams p{e.weight.stride(0), static_cast<uint32_t>(e.cols), static_cast<uint32_t>(e.rows())};
+  const EmbedParams p{e.weight.stride(0), static_cast<uint32_t>(e.cols), static_cast<uint32_t>(e.rows()),
+                      static_cast<float>(step.model.numbers.embedding_scale), 0};
   const int64_t tokens = step.call.tokens();
   if (e.is_packed()) {
     step.launches.add(*packed[e.bits / 8], tokens, 256,
@@ -161,6 +167,26 @@ void embed(GpuStep& step) {
   } else {
     step.launches.add(dense(e.weight.scalar_type()), tokens, 256, {e.weight, step.call.token_ids, step.states}, p);
   }
+}
+
+void norm_rows(GpuStep& step, const Tensor& from, const Tensor& norm, const Tensor& to, bool add, double scale) {
+  static const Kernel& kernel = find_kernel("decode_product", "decode_norm");
+  const DecoderNumbers& n = step.model.numbers;
+  const StepNormParams p{from.stride(0),
+                         to.stride(0),
+                         static_cast<uint32_t>(from.size(1)),
+                         add ? kAdd : 0,
+                         format_of(norm),
+                         static_cast<float>(n.eps),
+                         static_cast<float>(n.norm_offset),
+                         static_cast<float>(scale)};
+  step.launches.add(kernel, from.size(0), 256, {from, norm, to}, p);
+}
+
+void gate(GpuStep& step, const Tensor& gates, const Tensor& ups) {
+  static const Kernel& kernel = find_kernel("decode_product", "decode_gate");
+  const GateParams p{static_cast<uint32_t>(gates.numel()), step.model.activation};
+  step.launches.add(kernel, (p.count + 255) / 256, 256, {gates, ups}, p);
 }
 
 }  // namespace torch_fused

@@ -4,17 +4,22 @@ from collections.abc import Callable
 
 import torch
 from test_decode import Shape, Step
+from test_decode import adapters as adapters_of
 from test_decode_packed import packed_step
 
 from .bug import BARRIER, RACE, Bug
 
 
-def step(head_dim: int = 64, intermediate: int = 504, **options) -> Callable[[], list[torch.Tensor]]:
+def step(
+    head_dim: int = 64, intermediate: int = 504, family: str = "qwen3", adapters: bool = False, **options
+) -> Callable[[], list[torch.Tensor]]:
     """Two new tokens of two sequences after a context of two chunks, through the kernels for whole packs."""
-    shape = Shape("qwen3", 1, 128, 8, 2, head_dim, head_dim, intermediate, vocabulary=101)
+    shape = Shape(family, 1, 128, 8, 2, head_dim, head_dim, intermediate, vocabulary=101, experts=6)
 
     def run() -> list[torch.Tensor]:
         call = Step(shape, **{"batch": 2, "steps": 2, "length": 300, **options})
+        if adapters:
+            call.model["adapters"] = adapters_of(call, 4)
         return [call.run(), *call.args["keys"], *call.args["values"]]
 
     return run
@@ -163,6 +168,16 @@ BUGS = [
         "from[i]",
     ),
     Bug(
+        "missing barrier before the squares of simdgroups are added up",
+        "decode_product",
+        "squares[simdgroup] = sum;\n" + BARRIER,
+        "squares[simdgroup] = sum;\n\n",
+        step(family="olmo2"),
+        RACE,
+        EMBED,
+        "squares[",
+    ),
+    Bug(
         "one element more than the embedding has",
         "decode_product",
         "i < p.hidden; i += threads",
@@ -182,7 +197,7 @@ ONLY_NUMBERS = [
     ("a token sees those after it", "decode_attention", "slot < end && slot <= newest", "slot < end", step()),
     ("padding is attended", "decode_attention", "p.flags & kStarts ?", "false ?", step(starts=[0, 200])),
     ("no norm of the keys", "decode_attention", "(key, p.flags & kKeyNorm,", "(key, false,", step()),
-    ("the residual is left out", "decode_product", "*result = residual +", "*result =", step()),
+    ("the residual is left out", "decode_product", "fma(value, p.scale, residual)", "value", step()),
     ("the norm takes the weights for the values", "decode_product", "squares[c] = fma(x[j], x[j], squares[c]);",
      "squares[c] = fma(weight[j], weight[j], squares[c]);", step(batch=1, steps=1)),
     ("the norm of several vectors sums no squares", "decode_product", "sum = fma(x.get(j), x.get(j), sum);",
@@ -193,5 +208,20 @@ ONLY_NUMBERS = [
      "return fma(step, fraction(j), -step);", packed(bits=8)),
     ("chunks count alike", "decode_attended", "const float weight = exp2(stat[c].x - largest);",
      "const float weight = 1.0f;", step()),
-    ("up is not gated", "decode_product", "silu(sum.x * scale) * (up * scale)", "silu(sum.x * scale)", step()),
+    ("up is not gated", "decode_product", "p.activation) * (up * scale)", "p.activation)", step()),
+    ("scores are not capped", "decode_attention", "if (p.softcap > 0.0f)", "if (false)", step(family="gemma")),
+    ("the norm's weights are not shifted", "decode_product", "weight[j] += p.norm_offset;", ";", step(family="gemma")),
+    ("the norm of a head is not shifted", "decode_attention", "(norm[i] + p.norm_offset)", "norm[i]",
+     step(family="gemma")),
+    ("what is added is not scaled", "decode_attended", "fma(sum + shift, p.scale, residual)", "sum + shift + residual",
+     step(family="granite")),
+    ("experts count alike", "decode_experts", "fma(weights[choice], ", "fma(1.0f, ", step(family="qwen3_moe")),
+    ("an expert is chosen twice", "decode_experts", "if (lane + 32 * i == where) mine[i] = -1.0f;", ";",
+     step(family="qwen3_moe")),
+    ("the shared expert is not gated", "decode_experts", "if (p.flags & kSharedGate)", "if (false)",
+     step(family="qwen2_moe")),
+    ("an adapter's gate is not activated", "decode_product", "activate(gates[i], p.activation) * ups[i]",
+     "gates[i] * ups[i]", step(adapters=True)),
+    ("an output's norm replaces the states", "decode_product", "p.flags & kAdd ? y[i] + normed : normed", "normed",
+     step(family="olmo2")),
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """One step of a whole decoder, from token ids to logits, as one op."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,40 +25,94 @@ LAYER_PARTS = (
     "k_norm",
     "o",
     "o_bias",
+    "attention_output_norm",
     "post_attention_norm",
     "gate",
     "up",
     "down",
+    "feed_forward_output_norm",
+    "router",
+    "experts_gate",
+    "experts_up",
+    "experts_down",
+    "shared_gate",
 )
 """What a layer has, in the order of the op's flat list of all layers."""
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+
+
+class Adapter(NamedTuple):
+    """A low-rank adapter (LoRA) of one matrix of a layer: adds ``scale * b @ (a @ x)`` to its product with ``x``."""
+
+    place: int
+    """Of the matrix in the list of layers."""
+    a: Tensor
+    """``(rank, inputs)``, with a rank of at most 256."""
+    b: Tensor
+    """``(results, rank)``."""
+    scale: float
+
+
+class Numbers(NamedTuple):
+    """A decoder's numbers, as :func:`make_decoder` takes them."""
+
+    eps: float
+    scaling: float
+    norm_offset: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_scale: float = 1.0
+    attention_softcap: float = 0.0
+    logits_softcap: float = 0.0
+    experts_per_token: float = 0
+    normalise_experts: float = False
 
 
 @torch._library.register_fake_class("torch_fused::Decoder")
 class DecoderParts:
     """A `torch.classes.torch_fused.Decoder` in Python, unchecked: for the reference, and for torch.compile to trace."""
 
-    def __init__(self, embedding, layers, norm, head, heads, eps, scaling, windows, groups=(), int8_products=True):
-        self.embedding, self.layers, self.norm, self.head, self.groups = embedding, layers, norm, head, groups
-        self.heads, self.eps, self.scaling, self.windows = heads, eps, scaling, windows
-        self.int8_products = int8_products
+    def __init__(
+        self,
+        embedding,
+        layers,
+        norm,
+        head,
+        groups,
+        heads,
+        numbers,
+        activation,
+        windows,
+        tables,
+        int8_products,
+        adapters=(),
+        adapter_places=(),
+        adapter_scales=(),
+    ):
+        self.parts = (
+            embedding,
+            layers,
+            norm,
+            head,
+            groups,
+            heads,
+            numbers,
+            activation,
+            windows,
+            tables,
+            int8_products,
+            adapters,
+            adapter_places,
+            adapter_scales,
+        )
 
     @classmethod
     def __obj_unflatten__(cls, flat):
         return cls(**dict(flat))
 
     def arguments(self):
-        return (
-            self.embedding,
-            self.layers,
-            self.norm,
-            self.head,
-            self.groups,
-            self.heads,
-            self.eps,
-            self.scaling,
-            self.windows,
-            self.int8_products,
-        )
+        return self.parts
 
     def is_current(self):
         return True
@@ -83,28 +138,59 @@ def make_decoder(
     heads: int,
     eps: float,
     scaling: float,
+    norm_offset: float = 0.0,
+    embedding_scale: float = 1.0,
+    residual_scale: float = 1.0,
+    logits_scale: float = 1.0,
+    attention_softcap: float = 0.0,
+    logits_softcap: float = 0.0,
+    experts_per_token: int = 0,
+    normalise_experts: bool = False,
+    activation: str = "silu",
     windows: Sequence[int] | None = None,
+    tables: Sequence[int] | None = None,
     int8_products: bool = True,
+    adapters: Sequence[Adapter] = (),
 ) -> Any:
     """A Llama-like decoder as :func:`decode_` takes it: checked here, once, and read where it is from then on.
 
-    The decoder is Llama's, Qwen2's or Qwen3's: RMS norm, attention with rotary positions and grouped queries, SwiGLU.
-    Each tensor may have a dtype of its own, float32, float16 or bfloat16; those of ``gate`` and ``up`` are the same.
-    Any matrix may be packed instead, a ``Packed(weight, scales, biases)`` of 4 or 8 bits; ``gate`` and ``up`` alike.
+    Layers have RMS norms, attention with rotary positions and grouped queries, and gated feed-forward layers, as those
+    of Llama, Qwen2 and Qwen3, or with the variations of Mistral, Gemma, OLMo, Phi-3, Granite and SmolLM3 below. Each
+    tensor may have a dtype of its own, float32, float16 or bfloat16; those of ``gate`` and ``up`` are the same. Any
+    matrix may be packed instead, a ``Packed(weight, scales, biases)`` of 4 or 8 bits; ``gate`` and ``up`` alike.
 
     Args:
         embedding: ``(vocabulary, hidden)``.
         layers: for each layer the tensors named by `LAYER_PARTS`, one after the other in one list: matrices are
-            ``(results, inputs)`` with dense rows, the biases and the norms of queries and keys may be None.
+            ``(results, inputs)`` with dense rows; the biases and the norms may be None. ``input_norm`` and
+            ``post_attention_norm`` come before attention and the feed-forward layers, the output norms are of what
+            these give, before it is added; ``q_norm`` and ``k_norm`` are ``(head_dim,)``, for each head, or as long as
+            all of the queries or keys, for all heads as one. In a mixture of experts ``router`` is
+            ``(experts, hidden)``, and the dense ``experts_gate``, ``experts_up`` and ``experts_down`` have each
+            expert's matrix; ``gate``, ``up`` and ``down`` are then those of an expert that all tokens share, or None,
+            and ``shared_gate`` is ``(1, hidden)``, whose product's sigmoid multiplies what the shared expert gives, or
+            None. Layers without experts have None there.
         norm: ``(hidden,)``, the last norm's weight.
         head: ``(vocabulary, hidden)``; may be the embedding itself.
         heads: query heads.
         eps: of all norms.
         scaling: of the products of queries and keys.
+        norm_offset: added to all weights of norms: 1 for Gemma.
+        embedding_scale: multiplies what the embedding gives.
+        residual_scale: multiplies what attention and the feed-forward layers add.
+        logits_scale: multiplies the logits.
+        attention_softcap: where not 0, scores become ``cap * tanh(score / cap)``.
+        logits_softcap: the same of the logits, after their scale.
+        experts_per_token: how many experts a token takes, those of the largest logits; at most 32.
+        normalise_experts: whether their weights, which are the softmax over all experts, are made to sum to 1.
+        activation: of the gate: ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``.
         windows: for each layer how many of the last cache slots a token attends, its own included; 0 for all. None:
             0 for every layer.
+        tables: for each layer the index of its table where ``cos`` and ``sin`` of :func:`decode_` are stacked tables;
+            -1 for a layer without positions. None: 0 for every layer.
         int8_products: on the CPU, packed rows are multiplied as integers, with vectors rounded to int8 a block of 32,
             which is faster, but for ``v`` and for 8 bits in groups of 32. False: all as float32.
+        adapters: low-rank adapters of matrices of layers, several of one matrix if wanted.
 
     Returns:
         A ``torch.classes.torch_fused.Decoder``. It holds the tensors; values changed in place are seen. When a tensor
@@ -114,8 +200,47 @@ def make_decoder(
     Raises:
         RuntimeError: a tensor has a wrong shape, dtype, device or layout; the message names it.
     """
-    if windows is None:
-        windows = [0] * (len(layers) // len(LAYER_PARTS))
+    arguments = decoder_arguments(
+        embedding,
+        layers,
+        norm,
+        head,
+        heads=heads,
+        activation=activation,
+        windows=windows,
+        tables=tables,
+        int8_products=int8_products,
+        adapters=adapters,
+        eps=eps,
+        scaling=scaling,
+        norm_offset=norm_offset,
+        embedding_scale=embedding_scale,
+        residual_scale=residual_scale,
+        logits_scale=logits_scale,
+        attention_softcap=attention_softcap,
+        logits_softcap=logits_softcap,
+        experts_per_token=experts_per_token,
+        normalise_experts=normalise_experts,
+    )
+    return torch.classes.torch_fused.Decoder(*arguments)
+
+
+def decoder_arguments(
+    embedding: Matrix,
+    layers: Sequence[Matrix | None],
+    norm: Tensor,
+    head: Matrix,
+    *,
+    heads: int,
+    activation: str = "silu",
+    windows: Sequence[int] | None = None,
+    tables: Sequence[int] | None = None,
+    int8_products: bool = True,
+    adapters: Sequence[Adapter] = (),
+    **numbers: float,
+) -> tuple:
+    """What :func:`make_decoder` takes as the arguments of the class, or of `DecoderParts`."""
+    none = [0] * (len(layers) // len(LAYER_PARTS))
     groups: list[Tensor] = []
 
     def take(matrix: Matrix | None) -> Tensor | None:
@@ -125,8 +250,21 @@ def make_decoder(
         return matrix.weight
 
     taken = [take(matrix) for matrix in (embedding, head, *layers)]  # the order of their groups
-    return torch.classes.torch_fused.Decoder(
-        taken[0], taken[2:], norm, taken[1], groups, heads, eps, scaling, list(windows), int8_products
+    return (
+        taken[0],
+        taken[2:],
+        norm,
+        taken[1],
+        groups,
+        heads,
+        [float(number) for number in Numbers(**numbers)],
+        activation,
+        list(none if windows is None else windows),
+        list(none if tables is None else tables),
+        int8_products,
+        [matrix for adapter in adapters for matrix in (adapter.a, adapter.b)],
+        [adapter.place for adapter in adapters],
+        [float(adapter.scale) for adapter in adapters],
     )
 
 
@@ -159,9 +297,14 @@ def decode_reference(
     logits_to_keep: int,
 ) -> Tensor:
     """`decode_` in plain torch, in the embedding's dtype, without its checks."""
-    embedding, layers, norm, head, groups, heads, eps, scaling, windows, _ = model.arguments()
+    embedding, layers, norm, head, groups, heads, numbers, activation, windows, tables, _, *adapters = model.arguments()
+    n = Numbers(*numbers)
     if groups:
         embedding, head, *layers = _unpack((embedding, head, *layers), norm, groups)
+    layers = list(layers)
+    for i, (place, scale) in enumerate(zip(*adapters[1:], strict=True)):
+        a, b = (matrix.to(embedding) for matrix in adapters[0][2 * i : 2 * i + 2])
+        layers[place] = layers[place].to(embedding) + scale * (b @ a)
     batch, steps = token_ids.shape
     slots = torch.arange(length + steps, device=token_ids.device)
     newest = length + torch.arange(steps, device=token_ids.device)[:, None]
@@ -169,34 +312,66 @@ def decode_reference(
     if starts is not None:
         causal = causal & (slots >= starts[:, None, None])
     causal = causal.expand(batch, steps, length + steps)[:, None]
-    states = F.embedding(token_ids, embedding)
-    cos, sin = cos[positions][:, None].to(states), sin[positions][:, None].to(states)
-    for i, (keys_buffer, values_buffer, window) in enumerate(zip(keys, values, windows, strict=True)):
+    states = F.embedding(token_ids, embedding) * n.embedding_scale
+    cos, sin = (table if table.dim() == 3 else table[None] for table in (cos, sin))
+
+    def normed(x: Tensor, weight: Tensor | None) -> Tensor:
+        return x if weight is None else rms_norm_reference(x, x.shape[-1:], weight.to(x) + n.norm_offset, n.eps)
+
+    def placed(x: Tensor, weight: Tensor | None, table: int) -> Tensor:
+        """Queries or keys as heads, normed and rotated."""
+        of_each = weight is not None and len(weight) == head_dim
+        x = normed(x, None if of_each else weight).unflatten(-1, (-1, head_dim)).transpose(1, 2)
+        x = normed(x, weight if of_each else None)
+        if table < 0:
+            return x
+        return _rotate(x, *(angles[table][positions][:, None].to(x) for angles in (cos, sin)))
+
+    for i, (keys_buffer, values_buffer, window, table) in enumerate(zip(keys, values, windows, tables, strict=True)):
         first = i * len(LAYER_PARTS)
         visible = causal & (slots > newest - window) if window else causal
         own = [t if t is None else t.to(states) for t in layers[first : first + len(LAYER_PARTS)]]
         part: dict[str, Any] = dict(zip(LAYER_PARTS, own, strict=True))
-        x = rms_norm_reference(states, states.shape[-1:], part["input_norm"], eps)
+        x = normed(states, part["input_norm"])
         q, k, v = (F.linear(x, part[name], part[f"{name}_bias"]) for name in "qkv")
-        q, k, v = (t.unflatten(-1, (-1, q.shape[-1] // heads)).transpose(1, 2) for t in (q, k, v))
-        if part["q_norm"] is not None:
-            q = rms_norm_reference(q, q.shape[-1:], part["q_norm"], eps)
-        if part["k_norm"] is not None:
-            k = rms_norm_reference(k, k.shape[-1:], part["k_norm"], eps)
-        new = (_rotate(k, cos, sin).to(keys_buffer), v.to(values_buffer))
-        kv_append_reference(keys_buffer, values_buffer, *new, length)
+        head_dim = q.shape[-1] // heads
+        q, k = placed(q, part["q_norm"], table), placed(k, part["k_norm"], table)
+        v = v.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+        kv_append_reference(keys_buffer, values_buffer, k.to(keys_buffer), v.to(values_buffer), length)
         k, v = (
             t[:, :, : length + steps].to(states).repeat_interleave(heads // t.shape[1], 1)
             for t in (keys_buffer, values_buffer)
         )
         # Slots that are not attended may hold anything.
         k, v = (t.masked_fill(~visible.any(2).transpose(1, 2)[:, None, :, 0, None], 0) for t in (k, v))
-        x = F.scaled_dot_product_attention(_rotate(q, cos, sin), k, v, visible, scale=scaling)
-        states = states + F.linear(x.transpose(1, 2).flatten(2), part["o"], part["o_bias"])
-        x = rms_norm_reference(states, states.shape[-1:], part["post_attention_norm"], eps)
-        states = states + F.linear(F.silu(F.linear(x, part["gate"])) * F.linear(x, part["up"]), part["down"])
-    states = rms_norm_reference(states[:, -logits_to_keep:], states.shape[-1:], norm.to(states), eps)
-    return F.linear(states, head.to(states)).to(torch.promote_types(torch.float32, states.dtype))
+        scores = _capped(q @ k.transpose(-1, -2) * n.scaling, n.attention_softcap).masked_fill(~visible, -torch.inf)
+        x = F.linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), part["o"], part["o_bias"])
+        states = states + normed(x, part["attention_output_norm"]) * n.residual_scale
+        x = normed(states, part["post_attention_norm"])
+        x = _feed_forward(x, part, ACTIVATIONS[activation], n)
+        states = states + normed(x, part["feed_forward_output_norm"]) * n.residual_scale
+    logits = F.linear(normed(states[:, -logits_to_keep:], norm), head.to(states)) * n.logits_scale
+    return _capped(logits, n.logits_softcap).to(torch.promote_types(torch.float32, states.dtype))
+
+
+def _feed_forward(x: Tensor, part: dict[str, Any], activation: Any, n: Numbers) -> Tensor:
+    result = torch.zeros_like(x)
+    if part["gate"] is not None:
+        result = F.linear(activation(F.linear(x, part["gate"])) * F.linear(x, part["up"]), part["down"])
+    if part["router"] is None:
+        return result
+    if part["shared_gate"] is not None:
+        result = result * F.linear(x, part["shared_gate"]).sigmoid()
+    probabilities, chosen = F.linear(x, part["router"]).softmax(-1).topk(int(n.experts_per_token))
+    if n.normalise_experts:
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    gate, up, down = (part[f"experts_{name}"][chosen] for name in ("gate", "up", "down"))
+    outputs = down @ (activation(gate @ x[..., None, :, None]) * (up @ x[..., None, :, None]))
+    return result + (outputs.squeeze(-1) * probabilities[..., None]).sum(-2)
+
+
+def _capped(x: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(x / cap) if cap else x
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -232,7 +407,8 @@ def decode_(
     """Runs new tokens through a whole decoder and appends their keys and values to the cache.
 
     Everything between the weights is float32; only the keys and values are rounded, to the cache's dtype. On a GPU it
-    takes five launches a layer and two more, and the host reads nothing of the device.
+    takes five launches a layer, one more for each output norm and each norm of all heads, and two more; the host reads
+    nothing of the device.
 
     Args:
         model: what :func:`make_decoder` made.
@@ -240,7 +416,8 @@ def decode_(
         positions: ``(batch, steps)`` int64, each token's row of ``cos`` and ``sin``.
         starts: ``(batch,)`` int64, the first cache slot that each sequence attends; None for 0: no left padding.
         cos: ``(positions, rotary_dim)``, contiguous, both halves as transformers' rotary embedding makes them;
-            dimensions of a head past ``rotary_dim`` pass through.
+            dimensions of a head past ``rotary_dim`` pass through. ``(tables, positions, rotary_dim)`` if layers have
+            tables of their own.
         sin: as ``cos``.
         keys: a tensor ``(batch, kv_heads, capacity, head_dim)`` for each layer, written in place at slots
             ``length : length + steps``; any strides with a dense last dimension; float32, float16 or bfloat16. No

@@ -16,17 +16,17 @@
 namespace torch_fused::TORCH_FUSED_TARGET {
 
 // A head of a query or key: normed if the model has a norm for it, then rotated by its position's angles, half-split.
-TORCH_FUSED_INLINE void place_head(const CpuStep& s, const float* from, const Vector& norm, int64_t position,
-                                   float* to) {
-  if (norm.data) {
-    normed(from, norm, s.head_dim, s.eps, to);
+TORCH_FUSED_INLINE void place_head(const CpuStep& s, const StepLayer& layer, const float* from, const Vector* norm,
+                                   int64_t position, float* to) {
+  if (norm) {
+    normed(from, *norm, s.head_dim, {s.eps, s.norm_offset}, to);
   } else {
     std::copy_n(from, s.head_dim, to);
   }
-  with_format(s.cos.format, s.cos.data, [&](const auto* table) __attribute__((always_inline)) {
-    const auto* cos = table + position * s.rotary_dim;
-    const auto* sin = static_cast<decltype(table)>(s.sin.data) + position * s.rotary_dim;
-    const int64_t half = s.rotary_dim / 2;
+  with_format(layer.cos.format, layer.cos.data, [&](const auto* table) __attribute__((always_inline)) {
+    const auto* cos = table + position * layer.rotary_dim;
+    const auto* sin = static_cast<decltype(table)>(layer.sin.data) + position * layer.rotary_dim;
+    const int64_t half = layer.rotary_dim / 2;
     for (int64_t i = 0; i < half; ++i) {
       const float a = to[i], b = to[half + i];
       to[i] = a * widen(cos[i]) - b * widen(sin[i]);
@@ -39,10 +39,13 @@ TORCH_FUSED_INLINE void place_head(const CpuStep& s, const float* from, const Ve
 template <class T>
 struct Context {
   const StepLayer& layer;
+  const Vector *q_norm, *k_norm;  // of each head; null for none
   CacheStates<T> keys, values;
 
-  Context(const StepLayer& layer, T* keys)
+  Context(const CpuStep& s, const StepLayer& layer, T* keys)
       : layer(layer),
+        q_norm(layer.q_norm_size == s.head_dim ? &layer.q_norm : nullptr),
+        k_norm(layer.k_norm_size == s.head_dim ? &layer.k_norm : nullptr),
         keys{keys, layer.keys.batch_stride, layer.keys.head_stride, layer.keys.slot_stride},
         values{static_cast<T*>(layer.values.data), layer.values.batch_stride, layer.values.head_stride,
                layer.values.slot_stride} {}
@@ -56,7 +59,7 @@ TORCH_FUSED_INLINE void append(const CpuStep& s, const Context<T>& context, int6
     const int64_t token = batch * s.steps + step;
     const float* key = s.qkv + token * s.projected() + (s.heads + kv_head) * s.head_dim;
     const float* value = key + s.kv_heads * s.head_dim;
-    place_head(s, key, context.layer.k_norm, s.positions[token], head);
+    place_head(s, context.layer, key, context.k_norm, s.positions[token], head);
     T* to_key = context.keys.at(batch, kv_head, s.length + step);
     T* to_value = context.values.at(batch, kv_head, s.length + step);
     for (int64_t i = 0; i < s.head_dim; ++i) {
@@ -216,6 +219,10 @@ TORCH_FUSED_INLINE void attend_block(const CpuStep& s, const Context<T>& context
     const int64_t newest = s.length + i / group, window = context.layer.window;
     const int64_t visible = std::clamp<int64_t>(newest + 1 - begin, 0, n);
     const int64_t hidden = window ? std::clamp<int64_t>(newest + 1 - window - begin, 0, n) : 0;
+    if (s.softcap > 0) {
+      const float cap = s.softcap;  // times tanh(y), which is 1 - 2 / (1 + exp(2 y))
+      for (int64_t j = hidden; j < visible; ++j) scores[j] = cap - 2 * cap / one_plus_exp(2 * scores[j] / cap);
+    }
     std::fill(scores, scores + hidden, -std::numeric_limits<float>::infinity());
     std::fill(scores + visible, scores + kKeyBlock, -std::numeric_limits<float>::infinity());
     float largest = largest_of(scores, seen.maxima[i]);
@@ -257,7 +264,8 @@ TORCH_FUSED_INLINE void attend(const CpuStep& s, const Context<T>& context, int6
   for (int64_t i = 0; i < queries; ++i) {
     const int64_t token = batch * s.steps + i / group, head = kv_head * group + i % group;
     float* query = seen.queries + i * s.head_dim;
-    place_head(s, s.qkv + token * s.projected() + head * s.head_dim, context.layer.q_norm, s.positions[token], query);
+    place_head(s, context.layer, s.qkv + token * s.projected() + head * s.head_dim, context.q_norm, s.positions[token],
+               query);
     for (int64_t d = 0; d < s.head_dim; ++d) query[d] *= s.scaling;
     seen.maxima[i] = -std::numeric_limits<float>::infinity();
     seen.sums[i] = 0;

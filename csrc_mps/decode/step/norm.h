@@ -11,7 +11,12 @@
 
 namespace torch_fused::TORCH_FUSED_TARGET {
 
-TORCH_FUSED_INLINE void normed(const float* x, const Vector& weight, int64_t n, float eps, float* to) {
+// Of the whole of x with each weight, to which `offset` is added.
+struct Norm {
+  float eps, offset;
+};
+
+TORCH_FUSED_INLINE void normed(const float* x, const Vector& weight, int64_t n, Norm norm, float* to) {
   Lanes squares = {}, values;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -20,9 +25,9 @@ TORCH_FUSED_INLINE void normed(const float* x, const Vector& weight, int64_t n, 
   }
   float sum = sum_of(squares);
   for (; i < n; ++i) sum += x[i] * x[i];
-  const float scale = 1 / std::sqrt(sum / static_cast<float>(n) + eps);
+  const float scale = 1 / std::sqrt(sum / static_cast<float>(n) + norm.eps);
   with_format(weight.format, weight.data, [&](const auto* w) __attribute__((always_inline)) {
-    for (int64_t j = 0; j < n; ++j) to[j] = x[j] * scale * widen(w[j]);
+    for (int64_t j = 0; j < n; ++j) to[j] = x[j] * scale * (widen(w[j]) + norm.offset);
   });
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "../../common/convert.h"
 #include "../../common/exp.h"
@@ -18,11 +19,19 @@ namespace torch_fused::TORCH_FUSED_TARGET {
 
 enum class Write { kSet, kAdd };
 
+// Where result `row` of vector i goes, times `scale`: data[i * stride + row].
+struct Results {
+  float* data;
+  int64_t stride;
+  float scale = 1;
+};
+
 // Vectors (count, cols) that a member multiplies with rows of some matrices. For packed rows it makes them ready once.
 class Inputs {
  public:
   Inputs(const CpuStep& s, const Team& team, const float* x, int64_t count)
       : x(x), count(count), memory_(s.ready + team.member() * s.ready_size()) {}
+  Inputs(const float* x, int64_t count) : x(x), count(count), memory_(nullptr) {}  // of dense rows alone
 
   const ReadyVectors& ready_for(const Matrix& matrix) {
     if (!ready_.serve(matrix.packed, matrix.int8)) ready_.prepare(matrix.packed, x, count, matrix.int8, memory_);
@@ -37,46 +46,64 @@ class Inputs {
   ReadyVectors ready_;
 };
 
-// Products with one row, of vector i in results[i * n], to to[i * stride + row].
+// Products with one row, of vector i in results[i * n].
 template <Write write>
 TORCH_FUSED_INLINE void put_results(const Matrix& matrix, int64_t row, const float* results, int64_t n, int64_t count,
-                                    float* to, int64_t stride) {
+                                    const Results& to) {
   const float bias = matrix.bias.data ? matrix.bias[row] : 0;
   for (int64_t i = 0; i < count; ++i) {
-    float& result = to[i * stride + row];
-    result = (write == Write::kAdd ? result : 0) + results[i * n] + bias;
+    float& result = to.data[i * to.stride + row];
+    result = (write == Write::kAdd ? result : 0) + (results[i * n] + bias) * to.scale;
   }
 }
 
 template <Write write, class T>
-TORCH_FUSED_INLINE void project_rows(const Matrix& matrix, const T* weight, Range rows, const Inputs& x, float* to,
-                                     int64_t stride) {
+TORCH_FUSED_INLINE void project_rows(const Matrix& matrix, const T* weight, Range rows, const Inputs& x,
+                                     const Results& to) {
   float results[kMostVectors];
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     row_products(weight + row * matrix.stride, matrix.cols, {x.x, matrix.cols}, x.count, results);
-    put_results<write>(matrix, row, results, 1, x.count, to, stride);
+    put_results<write>(matrix, row, results, 1, x.count, to);
   }
 }
 
 template <Write write>
-void project_packed(const Matrix& matrix, Range rows, Inputs& x, float* to, int64_t stride) {
+void project_packed(const Matrix& matrix, Range rows, Inputs& x, const Results& to) {
   constexpr int64_t kAtOnce = 64;
   float results[kAtOnce * kMostVectors];
   const ReadyVectors& ready = x.ready_for(matrix);
   for (int64_t begin = rows.begin; begin < rows.end; begin += kAtOnce) {
     const int64_t n = std::min(kAtOnce, rows.end - begin);
     ready.multiply(matrix.packed, begin, begin + n, results, n);
-    for (int64_t i = 0; i < n; ++i) put_results<write>(matrix, begin + i, results + i, n, x.count, to, stride);
+    for (int64_t i = 0; i < n; ++i) put_results<write>(matrix, begin + i, results + i, n, x.count, to);
   }
 }
 
-// Rows begin .. end - 1 of the product; result `row` of vector i goes to to[i * stride + row].
 template <Write write>
-void project(const Matrix& matrix, Range rows, Inputs& x, float* to, int64_t stride) {
-  if (matrix.packed.bits > 0) return project_packed<write>(matrix, rows, x, to, stride);
+void project_dense(const Matrix& matrix, Range rows, const Inputs& x, const Results& to) {
   with_format(matrix.format, matrix.weight, [&](const auto* weight) __attribute__((always_inline)) {
-    project_rows<write>(matrix, weight, rows, x, to, stride);
+    project_rows<write>(matrix, weight, rows, x, to);
   });
+}
+
+// What an adapter adds to some rows. Every member that has rows makes a * x for itself: it is small.
+inline void add_adapter(const MatrixAdapter& adapter, Range rows, const Inputs& x, const Results& to) {
+  if (rows.begin >= rows.end) return;
+  float thin[kMostVectors * kMostRank];
+  const int64_t rank = adapter.a.rows;
+  project_dense<Write::kSet>(adapter.a, {0, rank}, x, {thin, rank});
+  project_dense<Write::kAdd>(adapter.b, rows, Inputs(thin, x.count), {to.data, to.stride, to.scale * adapter.scale});
+}
+
+// Rows begin .. end - 1 of the product.
+template <Write write>
+void project(const Matrix& matrix, Range rows, Inputs& x, const Results& to) {
+  if (matrix.packed.bits > 0) {
+    project_packed<write>(matrix, rows, x, to);
+  } else {
+    project_dense<write>(matrix, rows, x, to);
+  }
+  for (const MatrixAdapter& adapter : matrix.adapters) add_adapter(adapter, rows, x, to);
 }
 
 TORCH_FUSED_INLINE void unpack_row(const PackedMatrix& m, int64_t row, float* to) {
@@ -93,35 +120,99 @@ TORCH_FUSED_INLINE void embed(const CpuStep& s, const Team& team) {
   const Range share = team.share(s.tokens());
   if (s.embedding.packed.bits > 0) {
     for (int64_t token = share.begin; token < share.end; ++token) {
-      unpack_row(s.embedding.packed, s.token_ids[token], s.states + token * s.hidden);
+      float* state = s.states + token * s.hidden;
+      unpack_row(s.embedding.packed, s.token_ids[token], state);
+      for (int64_t i = 0; i < s.hidden; ++i) state[i] *= s.embedding_scale;
     }
     return;
   }
   with_format(s.embedding.format, s.embedding.weight, [&](const auto* rows) __attribute__((always_inline)) {
     for (int64_t token = share.begin; token < share.end; ++token) {
       const auto* row = rows + s.token_ids[token] * s.embedding.stride;
-      for (int64_t i = 0; i < s.hidden; ++i) s.states[token * s.hidden + i] = widen(row[i]);
+      for (int64_t i = 0; i < s.hidden; ++i) s.states[token * s.hidden + i] = widen(row[i]) * s.embedding_scale;
     }
   });
 }
 
+// The states as attention and the feed-forward layers take them, in a member's own memory.
+TORCH_FUSED_INLINE void normed_states(const CpuStep& s, const Vector& norm, float* own) {
+  for (int64_t token = 0; token < s.tokens(); ++token) {
+    const float* state = s.states + token * s.hidden;
+    if (norm.data) {
+      normed(state, norm, s.hidden, {s.eps, s.norm_offset}, own + token * s.hidden);
+    } else {
+      std::copy_n(state, s.hidden, own + token * s.hidden);
+    }
+  }
+}
+
+// Adds a product to the states; with a norm, when all of it is there.
+TORCH_FUSED_INLINE void add_output(const CpuStep& s, const Matrix& matrix, const Vector& norm, const Team& team,
+                                   Inputs& x, float* own) {
+  const Range rows = team.share(s.hidden);
+  if (!norm.data) {
+    project<Write::kAdd>(matrix, rows, x, {s.states, s.hidden, s.residual_scale});
+  } else {
+    project<Write::kSet>(matrix, rows, x, {s.output, s.hidden});
+    team.meet();
+    const Range tokens = team.share(s.tokens());
+    for (int64_t token = tokens.begin; token < tokens.end; ++token) {
+      normed(s.output + token * s.hidden, norm, s.hidden, {s.eps, s.norm_offset}, own);
+      float* state = s.states + token * s.hidden;
+      for (int64_t i = 0; i < s.hidden; ++i) state[i] += own[i] * s.residual_scale;
+    }
+  }
+  team.meet();
+}
+
+// Norms of all heads of queries or keys as one, in place.
+TORCH_FUSED_INLINE void norm_heads(const CpuStep& s, const StepLayer& layer, const Team& team, float* own) {
+  const auto apply = [&](const Vector& norm, int64_t size, int64_t first) {
+    const Range tokens = team.share(s.tokens());
+    for (int64_t token = tokens.begin; token < tokens.end; ++token) {
+      float* heads = s.qkv + token * s.projected() + first;
+      normed(heads, norm, size, {s.eps, s.norm_offset}, own);
+      std::copy_n(own, size, heads);
+    }
+  };
+  const bool queries = layer.q_norm_size > s.head_dim, keys = layer.k_norm_size > s.head_dim;
+  if (queries) apply(layer.q_norm, layer.q_norm_size, 0);
+  if (keys) apply(layer.k_norm, layer.k_norm_size, s.heads * s.head_dim);
+  if (queries || keys) team.meet();
+}
+
+// activation(gate) * up in place of some gates.
+TORCH_FUSED_INLINE void gate(uint32_t activation, Range columns, float* gates, const float* ups) {
+  if (activation == kSilu) {
+    for (int64_t i = columns.begin; i < columns.end; ++i) gates[i] *= ups[i] / one_plus_exp(-gates[i]);
+  } else if (activation == kGelu) {
+    for (int64_t i = columns.begin; i < columns.end; ++i) {
+      gates[i] *= ups[i] * 0.5f * (1 + std::erf(gates[i] * 0.70710678f));
+    }
+  } else {
+    for (int64_t i = columns.begin; i < columns.end; ++i) {
+      const float g = gates[i];  // 1 + tanh(y) is 2 / (1 + exp(-2 y))
+      gates[i] = g * ups[i] / one_plus_exp(-1.59576912f * (g + 0.044715f * g * g * g));
+    }
+  }
+}
+
 TORCH_FUSED_INLINE void attention(const CpuStep& s, const StepLayer& layer, const Team& team, float* own) {
   const int64_t tokens = s.tokens(), projected = s.projected();
-  for (int64_t token = 0; token < tokens; ++token) {
-    normed(s.states + token * s.hidden, layer.input_norm, s.hidden, s.eps, own + token * s.hidden);
-  }
+  normed_states(s, layer.input_norm, own);
   const Range rows = team.share(projected);
   Inputs states(s, team, own, tokens);
   int64_t first = 0;
   for (const Matrix* matrix : {&layer.q, &layer.k, &layer.v}) {
-    project<Write::kSet>(*matrix, rows.part(first, matrix->rows), states, s.qkv + first, projected);
+    project<Write::kSet>(*matrix, rows.part(first, matrix->rows), states, {s.qkv + first, projected});
     first += matrix->rows;
   }
   team.meet();
+  norm_heads(s, layer, team, own);
 
   const Range units = team.share(s.batch * s.kv_heads * s.chunks);
   with_format(s.cache_format, layer.keys.data, [&](auto* keys) __attribute__((always_inline)) {
-    const Context context(layer, keys);
+    const Context context(s, layer, keys);
     for (int64_t unit = units.begin; unit < units.end; ++unit) {
       const int64_t head = unit / s.chunks;
       attend(s, context, head / s.kv_heads, head % s.kv_heads, unit % s.chunks, own);
@@ -131,38 +222,111 @@ TORCH_FUSED_INLINE void attention(const CpuStep& s, const StepLayer& layer, cons
 
   combine_chunks(s, own);
   Inputs attended(s, team, own, tokens);
-  project<Write::kAdd>(layer.o, team.share(s.hidden), attended, s.states, s.hidden);
-  team.meet();
+  add_output(s, layer.o, layer.attention_output_norm, team, attended, own);
 }
 
 TORCH_FUSED_INLINE void feed_forward(const CpuStep& s, const StepLayer& layer, const Team& team, float* own) {
   const int64_t tokens = s.tokens();
-  for (int64_t token = 0; token < tokens; ++token) {
-    normed(s.states + token * s.hidden, layer.post_attention_norm, s.hidden, s.eps, own + token * s.hidden);
-  }
-  const Range rows = team.share(s.intermediate);
+  const int64_t intermediate = layer.gate.rows;
+  normed_states(s, layer.post_attention_norm, own);
+  const Range rows = team.share(intermediate);
   Inputs states(s, team, own, tokens);
-  project<Write::kSet>(layer.gate, rows, states, s.gates, s.intermediate);
-  project<Write::kSet>(layer.up, rows, states, s.ups, s.intermediate);
+  project<Write::kSet>(layer.gate, rows, states, {s.gates, intermediate});
+  project<Write::kSet>(layer.up, rows, states, {s.ups, intermediate});
   for (int64_t token = 0; token < tokens; ++token) {
-    float* gates = s.gates + token * s.intermediate;
-    const float* ups = s.ups + token * s.intermediate;
-    for (int64_t i = rows.begin; i < rows.end; ++i) gates[i] *= ups[i] / one_plus_exp(-gates[i]);
+    gate(s.activation, rows, s.gates + token * intermediate, s.ups + token * intermediate);
   }
   team.meet();
 
   Inputs gated(s, team, s.gates, tokens);
-  project<Write::kAdd>(layer.down, team.share(s.hidden), gated, s.states, s.hidden);
+  add_output(s, layer.down, layer.feed_forward_output_norm, team, gated, own);
+}
+
+// An expert of a token, and its weight.
+struct Choice {
+  int64_t expert;
+  float weight;
+};
+
+// The experts with the largest logits, weighted by the softmax of all, or of the chosen ones.
+TORCH_FUSED_INLINE void choose_experts(const CpuStep& s, const float* logits, int64_t experts, Choice* choices) {
+  float largest = logits[0], sum = 0, chosen = 0;
+  for (int64_t e = 1; e < experts; ++e) largest = std::max(largest, logits[e]);
+  for (int64_t e = 0; e < experts; ++e) sum += std::exp(logits[e] - largest);
+  bool taken[kMostExperts] = {};
+  for (int64_t k = 0; k < s.chosen; ++k) {
+    int64_t best = -1;
+    for (int64_t e = 0; e < experts; ++e) {
+      if (!taken[e] && (best < 0 || logits[e] > logits[best])) best = e;
+    }
+    taken[best] = true;
+    choices[k] = {best, std::exp(logits[best] - largest) / sum};
+    chosen += choices[k].weight;
+  }
+  for (int64_t k = 0; k < s.chosen && s.normalise_experts; ++k) choices[k].weight /= chosen;
+}
+
+// Feed-forward layers of which each token takes a few, and one that all share, if there is one. The gates of a token
+// are those of the shared one, then those of its experts.
+TORCH_FUSED_INLINE void feed_forward_of_experts(const CpuStep& s, const StepLayer& layer, const Team& team,
+                                                float* own) {
+  const int64_t tokens = s.tokens(), experts = layer.router.rows, routes = s.experts + 1;
+  const int64_t shared = layer.gate.rows, each = layer.experts_gate.first.rows;
+  normed_states(s, layer.post_attention_norm, own);
+  Inputs states(s, team, own, tokens);
+  project<Write::kSet>(layer.router, team.share(experts), states, {s.routes, routes});
+  if (layer.shared_gate.rows > 0) {
+    project<Write::kSet>(layer.shared_gate, team.share(1), states, {s.routes + s.experts, routes});
+  }
+  team.meet();
+
+  Choice choices[kMostVectors * kMostChosen];
+  const Range rows = team.share(shared), rows_of_experts = team.share(s.chosen * each);
+  for (int64_t token = 0; token < tokens; ++token) {
+    float *gates = s.gates + token * s.intermediate, *ups = s.ups + token * s.intermediate;
+    Inputs state(s, team, own + token * s.hidden, 1);
+    if (shared > 0) {
+      project<Write::kSet>(layer.gate, rows, state, {gates, shared});
+      project<Write::kSet>(layer.up, rows, state, {ups, shared});
+      gate(s.activation, rows, gates, ups);
+    }
+    choose_experts(s, s.routes + token * routes, experts, choices + token * s.chosen);
+    for (int64_t k = 0; k < s.chosen; ++k) {
+      const int64_t expert = choices[token * s.chosen + k].expert, first = shared + k * each;
+      const Range part = rows_of_experts.part(k * each, each);
+      project_dense<Write::kSet>(layer.experts_gate[expert], part, state, {gates + first, each});
+      project_dense<Write::kSet>(layer.experts_up[expert], part, state, {ups + first, each});
+      gate(s.activation, part, gates + first, ups + first);
+    }
+  }
+  team.meet();
+
+  const Range results = team.share(s.hidden);
+  for (int64_t token = 0; token < tokens; ++token) {
+    const float* gates = s.gates + token * s.intermediate;
+    float* state = s.states + token * s.hidden;
+    if (shared > 0) {
+      Inputs gated(s, team, gates, 1);
+      const float weight = layer.shared_gate.rows > 0 ? 1 / one_plus_exp(-s.routes[token * routes + s.experts]) : 1;
+      project<Write::kAdd>(layer.down, results, gated, {state, s.hidden, weight * s.residual_scale});
+    }
+    for (int64_t k = 0; k < s.chosen; ++k) {
+      const Choice& choice = choices[token * s.chosen + k];
+      const Inputs gated(gates + shared + k * each, 1);
+      project_dense<Write::kAdd>(layer.experts_down[choice.expert], results, gated,
+                                 {state, s.hidden, choice.weight * s.residual_scale});
+    }
+  }
   team.meet();
 }
 
 TORCH_FUSED_INLINE void logits(const CpuStep& s, const Team& team, float* own) {
   for (int64_t i = 0; i < s.batch * s.kept; ++i) {
     const int64_t token = i / s.kept * s.steps + s.steps - s.kept + i % s.kept;
-    normed(s.states + token * s.hidden, s.norm, s.hidden, s.eps, own + i * s.hidden);
+    normed(s.states + token * s.hidden, s.norm, s.hidden, {s.eps, s.norm_offset}, own + i * s.hidden);
   }
   Inputs last(s, team, own, s.batch * s.kept);
-  project<Write::kSet>(s.head, team.share(s.vocabulary), last, s.logits, s.vocabulary);
+  project<Write::kSet>(s.head, team.share(s.vocabulary), last, {s.logits, s.vocabulary});
 }
 
 void run_step(const CpuStep& s, const Team& team) {
@@ -171,7 +335,11 @@ void run_step(const CpuStep& s, const Team& team) {
   team.meet();
   for (const StepLayer& layer : s.layers) {
     attention(s, layer, team, own);
-    feed_forward(s, layer, team, own);
+    if (layer.router.rows > 0) {
+      feed_forward_of_experts(s, layer, team, own);
+    } else {
+      feed_forward(s, layer, team, own);
+    }
   }
   logits(s, team, own);
 }
