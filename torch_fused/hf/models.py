@@ -6,15 +6,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from transformers.activations import SiLUActivation
+from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
 from ..functional import add_rms_norm, apply_rotary_pos_emb, rms_norm, silu_mul
 from .families import FAMILIES, family_of
 from .origin import function_of, has_own_rotation, home_of
 from .transformers_private import CACHE, KWARGS_REACH_CACHE, attention_of
 
-SILU = {nn.SiLU, SiLUActivation}
-"""The classes of the activation that `silu_mul` computes."""
+def activation_of(module: Any) -> str:
+    """What an activation of transformers' or torch's computes: "silu", "gelu", "gelu_tanh", or "" for anything else."""
+    if type(module) in (nn.SiLU, SiLUActivation):
+        return "silu"
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    act = getattr(module, "act", None)
+    if type(module) is GELUActivation and act is nn.functional.gelu:
+        return "gelu"
+    if type(module) is GELUTanh and getattr(act, "func", None) is nn.functional.gelu:
+        return "gelu_tanh"
+    return ""
+
 
 # Each forward serves only calls that its class's own, as transformers wrote it, would serve alike.
 
@@ -129,7 +140,7 @@ def _rotated(home: Any, q: Tensor, k: Tensor, tables: Any, float32: bool) -> tup
 def has_fused_activation(mlp: Any) -> bool:
     """Whether the activation is what `silu_mul` computes, and nothing runs around it."""
     activation = getattr(mlp, family_of(mlp).activation)
-    silu = type(activation) in SILU and home_of(type(activation)) is not None
+    silu = activation_of(activation) == "silu" and home_of(type(activation)) is not None
     return silu and "forward" not in activation.__dict__ and not _hooked(activation)
 
 

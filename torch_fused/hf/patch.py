@@ -16,10 +16,12 @@ from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache
 
 from .cache import CACHE, FusedKVCache
-from .decode import CAUSAL_LMS, DECODER, Decoder, causal_lm_forward
+from .decode import CAUSAL_LMS, DECODER, Decoder, causal_lm_forward, forward_of
+from .described import mismatch
+from .families import FAMILIES, KNOWN
 from .inputs import find_model
 from .loop import generate_by_loop
-from .models import DECODER_LAYERS, FAMILIES, MLPS, RMS_NORMS, ROTARY, Forwards
+from .models import DECODER_LAYERS, MLPS, RMS_NORMS, ROTARY, Forwards, activation_of
 from .origin import Bound, describe, function_of, home_of, is_ours, path_of
 from .transformers_private import PREPARE_CACHE, prepare_cache
 
@@ -93,6 +95,8 @@ class PatchHandle:
                     self._leave(path, module, f"its class is {_name(module)}, not {bases[0]} itself")
             elif home_of(type(module)) is None:
                 self._leave(path, module, f"its class's forward is replaced by {describe(type(module).forward)}")
+            elif reason := why_left(module):
+                self._leave(path, module, reason)
             else:
                 bind = Bound if path_of(module) in CAUSAL_LMS else partial
                 self._bind(path, module, "forward", bind(forward, module))
@@ -105,7 +109,9 @@ class PatchHandle:
 
     def bind_decoder(self, gives_cache: bool = False, int8_products: bool = True) -> None:
         """Lets each causal language model run steps of few tokens as one op."""
-        self.bind_forwards(CAUSAL_LM_FORWARDS)
+        present = {path_of(module) for module in self._model.modules()} & CAUSAL_LMS
+        forwards = {path: forward_of(KNOWN[path][0].package) for path in present}
+        self.bind_forwards({**dict.fromkeys(CAUSAL_LMS, causal_lm_forward), **forwards})
         for path, module in self._model.named_modules():
             if _runs_decoder(module.__dict__.get("forward")) and DECODER not in module.__dict__:
                 decoder = Decoder(module, gives_cache, int8_products)
@@ -119,10 +125,10 @@ class PatchHandle:
                 inside = tuple(id(part) for part in module.modules())
                 parts = any(patch.name == "forward" and id(patch.module) in inside for patch in self._patches)
                 reason = (
-                    f"{type(module).__name__} is none of {', '.join(f.causal_lm for f in FAMILIES)}: "
+                    f"{type(module).__name__} is none of {', '.join(f.name('causal_lm') for f in FAMILIES)}: "
                     f"{'its decode step is' if parts else 'all but its cache and its sampler is'} left to "
-                    "transformers. A model whose modules compute what Llama's compute takes one row in "
-                    "torch_fused/hf/models.py"
+                    "transformers. A model whose modules compute what these compute takes one row in "
+                    "torch_fused/hf/families.py"
                 )
                 self._leave(path, module, reason)
                 warnings.warn(f"apply_torch_fused: {reason}", stacklevel=3)
@@ -323,13 +329,20 @@ def prepare_cache_for_generation(
     model_kwargs[CACHE] = fused
 
 
-CAUSAL_LM_FORWARDS: Forwards = dict.fromkeys(CAUSAL_LMS, causal_lm_forward)
+def why_left(module: nn.Module) -> str:
+    """Why a module of a known class stays with transformers; empty if it does not."""
+    family, part = KNOWN[path_of(module)]
+    if part == "mlp" and not mismatch(module):
+        activation = getattr(module, family.activation)
+        if activation_of(activation) != "silu":
+            return f"its activation is {_name(activation)}, not silu"
+    return mismatch(module)
 
 
 def _runs_decoder(method: Any) -> bool:
     """Whether this is our forward of a causal language model, be it in wrappers that say what they wrap."""
     function: Any = inspect.unwrap(method)
-    return (function_of(function) or function) is causal_lm_forward
+    return getattr(function_of(function) or function, "__code__", None) is causal_lm_forward.__code__
 
 
 def _path(cls: type) -> tuple[str, str]:
