@@ -19,7 +19,7 @@ from .families import FAMILIES
 from .models import take_cache
 from .origin import describe, home_of, is_ours, is_own
 from .plan import Left, Plan, read, settings_of
-from .transformers_private import CACHE, attention_of, mask_function_of
+from .transformers_private import CACHE, attention_of, experts_function_of, mask_function_of
 from .watch import Watch, has_hooks
 
 MOST_SEQUENCES = MOST_STEPS = 8
@@ -170,6 +170,9 @@ class Decoder:
         for function in (attention, mask_function_of(implementation)):
             if not is_own(function):
                 raise Left(f"{implementation} attention is {describe(function)}")
+        experts = experts_function_of(config) if plan.family.experts else None
+        if experts is not None and not is_own(experts):
+            raise Left(f"its experts are computed by {describe(experts)}")
         return plan
 
     def needs_gradients(self) -> bool:
@@ -240,7 +243,7 @@ class Decoder:
                 raise Left(f"{name} is on")
         if not kwargs.pop("return_dict", True) or not self.model.config.return_dict:
             raise Left("a tuple is wanted")
-        unknown = [name for name, value in kwargs.items() if value is not None and name not in UNUSED_ARGUMENTS]
+        unknown = [name for name, value in kwargs.items() if name not in UNUSED_ARGUMENTS and not _is_nothing(value)]
         if unknown:
             raise Left(f"an argument that only transformers knows: {', '.join(unknown)}")
         if not isinstance(logits_to_keep, int):
@@ -330,6 +333,10 @@ def rows_of(position_ids: Any, input_ids: Tensor) -> Tensor:
     if int(position_ids.min()) < 0:
         raise Left("position_ids has negative positions")
     return position_ids.expand(input_ids.shape)
+
+
+def _is_nothing(argument: Any) -> bool:
+    return argument is None or argument is False or (isinstance(argument, dict) and not argument)
 
 
 def _is_current(plan: Plan | Left) -> bool:

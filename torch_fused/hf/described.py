@@ -34,6 +34,12 @@ PLUMBING: dict[str, set[str]] = {
     ),
     "mlp": set(),
     "decoder_layer": {"isinstance", "tuple", "full_attention"},
+    "experts_block": {"F"},
+    "router": set("hidden_dim F torch nn functional float dtype keepdim".split()),
+    "experts": set(
+        "zeros_like torch no_grad nn functional one_hot num_experts permute greater sum nonzero where linear chunk to "
+        "dtype num_classes".split()
+    ),
     "model": set(
         "ValueError DynamicCache get_seq_length torch arange device unsqueeze isinstance dict enumerate "
         "num_hidden_layers set jit is_tracing view expand ndim range len copy full_attention sliding_attention "
@@ -169,6 +175,19 @@ def _mlp(family: Family) -> Steps:
     return [{"down_proj", family.activation, *projections}]
 
 
+def _experts_block(family: Family) -> Steps:
+    shared = {"shared_expert", "shared_expert_gate", "sigmoid"} if family.experts == "shared" else set()
+    return [{"gate", "experts", *shared}]
+
+
+def _router(family: Family) -> Steps:
+    return [{"linear", "weight"}, {"softmax"}, {"topk", "top_k"}, {"norm_topk_prob", "sum"}, {"to"}]
+
+
+def _experts(family: Family) -> Steps:
+    return [{"gate_up_proj", "act_fn"}, {"down_proj"}, {"index_add_"}]
+
+
 def _layer(family: Family) -> Steps:
     mixers = {"self_attn"}
     if family.linear_attention:
@@ -211,6 +230,9 @@ _STEPS = {
     "attention": _attention,
     "mlp": _mlp,
     "decoder_layer": _layer,
+    "experts_block": _experts_block,
+    "router": _router,
+    "experts": _experts,
     "model": _model,
     "causal_lm": _causal_lm,
 }

@@ -20,6 +20,9 @@ PARTS = {
 }
 """The classes of a family, and how their names end."""
 
+EXPERT_PARTS = {"experts_block": "SparseMoeBlock", "router": "TopKRouter", "experts": "Experts"}
+"""Those of a family with mixtures of experts."""
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -65,8 +68,10 @@ class Family:
         embedding_scale: the attribute of the model with a factor of the embeddings.
         logits_divisor: the setting that the logits are divided by.
         logits_softcap: the setting with a soft cap of the logits.
-        linear_attention: the attention of some layers that is linear; it stays with transformers.
-        stays: classes that stay with transformers, and what they are.
+        linear_attention: the attribute of a layer with linear attention instead, which stays with transformers.
+        linear_class: its class.
+        experts: whether feed-forward layers may be mixtures of experts: "routed" ones, "shared" if there is also one
+            for all tokens. In the patch these stay with transformers.
         text: where the text model is in the causal language model.
     """
 
@@ -95,15 +100,26 @@ class Family:
     logits_divisor: str = ""
     logits_softcap: str = ""
     linear_attention: str = ""
-    stays: Mapping[str, str] = field(default_factory=dict)
+    linear_class: str = ""
+    experts: str = ""
     text: str = "model"
 
     @property
     def home(self) -> str:
         return f"transformers.models.{self.package}.modeling_{self.package}"
 
+    @property
+    def parts(self) -> Mapping[str, str]:
+        return PARTS | EXPERT_PARTS if self.experts else PARTS
+
+    @property
+    def stays(self) -> dict[str, str]:
+        """Classes that stay with transformers in the patch, and what they are."""
+        experts = {self.name("experts_block"): "a mixture of experts"} if self.experts else {}
+        return experts | ({self.linear_class: "linear attention"} if self.linear_class else {})
+
     def name(self, part: str) -> str:
-        return self.names.get(part, self.prefix + PARTS[part])
+        return self.names.get(part, self.prefix + self.parts[part])
 
     def path(self, part: str) -> tuple[str, str]:
         return self.home, self.name(part)
@@ -119,7 +135,6 @@ AROUND = {
 }
 OWN_WINDOWS = {"window": "layer", "windows": "layers"}
 ONE_WINDOW = {"window": "config", "windows": "all"}
-EXPERTS = "a mixture of experts"
 
 
 def _vision(prefix: str, **names: str) -> dict[str, Any]:
@@ -168,23 +183,20 @@ FAMILIES = (
     Family("qwen2_vl", "Qwen2VL", **_vision("Qwen2VL", mlp="Qwen2MLP"), **OWN_WINDOWS),
     Family("qwen2_5_vl", "Qwen2_5_VL", **_vision("Qwen2_5_VL", mlp="Qwen2MLP"), **OWN_WINDOWS),
     Family("qwen3_vl", "Qwen3VLText", **_vision("Qwen3VL"), qk_norm="head"),
-    Family("qwen2_moe", "Qwen2Moe", windows="layers", stays={"Qwen2MoeSparseMoeBlock": EXPERTS}),
-    Family(
-        "qwen3_moe", "Qwen3Moe", qk_norm="head", window="layer", windows="all",
-        stays={"Qwen3MoeSparseMoeBlock": EXPERTS},
-    ),
+    Family("qwen2_moe", "Qwen2Moe", windows="layers", experts="shared"),
+    Family("qwen3_moe", "Qwen3Moe", qk_norm="head", window="layer", windows="all", experts="routed"),
     Family(
         "qwen3_next", "Qwen3Next", norm=WEIGHT_PLUS_ONE, qk_norm="head", gated=True, linear_attention="linear_attn",
-        stays={"Qwen3NextGatedDeltaNet": "linear attention", "Qwen3NextSparseMoeBlock": EXPERTS},
+        linear_class="Qwen3NextGatedDeltaNet", experts="shared",
     ),
     Family(
         "qwen3_5", "Qwen3_5", {"model": "Qwen3_5TextModel", "rotary_embedding": "Qwen3_5TextRotaryEmbedding"},
         norm=WEIGHT_PLUS_ONE, qk_norm="head", gated=True, tables="sections", linear_attention="linear_attn",
-        stays={"Qwen3_5GatedDeltaNet": "linear attention"},
+        linear_class="Qwen3_5GatedDeltaNet",
     ),
 )  # fmt: skip
 
-KNOWN = {family.path(part): (family, part) for family in FAMILIES for part in PARTS}
+KNOWN = {family.path(part): (family, part) for family in FAMILIES for part in family.parts}
 """(module, class) -> the family and the part that this class is."""
 
 _families: dict[type, Family] = {}

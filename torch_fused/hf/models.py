@@ -11,7 +11,7 @@ from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 from ..functional import add_rms_norm, apply_rotary_pos_emb, rms_norm, silu_mul
 from .families import FAMILIES, family_of
 from .origin import function_of, has_own_rotation, home_of
-from .transformers_private import CACHE, KWARGS_REACH_CACHE, attention_of
+from .transformers_private import CACHE, KWARGS_REACH_CACHE, attention_of, cache_argument
 
 def activation_of(module: Any) -> str:
     """What an activation of transformers' or torch's computes: "silu", "gelu", "gelu_tanh", or "" for anything else."""
@@ -188,12 +188,13 @@ def _decoder_layer_forward(
 
     held = take_cache(kwargs)
     residual, hidden_states = hidden_states, through(hidden_states, before)
-    named = {CACHE: held, "attention_mask": attention_mask, **kwargs}
+    given = {"hidden_states": hidden_states, "attention_mask": attention_mask, **kwargs}
     if family.linear_attention and family.linear_attention in self._modules:
-        attended = getattr(self, family.linear_attention)(hidden_states=hidden_states, **named)
+        mixer = getattr(self, family.linear_attention)
+        attended = mixer(**{cache_argument(type(mixer)): held}, **given)
     else:
-        named |= {"position_ids": position_ids, "position_embeddings": position_embeddings}
-        attended, _ = self.self_attn(hidden_states=hidden_states, **named)
+        places = {"position_ids": position_ids, "position_embeddings": position_embeddings}
+        attended, _ = self.self_attn(**{CACHE: held}, **places, **given)
     attended = through(attended, after, drop)
     if scale is not None:
         attended = attended * scale
@@ -203,11 +204,11 @@ def _decoder_layer_forward(
     else:
         residual = residual + attended
         normed = residual if norm is None else norm(residual)
-    given = self.mlp(normed)
-    if isinstance(given, tuple):  # of a mixture of experts
-        given = given[0]
-    given = through(given, after_mlp, drop_mlp)
-    return residual + (given if scale is None else given * scale)
+    fed = self.mlp(normed)
+    if isinstance(fed, tuple):  # of a mixture of experts
+        fed = fed[0]
+    fed = through(fed, after_mlp, drop_mlp)
+    return residual + (fed if scale is None else fed * scale)
 
 
 def _can_join(norm: nn.Module, hidden_states: Tensor, residual: Tensor) -> bool:

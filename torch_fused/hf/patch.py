@@ -118,6 +118,14 @@ class PatchHandle:
                 self._patches.append(Patch(path or type(module).__name__, module, DECODER, decoder))
                 module.__dict__[DECODER] = decoder  # not setattr: it is no part of the model
 
+    def tell_what_stays(self) -> None:
+        """Reports the parts of known families that no fused op computes, a line for each class."""
+        present = Counter(path_of(module) for module in self._model.modules())
+        for (home, name), count in present.items():
+            for family in FAMILIES:
+                if family.home == home and name in family.stays:
+                    self._left.append((f"{count} x {name}", family.stays[name]))
+
     def tell_other_families(self) -> None:
         """Reports, and warns of, models that can generate but are of no family that is known."""
         for path, module in self._model.named_modules():
@@ -303,6 +311,8 @@ def apply_torch_fused(
                 handle.bind_decoder(gives_cache=cache, int8_products=int8_products)
             if sampler:
                 handle.bind_generation("generate", generate_by_loop)
+            if mlp:
+                handle.tell_what_stays()
             if norms or rotary or mlp or decode:
                 handle.tell_other_families()
             if not handle.patched:

@@ -162,6 +162,9 @@ def _read(model: Any, int8_products: bool) -> Plan:
         ],
         "int8_products": int8_products,
     }
+    if reader.routing:
+        chosen = _only("ways to choose experts", reader.routing)
+        weights |= dict(zip(("experts_per_token", "normalise_experts"), chosen, strict=True))
     if weights.pop("head_bias") is not None:
         raise Left("lm_head has a bias")
     dtype, device = _only("dtypes or devices", {(tensor.dtype, tensor.device) for tensor in reader.tensors})
@@ -246,6 +249,7 @@ class _Reader:
         self.activations: list[str] = []
         self.attentions: list[Any] = []
         self.dropouts: list[nn.Module] = []
+        self.routing: list[tuple[int, bool]] = []  # experts a token, and whether their weights sum to 1
         self.tensors: list[Tensor] = []
         self.packed: list[Tensor] = []  # codes, scales and biases
 
@@ -299,9 +303,28 @@ class _Reader:
         return self.split(attention, self.family.qkv, dict(zip("qkv", sizes, strict=True))) | output
 
     def feed_forward(self, layer: Any) -> dict[str, Matrix | None]:
-        if path_of(layer.mlp)[1] in self.family.stays:
-            raise Left(f"{path_of(layer.mlp)[1]} is {self.family.stays[path_of(layer.mlp)[1]]}")
-        return self.mlp(self.child(layer, "mlp", "mlp"))
+        if not self.family.experts or path_of(layer.mlp) != self.family.path("experts_block"):
+            return self.mlp(self.child(layer, "mlp", "mlp"))
+        block = self.child(layer, "mlp", "experts_block")
+        router = self.child(block, "gate", "router")
+        experts = self.child(block, "experts", "experts")
+        if experts.is_transposed or experts.has_bias or not experts.has_gate:
+            raise Left("its experts have biases, no gates or transposed matrices")
+        self.routing.append((router.top_k, bool(router.norm_topk_prob)))
+        self.activation(experts.act_fn)
+        gate, up = self.tensor(experts, "gate_up_proj").chunk(2, 1)
+        found = {
+            "router": self.parameter(router, "weight"),
+            "experts_gate": gate,
+            "experts_up": up,
+            "experts_down": self.parameter(experts, "down_proj"),
+        }
+        if self.family.experts == "shared":
+            found |= self.mlp(self.child(block, "shared_expert", "mlp"))
+            found |= self.linear(block, shared_gate="shared_expert_gate")
+            if found.pop("shared_gate_bias") is not None:
+                raise Left("the gate of its shared expert has a bias")
+        return found
 
     def mlp(self, mlp: Any) -> dict[str, Matrix | None]:
         self.activation(getattr(mlp, self.family.activation))
