@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..nn import QuantizedEmbedding, QuantizedLinear
-from ..ops.decode import LAYER_PARTS, Matrix, Packed, decode_, make_decoder
+from ..ops.decode import LAYER_PARTS, Adapter, Matrix, Packed, decode_, make_decoder
 from .cache import FusedKVCache, FusedLayer
+from .lora import Low, is_lora, lora_of
 from .models import FAMILIES, SILU, Family, take_cache
 from .origin import describe, home_of, is_ours, is_own, path_of
 from .packing import TiedLinear
@@ -42,6 +43,8 @@ UNUSED_ARGUMENTS = {"tokenizer", "assistant_tokenizer", "num_items_in_batch"}
 SHARED_FUNCTIONS = ("transformers.masking_utils", "transformers.modeling_utils")
 """Where a family's module has functions from that are not its own."""
 
+LINEAR_LAYERS = (nn.Linear, QuantizedLinear, TiedLinear)
+
 DECODER = "_torch_fused_decoder"
 """The attribute of a patched causal language model that holds its `Decoder`."""
 
@@ -61,7 +64,7 @@ class Plan:
     device: torch.device
     rotary: Any
     layers: int
-    dropout: list[nn.Module]  # the attentions that have it
+    dropout: list[nn.Module]  # the attentions and the adapters' layers that have it
     tables: tuple[Tensor, Tensor] | None = None
     frequencies: Any = None  # those of the tables
 
@@ -209,8 +212,8 @@ class Decoder:
             raise Left("the cache has another dtype, device, number of layers or another batch size, or layers differ")
         if self.needs_gradients():
             raise Left("gradients are enabled")
-        if any(attention.training for attention in plan.dropout):
-            raise Left("the model is in training mode and has attention dropout")
+        if any(module.training for module in plan.dropout):
+            raise Left("the model is in training mode and has dropout: call model.eval()")
         config = self.model.config
         if config.num_hidden_layers != plan.layers:
             raise Left(f"config.num_hidden_layers has become {config.num_hidden_layers}")
@@ -403,6 +406,8 @@ def _read(model: Any, int8_products: bool) -> Plan:
     if "dynamic" in rotary.rope_type or rotary.rope_type == "longrope":
         raise Left(f"its rotary embedding is {rotary.rope_type!r}, whose angles depend on the length")
     parts: list[Matrix | None] = []
+    adapters: list[Adapter] = []
+    dropouts: list[nn.Module] = []
     attentions = []
     for layer in layers:
         if path_of(layer) != family.class_path(family.decoder_layer):
@@ -426,7 +431,12 @@ def _read(model: Any, int8_products: bool) -> Plan:
             found[name] = reader.norm(attention, name) if hasattr(attention, name) else None
         if any(found.pop(f"{name}_bias") is not None for name in ("gate", "up", "down")):
             raise Left("its feed-forward layers have biases")
-        parts += [found[name] for name in LAYER_PARTS]
+        for name, low in reader.adapters.items():
+            place = len(parts) + LAYER_PARTS.index(name)
+            adapters += [Adapter(place, each.a, each.b, each.scale) for each in low]
+            dropouts += [each.dropout for each in low if isinstance(each.dropout, nn.Dropout) and each.dropout.p > 0]
+        reader.adapters.clear()
+        parts += [found.get(name) for name in LAYER_PARTS]
     weights = {
         "embedding": reader.matrix(embedding),
         "layers": parts,
@@ -452,12 +462,12 @@ def _read(model: Any, int8_products: bool) -> Plan:
             raise Left(f"hooks on {path}")
     if any(GLOBAL_HOOKS):
         raise Left("hooks on all modules")
-    dropout = [attention for attention in attentions if attention.attention_dropout]
+    dropouts += [attention for attention in attentions if attention.attention_dropout]
     try:
-        decoder = make_decoder(**weights, int8_products=int8_products)
+        decoder = make_decoder(**weights, adapters=adapters, int8_products=int8_products)
     except RuntimeError as error:
         raise Left(str(error)) from None
-    return Plan(decoder, dtype, device, rotary, len(layers), dropout)
+    return Plan(decoder, dtype, device, rotary, len(layers), dropouts)
 
 
 class _Reader:
@@ -468,6 +478,7 @@ class _Reader:
         self.epsilons: list[float] = []
         self.tensors: list[Tensor] = []
         self.packed: list[Tensor] = []  # codes, scales and biases
+        self.adapters: dict[str, list[Low]] = {}  # of a layer's linear layers, by the op's names
 
     def child(self, parent: nn.Module, name: str, *expected: str | type) -> Any:
         module = getattr(parent, name)
@@ -489,7 +500,15 @@ class _Reader:
         """The weights and biases of linear layers, by the op's name for each."""
         found: dict[str, Matrix | None] = {}
         for part, name in names.items():
-            layer = self.child(parent, name, nn.Linear, QuantizedLinear, TiedLinear)
+            layer = getattr(parent, name)
+            if is_lora(layer) and part in LAYER_PARTS:
+                _reject_replaced(name, layer)
+                self.adapters[part], reason = lora_of(layer)
+                if reason:
+                    raise Left(f"{name}: {reason}")
+                layer = self.child(layer, "base_layer", *LINEAR_LAYERS)
+            else:
+                layer = self.child(parent, name, *LINEAR_LAYERS)
             found[part] = self.matrix(layer)
             found[f"{part}_bias"] = None if layer.bias is None else self.parameter(layer, "bias")
         return found
@@ -516,12 +535,16 @@ class _Reader:
 
 
 def _reject_foreign_forward(what: str, module: nn.Module) -> None:
+    _reject_replaced(what, module)
+    _reject_replaced_class(what, module)
+
+
+def _reject_replaced(what: str, module: nn.Module) -> None:
     forward = module.__dict__.get("forward")
     if forward is not None and not is_ours(forward, module):
         raise Left(f"the forward of {what} has been replaced")
     if module._compiled_call_impl is not None:
         raise Left(f"{what} is compiled by torch.compile")
-    _reject_replaced_class(what, module)
 
 
 def _reject_replaced_class(what: str, module: nn.Module) -> None:
