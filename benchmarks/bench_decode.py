@@ -11,7 +11,7 @@ import torch
 from cases import Case
 
 from torch_fused.functional import quantize
-from torch_fused.ops.decode import Packed, decode_, decode_token_, make_decoder
+from torch_fused.ops.decode import LAYER_PARTS, Packed, decode_, decode_token_, make_decoder
 
 GROUP_SIZE = 64
 
@@ -67,14 +67,23 @@ def decoder(sizes: Sizes, bits: int, device: str, dtype: torch.dtype, int8_produ
         return Packed(*quantize(dense, bits=bits, group_size=GROUP_SIZE)) if bits else dense
 
     hidden, queries, keys = sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    parts: dict[str, tuple[int, ...]] = {
+        "input_norm": (hidden,),
+        "q": (queries, hidden),
+        "k": (keys, hidden),
+        "v": (keys, hidden),
+        "o": (hidden, queries),
+        "post_attention_norm": (hidden,),
+        "gate": (sizes.intermediate, hidden),
+        "up": (sizes.intermediate, hidden),
+        "down": (hidden, sizes.intermediate),
+    }
+    if sizes.biased:
+        parts |= {"q_bias": (queries,), "k_bias": (keys,), "v_bias": (keys,)}
     layers: list[torch.Tensor | Packed | None] = []
-    for _ in range(sizes.layers):
-        layers.append(vector(hidden))
-        for rows in (queries, keys, keys):
-            layers += [matrix(rows, hidden), vector(rows) if sizes.biased else None]
-        layers += [None, None, matrix(hidden, queries), None, vector(hidden)]
-        layers += [matrix(sizes.intermediate, hidden), matrix(sizes.intermediate, hidden)]
-        layers.append(matrix(hidden, sizes.intermediate))
+    for name in LAYER_PARTS * sizes.layers:
+        shape = parts.get(name, ())
+        layers.append(matrix(*shape) if len(shape) == 2 else vector(*shape) if shape else None)
     embedding = matrix(sizes.vocabulary, hidden)
     return make_decoder(
         embedding,

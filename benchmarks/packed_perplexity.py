@@ -23,8 +23,8 @@ from torch import Tensor
 
 from torch_fused.demo import _demo_file, load_demo_model
 from torch_fused.hf import load_gguf, quantize_
-from torch_fused.hf.decode import Plan, read
-from torch_fused.ops.decode import decode_
+from torch_fused.hf.plan import Plan, read
+from torch_fused.ops.decode import DECODER_PARTS, decode_
 
 BATCH, STEPS = 8, 8  # texts at once and tokens of a call, the most that the op takes
 CONTEXT = 512  # tokens of a text
@@ -80,8 +80,9 @@ def main() -> int:
     )
     model, tokenizer = packed_model(args.bits)
     plan: Any = read(model)
-    *rest, _ = plan.decoder.arguments()
-    decoders = {"int8": plan.decoder, "float": torch.classes.torch_fused.Decoder(*rest, False)}
+    parts = list(plan.decoder.arguments())
+    parts[DECODER_PARTS.index("int8_products")] = False
+    decoders = {"int8": plan.decoder, "float": torch.classes.torch_fused.Decoder(*parts)}
     loss = dict.fromkeys(decoders, 0.0)
     squares = {"error": 0.0, "logits": 0.0}
     texts = make_texts(tokenizer, args.tokens)

@@ -666,7 +666,11 @@ def _parts(step: Step, **changes) -> list:
         (lambda s: {"tables": [0]}, RuntimeError, "tables must be a number for each of the 2 layers"),
         (lambda s: {"tables": [0, -2]}, RuntimeError, "tables must be .* -1 for none"),
         (lambda s: {"residual_scale": float("nan")}, RuntimeError, "residual_scale must be finite, got nan"),
-        (lambda s: {"attention_softcap": -1.0}, RuntimeError, "attention_softcap and .* must be 0 or at least 1e-06, got -1"),
+        (
+            lambda s: {"attention_softcap": -1.0},
+            RuntimeError,
+            "attention_softcap and .* must be 0 or at least 1e-06, got -1",
+        ),
         (lambda s: {"head": torch.zeros(97, 47)}, RuntimeError, "head must have shape"),
         (lambda s: {"keys": s.args["keys"][:1]}, RuntimeError, "keys must be a tensor for each of the 2 layers"),
         (lambda s: {"values": [t[:, :, :21] for t in s.args["values"]]}, RuntimeError, "values must have room .* 21"),

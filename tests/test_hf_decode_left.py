@@ -132,7 +132,7 @@ def test_dropout_in_training_mode():
         cache = FusedKVCache(model.config)
         for tokens in (9, 1):
             model(prompt(1, tokens), **{CACHE: cache})
-        assert calls(handle)[1][-1] == "the model is in training mode and has attention dropout"
+        assert calls(handle)[1][-1] == "the model is in training mode and has dropout: call model.eval()"
 
 
 def test_angles_that_depend_on_the_length():

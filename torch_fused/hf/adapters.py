@@ -6,6 +6,9 @@ from torch import nn
 
 from ..nn import QuantizedLinear
 
+LORA_CLASS = (__name__, "prepare_lora.<locals>.LoraQuantizedLinear")
+"""Where the class is that PEFT's adapters on packed layers have."""
+
 
 def prepare_lora(config: Any) -> Any:
     """Lets PEFT put its adapters on packed linear layers: the same ``LoraConfig``, to be used as always.

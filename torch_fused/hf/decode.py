@@ -17,7 +17,7 @@ from .cache import FusedKVCache, FusedLayer, FusedSlidingLayer
 from .described import names_of
 from .families import FAMILIES
 from .models import take_cache
-from .origin import describe, home_of, is_ours, is_own
+from .origin import class_name, describe, home_of, is_ours, is_own
 from .plan import Left, Plan, read, settings_of
 from .transformers_private import CACHE, attention_of, experts_function_of, mask_function_of
 from .watch import Watch, has_hooks
@@ -156,7 +156,7 @@ class Decoder:
         if self.needs_gradients():
             raise Left("gradients are enabled")
         if any(module.training for module in plan.dropout):
-            raise Left("the model is in training mode and has dropout: call eval()")
+            raise Left("the model is in training mode and has dropout: call model.eval()")
         config = plan.config
         if config.num_hidden_layers != plan.layers:
             raise Left(f"config.num_hidden_layers has become {config.num_hidden_layers}")
@@ -200,7 +200,7 @@ class Decoder:
 
     def _check_cache(self, input_ids: Tensor, cache: Any) -> None:
         if type(cache) is not FusedKVCache:
-            raise Left(f"the cache is a {_name(cache)}, not a FusedKVCache")
+            raise Left(f"the cache is a {class_name(cache)}, not a FusedKVCache")
         if any(type(layer) not in (FusedLayer, FusedSlidingLayer) for layer in cache.layers):
             raise Left("the cache has layers that are not plain attention")
         layers: Any = cache.layers
@@ -270,7 +270,8 @@ class Decoder:
             cache,
             logits_to_keep=min(logits_to_keep, input_ids.shape[1]),
         )
-        return output_of(type(self.model))(logits=logits, **{CACHE: cache})
+        cls: Any = type(self.model)
+        return output_of(cls)(logits=logits, **{CACHE: cache})
 
 
 # ---- the forward of a patched model ---------------------------------------------------------------------------------

@@ -19,41 +19,48 @@ from .origin import home_of, innermost, path_of
 Steps = list[set[str]]
 """Names in the order in which a forward uses them; of one set, in any order."""
 
-COMMON = {
-    # What every forward may use without computing anything else.
-    *"config shape size view reshape transpose contiguous training attention_mask position_ids hidden_states".split(),
-    *"position_embeddings cache cache_params past_key_values use_cache input_ids inputs_embeds labels kwargs dim".split(),
-}
-PLUMBING: dict[str, set[str]] = {
-    "rotary_embedding": set(
-        "float inv_freq to device torch cat expand isinstance type str maybe_autocast enabled device_type mps cpu "
-        "getattr _inv_freq _attention_scaling".split()
-    ),
-    "attention": set(
-        "head_dim layer_idx get_interface _attn_implementation eager_attention_forward dropout torch".split()
-    ),
+
+def _words(text: str) -> set[str]:
+    return set(text.split())
+
+
+COMMON = _words("""
+    config shape size view reshape transpose contiguous training attention_mask position_ids hidden_states
+    position_embeddings cache cache_params past_key_values use_cache input_ids inputs_embeds labels kwargs dim
+""")
+"""What any forward may use without computing anything else."""
+
+PLUMBING = {
+    "rotary_embedding": _words("""
+        float inv_freq to device torch cat expand isinstance type str maybe_autocast enabled device_type mps cpu
+        getattr _inv_freq _attention_scaling
+    """),
+    "attention": _words("""
+        head_dim layer_idx get_interface _attn_implementation eager_attention_forward dropout torch
+    """),
     "mlp": set(),
-    "decoder_layer": {"isinstance", "tuple", "full_attention"},
+    "decoder_layer": _words("isinstance tuple full_attention"),
     "experts_block": {"F"},
-    "router": set("hidden_dim F torch nn functional float dtype keepdim".split()),
-    "experts": set(
-        "zeros_like torch no_grad nn functional one_hot num_experts permute greater sum nonzero where linear chunk to "
-        "dtype num_classes".split()
-    ),
-    "model": set(
-        "ValueError DynamicCache get_seq_length torch arange device unsqueeze isinstance dict enumerate "
-        "num_hidden_layers set jit is_tracing view expand ndim range len copy full_attention sliding_attention "
-        "linear_attention create_recurrent_attention_mask has_sliding_layers last_hidden_state dtype tensor bool "
-        # Bidirectional attention is told by `is_causal`; deepstack is of images.
-        "use_bidirectional_attention _bidirectional_window_overlay or_mask_function _deepstack_process".split()
-    ),
-    "causal_lm": set(
-        "last_hidden_state slice_logits_to_keep isinstance int slice vocab_size attentions logits loss torch "
-        "text_config image_outputs video_outputs pixel_values pixel_values_videos image_grid_thw video_grid_thw "
-        "mm_token_type_ids mm_encoder_outputs second_per_grid_ts rope_deltas output_router_logits router_logits "
-        "load_balancing_loss_func num_experts num_experts_per_tok router_aux_loss_coef aux_loss to device".split()
-    ),
+    "router": _words("hidden_dim F torch nn functional float dtype keepdim"),
+    "experts": _words("""
+        zeros_like torch no_grad nn functional one_hot num_experts permute greater sum nonzero where linear chunk to
+        dtype num_classes
+    """),
+    # Bidirectional attention is told by `is_causal`; deepstack is of images.
+    "model": _words("""
+        ValueError DynamicCache get_seq_length torch arange device unsqueeze isinstance dict enumerate
+        num_hidden_layers set jit is_tracing view expand ndim range len copy full_attention sliding_attention
+        linear_attention create_recurrent_attention_mask has_sliding_layers last_hidden_state dtype tensor bool
+        use_bidirectional_attention _bidirectional_window_overlay or_mask_function _deepstack_process
+    """),
+    "causal_lm": _words("""
+        last_hidden_state slice_logits_to_keep isinstance int slice vocab_size attentions logits loss torch
+        text_config image_outputs video_outputs pixel_values pixel_values_videos image_grid_thw video_grid_thw
+        mm_token_type_ids mm_encoder_outputs second_per_grid_ts rope_deltas output_router_logits router_logits
+        load_balancing_loss_func num_experts num_experts_per_tok router_aux_loss_coef aux_loss to device
+    """),
 }
+"""The same for each part."""
 
 
 def mismatch(module: nn.Module) -> str:

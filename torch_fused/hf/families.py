@@ -125,16 +125,16 @@ class Family:
         return self.home, self.name(part)
 
 
-AFTER = {
+AFTER: dict[str, Any] = {
     "norms_before": (None, None),
     "norms_after": ("post_attention_layernorm", "post_feedforward_layernorm"),
 }
-AROUND = {
+AROUND: dict[str, Any] = {
     "norms_before": ("input_layernorm", "pre_feedforward_layernorm"),
     "norms_after": ("post_attention_layernorm", "post_feedforward_layernorm"),
 }
-OWN_WINDOWS = {"window": "layer", "windows": "layers"}
-ONE_WINDOW = {"window": "config", "windows": "all"}
+OWN_WINDOWS: dict[str, Any] = {"window": "layer", "windows": "layers"}
+ONE_WINDOW: dict[str, Any] = {"window": "config", "windows": "all"}
 
 
 def _vision(prefix: str, **names: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from .families import FAMILIES, family_of
 from .origin import function_of, has_own_rotation, home_of
 from .transformers_private import CACHE, KWARGS_REACH_CACHE, attention_of, cache_argument
 
+
 def activation_of(module: Any) -> str:
     """What an activation of transformers' or torch's computes: "silu", "gelu", "gelu_tanh", or "" for anything else."""
     if type(module) in (nn.SiLU, SiLUActivation):
@@ -191,7 +192,8 @@ def _decoder_layer_forward(
     given = {"hidden_states": hidden_states, "attention_mask": attention_mask, **kwargs}
     if family.linear_attention and family.linear_attention in self._modules:
         mixer = getattr(self, family.linear_attention)
-        attended = mixer(**{cache_argument(type(mixer)): held}, **given)
+        cls: Any = type(mixer)
+        attended = mixer(**{cache_argument(cls): held}, **given)
     else:
         places = {"position_ids": position_ids, "position_embeddings": position_embeddings}
         attended, _ = self.self_attn(**{CACHE: held}, **places, **given)

@@ -22,7 +22,7 @@ from .families import FAMILIES, KNOWN
 from .inputs import find_model
 from .loop import generate_by_loop
 from .models import DECODER_LAYERS, MLPS, RMS_NORMS, ROTARY, Forwards, activation_of
-from .origin import Bound, describe, function_of, home_of, is_ours, path_of
+from .origin import Bound, class_name, describe, function_of, home_of, is_ours, path_of
 from .transformers_private import PREPARE_CACHE, prepare_cache
 
 HANDLE = "_torch_fused_handle"
@@ -92,7 +92,7 @@ class PatchHandle:
             if forward is None:
                 bases = [base.__qualname__ for base in type(module).__mro__ if _path(base) in forwards]
                 if bases:
-                    self._leave(path, module, f"its class is {_name(module)}, not {bases[0]} itself")
+                    self._leave(path, module, f"its class is {class_name(module)}, not {bases[0]} itself")
             elif home_of(type(module)) is None:
                 self._leave(path, module, f"its class's forward is replaced by {describe(type(module).forward)}")
             elif reason := why_left(module):
@@ -345,7 +345,7 @@ def why_left(module: nn.Module) -> str:
     if part == "mlp" and not mismatch(module):
         activation = getattr(module, family.activation)
         if activation_of(activation) != "silu":
-            return f"its activation is {_name(activation)}, not silu"
+            return f"its activation is {class_name(activation)}, not silu"
     return mismatch(module)
 
 
@@ -357,7 +357,3 @@ def _runs_decoder(method: Any) -> bool:
 
 def _path(cls: type) -> tuple[str, str]:
     return cls.__module__, cls.__qualname__
-
-
-def _name(module: nn.Module) -> str:
-    return ".".join(_path(type(module)))

@@ -1,18 +1,19 @@
 """What the op of a decode step takes of a model, read by the row of its family."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import QuantizedEmbedding, QuantizedLinear
-from ..ops.decode import LAYER_PARTS, Matrix, Packed, make_decoder
+from ..ops.decode import LAYER_PARTS, Adapter, Matrix, Packed, make_decoder
 from .described import mismatch
 from .families import FAMILIES, Family, family_of_model
+from .lora import MERGE, Low, is_lora, lora_of
 from .models import activation_of, is_by_length
-from .origin import describe, home_of, is_ours, is_own, path_of
+from .origin import class_name, describe, home_of, is_ours, is_own, path_of
 from .packing import TiedLinear
 from .watch import FUNCTIONS, GLOBAL_HOOKS, has_hooks
 
@@ -21,6 +22,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEVICES = ("cpu", "cuda", "mps")
 SHARED_FUNCTIONS = ("transformers.masking_utils", "transformers.modeling_utils")
 """Where a family's module has functions from that are not its own."""
+
+LINEAR_LAYERS = (nn.Linear, QuantizedLinear, TiedLinear)
 
 NORMS = ("input_norm", "post_attention_norm"), ("attention_output_norm", "feed_forward_output_norm")
 """The op's names for the norms before and after attention and the feed-forward layers."""
@@ -136,7 +139,7 @@ def _read(model: Any, int8_products: bool) -> Plan:
     windows = windows_of(base.config, family, len(layers))
     types = table_types_of(base.config, family, len(layers))
     rotary = reader.child(base, "rotary_emb", "rotary_embedding")
-    found = [reader.layer(layer) for layer in layers]
+    found = [reader.layer(layer, i) for i, layer in enumerate(layers)]
     kinds: tuple = tuple(dict.fromkeys(types))
     if any(inv_freq.requires_grad for inv_freq in frequencies_of(rotary, kinds)):
         raise Left("its rotary frequencies are trained")
@@ -161,6 +164,7 @@ def _read(model: Any, int8_products: bool) -> Plan:
             for kind, attention in zip(types, reader.attentions, strict=True)
         ],
         "int8_products": int8_products,
+        "adapters": reader.adapters,
     }
     if reader.routing:
         chosen = _only("ways to choose experts", reader.routing)
@@ -252,6 +256,8 @@ class _Reader:
         self.routing: list[tuple[int, bool]] = []  # experts a token, and whether their weights sum to 1
         self.tensors: list[Tensor] = []
         self.packed: list[Tensor] = []  # codes, scales and biases
+        self.adapters: list[Adapter] = []
+        self.low: dict[str, list[Low]] = {}  # the adapters of a layer's linear layers, by the op's names
 
     # ---- modules ----------------------------------------------------------------------------------------------------
 
@@ -260,19 +266,28 @@ class _Reader:
         if isinstance(expected[0], str):
             self.check(name, module, expected[0])
         elif type(module) not in expected:
-            raise Left(f"{name} is a {_name(module)}{_help(module)}")
+            raise Left(f"{name} is a {class_name(module)}{_help(module)}")
         else:
             _reject_foreign_forward(name, module)
         return module
 
     def check(self, what: str, module: Any, part: str) -> None:
         if path_of(module) != self.family.path(part):
-            raise Left(f"{what} is a {_name(module)}{_help(module)}")
+            raise Left(f"{what} is a {class_name(module)}{_help(module)}")
         _reject_foreign_forward(what, module)
         _reject_unknown(what, module)
 
-    def layer(self, layer: Any) -> dict[str, Matrix | None]:
-        """The tensors of a layer, by the op's names."""
+    def layer(self, layer: Any, index: int) -> dict[str, Matrix | None]:
+        """The tensors of a layer, by the op's names, and its adapters."""
+        found = self.parts(layer)
+        for name, low in self.low.items():
+            place = index * len(LAYER_PARTS) + LAYER_PARTS.index(name)
+            self.adapters += [Adapter(place, each.a, each.b, each.scale) for each in low]
+            self.dropouts += [each.dropout for each in low if isinstance(each.dropout, nn.Dropout) and each.dropout.p]
+        self.low.clear()
+        return found
+
+    def parts(self, layer: Any) -> dict[str, Matrix | None]:
         family = self.family
         self.check("a layer", layer, "decoder_layer")
         attention = self.child(layer, "self_attn", "attention")
@@ -286,9 +301,9 @@ class _Reader:
             if drop.p:
                 self.dropouts.append(drop)
         found: dict[str, Matrix | None] = dict.fromkeys(LAYER_PARTS)
-        for names, parts in zip((family.norms_before, family.norms_after), NORMS, strict=True):
-            for name, part in zip(names, parts, strict=True):
-                found[part] = self.norm(layer, name) if name else None
+        for names, places in zip((family.norms_before, family.norms_after), NORMS, strict=True):
+            for norm, place in zip(names, places, strict=True):
+                found[place] = self.norm(layer, norm) if norm else None
         found |= self.projections(attention)
         if family.qk_norm:
             found |= {name: self.norm(attention, name) for name in ("q_norm", "k_norm")}
@@ -313,7 +328,7 @@ class _Reader:
         self.routing.append((router.top_k, bool(router.norm_topk_prob)))
         self.activation(experts.act_fn)
         gate, up = self.tensor(experts, "gate_up_proj").chunk(2, 1)
-        found = {
+        found: dict[str, Matrix | None] = {
             "router": self.parameter(router, "weight"),
             "experts_gate": gate,
             "experts_up": up,
@@ -330,7 +345,9 @@ class _Reader:
         self.activation(getattr(mlp, self.family.activation))
         if self.family.gate_up:
             rows = getattr(mlp, self.family.gate_up).out_features // 2
-            found = self.split(mlp, self.family.gate_up, {"gate": rows, "up": rows}) | self.linear(mlp, down="down_proj")
+            found = self.split(mlp, self.family.gate_up, {"gate": rows, "up": rows}) | self.linear(
+                mlp, down="down_proj"
+            )
         else:
             found = self.linear(mlp, gate="gate_proj", up="up_proj", down="down_proj")
         if any(found.pop(f"{name}_bias") is not None for name in ("gate", "up", "down")):
@@ -340,7 +357,7 @@ class _Reader:
     def activation(self, activation: Any) -> None:
         kind = activation_of(activation)
         if not kind:
-            raise Left(f"its activation is {_name(activation)}")
+            raise Left(f"its activation is {class_name(activation)}")
         _reject_foreign_forward("an activation", activation)
         self.activations.append(kind)
 
@@ -349,7 +366,7 @@ class _Reader:
             embedding = base.embed_tokens
             _reject_foreign_forward("embed_tokens", embedding)
         elif self.family.embedding:
-            raise Left(f"embed_tokens is a {_name(base.embed_tokens)}")
+            raise Left(f"embed_tokens is a {class_name(base.embed_tokens)}")
         else:
             embedding = self.child(base, "embed_tokens", nn.Embedding, QuantizedEmbedding)
         if getattr(embedding, "max_norm", None) is not None:
@@ -383,24 +400,38 @@ class _Reader:
         """The weights and biases of linear layers, by the op's name for each."""
         found: dict[str, Matrix | None] = {}
         for part, name in names.items():
-            layer = self.child(parent, name, nn.Linear, QuantizedLinear, TiedLinear)
+            layer, low = self.base_of(parent, name)
+            if low and part not in LAYER_PARTS:
+                raise Left(f"{name} has an adapter: {MERGE}")
+            self.low[part] = low
             found[part] = self.matrix(layer)
             found[f"{part}_bias"] = None if layer.bias is None else self.parameter(layer, "bias")
         return found
 
     def split(self, parent: nn.Module, name: str, sizes: dict[str, int]) -> dict[str, Matrix | None]:
         """The rows of one linear layer that stand for each of the op's matrices."""
-        whole = self.linear(parent, all=name)
+        layer, low = self.base_of(parent, name)
+        matrix, bias = self.matrix(layer), None if layer.bias is None else self.parameter(layer, "bias")
         found: dict[str, Matrix | None] = {}
         start = 0
-        for part, rows in sizes.items():
-            for all_rows, of in ((whole["all"], part), (whole["all_bias"], f"{part}_bias")):
-                if isinstance(all_rows, Packed):
-                    found[of] = Packed(*(tensor[start : start + rows] for tensor in all_rows))
-                else:
-                    found[of] = None if all_rows is None else all_rows[start : start + rows]
-            start += rows
+        for part, count in sizes.items():
+            rows = slice(start, start + count)
+            found[part] = Packed(*(tensor[rows] for tensor in matrix)) if isinstance(matrix, Packed) else matrix[rows]
+            found[f"{part}_bias"] = None if bias is None else bias[rows]
+            self.low[part] = [replace(each, b=each.b[rows]) for each in low]
+            start += count
         return found
+
+    def base_of(self, parent: nn.Module, name: str) -> tuple[Any, list[Low]]:
+        """A linear layer, and its active adapters."""
+        layer = getattr(parent, name)
+        if not is_lora(layer):
+            return self.child(parent, name, *LINEAR_LAYERS), []
+        _reject_replaced(name, layer)
+        low, reason = lora_of(layer)
+        if reason:
+            raise Left(f"{name}: {reason}")
+        return self.child(layer, "base_layer", *LINEAR_LAYERS), low
 
     def matrix(self, module: nn.Module) -> Matrix:
         if not isinstance(module, QuantizedLinear | QuantizedEmbedding):
@@ -417,16 +448,16 @@ class _Reader:
         tensor = getattr(module, name)
         # A subclass holds its values in another way: quantised, or sharded over devices.
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
-            raise Left(f"a weight of {_name(module)} is a {_name(tensor)}")
+            raise Left(f"a weight of {class_name(module)} is a {class_name(tensor)}")
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise Left(f"a weight of {_name(module)} has strides {tensor.stride()}")
+            raise Left(f"a weight of {class_name(module)} has strides {tensor.stride()}")
         return tensor
 
 
 def _help(module: nn.Module) -> str:
     """What would let the step have a module of another class."""
     if hasattr(module, "lora_A") or hasattr(module, "merged_adapters"):
-        return ": merge the adapter (merge_and_unload) to have the step"
+        return f": {MERGE}"
     return ""
 
 
@@ -437,12 +468,16 @@ def _reject_unknown(what: str, module: nn.Module) -> None:
 
 
 def _reject_foreign_forward(what: str, module: nn.Module) -> None:
+    _reject_replaced(what, module)
+    _reject_replaced_class(what, module)
+
+
+def _reject_replaced(what: str, module: nn.Module) -> None:
     forward = module.__dict__.get("forward")
     if forward is not None and not is_ours(forward, module):
         raise Left(f"the forward of {what} has been replaced")
     if module._compiled_call_impl is not None:
         raise Left(f"{what} is compiled by torch.compile")
-    _reject_replaced_class(what, module)
 
 
 def _reject_replaced_class(what: str, module: nn.Module) -> None:
@@ -454,7 +489,3 @@ def _only(what: str, values: Any) -> Any:
     if len(set(values)) != 1:
         raise Left(f"it has several {what}: {', '.join(map(str, sorted(set(values), key=str)))}")
     return next(iter(values))
-
-
-def _name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from .lora import settings_of
 from .origin import home_of
 from .transformers_private import IDLE_HOOK
 
@@ -39,6 +40,7 @@ class Watch:
             self._hooks += [module._forward_hooks, module._forward_pre_hooks]
             for owned in (module._modules, module._parameters, module._buffers):
                 self._lookups += [(owned.get, name) for name in owned]
+            self._lookups += settings_of(module)
             names = ["forward", *(_NUMBERS & module.__dict__.keys())]
             self._lookups += [(module.__dict__.get, name) for name in names]
         self._lookups += [(cls.__dict__.get, "forward") for cls in set(self._classes)]

@@ -39,6 +39,24 @@ LAYER_PARTS = (
 )
 """What a layer has, in the order of the op's flat list of all layers."""
 
+DECODER_PARTS = (
+    "embedding",
+    "layers",
+    "norm",
+    "head",
+    "groups",
+    "heads",
+    "numbers",
+    "activation",
+    "windows",
+    "tables",
+    "int8_products",
+    "adapters",
+    "adapter_places",
+    "adapter_scales",
+)
+"""What the class of a decoder takes, in its order."""
+
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
@@ -73,46 +91,16 @@ class Numbers(NamedTuple):
 class DecoderParts:
     """A `torch.classes.torch_fused.Decoder` in Python, unchecked: for the reference, and for torch.compile to trace."""
 
-    def __init__(
-        self,
-        embedding,
-        layers,
-        norm,
-        head,
-        groups,
-        heads,
-        numbers,
-        activation,
-        windows,
-        tables,
-        int8_products,
-        adapters=(),
-        adapter_places=(),
-        adapter_scales=(),
-    ):
-        self.parts = (
-            embedding,
-            layers,
-            norm,
-            head,
-            groups,
-            heads,
-            numbers,
-            activation,
-            windows,
-            tables,
-            int8_products,
-            adapters,
-            adapter_places,
-            adapter_scales,
-        )
+    def __init__(self, *parts):
+        for name, part in zip(DECODER_PARTS, parts, strict=True):
+            setattr(self, name, part)
 
     @classmethod
     def __obj_unflatten__(cls, flat):
-        return cls(**dict(flat))
+        return cls(*(part for _, part in flat))
 
     def arguments(self):
-        return self.parts
+        return tuple(getattr(self, name) for name in DECODER_PARTS)
 
     def is_current(self):
         return True
