@@ -152,7 +152,7 @@ class Decoder:
         if torch.is_autocast_enabled(plan.device.type):
             _widen(cache, plan.dtype)
         if not cache.is_uniform(plan.dtype, plan.device, input_ids.shape[0]):
-            raise Left("the cache has another dtype, device or batch size, or layers differ")
+            raise Left("the cache has another dtype, device or another batch size, or layers differ")
         if self.needs_gradients():
             raise Left("gradients are enabled")
         if any(module.training for module in plan.dropout):
@@ -324,7 +324,7 @@ def output_of(cls: Any) -> Any:
 def rows_of(position_ids: Any, input_ids: Tensor) -> Tensor:
     """A position for each token, which is a row of the tables; raises `Left` for anything else."""
     shape = tuple(position_ids.shape) if isinstance(position_ids, Tensor) else ()
-    if len(shape) == 3 and shape[0] in (3, 4) and position_ids.dtype in INTEGERS:  # of time, height and width
+    if len(shape) == 3 and shape[0] in (1, 3, 4) and position_ids.dtype in INTEGERS:  # of time, height and width
         if not (position_ids[-3:] == position_ids[-1]).all():
             raise Left("position_ids of an image")
         position_ids = position_ids[-1]

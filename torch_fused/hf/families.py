@@ -60,6 +60,7 @@ class Family:
             none ("").
         gate_up: the one projection to gate and up; empty if they are two.
         activation: the attribute of the feed-forward layers that holds it.
+        gelu: whether the family's models have gelu; what counts is the module.
         tables: "one" table of cosines and sines, one for each of the "layer types", or one from three "sections".
         float32_tables: whether they are float32, whatever the model's dtype, and so is the rotation.
         residual_scale: the attribute of a layer with the factor of what it adds.
@@ -91,6 +92,7 @@ class Family:
     windows: str = ""
     gate_up: str = ""
     activation: str = "act_fn"
+    gelu: bool = False
     tables: str = "one"
     float32_tables: bool = False
     residual_scale: str = ""
@@ -107,6 +109,11 @@ class Family:
     @property
     def home(self) -> str:
         return f"transformers.models.{self.package}.modeling_{self.package}"
+
+    @property
+    def has_step(self) -> bool:
+        """Whether a model of the family can have a decode step."""
+        return not (self.linear_attention or self.gated)
 
     @property
     def parts(self) -> Mapping[str, str]:
@@ -173,12 +180,13 @@ FAMILIES = (
         **AFTER, **OWN_WINDOWS,
     ),
     Family(
-        "gemma2", "Gemma2", norm=WEIGHT_PLUS_ONE, softcap=True, embedding="Gemma2TextScaledWordEmbedding",
+        "gemma2", "Gemma2", norm=WEIGHT_PLUS_ONE, gelu=True, softcap=True, embedding="Gemma2TextScaledWordEmbedding",
         logits_softcap="final_logit_softcapping", **AROUND, **OWN_WINDOWS,
     ),
     Family(
-        "gemma3", "Gemma3", {"model": "Gemma3TextModel"}, norm=WEIGHT_PLUS_ONE, qk_norm="head", tables="layer types",
-        embedding="Gemma3TextScaledWordEmbedding", logits_softcap="final_logit_softcapping", **AROUND, **OWN_WINDOWS,
+        "gemma3", "Gemma3", {"model": "Gemma3TextModel"}, norm=WEIGHT_PLUS_ONE, gelu=True, qk_norm="head",
+        tables="layer types", embedding="Gemma3TextScaledWordEmbedding", logits_softcap="final_logit_softcapping",
+        **AROUND, **OWN_WINDOWS,
     ),
     Family("qwen2_vl", "Qwen2VL", **_vision("Qwen2VL", mlp="Qwen2MLP"), **OWN_WINDOWS),
     Family("qwen2_5_vl", "Qwen2_5_VL", **_vision("Qwen2_5_VL", mlp="Qwen2MLP"), **OWN_WINDOWS),

@@ -225,8 +225,9 @@ def apply_torch_fused(
     """Makes ``model`` use fused ops: the same greedy tokens in float32, and with ``decode=False`` in any dtype.
 
     Only this model's instances are touched: methods are bound on them, and no class and no global changes. Modules
-    whose class is not exactly one of Llama's, Qwen2's or Qwen3's are left alone, and so are modules that accelerate,
-    torch.compile or anybody else has wrapped, and classes whose forward was replaced; the handle's report lists these.
+    whose class is not exactly one of a known family's, as docs/generate.md lists them, are left alone, and so are those
+    that hold or use something that is not known of their family, modules that accelerate, torch.compile or anybody else
+    has wrapped, and classes whose forward was replaced; the handle's report lists these.
     A patched model can be saved, copied and sent to another process with its patches and its handle.
 
     Args:
@@ -235,7 +236,8 @@ def apply_torch_fused(
         residual: in decoder layers, the addition after attention and the norm that follows it run as one kernel;
             needs ``norms``.
         rotary: queries and keys are rotated by their positions in one kernel.
-        mlp: the activation between the feed-forward projections, ``silu(gate) * up``, runs as one kernel.
+        mlp: the activation between the feed-forward projections, ``silu(gate) * up``, runs as one kernel. Other
+            activations are transformers', but for the step of ``decode``.
         cache: ``generate()`` uses a :class:`FusedKVCache` where it would make a ``DynamicCache``, and so does a call of
             the model without gradients and without a cache, if ``decode`` can go on from it. Your own cache, another
             ``cache_implementation`` and ``use_cache=False`` are respected.

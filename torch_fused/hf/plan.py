@@ -310,12 +310,13 @@ class _Reader:
         return found | self.feed_forward(layer)
 
     def projections(self, attention: Any) -> dict[str, Matrix | None]:
-        output = self.linear(attention, o="o_proj")
-        if not self.family.qkv:
-            return self.linear(attention, q="q_proj", k="k_proj", v="v_proj") | output
-        sizes = [self.config.num_attention_heads, *[self.config.num_key_value_heads] * 2]
-        sizes = [heads * attention.head_dim for heads in sizes]
-        return self.split(attention, self.family.qkv, dict(zip("qkv", sizes, strict=True))) | output
+        if self.family.qkv:
+            sizes = [self.config.num_attention_heads, *[self.config.num_key_value_heads] * 2]
+            sizes = [heads * attention.head_dim for heads in sizes]
+            found = self.split(attention, self.family.qkv, dict(zip("qkv", sizes, strict=True)))
+        else:
+            found = self.linear(attention, q="q_proj", k="k_proj", v="v_proj")
+        return found | self.linear(attention, o="o_proj")
 
     def feed_forward(self, layer: Any) -> dict[str, Matrix | None]:
         if not self.family.experts or path_of(layer.mlp) != self.family.path("experts_block"):
