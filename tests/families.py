@@ -85,7 +85,7 @@ def make_config(package: str, **changes: Any) -> Any:
         "initializer_range": 0.15,
         "max_position_embeddings": 512,
         "pad_token_id": 0,
-        "bos_token_id": None,
+        "bos_token_id": 1,
         "eos_token_id": None,
         **SETTINGS.get(package, {}),
         **changes,
