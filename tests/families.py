@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": SLIDING},
     "mistral": {"sliding_window": WINDOW},
     "ministral": {"sliding_window": WINDOW, "layer_types": SLIDING},
+    "cwm": {"sliding_window": WINDOW, "layer_types": SLIDING},
     "ministral3": {
         "sliding_window": None,
         "rope_parameters": {**ROPE, "llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 64},

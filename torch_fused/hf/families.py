@@ -156,6 +156,7 @@ FAMILIES = (
     Family("qwen3", "Qwen3", qk_norm="head", **OWN_WINDOWS),
     Family("mistral", "Mistral", **ONE_WINDOW),
     Family("ministral", "Ministral", **OWN_WINDOWS),
+    Family("cwm", "Cwm", **OWN_WINDOWS),
     Family("ministral3", "Ministral3", scaled_queries=True, **ONE_WINDOW),
     Family("smollm3", "SmolLM3", use_rotary="use_rope", **OWN_WINDOWS),
     Family(
