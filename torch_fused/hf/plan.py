@@ -15,6 +15,7 @@ from .lora import MERGE, Low, is_lora, lora_of
 from .models import activation_of, is_by_length
 from .origin import class_name, describe, home_of, is_ours, is_own, path_of
 from .packing import TiedLinear
+from .transformers_private import attention_of
 from .watch import FUNCTIONS, GLOBAL_HOOKS, has_hooks
 
 MOST_HEAD_DIM = 256  # on a GPU
@@ -102,7 +103,7 @@ def settings_of(config: Any, family: Family) -> tuple:
     """What a plan takes of the configuration, which may change at any time."""
     types = getattr(config, "layer_types", None)
     names = ("sliding_window", family.logits_divisor, family.logits_softcap)
-    return (types and tuple(types), *(getattr(config, name, None) for name in names if name))
+    return (attention_of(config), types and tuple(types), *(getattr(config, name, None) for name in names if name))
 
 
 def read(model: Any, int8_products: bool = True) -> Plan | Left:
@@ -385,7 +386,9 @@ class _Reader:
         return float(getattr(layer, self.family.residual_scale)) if self.family.residual_scale else 1.0
 
     def softcap(self, attention: Any) -> float:
-        return float(attention.attn_logit_softcapping or 0) if self.family.softcap else 0.0
+        """That of its scores, which only "eager" attention has: before 5.24 "sdpa" passes over it, then it refuses it."""
+        has = self.family.softcap and attention_of(self.config) == "eager"
+        return float(attention.attn_logit_softcapping or 0) if has else 0.0
 
     def has_positions(self, attention: Any) -> bool:
         return not self.family.use_rotary or bool(getattr(attention, self.family.use_rotary))
