@@ -52,6 +52,7 @@ class FusedLayer(DynamicLayer):
     # to the other in one assignment, so that an interrupt leaves them alike.
     _held: Pair | None = (None, None)
     is_initialized = False
+    window = 0  # how many of the last tokens a token attends, its own included; 0 for all
     edited = False  # whether a caller has chosen the number of tokens
     _keys: Any = None
     _values: Any = None
@@ -319,7 +320,7 @@ class FusedSlidingLayer(FusedLayer):
     is_sliding = True
 
     def __init__(self, sliding_window: int, final_length: int | None = None, byte_budget: int = 0):
-        self.sliding_window = sliding_window
+        self.window = self.sliding_window = sliding_window
         super().__init__(final_length, byte_budget)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from ..ops.decode import decode_
 from .cache import FusedKVCache, FusedLayer, FusedSlidingLayer
 from .described import names_of
-from .families import FAMILIES
+from .families import FAMILIES, family_of_model
 from .models import take_cache
 from .origin import class_name, describe, home_of, is_ours, is_own
-from .plan import Left, Plan, read, settings_of
+from .plan import Left, Plan, read
 from .transformers_private import CACHE, attention_of, experts_function_of, mask_function_of
 from .watch import Watch, has_hooks
 
@@ -47,12 +47,14 @@ class Decoder:
         self.gives_cache = gives_cache
         self.int8_products = int8_products
         self.arguments = arguments_of(type(model))
+        family = family_of_model(model)
+        self._holds_text = family is None or family.text != "model"
         self.calls: Counter[str] = Counter()  # by the reason why they were left; "" for none
         self._read: tuple[Watch, Plan | Left] | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("model", "gives_cache", "int8_products", "arguments", "calls")
+        names = ("model", "gives_cache", "int8_products", "arguments", "calls", "_holds_text")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -65,7 +67,7 @@ class Decoder:
     def plan(self) -> Plan:
         """The plan for the model as it is now; raises `Left`."""
         found = self._read
-        if found is None or not found[0].holds() or not _is_current(found[1]):
+        if found is None or not found[0].holds() or not (isinstance(found[1], Left) or found[1].is_current):
             found = self._read = None  # the tensors in it may be gone from the model
             found = self._read = Watch(self.model), read(self.model, self.int8_products)
         plan = found[1]
@@ -145,7 +147,7 @@ class Decoder:
         """The plan, if the call is one for the op; raises `Left`."""
         self._check_cache(input_ids, cache)
         plan = self.plan()
-        if [getattr(layer, "sliding_window", 0) for layer in cache.layers] != plan.windows:
+        if [layer.window for layer in cache.layers] != plan.windows:
             raise Left("the cache has another number of layers, or other windows")
         if input_ids.device != plan.device:
             raise Left(f"the token ids are on {input_ids.device}, the weights on {plan.device}")
@@ -191,7 +193,8 @@ class Decoder:
     @property
     def config(self) -> Any:
         """Of the text model."""
-        return self.model.config.get_text_config(decoder=True)
+        config = self.model.config
+        return config.get_text_config(decoder=True) if self._holds_text else config
 
     def _can_give_cache(self, given: dict[str, Any]) -> bool:
         use_cache = given.get("use_cache")
@@ -338,12 +341,6 @@ def rows_of(position_ids: Any, input_ids: Tensor) -> Tensor:
 
 def _is_nothing(argument: Any) -> bool:
     return argument is None or argument is False or (isinstance(argument, dict) and not argument)
-
-
-def _is_current(plan: Plan | Left) -> bool:
-    if isinstance(plan, Left):
-        return True
-    return plan.decoder.is_current() and settings_of(plan.config, plan.family) == plan.settings
 
 
 def _widen(cache: Any, dtype: torch.dtype) -> None:

@@ -181,14 +181,8 @@ def _decoder_layer_forward(
     scale = getattr(self, family.residual_scale) if family.residual_scale else None
     drop, drop_mlp = family.dropouts or (None, None)
 
-    def through(states: Tensor, *names: str | None) -> Tensor:
-        for name in names:
-            if name is not None:
-                states = getattr(self, name)(states)
-        return states
-
     held = take_cache(kwargs)
-    residual, hidden_states = hidden_states, through(hidden_states, before)
+    residual, hidden_states = hidden_states, _through(self, hidden_states, before)
     given = {"hidden_states": hidden_states, "attention_mask": attention_mask, **kwargs}
     if family.linear_attention and family.linear_attention in self._modules:
         mixer = getattr(self, family.linear_attention)
@@ -197,7 +191,7 @@ def _decoder_layer_forward(
     else:
         places = {"position_ids": position_ids, "position_embeddings": position_embeddings}
         attended, _ = self.self_attn(**{CACHE: held}, **places, **given)
-    attended = through(attended, after, drop)
+    attended = _through(self, attended, after, drop)
     if scale is not None:
         attended = attended * scale
     norm = getattr(self, before_mlp) if before_mlp else None
@@ -209,8 +203,16 @@ def _decoder_layer_forward(
     fed = self.mlp(normed)
     if isinstance(fed, tuple):  # of a mixture of experts
         fed = fed[0]
-    fed = through(fed, after_mlp, drop_mlp)
+    fed = _through(self, fed, after_mlp, drop_mlp)
     return residual + (fed if scale is None else fed * scale)
+
+
+def _through(layer: Any, states: Tensor, *names: str | None) -> Tensor:
+    """What the layer's modules of these names make of states, one after the other."""
+    for name in names:
+        if name is not None:
+            states = layer._modules[name](states)
+    return states
 
 
 def _can_join(norm: nn.Module, hidden_states: Tensor, residual: Tensor) -> bool:

@@ -48,13 +48,21 @@ class Plan:
     windows: list[int]
     most_positions: int | None  # that the tables and the scale of queries hold for
     dropout: list[nn.Module]  # that have some
-    settings: tuple = ()
+    attention: str  # the name of its function
+    types: list[str] | None  # of layers
     tables: tuple[Tensor, Tensor] | None = None
     frequencies: list = field(default_factory=list)  # those of the tables
 
     @property
     def layers(self) -> int:
         return len(self.windows)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it is one for the model as it is now, if that is still made of the same parts."""
+        types = self.types is None or self.types == self.config.layer_types
+        softcap = not self.family.softcap or self.attention == attention_of(self.config)
+        return self.decoder.is_current() and types and softcap
 
     def check_positions(self, positions: int) -> None:
         if self.most_positions is not None and positions > self.most_positions:
@@ -97,13 +105,6 @@ def _are_still(known: Any, inv_freq: Tensor) -> bool:
     if isinstance(known, Tensor):
         return known.device == inv_freq.device and torch.equal(known, inv_freq)
     return known[0] is inv_freq and known[1] == inv_freq._version
-
-
-def settings_of(config: Any, family: Family) -> tuple:
-    """What a plan takes of the configuration, which may change at any time."""
-    types = getattr(config, "layer_types", None)
-    names = ("sliding_window", family.logits_divisor, family.logits_softcap)
-    return (attention_of(config), types and tuple(types), *(getattr(config, name, None) for name in names if name))
 
 
 def read(model: Any, int8_products: bool = True) -> Plan | Left:
@@ -201,7 +202,8 @@ def _read(model: Any, int8_products: bool) -> Plan:
         windows,
         most_positions_of(base.config, family, rotary, kinds),
         reader.dropouts,
-        settings_of(base.config, family),
+        attention_of(base.config),
+        list(base.config.layer_types) if family.windows == "layers" else None,
     )
 
 

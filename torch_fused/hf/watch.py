@@ -4,6 +4,7 @@ from operator import is_not
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from .lora import settings_of
 from .origin import home_of
@@ -26,6 +27,10 @@ _NUMBERS = {
     *("use_rope", "attn_logit_softcapping", "residual_multiplier", "embedding_multiplier", "head_dim", "approximate"),
     *("top_k", "norm_topk_prob"),
 }
+"""Attributes of modules that a decode step is made of."""
+
+_SETTINGS = ("sliding_window", "logits_scaling", "final_logit_softcapping")
+"""Of a configuration, the same."""
 
 
 class Watch:
@@ -41,7 +46,11 @@ class Watch:
             for owned in (module._modules, module._parameters, module._buffers):
                 self._lookups += [(owned.get, name) for name in owned]
             self._lookups += settings_of(module)
-            names = ["forward", *(_NUMBERS & module.__dict__.keys())]
+            if isinstance(module, PreTrainedModel):
+                self._lookups += [(module.__dict__.get, "config")]
+                self._lookups += [(vars(module.config).get, name) for name in _SETTINGS]
+            numbers = [name for name in module.__dict__ if name in _NUMBERS or name.endswith("_attention_scaling")]
+            names = ["forward", *numbers]
             self._lookups += [(module.__dict__.get, name) for name in names]
         self._lookups += [(cls.__dict__.get, "forward") for cls in set(self._classes)]
         home = home_of(type(model))
