@@ -282,7 +282,7 @@ def test_aligned_families(backend, family):
     """Sizes that the fast kernels take, a context of several chunks."""
     experts = {"experts": 40, "expert_intermediate": 136} if "moe" in family else {}
     shape = Shape(family, hidden=256, heads=4, kv_heads=2, head_dim=64, rotary_dim=64, intermediate=512, **experts)
-    for dtype in DTYPES:
+    for dtype in DTYPES if experts else (torch.float16,):
         Step(shape, dtype=dtype, length=300, device=backend.device).check()
     Step(shape, batch=3, steps=3, dtype=torch.bfloat16, length=300, device=backend.device).check()
 
@@ -354,7 +354,7 @@ def test_adapters_of_aligned_sizes(backend, dtype):
     shape = Shape(hidden=256, heads=4, kv_heads=2, head_dim=64, rotary_dim=64, intermediate=512)
     for batch, steps in ((1, 1), (3, 4)):
         step = Step(shape, batch=batch, steps=steps, dtype=dtype, length=300, device=backend.device)
-        for own in (dtype, torch.float32):
+        for own in {dtype, torch.float32} if batch == 1 else {dtype}:
             step.model["adapters"] = adapters(step, 16, dtype=own)
             step.check()
 

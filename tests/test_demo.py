@@ -76,7 +76,7 @@ def test_generate_function_and_bfloat16(bfloat16_model):
         assert greedy(model, inputs, 60) == stock
 
 
-@pytest.mark.parametrize("count", [50, pytest.param(200, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [25, pytest.param(200, marks=pytest.mark.full)])
 def test_bfloat16_tokens_of_five_prompts_are_stocks(bfloat16_model, count):
     """The prompts as one left-padded batch."""
     model, tokenizer = bfloat16_model

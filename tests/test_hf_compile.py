@@ -52,10 +52,15 @@ def own(model, ids, **options):
     return model.generate(ids, **options)
 
 
+OTHERS = [family for family in FAMILIES if family != "qwen2"]
+"""Compiling takes seconds: these families are compiled in make test-full."""
+
+
 @pytest.mark.parametrize(
     ("family", "given", "flags"),
     [
-        *((family, {"cache_implementation": "static"}, {}) for family in FAMILIES),
+        ("qwen2", {"cache_implementation": "static"}, {}),
+        *(pytest.param(family, {"cache_implementation": "static"}, {}, marks=pytest.mark.full) for family in OTHERS),
         ("qwen2", {"cache_implementation": "static"}, {"decode": False}),
         ("qwen2", {"cache_implementation": "static"}, {"sampler": False}),
         ("qwen2", {"cache_implementation": "static", "prefill_chunk_size": 4}, {}),
@@ -107,7 +112,7 @@ def test_what_is_not_compiled():
 
 
 @pytest.mark.parametrize("kind", ["static", "fused", "dynamic"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen2", *(pytest.param(family, marks=pytest.mark.full) for family in OTHERS)])
 def test_steps_with_a_cache_are_whole_graphs(family, kind):
     """Each call is one graph, and its logits stock's: for a static cache, the fused one and transformers' own."""
     model = make_model(family)
