@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from transformers import DynamicCache, Qwen2Config
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 import torch_fused.hf.cache
 from torch_fused.hf import FusedKVCache
@@ -240,14 +240,21 @@ def hybrid_changes():
     return {"use_sliding_window": True, "sliding_window": 8, "layer_types": types}
 
 
-def test_hybrid_models_keep_their_sliding_layers():
-    """Only full attention is replaced; windowed layers forget as transformers' own do."""
+def test_sliding_layers_hand_out_what_is_in_the_window():
+    """What `update` returns and the mask is made for are transformers' own; but all tokens are kept, to be cropped."""
     fused, stock = FusedKVCache(config(**hybrid_changes())), DynamicCache(config=config(**hybrid_changes()))
-    assert type(fused.layers[0]) is DynamicSlidingWindowLayer
-    for step in range(20):
-        append([fused, stock], 1, seed=step)
-        assert_same(fused, stock)
-    assert fused.nbytes > 0
+    assert fused.is_sliding == stock.is_sliding == [True, False, False]
+    for step, tokens in enumerate([3, *[1] * 9, 4, 12, 1]):
+        for layer in range(3):
+            assert fused.get_mask_sizes(tokens, layer) == stock.get_mask_sizes(tokens, layer)
+            keys = make(2, tokens, HEADS, HEAD_DIM, seed=step).transpose(1, 2)
+            new = keys, keys + 1
+            for ours, theirs in zip(*(cache.update(*new, layer) for cache in (fused, stock)), strict=True):
+                assert torch.equal(ours, theirs)
+            assert fused.get_seq_length(layer) == stock.get_seq_length(layer)
+    fused.crop(-20)
+    assert fused.layers[0].keys.shape[2] == fused.get_seq_length() == 9
+    assert fused.get_mask_sizes(1, 0) == (8, 2)
 
 
 def test_leaves_inference_mode():

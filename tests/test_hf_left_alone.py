@@ -9,7 +9,7 @@ import transformers
 from test_hf_generate import make_model, prompt
 from test_hf_patch import kernels, wrap
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, StableLmConfig, StableLmForCausalLM
 from transformers.activations import SiLUActivation
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -398,24 +398,24 @@ def test_other_architectures_get_the_cache():
     with pytest.warns(UserWarning, match="GPT2LMHeadModel is none of LlamaForCausalLM, .* its cache and its sampler"):
         handle = apply_torch_fused(model)
     assert "  left: GPT2LMHeadModel: GPT2LMHeadModel is none of LlamaForCausalLM, " in handle.report()
-    assert "takes one row in torch_fused/hf/models.py" in handle.report()
+    assert "takes one row in torch_fused/hf/families.py" in handle.report()
     assert "1 x GPT2LMHeadModel._prepare_cache_for_generation" in handle.report()
     assert torch.equal(model.generate(ids, **options), expected)
 
 
 def test_a_family_that_is_not_known_says_so_once():
-    """A Mistral, alone and as a part; not where nothing but the cache and the sampler was asked for, nor for a model
+    """A StableLM, alone and as a part; not where nothing but the cache and the sampler was asked for, nor for a model
     that is known in a wrapper that is not."""
-    config = MistralConfig(
+    config = StableLmConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32,
         vocab_size=64, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    model = MistralForCausalLM(config).eval()
+    model = StableLmForCausalLM(config).eval()
     for whole in (model, nn.Sequential(model)):
-        with pytest.warns(UserWarning, match="MistralForCausalLM is none of") as warned:
+        with pytest.warns(UserWarning, match="StableLmForCausalLM is none of") as warned:
             handle = apply_torch_fused(whole)
         assert len(warned) == 1
-        assert handle.report().count("MistralForCausalLM is none of") == 1
+        assert handle.report().count("StableLmForCausalLM is none of") == 1
         assert apply_torch_fused(whole) is handle
         handle.revert()
     with warnings.catch_warnings():

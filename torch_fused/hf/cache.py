@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from transformers import PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..ops.kv_cache import kv_append_reference, kv_update_
 from .transformers_private import CACHE as CACHE
@@ -310,6 +310,30 @@ class FusedLayer(DynamicLayer):
         return state
 
 
+class FusedSlidingLayer(FusedLayer):
+    """The cache of a layer whose tokens attend the last ``sliding_window`` ones only, their own included.
+
+    It keeps all tokens, so that it can always be cropped; `update` returns those that the new ones may attend.
+    """
+
+    is_sliding = True
+
+    def __init__(self, sliding_window: int, final_length: int | None = None, byte_budget: int = 0):
+        self.sliding_window = sliding_window
+        super().__init__(final_length, byte_budget)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states)
+        seen = self.sliding_window - 1 + key_states.shape[-2]
+        first = keys.shape[-2] - seen
+        return (keys, values) if first <= 0 else (keys.narrow(2, first, seen), values.narrow(2, first, seen))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The number of tokens that `update` will return, and the place of the first."""
+        first = max(self.get_seq_length() - self.sliding_window + 1, 0)
+        return self.get_seq_length() - first + query_length, first
+
+
 def _match(a: Any, b: Any, *dims: int) -> bool:
     """Whether both are plain tensors of four dimensions on one device, of as many batches, heads and `dims`."""
     return (
@@ -363,7 +387,8 @@ class FusedKVCache(DynamicCache):
     and edited in any order, as a ``DynamicCache``'s. States of another dtype promote, as ``torch.cat`` does.
 
     A layer's buffers are allocated once if the final length is known and the whole cache needs at most 256 MB; else
-    they grow by half, one layer at a time. Sliding-window layers of hybrid models are transformers' own.
+    they grow by half, one layer at a time. Layers with a sliding window keep all tokens and hand out those in it, so
+    that they can be cropped at any length. Layers of linear attention are transformers' own.
 
     Args:
         config: the model's configuration.
@@ -388,11 +413,9 @@ class FusedKVCache(DynamicCache):
         super().__init__(config=config)
         self._max_cache_len = max_cache_len
         final_length = expected_len if max_cache_len is None else max_cache_len
-        byte_budget = ALLOCATE_AT_ONCE // max(1, sum(type(layer) is DynamicLayer for layer in self.layers))
-        # Only plain attention layers: a subclass keeps its tokens in another way.
-        self.layers = [
-            FusedLayer(final_length, byte_budget) if type(layer) is DynamicLayer else layer for layer in self.layers
-        ]
+        own = (DynamicLayer, DynamicSlidingWindowLayer)  # another subclass keeps its tokens in another way
+        byte_budget = ALLOCATE_AT_ONCE // max(1, sum(type(layer) in own for layer in self.layers))
+        self.layers = [_fused(layer, final_length, byte_budget) for layer in self.layers]
         attention = [i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)]
         self._first, self._last = (attention[0], attention[-1]) if attention else (0, 0)
         self._change = 0  # tokens that the last forward, step or crop adds to one layer after the other
@@ -517,6 +540,12 @@ class FusedKVCache(DynamicCache):
     def nbytes(self) -> int:
         """Bytes held by the buffers of all layers, the unused parts included."""
         return sum(_layer_nbytes(layer) for layer in self.layers)
+
+
+def _fused(layer: Any, final_length: int | None, byte_budget: int) -> Any:
+    if type(layer) is DynamicSlidingWindowLayer:
+        return FusedSlidingLayer(layer.sliding_window, final_length, byte_budget)
+    return FusedLayer(final_length, byte_budget) if type(layer) is DynamicLayer else layer
 
 
 def _layer_nbytes(layer) -> int:

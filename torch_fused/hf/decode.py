@@ -1,96 +1,36 @@
 """Steps of a few tokens through a whole model as one op, where that computes what transformers does."""
 
+import functools
 import inspect
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from importlib import import_module
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..nn import QuantizedEmbedding, QuantizedLinear
-from ..ops.decode import LAYER_PARTS, Adapter, Matrix, Packed, decode_, make_decoder
-from .cache import FusedKVCache, FusedLayer
-from .lora import Low, is_lora, lora_of
-from .models import FAMILIES, SILU, Family, take_cache
-from .origin import describe, home_of, is_ours, is_own, path_of
-from .packing import TiedLinear
-from .transformers_private import CACHE, attention_of, mask_function_of
-from .watch import FUNCTIONS, GLOBAL_HOOKS, Watch, has_hooks
+from ..ops.decode import decode_
+from .cache import FusedKVCache, FusedLayer, FusedSlidingLayer
+from .described import names_of
+from .families import FAMILIES
+from .models import take_cache
+from .origin import class_name, describe, home_of, is_ours, is_own
+from .plan import Left, Plan, read, settings_of
+from .transformers_private import CACHE, attention_of, experts_function_of, mask_function_of
+from .watch import Watch, has_hooks
 
 MOST_SEQUENCES = MOST_STEPS = 8
-MOST_HEAD_DIM = 256  # on a GPU
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-DEVICES = ("cpu", "cuda", "mps")
 INTEGERS = (torch.int32, torch.int64)
-ARGUMENTS = (
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    CACHE,
-    "inputs_embeds",
-    "labels",
-    "use_cache",
-    "logits_to_keep",
-)
-"""Of a causal language model's forward, by position."""
-
 UNUSED_ARGUMENTS = {"tokenizer", "assistant_tokenizer", "num_items_in_batch"}
 """What `generate` and trainers hand through a model without a use in it."""
-SHARED_FUNCTIONS = ("transformers.masking_utils", "transformers.modeling_utils")
-"""Where a family's module has functions from that are not its own."""
-
-LINEAR_LAYERS = (nn.Linear, QuantizedLinear, TiedLinear)
 
 DECODER = "_torch_fused_decoder"
 """The attribute of a patched causal language model that holds its `Decoder`."""
 
-CAUSAL_LMS = {family.class_path(family.causal_lm) for family in FAMILIES}
-
-
-class Left(Exception):
-    """Why a model, or one call of it, is left to transformers."""
-
-
-@dataclass
-class Plan:
-    """What the op takes of a model."""
-
-    decoder: Any  # a torch.classes.torch_fused.Decoder
-    dtype: torch.dtype  # of the model's vectors, its rotary tables and the cache
-    device: torch.device
-    rotary: Any
-    layers: int
-    dropout: list[nn.Module]  # the attentions and the adapters' layers that have it
-    tables: tuple[Tensor, Tensor] | None = None
-    frequencies: Any = None  # those of the tables
-
-    def cos_and_sin(self, positions: int) -> tuple[Tensor, Tensor]:
-        """The model's own tables for at least that many positions, ``(positions, rotary_dim)``."""
-        tables = self.tables
-        if tables is None or tables[0].shape[0] < positions or not self._has_frequencies():
-            many = torch.arange(max(256, 1 << (positions - 1).bit_length()), device=self.device)[None]
-            with torch.no_grad():
-                cos, sin = self.rotary(torch.empty(0, dtype=self.dtype, device=self.device), many)
-            self.tables = tables = cos[0].contiguous(), sin[0].contiguous()
-            inv_freq = self.rotary.inv_freq
-            # Comparing values would wait for a GPU: there, the tensor and torch's count of the writes to it.
-            self.frequencies = inv_freq.clone() if _on_the_host(inv_freq) else (inv_freq, inv_freq._version)
-        return tables
-
-    def _has_frequencies(self) -> bool:
-        inv_freq = self.rotary.inv_freq
-        if isinstance(self.frequencies, Tensor):
-            return self.frequencies.device == inv_freq.device and torch.equal(self.frequencies, inv_freq)
-        known, version = self.frequencies
-        return known is inv_freq and version == inv_freq._version
-
-
-def _on_the_host(tensor: Tensor) -> bool:
-    return tensor.is_cpu or tensor.is_inference()  # which has no count of writes
+CAUSAL_LMS = {family.path("causal_lm") for family in FAMILIES}
 
 
 class Decoder:
@@ -106,12 +46,13 @@ class Decoder:
         self.model: Any = model
         self.gives_cache = gives_cache
         self.int8_products = int8_products
+        self.arguments = arguments_of(type(model))
         self.calls: Counter[str] = Counter()  # by the reason why they were left; "" for none
         self._read: tuple[Watch, Plan | Left] | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("model", "gives_cache", "int8_products", "calls")
+        names = ("model", "gives_cache", "int8_products", "arguments", "calls")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -124,7 +65,7 @@ class Decoder:
     def plan(self) -> Plan:
         """The plan for the model as it is now; raises `Left`."""
         found = self._read
-        if found is None or not found[0].holds() or not (isinstance(found[1], Left) or found[1].decoder.is_current()):
+        if found is None or not found[0].holds() or not _is_current(found[1]):
             found = self._read = None  # the tensors in it may be gone from the model
             found = self._read = Watch(self.model), read(self.model, self.int8_products)
         plan = found[1]
@@ -153,7 +94,7 @@ class Decoder:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the class's own forward returns, or the same logits, in float32, from one op."""
         own = type(self.model).forward
-        given = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
+        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         cache = take_cache(given)
         gives = cache is None and self._can_give_cache(given)
         if gives:
@@ -204,29 +145,34 @@ class Decoder:
         """The plan, if the call is one for the op; raises `Left`."""
         self._check_cache(input_ids, cache)
         plan = self.plan()
+        if [getattr(layer, "sliding_window", 0) for layer in cache.layers] != plan.windows:
+            raise Left("the cache has another number of layers, or other windows")
         if input_ids.device != plan.device:
             raise Left(f"the token ids are on {input_ids.device}, the weights on {plan.device}")
         if torch.is_autocast_enabled(plan.device.type):
             _widen(cache, plan.dtype)
-        if len(cache.layers) != plan.layers or not cache.is_uniform(plan.dtype, plan.device, input_ids.shape[0]):
-            raise Left("the cache has another dtype, device, number of layers or another batch size, or layers differ")
+        if not cache.is_uniform(plan.dtype, plan.device, input_ids.shape[0]):
+            raise Left("the cache has another dtype, device or another batch size, or layers differ")
         if self.needs_gradients():
             raise Left("gradients are enabled")
         if any(module.training for module in plan.dropout):
             raise Left("the model is in training mode and has dropout: call model.eval()")
-        config = self.model.config
+        config = plan.config
         if config.num_hidden_layers != plan.layers:
             raise Left(f"config.num_hidden_layers has become {config.num_hidden_layers}")
         if not getattr(config, "is_causal", True):
             raise Left("config.is_causal is off")
         implementation = attention_of(config)
         if implementation not in ("eager", "sdpa"):
-            raise Left(f"its attention is {implementation!r}")
+            raise Left(f"its attention is {implementation!r}, not 'sdpa' or 'eager'")
         home: Any = home_of(type(self.model))
         attention = home.ALL_ATTENTION_FUNCTIONS.get(implementation, home.eager_attention_forward)
         for function in (attention, mask_function_of(implementation)):
             if not is_own(function):
                 raise Left(f"{implementation} attention is {describe(function)}")
+        experts = experts_function_of(config) if plan.family.experts else None
+        if experts is not None and not is_own(experts):
+            raise Left(f"its experts are computed by {describe(experts)}")
         return plan
 
     def needs_gradients(self) -> bool:
@@ -242,15 +188,20 @@ class Decoder:
         replaced = "forward" in model.__dict__ and not is_ours(model.__dict__["forward"], model)
         return replaced or has_hooks(model) or model._compiled_call_impl is not None
 
+    @property
+    def config(self) -> Any:
+        """Of the text model."""
+        return self.model.config.get_text_config(decoder=True)
+
     def _can_give_cache(self, given: dict[str, Any]) -> bool:
         use_cache = given.get("use_cache")
-        wanted = self.gives_cache and (self.model.config.use_cache if use_cache is None else use_cache)
+        wanted = self.gives_cache and (self.config.use_cache if use_cache is None else use_cache)
         return wanted and not torch.jit.is_tracing() and not self.needs_gradients() and not self.why_not()
 
     def _check_cache(self, input_ids: Tensor, cache: Any) -> None:
         if type(cache) is not FusedKVCache:
-            raise Left(f"the cache is a {_name(cache)}, not a FusedKVCache")
-        if any(type(layer) is not FusedLayer for layer in cache.layers):
+            raise Left(f"the cache is a {class_name(cache)}, not a FusedKVCache")
+        if any(type(layer) not in (FusedLayer, FusedSlidingLayer) for layer in cache.layers):
             raise Left("the cache has layers that are not plain attention")
         layers: Any = cache.layers
         if not all(layer.is_initialized for layer in layers):
@@ -275,8 +226,8 @@ class Decoder:
         use_cache: bool | None = None,
         logits_to_keep: Any = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        config = self.model.config
+    ) -> Any:
+        config = self.config
         if input_ids is None or inputs_embeds is not None:
             raise Left("inputs_embeds instead of input_ids")
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.dtype not in INTEGERS:
@@ -288,11 +239,11 @@ class Decoder:
         if cache is None:
             raise Left("no cache was given")
         for name in ("output_attentions", "output_hidden_states"):
-            if kwargs.pop(name, None) or getattr(config, name, False):
+            if kwargs.pop(name, None) or getattr(config, name, False) or getattr(self.model.config, name, False):
                 raise Left(f"{name} is on")
-        if not kwargs.pop("return_dict", True) or not config.return_dict:
+        if not kwargs.pop("return_dict", True) or not self.model.config.return_dict:
             raise Left("a tuple is wanted")
-        unknown = [name for name, value in kwargs.items() if value is not None and name not in UNUSED_ARGUMENTS]
+        unknown = [name for name, value in kwargs.items() if name not in UNUSED_ARGUMENTS and not _is_nothing(value)]
         if unknown:
             raise Left(f"an argument that only transformers knows: {', '.join(unknown)}")
         if not isinstance(logits_to_keep, int):
@@ -301,11 +252,14 @@ class Decoder:
         length = cache.get_seq_length()
         starts = left_padding(attention_mask, input_ids, length)
         rows = length + input_ids.shape[1]
+        if position_ids is None and plan.family.tables == "sections":
+            raise Left("no position_ids were given, which this model finds itself")
         if position_ids is None:
             position_ids = torch.arange(length, rows, device=input_ids.device)[None].expand(input_ids.shape)
         else:
             position_ids = rows_of(position_ids, input_ids)
             rows = int(position_ids.max()) + 1
+        plan.check_positions(rows)
         logits = self.step(
             plan,
             decode_,
@@ -316,7 +270,8 @@ class Decoder:
             cache,
             logits_to_keep=min(logits_to_keep, input_ids.shape[1]),
         )
-        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
+        cls: Any = type(self.model)
+        return output_of(cls)(logits=logits, **{CACHE: cache})
 
 
 # ---- the forward of a patched model ---------------------------------------------------------------------------------
@@ -324,29 +279,71 @@ class Decoder:
 
 def causal_lm_forward(self, *args: Any, **kwargs: Any) -> Any:
     decoder = self.__dict__.get(DECODER)
-    if decoder is None or len(args) > len(ARGUMENTS) or torch.compiler.is_compiling():
+    if decoder is None or len(args) > len(decoder.arguments) or torch.compiler.is_compiling():
         return type(self).forward(self, *args, **kwargs)
     return decoder.forward(*args, **kwargs)
 
 
-# `generate` and trainers look at it, through wrappers too.
-causal_lm_forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [
-        inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD),
-        *(inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in ARGUMENTS),
-        inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
-    ]
-)
+_forwards: dict[str, FunctionType] = {}
+
+
+def forward_of(package: str) -> FunctionType:
+    """`causal_lm_forward` with the signature of a family's own, which `generate` and trainers look at."""
+    if package not in _forwards:
+        family = next(family for family in FAMILIES if family.package == package)
+        own = getattr(import_module(family.home), family.name("causal_lm")).forward
+        name = f"forward_of_{package}"
+        function = FunctionType(causal_lm_forward.__code__, globals(), name)
+        function.__qualname__ = name
+        function.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+        _forwards[package] = function
+    return _forwards[package]
+
+
+def __getattr__(name: str) -> Any:
+    """What pickles by its name: the forwards of families."""
+    package = name.removeprefix("forward_of_")
+    if any(family.package == package != name for family in FAMILIES):
+        return forward_of(package)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def arguments_of(cls: Any) -> tuple[str, ...]:
+    """Of a class's forward, by position."""
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
+
+
+@functools.cache
+def output_of(cls: Any) -> Any:
+    """The class of what a class's forward returns."""
+    name = next(name for name in names_of(cls.forward) if name.endswith("CausalLMOutputWithPast"))
+    return getattr(home_of(cls), name)
 
 
 def rows_of(position_ids: Any, input_ids: Tensor) -> Tensor:
     """A position for each token, which is a row of the tables; raises `Left` for anything else."""
     shape = tuple(position_ids.shape) if isinstance(position_ids, Tensor) else ()
+    if len(shape) == 3 and shape[0] in (1, 3, 4) and position_ids.dtype in INTEGERS:  # of time, height and width
+        if not (position_ids[-3:] == position_ids[-1]).all():
+            raise Left("position_ids of an image")
+        position_ids = position_ids[-1]
+        shape = shape[1:]
     if shape not in (tuple(input_ids.shape), (1, input_ids.shape[1])) or position_ids.dtype not in INTEGERS:
         raise Left(f"position_ids is not a tensor of integers (batch, tokens): {shape}")
     if int(position_ids.min()) < 0:
         raise Left("position_ids has negative positions")
     return position_ids.expand(input_ids.shape)
+
+
+def _is_nothing(argument: Any) -> bool:
+    return argument is None or argument is False or (isinstance(argument, dict) and not argument)
+
+
+def _is_current(plan: Plan | Left) -> bool:
+    if isinstance(plan, Left):
+        return True
+    return plan.decoder.is_current() and settings_of(plan.config, plan.family) == plan.settings
 
 
 def _widen(cache: Any, dtype: torch.dtype) -> None:
@@ -371,192 +368,3 @@ def left_padding(mask: Tensor | None, input_ids: Tensor, length: int) -> Tensor 
     if not torch.equal(attended.sum(-1), mask.shape[1] - starts) or int(starts.max()) > length:
         raise Left("attention_mask is not left padding alone")
     return starts
-
-
-# ---- what the op takes of a model -----------------------------------------------------------------------------------
-
-
-def read(model: Any, int8_products: bool = True) -> Plan | Left:
-    """The plan for a model of exactly the classes that `FAMILIES` names, or why there is none."""
-    try:
-        return _read(model, int8_products)
-    except Left as left:
-        return left
-
-
-def _read(model: Any, int8_products: bool) -> Plan:
-    family = next((f for f in FAMILIES if path_of(model) == f.class_path(f.causal_lm)), None)
-    if family is None:
-        raise Left(f"{type(model).__name__} is not one of {', '.join(f.causal_lm for f in FAMILIES)}")
-    reader = _Reader(family)
-    # What surrounds the model's forward, and hooks on the model, run around the step too.
-    _reject_replaced_class("the model", model)
-    home: Any = home_of(type(model))
-    for name in FUNCTIONS:
-        if hasattr(home, name) and not is_own(getattr(home, name), home.__name__, *SHARED_FUNCTIONS):
-            raise Left(f"{home.__name__}.{name} has been replaced by {describe(getattr(home, name))}")
-    base = reader.child(model, "model", family.model)
-    layers = list(base.layers[: model.config.num_hidden_layers])
-    embedding = reader.child(base, "embed_tokens", nn.Embedding, QuantizedEmbedding)
-    if getattr(embedding, "max_norm", None) is not None:
-        raise Left("model.embed_tokens has a max_norm")
-    rotary = reader.child(base, "rotary_emb", family.rotary_embedding)
-    if rotary.inv_freq.requires_grad:
-        raise Left("its rotary frequencies are trained")
-    if "dynamic" in rotary.rope_type or rotary.rope_type == "longrope":
-        raise Left(f"its rotary embedding is {rotary.rope_type!r}, whose angles depend on the length")
-    parts: list[Matrix | None] = []
-    adapters: list[Adapter] = []
-    dropouts: list[nn.Module] = []
-    attentions = []
-    for layer in layers:
-        if path_of(layer) != family.class_path(family.decoder_layer):
-            raise Left(f"a layer is a {_name(layer)}")
-        _reject_foreign_forward("a layer", layer)
-        attention = reader.child(layer, "self_attn", family.attention)
-        if not attention.is_causal:
-            raise Left("its attention is not causal")
-        mlp = reader.child(layer, "mlp", family.mlp)
-        if type(mlp.act_fn) not in SILU:
-            raise Left(f"its activation is {_name(mlp.act_fn)}")
-        _reject_foreign_forward("an activation", mlp.act_fn)
-        attentions.append(attention)
-        found = {
-            "input_norm": reader.norm(layer, "input_layernorm"),
-            "post_attention_norm": reader.norm(layer, "post_attention_layernorm"),
-            **reader.linear(attention, q="q_proj", k="k_proj", v="v_proj", o="o_proj"),
-            **reader.linear(mlp, gate="gate_proj", up="up_proj", down="down_proj"),
-        }
-        for name in ("q_norm", "k_norm"):
-            found[name] = reader.norm(attention, name) if hasattr(attention, name) else None
-        if any(found.pop(f"{name}_bias") is not None for name in ("gate", "up", "down")):
-            raise Left("its feed-forward layers have biases")
-        for name, low in reader.adapters.items():
-            place = len(parts) + LAYER_PARTS.index(name)
-            adapters += [Adapter(place, each.a, each.b, each.scale) for each in low]
-            dropouts += [each.dropout for each in low if isinstance(each.dropout, nn.Dropout) and each.dropout.p > 0]
-        reader.adapters.clear()
-        parts += [found.get(name) for name in LAYER_PARTS]
-    weights = {
-        "embedding": reader.matrix(embedding),
-        "layers": parts,
-        "norm": reader.norm(base, "norm"),
-        **reader.linear(model, head="lm_head"),
-        "heads": model.config.num_attention_heads,
-    }
-    if weights.pop("head_bias") is not None:
-        raise Left("lm_head has a bias")
-    weights["eps"] = _only("epsilons of norms", reader.epsilons)
-    weights["scaling"] = _only("scalings of attention", [attention.scaling for attention in attentions])
-    dtype, device = _only("dtypes or devices", {(tensor.dtype, tensor.device) for tensor in reader.tensors})
-    if any(tensor.device != device for tensor in reader.packed):
-        raise Left(f"not all of its packed matrices are on {device}")
-    if isinstance(embedding, QuantizedEmbedding) and (embedding.output_dtype or embedding.scales.dtype) != dtype:
-        raise Left(f"embed_tokens gives another dtype than the norms' {dtype}")
-    if dtype not in DTYPES or device.type not in DEVICES:
-        raise Left(f"its weights are {dtype} on {device}")
-    if device.type != "cpu" and attentions[0].head_dim > MOST_HEAD_DIM:
-        raise Left(f"its heads have more than {MOST_HEAD_DIM} dimensions")
-    for path, module in model.named_modules():
-        if path and has_hooks(module):
-            raise Left(f"hooks on {path}")
-    if any(GLOBAL_HOOKS):
-        raise Left("hooks on all modules")
-    dropouts += [attention for attention in attentions if attention.attention_dropout]
-    try:
-        decoder = make_decoder(**weights, adapters=adapters, int8_products=int8_products)
-    except RuntimeError as error:
-        raise Left(str(error)) from None
-    return Plan(decoder, dtype, device, rotary, len(layers), dropouts)
-
-
-class _Reader:
-    """Takes modules and tensors out of a model, and looks that they are plain."""
-
-    def __init__(self, family: Family):
-        self.family = family
-        self.epsilons: list[float] = []
-        self.tensors: list[Tensor] = []
-        self.packed: list[Tensor] = []  # codes, scales and biases
-        self.adapters: dict[str, list[Low]] = {}  # of a layer's linear layers, by the op's names
-
-    def child(self, parent: nn.Module, name: str, *expected: str | type) -> Any:
-        module = getattr(parent, name)
-        if isinstance(expected[0], str):
-            plain = path_of(module) == self.family.class_path(expected[0])
-        else:
-            plain = type(module) in expected
-        if not plain:
-            raise Left(f"{name} is a {_name(module)}")
-        _reject_foreign_forward(name, module)
-        return module
-
-    def norm(self, parent: nn.Module, name: str) -> Tensor:
-        norm = self.child(parent, name, self.family.rms_norm)
-        self.epsilons.append(norm.variance_epsilon)
-        return self.parameter(norm, "weight")
-
-    def linear(self, parent: nn.Module, **names: str) -> dict[str, Matrix | None]:
-        """The weights and biases of linear layers, by the op's name for each."""
-        found: dict[str, Matrix | None] = {}
-        for part, name in names.items():
-            layer = getattr(parent, name)
-            if is_lora(layer) and part in LAYER_PARTS:
-                _reject_replaced(name, layer)
-                self.adapters[part], reason = lora_of(layer)
-                if reason:
-                    raise Left(f"{name}: {reason}")
-                layer = self.child(layer, "base_layer", *LINEAR_LAYERS)
-            else:
-                layer = self.child(parent, name, *LINEAR_LAYERS)
-            found[part] = self.matrix(layer)
-            found[f"{part}_bias"] = None if layer.bias is None else self.parameter(layer, "bias")
-        return found
-
-    def matrix(self, module: nn.Module) -> Matrix:
-        if not isinstance(module, QuantizedLinear | QuantizedEmbedding):
-            return self.parameter(module, "weight")
-        packed = Packed(*(self.tensor(module, name) for name in Packed._fields))
-        self.packed += packed
-        return packed
-
-    def parameter(self, module: nn.Module, name: str) -> Tensor:
-        self.tensors.append(self.tensor(module, name))
-        return self.tensors[-1]
-
-    def tensor(self, module: nn.Module, name: str) -> Tensor:
-        tensor = getattr(module, name)
-        # A subclass holds its values in another way: quantised, or sharded over devices.
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
-            raise Left(f"a weight of {_name(module)} is a {_name(tensor)}")
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise Left(f"a weight of {_name(module)} has strides {tensor.stride()}")
-        return tensor
-
-
-def _reject_foreign_forward(what: str, module: nn.Module) -> None:
-    _reject_replaced(what, module)
-    _reject_replaced_class(what, module)
-
-
-def _reject_replaced(what: str, module: nn.Module) -> None:
-    forward = module.__dict__.get("forward")
-    if forward is not None and not is_ours(forward, module):
-        raise Left(f"the forward of {what} has been replaced")
-    if module._compiled_call_impl is not None:
-        raise Left(f"{what} is compiled by torch.compile")
-
-
-def _reject_replaced_class(what: str, module: nn.Module) -> None:
-    if home_of(type(module)) is None:
-        raise Left(f"the forward of {what}'s class has been replaced by {describe(type(module).forward)}")
-
-
-def _only(what: str, values: Any) -> Any:
-    if len(set(values)) != 1:
-        raise Left(f"it has several {what}: {', '.join(map(str, sorted(set(values), key=str)))}")
-    return next(iter(values))
-
-
-def _name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -16,8 +16,8 @@ def generate(
 ):
     """Calls ``model.generate`` with the fused sampler, and a :class:`FusedKVCache` in place of a ``DynamicCache``.
 
-    The tokens of a greedy or sampled generation with a Llama, Qwen2 or Qwen3 model, after those of the prompt, take
-    one op each, which returns nothing but the next token ids; see ``decode`` of :func:`apply_torch_fused`. A model
+    The tokens of a greedy or sampled generation with a model of a known family, after those of the prompt, take one op
+    each, which returns nothing but the next token ids; see ``decode`` of :func:`apply_torch_fused`. A model
     patched by :func:`apply_torch_fused` stays so, and several threads may call this at a time; any other is as before
     when the call returns, and calls on it wait for each other.
 

@@ -19,8 +19,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..ops.decode import decode_token_
 from ..ops.sampling import next_token
 from . import transformers_private as private
-from .decode import DECODER, Decoder, Left, left_padding, rows_of
+from .decode import DECODER, Decoder, left_padding, rows_of
 from .origin import innermost
+from .plan import Left, Plan
 from .sampling import split_processors
 from .transformers_private import CACHE
 
@@ -250,7 +251,8 @@ class _Loop:
             plan = decoder.check(last, self.cache)
             place = self._place
             if place is None or place.length != self.cache.get_seq_length():
-                place = self._find_place(last)
+                place = self._find_place(last, plan)
+            plan.check_positions(place.rows)
         except Left:
             return None  # the model's forward, which is asked then, counts the reason
         following = decoder.step(
@@ -275,15 +277,15 @@ class _Loop:
         if self._random_state is not None:
             torch.set_rng_state(self._random_state)
 
-    def _find_place(self, last: Tensor) -> "Place":
+    def _find_place(self, last: Tensor, plan: Plan) -> "Place":
         mask, positions = self.model_kwargs.get("attention_mask"), self.model_kwargs.get("position_ids")
         length = self.cache.get_seq_length()
         if mask is not None:
             mask = F.pad(mask, (0, self.pending), value=1)
         starts = left_padding(mask, last, length)
+        if positions is None and plan.family.tables == "sections":
+            raise Left("no position_ids were given, which this model finds itself")
         if positions is None:
             return Place(length, starts, torch.full(last.shape, length, device=last.device), length + 1)
-        if positions.dim() != 2:
-            raise Left(f"position_ids has shape {tuple(positions.shape)}")
-        positions = rows_of(positions[:, -1:] + self.pending, last)
+        positions = rows_of(positions[..., -1:] + self.pending, last)
         return Place(length, starts, positions, int(positions.max()) + 1)

@@ -1,49 +1,32 @@
-"""The models that are patched, a row a family, and the forwards that replace transformers' own.
-
-A new family whose modules compute what Llama's compute is one more row.
-"""
+"""The forwards that replace transformers' own in the models of `families.py`, by what their rows say."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from transformers.activations import SiLUActivation
+from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
 from ..functional import add_rms_norm, apply_rotary_pos_emb, rms_norm, silu_mul
+from .families import FAMILIES, family_of
 from .origin import function_of, has_own_rotation, home_of
-from .transformers_private import CACHE, KWARGS_REACH_CACHE, attention_of
+from .transformers_private import CACHE, KWARGS_REACH_CACHE, attention_of, cache_argument
 
 
-@dataclass(frozen=True)
-class Family:
-    """Class names in ``transformers.models.<package>.modeling_<package>``."""
+def activation_of(module: Any) -> str:
+    """What an activation of transformers' or torch's computes: "silu", "gelu", "gelu_tanh", or "" for anything else."""
+    if type(module) in (nn.SiLU, SiLUActivation):
+        return "silu"
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    act = getattr(module, "act", None)
+    if type(module) is GELUActivation and act is nn.functional.gelu:
+        return "gelu"
+    if type(module) is GELUTanh and getattr(act, "func", None) is nn.functional.gelu:
+        return "gelu_tanh"
+    return ""
 
-    package: str
-    rms_norm: str
-    rotary_embedding: str
-    attention: str
-    mlp: str
-    decoder_layer: str
-    model: str
-    causal_lm: str
-
-    def class_path(self, name: str) -> tuple[str, str]:
-        return f"transformers.models.{self.package}.modeling_{self.package}", name
-
-
-def _family(package: str, prefix: str) -> Family:
-    parts = ("RMSNorm", "RotaryEmbedding", "Attention", "MLP", "DecoderLayer", "Model", "ForCausalLM")
-    return Family(package, *(prefix + part for part in parts))
-
-
-FAMILIES = (_family("llama", "Llama"), _family("qwen2", "Qwen2"), _family("qwen3", "Qwen3"))
-
-
-SILU = {nn.SiLU, SiLUActivation}
-"""The classes of the activation that `silu_mul` computes."""
 
 # Each forward serves only calls that its class's own, as transformers wrote it, would serve alike.
 
@@ -56,101 +39,178 @@ def _is_left(module: nn.Module) -> bool:
 def rms_norm_forward(self, hidden_states: Tensor) -> Tensor:
     if _is_left(self) or not _plain(hidden_states, self.weight):
         return type(self).forward(self, hidden_states)
-    return rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon, casting_mode="llama")
+    return rms_norm(hidden_states, self.weight.shape, self.weight, **_norm_options(self))
 
 
-def rotary_embedding_forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+def _norm_options(norm: Any) -> dict[str, Any]:
+    kind = family_of(norm).norm
+    eps = getattr(norm, kind.eps)
+    return {"eps": eps, "casting_mode": kind.casting_mode, "weight_offset": kind.weight_offset}
+
+
+def rotary_embedding_forward(
+    self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
+) -> tuple[Tensor, Tensor]:
     """The tables of cosines and sines in float32, without the steps that change nothing."""
-    by_length = "dynamic" in self.rope_type or self.rope_type == "longrope"  # so are the frequencies
-    if by_length or self.inv_freq.requires_grad or _is_left(self):
-        return type(self).forward(self, x, position_ids)
-    angles = position_ids[..., None] * self.inv_freq.to(device=x.device, dtype=torch.float32)
-    angles = torch.cat([angles, angles], -1)
+    of_type = () if layer_type is None else (layer_type,)
+    prefix = "" if layer_type is None else f"{layer_type}_"
+    rope_type = self.rope_type if layer_type is None else self.rope_type[layer_type]
+    inv_freq = getattr(self, f"{prefix}inv_freq")
+    if is_by_length(rope_type) or inv_freq.requires_grad or _is_left(self):
+        return type(self).forward(self, x, position_ids, *of_type)
+    family = family_of(self)
+    if family.tables == "sections":
+        position_ids = position_ids.expand(3, -1, -1)
+    angles = position_ids[..., None] * inv_freq.to(device=x.device, dtype=torch.float32)
+    angles = self.recomposition_frequencies(angles) if family.tables == "sections" else torch.cat([angles, angles], -1)
     cos, sin = angles.cos(), angles.sin()
-    if self.attention_scaling != 1.0:
-        cos, sin = cos * self.attention_scaling, sin * self.attention_scaling
-    return cos.to(x.dtype), sin.to(x.dtype)
+    scaling = getattr(self, f"{prefix}attention_scaling")
+    if scaling != 1.0:
+        cos, sin = cos * scaling, sin * scaling
+    return (cos, sin) if family.float32_tables else (cos.to(x.dtype), sin.to(x.dtype))
 
 
-def attention_forward(
-    self,
-    hidden_states: Tensor,
-    position_embeddings: Any = None,
-    attention_mask: Any = None,
-    *cache: Any,
-    **kwargs: Any,
+def is_by_length(rope_type: str) -> bool:
+    """Whether the frequencies depend on the length of the sequence."""
+    return "dynamic" in rope_type or rope_type == "longrope"
+
+
+def attention_forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """What an attention computes, the positions of queries and keys by one kernel."""
+    if args or "position_embeddings" not in kwargs or _is_left(self):  # the order of arguments is the family's
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    return _attention_forward(self, hidden_states, **kwargs)
+
+
+def _attention_forward(
+    self, hidden_states: Tensor, *, position_embeddings: Any, attention_mask: Any = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """What the attention of Llama, Qwen2 and Qwen3 computes, the positions of queries and keys by one kernel."""
-    if _is_left(self):
-        return type(self).forward(self, hidden_states, position_embeddings, attention_mask, *cache, **kwargs)
+    family = family_of(self)
     home: Any = home_of(type(self))
-    held = take_cache(kwargs, *cache)
-    heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-    q, k, v = (project(hidden_states).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
-    if hasattr(self, "q_norm"):
+    held = take_cache(kwargs)
+    rows = hidden_states.shape[:-1]
+    heads = (*rows, -1, self.head_dim)
+    if family.qkv:
+        sizes = [n * self.head_dim for n in (self.config.num_attention_heads, *[self.config.num_key_value_heads] * 2)]
+        q, k, v = getattr(self, family.qkv)(hidden_states).split(sizes, -1)
+    else:
+        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+    gate = None
+    if family.gated:
+        q, gate = q.view(*rows, -1, 2 * self.head_dim).chunk(2, -1)
+    if family.qk_norm == "row":
+        q, k = self.q_norm(q), self.k_norm(k)
+    q, k, v = q.view(heads), k.view(heads), v.view(heads)
+    if family.qk_norm == "head":
         q, k = self.q_norm(q), self.k_norm(k)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if has_own_rotation(home) and _plain(q, k, *position_embeddings):
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings, casting_mode="llama")
-    else:
-        q, k = home.apply_rotary_pos_emb(q, k, *position_embeddings)
+    if not family.use_rotary or getattr(self, family.use_rotary):
+        q, k = _rotated(home, q, k, position_embeddings, family.float32_tables)
+    if family.scaled_queries:
+        rope = self.config.rope_parameters
+        beta, length = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
+        q = q * home.get_llama_4_attn_scale(kwargs["position_ids"], beta, length).to(q.dtype)
     if held is not None:
         handed = {"kwargs": kwargs} if KWARGS_REACH_CACHE else {}  # which the cache may change
         k, v = held.update(k, v, self.layer_idx, **handed)
-    window = {"sliding_window": self.sliding_window} if hasattr(self, "sliding_window") else {}
+    options: dict[str, Any] = {}
+    if family.window:
+        owner = self if family.window == "layer" else self.config
+        options["sliding_window"] = getattr(owner, "sliding_window", None)
+    if family.softcap:
+        options["softcap"] = self.attn_logit_softcapping
     attend = home.ALL_ATTENTION_FUNCTIONS.get_interface(attention_of(self.config), home.eager_attention_forward)
     dropout = self.attention_dropout if self.training else 0.0
-    attended, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **window, **kwargs)
-    return self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1)), weights
+    attended, weights = attend(
+        self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **options, **kwargs
+    )
+    attended = attended.reshape(*rows, -1)
+    if gate is not None:
+        attended = attended * torch.sigmoid(gate.reshape(*rows, -1))
+    return self.o_proj(attended), weights
+
+
+def _rotated(home: Any, q: Tensor, k: Tensor, tables: Any, float32: bool) -> tuple[Tensor, Tensor]:
+    if not has_own_rotation(home) or not _plain(q, k, *tables):
+        return home.apply_rotary_pos_emb(q, k, *tables)
+    dtypes = q.dtype, k.dtype
+    q, k = apply_rotary_pos_emb(q, k, *tables, casting_mode="llama")
+    return (q.to(dtypes[0]), k.to(dtypes[1])) if float32 else (q, k)
+
+
+def has_fused_activation(mlp: Any) -> bool:
+    """Whether the activation is what `silu_mul` computes, and nothing runs around it."""
+    activation = getattr(mlp, family_of(mlp).activation)
+    silu = activation_of(activation) == "silu" and home_of(type(activation)) is not None
+    return silu and "forward" not in activation.__dict__ and not _hooked(activation)
 
 
 def mlp_forward(self, x: Tensor) -> Tensor:
-    activation = self.act_fn
-    silu = type(activation) in SILU and home_of(type(activation)) is not None
-    if not silu or "forward" in activation.__dict__ or _hooked(activation) or _is_left(self):
+    if _is_left(self) or not has_fused_activation(self):
         return type(self).forward(self, x)
-    gate, up = self.gate_proj(x), self.up_proj(x)
-    product = silu_mul(gate, up, casting_mode="llama") if _plain(gate, up) else activation(gate) * up
-    return self.down_proj(product)
+    family = family_of(self)
+    if family.gate_up:
+        gate, up = getattr(self, family.gate_up)(x).chunk(2, -1)
+    else:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+    if _plain(gate, up):
+        return self.down_proj(silu_mul(gate, up, casting_mode="llama"))
+    return self.down_proj(getattr(self, family.activation)(gate) * up)
 
 
 def decoder_layer_forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
     checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-    if checkpointed or _is_left(self):
+    if args or checkpointed or _is_left(self):
         return type(self).forward(self, hidden_states, *args, **kwargs)
-    return _decoder_layer_forward(self, hidden_states, *args, **kwargs)
+    return _decoder_layer_forward(self, hidden_states, **kwargs)
 
 
 def _decoder_layer_forward(
     self,
     hidden_states: Tensor,
+    *,
     attention_mask: Any = None,
     position_ids: Any = None,
-    _cache: Any = None,
-    use_cache: bool | None = False,
     position_embeddings: Any = None,
     **kwargs: Any,
 ) -> Tensor:
-    """``LlamaDecoderLayer.forward`` (models/llama/modeling_llama.py), its first addition and second norm as one."""
-    held = take_cache(kwargs, _cache)
-    attended, _ = self.self_attn(
-        hidden_states=self.input_layernorm(hidden_states),
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        use_cache=use_cache,
-        position_embeddings=position_embeddings,
-        **{CACHE: held},
-        **kwargs,
-    )
-    norm = self.post_attention_layernorm
-    if _can_join(norm, attended, hidden_states):
-        normed, residual = add_rms_norm(
-            attended, hidden_states, norm.weight, norm.variance_epsilon, casting_mode="llama"
-        )
+    """A layer's forward, its first addition and the norm that follows as one."""
+    family = family_of(self)
+    before, before_mlp = family.norms_before
+    after, after_mlp = family.norms_after
+    scale = getattr(self, family.residual_scale) if family.residual_scale else None
+    drop, drop_mlp = family.dropouts or (None, None)
+
+    def through(states: Tensor, *names: str | None) -> Tensor:
+        for name in names:
+            if name is not None:
+                states = getattr(self, name)(states)
+        return states
+
+    held = take_cache(kwargs)
+    residual, hidden_states = hidden_states, through(hidden_states, before)
+    given = {"hidden_states": hidden_states, "attention_mask": attention_mask, **kwargs}
+    if family.linear_attention and family.linear_attention in self._modules:
+        mixer = getattr(self, family.linear_attention)
+        cls: Any = type(mixer)
+        attended = mixer(**{cache_argument(cls): held}, **given)
     else:
-        residual = hidden_states + attended
-        normed = norm(residual)
-    return residual + self.mlp(normed)
+        places = {"position_ids": position_ids, "position_embeddings": position_embeddings}
+        attended, _ = self.self_attn(**{CACHE: held}, **places, **given)
+    attended = through(attended, after, drop)
+    if scale is not None:
+        attended = attended * scale
+    norm = getattr(self, before_mlp) if before_mlp else None
+    if norm is not None and _can_join(norm, attended, residual):
+        normed, residual = add_rms_norm(attended, residual, norm.weight, **_norm_options(norm))
+    else:
+        residual = residual + attended
+        normed = residual if norm is None else norm(residual)
+    fed = self.mlp(normed)
+    if isinstance(fed, tuple):  # of a mixture of experts
+        fed = fed[0]
+    fed = through(fed, after_mlp, drop_mlp)
+    return residual + (fed if scale is None else fed * scale)
 
 
 def _can_join(norm: nn.Module, hidden_states: Tensor, residual: Tensor) -> bool:
@@ -196,10 +256,10 @@ def _hooked(module: nn.Module) -> bool:
 Forwards = dict[tuple[str, str], Callable]
 """(module, class) -> the forward bound on instances of exactly that class."""
 
-RMS_NORMS: Forwards = {family.class_path(family.rms_norm): rms_norm_forward for family in FAMILIES}
+RMS_NORMS: Forwards = {family.path("rms_norm"): rms_norm_forward for family in FAMILIES}
 ROTARY: Forwards = {
-    **{family.class_path(family.rotary_embedding): rotary_embedding_forward for family in FAMILIES},
-    **{family.class_path(family.attention): attention_forward for family in FAMILIES},
+    **{family.path("rotary_embedding"): rotary_embedding_forward for family in FAMILIES},
+    **{family.path("attention"): attention_forward for family in FAMILIES},
 }
-MLPS: Forwards = {family.class_path(family.mlp): mlp_forward for family in FAMILIES}
-DECODER_LAYERS: Forwards = {family.class_path(family.decoder_layer): decoder_layer_forward for family in FAMILIES}
+MLPS: Forwards = {family.path("mlp"): mlp_forward for family in FAMILIES}
+DECODER_LAYERS: Forwards = {family.path("decoder_layer"): decoder_layer_forward for family in FAMILIES}

@@ -53,6 +53,10 @@ def path_of(module: Any) -> tuple[str, str]:
     return next(path for path in names if not path[0].startswith("torch.distributed."))
 
 
+def class_name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
 def home_of(cls: type) -> ModuleType | None:
     """The Python module that defines the forward of a class of transformers or torch; None if it was replaced."""
     forward: Any = cls.forward  # type: ignore[attr-defined]

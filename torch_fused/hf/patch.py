@@ -16,11 +16,13 @@ from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache
 
 from .cache import CACHE, FusedKVCache
-from .decode import CAUSAL_LMS, DECODER, Decoder, causal_lm_forward
+from .decode import CAUSAL_LMS, DECODER, Decoder, causal_lm_forward, forward_of
+from .described import mismatch
+from .families import FAMILIES, KNOWN
 from .inputs import find_model
 from .loop import generate_by_loop
-from .models import DECODER_LAYERS, FAMILIES, MLPS, RMS_NORMS, ROTARY, Forwards
-from .origin import Bound, describe, function_of, home_of, is_ours, path_of
+from .models import DECODER_LAYERS, MLPS, RMS_NORMS, ROTARY, Forwards, activation_of
+from .origin import Bound, class_name, describe, function_of, home_of, is_ours, path_of
 from .transformers_private import PREPARE_CACHE, prepare_cache
 
 HANDLE = "_torch_fused_handle"
@@ -90,9 +92,11 @@ class PatchHandle:
             if forward is None:
                 bases = [base.__qualname__ for base in type(module).__mro__ if _path(base) in forwards]
                 if bases:
-                    self._leave(path, module, f"its class is {_name(module)}, not {bases[0]} itself")
+                    self._leave(path, module, f"its class is {class_name(module)}, not {bases[0]} itself")
             elif home_of(type(module)) is None:
                 self._leave(path, module, f"its class's forward is replaced by {describe(type(module).forward)}")
+            elif reason := why_left(module):
+                self._leave(path, module, reason)
             else:
                 bind = Bound if path_of(module) in CAUSAL_LMS else partial
                 self._bind(path, module, "forward", bind(forward, module))
@@ -105,12 +109,22 @@ class PatchHandle:
 
     def bind_decoder(self, gives_cache: bool = False, int8_products: bool = True) -> None:
         """Lets each causal language model run steps of few tokens as one op."""
-        self.bind_forwards(CAUSAL_LM_FORWARDS)
+        present = {path_of(module) for module in self._model.modules()} & CAUSAL_LMS
+        forwards = {path: forward_of(KNOWN[path][0].package) for path in present}
+        self.bind_forwards({**dict.fromkeys(CAUSAL_LMS, causal_lm_forward), **forwards})
         for path, module in self._model.named_modules():
             if _runs_decoder(module.__dict__.get("forward")) and DECODER not in module.__dict__:
                 decoder = Decoder(module, gives_cache, int8_products)
                 self._patches.append(Patch(path or type(module).__name__, module, DECODER, decoder))
                 module.__dict__[DECODER] = decoder  # not setattr: it is no part of the model
+
+    def tell_what_stays(self) -> None:
+        """Reports the parts of known families that no fused op computes, a line for each class."""
+        present = Counter(path_of(module) for module in self._model.modules())
+        for (home, name), count in present.items():
+            for family in FAMILIES:
+                if family.home == home and name in family.stays:
+                    self._left.append((f"{count} x {name}", family.stays[name]))
 
     def tell_other_families(self) -> None:
         """Reports, and warns of, models that can generate but are of no family that is known."""
@@ -119,10 +133,10 @@ class PatchHandle:
                 inside = tuple(id(part) for part in module.modules())
                 parts = any(patch.name == "forward" and id(patch.module) in inside for patch in self._patches)
                 reason = (
-                    f"{type(module).__name__} is none of {', '.join(f.causal_lm for f in FAMILIES)}: "
+                    f"{type(module).__name__} is none of {', '.join(f.name('causal_lm') for f in FAMILIES)}: "
                     f"{'its decode step is' if parts else 'all but its cache and its sampler is'} left to "
-                    "transformers. A model whose modules compute what Llama's compute takes one row in "
-                    "torch_fused/hf/models.py"
+                    "transformers. A model whose modules compute what these compute takes one row in "
+                    "torch_fused/hf/families.py"
                 )
                 self._leave(path, module, reason)
                 warnings.warn(f"apply_torch_fused: {reason}", stacklevel=3)
@@ -211,8 +225,9 @@ def apply_torch_fused(
     """Makes ``model`` use fused ops: the same greedy tokens in float32, and with ``decode=False`` in any dtype.
 
     Only this model's instances are touched: methods are bound on them, and no class and no global changes. Modules
-    whose class is not exactly one of Llama's, Qwen2's or Qwen3's are left alone, and so are modules that accelerate,
-    torch.compile or anybody else has wrapped, and classes whose forward was replaced; the handle's report lists these.
+    whose class is not exactly one of a known family's, as docs/generate.md lists them, are left alone, and so are those
+    that hold or use something that is not known of their family, modules that accelerate, torch.compile or anybody else
+    has wrapped, and classes whose forward was replaced; the handle's report lists these.
     A patched model can be saved, copied and sent to another process with its patches and its handle.
 
     Args:
@@ -221,7 +236,8 @@ def apply_torch_fused(
         residual: in decoder layers, the addition after attention and the norm that follows it run as one kernel;
             needs ``norms``.
         rotary: queries and keys are rotated by their positions in one kernel.
-        mlp: the activation between the feed-forward projections, ``silu(gate) * up``, runs as one kernel.
+        mlp: the activation between the feed-forward projections, ``silu(gate) * up``, runs as one kernel. Other
+            activations are transformers', but for the step of ``decode``.
         cache: ``generate()`` uses a :class:`FusedKVCache` where it would make a ``DynamicCache``, and so does a call of
             the model without gradients and without a cache, if ``decode`` can go on from it. Your own cache, another
             ``cache_implementation`` and ``use_cache=False`` are respected.
@@ -297,6 +313,8 @@ def apply_torch_fused(
                 handle.bind_decoder(gives_cache=cache, int8_products=int8_products)
             if sampler:
                 handle.bind_generation("generate", generate_by_loop)
+            if mlp:
+                handle.tell_what_stays()
             if norms or rotary or mlp or decode:
                 handle.tell_other_families()
             if not handle.patched:
@@ -323,18 +341,21 @@ def prepare_cache_for_generation(
     model_kwargs[CACHE] = fused
 
 
-CAUSAL_LM_FORWARDS: Forwards = dict.fromkeys(CAUSAL_LMS, causal_lm_forward)
+def why_left(module: nn.Module) -> str:
+    """Why a module of a known class stays with transformers; empty if it does not."""
+    family, part = KNOWN[path_of(module)]
+    if part == "mlp" and not mismatch(module):
+        activation = getattr(module, family.activation)
+        if activation_of(activation) != "silu":
+            return f"its activation is {class_name(activation)}, not silu"
+    return mismatch(module)
 
 
 def _runs_decoder(method: Any) -> bool:
     """Whether this is our forward of a causal language model, be it in wrappers that say what they wrap."""
     function: Any = inspect.unwrap(method)
-    return (function_of(function) or function) is causal_lm_forward
+    return getattr(function_of(function) or function, "__code__", None) is causal_lm_forward.__code__
 
 
 def _path(cls: type) -> tuple[str, str]:
     return cls.__module__, cls.__qualname__
-
-
-def _name(module: nn.Module) -> str:
-    return ".".join(_path(type(module)))

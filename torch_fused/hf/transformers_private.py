@@ -3,6 +3,7 @@
 A name that a later version drops or changes is mended here.
 """
 
+import functools
 from inspect import signature
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.generation.utils import ALL_CACHE_NAMES, DeferredStopCheck
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 CACHE = "cache"
@@ -42,6 +44,17 @@ def attention_of(config: Any) -> str:
 def mask_function_of(attention: str) -> Any:
     """What makes the masks for an attention function."""
     return ALL_MASK_ATTENTION_FUNCTIONS[attention]
+
+
+def experts_function_of(config: Any) -> Any:
+    """What computes the experts of a mixture; None if their class's own forward does."""
+    return ALL_EXPERTS_FUNCTIONS.get(getattr(config, "_experts_implementation", None) or "eager", None)
+
+
+@functools.cache
+def cache_argument(cls: Any) -> str:
+    """The name of the cache among the arguments of a class of linear attention, which differed from `CACHE`."""
+    return CACHE if CACHE in signature(cls.forward).parameters else "cache_params"
 
 
 # ---- generate -------------------------------------------------------------------------------------------------------

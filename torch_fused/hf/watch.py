@@ -21,7 +21,11 @@ FUNCTIONS = (
 )
 """What the classes of a family call by name in their module."""
 
-_NUMBERS = ("variance_epsilon", "scaling", "attention_scaling", "rope_type", "attention_dropout", "is_causal")
+_NUMBERS = {
+    *("variance_epsilon", "eps", "scaling", "attention_scaling", "rope_type", "attention_dropout", "is_causal", "p"),
+    *("use_rope", "attn_logit_softcapping", "residual_multiplier", "embedding_multiplier", "head_dim", "approximate"),
+    *("top_k", "norm_topk_prob"),
+}
 
 
 class Watch:
@@ -37,7 +41,7 @@ class Watch:
             for owned in (module._modules, module._parameters, module._buffers):
                 self._lookups += [(owned.get, name) for name in owned]
             self._lookups += settings_of(module)
-            names = ["forward", *(name for name in _NUMBERS if name in module.__dict__)]
+            names = ["forward", *(_NUMBERS & module.__dict__.keys())]
             self._lookups += [(module.__dict__.get, name) for name in names]
         self._lookups += [(cls.__dict__.get, "forward") for cls in set(self._classes)]
         home = home_of(type(model))

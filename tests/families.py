@@ -1,0 +1,122 @@
+"""A small random model of each family."""
+
+import importlib
+from typing import Any
+
+import torch
+
+from torch_fused.hf.families import FAMILIES
+
+VOCABULARY = 128
+WINDOW = 6
+ROWS = {family.package: family for family in FAMILIES}
+SLIDING = ["sliding_attention", "full_attention"]
+LINEAR = ["linear_attention", "full_attention"]
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+SECTIONS = {"rope_parameters": {**ROPE, "mrope_section": [2, 3, 3]}}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+LINEAR_HEADS = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": SLIDING},
+    "mistral": {"sliding_window": WINDOW},
+    "ministral": {"sliding_window": WINDOW, "layer_types": SLIDING},
+    "cwm": {"sliding_window": WINDOW, "layer_types": SLIDING},
+    "ministral3": {
+        "sliding_window": None,
+        "rope_parameters": {**ROPE, "llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 64},
+    },
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "phi3": {"sliding_window": WINDOW, "resid_pdrop": 0.0},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 2.0,
+    },
+    "olmo3": {"sliding_window": WINDOW, "layer_types": SLIDING},
+    "gemma2": {
+        "sliding_window": WINDOW,
+        "layer_types": SLIDING,
+        "query_pre_attn_scalar": 12,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 5.0,
+    },
+    "gemma3": {"sliding_window": WINDOW, "layer_types": SLIDING, "query_pre_attn_scalar": 12},
+    "qwen2_vl": SECTIONS,
+    "qwen2_5_vl": SECTIONS,
+    "qwen3_vl": SECTIONS,
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 48},
+    "qwen3_moe": EXPERTS,
+    "qwen3_next": {**EXPERTS, **LINEAR_HEADS, "shared_expert_intermediate_size": 48, "layer_types": LINEAR},
+    "qwen3_5": {**LINEAR_HEADS, "layer_types": LINEAR, "rope_parameters": {**ROPE, "mrope_section": [1, 1, 0]}},
+}
+"""What shows a family's traits, beside the shape that all have."""
+
+VISION = {
+    "depth": 1,
+    "embed_dim": 32,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "intermediate_size": 32,
+    "patch_size": 4,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [],
+}
+
+
+def make_config(package: str, **changes: Any) -> Any:
+    """The configuration of a small model."""
+    family = ROWS[package]
+    config_of = importlib.import_module(family.home.replace("modeling", "configuration"))
+    settings: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 96,
+        "vocab_size": VOCABULARY,
+        "initializer_range": 0.15,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        **SETTINGS.get(package, {}),
+        **changes,
+    }
+    if family.text == "model":
+        text = getattr(config_of, class_of_config(family.name("model")))
+        return text(**settings)
+    whole = getattr(config_of, family.name("causal_lm").removesuffix("ForConditionalGeneration") + "Config")
+    return whole(text_config=settings, vision_config=VISION)
+
+
+def class_of_config(model: str) -> str:
+    return model.removesuffix("Model") + "Config"
+
+
+def make_model(package: str, kind: str = "causal_lm", *, seed: int = 0, dtype=torch.float32, **changes: Any) -> Any:
+    """A model with random weights; `kind` may be a class's ending, such as "ForSequenceClassification"."""
+    family = ROWS[package]
+    name = family.name("causal_lm") if kind == "causal_lm" else family.prefix + kind
+    config = make_config(package, **changes)
+    torch.manual_seed(seed)
+    model = getattr(importlib.import_module(family.home), name)(config).eval()
+    for path, weight in model.named_parameters():
+        if "norm" in path and weight.dim() == 1:
+            offset = family.norm.weight_offset  # ones would hide how the weight is applied
+            torch.nn.init.uniform_(weight, 0.5 - offset, 1.5 - offset)
+        elif path.endswith("bias"):
+            torch.nn.init.uniform_(weight, -0.2, 0.2)
+    return model.to(dtype)
+
+
+def prompt(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
