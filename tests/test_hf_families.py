@@ -15,7 +15,7 @@ from families_table import BEGIN, END, table
 from torch import nn
 from transformers import DynamicCache
 
-from torch_fused.hf import FusedKVCache, apply_torch_fused, described
+from torch_fused.hf import FusedKVCache, apply_torch_fused, described, quantize_
 from torch_fused.hf.cache import CACHE
 from torch_fused.hf.described import compare, mismatch, names_of, of_class
 from torch_fused.hf.families import KNOWN, PARTS, Family
@@ -240,6 +240,34 @@ def test_queries_that_are_scaled_by_their_position():
         assert torch.equal(model.generate(prompt(1, 9), **options), expected)
         assert steps(handle) == 55
         assert "positions past 63" in handle.report()
+
+
+def test_adapters_of_fused_projections():
+    """Each of the op's matrices takes its rows of an adapter."""
+    peft = pytest.importorskip("peft")
+    targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    model = peft.get_peft_model(make_model("phi3"), peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets)).eval()
+    stock = model.generate(input_ids=prompt(2, 9), **GREEDY)
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    expected = model.generate(input_ids=prompt(2, 9), **GREEDY)
+    assert not torch.equal(stock, expected)
+    with apply_torch_fused(model) as handle:
+        assert torch.equal(model.generate(input_ids=prompt(2, 9), **GREEDY), expected)
+        assert steps(handle) == 23
+
+
+@pytest.mark.parametrize("name", ["phi3", "granite", "olmo2", "qwen3_vl"])
+def test_packed(name):
+    """Packed linear layers, fused ones too."""
+    model = make_model(name)
+    quantize_(model, bits=4, group_size=32)
+    expected = model.generate(prompt(2, 9), **GREEDY)
+    with apply_torch_fused(model, int8_products=False) as handle:
+        assert torch.equal(model.generate(prompt(2, 9), **GREEDY), expected)
+        assert steps(handle) == 23
 
 
 def test_an_image_is_placed_in_three_dimensions():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..ops.rms_norm import rms_norm_reference
 from ..ops.rope import apply_rotary_pos_emb_reference
 from .families import KNOWN, Family
-from .origin import home_of, innermost, path_of
+from .origin import class_of, home_of, innermost, path_of
 
 Steps = list[set[str]]
 """Names in the order in which a forward uses them; of one set, in any order."""
@@ -66,7 +66,7 @@ PLUMBING = {
 def mismatch(module: nn.Module) -> str:
     """Why a module of a class that a row names is not what the row describes; empty if it is."""
     family, part = KNOWN[path_of(module)]
-    return of_class(type(module), family, part) or _unknown_parts(module, family, part)
+    return of_class(class_of(module), family, part) or _unknown_parts(module, family, part)
 
 
 _found: dict[type, tuple[Any, str]] = {}

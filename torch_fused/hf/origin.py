@@ -47,10 +47,15 @@ def is_ours(method: Any, module: nn.Module) -> bool:
     return (method.args[0] if isinstance(method, partial) else method.__self__) is module
 
 
+def class_of(module: Any) -> Any:
+    """The class of a module; the one that FSDP made its own of, if it did."""
+    return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.distributed."))
+
+
 def path_of(module: Any) -> tuple[str, str]:
-    """The module and the name of a class; of the class that FSDP made its own of, if it did."""
-    names = ((cls.__module__, cls.__qualname__) for cls in type(module).__mro__)
-    return next(path for path in names if not path[0].startswith("torch.distributed."))
+    """The module and the name of `class_of`."""
+    cls = class_of(module)
+    return cls.__module__, cls.__qualname__
 
 
 def class_name(value: Any) -> str:

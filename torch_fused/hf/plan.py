@@ -386,7 +386,7 @@ class _Reader:
         return float(getattr(layer, self.family.residual_scale)) if self.family.residual_scale else 1.0
 
     def softcap(self, attention: Any) -> float:
-        """That of its scores, which only "eager" attention has: before 5.24 "sdpa" passes over it, then it refuses it."""
+        """That of its scores, which only "eager" attention has: "sdpa" passes over it, or refuses it."""
         has = self.family.softcap and attention_of(self.config) == "eager"
         return float(attention.attn_logit_softcapping or 0) if has else 0.0
 
