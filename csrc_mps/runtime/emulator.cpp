@@ -64,9 +64,15 @@ class Emulation {
     std::copy(grid, grid + 3, dispatch.grid);
     std::copy(group, group + 3, dispatch.group);
     int64_t threadgroups = 1;
-    for (int i = 0; i < 3; ++i) threadgroups *= static_cast<int64_t>((grid[i] + group[i] - 1) / group[i]);
-    TORCH_CHECK(threadgroups <= int64_t{emulator::kMaxThreadgroups}, "torch_fused emulator: ", kernel, ": ",
-                threadgroups, " threadgroups are more than it can tell apart");
+    for (int i = 0; i < 3; ++i) {
+      const uint64_t along = grid[i] / group[i] + (grid[i] % group[i] != 0);
+      TORCH_CHECK(along <= emulator::kMaxThreadgroups && threadgroups * along <= emulator::kMaxThreadgroups,
+                  "torch_fused emulator: ", kernel, ": the grid has more than ", emulator::kMaxThreadgroups,
+                  " threadgroups, which it cannot tell apart");
+      threadgroups *= static_cast<int64_t>(along);
+    }
+    TORCH_CHECK(dispatch.buffers.size() <= emulator::kMaxBuffers, "torch_fused emulator: ", kernel, ": ",
+                dispatch.buffers.size(), " buffers, and Metal has ", emulator::kMaxBuffers);
     const emulator::Failure failure = emulator::run(dispatch);
     TORCH_CHECK(failure.message.empty(), "torch_fused emulator: ", kernel, ": ", failure.message,
                 failure.pc ? library.place(failure.pc) : "");

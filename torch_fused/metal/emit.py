@@ -13,13 +13,22 @@ from .program import Kernel, Parameter, Program, ThreadgroupVariable
 
 INCLUDE = Path(__file__).parent / "include"
 ERASED_ADDRESS_SPACES = {"device": "", "thread": "", "threadgroup": "", "constant": "const"}
+CUDA_HEADERS = (
+    "vector.h",
+    "primitives_cuda.h",
+    "types.h",
+    "half_cuda.h",
+    "standard.h",
+    "standard_cuda.h",
+    "cuda.h",
+)
 BUILTIN_CODE = 1000  # argument codes of the emulator below this are buffer indices
 
 
 def emit_host(program: Program) -> str:
     """C++17 for the emulator's metal_stdlib: kernel x is run by `extern "C" void msl_k_x(const msl_args*)`."""
     body = _rewrite(program, _erase_address_spaces(program) | _drop_instantiations(program))
-    return '#include "metal_stdlib"\n' + body + "".join(_host_entry(kernel) for kernel in program.kernels)
+    return _swizzles(program) + '#include "metal_stdlib"\n' + body + "".join(_host_entry(kernel) for kernel in program.kernels)
 
 
 def emit_cuda(program: Program) -> str:
@@ -33,7 +42,8 @@ def emit_cuda(program: Program) -> str:
     body = _rewrite(program, _erase_address_spaces(program) | _drop_instantiations(program) | inlined)
     return "".join(
         [
-            *map(_header, ("vector.h", "primitives_cuda.h", "standard.h", "cuda.h")),
+            _swizzles(program),
+            *map(_header, CUDA_HEADERS),
             "namespace metal {\n",
             body,
             "\nnamespace entry {\n",
@@ -52,6 +62,22 @@ def _header(name: str) -> str:
     text = (INCLUDE / name).read_text(encoding="ascii")
     kept = (line for line in text.splitlines() if line != "#pragma once" and not line.startswith('#include "'))
     return f'#line 1 "{name}"\n' + "\n".join(kept) + "\n"
+
+
+def _swizzles(program: Program) -> str:
+    """Definitions of vector.h's swizzles, those of every source being too many to compile."""
+    used = {token.text for i, token in enumerate(program.tokens) if program.tokens[i - 1].text in (".", "->")}
+    lines = []
+    for width in (2, 3, 4):
+        members = []
+        for names in ("xyzw", "rgba"):
+            letters = names[:width]
+            for swizzle in sorted(used):
+                if 2 <= len(swizzle) <= 4 and set(swizzle) <= set(letters):
+                    places = ", ".join(str(letters.index(letter)) for letter in swizzle)
+                    members.append(f"swz<T, {width}, {places}> {swizzle};")
+        lines.append(f"#define MSL_SWIZZLES_{width} {' '.join(members)}\n")
+    return "".join(lines)
 
 
 # Rewriting: {token index: text that replaces it}

@@ -21,7 +21,8 @@ from .preprocess import compiler
 # addr2line knows best.
 FLAGS = shlex.split(
     "-std=c++17 -O1 -g1 -gdwarf-4 -fPIC -shared -w -ffp-contract=off -fno-math-errno -fno-exceptions -fno-rtti "
-    "-fvisibility=hidden"
+    "-fvisibility=hidden -fwrapv -fno-optimize-sibling-calls -fstack-clash-protection "
+    "-fsanitize=integer-divide-by-zero -fsigned-char"
 )
 WORKERS = 2
 LIBRARY = "kernels.so"
@@ -46,13 +47,12 @@ def compile_host(text: str, name: str, checked: bool) -> Path:
 
 def _hooks(checked: bool) -> list[str]:
     """Has the compiler call our hooks.h at every access, and leave out the sanitizer's own runtime."""
-    if not checked:
-        return ["-lm"]
+    checks = ["-DMSL_CHECKED", "-fsanitize=thread,bounds"] if checked else []
     if "clang" in _compiler_version():
         reads = ["-mllvm", "-tsan-instrument-read-before-write"]  # of what is written next, too
-        return ["-DMSL_CHECKED", "-fsanitize=thread", *reads, "-fno-sanitize-link-runtime", "-lm"]
+        return [*checks, *(reads if checked else []), "-fno-sanitize-link-runtime", "-lm"]
     # Without -fno-tree-sra a vector load of which only the elements are used becomes loads of elements.
-    return ["-DMSL_CHECKED", "-fsanitize=thread", "-fno-tree-sra", "-nodefaultlibs", "-lm", "-lc", "-lgcc"]
+    return [*checks, *(["-fno-tree-sra"] if checked else []), "-nodefaultlibs", "-lm", "-lc", "-lgcc"]
 
 
 @functools.cache

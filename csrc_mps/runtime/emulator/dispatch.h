@@ -10,6 +10,8 @@
 
 namespace torch_fused::emulator {
 
+constexpr size_t kMaxBuffers = 31;
+
 struct Settings {
   bool checked;  // the kernel is compiled with hooks at its memory accesses
   Schedule schedule;

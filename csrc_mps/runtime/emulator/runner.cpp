@@ -1,12 +1,11 @@
 #include "runner.h"
 
 #include <dlfcn.h>
-#include <sys/mman.h>
+#include <signal.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 #include <numeric>
 #include <utility>
 
@@ -15,24 +14,14 @@
 namespace torch_fused::emulator {
 namespace {
 
-constexpr uint32_t kMaxFibers = 1024;
-constexpr size_t kAllStacks = kMaxFibers * kStackBytes;
+constexpr size_t kReserve = 16 << 10;  // of a stack, for the emulator's own functions
 constexpr uintptr_t kPage = 4096;
 constexpr uint32_t kMostAtomicLoads = 1 << 20;  // of a thread that does not spin
 
 // What a thread that launches keeps, because mapping it costs more than a small launch.
 struct Workspace {
-  char* stacks;
+  Stacks stacks;
   ThreadgroupMemory threadgroup_memory;
-
-  Workspace() {
-    void* memory = mmap(nullptr, kAllStacks, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    stacks = static_cast<char*>(memory);
-  }
-  ~Workspace() { munmap(stacks, kAllStacks); }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
 };
 
 Workspace& workspace() {
@@ -41,6 +30,10 @@ Workspace& workspace() {
 }
 
 thread_local Runner* current = nullptr;
+
+void abandon() {
+  current->report_fault();
+}
 
 bool inside(uintptr_t address, const void* begin, size_t size) {
   return address - reinterpret_cast<uintptr_t>(begin) < size;
@@ -70,6 +63,8 @@ Runner::Runner(Dispatch& dispatch)
 }
 
 Failure Runner::run() {
+  use_signal_stack();
+  catch_faults([]() -> FaultHandler* { return current; }, abandon);
   Runner* outer = std::exchange(current, this);
   const msl_args declare_only{pointers_, nullptr};
   dispatch_.kernel(&declare_only);
@@ -104,7 +99,9 @@ void Runner::access(uintptr_t address, size_t size, msl_access access, uintptr_t
   if (fiber_ && access == MSL_ATOMIC_READ && ++fiber_->atomic_loads > kMostAtomicLoads) {
     fail("endless wait for another thread: only barriers wait, by " + who(), pc);
   }
-  if (!dispatch_.settings.checked || !fiber_ || inside(address, fiber_->stack, kStackBytes)) return;
+  if (!dispatch_.settings.checked || !fiber_) return;
+  check_stack(pc);
+  if (inside(address, fiber_->stack, kStackBytes)) return;
   if (order_.preempts()) {
     ready_.push_back(fiber_->thread);
     yield();
@@ -116,7 +113,7 @@ void Runner::access(uintptr_t address, size_t size, msl_access access, uintptr_t
     accessor.epoch = fiber_->threadgroup_epoch;
     accessor.simdgroup_epoch = simdgroup.threadgroup_epoch;
     problem = threadgroup_memory_.access(address, size, access, accessor);
-  } else if (inside(address, stacks_, kAllStacks)) {
+  } else if (stacks_.holds(address)) {
     problem = std::string(verb(access)) + " of another thread's memory";
   } else if (device_memory_.holds(address) || !in_image(address)) {
     problem = device_memory_.access(address, size, access, accessor);
@@ -160,6 +157,34 @@ void Runner::fail(const std::string& message, uintptr_t pc) {
   if (fiber_) yield();  // for good: a failed run is abandoned
 }
 
+// Faults
+
+void Runner::check_stack(uintptr_t pc) {
+  const char here = 0;
+  if (&here < fiber_->stack + kReserve)
+    fail("no memory is left for thread variables: endless recursion or large arrays, by " + who(), pc);
+}
+
+bool Runner::take_fault(int signal, uintptr_t address, uintptr_t pc, char** stack) {
+  if (!fiber_) return false;
+  fault_ = {signal, address, pc};
+  *stack = stack_end(fiber_->stack);
+  return true;
+}
+
+void Runner::report_fault() {
+  std::string what = "access to no buffer's memory";
+  if (stacks_.is_guard(fault_.address)) {
+    what = "no memory is left for thread variables: endless recursion or large arrays";
+  } else if (fault_.signal == SIGFPE) {
+    what = "integer division out of range: the smallest number by -1";
+  } else if (fault_.signal == SIGILL) {
+    what = "undefined behaviour that the compiler has seen, such as a function that ends without its return";
+  }
+  fail(what + ", by " + who(), fault_.pc + 1);
+  std::abort();  // a fiber that has failed is never resumed
+}
+
 // Threads
 
 void Runner::start_threadgroup(uint32_t index) {
@@ -173,11 +198,12 @@ void Runner::start_threadgroup(uint32_t index) {
   }
   threadgroup_memory_.reset();
   fibers_.resize(size_[0] * size_[1] * size_[2]);
+  stacks_.guard(fibers_.size());
   simdgroups_.assign(simdgroups_for(size_), Simdgroup{});
   for (uint32_t thread = 0; thread < fibers_.size(); ++thread) {
     Fiber& fiber = fibers_[thread] = Fiber{};
     fiber.thread = thread;
-    fiber.stack = stacks_ + thread * kStackBytes;
+    fiber.stack = stacks_.stack(thread);
     fiber.context = new_context(fiber.stack, fiber_main);
     simdgroups_[fiber.simdgroup()].lanes |= 1u << fiber.lane();
   }
@@ -239,6 +265,9 @@ const msl_runtime& runtime_table() {
       },
       [](const char* what, int line, const char* file) {
         current->fail(std::string(what) + ", by " + current->who() + " " + Place{file, line}.text());
+      },
+      [](const char* what, const void* pc) {
+        current->fail(std::string(what) + ", by " + current->who(), reinterpret_cast<uintptr_t>(pc));
       },
   };
   return table;

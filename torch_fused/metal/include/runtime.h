@@ -27,6 +27,7 @@ struct msl_runtime {
   void (*barrier)(int simdgroup, int flags, int line, const char* file);
   // Offers `value`, of up to 16 bytes, to the other lanes; returns once all active lanes have offered theirs.
   void (*exchange)(const void* value, int size, int operation, struct msl_lanes* all, int line, const char* file);
-  // The kernel does something that Metal leaves undefined.
+  // The kernel does something that Metal leaves undefined, at a line or at a program counter.
   void (*fail)(const char* what, int line, const char* file);
+  void (*fault)(const char* what, const void* pc);
 };
