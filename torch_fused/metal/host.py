@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import platform
+import re
 import shlex
 import subprocess
 from collections.abc import Iterable
@@ -36,13 +37,28 @@ def compile_all(sources: dict[str, str], checked: bool) -> dict[str, Path]:
 
 
 @functools.cache
-def compile_host(text: str, name: str, checked: bool) -> Path:
+def compile_host(text: str, name: str, checked: bool, constants: tuple[tuple[int, object], ...] = ()) -> Path:
     """The shared object with the kernels of flattened Metal source, from the user's cache if it was compiled before.
 
-    `checked` has every memory access call the emulator. Raises MetalError, or CacheError.
+    `checked` has every memory access call the emulator; `constants` are the function constants, by index. Raises
+    MetalError, or CacheError.
     """
-    flags = [*FLAGS, *_hooks(checked)]
-    return kept("emulator", _digest(text, name, *flags), lambda folder: _compile(text, name, flags, folder)) / LIBRARY
+    flags = [*FLAGS, *_hooks(checked), *_machine()]
+    digest = _digest(text, name, repr(constants), *flags)
+    return kept("emulator", digest, lambda folder: _compile(text, name, constants, flags, folder)) / LIBRARY
+
+
+@functools.cache
+def _machine() -> list[str]:
+    """Instructions that convert halves, where the processor has them, and no precision beyond a half's."""
+    flags = ["-Xclang", "-ffloat16-excess-precision=none"] if "clang" in _compiler_version() else []
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return []
+    try:
+        f16c = re.search(r"^flags.*\bf16c\b", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        f16c = None
+    return [*(flags or ["-fexcess-precision=16"]), *(["-mf16c"] if f16c else [])]
 
 
 def _hooks(checked: bool) -> list[str]:
@@ -79,10 +95,10 @@ def _digest(*parts: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def _compile(text: str, name: str, flags: list[str], folder: Path) -> None:
+def _compile(text: str, name: str, constants: tuple[tuple[int, object], ...], flags: list[str], folder: Path) -> None:
     """Writes the shared object into `folder`."""
     command = [*compiler(), "-I", str(INCLUDE), "-x", "c++", "-", "-x", "none", "-o", LIBRARY, *flags]
-    source = emit_host(parse(text, name))
+    source = emit_host(parse(text, name), dict(constants))
     result = subprocess.run(command, cwd=folder, input=source, capture_output=True, text=True, check=False)
     if result.returncode:
         raise MetalError(f"{name}: the host's compiler rejects it:\n{_errors(result.stderr)}")
@@ -90,4 +106,4 @@ def _compile(text: str, name: str, flags: list[str], folder: Path) -> None:
 
 def _errors(output: str) -> str:
     lines: Iterable[str] = (line for line in output.splitlines() if "error" in line)
-    return "\n".join(lines) or output
+    return "\n".join(dict.fromkeys(lines)) or output

@@ -26,6 +26,7 @@ struct Dispatch {
   uint32_t group[3];
   std::vector<Buffer> buffers;  // gets the traffic
   Settings settings;
+  std::vector<size_t> threadgroup_bytes;  // of the threadgroup memory that each argument points to
 };
 
 // What went wrong, "" if nothing, and the program counter if the text does not end with a place in the source.

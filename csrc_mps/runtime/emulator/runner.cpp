@@ -15,6 +15,7 @@ namespace torch_fused::emulator {
 namespace {
 
 constexpr size_t kReserve = 16 << 10;  // of a stack, for the emulator's own functions
+constexpr size_t kArgumentAlignment = 16;
 constexpr uintptr_t kPage = 4096;
 constexpr uint32_t kMostAtomicLoads = 1 << 20;  // of a thread that does not spin
 
@@ -83,7 +84,8 @@ Failure Runner::run() {
 
 // Services
 
-void Runner::declare(int index, bool read_only, size_t size) {
+void Runner::declare(int index, bool read_only, size_t size, bool present) {
+  if (!present) return;
   auto& buffers = dispatch_.buffers;
   const auto buffer = std::find_if(buffers.begin(), buffers.end(), [&](const Buffer& b) { return b.index == index; });
   if (buffer == buffers.end()) return fail("buffer " + std::to_string(index) + " is not bound");
@@ -127,6 +129,16 @@ bool Runner::in_image(uintptr_t address) {
   if (!dladdr(reinterpret_cast<void*>(address), &info) || info.dli_fbase != dispatch_.image) return false;
   image_page_ = address / kPage;
   return true;
+}
+
+void* Runner::threadgroup_argument(size_t index, size_t size) {
+  const auto& bytes = dispatch_.threadgroup_bytes;
+  if (index >= bytes.size() || bytes[index] < std::max<size_t>(size, 1)) {
+    fail("threadgroup memory " + std::to_string(index) + " is given " +
+         std::to_string(index < bytes.size() ? bytes[index] : 0) + " bytes: pass threadgroup_memory={" +
+         std::to_string(index) + ": bytes}");
+  }
+  return threadgroup_array(-1 - static_cast<int>(index), bytes[index], kArgumentAlignment);
 }
 
 void* Runner::threadgroup_array(int id, size_t size, size_t align) {
@@ -244,6 +256,11 @@ void Runner::builtins(uint32_t thread, unsigned (&values)[kBuiltins][3]) const {
       {simdgroups_for(size_)},
       {simdgroups_for(group)},
       {kSimdWidth},
+      {thread % kQuadWidth},
+      {thread / kQuadWidth},
+      {(size_[0] * size_[1] * size_[2] + kQuadWidth - 1) / kQuadWidth},
+      {(group[0] * group[1] * group[2] + kQuadWidth - 1) / kQuadWidth},
+      {0, 0, 0},
   };
   std::memcpy(values, all, sizeof(all));
 }
@@ -254,11 +271,14 @@ Failure run(Dispatch& dispatch) {
 
 const msl_runtime& runtime_table() {
   static const msl_runtime table = {
-      [](int buffer, int read_only, unsigned long size) { current->declare(buffer, read_only, size); },
+      [](int buffer, int read_only, unsigned long size, int present) {
+        current->declare(buffer, read_only, size, present);
+      },
       [](const volatile void* address, unsigned long size, msl_access access, const void* pc) {
         current->access(reinterpret_cast<uintptr_t>(address), size, access, reinterpret_cast<uintptr_t>(pc));
       },
       [](int id, unsigned long size, unsigned long align) { return current->threadgroup_array(id, size, align); },
+      [](int index, unsigned long size) { return current->threadgroup_argument(index, size); },
       [](int simdgroup, int flags, int line, const char* file) { current->barrier(simdgroup, flags, {file, line}); },
       [](const void* value, int size, int operation, msl_lanes* all, int line, const char* file) {
         current->exchange(value, size, operation, all, {file, line});

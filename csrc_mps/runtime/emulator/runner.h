@@ -15,7 +15,8 @@ namespace torch_fused::emulator {
 
 constexpr uint32_t kSimdWidth = 32;
 constexpr size_t kSlotBytes = 16;  // the widest value of a simdgroup operation
-constexpr int kBuiltins = 13;
+constexpr int kBuiltins = 18;
+constexpr uint32_t kQuadWidth = 4;
 
 // Where in the source a fiber waits.
 struct Place {
@@ -56,9 +57,10 @@ class Runner : public FaultHandler {
   Failure run();
 
   // The services of runtime.h, called by the kernel on a fiber.
-  void declare(int buffer, bool read_only, size_t size);
+  void declare(int buffer, bool read_only, size_t size, bool present);
   void access(uintptr_t address, size_t size, msl_access access, uintptr_t pc);
   void* threadgroup_array(int id, size_t size, size_t align);
+  void* threadgroup_argument(size_t index, size_t size);
   void barrier(bool simdgroup, int flags, Place place);
   void exchange(const void* value, size_t size, int operation, msl_lanes* all, Place place);
   void fail(const std::string& message, uintptr_t pc = 0);

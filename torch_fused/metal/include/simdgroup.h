@@ -12,6 +12,9 @@ template <class A>
 struct msl_simd_value<A, true> {
   using type = vec<typename vtraits<A>::E, vtraits<A>::n>;
 };
+template <class T>  // a source may know of it
+struct __is_valid_simdgroup_type
+    : bool_constant<is_arithmetic_v<typename vtraits<T>::E> && sizeof(typename vtraits<T>::E) <= 4> {};
 template <class A>
 using simd_value = typename msl_simd_value<A>::type;
 

@@ -144,6 +144,12 @@ struct remove_pointer<T*> {
 template <class T>
 struct decay : remove_cv<typename remove_reference<T>::type> {};
 template <class T>
+struct remove_addrspace {  // of which C++ has none
+  using type = T;
+};
+template <class T>
+using remove_addrspace_t = T;
+template <class T>
 using remove_const_t = typename remove_const<T>::type;
 template <class T>
 using remove_cv_t = typename remove_cv<T>::type;
@@ -167,6 +173,8 @@ struct is_scalar : is_arithmetic<T> {};
 template <class T>
 struct is_vector : bool_constant<vtraits<remove_cv_t<T>>::is> {};
 template <class T>
+struct vec_elements : integral_constant<short, vtraits<remove_cv_t<T>>::n> {};
+template <class T>
 struct is_pointer : false_type {};
 template <class T>
 struct is_pointer<T*> : true_type {};
@@ -187,8 +195,6 @@ template <class From, class To>
 struct is_convertible : bool_constant<convertible<From, To>::v> {};
 template <class Base, class Derived>
 struct is_base_of : bool_constant<__is_base_of(Base, Derived)> {};
-template <class T>
-struct is_empty : bool_constant<__is_empty(T)> {};
 template <class T>
 struct is_enum : bool_constant<__is_enum(T)> {};
 template <class A, class B>
@@ -241,13 +247,17 @@ struct disjunction<A, Rest...> : conditional_t<bool(A::value), A, disjunction<Re
 template <class A>
 struct negation : bool_constant<!A::value> {};
 template <class... A>
+using _conjunction = conjunction<A...>;  // a source may know of it
+template <class... A>
+using _disjunction = disjunction<A...>;
+template <class A>
+using _negation = negation<A>;
+template <class... A>
 constexpr bool conjunction_v = conjunction<A...>::value;
 template <class... A>
 constexpr bool disjunction_v = disjunction<A...>::value;
 template <class A>
 constexpr bool negation_v = negation<A>::value;
-template <class...>
-using void_t = void;
 
 template <class T>
 struct make_unsigned {
@@ -280,20 +290,14 @@ template <class T>
 using make_signed_t = typename make_signed<T>::type;
 
 template <class T>
-MSL_FN constexpr remove_reference_t<T>&& move(T&& x) {
-  return static_cast<remove_reference_t<T>&&>(x);
-}
-template <class T>
-MSL_FN constexpr T&& forward(remove_reference_t<T>& x) {
-  return static_cast<T&&>(x);
-}
-template <class T>
 typename remove_reference<T>::type&& declval();
 
 template <class T>
-struct numeric_limits {
+struct _numeric_limits_impl {  // a source may know of it
   static constexpr bool is_specialized = false;
 };
+template <class T>
+struct numeric_limits : _numeric_limits_impl<T> {};
 #define MSL_INTEGER_LIMITS(T, MIN, MAX)                                                                      \
   template <>                                                                                                \
   struct numeric_limits<T> {                                                                                 \
@@ -370,6 +374,14 @@ struct array {
   MSL_FN T* data() { return elements; }
   MSL_FN const T* data() const { return elements; }
 };
+
+// A value that is the same in all threads
+template <class T>
+using uniform = T;
+template <class T>
+MSL_FN constexpr T make_uniform(T x) {
+  return x;
+}
 
 // Barriers, votes and atomics: their types
 

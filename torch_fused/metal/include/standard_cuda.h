@@ -141,5 +141,4 @@ MSL_FN vec<T, N> select(const vec<T, N>& a, const vec<T, N>& b, const vec<bool, 
   return result;
 }
 
-
 }  // namespace metal

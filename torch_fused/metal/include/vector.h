@@ -180,7 +180,7 @@ MSL_FN void msl_append(T*& d, const A& a) {
   template <class U, class = typename eif<!same_t<U, T>::v>::type>                                             \
   MSL_FN explicit vec(const packed<U, N>& v) : vec(vec<U, N>(v)) {}                                            \
   template <class A, class B, class... More,                                                                   \
-            class = typename eif<((vtraits<A>::n + vtraits<B>::n) + ... + vtraits<More>::n) == N>::type>         \
+            class = typename eif<((vtraits<A>::n + vtraits<B>::n) + ... + vtraits<More>::n) == N>::type>       \
   MSL_FN vec(const A& a, const B& b, const More&... more) {                                                    \
     T* next = d;                                                                                               \
     msl_append(next, a), msl_append(next, b), (msl_append(next, more), ...);                                   \
