@@ -32,7 +32,7 @@ def emit_host(program: Program, values: Mapping[int, object] | None = None) -> s
 
     `values` are those of the function constants, by index; one without has the value 0.
     """
-    replaced = _erase_address_spaces(program) | _function_constants(program, values or {})
+    replaced = _erase_address_spaces(program) | _shifts(program) | _function_constants(program, values or {})
     body = _rewrite(program, replaced | _drop_repetitions(program))
     return _swizzles(program) + '#include "metal_stdlib"\n' + body + "".join(_host_entry(kernel) for kernel in program.kernels)
 
@@ -200,6 +200,47 @@ def _is_const(tokens: list[Token], i: int) -> bool:
                 return True
             j += step
     return tokens[i + 2].text == "const" and tokens[i + 1].kind == "name"
+
+
+SHIFTS = {
+    "<<": "<< ::metal::msl_shl <<",
+    ">>": ">> ::metal::msl_shr >>",
+    "<<=": "<< ::metal::msl_shl_to =",
+    ">>=": ">> ::metal::msl_shr_to =",
+}
+
+
+def _shifts(program: Program) -> dict[int, str]:
+    """Shifts whose count may be as large as the number: C++ leaves those undefined, Metal does not.
+
+    A `>>` behind two `<` may close templates, and stays.
+    """
+    tokens, replaced = program.tokens, {}
+    opened = [0]  # `<` not closed, in each of the brackets around
+    for i, token in enumerate(tokens):
+        if token.kind != "symbol":
+            continue
+        if token.text in ("(", "[", "{"):
+            opened.append(0)
+        elif token.text in (")", "]", "}") and len(opened) > 1:
+            opened.pop()
+        elif token.text == ";":
+            opened[-1] = 0
+        elif token.text == "<":
+            opened[-1] += 1
+        elif token.text == ">":
+            opened[-1] = max(0, opened[-1] - 1)
+        elif token.text == ">>" and opened[-1] >= 2:
+            opened[-1] -= 2
+        elif token.text in SHIFTS and tokens[i - 1].text != "operator" and not _is_small(tokens, i + 1):
+            replaced[i] = SHIFTS[token.text]
+    return replaced
+
+
+def _is_small(tokens: list[Token], i: int) -> bool:
+    """Whether the operand at token i is a literal below 32."""
+    digits = tokens[i].text.rstrip("uU")
+    return digits.isdecimal() and int(digits) < 32 and tokens[i + 1].text not in ("+", "-", "*", "/", "%")
 
 
 def _drop_repetitions(program: Program) -> dict[int, str]:

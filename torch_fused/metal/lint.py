@@ -37,17 +37,18 @@ TYPED_NODES = FUNCTION_NODES | {"VarDecl", "ParmVarDecl", "FieldDecl", "TypeAlia
 CAST_NODES = {"CStyleCastExpr", "CXXReinterpretCastExpr"}
 
 
-def lint(text: str, name: str = "shader.metal") -> list[str]:
+def lint(text: str, name: str = "shader.metal", own: bool = True) -> list[str]:
     """What is wrong with flattened Metal source: `file.metal:line: error: ...` each, none if it is clean.
 
-    Raises MetalError if clang-19 is missing.
+    `own` asks for this project's rules too. Raises MetalError if clang-19 is missing.
     """
     try:
-        program = parse(text, name)
+        program = parse(text, name, own=own)
     except MetalError as error:
         return str(error).splitlines()
     diagnostics = Diagnostics()
-    _check_literals(program, diagnostics)
+    if own:
+        _check_literals(program, diagnostics)
     tree = _type_check(emit_lint(program), diagnostics)
     if tree:
         _check_tree(tree, diagnostics)
