@@ -156,7 +156,9 @@ def test_functions_of_floats(floats):
             expected = f.round(definition(*([f] if of_format else []), *values[:arity]).astype(np.float64))
             near = np.abs(numbers - expected) <= allowed * f.ulp(expected)
             # What overflows to one may round to the largest number in the other.
-            near |= (np.abs(numbers) >= 2.0**f.highest * 0.99) & (np.abs(expected) >= 2.0**f.highest * 0.99) & (allowed > 0)
+            near |= (
+                (np.abs(numbers) >= 2.0**f.highest * 0.99) & (np.abs(expected) >= 2.0**f.highest * 0.99) & (allowed > 0)
+            )
         same = (numbers == expected) | (np.isnan(numbers) & np.isnan(expected)) | near
         for i in np.flatnonzero(~same)[:2]:
             arguments = [v[i] for v in values[:arity]]
@@ -222,6 +224,7 @@ def test_arithmetic_of_halves_rounds_after_every_operation(floats):
 
 # Integers: the definitions are over Python's
 
+
 def integer_functions(bits, signed):
     low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
     mask = (1 << bits) - 1
@@ -283,10 +286,18 @@ def test_functions_of_integers(type_name):
     limits = torch.iinfo(dtype)
     special = [limits.min, limits.min + 1, limits.max, limits.max - 1, 0, 1, 2, 3, bits, 85]
     generator = np.random.default_rng(1)
-    drawn = [int(v) for v in generator.integers(limits.min, limits.max, size=180, dtype=np.uint64 if bits == 64 and not signed else np.int64, endpoint=True)]
+    drawn = [
+        int(v)
+        for v in generator.integers(
+            limits.min, limits.max, size=180, dtype=np.uint64 if bits == 64 and not signed else np.int64, endpoint=True
+        )
+    ]
     rows = [(x, y, special[(i + j) % 10]) for i, x in enumerate(special) for j, y in enumerate(special)]
     rows += [tuple(drawn[i : i + 3]) for i in range(0, 180, 3)]
-    tensors = [torch.tensor(np.array(column, dtype=np.uint64 if not signed else np.int64)).to(dtype) for column in zip(*rows, strict=True)]
+    tensors = [
+        torch.tensor(np.array(column, dtype=np.uint64 if not signed else np.int64)).to(dtype)
+        for column in zip(*rows, strict=True)
+    ]
     functions = integer_functions(bits, signed)
     if bits == 32:
         functions["mul24({x} & 0xffff, {y} & 0xff)"] = lambda x, y, z: (x & 0xFFFF) * (y & 0xFF)
@@ -296,7 +307,9 @@ def test_functions_of_integers(type_name):
         number = text.format(x="x[i]", y="y[i]", z="z[i]", condition="x[i] < z[i]")
         v = f"{type_name}3"
         vector = text.format(x=f"{v}(x[i])", y=f"{v}(y[i])", z=f"{v}(z[i])", condition=f"{v}(x[i]) < {v}(z[i])")
-        lines += [f"o[{(2 * n + k) * len(rows)} + i] = {type_name}({e});" for k, e in enumerate((number, f"({vector}).z"))]
+        lines += [
+            f"o[{(2 * n + k) * len(rows)} + i] = {type_name}({e});" for k, e in enumerate((number, f"({vector}).z"))
+        ]
     body = f"kernel void k(device const {type_name}* x, device const {type_name}* y, device const {type_name}* z,\n"
     body += f"device {type_name}* o, uint i [[thread_position_in_grid]]) {{\n" + "\n".join(lines) + "\n}"
     out = torch.zeros(len(functions), 2, len(rows), dtype=dtype)
@@ -351,7 +364,9 @@ def test_simdgroup_and_quadgroup_functions(type_name):
 
     def grouped(size):
         def apply(values, function):
-            results = [np.broadcast_to(function(group), size) for group in values.reshape(32 // size, size, *values.shape[1:])]
+            results = [
+                np.broadcast_to(function(group), size) for group in values.reshape(32 // size, size, *values.shape[1:])
+            ]
             return np.concatenate(results)
 
         return apply
@@ -366,7 +381,7 @@ def test_simdgroup_and_quadgroup_functions(type_name):
     body = f"""kernel void k(device const {type_name}* a, device const {type_name}* b, device {type_name}* o, device uint* u,
                   uint i [[thread_position_in_grid]]) {{
       const {type_name} v = a[i], small = b[i];
-      {' '.join(lines)}
+      {" ".join(lines)}
       device uint* p = u + 10 * i;
       p[0] = uint(ulong(simd_ballot(i % 3 == 0))); p[1] = simd_any(i == 7); p[2] = simd_all(i < 32); p[3] = simd_all(i < 31);
       p[4] = simd_is_first(); p[5] = uint(ulong(simd_active_threads_mask())); p[6] = uint(ulong(quad_ballot(i % 3 == 0)));
@@ -382,7 +397,18 @@ def test_simdgroup_and_quadgroup_functions(type_name):
         assert torch.equal(got[0], want) and torch.equal(got[1], want), (name, got, want)
     third = lane % 3 == 0
     ballot = np.array([sum(1 << k for k in range(4) if third[q + k]) for q in quad])
-    columns = [np.int64(sum(1 << int(n) for n in lane[third])), 1, 1, 0, lane == 0, -1, ballot, lane % 8 < 4, lane % 8 < 4, lane % 4 == 0]
+    columns = [
+        np.int64(sum(1 << int(n) for n in lane[third])),
+        1,
+        1,
+        0,
+        lane == 0,
+        -1,
+        ballot,
+        lane % 8 < 4,
+        lane % 8 < 4,
+        lane % 4 == 0,
+    ]
     for column, want in enumerate(columns):
         want = np.broadcast_to(want, 32).astype(np.int64).astype(np.int32)
         assert np.array_equal(votes[:, column].numpy(), want), column
@@ -506,5 +532,8 @@ def test_integers_convert_to_bfloat_in_one_rounding():
     out = torch.zeros(3, dtype=torch.bfloat16)
     body = "kernel void k(device const long* x, device bfloat* o, uint i [[thread_position_in_grid]]) { o[i] = bfloat(x[i]); }"
     compile_shader(HEADER + body).k(x, out)
-    expected = [float(Fraction(int(v) // abs(int(v)) * ((abs(int(v)) >> k) + 1 << k))) for v, k in zip(x, (33, 18, 33), strict=True)]
+    expected = [
+        float(Fraction(int(v) // abs(int(v)) * ((abs(int(v)) >> k) + 1 << k)))
+        for v, k in zip(x, (33, 18, 33), strict=True)
+    ]
     assert out.tolist() == expected

@@ -58,9 +58,7 @@ def arithmetic(operator, a, b, type_name):
 
 def quotient(a, b):
     """Division towards zero, as in C; no operand is such that it overflows."""
-    with np.errstate(all="ignore"):
-        magnitude = np.abs(a) // np.abs(b)
-        return np.where((a < 0) != (b < 0), -magnitude, magnitude).astype(a.dtype)
+    return ((a - np.fmod(a, b)) // b).astype(a.dtype)
 
 
 class Generator:
@@ -73,7 +71,9 @@ class Generator:
         for name, dtype in INTEGERS.items():
             limits = np.iinfo(dtype)
             drawn = numbers.integers(limits.min, limits.max, VALUES, dtype=dtype, endpoint=True)
-            self.inputs[name] = np.where(numbers.random(VALUES) < 0.3, numbers.integers(0, 5, VALUES), drawn).astype(dtype)
+            self.inputs[name] = np.where(numbers.random(VALUES) < 0.3, numbers.integers(0, 5, VALUES), drawn).astype(
+                dtype
+            )
         drawn = (numbers.normal(size=VALUES) * np.exp2(numbers.integers(-4, 12, VALUES))).astype(np.float32)
         self.inputs["float"], self.inputs["half"] = drawn, drawn.astype(np.float16)
         self.inputs["bfloat"] = to_bfloat(drawn)
@@ -82,7 +82,9 @@ class Generator:
         if depth == 0 or self.random.random() < 0.15:
             name = self.random.choice(list(self.inputs))
             return f"{name}_in[i]", name, self.inputs[name]
-        make = self.random.choice([self.binary, self.binary, self.bits, self.shift, self.choice, self.function, self.cast, self.divide])
+        make = self.random.choice(
+            [self.binary, self.binary, self.bits, self.shift, self.choice, self.function, self.cast, self.divide]
+        )
         return make(depth - 1)
 
     def operands(self, depth):
@@ -112,7 +114,7 @@ class Generator:
         text = f"max({name}({b[0]}) & {name}(0x7fff), {name}(1))"
         if self.random.random() < 0.5:
             return f"({a[0]} / {text})", name, quotient(x, divisor)
-        return f"({a[0]} % {text})", name, (x - quotient(x, divisor) * divisor).astype(x.dtype)
+        return f"({a[0]} % {text})", name, np.fmod(x, divisor)
 
     def bits(self, depth):
         a, b = self.integer(depth), self.integer(depth)
@@ -177,7 +179,9 @@ def kernels(count, seed):
         else:
             expression, name, values = generator.expression(3)
             body = f"o[i] = {expression};"
-        text.append(f"kernel void k{n}({parameters}, device {name}* o, uint i [[thread_position_in_grid]]) {{ {body} }}\n")
+        text.append(
+            f"kernel void k{n}({parameters}, device {name}* o, uint i [[thread_position_in_grid]]) {{ {body} }}\n"
+        )
         expected.append((f"k{n}", name, expression, values))
     return "".join(text), generator.inputs, expected
 

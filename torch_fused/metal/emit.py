@@ -34,7 +34,12 @@ def emit_host(program: Program, values: Mapping[int, object] | None = None) -> s
     """
     replaced = _erase_address_spaces(program) | _shifts(program) | _function_constants(program, values or {})
     body = _rewrite(program, replaced | _drop_repetitions(program))
-    return _swizzles(program) + '#include "metal_stdlib"\n' + body + "".join(_host_entry(kernel) for kernel in program.kernels)
+    return (
+        _swizzles(program)
+        + '#include "metal_stdlib"\n'
+        + body
+        + "".join(_host_entry(kernel) for kernel in program.kernels)
+    )
 
 
 def emit_cuda(program: Program) -> str:
@@ -62,7 +67,7 @@ def emit_cuda(program: Program) -> str:
 
 def emit_lint(program: Program) -> str:
     """C++ for OpenCL, whose address spaces are Metal's under other names: for type-checking only."""
-    return _header("lint.h") + _rewrite(program, _make_vectors(program))
+    return _header("lint.h") + _rewrite(program, _make_vectors(program) | _function_constants(program, {}))
 
 
 def _header(name: str) -> str:
@@ -91,7 +96,14 @@ def _swizzles(program: Program) -> str:
 
 
 def _rewrite(program: Program, replaced: dict[int, str]) -> str:
-    replaced = _literals(program) | _lists(program) | _members(program) | replaced | dict.fromkeys(program.attributes, "") | _threadgroup_variables(program)
+    replaced = (
+        _literals(program)
+        | _lists(program)
+        | _members(program)
+        | replaced
+        | dict.fromkeys(program.attributes, "")
+        | _threadgroup_variables(program)
+    )
     return "".join(token.space + replaced.get(i, token.text) for i, token in enumerate(program.tokens))
 
 

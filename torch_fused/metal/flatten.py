@@ -20,7 +20,9 @@ def flatten(path: str | Path, include_dirs: Sequence[str | Path] = ()) -> str:
     #error, for a compiler that gets there.
     """
     path = Path(path)
-    return expand(path.read_text(encoding="utf-8"), path.name, [path.parent, *map(Path, include_dirs)], {path.resolve()})
+    return expand(
+        path.read_text(encoding="utf-8"), path.name, [path.parent, *map(Path, include_dirs)], {path.resolve()}
+    )
 
 
 def expand(text: str, name: str, include_dirs: Sequence[Path] = (), seen: set[Path] | None = None) -> str:

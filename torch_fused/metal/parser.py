@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from .declarations import ADDRESS_SPACES, constants, constructor_spaces, declarations, overloads
@@ -12,7 +11,7 @@ from .expressions import integer
 from .lexer import Token, tokenize
 from .preprocess import preprocess
 from .program import BUILTINS, MAX_BUFFERS, FunctionConstant, Kernel, Parameter, Program, ThreadgroupVariable
-from .rules import check_project_rules, check_words
+from .rules import check_ascii, check_project_rules, check_words
 from .tokens import BRACKETS, Tokens
 
 IGNORED_ATTRIBUTES = ("likely", "unlikely", "maybe_unused", "nodiscard", "fallthrough", "clang", "gnu", "unroll")
@@ -21,13 +20,17 @@ SPECIFIERS = ("constant", "const", "constexpr", "static", "inline")
 NUMBER = re.compile(r"(bool|half|bfloat|float|u?(char|short|int|long)|size_t|unsigned)[234]?|u?int(8|16|32|64)_t")
 
 
-def parse(text: str, name: str = "shader.metal", defines: Mapping[str, str] | None = None, own: bool = False) -> Program:
+def parse(text: str, name: str = "shader.metal", own: bool = False) -> Program:
     """Preprocess and parse flattened Metal source.
 
     `name` numbers the lines that no #line directive names; `own` asks for this project's rules too. Raises MetalError
     naming everything that is wrong.
     """
-    return _Parser(name, tokenize(preprocess(text, name, defines)), own).parse()
+    if own:
+        diagnostics = Diagnostics()
+        check_ascii(text, name, diagnostics)
+        diagnostics.raise_if_any()
+    return _Parser(name, tokenize(preprocess(text, name)), own).parse()
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,11 @@ class _Parser(Tokens):
             self.instantiations,
             repeated,
             self.function_constants,
-            [d.start for d in found if d.of_class and self.words(range(d.start, d.start + 3)) == ["template", "<", ">"]],
+            [
+                d.start
+                for d in found
+                if d.of_class and self.words(range(d.start, d.start + 3)) == ["template", "<", ">"]
+            ],
         )
 
     def step(self, i: int) -> int:
@@ -184,8 +191,7 @@ class _Parser(Tokens):
         if index is None:
             return self.error(attribute, f"function_constant takes an integer, got '{argument}'")
         asked = any(
-            self.tokens[i].text == "is_function_constant_defined"
-            and self.tokens[i + 2].text == self.tokens[name].text
+            self.tokens[i].text == "is_function_constant_defined" and self.tokens[i + 2].text == self.tokens[name].text
             for i in range(len(self.tokens) - 2)
         )
         type_name = " ".join(word for word in self.words(range(start, name)) if word not in SPECIFIERS)
@@ -219,7 +225,7 @@ class _Parser(Tokens):
             template_args = self.text(i, stop)
             i = stop
         params = range(i + 1, self.match(i)) if self.tokens[i].text == "(" else None
-        end = params.stop + 1 if params else i
+        end = i if params is None else params.stop + 1
         while self.at_attribute(end):
             found, end = self.attribute(end)
             attributes.update(found)
@@ -235,11 +241,15 @@ class _Parser(Tokens):
         names = [self.qualified(function), function]
         for depth in range(1, len(self.scopes)):
             names.insert(depth, "::".join([*(s for s, _ in self.scopes[:-depth] if s), function]))
-        types = tuple(self.type_of(piece) for piece in self.split(params.start, params.stop)) if params else None
+        types = None
+        if params is not None:
+            types = tuple(self.type_of(piece) for piece in self.split(params.start, params.stop))
         max_threads = attributes.get("max_total_threads_per_threadgroup")
         instance = _Instance(kernel, tuple(names), types, max_threads, start)
         if self.tokens[end].text == ";":
-            if self.tokens[start - 1].text == "template":
+            if self.tokens[start - 1].text != "template":
+                self.error(start, f"kernel '{function}' is declared without a body")
+            else:
                 self.instances.append(instance)
                 self.instantiations.append(range(start - 1, end + 1))
             return end + 1
@@ -281,7 +291,7 @@ class _Parser(Tokens):
         stop = next((i for i in piece if self.at_attribute(i) or self.tokens[i].text == "="), piece.stop)
         words = [self.tokens[i].text for i in range(piece.start, stop)]
         last = len(words) - 1
-        array = "["in words
+        array = "[" in words
         if array:
             last = words.index("[") - 1
         before = words[last - 1] if last > 0 else "const"
@@ -318,6 +328,7 @@ class _Parser(Tokens):
 
     def overload(self, instance: _Instance, functions: list[_Function]) -> _Function:
         """The definition that an instance means: its own, else the one with as many and such parameters."""
+
         def likeness(function: _Function) -> tuple[bool, bool, int]:
             types = instance.types or ()
             shapes = [[[c for c in t if c in "*&"] for t in side] for side in (types, function.types)]

@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Mapping
 
 from .errors import Diagnostics, MetalError
 
@@ -25,6 +24,7 @@ DEFINES = {
     "__METAL_PRECISE_MATH__": "0",
 }
 LINE_MARKER = re.compile(r'# (\d+) "([^"]*)"')
+NON_ASCII = re.compile(r"(\\[uU][\da-f]{4,8})|[^\x00-\x7f]")  # as the preprocessor spells it in a name
 MESSAGE = re.compile(r"(.*?):(\d+):(?:\d+:)? (?:fatal )?error: (?:#error )?(.*)")
 
 
@@ -33,13 +33,13 @@ def compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX") or "c++")
 
 
-def preprocess(text: str, name: str, defines: Mapping[str, str] | None = None) -> str:
+def preprocess(text: str, name: str) -> str:
     """Expand macros and conditionals of `text`, whose includes are flattened but for <metal_stdlib>.
 
     `name` is the file that lines are numbered in until a #line directive says otherwise. The shims stand in for Metal's
     own headers later, so those includes are dropped here.
     """
-    macros = [f"-D{macro}={value}" for macro, value in (DEFINES | dict(defines or {})).items()]
+    macros = [f"-D{macro}={value}" for macro, value in DEFINES.items()]
     command = [*compiler(), "-E", "-x", "c++", "-undef", "-nostdinc", *macros, "-"]
     text = UNSUPPORTED_INCLUDE.sub(r"#error \1 is not supported", text)
     source = f'#line 1 "{name}"\n' + METAL_INCLUDE.sub("", text)
@@ -68,5 +68,5 @@ def _reject_non_ascii(output: str, name: str, diagnostics: Diagnostics) -> None:
         number += 1
         if place := LINE_MARKER.match(line):
             number, name = int(place[1]) - 1, os.path.basename(place[2])
-        elif not line.isascii():
-            diagnostics.error(name, number, "non-ASCII character " + ascii(next(c for c in line if not c.isascii())))
+        elif found := NON_ASCII.search(line):
+            diagnostics.error(name, number, "non-ASCII character " + (found[1] or ascii(found[0])))

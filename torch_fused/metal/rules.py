@@ -45,7 +45,8 @@ FORBIDDEN = {
     "simdgroup_async_copy": "asynchronous copies are not supported",
     "simdgroup_event": "asynchronous copies are not supported",
 }
-TEXTURE = re.compile(r"(texture|depth)(1d|2d|3d|cube|_buffer|2d_ms|cube)(_array|_ms|_ms_array)?")
+TEXTURE = re.compile(r"(texture|depth)(1d|2d|3d|cube|_buffer)(_ms)?(_array)?")
+LINE = re.compile(r'#line (\d+) "(.*)"')
 # What our kernels do without, and CUDA's translation lacks
 PROJECT_RULES = {
     "float": "float atomics are not deterministic: reduce in a fixed order",
@@ -70,6 +71,17 @@ def check_words(tokens: list[Token], diagnostics: Diagnostics) -> None:
             message = f"literal {token.text}: Metal's floating-point suffixes are f, h and bf"
         if message:
             diagnostics.error(token.file, token.line, message)
+
+
+def check_ascii(text: str, name: str, diagnostics: Diagnostics) -> None:
+    """Add an error for each line that is not ASCII, comments included: the build embeds the text in C++."""
+    number = 0
+    for line in text.split("\n"):
+        number += 1
+        if place := LINE.match(line):
+            number, name = int(place[1]) - 1, place[2]
+        elif not line.isascii():
+            diagnostics.error(name, number, "non-ASCII character " + ascii(next(c for c in line if not c.isascii())))
 
 
 def check_project_rules(tokens: list[Token], diagnostics: Diagnostics) -> None:
