@@ -421,7 +421,7 @@ def test_a_neighbour_in_memory_is_another_buffer(distance):
     parts = [storage[:64], storage[64:128], storage[128:]]
     library.copy(parts[1 - distance // 64], parts[1], 0, threads=64, arg_casts="int32")
     assert parts[1 - distance // 64].equal(parts[1])
-    with pytest.raises(RuntimeError, match="out-of-bounds device read of 4 bytes .* buffer 1"):
+    with pytest.raises(RuntimeError, match=r"out-of-bounds device read of 4 bytes .* buffer 1"):
         library.copy(parts[1 + distance // 64], parts[1], distance, threads=64, arg_casts="int32")
 
 

@@ -85,7 +85,8 @@ FAULTS = {
         "out-of-bounds index of an array",
     ),
     "a wild pointer": (
-        f"kernel void k(device int* o, {INDEX}) {{\n  device int* p = (device int*)(ulong(o[i]) + 64);\n  *p = 1;  // BUG\n}}",
+        f"kernel void k(device int* o, {INDEX}) {{\n  device int* p = (device int*)(ulong(o[i]) + 64);\n"
+        "  *p = 1;  // BUG\n}",
         [4],
         "out-of-bounds device write",
     ),
@@ -107,7 +108,7 @@ for name, checked, text, sizes, threads in json.load(sys.stdin):
     tensors = [torch.zeros(size, dtype=torch.int32) for size in sizes]
     try:
         with emulate(checked=checked):
-            compile_shader(text, "test.metal").k(*tensors, threads=threads, group_size=[1] * 3 if isinstance(threads, list) else 1)
+            compile_shader(text, "test.metal").k(*tensors, threads=threads, group_size=[1] * len(threads))
         message = "no exception"
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
@@ -119,7 +120,7 @@ for name, checked, text, sizes, threads in json.load(sys.stdin):
 def messages():
     """What a process of its own says to each fault, in turn: it lives to the end."""
     cases = [
-        (name, checked, HEADER + FAULTS[name][0], FAULTS[name][1], [1 << 31] * 3 if "grid" in name else 4)
+        (name, checked, HEADER + FAULTS[name][0], FAULTS[name][1], [1 << 31] * 3 if "grid" in name else [4])
         for checked, names in ((True, FAULTS), (False, UNCHECKED))
         for name in names
     ]

@@ -127,7 +127,7 @@ class Generator:
         text, name, values = self.integer(depth)
         name = name if name in RANKS else "int"
         values = values.astype(INTEGERS[name])
-        by, by_name, counts = self.integer(0)
+        by, _, counts = self.integer(0)
         counts = counts.astype(np.int64) & (8 * values.dtype.itemsize - 1)  # as Metal takes them
         operator, function = self.random.choice([("<<", np.left_shift), (">>", np.right_shift)])
         return f"({text} {operator} {by})", name, function(values, counts.astype(values.dtype))

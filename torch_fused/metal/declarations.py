@@ -127,10 +127,11 @@ def overloads(source: Tokens, found: list[Declaration], attributes: set[int]) ->
             continue
         bodies = [erased(source, range(d.head, d.stop), attributes) for d in (earlier, declaration)]
         if bodies[0] != bodies[1]:
+            name, line = _name(source, declaration), source.tokens[earlier.start].line
             source.error(
                 declaration.start,
-                f"'{_name(source, declaration)}' differs from the one in line {source.tokens[earlier.start].line} in address spaces only, "
-                "and in what it does: such overloads are not supported",
+                f"'{name}' differs from the one in line {line} in address spaces only, and in what it does: "
+                "such overloads are not supported",
             )
         repeated.append(range(declaration.start, declaration.stop))
     return repeated

@@ -129,7 +129,8 @@ def _lists(program: Program) -> dict[int, str]:
 
 
 def _short_lists(program: Program) -> dict[int, str]:
-    tokens, replaced = program.tokens, {}
+    tokens = program.tokens
+    replaced: dict[int, str] = {}
     for i in range(len(tokens) - 4):
         if tokens[i].text[:-1] not in ELEMENTS or [t.text for t in tokens[i + 2 : i + 4]] != ["=", "{"]:
             continue
@@ -148,7 +149,8 @@ def _short_lists(program: Program) -> dict[int, str]:
 
 def _filled_arrays(program: Program) -> dict[int, str]:
     """`T a[n] = {[0 ... n - 1] = x};` becomes `T a[n]; msl_fill(a, x);`."""
-    tokens, replaced = program.tokens, {}
+    tokens = program.tokens
+    replaced: dict[int, str] = {}
     for i in range(len(tokens) - 6):
         if [token.text for token in tokens[i : i + 4]] != ["=", "{", "[", "0"] or tokens[i + 4].text != ".":
             continue
@@ -227,7 +229,8 @@ def _shifts(program: Program) -> dict[int, str]:
 
     A `>>` behind two `<` may close templates, and stays.
     """
-    tokens, replaced = program.tokens, {}
+    tokens = program.tokens
+    replaced: dict[int, str] = {}
     opened = [0]  # `<` not closed, in each of the brackets around
     for i, token in enumerate(tokens):
         if token.kind != "symbol":

@@ -174,7 +174,7 @@ class _Parser(Tokens):
         return self.kernel(start, i, attributes) if is_kernel else i
 
     def is_known(self, name: str, of_kernel: bool) -> bool:
-        """Whether an attribute may stand there; those of arguments, which helper functions may have too, say nothing."""
+        """Whether an attribute may stand there. Those of arguments say nothing on a helper function's."""
         if of_kernel:
             return name in ("kernel", "host_name", "max_total_threads_per_threadgroup", *IGNORED_ATTRIBUTES)
         return name in (*IGNORED_ATTRIBUTES, *BUILTINS, "buffer", "threadgroup", "function_constant", "host_name")
