@@ -182,64 +182,102 @@ To as_type(From from);
   MSL_FOR_WIDTHS(DECLARE, uint)   \
   MSL_FOR_WIDTHS(DECLARE, ushort) MSL_FOR_WIDTHS(DECLARE, uchar) MSL_FOR_WIDTHS(DECLARE, ulong)
 
+#define MSL_1(T, NAME) T NAME(T);
+#define MSL_2(T, NAME) T NAME(T, T);
+#define MSL_3(T, NAME) T NAME(T, T, T);
 // The functions of which fast:: and precise:: hold variants
-#define MSL_VARIED(T) \
-  T exp(T);           \
-  T exp2(T);          \
-  T log(T);           \
-  T log2(T);          \
-  T sqrt(T);          \
-  T rsqrt(T);         \
-  T sin(T);           \
-  T cos(T);           \
-  T tanh(T);          \
-  T pow(T, T);        \
-  T fmax(T, T);       \
-  T fmin(T, T);       \
-  T max(T, T);        \
-  T min(T, T);
-#define MSL_UNVARIED(T) \
-  T floor(T);           \
-  T ceil(T);            \
-  T rint(T);            \
-  T round(T);           \
-  T trunc(T);           \
-  T fabs(T);            \
-  T sign(T);            \
-  T fma(T, T, T);       \
-  T abs(T);             \
-  T clamp(T, T, T);
-#define MSL_INTEGER(T) \
-  T abs(T);            \
-  T max(T, T);         \
-  T min(T, T);         \
-  T clamp(T, T, T);
-#define MSL_DIVIDE(T) T divide(T, T);
+#define MSL_VARIED(T)                                                                                                  \
+  MSL_1(T, acos)                                                                                                       \
+  MSL_1(T, acosh)                                                                                                      \
+  MSL_1(T, asin)                                                                                                       \
+  MSL_1(T, asinh) MSL_1(T, atan) MSL_1(T, atanh) MSL_1(T, ceil) MSL_1(T, cos) MSL_1(T, cosh) MSL_1(T, cospi)           \
+      MSL_1(T, exp) MSL_1(T, exp2) MSL_1(T, exp10) MSL_1(T, fabs) MSL_1(T, abs) MSL_1(T, floor) MSL_1(T, fract)        \
+          MSL_1(T, log) MSL_1(T, log2) MSL_1(T, log10) MSL_1(T, rint) MSL_1(T, round) MSL_1(T, rsqrt)                  \
+              MSL_1(T, saturate) MSL_1(T, sign) MSL_1(T, sin) MSL_1(T, sinh) MSL_1(T, sinpi) MSL_1(T, sqrt)            \
+                  MSL_1(T, tan) MSL_1(T, tanh) MSL_1(T, tanpi) MSL_1(T, trunc) MSL_2(T, atan2) MSL_2(T, copysign)      \
+                      MSL_2(T, divide) MSL_2(T, fdim) MSL_2(T, fmax) MSL_2(T, fmin) MSL_2(T, fmod) MSL_2(T, max)       \
+                          MSL_2(T, min) MSL_2(T, nextafter) MSL_2(T, pow) MSL_2(T, powr) MSL_2(T, step)                \
+                              MSL_3(T, clamp) MSL_3(T, fma) MSL_3(T, fmax3) MSL_3(T, fmedian3) MSL_3(T, fmin3)         \
+                                  MSL_3(T, max3) MSL_3(T, median3) MSL_3(T, min3) MSL_3(T, mix) MSL_3(T, smoothstep) T \
+                                  modf(T, __private T&);                                                               \
+  T sincos(T, __private T&);
+#define MSL_INTEGER(T)                                                                                    \
+  MSL_1(T, abs)                                                                                           \
+  MSL_1(T, clz)                                                                                           \
+  MSL_1(T, ctz)                                                                                           \
+  MSL_1(T, popcount) MSL_1(T, reverse_bits) MSL_2(T, addsat) MSL_2(T, hadd) MSL_2(T, max) MSL_2(T, min)   \
+      MSL_2(T, mulhi) MSL_2(T, rhadd) MSL_2(T, rotate) MSL_2(T, subsat) MSL_3(T, clamp) MSL_3(T, madhi)   \
+          MSL_3(T, madsat) MSL_3(T, max3) MSL_3(T, median3) MSL_3(T, min3) T extract_bits(T, uint, uint); \
+  T insert_bits(T, T, uint, uint);
 MSL_FOR_FLOATS(MSL_VARIED)
-MSL_FOR_FLOATS(MSL_UNVARIED)
 MSL_FOR_SIGNED(MSL_INTEGER)
 MSL_FOR_UNSIGNED(MSL_INTEGER)
 namespace fast {
 MSL_FOR_WIDTHS(MSL_VARIED, float)
-MSL_FOR_WIDTHS(MSL_DIVIDE, float)
+MSL_FOR_WIDTHS(MSL_VARIED, half)
 }  // namespace fast
 namespace precise {
 MSL_FOR_WIDTHS(MSL_VARIED, float)
-MSL_FOR_WIDTHS(MSL_DIVIDE, float)
+MSL_FOR_WIDTHS(MSL_VARIED, half)
 }  // namespace precise
+#define MSL_24_BITS(T) \
+  T mul24(T, T);       \
+  T mad24(T, T, T);
+MSL_FOR_WIDTHS(MSL_24_BITS, int)
+MSL_FOR_WIDTHS(MSL_24_BITS, uint)
+#define MSL_EXPONENTS(T, I) \
+  T frexp(T, __private I&); \
+  T ldexp(T, I);            \
+  I ilogb(T);
+MSL_EXPONENTS(float, int)
+MSL_EXPONENTS(float2, int2)
+MSL_EXPONENTS(float3, int3)
+MSL_EXPONENTS(float4, int4)
+MSL_EXPONENTS(half, int)
+MSL_EXPONENTS(half2, int2)
+MSL_EXPONENTS(half3, int3)
+MSL_EXPONENTS(half4, int4)
+#define MSL_ABSDIFF(S, U) \
+  U absdiff(S, S);        \
+  U absdiff(U, U);
+MSL_ABSDIFF(int, uint)
+MSL_ABSDIFF(short, ushort)
+MSL_ABSDIFF(char, uchar)
+MSL_ABSDIFF(long, ulong)
 
-bool isnan(float);
-bool isnan(half);
-bool isinf(float);
-bool isinf(half);
-bool isfinite(float);
-bool isfinite(half);
-#define MSL_DOT(T)   \
-  T dot(T##2, T##2); \
-  T dot(T##3, T##3); \
-  T dot(T##4, T##4);
-MSL_DOT(float)
-MSL_DOT(half)
+#define MSL_RELATIONS(T, B) \
+  B isnan(T);               \
+  B isinf(T);               \
+  B isfinite(T);            \
+  B isnormal(T);            \
+  B signbit(T);             \
+  B isordered(T, T);        \
+  B isunordered(T, T);
+MSL_RELATIONS(float, bool)
+MSL_RELATIONS(float2, bool2)
+MSL_RELATIONS(float3, bool3)
+MSL_RELATIONS(float4, bool4)
+MSL_RELATIONS(half, bool)
+MSL_RELATIONS(half2, bool2)
+MSL_RELATIONS(half3, bool3)
+MSL_RELATIONS(half4, bool4)
+#define MSL_GEOMETRY_OF(T, V) \
+  T dot(V, V);                \
+  T length(V);                \
+  T length_squared(V);        \
+  T distance(V, V);           \
+  T distance_squared(V, V);   \
+  V normalize(V);             \
+  V reflect(V, V);            \
+  V refract(V, V, T);         \
+  V faceforward(V, V, V);
+#define MSL_GEOMETRY(T)    \
+  MSL_GEOMETRY_OF(T, T##2) \
+  MSL_GEOMETRY_OF(T, T##3) \
+  MSL_GEOMETRY_OF(T, T##4) \
+  T##3 cross(T##3, T##3);
+MSL_GEOMETRY(float)
+MSL_GEOMETRY(half)
 
 template <class T>
 T select(T, T, bool);
@@ -249,11 +287,6 @@ template <int N>
 bool any(vec<int, N>);
 template <int N>
 bool all(vec<int, N>);
-
-uint popcount(uint);
-uint clz(uint);
-uint ctz(uint);
-uint mulhi(uint, uint);
 
 // Threads
 
@@ -286,18 +319,52 @@ MSL_SIMD(simd_xor)
 MSL_SIMD(simd_broadcast_first)
 MSL_SIMD(simd_prefix_exclusive_sum)
 MSL_SIMD(simd_prefix_inclusive_sum)
+MSL_SIMD(simd_prefix_exclusive_product)
+MSL_SIMD(simd_prefix_inclusive_product)
+MSL_SIMD(quad_sum)
+MSL_SIMD(quad_product)
+MSL_SIMD(quad_max)
+MSL_SIMD(quad_min)
+MSL_SIMD(quad_or)
+MSL_SIMD(quad_and)
+MSL_SIMD(quad_xor)
+MSL_SIMD(quad_broadcast_first)
+MSL_SIMD(quad_prefix_exclusive_sum)
+MSL_SIMD(quad_prefix_inclusive_sum)
+MSL_SIMD(quad_prefix_exclusive_product)
+MSL_SIMD(quad_prefix_inclusive_product)
 MSL_SIMD_LANE(simd_shuffle)
 MSL_SIMD_LANE(simd_broadcast)
 MSL_SIMD_LANE(simd_shuffle_xor)
 MSL_SIMD_LANE(simd_shuffle_down)
 MSL_SIMD_LANE(simd_shuffle_up)
+MSL_SIMD_LANE(simd_shuffle_rotate_down)
+MSL_SIMD_LANE(simd_shuffle_rotate_up)
+MSL_SIMD_LANE(quad_shuffle)
+MSL_SIMD_LANE(quad_broadcast)
+MSL_SIMD_LANE(quad_shuffle_xor)
+MSL_SIMD_LANE(quad_shuffle_down)
+MSL_SIMD_LANE(quad_shuffle_up)
+MSL_SIMD_LANE(quad_shuffle_rotate_down)
+MSL_SIMD_LANE(quad_shuffle_rotate_up)
+#define MSL_SIMD_FILL(NAME) \
+  template <class T>        \
+  msl_simd_value<T> NAME(T, T, ushort, ushort = 32);
+MSL_SIMD_FILL(simd_shuffle_and_fill_down)
+MSL_SIMD_FILL(simd_shuffle_and_fill_up)
+MSL_SIMD_FILL(quad_shuffle_and_fill_down)
+MSL_SIMD_FILL(quad_shuffle_and_fill_up)
 
 struct simd_vote {
   explicit simd_vote(ulong);
   explicit operator ulong() const;
   bool any() const;
+  bool all() const;
 };
 simd_vote simd_ballot(bool);
+simd_vote simd_active_threads_mask();
+bool simd_is_first();
+bool simd_is_helper_thread();
 bool simd_any(bool);
 bool simd_all(bool);
 
