@@ -77,7 +77,8 @@ def test_kernels_in_namespaces_overloaded_and_through_typedefs():
     template [[host_name("f_f32")]] [[kernel]] void f<float>(device float*, uint);
     }}
     template [[host_name("f_of")]] [[kernel]] void outer::f<float>(device float* o, constant float& x, uint i);
-    template <typename T, int N = 4> [[kernel, max_total_threads_per_threadgroup(N * 32)]] void g(device T* o, {INDEX}) {{
+    template <typename T, int N = 4>
+    [[kernel, max_total_threads_per_threadgroup(N * 32)]] void g(device T* o, {INDEX}) {{
       o[i] = T(N);
     }}
     typedef decltype(g<float>) g_type;
