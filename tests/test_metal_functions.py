@@ -536,7 +536,9 @@ def test_integers_convert_to_bfloat_in_one_rounding():
     x = torch.tensor([(1 << 40) + (1 << 32) + 1, (1 << 25) + (1 << 17) + 1, -((1 << 40) + (1 << 32) + 1)])
     out = torch.zeros(3, dtype=torch.bfloat16)
     body = """
-    kernel void k(device const long* x, device bfloat* o, uint i [[thread_position_in_grid]]) { o[i] = bfloat(x[i]); }"""
+    kernel void k(device const long* x, device bfloat* o, uint i [[thread_position_in_grid]]) {
+      o[i] = bfloat(x[i]);
+    }"""
     compile_shader(HEADER + body).k(x, out)
     expected = [
         float(Fraction(int(v) // abs(int(v)) * ((abs(int(v)) >> k) + 1 << k)))

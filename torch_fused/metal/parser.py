@@ -247,9 +247,9 @@ class _Parser(Tokens):
         max_threads = attributes.get("max_total_threads_per_threadgroup")
         instance = _Instance(kernel, tuple(names), types, max_threads, start)
         if self.tokens[end].text == ";":
-            if self.tokens[start - 1].text != "template":
+            if self.tokens[start - 1].text not in ("template", ">", ">>"):
                 self.error(start, f"kernel '{function}' is declared without a body")
-            else:
+            elif self.tokens[start - 1].text == "template":
                 self.instances.append(instance)
                 self.instantiations.append(range(start - 1, end + 1))
             return end + 1

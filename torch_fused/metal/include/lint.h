@@ -182,33 +182,88 @@ To as_type(From from);
   MSL_FOR_WIDTHS(DECLARE, uint)   \
   MSL_FOR_WIDTHS(DECLARE, ushort) MSL_FOR_WIDTHS(DECLARE, uchar) MSL_FOR_WIDTHS(DECLARE, ulong)
 
-#define MSL_1(T, NAME) T NAME(T);
-#define MSL_2(T, NAME) T NAME(T, T);
-#define MSL_3(T, NAME) T NAME(T, T, T);
 // The functions of which fast:: and precise:: hold variants
-#define MSL_VARIED(T)                                                                                                  \
-  MSL_1(T, acos)                                                                                                       \
-  MSL_1(T, acosh)                                                                                                      \
-  MSL_1(T, asin)                                                                                                       \
-  MSL_1(T, asinh) MSL_1(T, atan) MSL_1(T, atanh) MSL_1(T, ceil) MSL_1(T, cos) MSL_1(T, cosh) MSL_1(T, cospi)           \
-      MSL_1(T, exp) MSL_1(T, exp2) MSL_1(T, exp10) MSL_1(T, fabs) MSL_1(T, abs) MSL_1(T, floor) MSL_1(T, fract)        \
-          MSL_1(T, log) MSL_1(T, log2) MSL_1(T, log10) MSL_1(T, rint) MSL_1(T, round) MSL_1(T, rsqrt)                  \
-              MSL_1(T, saturate) MSL_1(T, sign) MSL_1(T, sin) MSL_1(T, sinh) MSL_1(T, sinpi) MSL_1(T, sqrt)            \
-                  MSL_1(T, tan) MSL_1(T, tanh) MSL_1(T, tanpi) MSL_1(T, trunc) MSL_2(T, atan2) MSL_2(T, copysign)      \
-                      MSL_2(T, divide) MSL_2(T, fdim) MSL_2(T, fmax) MSL_2(T, fmin) MSL_2(T, fmod) MSL_2(T, max)       \
-                          MSL_2(T, min) MSL_2(T, nextafter) MSL_2(T, pow) MSL_2(T, powr) MSL_2(T, step)                \
-                              MSL_3(T, clamp) MSL_3(T, fma) MSL_3(T, fmax3) MSL_3(T, fmedian3) MSL_3(T, fmin3)         \
-                                  MSL_3(T, max3) MSL_3(T, median3) MSL_3(T, min3) MSL_3(T, mix) MSL_3(T, smoothstep) T \
-                                  modf(T, __private T&);                                                               \
+#define MSL_VARIED(T)    \
+  T acos(T);             \
+  T acosh(T);            \
+  T asin(T);             \
+  T asinh(T);            \
+  T atan(T);             \
+  T atanh(T);            \
+  T ceil(T);             \
+  T cos(T);              \
+  T cosh(T);             \
+  T cospi(T);            \
+  T exp(T);              \
+  T exp2(T);             \
+  T exp10(T);            \
+  T fabs(T);             \
+  T abs(T);              \
+  T floor(T);            \
+  T fract(T);            \
+  T log(T);              \
+  T log2(T);             \
+  T log10(T);            \
+  T rint(T);             \
+  T round(T);            \
+  T rsqrt(T);            \
+  T saturate(T);         \
+  T sign(T);             \
+  T sin(T);              \
+  T sinh(T);             \
+  T sinpi(T);            \
+  T sqrt(T);             \
+  T tan(T);              \
+  T tanh(T);             \
+  T tanpi(T);            \
+  T trunc(T);            \
+  T atan2(T, T);         \
+  T copysign(T, T);      \
+  T divide(T, T);        \
+  T fdim(T, T);          \
+  T fmax(T, T);          \
+  T fmin(T, T);          \
+  T fmod(T, T);          \
+  T max(T, T);           \
+  T min(T, T);           \
+  T nextafter(T, T);     \
+  T pow(T, T);           \
+  T powr(T, T);          \
+  T step(T, T);          \
+  T clamp(T, T, T);      \
+  T fma(T, T, T);        \
+  T fmax3(T, T, T);      \
+  T fmedian3(T, T, T);   \
+  T fmin3(T, T, T);      \
+  T max3(T, T, T);       \
+  T median3(T, T, T);    \
+  T min3(T, T, T);       \
+  T mix(T, T, T);        \
+  T smoothstep(T, T, T); \
   T sincos(T, __private T&);
-#define MSL_INTEGER(T)                                                                                    \
-  MSL_1(T, abs)                                                                                           \
-  MSL_1(T, clz)                                                                                           \
-  MSL_1(T, ctz)                                                                                           \
-  MSL_1(T, popcount) MSL_1(T, reverse_bits) MSL_2(T, addsat) MSL_2(T, hadd) MSL_2(T, max) MSL_2(T, min)   \
-      MSL_2(T, mulhi) MSL_2(T, rhadd) MSL_2(T, rotate) MSL_2(T, subsat) MSL_3(T, clamp) MSL_3(T, madhi)   \
-          MSL_3(T, madsat) MSL_3(T, max3) MSL_3(T, median3) MSL_3(T, min3) T extract_bits(T, uint, uint); \
+#define MSL_INTEGER(T)           \
+  T abs(T);                      \
+  T clz(T);                      \
+  T ctz(T);                      \
+  T popcount(T);                 \
+  T reverse_bits(T);             \
+  T addsat(T, T);                \
+  T hadd(T, T);                  \
+  T max(T, T);                   \
+  T min(T, T);                   \
+  T mulhi(T, T);                 \
+  T rhadd(T, T);                 \
+  T rotate(T, T);                \
+  T subsat(T, T);                \
+  T clamp(T, T, T);              \
+  T madhi(T, T, T);              \
+  T madsat(T, T, T);             \
+  T max3(T, T, T);               \
+  T median3(T, T, T);            \
+  T min3(T, T, T);               \
+  T extract_bits(T, uint, uint); \
   T insert_bits(T, T, uint, uint);
+
 MSL_FOR_FLOATS(MSL_VARIED)
 MSL_FOR_SIGNED(MSL_INTEGER)
 MSL_FOR_UNSIGNED(MSL_INTEGER)
