@@ -267,7 +267,7 @@ def test_tokens_at_once(backend, batch, steps):
         Shape("qwen3", hidden=33, heads=6, kv_heads=6, head_dim=10, rotary_dim=2, intermediate=63, vocabulary=31),
         Shape("biased", hidden=95, heads=8, kv_heads=2, head_dim=34, rotary_dim=34, intermediate=257, vocabulary=1000),
         Shape(rotary_dim=0),
-        Shape("qwen2", layers=3, hidden=896, heads=14, kv_heads=2, head_dim=64, rotary_dim=64, intermediate=700),
+        Shape("qwen2", layers=1, hidden=896, heads=14, kv_heads=2, head_dim=64, rotary_dim=64, intermediate=700),
     ],
     ids=str,
 )
