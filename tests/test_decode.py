@@ -267,7 +267,7 @@ def test_tokens_at_once(backend, batch, steps):
         Shape("qwen3", hidden=33, heads=6, kv_heads=6, head_dim=10, rotary_dim=2, intermediate=63, vocabulary=31),
         Shape("biased", hidden=95, heads=8, kv_heads=2, head_dim=34, rotary_dim=34, intermediate=257, vocabulary=1000),
         Shape(rotary_dim=0),
-        Shape("qwen2", layers=3, hidden=896, heads=14, kv_heads=2, head_dim=64, rotary_dim=64, intermediate=700),
+        Shape("qwen2", layers=1, hidden=896, heads=14, kv_heads=2, head_dim=64, rotary_dim=64, intermediate=700),
     ],
     ids=str,
 )
@@ -282,7 +282,7 @@ def test_aligned_families(backend, family):
     """Sizes that the fast kernels take, a context of several chunks."""
     experts = {"experts": 40, "expert_intermediate": 136} if "moe" in family else {}
     shape = Shape(family, hidden=256, heads=4, kv_heads=2, head_dim=64, rotary_dim=64, intermediate=512, **experts)
-    for dtype in DTYPES:
+    for dtype in DTYPES if experts else (torch.float16,):
         Step(shape, dtype=dtype, length=300, device=backend.device).check()
     Step(shape, batch=3, steps=3, dtype=torch.bfloat16, length=300, device=backend.device).check()
 
@@ -354,7 +354,7 @@ def test_adapters_of_aligned_sizes(backend, dtype):
     shape = Shape(hidden=256, heads=4, kv_heads=2, head_dim=64, rotary_dim=64, intermediate=512)
     for batch, steps in ((1, 1), (3, 4)):
         step = Step(shape, batch=batch, steps=steps, dtype=dtype, length=300, device=backend.device)
-        for own in (dtype, torch.float32):
+        for own in {dtype, torch.float32} if batch == 1 else {dtype}:
             step.model["adapters"] = adapters(step, 16, dtype=own)
             step.check()
 

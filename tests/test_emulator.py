@@ -276,7 +276,7 @@ WRONG = {
           a[t] = 1.0f;  // BUG
           o[t] = a[t];
         }""",
-        r"out-of-bounds threadgroup write of 4 bytes, by thread 6\d of threadgroup 0",
+        r"out-of-bounds index of an array, by thread 6\d of threadgroup 0",
     ),
     "misaligned vector": (
         """kernel void k(device float* o, uint i [[thread_position_in_grid]]) {

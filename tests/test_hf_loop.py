@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from test_hf_generate import FAMILIES, make_model, one_thread, prompt  # noqa: F401 (a fixture)
+from test_hf_generate import FAMILIES, ONE_FAMILY, make_model, one_thread, prompt  # noqa: F401 (a fixture)
 from transformers import GenerationMixin, GPT2Config, GPT2LMHeadModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -146,7 +146,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ONE_FAMILY)
 def test_256_tokens_are_stocks_in_other_modes(family, mode):
     """Steps of several tokens that are cropped again, and sequences that change places, with a cache that grows."""
     options = {"eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 256, **GREEDY, **MODES[mode]}

@@ -1,4 +1,4 @@
-"""The command line: ``python -m torch_fused demo | doctor``."""
+"""The command line: ``python -m torch_fused demo | doctor | metal``."""
 
 import platform
 import sys
@@ -8,6 +8,7 @@ import torch
 from . import __version__, demo, doctor
 from .arguments import USAGE, Failure, Parser
 from .cache import CacheError
+from .metal import check as metal_check
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,6 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("doctor", help="what runs where on this machine, and whether it is right")
     doctor.add_arguments(command)
     command.set_defaults(run=doctor.run, prog=command.prog)
+    command = commands.add_parser("metal", help="what is in a Metal file, and what is wrong with it")
+    metal_check.add_arguments(command)
+    command.set_defaults(run=metal_check.run, prog=command.prog)
     args = parser.parse_args(argv)
     if "run" not in args:
         parser.print_help(sys.stderr)

@@ -76,8 +76,8 @@ struct StepLayer {
   Matrix q, k, v, o;
   Vector q_norm, k_norm;
   int64_t q_norm_size, k_norm_size;  // of one head, or of all
-  Matrix gate, up, down;            // without rows if there are experts alone
-  Matrix router, shared_gate;       // without rows if there are none
+  Matrix gate, up, down;             // without rows if there are experts alone
+  Matrix router, shared_gate;        // without rows if there are none
   Experts experts_gate, experts_up, experts_down;
   CacheStates<void> keys, values;  // both of cache_format
   int64_t window;                  // the last slots that a token attends, its own included; 0 for all
@@ -89,12 +89,12 @@ struct StepLayer {
 struct StepShape {
   int64_t batch, steps;  // sequences, and new tokens of each
   int64_t hidden, heads, kv_heads, head_dim, vocabulary;
-  int64_t intermediate;      // gates of a token: of the feed-forward layers, then of the chosen experts
-  int64_t experts, chosen;   // of a token
-  int64_t most_cols;         // of a matrix that may be packed
-  int64_t length;  // slots of the cache that are in use
-  int64_t kept;    // last tokens of each sequence whose logits are wanted
-  int64_t chunks;  // parts of a sequence's context, each attended on its own
+  int64_t intermediate;     // gates of a token: of the feed-forward layers, then of the chosen experts
+  int64_t experts, chosen;  // of a token
+  int64_t most_cols;        // of a matrix that may be packed
+  int64_t length;           // slots of the cache that are in use
+  int64_t kept;             // last tokens of each sequence whose logits are wanted
+  int64_t chunks;           // parts of a sequence's context, each attended on its own
   int64_t threads;
 
   int64_t tokens() const { return batch * steps; }
@@ -108,9 +108,7 @@ struct StepShape {
   }
 
   // And those in which it makes vectors ready for packed rows.
-  int64_t ready_size() const {
-    return ReadyVectors::size(most_cols, tokens());
-  }
+  int64_t ready_size() const { return ReadyVectors::size(most_cols, tokens()); }
 };
 
 struct CpuStep : StepShape {

@@ -41,9 +41,9 @@ uint32_t activation_of(const std::string& name) {
   return static_cast<uint32_t>(found - std::begin(kActivations));
 }
 
-constexpr const char* kNumbers[] = {"eps",            "scaling",      "norm_offset",       "embedding_scale",
-                                    "residual_scale", "logits_scale", "attention_softcap", "logits_softcap",
-                                    "experts_per_token", "normalise_experts"};
+constexpr const char* kNumbers[] = {
+    "eps",          "scaling",           "norm_offset",    "embedding_scale",   "residual_scale",
+    "logits_scale", "attention_softcap", "logits_softcap", "experts_per_token", "normalise_experts"};
 
 DecoderNumbers numbers_of(const std::vector<double>& n) {
   TORCH_CHECK(n.size() == std::size(kNumbers), "Decoder: numbers must be ", std::size(kNumbers), ", got ", n.size());
@@ -150,8 +150,8 @@ namespace {
 
 // The matrices of a layer by their places among its parts.
 const std::map<int64_t, std::pair<const char*, Linear DecoderLayer::*>> kMatrices = {
-    {1, {"q", &DecoderLayer::q}},      {3, {"k", &DecoderLayer::k}},        {5, {"v", &DecoderLayer::v}},
-    {9, {"o", &DecoderLayer::o}},      {13, {"gate", &DecoderLayer::gate}}, {14, {"up", &DecoderLayer::up}},
+    {1, {"q", &DecoderLayer::q}},       {3, {"k", &DecoderLayer::k}},        {5, {"v", &DecoderLayer::v}},
+    {9, {"o", &DecoderLayer::o}},       {13, {"gate", &DecoderLayer::gate}}, {14, {"up", &DecoderLayer::up}},
     {15, {"down", &DecoderLayer::down}}};
 
 int64_t rows_of(const OptionalTensor& matrix, const char* name) {
@@ -240,8 +240,9 @@ Decoder::Decoder(const Tensor& embedding_, const std::vector<OptionalTensor>& pa
     layer.feed_forward_output_norm = vector("feed_forward_output_norm", hidden, true);
     if (routed) take_experts(reader, layer, parts, next, of_layer);
     next += 5;
-    if (layer.has_feed_forward()) TORCH_CHECK(layer.up.weight.scalar_type() == layer.gate.weight.scalar_type(), "Decoder: up", of_layer,
-                " must have gate's dtype ", layer.gate.weight.scalar_type(), ", got ", layer.up.weight.scalar_type());
+    if (layer.has_feed_forward())
+      TORCH_CHECK(layer.up.weight.scalar_type() == layer.gate.weight.scalar_type(), "Decoder: up", of_layer,
+                  " must have gate's dtype ", layer.gate.weight.scalar_type(), ", got ", layer.up.weight.scalar_type());
     TORCH_CHECK(layer.up.is_like(layer.gate), "Decoder: up", of_layer,
                 " must be packed as gate is, with the same bits, groups and dtype of the scales");
     layer.window = windows[i];
@@ -321,11 +322,28 @@ auto arguments_of(const DecoderPtr& model) {
   std::vector<OptionalTensor> layers;
   std::vector<int64_t> windows, tables;
   for (const DecoderLayer& l : model->layers) {
-    layers.insert(layers.end(), {l.input_norm, l.q.weight, l.q.bias, l.k.weight, l.k.bias, l.v.weight, l.v.bias,
-                                 l.q_norm, l.k_norm, l.o.weight, l.o.bias, l.attention_output_norm,
-                                 l.post_attention_norm, l.gate.weight, l.up.weight, l.down.weight,
-                                 l.feed_forward_output_norm, l.router.weight, l.experts_gate, l.experts_up,
-                                 l.experts_down, l.shared_gate.weight});
+    layers.insert(layers.end(), {l.input_norm,
+                                 l.q.weight,
+                                 l.q.bias,
+                                 l.k.weight,
+                                 l.k.bias,
+                                 l.v.weight,
+                                 l.v.bias,
+                                 l.q_norm,
+                                 l.k_norm,
+                                 l.o.weight,
+                                 l.o.bias,
+                                 l.attention_output_norm,
+                                 l.post_attention_norm,
+                                 l.gate.weight,
+                                 l.up.weight,
+                                 l.down.weight,
+                                 l.feed_forward_output_norm,
+                                 l.router.weight,
+                                 l.experts_gate,
+                                 l.experts_up,
+                                 l.experts_down,
+                                 l.shared_gate.weight});
     for (auto part = layers.end() - kLayerParts; part != layers.end(); ++part) {
       if (*part && !(*part)->defined()) *part = std::nullopt;
     }
@@ -342,9 +360,9 @@ auto arguments_of(const DecoderPtr& model) {
     for (const Linear* matrix : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) add_groups(*matrix);
   }
   const DecoderNumbers& n = model->numbers;
-  const std::vector<double> numbers{n.eps,           n.scaling,      n.norm_offset,       n.embedding_scale,
-                                    n.residual_scale, n.logits_scale, n.attention_softcap, n.logits_softcap,
-                                    n.experts_per_token, n.normalise_experts};
+  const std::vector<double> numbers{
+      n.eps,          n.scaling,           n.norm_offset,    n.embedding_scale,   n.residual_scale,
+      n.logits_scale, n.attention_softcap, n.logits_softcap, n.experts_per_token, n.normalise_experts};
   std::vector<Tensor> adapters;
   std::vector<int64_t> places;
   std::vector<double> scales;
@@ -358,8 +376,8 @@ auto arguments_of(const DecoderPtr& model) {
     }
   }
   return std::make_tuple(model->embedding.weight, layers, model->norm, model->head.weight, groups, model->heads,
-                         numbers, std::string(kActivations[model->activation]), windows, tables, model->int8_products, adapters,
-                         places, scales);
+                         numbers, std::string(kActivations[model->activation]), windows, tables, model->int8_products,
+                         adapters, places, scales);
 }
 
 }  // namespace
@@ -458,7 +476,8 @@ DecodeCall check_decode(const DecoderPtr& model, const Tensor& token_ids, const 
                 m.head_dim, ", got shape ", table.sizes());
     const int64_t count = table.dim() == 2 ? 1 : table.size(0);
     for (const DecoderLayer& layer : m.layers) {
-      TORCH_CHECK(layer.table < count, "decode_: ", name, " must have the model's table ", layer.table, ", got ", count);
+      TORCH_CHECK(layer.table < count, "decode_: ", name, " must have the model's table ", layer.table, ", got ",
+                  count);
     }
     check_dtype("decode_", name, table);
     TORCH_CHECK(
@@ -627,10 +646,11 @@ Tensor decode_cpu(const DecoderPtr& model, const Tensor& token_ids, const Tensor
   s.residual_scale = static_cast<float>(m.numbers.residual_scale);
   s.softcap = static_cast<float>(m.numbers.attention_softcap);
 
-  const int64_t sizes[] = {
-      s.tokens() * s.hidden,       s.tokens() * s.hidden,       s.tokens() * s.projected(),  s.tokens() * s.heads * s.chunks * s.partial(),
-      s.tokens() * s.intermediate, s.tokens() * s.intermediate, s.tokens() * (s.experts + 1), s.threads * s.own_size(),
-      s.threads * s.ready_size()};
+  const int64_t sizes[] = {s.tokens() * s.hidden,        s.tokens() * s.hidden,
+                           s.tokens() * s.projected(),   s.tokens() * s.heads * s.chunks * s.partial(),
+                           s.tokens() * s.intermediate,  s.tokens() * s.intermediate,
+                           s.tokens() * (s.experts + 1), s.threads * s.own_size(),
+                           s.threads * s.ready_size()};
   const auto floats = m.norm.options().dtype(at::kFloat);
   const Tensor logits = at::empty({s.batch, s.kept, s.vocabulary}, floats);
   const Tensor memory = at::empty({std::accumulate(std::begin(sizes), std::end(sizes), int64_t{0})}, floats);
@@ -712,8 +732,9 @@ TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
         return std::make_tuple(named("embedding", embedding), named("layers", layers), named("norm", norm),
                                named("head", head), named("groups", groups), named("heads", heads),
                                named("numbers", numbers), named("activation", activation), named("windows", windows),
-                               named("tables", tables), named("int8_products", int8_products), named("adapters", adapters),
-                               named("adapter_places", adapter_places), named("adapter_scales", adapter_scales));
+                               named("tables", tables), named("int8_products", int8_products),
+                               named("adapters", adapters), named("adapter_places", adapter_places),
+                               named("adapter_scales", adapter_scales));
       });
   m.def(
       "decode_(__torch__.torch.classes.torch_fused.Decoder model, Tensor token_ids, Tensor positions, Tensor? starts, "

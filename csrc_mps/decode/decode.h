@@ -26,8 +26,8 @@ inline uint32_t format_of(const at::Tensor& tensor) {
 
 struct Adapter;
 
-// A linear layer: results are rows * x + bias, and what its adapters add. Its rows are dense, of its own dtype, or packed: uint32 words of codes
-// with a scale and a bias for each group of columns.
+// A linear layer: results are rows * x + bias, and what its adapters add. Its rows are dense, of its own dtype, or
+// packed: uint32 words of codes with a scale and a bias for each group of columns.
 struct Linear {
   at::Tensor weight;
   at::Tensor scales, group_biases;  // undefined unless it is packed
@@ -60,8 +60,8 @@ struct DecoderLayer {
   // an expert that all tokens share, times the sigmoid of `shared_gate`.
   Linear router, shared_gate;
   at::Tensor experts_gate, experts_up, experts_down;  // (experts, rows, cols)
-  int64_t window;                 // the last slots that a token attends, its own included; 0 for all
-  int64_t table;                  // which of the stacked tables of angles it has, -1 for none
+  int64_t window;  // the last slots that a token attends, its own included; 0 for all
+  int64_t table;   // which of the stacked tables of angles it has, -1 for none
 };
 
 // A decoder's numbers, in the order of `Numbers` in ops/decode.py.
@@ -137,16 +137,16 @@ struct DecodeCall {
 // A message names the argument, what it got and what it takes. On a GPU the indices are not looked at: the kernels stay
 // within the tables whatever they are.
 DecodeCall check_decode(const DecoderPtr& model, const at::Tensor& token_ids, const at::Tensor& positions,
-                        const OptionalTensor& starts, const at::Tensor& cos, const at::Tensor& sin,
-                        at::TensorList keys, at::TensorList values, int64_t length, int64_t logits_to_keep);
+                        const OptionalTensor& starts, const at::Tensor& cos, const at::Tensor& sin, at::TensorList keys,
+                        at::TensorList values, int64_t length, int64_t logits_to_keep);
 
 // Logits (batch, kept, vocabulary), float32.
 at::Tensor decode_cpu(const DecoderPtr& model, const at::Tensor& token_ids, const at::Tensor& positions,
-                      const OptionalTensor& starts, const at::Tensor& cos, const at::Tensor& sin,
-                      at::TensorList keys, at::TensorList values, int64_t length, int64_t logits_to_keep);
+                      const OptionalTensor& starts, const at::Tensor& cos, const at::Tensor& sin, at::TensorList keys,
+                      at::TensorList values, int64_t length, int64_t logits_to_keep);
 at::Tensor decode_gpu(const DecoderPtr& model, const at::Tensor& token_ids, const at::Tensor& positions,
-                      const OptionalTensor& starts, const at::Tensor& cos, const at::Tensor& sin,
-                      at::TensorList keys, at::TensorList values, int64_t length, int64_t logits_to_keep);
+                      const OptionalTensor& starts, const at::Tensor& cos, const at::Tensor& sin, at::TensorList keys,
+                      at::TensorList values, int64_t length, int64_t logits_to_keep);
 
 // The logits as a product of the head made them, scaled and capped in place.
 void finish_logits(const Decoder& model, const at::Tensor& logits);

@@ -110,7 +110,8 @@ void attend(GpuStep& step, size_t index) {
   KernelSet* kernels = !whole || model.head_dim % 64 > 0 ? &any : model.head_dim == 64 ? &dim_64 : &dim_128;
   if (model.head_dim > 128) kernels = &any;
   step.launches.add((*kernels)(dtype), call.batch * model.kv_heads * step.chunks, 32 * kAttentionSimdgroups,
-                    {step.qkv, keys, values, q_norm.value_or(cos), k_norm.value_or(cos), cos, sin, call.positions, call.starts.value_or(call.positions), step.attended, step.stats},
+                    {step.qkv, keys, values, q_norm.value_or(cos), k_norm.value_or(cos), cos, sin, call.positions,
+                     call.starts.value_or(call.positions), step.attended, step.stats},
                     p);
 }
 
@@ -119,7 +120,9 @@ void attend(GpuStep& step, size_t index) {
 void feed_forward(GpuStep& step, const DecoderLayer& layer, const Tensor& to, bool add, double scale) {
   const int64_t steps = step.call.steps, tokens = step.call.tokens(), size = layer.gate.rows();
   const OptionalTensor& norm = layer.post_attention_norm;
-  const auto part = [&](const Tensor& memory) { return memory.flatten().narrow(0, 0, tokens * size).view({tokens, size}); };
+  const auto part = [&](const Tensor& memory) {
+    return memory.flatten().narrow(0, 0, tokens * size).view({tokens, size});
+  };
   const Tensor gates = part(step.gates);
   if (layer.gate.adapters.empty() && layer.up.adapters.empty()) {
     multiply(step, {&layer.gate, &layer.up}, {step.states, gates, norm, steps, steps, false}, true);

@@ -46,9 +46,8 @@ void multiply_experts(GpuStep& step, const ExpertsProduct& v, const Tensor& expe
   const int64_t outputs = kProductSimdgroups * (gated && !whole ? 1 : 2);
   p.groups = static_cast<uint32_t>((v.gate.size(1) + outputs - 1) / outputs);
   p.shared_by = static_cast<uint32_t>(v.shared_by);
-  step.launches.add((gated ? gating : plain)(dtype, whole ? 1 : 0), experts.numel() * p.groups,
-                    32 * kProductSimdgroups, {v.gate, v.up, experts, v.from, v.norm.value_or(step.model.norm), v.to},
-                    p);
+  step.launches.add((gated ? gating : plain)(dtype, whole ? 1 : 0), experts.numel() * p.groups, 32 * kProductSimdgroups,
+                    {v.gate, v.up, experts, v.from, v.norm.value_or(step.model.norm), v.to}, p);
 }
 
 }  // namespace

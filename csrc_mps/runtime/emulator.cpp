@@ -59,14 +59,21 @@ class Emulation {
   }
 
   void run(const KernelLibrary& library, const std::string& kernel, const uint64_t (&grid)[3],
-           const uint32_t (&group)[3], std::vector<Buffer> buffers) {
-    Dispatch dispatch{library.find(kernel), library.image(), {}, {}, std::move(buffers), settings_};
+           const uint32_t (&group)[3], std::vector<Buffer> buffers, std::vector<size_t> threadgroup_bytes = {}) {
+    Dispatch dispatch{library.find(kernel),        library.image(), {}, {}, std::move(buffers), settings_,
+                      std::move(threadgroup_bytes)};
     std::copy(grid, grid + 3, dispatch.grid);
     std::copy(group, group + 3, dispatch.group);
     int64_t threadgroups = 1;
-    for (int i = 0; i < 3; ++i) threadgroups *= static_cast<int64_t>((grid[i] + group[i] - 1) / group[i]);
-    TORCH_CHECK(threadgroups <= int64_t{emulator::kMaxThreadgroups}, "torch_fused emulator: ", kernel, ": ",
-                threadgroups, " threadgroups are more than it can tell apart");
+    for (int i = 0; i < 3; ++i) {
+      const uint64_t along = grid[i] / group[i] + (grid[i] % group[i] != 0);
+      TORCH_CHECK(along <= emulator::kMaxThreadgroups && threadgroups * along <= emulator::kMaxThreadgroups,
+                  "torch_fused emulator: ", kernel, ": the grid has more than ", emulator::kMaxThreadgroups,
+                  " threadgroups, which it cannot tell apart");
+      threadgroups *= static_cast<int64_t>(along);
+    }
+    TORCH_CHECK(dispatch.buffers.size() <= emulator::kMaxBuffers, "torch_fused emulator: ", kernel, ": ",
+                dispatch.buffers.size(), " buffers, and Metal has ", emulator::kMaxBuffers);
     const emulator::Failure failure = emulator::run(dispatch);
     TORCH_CHECK(failure.message.empty(), "torch_fused emulator: ", kernel, ": ", failure.message,
                 failure.pc ? library.place(failure.pc) : "");
@@ -171,15 +178,18 @@ TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
 
   // One dispatch of a library's kernel, of threads in one to three dimensions, under the innermost emulate() block or,
   // outside of all, checked and in order.
-  m.def("_emulator_run(str library, str kernel, int[] threads, int[] group_size, Tensor[] buffers) -> ()",
-        [](const std::string& library, const std::string& kernel, at::IntArrayRef threads, at::IntArrayRef group_size,
-           at::TensorList buffers) {
-          auto emulation = innermost();
-          if (!emulation) emulation = std::make_shared<Emulation>(Strings{}, Strings{}, true, "sequential", 0);
-          uint64_t grid[3] = {1, 1, 1};
-          uint32_t group[3] = {1, 1, 1};
-          std::copy(threads.begin(), threads.end(), grid);
-          std::copy(group_size.begin(), group_size.end(), group);
-          emulation->run(KernelLibrary::open(library), kernel, grid, group, buffers_of(buffers));
-        });
+  m.def(
+      "_emulator_run(str library, str kernel, int[] threads, int[] group_size, Tensor[] buffers, "
+      "int[] threadgroup_bytes) -> ()",
+      [](const std::string& library, const std::string& kernel, at::IntArrayRef threads, at::IntArrayRef group_size,
+         at::TensorList buffers, at::IntArrayRef threadgroup_bytes) {
+        auto emulation = innermost();
+        if (!emulation) emulation = std::make_shared<Emulation>(Strings{}, Strings{}, true, "sequential", 0);
+        uint64_t grid[3] = {1, 1, 1};
+        uint32_t group[3] = {1, 1, 1};
+        std::copy(threads.begin(), threads.end(), grid);
+        std::copy(group_size.begin(), group_size.end(), group);
+        emulation->run(KernelLibrary::open(library), kernel, grid, group, buffers_of(buffers),
+                       {threadgroup_bytes.begin(), threadgroup_bytes.end()});
+      });
 }

@@ -252,7 +252,7 @@ def apply_torch_fused(
             own, and in bfloat16, float16 and under autocast the logits, which are then float32, are nearer to the
             exact ones than transformers' are: set this to False to have its roundings. On a GPU ``generate()`` then
             starts each step before it knows whether the one before it was the last, and takes back one too many.
-            Whatever the op cannot do, such as hooks, adapters or attention maps, runs as before; the report tells why.
+            Whatever the op cannot do, such as hooks or attention maps, runs as before; the report tells why.
         int8_products: of packed matrices, in that op on the CPU: vectors are rounded to int8 a block of 32 for them,
             which is faster. False: as float32.
 

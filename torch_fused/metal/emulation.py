@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .host import compile_all
+from .parser import parse
 
 SCHEDULES = ("sequential", "reversed", "random", "preemptive")
 
@@ -123,6 +124,8 @@ def emulate(
     unknown = set(sources or {}) - set(texts)
     if unknown:
         raise ValueError(f"emulate: no source named {min(unknown)!r}; there are {sorted(texts)}")
+    for name, text in (sources or {}).items():
+        parse(text, f"{name}.metal", own=True)
     libraries = compile_all(texts | dict(sources or {}), checked)
     emulation = Emulation(libraries, checked, schedule, seed)
     _open.append(emulation)

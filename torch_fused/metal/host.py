@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import platform
+import re
 import shlex
 import subprocess
 from collections.abc import Iterable
@@ -21,7 +22,8 @@ from .preprocess import compiler
 # addr2line knows best.
 FLAGS = shlex.split(
     "-std=c++17 -O1 -g1 -gdwarf-4 -fPIC -shared -w -ffp-contract=off -fno-math-errno -fno-exceptions -fno-rtti "
-    "-fvisibility=hidden"
+    "-fvisibility=hidden -fwrapv -fno-optimize-sibling-calls -fstack-clash-protection "
+    "-fsanitize=integer-divide-by-zero -fsigned-char"
 )
 WORKERS = 2
 LIBRARY = "kernels.so"
@@ -35,24 +37,38 @@ def compile_all(sources: dict[str, str], checked: bool) -> dict[str, Path]:
 
 
 @functools.cache
-def compile_host(text: str, name: str, checked: bool) -> Path:
+def compile_host(text: str, name: str, checked: bool, constants: tuple[tuple[int, object], ...] = ()) -> Path:
     """The shared object with the kernels of flattened Metal source, from the user's cache if it was compiled before.
 
-    `checked` has every memory access call the emulator. Raises MetalError, or CacheError.
+    `checked` has every memory access call the emulator; `constants` are the function constants, by index. Raises
+    MetalError, or CacheError.
     """
-    flags = [*FLAGS, *_hooks(checked)]
-    return kept("emulator", _digest(text, name, *flags), lambda folder: _compile(text, name, flags, folder)) / LIBRARY
+    flags = [*FLAGS, *_hooks(checked), *_machine()]
+    digest = _digest(text, name, repr(constants), *flags)
+    return kept("emulator", digest, lambda folder: _compile(text, name, constants, flags, folder)) / LIBRARY
+
+
+@functools.cache
+def _machine() -> list[str]:
+    """Instructions that convert halves, where the processor has them, and no precision beyond a half's."""
+    flags = ["-Xclang", "-ffloat16-excess-precision=none"] if "clang" in _compiler_version() else []
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return []
+    try:
+        f16c = re.search(r"^flags.*\bf16c\b", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        f16c = None
+    return [*(flags or ["-fexcess-precision=16"]), *(["-mf16c"] if f16c else [])]
 
 
 def _hooks(checked: bool) -> list[str]:
     """Has the compiler call our hooks.h at every access, and leave out the sanitizer's own runtime."""
-    if not checked:
-        return ["-lm"]
+    checks = ["-DMSL_CHECKED", "-fsanitize=thread,bounds"] if checked else []
     if "clang" in _compiler_version():
         reads = ["-mllvm", "-tsan-instrument-read-before-write"]  # of what is written next, too
-        return ["-DMSL_CHECKED", "-fsanitize=thread", *reads, "-fno-sanitize-link-runtime", "-lm"]
+        return [*checks, *(reads if checked else []), "-fno-sanitize-link-runtime", "-lm"]
     # Without -fno-tree-sra a vector load of which only the elements are used becomes loads of elements.
-    return ["-DMSL_CHECKED", "-fsanitize=thread", "-fno-tree-sra", "-nodefaultlibs", "-lm", "-lc", "-lgcc"]
+    return [*checks, *(["-fno-tree-sra"] if checked else []), "-nodefaultlibs", "-lm", "-lc", "-lgcc"]
 
 
 @functools.cache
@@ -79,10 +95,10 @@ def _digest(*parts: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def _compile(text: str, name: str, flags: list[str], folder: Path) -> None:
+def _compile(text: str, name: str, constants: tuple[tuple[int, object], ...], flags: list[str], folder: Path) -> None:
     """Writes the shared object into `folder`."""
     command = [*compiler(), "-I", str(INCLUDE), "-x", "c++", "-", "-x", "none", "-o", LIBRARY, *flags]
-    source = emit_host(parse(text, name))
+    source = emit_host(parse(text, name), dict(constants))
     result = subprocess.run(command, cwd=folder, input=source, capture_output=True, text=True, check=False)
     if result.returncode:
         raise MetalError(f"{name}: the host's compiler rejects it:\n{_errors(result.stderr)}")
@@ -90,4 +106,4 @@ def _compile(text: str, name: str, flags: list[str], folder: Path) -> None:
 
 def _errors(output: str) -> str:
     lines: Iterable[str] = (line for line in output.splitlines() if "error" in line)
-    return "\n".join(lines) or output
+    return "\n".join(dict.fromkeys(lines)) or output

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .lexer import Token
 
@@ -22,7 +22,14 @@ BUILTINS = {
     "dispatch_simdgroups_per_threadgroup": 11,
     "threads_per_simdgroup": 12,
     "thread_execution_width": 12,
+    "thread_index_in_quadgroup": 13,
+    "quadgroup_index_in_threadgroup": 14,
+    "quadgroups_per_threadgroup": 15,
+    "dispatch_quadgroups_per_threadgroup": 16,
+    "grid_origin": 17,
+    "grid_size": 7,
 }
+CUDA_BUILTINS = 13  # those that CUDA's translation knows
 MAX_BUFFERS = 31
 
 
@@ -31,12 +38,13 @@ class Parameter:
     """One argument of a kernel function, in the order of its declaration."""
 
     name: str
-    kind: str  # "buffer" or "builtin"
-    index: int  # the buffer index, or the number in BUILTINS
-    address_space: str  # "device" or "constant"; "" for a builtin
+    kind: str  # "buffer", "threadgroup" or "builtin"
+    index: int  # of the buffer or the threadgroup memory, or the number in BUILTINS
+    address_space: str  # "device", "constant" or "threadgroup"; "" for a builtin, or if a typedef hides it
     is_pointer: bool
     is_reference: bool
     line: int
+    condition: str = ""  # the function constant without which the argument does not exist
 
 
 @dataclass(frozen=True)
@@ -44,17 +52,23 @@ class Kernel:
     """One kernel the host can launch: a plain kernel function, or an instantiation of a template."""
 
     name: str
-    function: str
+    function: str  # with its namespaces
     template_args: str  # "<float, 4>", or "" for a plain function
     params: tuple[Parameter, ...]
     max_threads: int | None  # [[max_total_threads_per_threadgroup(n)]]
     file: str
     line: int
+    types: tuple[str, ...] | None = None  # of the parameters, in C++, if the function has overloads
 
     @property
     def buffers(self) -> list[Parameter]:
         """The buffer arguments in increasing buffer index."""
         return sorted((p for p in self.params if p.kind == "buffer"), key=lambda p: p.index)
+
+    @property
+    def symbol(self) -> str:
+        """The name as an identifier, as csrc_mps/runtime/emulator/library.cpp spells it too."""
+        return "".join(c if c.isascii() and (c.isalnum() or c == "_") else f"${ord(c):02x}" for c in self.name)
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,17 @@ class ThreadgroupVariable:
 
 
 @dataclass(frozen=True)
+class FunctionConstant:
+    """A declaration such as `constant bool flag [[function_constant(0)]];`."""
+
+    name: str
+    type: str
+    index: int
+    token: int  # the index of the name
+    optional: bool  # the source asks whether it has a value
+
+
+@dataclass(frozen=True)
 class Program:
     name: str
     tokens: list[Token]
@@ -76,8 +101,6 @@ class Program:
     attributes: set[int]  # indices of the tokens of [[...]] and of `kernel`
     definitions: list[int]  # index of the return type of each kernel function's definition
     instantiations: list[range]  # tokens of each explicit instantiation of a kernel template
-
-
-def token_text(tokens: list[Token]) -> str:
-    """The tokens on one line, spaced as in the source."""
-    return "".join((" " if t.space and i else "") + t.text for i, t in enumerate(tokens))
+    overloads: list[range] = field(default_factory=list)  # definitions that C++ cannot tell from another
+    constants: list[FunctionConstant] = field(default_factory=list)
+    member_specialisations: list[int] = field(default_factory=list)  # indices of `template <>` in classes

@@ -1,54 +1,94 @@
-"""What neither Metal nor this project's rules for kernels allow, where one word tells."""
+"""What Metal or the emulator does not have, and this project's own rules for kernels, where one word tells."""
 
 from __future__ import annotations
+
+import re
 
 from .errors import Diagnostics
 from .lexer import Token
 
-NO_FLOAT_ATOMICS = "float atomics are not deterministic: reduce in a fixed order"
-NO_LONG_ATOMICS = "64-bit atomics are not supported"
+NO_TEXTURES = "textures and samplers are not supported: the emulator runs compute kernels on buffers"
 NO_FENCES = "a value written by one threadgroup is read by another only in a later launch: no fences, no device scope"
+NO_EXCEPTIONS = "exceptions are not supported in Metal"
 FORBIDDEN = {
     "double": "type 'double' is not supported in Metal",
     "goto": "goto is not supported in Metal",
     "new": "operator new is not supported in Metal",
     "delete": "operator delete is not supported in Metal",
     "virtual": "virtual functions are not supported in Metal",
-    "try": "exceptions are not supported in Metal",
-    "catch": "exceptions are not supported in Metal",
-    "throw": "exceptions are not supported in Metal",
-    "noexcept": "exceptions are not supported in Metal",
+    "try": NO_EXCEPTIONS,
+    "catch": NO_EXCEPTIONS,
+    "throw": NO_EXCEPTIONS,
     "dynamic_cast": "dynamic_cast is not supported in Metal",
     "typeid": "typeid is not supported in Metal",
     "thread_local": "thread_local is not supported in Metal",
     "register": "register is not supported in Metal",
     "asm": "inline assembly is not supported in Metal",
     "std": "the C++ standard library is not available: use metal::",
-    "atomic_float": NO_FLOAT_ATOMICS,
-    "atomic_long": NO_LONG_ATOMICS,
-    "atomic_ulong": NO_LONG_ATOMICS,
     "atomic_thread_fence": NO_FENCES,
     "thread_scope_device": NO_FENCES,
     "memory_order_acquire": NO_FENCES,
     "memory_order_release": NO_FENCES,
     "memory_order_acq_rel": NO_FENCES,
     "memory_order_seq_cst": NO_FENCES,
+    "visible_function_table": "function pointers are not supported",
+    "intersection_function_table": "ray tracing is not supported",
+    "acceleration_structure": "ray tracing is not supported",
+    "instance_acceleration_structure": "ray tracing is not supported",
+    "primitive_acceleration_structure": "ray tracing is not supported",
+    "raytracing": "ray tracing is not supported",
+    "imageblock": "imageblocks are not supported",
+    "command_buffer": "indirect command buffers are not supported",
+    "compute_command": "indirect command buffers are not supported",
+    "mpp": "Metal Performance Primitives are not supported",
+    "tensor_ops": "Metal Performance Primitives are not supported",
+    "simdgroup_async_copy": "asynchronous copies are not supported",
+    "simdgroup_event": "asynchronous copies are not supported",
 }
-FORBIDDEN_ATOMICS = {"float": NO_FLOAT_ATOMICS, "long": NO_LONG_ATOMICS, "ulong": NO_LONG_ATOMICS}
+TEXTURE = re.compile(r"(texture|depth)(1d|2d|3d|cube|_buffer)(_ms)?(_array)?")
+LINE = re.compile(r'#line (\d+) "(.*)"')
+# What our kernels do without, and CUDA's translation lacks
+PROJECT_RULES = {
+    "float": "float atomics are not deterministic: reduce in a fixed order",
+    "long": "64-bit atomics are not supported",
+    "ulong": "64-bit atomics are not supported",
+}
 
 
 def check_words(tokens: list[Token], diagnostics: Diagnostics) -> None:
     """Add an error for each forbidden word and literal. The last token is the end of the source."""
     for i, token in enumerate(tokens):
-        following = [t.text for t in tokens[i + 1 : i + 3]]
+        before, after = tokens[i - 1].text, tokens[min(i + 1, len(tokens) - 1)]
         message = None
-        if token.text in FORBIDDEN and tokens[i - 1].text not in (".", "->"):
-            if token.text != "std" or following[0] == "::":
+        if token.text in FORBIDDEN and before not in (".", "->"):
+            defaulted = token.text == "delete" and before == "="
+            if not defaulted and (token.text != "std" or after.text == "::"):
                 message = FORBIDDEN[token.text]
-        elif token.text == "atomic" and following[0] == "<":
-            message = FORBIDDEN_ATOMICS.get(following[1])
+        elif TEXTURE.fullmatch(token.text) or (token.text == "sampler" and after.kind == "name"):
+            message = NO_TEXTURES
         literal = token.float_literal()
         if literal and literal[1] not in ("", "f", "h", "bf"):
             message = f"literal {token.text}: Metal's floating-point suffixes are f, h and bf"
         if message:
             diagnostics.error(token.file, token.line, message)
+
+
+def check_ascii(text: str, name: str, diagnostics: Diagnostics) -> None:
+    """Add an error for each line that is not ASCII, comments included: the build embeds the text in C++."""
+    number = 0
+    for line in text.split("\n"):
+        number += 1
+        if place := LINE.match(line):
+            number, name = int(place[1]) - 1, place[2]
+        elif not line.isascii():
+            diagnostics.error(name, number, "non-ASCII character " + ascii(next(c for c in line if not c.isascii())))
+
+
+def check_project_rules(tokens: list[Token], diagnostics: Diagnostics) -> None:
+    """Add an error for each word that Metal has and this project's kernels must not use."""
+    for i, token in enumerate(tokens):
+        element = token.text[len("atomic_") :] if token.text.startswith("atomic_") else None
+        if token.text == "atomic" and tokens[i + 1].text == "<":
+            element = tokens[i + 2].text
+        if element in PROJECT_RULES:
+            diagnostics.error(token.file, token.line, PROJECT_RULES[element])

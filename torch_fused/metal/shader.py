@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from .emulation import checking
+from .flatten import expand
 from .host import compile_host
 from .parser import parse
 from .program import Kernel as Declaration
 
 MAX_THREADS = 1024
+MAX_BUFFERS = 31
 CASTS = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
@@ -26,15 +28,18 @@ CASTS = {
 }
 
 
-def compile_shader(source: str, name: str = "shader.metal") -> Library:
+def compile_shader(
+    source: str, name: str = "shader.metal", *, constants: Mapping[str | int, bool | int | float] | None = None
+) -> Library:
     """The kernels of a Metal source as attributes of a library, as :func:`torch.mps.compile_shader` gives them.
 
     Called with CPU tensors, a kernel runs in the emulator, under the settings of the :func:`emulate` block around the
     call, or checked and in order outside of one. Called with MPS tensors, it runs on the GPU.
 
     Args:
-        source: Metal text; it may include ``<metal_stdlib>`` and nothing else.
+        source: Metal text; it may include Metal's headers and those of torch, ``<c10/metal/...>``.
         name: the file that messages name.
+        constants: values of the source's function constants, by name or index; for CPU tensors only.
 
     Returns:
         A :class:`Library`.
@@ -42,6 +47,7 @@ def compile_shader(source: str, name: str = "shader.metal") -> Library:
     Raises:
         MetalError: the source is not valid: from here what the parser sees, from a kernel's first call on CPU tensors
             what the host's compiler sees.
+        ValueError: ``constants`` names none of the source's.
 
     Example:
         >>> library = compile_shader('''
@@ -53,16 +59,26 @@ def compile_shader(source: str, name: str = "shader.metal") -> Library:
         >>> x
         tensor([2., 2., 2.])
     """
-    return Library(source, name)
+    return Library(source, name, dict(constants or {}))
 
 
 class Library:
     """What :func:`compile_shader` returns: the kernels of a source, each a :class:`Kernel`, as attributes."""
 
-    def __init__(self, source: str, name: str) -> None:
+    def __init__(self, source: str, name: str, constants: Mapping[str | int, bool | int | float]) -> None:
         self._source = source
         self._name = name
-        self._kernels = {kernel.name: kernel for kernel in parse(source, name).kernels}
+        self._text = expand(source, name)
+        program = parse(self._text, name)
+        self._kernels = {kernel.name: kernel for kernel in program.kernels}
+        indices: dict[str | int, int] = {c.name: c.index for c in program.constants}
+        indices |= {c.index: c.index for c in program.constants}
+        unknown = [key for key in constants if key not in indices]
+        if unknown:
+            raise ValueError(f"{name} has no function constant {unknown[0]!r}; it has {sorted(indices, key=str)}")
+        self._constants = {indices[key]: value for key, value in constants.items()}
+        # Those without a value that the source does not ask for: no kernel can be made.
+        self._missing = [c for c in program.constants if c.index not in self._constants and not c.optional]
 
     def __getattr__(self, name: str) -> Kernel:
         if name.startswith("__") or name not in self._kernels:
@@ -74,6 +90,8 @@ class Library:
 
     @functools.cached_property
     def _on_mps(self) -> Any:
+        if self._constants:
+            raise ValueError(f"{self._name}: torch.mps.compile_shader takes no function constants")
         return torch.mps.compile_shader(self._source)
 
 
@@ -100,6 +118,7 @@ class Kernel:
         threads: int | Sequence[int] | None = None,
         group_size: int | Sequence[int] | None = None,
         arg_casts: str | Mapping[int, str] | None = None,
+        threadgroup_memory: Mapping[int, int] | None = None,
     ) -> None:
         """Runs the kernel.
 
@@ -109,6 +128,8 @@ class Kernel:
             group_size: threads in a threadgroup, as many dimensions; threadgroups at the edge are smaller.
             arg_casts: the type of numbers, or of those at some positions: "fp16", "bf16", "int32", "int16", "int8" or
                 "uint8".
+            threadgroup_memory: ``{index: bytes}`` of what arguments with ``[[threadgroup(index)]]`` point to; for CPU
+                tensors only.
 
         Raises:
             RuntimeError: the kernel does something wrong, on CPU tensors; with kernel, file and line.
@@ -119,6 +140,8 @@ class Kernel:
         """
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         if any(tensor.device.type == "mps" for tensor in tensors):
+            if threadgroup_memory:
+                raise ValueError(f"{self._declaration.name}: torch.mps takes no threadgroup_memory")
             kernel = getattr(self._library._on_mps, self._declaration.name)
             kernel(*args, threads=threads, group_size=group_size, arg_casts=arg_casts)
             return
@@ -126,6 +149,14 @@ class Kernel:
         for i, arg in enumerate(args):
             if isinstance(arg, torch.Tensor) and arg.device.type != "cpu":
                 raise ValueError(f"{name}: argument {i} is on {arg.device}: only cpu and mps tensors are taken")
+        for constant in self._library._missing:
+            raise ValueError(
+                f"{name}: function constant {constant.name!r} has no value: "
+                f"compile_shader(source, constants={{{constant.name!r}: value}})"
+            )
+        memory = dict(threadgroup_memory or {})
+        if any(index < 0 or index > MAX_BUFFERS or size < 0 for index, size in memory.items()):
+            raise ValueError(f"{name}: threadgroup_memory is {{index: bytes}}, got {memory}")
         if threads is None and not tensors:
             raise ValueError(f"{name}: threads must be given when no argument is a tensor")
         grid = _dimensions(tensors[0].numel() if threads is None else threads)
@@ -141,8 +172,10 @@ class Kernel:
             limit = self.max_threads_per_threadgroup
             raise ValueError(f"{name}: a threadgroup has 1 to {limit} threads, got group_size {group}")
         buffers = [_buffer(name, i, arg, arg_casts) for i, arg in enumerate(args)]
-        library = compile_host(self._library._source, self._library._name, checking())
-        torch.ops.torch_fused._emulator_run(os.fsencode(library), name, grid, group, buffers)
+        source, constants = self._library._text, tuple(sorted(self._library._constants.items()))
+        library = compile_host(source, self._library._name, checking(), constants)
+        sizes = [memory.get(index, 0) for index in range(max(memory, default=-1) + 1)]
+        torch.ops.torch_fused._emulator_run(os.fsencode(library), name, grid, group, buffers, sizes)
 
 
 def _dimensions(value: int | Sequence[int]) -> list[int]:

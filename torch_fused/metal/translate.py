@@ -8,4 +8,4 @@ from .parser import parse
 
 def translate_to_cuda(text: str, name: str = "shader.metal") -> str:
     """CUDA C++ for flattened Metal source; see emit_cuda for its entries. Raises MetalError."""
-    return emit_cuda(parse(text, name))
+    return emit_cuda(parse(text, name, own=True))

@@ -10,6 +10,8 @@
 
 namespace torch_fused::emulator {
 
+constexpr size_t kMaxBuffers = 31;
+
 struct Settings {
   bool checked;  // the kernel is compiled with hooks at its memory accesses
   Schedule schedule;
@@ -24,6 +26,7 @@ struct Dispatch {
   uint32_t group[3];
   std::vector<Buffer> buffers;  // gets the traffic
   Settings settings;
+  std::vector<size_t> threadgroup_bytes;  // of the threadgroup memory that each argument points to
 };
 
 // What went wrong, "" if nothing, and the program counter if the text does not end with a place in the source.

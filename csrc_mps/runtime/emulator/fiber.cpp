@@ -43,8 +43,12 @@ void switch_context(void** from, void* to) {
   torch_fused_switch_context(from, to);
 }
 
+char* stack_end(char* stack) {
+  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(stack) + kStackBytes - 64) & ~uintptr_t{15});
+}
+
 void* new_context(char* stack, void (*entry)()) {
-  auto* top = reinterpret_cast<uintptr_t*>((reinterpret_cast<uintptr_t>(stack) + kStackBytes - 64) & ~uintptr_t{15});
+  auto* top = reinterpret_cast<uintptr_t*>(stack_end(stack));
 #if defined(__x86_64__)
   *--top = 0;  // where a return address would be: the stack is aligned as after a call
   *--top = reinterpret_cast<uintptr_t>(entry);

@@ -3,7 +3,9 @@
 #include <c10/util/Exception.h>
 #include <dlfcn.h>
 
+#include <cctype>
 #include <cstdio>
+#include <iomanip>
 #include <map>
 #include <mutex>
 #include <sstream>
@@ -19,6 +21,19 @@ std::string quoted(const std::string& text) {
   std::string result = "'";
   for (const char c : text) result += c == '\'' ? std::string("'\\''") : std::string(1, c);
   return result + "'";
+}
+
+// As torch_fused/metal/program.py spells a kernel's name.
+std::string identifier(const std::string& name) {
+  std::ostringstream text;
+  for (const unsigned char c : name) {
+    if (c < 128 && (std::isalnum(c) || c == '_')) {
+      text << c;
+    } else {
+      text << '$' << std::hex << std::setw(2) << std::setfill('0') << int{c};
+    }
+  }
+  return text.str();
 }
 
 std::string output_of(const std::string& command) {
@@ -62,7 +77,7 @@ KernelLibrary::KernelLibrary(const std::string& path)
 }
 
 void (*KernelLibrary::find(const std::string& kernel) const)(const msl_args*) {
-  void* function = dlsym(handle_, ("msl_k_" + kernel).c_str());
+  void* function = dlsym(handle_, ("msl_k_" + identifier(kernel)).c_str());
   TORCH_CHECK(function, "torch_fused emulator: no kernel named ", kernel, " in ", path_);
   return reinterpret_cast<void (*)(const msl_args*)>(function);
 }

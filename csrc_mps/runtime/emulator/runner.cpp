@@ -1,12 +1,11 @@
 #include "runner.h"
 
 #include <dlfcn.h>
-#include <sys/mman.h>
+#include <signal.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 #include <numeric>
 #include <utility>
 
@@ -15,24 +14,15 @@
 namespace torch_fused::emulator {
 namespace {
 
-constexpr uint32_t kMaxFibers = 1024;
-constexpr size_t kAllStacks = kMaxFibers * kStackBytes;
+constexpr size_t kReserve = 16 << 10;  // of a stack, for the emulator's own functions
+constexpr size_t kArgumentAlignment = 16;
 constexpr uintptr_t kPage = 4096;
 constexpr uint32_t kMostAtomicLoads = 1 << 20;  // of a thread that does not spin
 
 // What a thread that launches keeps, because mapping it costs more than a small launch.
 struct Workspace {
-  char* stacks;
+  Stacks stacks;
   ThreadgroupMemory threadgroup_memory;
-
-  Workspace() {
-    void* memory = mmap(nullptr, kAllStacks, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    stacks = static_cast<char*>(memory);
-  }
-  ~Workspace() { munmap(stacks, kAllStacks); }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
 };
 
 Workspace& workspace() {
@@ -41,6 +31,10 @@ Workspace& workspace() {
 }
 
 thread_local Runner* current = nullptr;
+
+void abandon() {
+  current->report_fault();
+}
 
 bool inside(uintptr_t address, const void* begin, size_t size) {
   return address - reinterpret_cast<uintptr_t>(begin) < size;
@@ -70,6 +64,8 @@ Runner::Runner(Dispatch& dispatch)
 }
 
 Failure Runner::run() {
+  use_signal_stack();
+  catch_faults([]() -> FaultHandler* { return current; }, abandon);
   Runner* outer = std::exchange(current, this);
   const msl_args declare_only{pointers_, nullptr};
   dispatch_.kernel(&declare_only);
@@ -88,7 +84,8 @@ Failure Runner::run() {
 
 // Services
 
-void Runner::declare(int index, bool read_only, size_t size) {
+void Runner::declare(int index, bool read_only, size_t size, bool present) {
+  if (!present) return;
   auto& buffers = dispatch_.buffers;
   const auto buffer = std::find_if(buffers.begin(), buffers.end(), [&](const Buffer& b) { return b.index == index; });
   if (buffer == buffers.end()) return fail("buffer " + std::to_string(index) + " is not bound");
@@ -104,7 +101,9 @@ void Runner::access(uintptr_t address, size_t size, msl_access access, uintptr_t
   if (fiber_ && access == MSL_ATOMIC_READ && ++fiber_->atomic_loads > kMostAtomicLoads) {
     fail("endless wait for another thread: only barriers wait, by " + who(), pc);
   }
-  if (!dispatch_.settings.checked || !fiber_ || inside(address, fiber_->stack, kStackBytes)) return;
+  if (!dispatch_.settings.checked || !fiber_) return;
+  check_stack(pc);
+  if (inside(address, fiber_->stack, kStackBytes)) return;
   if (order_.preempts()) {
     ready_.push_back(fiber_->thread);
     yield();
@@ -116,7 +115,7 @@ void Runner::access(uintptr_t address, size_t size, msl_access access, uintptr_t
     accessor.epoch = fiber_->threadgroup_epoch;
     accessor.simdgroup_epoch = simdgroup.threadgroup_epoch;
     problem = threadgroup_memory_.access(address, size, access, accessor);
-  } else if (inside(address, stacks_, kAllStacks)) {
+  } else if (stacks_.holds(address)) {
     problem = std::string(verb(access)) + " of another thread's memory";
   } else if (device_memory_.holds(address) || !in_image(address)) {
     problem = device_memory_.access(address, size, access, accessor);
@@ -130,6 +129,16 @@ bool Runner::in_image(uintptr_t address) {
   if (!dladdr(reinterpret_cast<void*>(address), &info) || info.dli_fbase != dispatch_.image) return false;
   image_page_ = address / kPage;
   return true;
+}
+
+void* Runner::threadgroup_argument(size_t index, size_t size) {
+  const auto& bytes = dispatch_.threadgroup_bytes;
+  if (index >= bytes.size() || bytes[index] < std::max<size_t>(size, 1)) {
+    fail("threadgroup memory " + std::to_string(index) + " is given " +
+         std::to_string(index < bytes.size() ? bytes[index] : 0) + " bytes: pass threadgroup_memory={" +
+         std::to_string(index) + ": bytes}");
+  }
+  return threadgroup_array(-1 - static_cast<int>(index), bytes[index], kArgumentAlignment);
 }
 
 void* Runner::threadgroup_array(int id, size_t size, size_t align) {
@@ -160,6 +169,34 @@ void Runner::fail(const std::string& message, uintptr_t pc) {
   if (fiber_) yield();  // for good: a failed run is abandoned
 }
 
+// Faults
+
+void Runner::check_stack(uintptr_t pc) {
+  const char here = 0;
+  if (&here < fiber_->stack + kReserve)
+    fail("no memory is left for thread variables: endless recursion or large arrays, by " + who(), pc);
+}
+
+bool Runner::take_fault(int signal, uintptr_t address, uintptr_t pc, char** stack) {
+  if (!fiber_) return false;
+  fault_ = {signal, address, pc};
+  *stack = stack_end(fiber_->stack);
+  return true;
+}
+
+void Runner::report_fault() {
+  std::string what = "access to no buffer's memory";
+  if (stacks_.is_guard(fault_.address)) {
+    what = "no memory is left for thread variables: endless recursion or large arrays";
+  } else if (fault_.signal == SIGFPE) {
+    what = "integer division out of range: the smallest number by -1";
+  } else if (fault_.signal == SIGILL) {
+    what = "undefined behaviour that the compiler has seen, such as a function that ends without its return";
+  }
+  fail(what + ", by " + who(), fault_.pc + 1);
+  std::abort();  // a fiber that has failed is never resumed
+}
+
 // Threads
 
 void Runner::start_threadgroup(uint32_t index) {
@@ -173,11 +210,12 @@ void Runner::start_threadgroup(uint32_t index) {
   }
   threadgroup_memory_.reset();
   fibers_.resize(size_[0] * size_[1] * size_[2]);
+  stacks_.guard(fibers_.size());
   simdgroups_.assign(simdgroups_for(size_), Simdgroup{});
   for (uint32_t thread = 0; thread < fibers_.size(); ++thread) {
     Fiber& fiber = fibers_[thread] = Fiber{};
     fiber.thread = thread;
-    fiber.stack = stacks_ + thread * kStackBytes;
+    fiber.stack = stacks_.stack(thread);
     fiber.context = new_context(fiber.stack, fiber_main);
     simdgroups_[fiber.simdgroup()].lanes |= 1u << fiber.lane();
   }
@@ -218,6 +256,11 @@ void Runner::builtins(uint32_t thread, unsigned (&values)[kBuiltins][3]) const {
       {simdgroups_for(size_)},
       {simdgroups_for(group)},
       {kSimdWidth},
+      {thread % kQuadWidth},
+      {thread / kQuadWidth},
+      {(size_[0] * size_[1] * size_[2] + kQuadWidth - 1) / kQuadWidth},
+      {(group[0] * group[1] * group[2] + kQuadWidth - 1) / kQuadWidth},
+      {0, 0, 0},
   };
   std::memcpy(values, all, sizeof(all));
 }
@@ -228,17 +271,23 @@ Failure run(Dispatch& dispatch) {
 
 const msl_runtime& runtime_table() {
   static const msl_runtime table = {
-      [](int buffer, int read_only, unsigned long size) { current->declare(buffer, read_only, size); },
+      [](int buffer, int read_only, unsigned long size, int present) {
+        current->declare(buffer, read_only, size, present);
+      },
       [](const volatile void* address, unsigned long size, msl_access access, const void* pc) {
         current->access(reinterpret_cast<uintptr_t>(address), size, access, reinterpret_cast<uintptr_t>(pc));
       },
       [](int id, unsigned long size, unsigned long align) { return current->threadgroup_array(id, size, align); },
+      [](int index, unsigned long size) { return current->threadgroup_argument(index, size); },
       [](int simdgroup, int flags, int line, const char* file) { current->barrier(simdgroup, flags, {file, line}); },
       [](const void* value, int size, int operation, msl_lanes* all, int line, const char* file) {
         current->exchange(value, size, operation, all, {file, line});
       },
       [](const char* what, int line, const char* file) {
         current->fail(std::string(what) + ", by " + current->who() + " " + Place{file, line}.text());
+      },
+      [](const char* what, const void* pc) {
+        current->fail(std::string(what) + ", by " + current->who(), reinterpret_cast<uintptr_t>(pc));
       },
   };
   return table;

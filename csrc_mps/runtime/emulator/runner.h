@@ -7,14 +7,16 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "fault.h"
+#include "stacks.h"
 #include "threadgroup_memory.h"
 
 namespace torch_fused::emulator {
 
 constexpr uint32_t kSimdWidth = 32;
 constexpr size_t kSlotBytes = 16;  // the widest value of a simdgroup operation
-constexpr int kBuiltins = 13;
-constexpr size_t kMaxBuffers = 31;
+constexpr int kBuiltins = 18;
+constexpr uint32_t kQuadWidth = 4;
 
 // Where in the source a fiber waits.
 struct Place {
@@ -49,24 +51,28 @@ struct Simdgroup {
   char slots[2][kSimdWidth][kSlotBytes];
 };
 
-class Runner {
+class Runner : public FaultHandler {
  public:
   explicit Runner(Dispatch& dispatch);
   Failure run();
 
   // The services of runtime.h, called by the kernel on a fiber.
-  void declare(int buffer, bool read_only, size_t size);
+  void declare(int buffer, bool read_only, size_t size, bool present);
   void access(uintptr_t address, size_t size, msl_access access, uintptr_t pc);
   void* threadgroup_array(int id, size_t size, size_t align);
+  void* threadgroup_argument(size_t index, size_t size);
   void barrier(bool simdgroup, int flags, Place place);
   void exchange(const void* value, size_t size, int operation, msl_lanes* all, Place place);
   void fail(const std::string& message, uintptr_t pc = 0);
+  bool take_fault(int signal, uintptr_t address, uintptr_t pc, char** stack) override;
+  [[noreturn]] void report_fault();
   std::string who() const { return name(*fiber_); }
 
  private:
   bool failed() const { return !failure_.message.empty(); }
   std::string name(const Fiber& fiber) const { return thread_name(fiber.thread, threadgroup_); }
   bool in_image(uintptr_t address);
+  void check_stack(uintptr_t pc);
 
   void start_threadgroup(uint32_t index);
   static void fiber_main();
@@ -82,12 +88,16 @@ class Runner {
   Dispatch& dispatch_;
   DeviceMemory device_memory_;
   ThreadgroupMemory& threadgroup_memory_;
-  char* stacks_;
+  Stacks& stacks_;
   Order order_;
   Failure failure_;
+  struct {
+    int signal;
+    uintptr_t address, pc;
+  } fault_;
   void* pointers_[kMaxBuffers] = {};
   uint32_t groups_[3];
-  uintptr_t image_page_ = 0;  // known to belong to the kernel's library
+  uintptr_t image_page_ = ~uintptr_t{0};  // known to belong to the kernel's library
 
   uint32_t threadgroup_ = 0;
   uint32_t position_[3];  // of the threadgroup

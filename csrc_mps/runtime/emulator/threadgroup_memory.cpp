@@ -25,17 +25,15 @@ void ThreadgroupMemory::reset() {
   used_ = next_ = 0;
 }
 
-void* ThreadgroupMemory::array(size_t id, size_t size, size_t align) {
-  if (id >= arrays_.size()) arrays_.resize(id + 1, Array{0, 0});
-  Array& array = arrays_[id];
-  if (!array.size) {
-    used_ = (used_ + align - 1) / align * align + size;
-    if (used_ > kThreadgroupBytes) return nullptr;
-    const size_t offset = (next_ + align - 1) / align * align;
-    array = {offset, size};
-    next_ = offset + size + kGap;
-  }
-  return bytes_ + array.offset;
+void* ThreadgroupMemory::array(int id, size_t size, size_t align) {
+  const auto found = std::find_if(arrays_.begin(), arrays_.end(), [&](const Array& array) { return array.id == id; });
+  if (found != arrays_.end()) return bytes_ + found->offset;
+  used_ = (used_ + align - 1) / align * align + size;
+  if (used_ > kThreadgroupBytes) return nullptr;
+  const size_t offset = (next_ + align - 1) / align * align;
+  arrays_.push_back({id, offset, size});
+  next_ = offset + size + kGap;
+  return bytes_ + offset;
 }
 
 std::string ThreadgroupMemory::access(uintptr_t address, size_t size, msl_access access, const Accessor& accessor) {

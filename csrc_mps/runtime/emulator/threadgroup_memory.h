@@ -19,7 +19,7 @@ class ThreadgroupMemory {
   void reset();
 
   // The array of declaration `id`, made when the first thread reaches it; null if it does not fit.
-  void* array(size_t id, size_t size, size_t align);
+  void* array(int id, size_t size, size_t align);
 
   bool holds(uintptr_t address) const { return address - reinterpret_cast<uintptr_t>(bytes_) < kSpace; }
   // Checks and records an access. Returns what is wrong with it, or "".
@@ -29,6 +29,7 @@ class ThreadgroupMemory {
 
  private:
   struct Array {
+    int id;
     size_t offset, size;
   };
   static constexpr size_t kSpace = 2 * kThreadgroupBytes;  // with room to run past an array's end

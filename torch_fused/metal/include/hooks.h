@@ -11,8 +11,20 @@ extern "C" __attribute__((visibility("default"))) MSL_UNCHECKED void msl_set_run
   msl_rt = *runtime;
 }
 
-#ifdef MSL_CHECKED
 #define MSL_HOOK extern "C" __attribute__((visibility("hidden"), used)) MSL_UNCHECKED
+
+// What -fsanitize=integer-divide-by-zero and -fsanitize=bounds have the compiler call
+#define MSL_FAULT_HOOK(name, parameters, what)             \
+  MSL_HOOK void __ubsan_handle_##name parameters {         \
+    msl_rt.fault(what, __builtin_return_address(0));       \
+  }                                                        \
+  MSL_HOOK void __ubsan_handle_##name##_abort parameters { \
+    msl_rt.fault(what, __builtin_return_address(0));       \
+  }
+MSL_FAULT_HOOK(divrem_overflow, (void*, void*, void*), "integer division by zero")
+MSL_FAULT_HOOK(out_of_bounds, (void*, void*), "out-of-bounds index of an array")
+
+#ifdef MSL_CHECKED
 #define MSL_REPORT(address, size, kind) msl_rt.access(address, size, kind, __builtin_return_address(0))
 #define MSL_ACCESS_HOOKS(size)                                     \
   MSL_HOOK void __tsan_read##size(void* p) {                       \

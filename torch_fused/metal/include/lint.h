@@ -183,63 +183,156 @@ To as_type(From from);
   MSL_FOR_WIDTHS(DECLARE, ushort) MSL_FOR_WIDTHS(DECLARE, uchar) MSL_FOR_WIDTHS(DECLARE, ulong)
 
 // The functions of which fast:: and precise:: hold variants
-#define MSL_VARIED(T) \
-  T exp(T);           \
-  T exp2(T);          \
-  T log(T);           \
-  T log2(T);          \
-  T sqrt(T);          \
-  T rsqrt(T);         \
-  T sin(T);           \
-  T cos(T);           \
-  T tanh(T);          \
-  T pow(T, T);        \
-  T fmax(T, T);       \
-  T fmin(T, T);       \
-  T max(T, T);        \
-  T min(T, T);
-#define MSL_UNVARIED(T) \
-  T floor(T);           \
-  T ceil(T);            \
-  T rint(T);            \
-  T round(T);           \
-  T trunc(T);           \
-  T fabs(T);            \
-  T sign(T);            \
-  T fma(T, T, T);       \
-  T abs(T);             \
-  T clamp(T, T, T);
-#define MSL_INTEGER(T) \
-  T abs(T);            \
-  T max(T, T);         \
-  T min(T, T);         \
-  T clamp(T, T, T);
-#define MSL_DIVIDE(T) T divide(T, T);
+#define MSL_VARIED(T)    \
+  T acos(T);             \
+  T acosh(T);            \
+  T asin(T);             \
+  T asinh(T);            \
+  T atan(T);             \
+  T atanh(T);            \
+  T ceil(T);             \
+  T cos(T);              \
+  T cosh(T);             \
+  T cospi(T);            \
+  T exp(T);              \
+  T exp2(T);             \
+  T exp10(T);            \
+  T fabs(T);             \
+  T abs(T);              \
+  T floor(T);            \
+  T fract(T);            \
+  T log(T);              \
+  T log2(T);             \
+  T log10(T);            \
+  T rint(T);             \
+  T round(T);            \
+  T rsqrt(T);            \
+  T saturate(T);         \
+  T sign(T);             \
+  T sin(T);              \
+  T sinh(T);             \
+  T sinpi(T);            \
+  T sqrt(T);             \
+  T tan(T);              \
+  T tanh(T);             \
+  T tanpi(T);            \
+  T trunc(T);            \
+  T atan2(T, T);         \
+  T copysign(T, T);      \
+  T divide(T, T);        \
+  T fdim(T, T);          \
+  T fmax(T, T);          \
+  T fmin(T, T);          \
+  T fmod(T, T);          \
+  T max(T, T);           \
+  T min(T, T);           \
+  T nextafter(T, T);     \
+  T pow(T, T);           \
+  T powr(T, T);          \
+  T step(T, T);          \
+  T clamp(T, T, T);      \
+  T fma(T, T, T);        \
+  T fmax3(T, T, T);      \
+  T fmedian3(T, T, T);   \
+  T fmin3(T, T, T);      \
+  T max3(T, T, T);       \
+  T median3(T, T, T);    \
+  T min3(T, T, T);       \
+  T mix(T, T, T);        \
+  T smoothstep(T, T, T); \
+  T sincos(T, __private T&);
+#define MSL_INTEGER(T)           \
+  T abs(T);                      \
+  T clz(T);                      \
+  T ctz(T);                      \
+  T popcount(T);                 \
+  T reverse_bits(T);             \
+  T addsat(T, T);                \
+  T hadd(T, T);                  \
+  T max(T, T);                   \
+  T min(T, T);                   \
+  T mulhi(T, T);                 \
+  T rhadd(T, T);                 \
+  T rotate(T, T);                \
+  T subsat(T, T);                \
+  T clamp(T, T, T);              \
+  T madhi(T, T, T);              \
+  T madsat(T, T, T);             \
+  T max3(T, T, T);               \
+  T median3(T, T, T);            \
+  T min3(T, T, T);               \
+  T extract_bits(T, uint, uint); \
+  T insert_bits(T, T, uint, uint);
+
 MSL_FOR_FLOATS(MSL_VARIED)
-MSL_FOR_FLOATS(MSL_UNVARIED)
 MSL_FOR_SIGNED(MSL_INTEGER)
 MSL_FOR_UNSIGNED(MSL_INTEGER)
 namespace fast {
 MSL_FOR_WIDTHS(MSL_VARIED, float)
-MSL_FOR_WIDTHS(MSL_DIVIDE, float)
+MSL_FOR_WIDTHS(MSL_VARIED, half)
 }  // namespace fast
 namespace precise {
 MSL_FOR_WIDTHS(MSL_VARIED, float)
-MSL_FOR_WIDTHS(MSL_DIVIDE, float)
+MSL_FOR_WIDTHS(MSL_VARIED, half)
 }  // namespace precise
+#define MSL_24_BITS(T) \
+  T mul24(T, T);       \
+  T mad24(T, T, T);
+MSL_FOR_WIDTHS(MSL_24_BITS, int)
+MSL_FOR_WIDTHS(MSL_24_BITS, uint)
+#define MSL_EXPONENTS(T, I) \
+  T frexp(T, __private I&); \
+  T ldexp(T, I);            \
+  I ilogb(T);
+MSL_EXPONENTS(float, int)
+MSL_EXPONENTS(float2, int2)
+MSL_EXPONENTS(float3, int3)
+MSL_EXPONENTS(float4, int4)
+MSL_EXPONENTS(half, int)
+MSL_EXPONENTS(half2, int2)
+MSL_EXPONENTS(half3, int3)
+MSL_EXPONENTS(half4, int4)
+#define MSL_ABSDIFF(S, U) \
+  U absdiff(S, S);        \
+  U absdiff(U, U);
+MSL_ABSDIFF(int, uint)
+MSL_ABSDIFF(short, ushort)
+MSL_ABSDIFF(char, uchar)
+MSL_ABSDIFF(long, ulong)
 
-bool isnan(float);
-bool isnan(half);
-bool isinf(float);
-bool isinf(half);
-bool isfinite(float);
-bool isfinite(half);
-#define MSL_DOT(T)   \
-  T dot(T##2, T##2); \
-  T dot(T##3, T##3); \
-  T dot(T##4, T##4);
-MSL_DOT(float)
-MSL_DOT(half)
+#define MSL_RELATIONS(T, B) \
+  B isnan(T);               \
+  B isinf(T);               \
+  B isfinite(T);            \
+  B isnormal(T);            \
+  B signbit(T);             \
+  B isordered(T, T);        \
+  B isunordered(T, T);
+MSL_RELATIONS(float, bool)
+MSL_RELATIONS(float2, bool2)
+MSL_RELATIONS(float3, bool3)
+MSL_RELATIONS(float4, bool4)
+MSL_RELATIONS(half, bool)
+MSL_RELATIONS(half2, bool2)
+MSL_RELATIONS(half3, bool3)
+MSL_RELATIONS(half4, bool4)
+#define MSL_GEOMETRY_OF(T, V) \
+  T dot(V, V);                \
+  T length(V);                \
+  T length_squared(V);        \
+  T distance(V, V);           \
+  T distance_squared(V, V);   \
+  V normalize(V);             \
+  V reflect(V, V);            \
+  V refract(V, V, T);         \
+  V faceforward(V, V, V);
+#define MSL_GEOMETRY(T)    \
+  MSL_GEOMETRY_OF(T, T##2) \
+  MSL_GEOMETRY_OF(T, T##3) \
+  MSL_GEOMETRY_OF(T, T##4) \
+  T##3 cross(T##3, T##3);
+MSL_GEOMETRY(float)
+MSL_GEOMETRY(half)
 
 template <class T>
 T select(T, T, bool);
@@ -249,11 +342,6 @@ template <int N>
 bool any(vec<int, N>);
 template <int N>
 bool all(vec<int, N>);
-
-uint popcount(uint);
-uint clz(uint);
-uint ctz(uint);
-uint mulhi(uint, uint);
 
 // Threads
 
@@ -286,18 +374,52 @@ MSL_SIMD(simd_xor)
 MSL_SIMD(simd_broadcast_first)
 MSL_SIMD(simd_prefix_exclusive_sum)
 MSL_SIMD(simd_prefix_inclusive_sum)
+MSL_SIMD(simd_prefix_exclusive_product)
+MSL_SIMD(simd_prefix_inclusive_product)
+MSL_SIMD(quad_sum)
+MSL_SIMD(quad_product)
+MSL_SIMD(quad_max)
+MSL_SIMD(quad_min)
+MSL_SIMD(quad_or)
+MSL_SIMD(quad_and)
+MSL_SIMD(quad_xor)
+MSL_SIMD(quad_broadcast_first)
+MSL_SIMD(quad_prefix_exclusive_sum)
+MSL_SIMD(quad_prefix_inclusive_sum)
+MSL_SIMD(quad_prefix_exclusive_product)
+MSL_SIMD(quad_prefix_inclusive_product)
 MSL_SIMD_LANE(simd_shuffle)
 MSL_SIMD_LANE(simd_broadcast)
 MSL_SIMD_LANE(simd_shuffle_xor)
 MSL_SIMD_LANE(simd_shuffle_down)
 MSL_SIMD_LANE(simd_shuffle_up)
+MSL_SIMD_LANE(simd_shuffle_rotate_down)
+MSL_SIMD_LANE(simd_shuffle_rotate_up)
+MSL_SIMD_LANE(quad_shuffle)
+MSL_SIMD_LANE(quad_broadcast)
+MSL_SIMD_LANE(quad_shuffle_xor)
+MSL_SIMD_LANE(quad_shuffle_down)
+MSL_SIMD_LANE(quad_shuffle_up)
+MSL_SIMD_LANE(quad_shuffle_rotate_down)
+MSL_SIMD_LANE(quad_shuffle_rotate_up)
+#define MSL_SIMD_FILL(NAME) \
+  template <class T>        \
+  msl_simd_value<T> NAME(T, T, ushort, ushort = 32);
+MSL_SIMD_FILL(simd_shuffle_and_fill_down)
+MSL_SIMD_FILL(simd_shuffle_and_fill_up)
+MSL_SIMD_FILL(quad_shuffle_and_fill_down)
+MSL_SIMD_FILL(quad_shuffle_and_fill_up)
 
 struct simd_vote {
   explicit simd_vote(ulong);
   explicit operator ulong() const;
   bool any() const;
+  bool all() const;
 };
 simd_vote simd_ballot(bool);
+simd_vote simd_active_threads_mask();
+bool simd_is_first();
+bool simd_is_helper_thread();
 bool simd_any(bool);
 bool simd_all(bool);
 

@@ -4,6 +4,7 @@
 #define INFINITY (1.0f / 0.0f)
 #define NAN __builtin_bit_cast(float, 0x7fc00000)
 #define msl_copy memcpy
+#define MSL_CONSTEXPR_HALF MSL_FN
 #define msl_popcount __popc
 #define msl_clz __clz
 #define msl_rsqrt ::rsqrtf

@@ -17,16 +17,19 @@ struct msl_lanes {
 };
 
 struct msl_runtime {
-  // A kernel takes `buffer`, with at least `size` bytes.
-  void (*declare)(int buffer, int read_only, unsigned long size);
+  // A kernel takes `buffer`, with at least `size` bytes, or does without it.
+  void (*declare)(int buffer, int read_only, unsigned long size, int present);
   // The kernel accesses memory, at program counter `pc`.
   void (*access)(const volatile void* address, unsigned long size, enum msl_access access, const void* pc);
   // The threadgroup's array that is declaration `id` of the source.
   void* (*threadgroup)(int id, unsigned long size, unsigned long align);
+  // The threadgroup's memory number `index` among those the launch gives it, of at least `size` bytes.
+  void* (*threadgroup_argument)(int index, unsigned long size);
   // Waits for the other threads of the threadgroup or of the simdgroup; `flags` are Metal's mem_flags.
   void (*barrier)(int simdgroup, int flags, int line, const char* file);
   // Offers `value`, of up to 16 bytes, to the other lanes; returns once all active lanes have offered theirs.
   void (*exchange)(const void* value, int size, int operation, struct msl_lanes* all, int line, const char* file);
-  // The kernel does something that Metal leaves undefined.
+  // The kernel does something that Metal leaves undefined, at a line or at a program counter.
   void (*fail)(const char* what, int line, const char* file);
+  void (*fault)(const char* what, const void* pc);
 };

@@ -1,76 +1,56 @@
-// What of Metal's standard library is the same on the host and on CUDA. Comes after vector.h and the primitives of the
-// target: conversions of 16-bit floats and the few bit operations that C++ lacks.
+// What of Metal's standard library is the same on the host and on CUDA: constants, names of vectors, type traits. Comes
+// after vector.h, the primitives of the target, types.h and its 16-bit floats.
 #pragma once
 
 #define FLT_MAX 3.402823466e+38f
 #define FLT_MIN 1.175494351e-38f
 #define FLT_EPSILON 1.192092896e-07f
+#define FLT_TRUE_MIN 0x1p-149f
+#define FLT_DIG 6
+#define FLT_MANT_DIG 24
+#define FLT_RADIX 2
 #define MAXFLOAT FLT_MAX
+#define HUGE_VALF INFINITY
 #define HALF_MAX half(65504.0f)
-#define M_PI_F 3.14159265358979f
-#define M_LOG2E_F 1.44269504088896f
-#define M_LN2_F 0.69314718055995f
+#define HALF_MIN half(6.103515625e-05f)
+#define HALF_EPSILON half(0.0009765625f)
+#define MAXHALF HALF_MAX
+#define M_E_F 2.71828182845904523536028747135266250f
+#define M_LOG2E_F 1.44269504088896340735992468100189214f
+#define M_LOG10E_F 0.434294481903251827651128918916605082f
+#define M_LN2_F 0.693147180559945309417232121458176568f
+#define M_LN10_F 2.30258509299404568401799145468436421f
+#define M_PI_F 3.14159265358979323846264338327950288f
+#define M_PI_2_F 1.57079632679489661923132169163975144f
+#define M_PI_4_F 0.785398163397448309615660845819875721f
+#define M_1_PI_F 0.318309886183790671537767526745028724f
+#define M_2_PI_F 0.636619772367581343075535053490057448f
+#define M_2_SQRTPI_F 1.12837916709551257389615890312154517f
+#define M_SQRT2_F 1.41421356237309504880168872420969808f
+#define M_SQRT1_2_F 0.707106781186547524400844362104849039f
+#define M_PI_H half(M_PI_F)
+#define M_E_H half(M_E_F)
+#define M_LN2_H half(M_LN2_F)
+#define M_LOG2E_H half(M_LOG2E_F)
+#define M_SQRT2_H half(M_SQRT2_F)
+#define M_SQRT1_2_H half(M_SQRT1_2_F)
+#define CHAR_BIT 8
+#define SCHAR_MAX 127
+#define SCHAR_MIN (-128)
+#define UCHAR_MAX 255
+#define CHAR_MAX SCHAR_MAX
+#define CHAR_MIN SCHAR_MIN
+#define SHRT_MAX 32767
+#define SHRT_MIN (-32768)
+#define USHRT_MAX 65535
+#define INT_MAX 2147483647
+#define INT_MIN (-2147483647 - 1)
+#define UINT_MAX 4294967295u
+#define LONG_MAX 9223372036854775807l
+#define LONG_MIN (-9223372036854775807l - 1)
+#define ULONG_MAX 18446744073709551615ul
 
 namespace metal {
-
-typedef unsigned char uchar;
-typedef unsigned short ushort;
-typedef unsigned int uint;
-typedef unsigned long ulong;
-typedef signed char int8_t;
-typedef short int16_t;
-typedef int int32_t;
-typedef long int64_t;
-typedef uchar uint8_t;
-typedef ushort uint16_t;
-typedef uint uint32_t;
-typedef ulong uint64_t;
-
-template <class To, class From>
-MSL_FN To as_type(From from) {
-  static_assert(sizeof(To) == sizeof(From), "as_type: the sizes differ");
-  To to;
-  msl_copy(&to, &from, sizeof(to));
-  return to;
-}
-
-// 16-bit floats: stored as bits, computed with in float, rounded to nearest even
-struct half {
-  ushort bits;
-  half() = default;
-  MSL_FN half(float f) : bits(msl_half_bits(f)) {}
-  MSL_FN operator float() const { return msl_half_value(bits); }
-};
-struct bfloat {
-  ushort bits;
-  bfloat() = default;
-  MSL_FN bfloat(float f) : bits(msl_bfloat_bits(f)) {}
-  MSL_FN operator float() const { return as_type<float>(uint(bits) << 16); }
-};
-
-template <class T>
-struct is_half_type {
-  static constexpr bool v = same_t<T, half>::v || same_t<T, bfloat>::v;
-};
-template <class T>
-MSL_FN typename eif<is_half_type<T>::v, T>::type operator-(T a) {
-  a.bits ^= 0x8000;
-  return a;
-}
-// Two of one type make that type; with a float, the built-in operator makes a float
-#define MSL_HALF_ARITHMETIC(OP)                                                  \
-  template <class T>                                                             \
-  MSL_FN typename eif<is_half_type<T>::v, T>::type operator OP(T a, T b) {       \
-    return T(float(a) OP float(b));                                              \
-  }                                                                              \
-  template <class T, class U>                                                    \
-  MSL_FN typename eif<is_half_type<T>::v, T>::type& operator OP##=(T & a, U b) { \
-    return a = T(float(a) OP float(b));                                          \
-  }
-MSL_HALF_ARITHMETIC(+)
-MSL_HALF_ARITHMETIC(-)
-MSL_HALF_ARITHMETIC(*)
-MSL_HALF_ARITHMETIC(/)
 
 #define MSL_VECTORS(T)    \
   using T##2 = vec<T, 2>; \
@@ -88,10 +68,21 @@ MSL_VECTORS(uchar)
 MSL_VECTORS(long)
 MSL_VECTORS(ulong)
 MSL_VECTORS(bool)
-using packed_float3 = packed3<float>;
-using packed_float4 = packed4<float>;
-using packed_half3 = packed3<half>;
-using packed_half4 = packed4<half>;
+#define MSL_PACKED_VECTORS(T)         \
+  using packed_##T##2 = packed<T, 2>; \
+  using packed_##T##3 = packed<T, 3>; \
+  using packed_##T##4 = packed<T, 4>;
+MSL_PACKED_VECTORS(float)
+MSL_PACKED_VECTORS(half)
+MSL_PACKED_VECTORS(bfloat)
+MSL_PACKED_VECTORS(int)
+MSL_PACKED_VECTORS(uint)
+MSL_PACKED_VECTORS(short)
+MSL_PACKED_VECTORS(ushort)
+MSL_PACKED_VECTORS(char)
+MSL_PACKED_VECTORS(uchar)
+MSL_PACKED_VECTORS(long)
+MSL_PACKED_VECTORS(ulong)
 
 template <class T>
 struct same_as {  // keeps an argument out of template deduction
@@ -100,12 +91,139 @@ struct same_as {  // keeps an argument out of template deduction
 
 // Type traits and limits
 
-template <class A, class B>
-constexpr bool is_same_v = same_t<A, B>::v;
-template <class A, class B>
-struct is_same {
-  static constexpr bool value = same_t<A, B>::v;
+template <class T, T Value>
+struct integral_constant {
+  static constexpr T value = Value;
+  using value_type = T;
+  using type = integral_constant;
+  MSL_FN constexpr operator T() const { return Value; }
 };
+template <bool Value>
+using bool_constant = integral_constant<bool, Value>;
+using true_type = bool_constant<true>;
+using false_type = bool_constant<false>;
+
+template <class T>
+struct remove_const {
+  using type = T;
+};
+template <class T>
+struct remove_const<const T> {
+  using type = T;
+};
+template <class T>
+struct remove_volatile {
+  using type = T;
+};
+template <class T>
+struct remove_volatile<volatile T> {
+  using type = T;
+};
+template <class T>
+struct remove_cv : remove_const<typename remove_volatile<T>::type> {};
+template <class T>
+struct remove_reference {
+  using type = T;
+};
+template <class T>
+struct remove_reference<T&> {
+  using type = T;
+};
+template <class T>
+struct remove_reference<T&&> {
+  using type = T;
+};
+template <class T>
+struct remove_pointer {
+  using type = T;
+};
+template <class T>
+struct remove_pointer<T*> {
+  using type = T;
+};
+template <class T>
+struct decay : remove_cv<typename remove_reference<T>::type> {};
+template <class T>
+struct remove_addrspace {  // of which C++ has none
+  using type = T;
+};
+template <class T>
+using remove_addrspace_t = T;
+template <class T>
+using remove_const_t = typename remove_const<T>::type;
+template <class T>
+using remove_cv_t = typename remove_cv<T>::type;
+template <class T>
+using remove_reference_t = typename remove_reference<T>::type;
+template <class T>
+using remove_pointer_t = typename remove_pointer<T>::type;
+template <class T>
+using decay_t = typename decay<T>::type;
+
+template <class A, class B>
+struct is_same : bool_constant<same_t<A, B>::v> {};
+template <class T>
+struct is_integral : bool_constant<is_integer<remove_cv_t<T>>::v> {};
+template <class T>
+struct is_floating_point : bool_constant<same_t<remove_cv_t<T>, float>::v || is_half_type<remove_cv_t<T>>::v> {};
+template <class T>
+struct is_arithmetic : bool_constant<is_integral<T>::value || is_floating_point<T>::value> {};
+template <class T>
+struct is_scalar : is_arithmetic<T> {};
+template <class T>
+struct is_vector : bool_constant<vtraits<remove_cv_t<T>>::is> {};
+template <class T>
+struct vec_elements : integral_constant<short, vtraits<remove_cv_t<T>>::n> {};
+template <class T>
+struct is_pointer : false_type {};
+template <class T>
+struct is_pointer<T*> : true_type {};
+template <class T>
+struct is_const : false_type {};
+template <class T>
+struct is_const<const T> : true_type {};
+template <class T>
+constexpr bool msl_is_signed() {
+  if constexpr (is_arithmetic<T>::value) return same_t<T, half>::v || is_half_type<T>::v || T(-1) < T(0);
+  return false;
+}
+template <class T>
+struct is_signed : bool_constant<msl_is_signed<remove_cv_t<T>>()> {};
+template <class T>
+struct is_unsigned : bool_constant<is_integral<T>::value && !is_signed<T>::value> {};
+template <class From, class To>
+struct is_convertible : bool_constant<convertible<From, To>::v> {};
+template <class Base, class Derived>
+struct is_base_of : bool_constant<__is_base_of(Base, Derived)> {};
+template <class T>
+struct is_enum : bool_constant<__is_enum(T)> {};
+template <class A, class B>
+constexpr bool is_same_v = is_same<A, B>::value;
+template <class T>
+constexpr bool is_integral_v = is_integral<T>::value;
+template <class T>
+constexpr bool is_floating_point_v = is_floating_point<T>::value;
+template <class T>
+constexpr bool is_arithmetic_v = is_arithmetic<T>::value;
+template <class T>
+constexpr bool is_scalar_v = is_scalar<T>::value;
+template <class T>
+constexpr bool is_vector_v = is_vector<T>::value;
+template <class T>
+constexpr bool is_signed_v = is_signed<T>::value;
+template <class T>
+constexpr bool is_unsigned_v = is_unsigned<T>::value;
+template <class T>
+constexpr bool is_pointer_v = is_pointer<T>::value;
+template <class T>
+constexpr bool is_const_v = is_const<T>::value;
+template <class From, class To>
+constexpr bool is_convertible_v = is_convertible<From, To>::value;
+template <class Base, class Derived>
+constexpr bool is_base_of_v = is_base_of<Base, Derived>::value;
+
+template <bool Condition, class T = void>
+using enable_if = eif<Condition, T>;
 template <bool Condition, class T = void>
 using enable_if_t = typename eif<Condition, T>::type;
 template <bool Condition, class T, class F>
@@ -118,178 +236,152 @@ struct conditional<false, T, F> {
 };
 template <bool Condition, class T, class F>
 using conditional_t = typename conditional<Condition, T, F>::type;
+template <class...>
+struct conjunction : true_type {};
+template <class A, class... Rest>
+struct conjunction<A, Rest...> : conditional_t<bool(A::value), conjunction<Rest...>, A> {};
+template <class...>
+struct disjunction : false_type {};
+template <class A, class... Rest>
+struct disjunction<A, Rest...> : conditional_t<bool(A::value), A, disjunction<Rest...>> {};
+template <class A>
+struct negation : bool_constant<!A::value> {};
+template <class... A>
+using _conjunction = conjunction<A...>;  // a source may know of it
+template <class... A>
+using _disjunction = disjunction<A...>;
+template <class A>
+using _negation = negation<A>;
+template <class... A>
+constexpr bool conjunction_v = conjunction<A...>::value;
+template <class... A>
+constexpr bool disjunction_v = disjunction<A...>::value;
+template <class A>
+constexpr bool negation_v = negation<A>::value;
 
 template <class T>
-struct numeric_limits;
-#define MSL_INTEGER_LIMITS(T, MIN, MAX) \
-  template <>                           \
-  struct numeric_limits<T> {            \
-    static constexpr T min() {          \
-      return MIN;                       \
-    }                                   \
-    static constexpr T lowest() {       \
-      return MIN;                       \
-    }                                   \
-    static constexpr T max() {          \
-      return MAX;                       \
-    }                                   \
+struct make_unsigned {
+  using type = T;
+};
+template <class T>
+struct make_signed {
+  using type = T;
+};
+#define MSL_SIGNS(SIGNED, UNSIGNED) \
+  template <>                       \
+  struct make_unsigned<SIGNED> {    \
+    using type = UNSIGNED;          \
+  };                                \
+  template <>                       \
+  struct make_signed<UNSIGNED> {    \
+    using type = SIGNED;            \
   };
-MSL_INTEGER_LIMITS(int, -0x7fffffff - 1, 0x7fffffff)
-MSL_INTEGER_LIMITS(uint, 0, ~0u)
-MSL_INTEGER_LIMITS(long, -0x7fffffffffffffff - 1, 0x7fffffffffffffff)
-MSL_INTEGER_LIMITS(ulong, 0, ~0ul)
-#define MSL_FLOAT_LIMITS(T, CONSTEXPR, MIN, MAX) \
-  template <>                                    \
-  struct numeric_limits<T> {                     \
-    static CONSTEXPR T min() {                   \
-      return T(MIN);                             \
-    }                                            \
-    static CONSTEXPR T lowest() {                \
-      return T(-MAX);                            \
-    }                                            \
-    static CONSTEXPR T max() {                   \
-      return T(MAX);                             \
-    }                                            \
-    static CONSTEXPR T infinity() {              \
-      return T(INFINITY);                        \
-    }                                            \
-    static CONSTEXPR T quiet_NaN() {             \
-      return T(NAN);                             \
-    }                                            \
+MSL_SIGNS(char, uchar)
+MSL_SIGNS(short, ushort)
+MSL_SIGNS(int, uint)
+MSL_SIGNS(long, ulong)
+template <>
+struct make_unsigned<signed char> {
+  using type = uchar;
+};
+template <class T>
+using make_unsigned_t = typename make_unsigned<T>::type;
+template <class T>
+using make_signed_t = typename make_signed<T>::type;
+
+template <class T>
+typename remove_reference<T>::type&& declval();
+
+template <class T>
+struct _numeric_limits_impl {  // a source may know of it
+  static constexpr bool is_specialized = false;
+};
+template <class T>
+struct numeric_limits : _numeric_limits_impl<T> {};
+#define MSL_INTEGER_LIMITS(T, MIN, MAX)                                                                      \
+  template <>                                                                                                \
+  struct numeric_limits<T> {                                                                                 \
+    static constexpr bool is_specialized = true, is_integer = true, is_exact = true, has_infinity = false,   \
+                          has_quiet_NaN = false, is_signed = T(MIN) < T(0);                                  \
+    static constexpr int radix = 2, digits = sizeof(T) * 8 - is_signed, digits10 = digits * 30103l / 100000; \
+    static constexpr T min() {                                                                               \
+      return MIN;                                                                                            \
+    }                                                                                                        \
+    static constexpr T lowest() {                                                                            \
+      return MIN;                                                                                            \
+    }                                                                                                        \
+    static constexpr T max() {                                                                               \
+      return MAX;                                                                                            \
+    }                                                                                                        \
+    static constexpr T infinity() {                                                                          \
+      return 0;                                                                                              \
+    }                                                                                                        \
   };
-MSL_FLOAT_LIMITS(float, constexpr, FLT_MIN, FLT_MAX)
-MSL_FLOAT_LIMITS(half, MSL_FN, 6.103515625e-05f, 65504.0f)
-MSL_FLOAT_LIMITS(bfloat, MSL_FN, FLT_MIN, 3.38953139e+38f)
+MSL_INTEGER_LIMITS(char, CHAR_MIN, CHAR_MAX)
+MSL_INTEGER_LIMITS(int8_t, SCHAR_MIN, SCHAR_MAX)
+MSL_INTEGER_LIMITS(uchar, 0, UCHAR_MAX)
+MSL_INTEGER_LIMITS(short, SHRT_MIN, SHRT_MAX)
+MSL_INTEGER_LIMITS(ushort, 0, USHRT_MAX)
+MSL_INTEGER_LIMITS(int, INT_MIN, INT_MAX)
+MSL_INTEGER_LIMITS(uint, 0, UINT_MAX)
+MSL_INTEGER_LIMITS(long, LONG_MIN, LONG_MAX)
+MSL_INTEGER_LIMITS(ulong, 0, ULONG_MAX)
+template <>
+struct numeric_limits<bool> {
+  static constexpr bool is_specialized = true, is_integer = true, is_signed = false;
+  static constexpr bool min() { return false; }
+  static constexpr bool lowest() { return false; }
+  static constexpr bool max() { return true; }
+};
+#define MSL_FLOAT_LIMITS(T, CONSTEXPR, MIN, MAX, EPSILON, DENORMAL, DIGITS)                                 \
+  template <>                                                                                               \
+  struct numeric_limits<T> {                                                                                \
+    static constexpr bool is_specialized = true, is_integer = false, is_exact = false, has_infinity = true, \
+                          has_quiet_NaN = true, is_signed = true;                                           \
+    static constexpr int radix = 2, digits = DIGITS;                                                        \
+    static CONSTEXPR T min() {                                                                              \
+      return T(MIN);                                                                                        \
+    }                                                                                                       \
+    static CONSTEXPR T lowest() {                                                                           \
+      return T(-MAX);                                                                                       \
+    }                                                                                                       \
+    static CONSTEXPR T max() {                                                                              \
+      return T(MAX);                                                                                        \
+    }                                                                                                       \
+    static CONSTEXPR T epsilon() {                                                                          \
+      return T(EPSILON);                                                                                    \
+    }                                                                                                       \
+    static CONSTEXPR T denorm_min() {                                                                       \
+      return T(DENORMAL);                                                                                   \
+    }                                                                                                       \
+    static CONSTEXPR T infinity() {                                                                         \
+      return T(INFINITY);                                                                                   \
+    }                                                                                                       \
+    static CONSTEXPR T quiet_NaN() {                                                                        \
+      return T(NAN);                                                                                        \
+    }                                                                                                       \
+  };
+MSL_FLOAT_LIMITS(float, constexpr, FLT_MIN, FLT_MAX, FLT_EPSILON, FLT_TRUE_MIN, 24)
+MSL_FLOAT_LIMITS(half, MSL_CONSTEXPR_HALF, 6.103515625e-05f, 65504.0f, 0.0009765625f, 0x1p-24f, 11)
+MSL_FLOAT_LIMITS(bfloat, MSL_CONSTEXPR_HALF, FLT_MIN, 3.38953139e+38f, 0.0078125f, 0x1p-133f, 8)
 
-// Mathematics
+template <class T, size_t N>
+struct array {
+  T elements[N];
+  MSL_FN T& operator[](size_t i) { return elements[i]; }
+  MSL_FN const T& operator[](size_t i) const { return elements[i]; }
+  MSL_FN constexpr size_t size() const { return N; }
+  MSL_FN T* data() { return elements; }
+  MSL_FN const T* data() const { return elements; }
+};
 
-#define MSL_VECTOR_UNARY(NAME)                              \
-  template <class T, int N>                                 \
-  MSL_FN vec<T, N> NAME(const vec<T, N>& v) {               \
-    vec<T, N> result;                                       \
-    for (int i = 0; i < N; i++) result.d[i] = NAME(v.d[i]); \
-    return result;                                          \
-  }
-#define MSL_UNARY(NAME, EXPRESSION) \
-  MSL_FN float NAME(float x) {      \
-    return EXPRESSION;              \
-  }                                 \
-  MSL_FN half NAME(half h) {        \
-    return half(NAME(float(h)));    \
-  }                                 \
-  MSL_FN bfloat NAME(bfloat h) {    \
-    return bfloat(NAME(float(h)));  \
-  }                                 \
-  MSL_VECTOR_UNARY(NAME)
-MSL_UNARY(exp, ::expf(x))
-MSL_UNARY(exp2, ::exp2f(x))
-MSL_UNARY(log, ::logf(x))
-MSL_UNARY(log2, ::log2f(x))
-MSL_UNARY(sqrt, ::sqrtf(x))
-MSL_UNARY(rsqrt, msl_rsqrt(x))
-MSL_UNARY(sin, ::sinf(x))
-MSL_UNARY(cos, ::cosf(x))
-MSL_UNARY(tanh, ::tanhf(x))
-MSL_UNARY(floor, ::floorf(x))
-MSL_UNARY(ceil, ::ceilf(x))
-MSL_UNARY(rint, ::rintf(x))
-MSL_UNARY(round, ::roundf(x))
-MSL_UNARY(trunc, ::truncf(x))
-MSL_UNARY(fabs, ::fabsf(x))
-MSL_UNARY(sign, x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : x)
-
-MSL_FN float abs(float x) {
-  return ::fabsf(x);
-}
-MSL_FN int abs(int x) {
-  return x < 0 ? -x : x;
-}
-MSL_VECTOR_UNARY(abs)
-
-#define MSL_VECTOR_BINARY(NAME)                                     \
-  template <class T, int N>                                         \
-  MSL_FN vec<T, N> NAME(const vec<T, N>& a, const vec<T, N>& b) {   \
-    vec<T, N> result;                                               \
-    for (int i = 0; i < N; i++) result.d[i] = NAME(a.d[i], b.d[i]); \
-    return result;                                                  \
-  }
-#define MSL_BINARY(NAME, EXPRESSION)    \
-  MSL_FN float NAME(float a, float b) { \
-    return EXPRESSION;                  \
-  }                                     \
-  MSL_VECTOR_BINARY(NAME)
-MSL_BINARY(pow, ::powf(a, b))
-MSL_BINARY(fmax, ::fmaxf(a, b))
-MSL_BINARY(fmin, ::fminf(a, b))
-MSL_BINARY(max, ::fmaxf(a, b))
-MSL_BINARY(min, ::fminf(a, b))
+// A value that is the same in all threads
 template <class T>
-MSL_FN T max(T a, T b) {
-  return a < b ? b : a;
-}
+using uniform = T;
 template <class T>
-MSL_FN T min(T a, T b) {
-  return b < a ? b : a;
+MSL_FN constexpr T make_uniform(T x) {
+  return x;
 }
-template <class T>
-MSL_FN T clamp(T x, T low, T high) {
-  return min(max(x, low), high);
-}
-template <class T>
-MSL_FN T select(T a, T b, bool condition) {
-  return condition ? b : a;
-}
-
-MSL_FN float fma(float a, float b, float c) {
-  return ::fmaf(a, b, c);
-}
-template <class T, int N>
-MSL_FN vec<T, N> fma(const vec<T, N>& a, const vec<T, N>& b, const vec<T, N>& c) {
-  vec<T, N> result;
-  for (int i = 0; i < N; i++) result.d[i] = fma(a.d[i], b.d[i], c.d[i]);
-  return result;
-}
-
-MSL_FN bool isnan(float x) {
-  return x != x;
-}
-MSL_FN bool isinf(float x) {
-  return ::fabsf(x) == INFINITY;
-}
-MSL_FN bool isfinite(float x) {
-  return ::fabsf(x) < INFINITY;
-}
-
-MSL_FN uint popcount(uint x) {
-  return msl_popcount(x);
-}
-MSL_FN uint clz(uint x) {
-  return msl_clz(x);
-}
-MSL_FN uint ctz(uint x) {
-  return x ? 31 - msl_clz(x & -x) : 32;
-}
-MSL_FN uint mulhi(uint a, uint b) {
-  return uint((ulong(a) * b) >> 32);
-}
-
-namespace precise {
-MSL_BINARY(divide, a / b)
-using metal::cos;
-using metal::exp;
-using metal::exp2;
-using metal::fmax;
-using metal::fmin;
-using metal::log;
-using metal::log2;
-using metal::max;
-using metal::min;
-using metal::pow;
-using metal::rsqrt;
-using metal::sin;
-using metal::sqrt;
-using metal::tanh;
-}  // namespace precise
 
 // Barriers, votes and atomics: their types
 
@@ -303,6 +395,15 @@ struct simd_vote {
   MSL_FN explicit simd_vote(ulong bits) : bits(bits) {}
   MSL_FN explicit operator ulong() const { return bits; }
   MSL_FN bool any() const { return bits != 0; }
+  MSL_FN bool all() const { return bits == 0xffffffff; }
+};
+
+struct quad_vote {
+  ulong bits;
+  MSL_FN explicit quad_vote(ulong bits) : bits(bits) {}
+  MSL_FN explicit operator ulong() const { return bits; }
+  MSL_FN bool any() const { return bits != 0; }
+  MSL_FN bool all() const { return bits == 15; }
 };
 
 enum memory_order { memory_order_relaxed };
@@ -312,5 +413,8 @@ struct atomic {
 };
 using atomic_int = atomic<int>;
 using atomic_uint = atomic<uint>;
+using atomic_float = atomic<float>;
+using atomic_bool = atomic<bool>;
+using atomic_ulong = atomic<ulong>;
 
 }  // namespace metal

@@ -1,5 +1,6 @@
 // Metal's vector types for compilers that have none: shared by the emulator's metal_stdlib and by cuda.h.
 // Operands of one operator have the same element type and width, or one of them is a scalar, as in Metal.
+// The front end lists the swizzles that a source uses, as MSL_SWIZZLES_2 to MSL_SWIZZLES_4.
 #pragma once
 
 #ifdef __CUDACC__
@@ -9,6 +10,11 @@
 #define MSL_FN inline __attribute__((always_inline))
 #define MSL_ANY
 #endif
+#ifndef MSL_SWIZZLES_2
+#define MSL_SWIZZLES_2
+#define MSL_SWIZZLES_3
+#define MSL_SWIZZLES_4
+#endif
 
 namespace metal {
 
@@ -16,6 +22,8 @@ template <class T, int N>
 struct vec;
 template <class T, int Size, int... I>
 struct swz;
+template <class T, int N>
+struct packed;
 
 // Type traits, as no standard header is at hand
 
@@ -48,6 +56,26 @@ struct convertible<From, To, decltype(msl_accept<To>(msl_make<From>()))> {
   static constexpr bool v = true;
 };
 
+template <class T>
+struct is_integer {
+  static constexpr bool v = false;
+};
+#define MSL_INTEGER_TYPE(T)         \
+  template <>                       \
+  struct is_integer<T> {            \
+    static constexpr bool v = true; \
+  };
+MSL_INTEGER_TYPE(bool)
+MSL_INTEGER_TYPE(char)
+MSL_INTEGER_TYPE(signed char)
+MSL_INTEGER_TYPE(unsigned char)
+MSL_INTEGER_TYPE(short)
+MSL_INTEGER_TYPE(unsigned short)
+MSL_INTEGER_TYPE(int)
+MSL_INTEGER_TYPE(unsigned)
+MSL_INTEGER_TYPE(long)
+MSL_INTEGER_TYPE(unsigned long)
+
 // Element type E and width n; a scalar is its own element
 template <class A>
 struct vtraits {
@@ -67,6 +95,10 @@ struct vtraits<swz<T, Size, I...>> {
   using E = T;
   static constexpr int n = sizeof...(I);
 };
+template <class T, int N>
+struct vtraits<packed<T, N>> : vtraits<vec<T, N>> {};
+template <class T>
+struct vtraits<const T> : vtraits<T> {};
 
 // A swizzle such as v.xz: a view of elements I... of the vector it is a member of
 template <class T, int Size, int... I>
@@ -90,9 +122,22 @@ struct swz {
     int k = 0;
     ((d[I] = v.d[k++]), ...);
   }
-  MSL_FN void operator+=(const value& v) { *this = value(*this) + v; }
-  MSL_FN void operator-=(const value& v) { *this = value(*this) - v; }
-  MSL_FN void operator*=(const value& v) { *this = value(*this) * v; }
+  MSL_FN typename vtraits<value>::E operator[](int i) const { return value(*this)[i]; }
+#define MSL_SWIZZLE_UPDATE(OP)             \
+  template <class B>                       \
+  MSL_FN void operator OP##=(const B& b) { \
+    *this = value(*this) OP b;             \
+  }
+  MSL_SWIZZLE_UPDATE(+)
+  MSL_SWIZZLE_UPDATE(-)
+  MSL_SWIZZLE_UPDATE(*)
+  MSL_SWIZZLE_UPDATE(/)
+  MSL_SWIZZLE_UPDATE(%)
+  MSL_SWIZZLE_UPDATE(&)
+  MSL_SWIZZLE_UPDATE(|)
+  MSL_SWIZZLE_UPDATE(^)
+  MSL_SWIZZLE_UPDATE(<<)
+  MSL_SWIZZLE_UPDATE(>>)
 };
 
 // A vector's storage: three elements are aligned like four, and an assignment copies it in one piece
@@ -101,30 +146,50 @@ struct alignas((N == 3 ? 4 : N) * sizeof(T)) elements {
   T d[N];
 };
 
+// Writes the elements of a scalar or vector from d on
+template <class T, class A>
+MSL_FN void msl_append(T*& d, const A& a) {
+  if constexpr (vtraits<A>::is) {
+    const vec<typename vtraits<A>::E, vtraits<A>::n> v(a);
+    for (int i = 0; i < vtraits<A>::n; i++) *d++ = T(v.d[i]);
+  } else {
+    *d++ = T(a);
+  }
+}
+
 // Constructors, assignment and subscripts of every width. A scalar converts implicitly, another vector does not.
-#define MSL_VEC_COMMON(N)                                                                                     \
-  vec() = default;                                                                                            \
-  vec(const vec&) = default;                                                                                  \
-  MSL_FN vec& operator=(const vec& v) {                                                                       \
-    whole = v.whole;                                                                                          \
-    return *this;                                                                                             \
-  }                                                                                                           \
-  MSL_FN vec(T s) {                                                                                           \
-    for (int i = 0; i < N; i++) d[i] = s;                                                                     \
-  }                                                                                                           \
-  template <class U, class = typename eif<!vtraits<U>::is && !same_t<U, T>::v && convertible<U, T>::v>::type> \
-  MSL_FN vec(U s) : vec(T(s)) {}                                                                              \
-  template <class U, class = typename eif<!same_t<U, T>::v>::type>                                            \
-  MSL_FN explicit vec(vec<U, N> v) {                                                                          \
-    for (int i = 0; i < N; i++) d[i] = T(v.d[i]);                                                             \
-  }                                                                                                           \
-  template <class U, int Size, int... I, class = typename eif<!same_t<U, T>::v && sizeof...(I) == N>::type>   \
-  MSL_FN explicit vec(const swz<U, Size, I...>& v) : vec(vec<U, N>(v)) {}                                     \
-  MSL_FN T& operator[](int i) {                                                                               \
-    return d[i];                                                                                              \
-  }                                                                                                           \
-  MSL_FN const T& operator[](int i) const {                                                                   \
-    return d[i];                                                                                              \
+#define MSL_VEC_COMMON(N, ...)                                                                                 \
+  vec() = default;                                                                                             \
+  vec(const vec&) = default;                                                                                   \
+  MSL_FN vec& operator=(const vec& v) {                                                                        \
+    whole = v.whole;                                                                                           \
+    return *this;                                                                                              \
+  }                                                                                                            \
+  MSL_FN constexpr vec(T s) : d{__VA_ARGS__} {}                                                                \
+  template <class U, class = typename eif<!vtraits<U>::is && !same_t<U, T>::v && convertible<U, T>::v>::type>  \
+  MSL_FN constexpr vec(U s) : vec(T(s)) {}                                                                     \
+  template <class U, class = typename eif<!vtraits<U>::is && !same_t<U, T>::v && !convertible<U, T>::v>::type, \
+            class = void>                                                                                      \
+  MSL_FN constexpr explicit vec(U s) : vec(T(s)) {}                                                            \
+  template <class U, class = typename eif<!same_t<U, T>::v>::type>                                             \
+  MSL_FN explicit vec(vec<U, N> v) {                                                                           \
+    for (int i = 0; i < N; i++) d[i] = T(v.d[i]);                                                              \
+  }                                                                                                            \
+  template <class U, int Size, int... I, class = typename eif<!same_t<U, T>::v && sizeof...(I) == N>::type>    \
+  MSL_FN explicit vec(const swz<U, Size, I...>& v) : vec(vec<U, N>(v)) {}                                      \
+  template <class U, class = typename eif<!same_t<U, T>::v>::type>                                             \
+  MSL_FN explicit vec(const packed<U, N>& v) : vec(vec<U, N>(v)) {}                                            \
+  template <class A, class B, class... More,                                                                   \
+            class = typename eif<((vtraits<A>::n + vtraits<B>::n) + ... + vtraits<More>::n) == N>::type>       \
+  MSL_FN vec(const A& a, const B& b, const More&... more) {                                                    \
+    T* next = d;                                                                                               \
+    msl_append(next, a), msl_append(next, b), (msl_append(next, more), ...);                                   \
+  }                                                                                                            \
+  MSL_FN T& operator[](int i) {                                                                                \
+    return d[i];                                                                                               \
+  }                                                                                                            \
+  MSL_FN const T& operator[](int i) const {                                                                    \
+    return d[i];                                                                                               \
   }
 
 template <class T>
@@ -138,13 +203,10 @@ struct vec<T, 2> {
     struct {
       T r, g;
     };
-    swz<T, 2, 0, 1> xy;
-    swz<T, 2, 1, 0> yx;
-    swz<T, 2, 0, 0> xx;
-    swz<T, 2, 1, 1> yy;
+    MSL_SWIZZLES_2
   };
-  MSL_VEC_COMMON(2)
-  MSL_FN vec(T a, T b) : d{a, b} {}
+  MSL_VEC_COMMON(2, s, s)
+  MSL_FN constexpr vec(T a, T b) : d{a, b} {}
 };
 
 template <class T>
@@ -158,16 +220,10 @@ struct vec<T, 3> {
     struct {
       T r, g, b;
     };
-    swz<T, 3, 0, 1> xy;
-    swz<T, 3, 1, 2> yz;
-    swz<T, 3, 0, 2> xz;
-    swz<T, 3, 0, 1, 2> xyz;
-    swz<T, 3, 2, 1, 0> zyx;
+    MSL_SWIZZLES_3
   };
-  MSL_VEC_COMMON(3)
-  MSL_FN vec(T a, T b, T c) : d{a, b, c} {}
-  MSL_FN vec(vec<T, 2> ab, T c) : d{ab.d[0], ab.d[1], c} {}
-  MSL_FN vec(T a, vec<T, 2> bc) : d{a, bc.d[0], bc.d[1]} {}
+  MSL_VEC_COMMON(3, s, s, s)
+  MSL_FN constexpr vec(T a, T b, T c) : d{a, b, c} {}
 };
 
 template <class T>
@@ -181,25 +237,10 @@ struct vec<T, 4> {
     struct {
       T r, g, b, a;
     };
-    swz<T, 4, 0, 1> xy;
-    swz<T, 4, 2, 3> zw;
-    swz<T, 4, 1, 2> yz;
-    swz<T, 4, 0, 2> xz;
-    swz<T, 4, 1, 3> yw;
-    swz<T, 4, 1, 0> yx;
-    swz<T, 4, 3, 2> wz;
-    swz<T, 4, 0, 1, 2> xyz;
-    swz<T, 4, 1, 2, 3> yzw;
-    swz<T, 4, 0, 1, 2, 3> xyzw;
-    swz<T, 4, 3, 2, 1, 0> wzyx;
+    MSL_SWIZZLES_4
   };
-  MSL_VEC_COMMON(4)
-  MSL_FN vec(T p, T q, T s, T t) : d{p, q, s, t} {}
-  MSL_FN vec(vec<T, 2> pq, vec<T, 2> st) : d{pq.d[0], pq.d[1], st.d[0], st.d[1]} {}
-  MSL_FN vec(vec<T, 2> pq, T s, T t) : d{pq.d[0], pq.d[1], s, t} {}
-  MSL_FN vec(T p, T q, vec<T, 2> st) : d{p, q, st.d[0], st.d[1]} {}
-  MSL_FN vec(vec<T, 3> pqs, T t) : d{pqs.d[0], pqs.d[1], pqs.d[2], t} {}
-  MSL_FN vec(T p, vec<T, 3> qst) : d{p, qst.d[0], qst.d[1], qst.d[2]} {}
+  MSL_VEC_COMMON(4, s, s, s, s)
+  MSL_FN constexpr vec(T p, T q, T s, T t) : d{p, q, s, t} {}
 };
 
 // Operators
@@ -213,7 +254,8 @@ struct binr<A, B, true, true>
           vec<typename vtraits<A>::E, vtraits<A>::n>> {};
 template <class A, class B>
 struct binr<A, B, true, false>
-    : eif<convertible<B, typename vtraits<A>::E>::v, vec<typename vtraits<A>::E, vtraits<A>::n>> {};
+    : eif<convertible<B, typename vtraits<A>::E>::v && (is_integer<B>::v || !is_integer<typename vtraits<A>::E>::v),
+          vec<typename vtraits<A>::E, vtraits<A>::n>> {};
 template <class A, class B>
 struct binr<A, B, false, true> : binr<B, A, true, false> {};
 
@@ -241,8 +283,22 @@ MSL_ARITHMETIC(%)
 MSL_ARITHMETIC(&)
 MSL_ARITHMETIC(|)
 MSL_ARITHMETIC(^)
-MSL_ARITHMETIC(<<)
-MSL_ARITHMETIC(>>)
+
+// The count of a shift is taken modulo the element's bits
+#define MSL_SHIFT(OP)                                                                                 \
+  template <class A, class B, class R = typename binr<A, B>::type>                                    \
+  MSL_FN R operator OP(const A& left, const B& right) {                                               \
+    using E = typename vtraits<R>::E;                                                                 \
+    R a(left), b(right), result;                                                                      \
+    for (int i = 0; i < vtraits<R>::n; i++) result.d[i] = E(a.d[i] OP(b.d[i] & (8 * sizeof(E) - 1))); \
+    return result;                                                                                    \
+  }                                                                                                   \
+  template <class T, int N, class B, class R = typename binr<vec<T, N>, B>::type>                     \
+  MSL_FN vec<T, N>& operator OP##=(vec<T, N>& a, const B & b) {                                       \
+    return a = a OP b;                                                                                \
+  }
+MSL_SHIFT(<<)
+MSL_SHIFT(>>)
 
 #define MSL_COMPARISON(OP)                                                  \
   template <class A, class B, class R = typename binr<A, B>::type>          \
@@ -271,12 +327,38 @@ MSL_FN vec<T, N> operator~(const vec<T, N>& a) {
   for (int i = 0; i < N; i++) result.d[i] = T(~a.d[i]);
   return result;
 }
-template <int N>
-MSL_FN vec<bool, N> operator!(const vec<bool, N>& a) {
+template <class T, int N>
+MSL_FN vec<T, N> operator+(const vec<T, N>& a) {
+  return a;
+}
+template <class T, int N>
+MSL_FN vec<bool, N> operator!(const vec<T, N>& a) {
   vec<bool, N> result;
   for (int i = 0; i < N; i++) result.d[i] = !a.d[i];
   return result;
 }
+#define MSL_LOGICAL(OP)                                                           \
+  template <int N>                                                                \
+  MSL_FN vec<bool, N> operator OP(const vec<bool, N>& a, const vec<bool, N>& b) { \
+    vec<bool, N> result;                                                          \
+    for (int i = 0; i < N; i++) result.d[i] = a.d[i] OP b.d[i];                   \
+    return result;                                                                \
+  }
+MSL_LOGICAL(&&)
+MSL_LOGICAL(||)
+#define MSL_STEP(OP)                                    \
+  template <class T, int N>                             \
+  MSL_FN vec<T, N>& operator OP##OP(vec<T, N>& a) {     \
+    return a = a OP T(1);                               \
+  }                                                     \
+  template <class T, int N>                             \
+  MSL_FN vec<T, N> operator OP##OP(vec<T, N>& a, int) { \
+    const vec<T, N> old = a;                            \
+    a = a OP T(1);                                      \
+    return old;                                         \
+  }
+MSL_STEP(+)
+MSL_STEP(-)
 
 // Functions of vectors alone
 
@@ -299,26 +381,55 @@ MSL_FN typename vtraits<R>::E dot(const A& left, const B& right) {
   for (int i = 1; i < vtraits<R>::n; i++) result = result + a.d[i] * b.d[i];
   return result;
 }
-template <class T, int N>
-MSL_FN vec<T, N> select(const vec<T, N>& a, const vec<T, N>& b, const vec<bool, N>& condition) {
-  vec<T, N> result;
-  for (int i = 0; i < N; i++) result.d[i] = condition.d[i] ? b.d[i] : a.d[i];
-  return result;
-}
+// Vectors aligned like their element. They convert to vectors, which compute.
 
-// Vectors aligned like their element
-
-template <class T>
-struct packed3 {
-  T x, y, z;
-  MSL_FN operator vec<T, 3>() const { return vec<T, 3>(x, y, z); }
-  MSL_FN void operator=(const vec<T, 3>& v) { x = v.x, y = v.y, z = v.z; }
-};
-template <class T>
-struct packed4 {
-  T x, y, z, w;
-  MSL_FN operator vec<T, 4>() const { return vec<T, 4>(x, y, z, w); }
-  MSL_FN void operator=(const vec<T, 4>& v) { x = v.x, y = v.y, z = v.z, w = v.w; }
-};
+#define MSL_PACKED(N, ...)                                                                              \
+  template <class T>                                                                                    \
+  struct packed<T, N> {                                                                                 \
+    union {                                                                                             \
+      T d[N];                                                                                           \
+      struct {                                                                                          \
+        T __VA_ARGS__;                                                                                  \
+      };                                                                                                \
+    };                                                                                                  \
+    packed() = default;                                                                                 \
+    MSL_FN packed(const vec<T, N>& v) {                                                                 \
+      for (int i = 0; i < N; i++) d[i] = v.d[i];                                                        \
+    }                                                                                                   \
+    template <class... A, class = typename eif<(sizeof...(A) > 1) && (vtraits<A>::n + ...) == N>::type> \
+    MSL_FN packed(const A&... a) : packed(vec<T, N>(a...)) {}                                           \
+    template <class A, class = typename eif<!vtraits<A>::is && convertible<A, T>::v>::type>             \
+    MSL_FN packed(A a) : packed(vec<T, N>(a)) {}                                                        \
+    MSL_FN operator vec<T, N>() const {                                                                 \
+      vec<T, N> v;                                                                                      \
+      for (int i = 0; i < N; i++) v.d[i] = d[i];                                                        \
+      return v;                                                                                         \
+    }                                                                                                   \
+    MSL_FN T& operator[](int i) {                                                                       \
+      return d[i];                                                                                      \
+    }                                                                                                   \
+    MSL_FN const T& operator[](int i) const {                                                           \
+      return d[i];                                                                                      \
+    }                                                                                                   \
+    template <class B>                                                                                  \
+    MSL_FN packed& operator+=(const B& b) {                                                             \
+      return *this = vec<T, N>(*this) + b;                                                              \
+    }                                                                                                   \
+    template <class B>                                                                                  \
+    MSL_FN packed& operator-=(const B& b) {                                                             \
+      return *this = vec<T, N>(*this) - b;                                                              \
+    }                                                                                                   \
+    template <class B>                                                                                  \
+    MSL_FN packed& operator*=(const B& b) {                                                             \
+      return *this = vec<T, N>(*this) * b;                                                              \
+    }                                                                                                   \
+    template <class B>                                                                                  \
+    MSL_FN packed& operator/=(const B& b) {                                                             \
+      return *this = vec<T, N>(*this) / b;                                                              \
+    }                                                                                                   \
+  };
+MSL_PACKED(2, x, y)
+MSL_PACKED(3, x, y, z)
+MSL_PACKED(4, x, y, z, w)
 
 }  // namespace metal
