@@ -15,8 +15,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForCausalLM,
+    GlmConfig,
     LlamaConfig,
-    MistralConfig,
     PreTrainedTokenizerFast,
     TextIteratorStreamer,
 )
@@ -246,7 +246,7 @@ def folders(tmp_path_factory):
     plain = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     plain.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", pad_token="<pad>")
-    for name, config in (("llama", LlamaConfig), ("mistral", MistralConfig)):
+    for name, config in (("llama", LlamaConfig), ("glm", GlmConfig)):
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config(vocab_size=len(words), **SMALL_CONFIG)).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -387,10 +387,10 @@ def test_a_packed_checkpoint(capsys, packed_file, tmp_path):
 def test_a_family_without_forwards_of_ours(capsys, folders):
     """The demo says that the layers run as they are; the handle's report says what does not."""
     arguments = ["--prompt", "the sky is", "--dtype", "float32"]
-    output = run_command(capsys, "--model", str(folders / "mistral"), *arguments)
-    assert "The layers of MistralForCausalLM run as they are: at most the cache and the sampler are" in output
-    assert "MistralForCausalLM._prepare_cache_for_generation" in output
-    assert "the same" in output and "MistralForCausalLM.forward" not in output
+    output = run_command(capsys, "--model", str(folders / "glm"), *arguments)
+    assert "The layers of GlmForCausalLM run as they are: at most the cache and the sampler are" in output
+    assert "GlmForCausalLM._prepare_cache_for_generation" in output
+    assert "the same" in output and "GlmForCausalLM.forward" not in output
     output = run_command(capsys, "--model", str(folders / "llama"), *arguments)
     assert "run as they are" not in output and "2 x LlamaDecoderLayer.forward" in output
 
