@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+from torch_fused.metal import MetalError
+from torch_fused.metal.host import compile_host
+
 HEADER = "#include <metal_stdlib>\nusing namespace metal;\n"
 INDEX = "uint i [[thread_position_in_grid]]"
 # The kernel's text, the tensors' sizes, and what the message says after the kernel's name. // BUG marks the line.
@@ -138,6 +141,17 @@ def test_a_fault_is_an_exception(messages, name):
     assert message.startswith(f"RuntimeError: torch_fused emulator: k: {expected}"), message
     lines = [number for number, line in enumerate((HEADER + text).split("\n"), 1) if "// BUG" in line]
     assert not lines or any(f"[test.metal:{number}]" in message for number in lines), message
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_an_initialiser_is_computed_apart(checked):
+    """It runs as the library is loaded, where no fault can be caught."""
+    kernel = "kernel void k(device float4* o) {{ o[0] = value; }}"
+    good = HEADER + "constant float4 value = float4(1, 2, 3, 4) * 2;\n" + kernel.format()
+    bad = HEADER + "constant int zero = 0;\nconstant float4 value = float4(1 / zero);\n" + kernel.format()
+    compile_host(good, "test.metal", checked)
+    with pytest.raises(MetalError, match="the initialiser of a constant has no value"):
+        compile_host(bad, "test.metal", checked)
 
 
 @pytest.mark.parametrize("name", UNCHECKED)

@@ -8,6 +8,7 @@ import platform
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -102,6 +103,10 @@ def _compile(text: str, name: str, constants: tuple[tuple[int, object], ...], fl
     result = subprocess.run(command, cwd=folder, input=source, capture_output=True, text=True, check=False)
     if result.returncode:
         raise MetalError(f"{name}: the host's compiler rejects it:\n{_errors(result.stderr)}")
+    # Loading it computes initialisers: in a process that may die of one.
+    load = [sys.executable, "-I", "-S", "-c", "import ctypes, sys; ctypes.CDLL(sys.argv[1])", str(folder / LIBRARY)]
+    if subprocess.run(load, capture_output=True, check=False).returncode < 0:
+        raise MetalError(f"{name}: error: the initialiser of a constant has no value, such as a division by zero")
 
 
 def _errors(output: str) -> str:

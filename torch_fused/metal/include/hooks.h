@@ -6,7 +6,11 @@
 
 #define MSL_UNCHECKED __attribute__((no_sanitize("thread")))
 
-static msl_runtime msl_rt;
+// Until the emulator has loaded the library, constants with an initialiser that is no constant are made.
+static msl_runtime msl_rt = {nullptr, [](const volatile void*, unsigned long, msl_access, const void*) {},
+                             nullptr, nullptr,
+                             nullptr, nullptr,
+                             nullptr, [](const char*, const void*) {}};
 extern "C" __attribute__((visibility("default"))) MSL_UNCHECKED void msl_set_runtime(const msl_runtime* runtime) {
   msl_rt = *runtime;
 }
