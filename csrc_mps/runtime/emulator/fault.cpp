@@ -1,7 +1,7 @@
 #include "fault.h"
 
 #include <signal.h>
-#include <ucontext.h>
+#include <sys/ucontext.h>
 
 #include <memory>
 #include <mutex>
