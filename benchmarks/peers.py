@@ -16,6 +16,7 @@ def _liger() -> Peers:
         "layer_norm": {"Liger-Kernel": lambda x, w, b: liger.liger_layer_norm(x, w, b, 1e-5)},
         "softmax": {"Liger-Kernel": liger.liger_softmax},
         "silu_mul": {"Liger-Kernel": liger.liger_swiglu},
+        "gelu_mul": {"Liger-Kernel": liger.liger_geglu},
         "apply_rotary_pos_emb": {"Liger-Kernel": liger.liger_rope},
     }
 

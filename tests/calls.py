@@ -343,6 +343,24 @@ def silu_mul(m: Maker) -> Arguments:
     return {"gate": m.tensor(*shape), "up": m.tensor(*shape), "casting_mode": m.pick("torch", "llama")}
 
 
+def gelu_mul(m: Maker) -> Arguments:
+    return {**silu_mul(m), "approximate": m.pick("none", "tanh")}
+
+
+def gelu_mul_backward(m: Maker) -> Arguments:
+    return {**silu_mul_backward(m), "approximate": m.pick("none", "tanh")}
+
+
+def gelu_cancels(gate: Tensor, up: Tensor, grad: Tensor | None = None, **_: Any) -> float:
+    """Far below zero gelu is next to nothing, and its slope a difference."""
+    if gate.numel() == 0:
+        return 0.0
+    largest = [float(torch.where(t.isfinite(), t, 0.0).abs().amax()) for t in (gate, up)]
+    if grad is None:
+        return largest[0] * largest[1]
+    return float(torch.where(grad.isfinite(), grad, 0.0).abs().amax()) * sum(largest)
+
+
 def silu_mul_backward(m: Maker) -> Arguments:
     shape = [*m.leading(), m.size(9)]
     return {name: m.tensor(*shape) for name in ("grad", "gate", "up")}
@@ -567,6 +585,8 @@ CALLS = {
         Call("softmax_backward", softmax_backward, cancels=softmax_cancels),
         Call("silu_mul", silu_mul, differentiable=("gate", "up")),
         Call("silu_mul_backward", silu_mul_backward),
+        Call("gelu_mul", gelu_mul, cancels=gelu_cancels, differentiable=("gate", "up")),
+        Call("gelu_mul_backward", gelu_mul_backward, cancels=gelu_cancels),
         Call("apply_rotary_pos_emb", apply_rotary_pos_emb, cancels=rotary_cancels, differentiable=("q", "k")),
         Call("apply_rotary_pos_emb_backward", apply_rotary_pos_emb_backward, cancels=rotary_cancels),
         Call("adamw_", adamw_),

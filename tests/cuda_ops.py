@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch_fused.functional import (
     add_rms_norm,
     apply_rotary_pos_emb,
+    gelu_mul,
     layer_norm,
     quantize,
     quantized_linear,
@@ -140,6 +142,8 @@ CASES: dict[str, Case] = {
     "softmax": Case(tensors(ROWS, ROWS), differentiated(softmax, 1)),
     "softmax_long": Case(tensors(LONG, LONG), differentiated(softmax, 1)),
     "silu_mul": Case(tensors(ROWS, ROWS, ROWS), differentiated(silu_mul, 2)),
+    "gelu_mul": Case(tensors(ROWS, ROWS, ROWS), differentiated(gelu_mul, 2)),
+    "gelu_mul_tanh": Case(tensors(ROWS, ROWS, ROWS), differentiated(partial(gelu_mul, approximate="tanh"), 2)),
     "apply_rotary_pos_emb": Case(tensors(*HEADS, *HEADS[2:]), rotated),
     "adamw_": Case(adamw_operands, adamw_step),
     "kv_append_": Case(tensors(*CACHE), appended),
@@ -172,7 +176,7 @@ def assert_close_to_the_cpus(actual: Sequence[Tensor], name: str, seed: int) -> 
 
 
 def start_torch() -> None:
-    """What torch itself makes at first use, and cannot while it captures: backward threads, and their cuBLAS handles."""
+    """What torch itself makes at first use, and cannot while it captures: backward threads and their cuBLAS handles."""
     x = torch.ones(2, 2, device="cuda", requires_grad=True)
     (x @ x).sum().backward()
 

@@ -185,11 +185,18 @@ def test_report(stock):
         warnings.simplefilter("error")
         with apply_torch_fused(stock) as handle:
             report = handle.report()
+
+    def count_of(name):
+        return sum(type(module).__name__ == name for module in stock.modules())
+
     for part in ("rms_norm", "rotary_embedding", "attention", "decoder_layer", "causal_lm"):
         assert f"{count[part]:4d} x {family.name(part)}.forward" in report
-    assert (f"x {family.name('mlp')}.forward" in report) == (count["mlp"] > 0 and not family.gelu)
+    assert (f"x {family.name('mlp')}.forward" in report) == (count["mlp"] > 0)
     for name, what in family.stays.items():
-        assert f" x {name}: {what}" in report
+        outside = has_step(stock) and name == family.name("experts_block")
+        assert f"  left{' outside of the decode step' if outside else ''}: {count_of(name)} x {name}: {what}" in report
+    if family.experts:
+        assert f"x {family.name('experts')}._apply_gate" in report
     assert ("steps of few tokens are one op" in report) == has_step(stock)
     if not has_step(stock):
         assert "left to transformers: layer 0 is linear attention" in report

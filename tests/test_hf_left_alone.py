@@ -356,12 +356,17 @@ def test_hidden_states_are_stocks():
         torch.testing.assert_close(actual, expected)
 
 
-def test_another_activation_is_left_alone():
-    """Only silu is taken over."""
-    stock, patched = (make_model(hidden_act="gelu") for _ in range(2))
-    apply_torch_fused(patched)
+@pytest.mark.parametrize(
+    ("activation", "op"), [("gelu", "gelu_mul"), ("gelu_pytorch_tanh", "gelu_mul"), ("gelu_new", None), ("relu", None)]
+)
+def test_another_activation(activation, op):
+    """Gelu has an op too; others are left alone."""
+    stock, patched = (make_model(hidden_act=activation) for _ in range(2))
+    handle = apply_torch_fused(patched)
+    assert ("neither silu nor gelu" in handle.report()) == (op is None)
     with torch.no_grad():
-        assert "silu_mul" not in kernels(patched, prompt(1, 4))
+        called = kernels(patched, prompt(1, 4))
+        assert {name for name in ("silu_mul", "gelu_mul") if name in called} == ({op} if op else set())
         torch.testing.assert_close(patched(prompt(1, 4)).logits, stock(prompt(1, 4)).logits)
 
 
@@ -395,9 +400,9 @@ def test_other_architectures_get_the_cache():
     options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
     ids = prompt(1, 5) % 64
     expected = model.generate(ids, **options)
-    with pytest.warns(UserWarning, match="GPT2LMHeadModel is none of LlamaForCausalLM, .* its cache and its sampler"):
+    with pytest.warns(UserWarning, match="GPT2LMHeadModel is none of the models .* its cache and its sampler"):
         handle = apply_torch_fused(model)
-    assert "  left: GPT2LMHeadModel: GPT2LMHeadModel is none of LlamaForCausalLM, " in handle.report()
+    assert "  left: GPT2LMHeadModel: GPT2LMHeadModel is none of the models that docs" in handle.report()
     assert "takes one row in torch_fused/hf/families.py" in handle.report()
     assert "1 x GPT2LMHeadModel._prepare_cache_for_generation" in handle.report()
     assert torch.equal(model.generate(ids, **options), expected)

@@ -23,15 +23,15 @@ def name(family: Family) -> str:
 
 def ops(family: Family) -> list[str]:
     joined = "add + norm" if family.norms_before[1] else ""
-    activation = "" if family.gelu else "silu x up"
+    activation = "gelu x up" if family.gelu else "silu x up"
     return [op for op in ("norms", joined, "rotary positions", activation) if op]
 
 
 def stays(family: Family) -> list[str]:
     """Of what a model computes, beside attention itself and the products."""
-    left = ["gelu x up, but in the step"] if family.gelu else []
+    left = []
     if family.experts:
-        left.append("the experts" + (", but in the step" if family.has_step else ""))
+        left.append("choice and products of experts" + (", outside of the step" if family.has_step else ""))
     if family.linear_attention:
         left.append("linear attention")
     if family.text != "model":

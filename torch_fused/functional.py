@@ -5,12 +5,13 @@ from .ops.quantized import dequantize, quantize, quantized_linear
 from .ops.rms_norm import add_rms_norm, rms_norm
 from .ops.rope import apply_rotary_pos_emb
 from .ops.softmax import softmax
-from .ops.swiglu import silu_mul
+from .ops.swiglu import gelu_mul, silu_mul
 
 __all__ = [
     "add_rms_norm",
     "apply_rotary_pos_emb",
     "dequantize",
+    "gelu_mul",
     "layer_norm",
     "quantize",
     "quantized_linear",

@@ -5,7 +5,7 @@ import torch
 from . import functional
 from .ops.quantized import can_pack, check_format
 
-__all__ = ["LayerNorm", "QuantizedEmbedding", "QuantizedLinear", "RMSNorm", "Softmax", "SwiGLU"]
+__all__ = ["GeGLU", "LayerNorm", "QuantizedEmbedding", "QuantizedLinear", "RMSNorm", "Softmax", "SwiGLU"]
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -295,3 +295,41 @@ class SwiGLU(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(functional.silu_mul(self.gate_proj(x), self.up_proj(x), casting_mode=self.casting_mode))
+
+
+class GeGLU(SwiGLU):
+    """A GeGLU feed-forward network, ``down_proj(gelu(gate_proj(x)) * up_proj(x))``, its activation on the fused op.
+
+    The parameters have the names of Hugging Face's ``Gemma2MLP``, so state dicts are interchangeable.
+
+    Args:
+        hidden_size, intermediate_size, bias, device, dtype, casting_mode: as of :class:`SwiGLU`.
+        approximate: as in :func:`torch_fused.functional.gelu_mul`; Gemma's is ``"tanh"``.
+
+    Shapes: input ``(*, hidden_size)``, output the same; float32, float16 or bfloat16, on the CPU float64 too.
+
+    Raises:
+        RuntimeError: when called, as :func:`torch_fused.functional.gelu_mul`.
+
+    Example:
+        >>> torch_fused.nn.GeGLU(8, 20, approximate="tanh")(torch.ones(3, 8)).shape
+        torch.Size([3, 8])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        approximate: str = "none",
+        casting_mode: str = "torch",
+    ) -> None:
+        super().__init__(hidden_size, intermediate_size, bias, device, dtype, casting_mode=casting_mode)
+        self.approximate = approximate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        options = {"approximate": self.approximate, "casting_mode": self.casting_mode}
+        return self.down_proj(functional.gelu_mul(self.gate_proj(x), self.up_proj(x), **options))

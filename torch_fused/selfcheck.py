@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import add_rms_norm, apply_rotary_pos_emb, dequantize, quantize, silu_mul
+from .functional import add_rms_norm, apply_rotary_pos_emb, dequantize, gelu_mul, quantize, silu_mul
 from .ops.adamw import adamw_, adamw_reference
 from .ops.decode import decode_, decode_reference
 from .ops.decoder import LAYER_PARTS, Adapter, DecoderParts, Packed, decoder_arguments, make_decoder
@@ -20,7 +20,12 @@ from .ops.rms_norm import add_rms_norm_reference, rms_norm_backward_reference, r
 from .ops.rope import apply_rotary_pos_emb_backward_reference, apply_rotary_pos_emb_reference
 from .ops.sampling import filter_logits_reference, greedy_reference, sample_reference
 from .ops.softmax import softmax_backward_reference, softmax_reference
-from .ops.swiglu import silu_mul_backward_reference, silu_mul_reference
+from .ops.swiglu import (
+    gelu_mul_backward_reference,
+    gelu_mul_reference,
+    silu_mul_backward_reference,
+    silu_mul_reference,
+)
 from .sampling import filter_logits, greedy, sample
 from .testing import make, relative_error
 
@@ -119,6 +124,21 @@ def check_silu_mul_backward(device: str) -> None:
     for _, cols, (gate, up, _), (gate64, up64, _) in row_operands(device):
         actual = torch.ops.torch_fused.silu_mul_backward(up, gate, up)
         compare(f"silu_mul_backward of {cols} columns", actual, silu_mul_backward_reference(up64, gate64, up64))
+
+
+def check_gelu_mul(device: str) -> None:
+    for approximate in ("none", "tanh"):
+        for _, cols, (gate, up, _), (gate64, up64, _) in row_operands(device):
+            what, options = f"gelu_mul of {cols} columns, {approximate}", {"approximate": approximate}
+            compare(what, [gelu_mul(gate, up, **options)], [gelu_mul_reference(gate64, up64, **options)])
+
+
+def check_gelu_mul_backward(device: str) -> None:
+    for approximate in ("none", "tanh"):
+        for _, cols, (gate, up, _), (gate64, up64, _) in row_operands(device):
+            what, options = f"gelu_mul_backward of {cols} columns, {approximate}", {"approximate": approximate}
+            actual = torch.ops.torch_fused.gelu_mul_backward(up, gate, up, **options)
+            compare(what, actual, gelu_mul_backward_reference(up64, gate64, up64, **options))
 
 
 def rotary_operands(device: str):
@@ -404,6 +424,8 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "softmax_backward": check_softmax_backward,
     "silu_mul": check_silu_mul,
     "silu_mul_backward": check_silu_mul_backward,
+    "gelu_mul": check_gelu_mul,
+    "gelu_mul_backward": check_gelu_mul_backward,
     "apply_rotary_pos_emb": check_rotary,
     "apply_rotary_pos_emb_backward": check_rotary_backward,
     "adamw_": check_adamw,

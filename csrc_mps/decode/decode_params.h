@@ -1,5 +1,6 @@
 // What the host code and the kernels of the decode step share.
 #pragma once
+#include "common/activation_params.h"
 #include "common/shared.h"
 
 namespace torch_fused {
@@ -12,8 +13,6 @@ SHARED_CONSTANT uint32_t kBlockColumns = 32 * kLaneColumns;  // and a simdgroup
 SHARED_CONSTANT uint32_t kMostHeadDim = 256;
 SHARED_CONSTANT uint32_t kAttentionSimdgroups = 8;
 SHARED_CONSTANT uint32_t kTeamQueries = 2;  // that a simdgroup of attention has at once
-
-SHARED_CONSTANT uint32_t kSilu = 0, kGelu = 1, kGeluTanh = 2;  // activations
 
 SHARED_CONSTANT uint32_t kMostRank = 256;  // of an adapter
 

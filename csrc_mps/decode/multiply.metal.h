@@ -5,6 +5,7 @@
 // waits for another before the sums at the end, and all rows are under way before the first vector is needed.
 #pragma once
 #include <metal_stdlib>
+#include "common/activation.metal.h"
 #include "common/pack.metal.h"
 #include "decode/decode_params.h"
 #include "decode/product.metal.h"
@@ -12,25 +13,6 @@
 #include "decode/vectors.metal.h"
 using namespace metal;
 using namespace torch_fused;
-
-// The error function, by the rational approximation 7.1.26 of Abramowitz and Stegun, within 1.5e-7.
-inline float error_function(float x) {
-  const float t = 1.0f / fma(0.3275911f, fabs(x), 1.0f);
-  float sum = 1.061405429f;
-  sum = fma(sum, t, -1.453152027f);
-  sum = fma(sum, t, 1.421413741f);
-  sum = fma(sum, t, -0.284496736f);
-  sum = fma(sum, t, 0.254829592f);
-  const float magnitude = 1.0f - sum * t * exp(-x * x);
-  return x < 0.0f ? -magnitude : magnitude;
-}
-
-// gelu_tanh is x * sigmoid(2 y) of its argument y.
-inline float activate(float x, uint activation) {
-  if (activation == kGelu) return 0.5f * x * (1.0f + error_function(x * 0.70710678f));
-  const float y = activation == kSilu ? x : 1.59576912f * fma(0.044715f * x * x, x, x);
-  return x / (1.0f + exp(-y));
-}
 
 // Where a vector of the step begins.
 inline ulong vector_offset(constant ProductParams& p, uint vector) {

@@ -1,4 +1,4 @@
-// silu_mul, the activation of SwiGLU: schema, checks, autograd and the CPU kernels.
+// silu_mul, the activation of SwiGLU, and gelu_mul: schemas, checks, autograd and the CPU kernels.
 
 // Fused multiply-adds where the machine has them: half the work of exp's polynomial.
 #pragma GCC optimize("fp-contract=fast")
@@ -12,9 +12,9 @@
 
 #include <algorithm>
 
+#include "../common/activation.h"
 #include "../common/autograd.h"
 #include "../common/checks.h"
-#include "../common/exp.h"
 #include "../common/half_runs.h"
 #include "../common/pairs.h"
 #include "../common/simd.h"
@@ -22,6 +22,8 @@
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def("silu_mul(Tensor gate, Tensor up, *, str casting_mode=\"torch\") -> Tensor");
   m.def("silu_mul_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)");
+  m.def("gelu_mul(Tensor gate, Tensor up, *, str approximate=\"none\", str casting_mode=\"torch\") -> Tensor");
+  m.def("gelu_mul_backward(Tensor grad, Tensor gate, Tensor up, *, str approximate=\"none\") -> (Tensor, Tensor)");
 }
 
 namespace torch_fused {
@@ -43,6 +45,12 @@ SwigluRows check_swiglu(const char* op, std::initializer_list<std::pair<const ch
   return call;
 }
 
+bool is_tanh(const char* op, std::string_view approximate) {
+  TORCH_CHECK(approximate == "none" || approximate == "tanh", op, ": approximate must be 'none' or 'tanh', got '",
+              approximate, "'");
+  return approximate == "tanh";
+}
+
 // ---- CPU ------------------------------------------------------------------------------------------------------------
 
 namespace {
@@ -50,7 +58,7 @@ namespace {
 // Elements a thread should at least have: below that, waking one costs more than it saves.
 constexpr int64_t kGrain = 8192;
 
-template <class T>
+template <uint32_t activation, class T>
 struct Forward {
   bool llama;
   int64_t cols;
@@ -60,52 +68,47 @@ struct Forward {
   int64_t gate_stride, up_stride;
 };
 
-template <class Wide>
-TORCH_FUSED_INLINE Wide silu_of(Wide g) {
-  return g / one_plus_exp(-g);
-}
-
-template <bool llama, class T>
+template <uint32_t activation, bool llama, class T>
 TORCH_FUSED_INLINE void forward_row(const T* __restrict gate, const T* __restrict up, T* __restrict output, int64_t n) {
   int64_t i = 0;
   if constexpr (kInPairs<T>) {
     for (; i < n / 2; ++i) {
       const Pair g = load_pair(gate + 2 * i), u = load_pair(up + 2 * i);
-      Pair silu{silu_of(g.first), silu_of(g.second)};
-      if (llama) silu = round_pair(silu);
-      store_pair(output + 2 * i, round_pair({silu.first * u.first, silu.second * u.second}));
+      Pair activated{activate<activation>(g.first), activate<activation>(g.second)};
+      if (llama) activated = round_pair(activated);
+      store_pair(output + 2 * i, round_pair({activated.first * u.first, activated.second * u.second}));
     }
     i = n / 2 * 2;
   }
   for (; i < n; ++i) {
-    const wide_t<T> silu = silu_of(widen(gate[i]));
-    output[i] = narrow<T>((llama ? round_to<T>(silu) : silu) * widen(up[i]));
+    const wide_t<T> activated = activate<activation>(widen(gate[i]));
+    output[i] = narrow<T>((llama ? round_to<T>(activated) : activated) * widen(up[i]));
   }
 }
 
-template <bool llama>
+template <uint32_t activation, bool llama>
 TORCH_FUSED_INLINE void forward_row(const at::Half* gate, const at::Half* up, at::Half* output, int64_t n) {
-  float silu[kHalfRun], other[kHalfRun];
+  float activated[kHalfRun], other[kHalfRun];
   for (int64_t i = 0; i < n; i += kHalfRun) {
     const int64_t count = std::min(n - i, kHalfRun);
-    widen_run(gate + i, silu, count);
+    widen_run(gate + i, activated, count);
     widen_run(up + i, other, count);
-    for (int64_t j = 0; j < count; ++j) silu[j] = silu_of(silu[j]);
-    if (llama) round_run(silu, output + i, count);
-    for (int64_t j = 0; j < count; ++j) silu[j] *= other[j];
-    narrow_run(silu, output + i, count);
+    for (int64_t j = 0; j < count; ++j) activated[j] = activate<activation>(activated[j]);
+    if (llama) round_run(activated, output + i, count);
+    for (int64_t j = 0; j < count; ++j) activated[j] *= other[j];
+    narrow_run(activated, output + i, count);
   }
 }
 
-template <class T>
-TORCH_FUSED_INLINE void run_row(const Forward<T>& a, int64_t row, int64_t column, int64_t n) {
+template <uint32_t activation, class T>
+TORCH_FUSED_INLINE void run_row(const Forward<activation, T>& a, int64_t row, int64_t column, int64_t n) {
   const T* gate = a.gate + row * a.gate_stride + column;
   const T* up = a.up + row * a.up_stride + column;
   T* output = a.output + row * a.cols + column;
-  a.llama ? forward_row<true>(gate, up, output, n) : forward_row<false>(gate, up, output, n);
+  a.llama ? forward_row<activation, true>(gate, up, output, n) : forward_row<activation, false>(gate, up, output, n);
 }
 
-template <class T>
+template <uint32_t activation, class T>
 struct Backward {
   int64_t cols;
   const T* grad;
@@ -116,17 +119,18 @@ struct Backward {
   int64_t grad_stride, gate_stride, up_stride;
 };
 
-template <class T>
+template <uint32_t activation, class T>
 TORCH_FUSED_INLINE void backward_row(const T* __restrict grad, const T* __restrict gate, const T* __restrict up,
                                      T* __restrict grad_gate, T* __restrict grad_up, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    const wide_t<T> dy = widen(grad[i]), g = widen(gate[i]);
-    const wide_t<T> sigmoid = 1 / one_plus_exp(-g);
-    grad_gate[i] = narrow<T>(dy * widen(up[i]) * sigmoid * (1 + g * (1 - sigmoid)));
-    grad_up[i] = narrow<T>(dy * g * sigmoid);
+    const wide_t<T> dy = widen(grad[i]);
+    const auto activated = activate_with_slope<activation>(widen(gate[i]));
+    grad_gate[i] = narrow<T>(dy * widen(up[i]) * activated.slope);
+    grad_up[i] = narrow<T>(dy * activated.value);
   }
 }
 
+template <uint32_t activation>
 TORCH_FUSED_INLINE void backward_row(const at::Half* grad, const at::Half* gate, const at::Half* up,
                                      at::Half* grad_gate, at::Half* grad_up, int64_t n) {
   float operands[3][kHalfRun], results[2][kHalfRun];
@@ -135,17 +139,17 @@ TORCH_FUSED_INLINE void backward_row(const at::Half* grad, const at::Half* gate,
     widen_run(grad + i, operands[0], count);
     widen_run(gate + i, operands[1], count);
     widen_run(up + i, operands[2], count);
-    backward_row(operands[0], operands[1], operands[2], results[0], results[1], count);
+    backward_row<activation>(operands[0], operands[1], operands[2], results[0], results[1], count);
     narrow_run(results[0], grad_gate + i, count);
     narrow_run(results[1], grad_up + i, count);
   }
 }
 
-template <class T>
-TORCH_FUSED_INLINE void run_row(const Backward<T>& a, int64_t row, int64_t column, int64_t n) {
+template <uint32_t activation, class T>
+TORCH_FUSED_INLINE void run_row(const Backward<activation, T>& a, int64_t row, int64_t column, int64_t n) {
   const int64_t to = row * a.cols + column;
-  backward_row(a.grad + row * a.grad_stride + column, a.gate + row * a.gate_stride + column,
-               a.up + row * a.up_stride + column, a.grad_gate + to, a.grad_up + to, n);
+  backward_row<activation>(a.grad + row * a.grad_stride + column, a.gate + row * a.gate_stride + column,
+                           a.up + row * a.up_stride + column, a.grad_gate + to, a.grad_up + to, n);
 }
 
 // Elements begin .. end - 1 of all rows.
@@ -159,60 +163,86 @@ TORCH_FUSED_INLINE void run_elements(const Args& args, int64_t begin, int64_t en
   }
 }
 
-#define SWIGLU_LOOPS(T)                                                         \
-  TORCH_FUSED_SIMD void run(const Forward<T>& a, int64_t begin, int64_t end) {  \
-    run_elements(a, begin, end);                                                \
-  }                                                                             \
-  TORCH_FUSED_SIMD void run(const Backward<T>& a, int64_t begin, int64_t end) { \
-    run_elements(a, begin, end);                                                \
+#define GATED_LOOPS(activation, T)                                                          \
+  TORCH_FUSED_SIMD void run(const Forward<activation, T>& a, int64_t begin, int64_t end) {  \
+    run_elements(a, begin, end);                                                            \
+  }                                                                                         \
+  TORCH_FUSED_SIMD void run(const Backward<activation, T>& a, int64_t begin, int64_t end) { \
+    run_elements(a, begin, end);                                                            \
   }
-SWIGLU_LOOPS(float)
-SWIGLU_LOOPS(double)
-SWIGLU_LOOPS(at::Half)
-SWIGLU_LOOPS(at::BFloat16)
+#define GATED_LOOPS_OF(activation)  \
+  GATED_LOOPS(activation, float)    \
+  GATED_LOOPS(activation, double)   \
+  GATED_LOOPS(activation, at::Half) \
+  GATED_LOOPS(activation, at::BFloat16)
+GATED_LOOPS_OF(kSilu)
+GATED_LOOPS_OF(kGelu)
+GATED_LOOPS_OF(kGeluTanh)
 
 template <class Args>
 void run_parallel(const Args& args, int64_t count) {
   at::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) { run(args, begin, end); });
 }
 
-}  // namespace
-
-Tensor silu_mul_cpu(const Tensor& gate, const Tensor& up, std::string_view casting_mode) {
-  const bool llama = is_llama("silu_mul", casting_mode);
-  const SwigluRows call = check_swiglu("silu_mul", {{"gate", &gate}, {"up", &up}});
+template <uint32_t activation>
+Tensor forward_cpu(const char* op, const Tensor& gate, const Tensor& up, std::string_view casting_mode) {
+  const bool llama = is_llama(op, casting_mode);
+  const SwigluRows call = check_swiglu(op, {{"gate", &gate}, {"up", &up}});
   const Tensor output = at::empty(gate.sizes(), gate.options());
   const Rows &g = call.operands[0], &u = call.operands[1];
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, gate.scalar_type(), "silu_mul", [&] {
-    const Forward<scalar_t> args{llama,
-                                 call.cols,
-                                 elements<const scalar_t>(g.tensor),
-                                 elements<const scalar_t>(u.tensor),
-                                 elements<scalar_t>(output),
-                                 g.stride,
-                                 u.stride};
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, gate.scalar_type(), "gated", [&] {
+    const Forward<activation, scalar_t> args{llama,
+                                             call.cols,
+                                             elements<const scalar_t>(g.tensor),
+                                             elements<const scalar_t>(u.tensor),
+                                             elements<scalar_t>(output),
+                                             g.stride,
+                                             u.stride};
     run_parallel(args, output.numel());
   });
   return output;
 }
 
-std::tuple<Tensor, Tensor> silu_mul_backward_cpu(const Tensor& grad, const Tensor& gate, const Tensor& up) {
-  const SwigluRows call = check_swiglu("silu_mul_backward", {{"grad", &grad}, {"gate", &gate}, {"up", &up}});
+template <uint32_t activation>
+std::tuple<Tensor, Tensor> backward_cpu(const char* op, const Tensor& grad, const Tensor& gate, const Tensor& up) {
+  const SwigluRows call = check_swiglu(op, {{"grad", &grad}, {"gate", &gate}, {"up", &up}});
   const Tensor grad_gate = at::empty(gate.sizes(), gate.options()), grad_up = at::empty(up.sizes(), up.options());
   const Rows &dy = call.operands[0], &g = call.operands[1], &u = call.operands[2];
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, gate.scalar_type(), "silu_mul_backward", [&] {
-    const Backward<scalar_t> args{call.cols,
-                                  elements<const scalar_t>(dy.tensor),
-                                  elements<const scalar_t>(g.tensor),
-                                  elements<const scalar_t>(u.tensor),
-                                  elements<scalar_t>(grad_gate),
-                                  elements<scalar_t>(grad_up),
-                                  dy.stride,
-                                  g.stride,
-                                  u.stride};
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, gate.scalar_type(), "gated", [&] {
+    const Backward<activation, scalar_t> args{call.cols,
+                                              elements<const scalar_t>(dy.tensor),
+                                              elements<const scalar_t>(g.tensor),
+                                              elements<const scalar_t>(u.tensor),
+                                              elements<scalar_t>(grad_gate),
+                                              elements<scalar_t>(grad_up),
+                                              dy.stride,
+                                              g.stride,
+                                              u.stride};
     run_parallel(args, gate.numel());
   });
   return {grad_gate, grad_up};
+}
+
+}  // namespace
+
+Tensor silu_mul_cpu(const Tensor& gate, const Tensor& up, std::string_view casting_mode) {
+  return forward_cpu<kSilu>("silu_mul", gate, up, casting_mode);
+}
+
+std::tuple<Tensor, Tensor> silu_mul_backward_cpu(const Tensor& grad, const Tensor& gate, const Tensor& up) {
+  return backward_cpu<kSilu>("silu_mul_backward", grad, gate, up);
+}
+
+Tensor gelu_mul_cpu(const Tensor& gate, const Tensor& up, std::string_view approximate, std::string_view casting_mode) {
+  return is_tanh("gelu_mul", approximate) ? forward_cpu<kGeluTanh>("gelu_mul", gate, up, casting_mode)
+                                          : forward_cpu<kGelu>("gelu_mul", gate, up, casting_mode);
+}
+
+std::tuple<Tensor, Tensor> gelu_mul_backward_cpu(const Tensor& grad, const Tensor& gate, const Tensor& up,
+                                                 std::string_view approximate) {
+  static constexpr char op[] = "gelu_mul_backward";
+  return is_tanh(op, approximate) ? backward_cpu<kGeluTanh>(op, grad, gate, up)
+                                  : backward_cpu<kGelu>(op, grad, gate, up);
 }
 
 // ---- autograd -------------------------------------------------------------------------------------------------------
@@ -243,6 +273,33 @@ struct SiluMulFunction : torch::autograd::Function<SiluMulFunction> {
   }
 };
 
+Tensor call_gelu_mul(const Tensor& gate, const Tensor& up, std::string_view approximate,
+                     std::string_view casting_mode) {
+  static const auto op = find_op<decltype(gelu_mul_cpu)>("torch_fused::gelu_mul");
+  return op.call(gate, up, approximate, casting_mode);
+}
+
+struct GeluMulFunction : torch::autograd::Function<GeluMulFunction> {
+  static constexpr char op[] = "gelu_mul";
+
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& gate, const Tensor& up,
+                        std::string_view approximate, std::string_view casting_mode) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({gate, up});
+    ctx->saved_data["approximate"] = std::string(approximate);
+    return call_gelu_mul(gate, up, approximate, casting_mode);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    static const auto backward_op = find_op<decltype(gelu_mul_backward_cpu)>("torch_fused::gelu_mul_backward");
+    const auto saved = ctx->get_saved_variables();
+    const std::string approximate = ctx->saved_data["approximate"].toStringRef();
+    auto [grad_gate, grad_up] = backward_op.call(grads[0], saved[0], saved[1], approximate);
+    return {grad_gate, grad_up, Tensor(), Tensor()};
+  }
+};
+
 }  // namespace
 }  // namespace torch_fused
 
@@ -250,4 +307,6 @@ TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
   using namespace torch_fused;
   m.impl("silu_mul", Differentiable<SiluMulFunction, decltype(silu_mul_cpu)>::call);
   m.impl("silu_mul_backward", differentiable_by_reference());
+  m.impl("gelu_mul", Differentiable<GeluMulFunction, decltype(gelu_mul_cpu)>::call);
+  m.impl("gelu_mul_backward", differentiable_by_reference());
 }

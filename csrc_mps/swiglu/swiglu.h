@@ -19,14 +19,25 @@ struct SwigluRows {
 
 // Checks that all operands of `op` are alike; a message names the op, the argument, what it got and what it takes.
 SwigluRows check_swiglu(const char* op, std::initializer_list<std::pair<const char*, const at::Tensor*>> operands);
-// silu(gate) * up
+// Whether gelu is the one by tanh; `approximate` must be "tanh" or "none".
+bool is_tanh(const char* op, std::string_view approximate);
+
+// activation(gate) * up
 at::Tensor silu_mul_cpu(const at::Tensor& gate, const at::Tensor& up, std::string_view casting_mode);
 at::Tensor silu_mul_gpu(const at::Tensor& gate, const at::Tensor& up, std::string_view casting_mode);
+at::Tensor gelu_mul_cpu(const at::Tensor& gate, const at::Tensor& up, std::string_view approximate,
+                        std::string_view casting_mode);
+at::Tensor gelu_mul_gpu(const at::Tensor& gate, const at::Tensor& up, std::string_view approximate,
+                        std::string_view casting_mode);
 
 // The gradients of gate and up.
 std::tuple<at::Tensor, at::Tensor> silu_mul_backward_cpu(const at::Tensor& grad, const at::Tensor& gate,
                                                          const at::Tensor& up);
 std::tuple<at::Tensor, at::Tensor> silu_mul_backward_gpu(const at::Tensor& grad, const at::Tensor& gate,
                                                          const at::Tensor& up);
+std::tuple<at::Tensor, at::Tensor> gelu_mul_backward_cpu(const at::Tensor& grad, const at::Tensor& gate,
+                                                         const at::Tensor& up, std::string_view approximate);
+std::tuple<at::Tensor, at::Tensor> gelu_mul_backward_gpu(const at::Tensor& grad, const at::Tensor& gate,
+                                                         const at::Tensor& up, std::string_view approximate);
 
 }  // namespace torch_fused

@@ -1,5 +1,6 @@
-// The activation of SwiGLU, y = silu(gate) * up with silu(g) = g / (1 + exp(-g)), and its gradients.
+// The activation of SwiGLU and its relatives, y = activation(gate) * up, and its gradients.
 #include <metal_stdlib>
+#include "common/activation.metal.h"
 #include "common/pack.metal.h"
 #include "swiglu/swiglu_params.h"
 using namespace metal;
@@ -21,11 +22,11 @@ struct Span {
   }
 };
 
-template <typename T, int W>
+template <uint A, typename T, int W>
 [[kernel, max_total_threads_per_threadgroup(256)]]
-void silu_mul(device const T* gate [[buffer(0)]], device const T* up [[buffer(1)]], device T* output [[buffer(2)]],
-              constant SwigluParams& p [[buffer(3)]], uint group [[threadgroup_position_in_grid]],
-              uint thread_id [[thread_position_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
+void gated(device const T* gate [[buffer(0)]], device const T* up [[buffer(1)]], device T* output [[buffer(2)]],
+           constant SwigluParams& p [[buffer(3)]], uint group [[threadgroup_position_in_grid]],
+           uint thread_id [[thread_position_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
   const Span<W> at(p, group, thread_id, threads);
   Pack<T, W> gates, ups;
   gates.load(gate + at.row * p.gate_stride + at.start, at.column, at.cols, p.flags & ALIGNED);
@@ -35,19 +36,19 @@ void silu_mul(device const T* gate [[buffer(0)]], device const T* up [[buffer(1)
   ups.unpack(u);
 #pragma unroll
   for (int j = 0; j < W; j++) {
-    const float silu = g[j] / (1.0f + exp(-g[j]));
-    y[j] = (p.flags & LLAMA ? float(T(silu)) : silu) * u[j];
+    const float activated = activate(g[j], A);
+    y[j] = (p.flags & LLAMA ? float(T(activated)) : activated) * u[j];
   }
   store_columns<W>(output + at.row * p.cols + at.start, at.column, at.cols, p.flags & ALIGNED, y);
 }
 
-template <typename T, int W>
+template <uint A, typename T, int W>
 [[kernel, max_total_threads_per_threadgroup(256)]]
-void silu_mul_backward(device const T* grad [[buffer(0)]], device const T* gate [[buffer(1)]],
-                       device const T* up [[buffer(2)]], device T* grad_gate [[buffer(3)]],
-                       device T* grad_up [[buffer(4)]], constant SwigluParams& p [[buffer(5)]],
-                       uint group [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
-                       uint threads [[threads_per_threadgroup]]) {
+void gated_backward(device const T* grad [[buffer(0)]], device const T* gate [[buffer(1)]],
+                    device const T* up [[buffer(2)]], device T* grad_gate [[buffer(3)]],
+                    device T* grad_up [[buffer(4)]], constant SwigluParams& p [[buffer(5)]],
+                    uint group [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
+                    uint threads [[threads_per_threadgroup]]) {
   const Span<W> at(p, group, thread_id, threads);
   Pack<T, W> grads, gates, ups;
   grads.load(grad + at.row * p.grad_stride + at.start, at.column, at.cols, p.flags & ALIGNED);
@@ -59,19 +60,23 @@ void silu_mul_backward(device const T* grad [[buffer(0)]], device const T* gate 
   ups.unpack(u);
 #pragma unroll
   for (int j = 0; j < W; j++) {
-    const float sigmoid = 1.0f / (1.0f + exp(-g[j]));
-    u[j] = dy[j] * u[j] * sigmoid * (1.0f + g[j] * (1.0f - sigmoid));
-    dy[j] *= g[j] * sigmoid;
+    const ValueAndSlope activated = activate_with_slope(g[j], A);
+    u[j] = dy[j] * u[j] * activated.slope;
+    dy[j] *= activated.value;
   }
   store_columns<W>(grad_gate + at.row * p.cols + at.start, at.column, at.cols, p.flags & ALIGNED, u);
   store_columns<W>(grad_up + at.row * p.cols + at.start, at.column, at.cols, p.flags & ALIGNED, dy);
 }
 
-#define SWIGLU(name, T, W)                                                                                           \
-  template [[host_name("silu_mul_" #name)]] [[kernel]] void silu_mul<T, W>(                                          \
+#define GATED(host, A, name, T, W)                                                                                   \
+  template [[host_name(host "_" #name)]] [[kernel]] void gated<A, T, W>(                                             \
       device const T*, device const T*, device T*, constant SwigluParams&, uint, uint, uint);                        \
-  template [[host_name("silu_mul_backward_" #name)]] [[kernel]] void silu_mul_backward<T, W>(                        \
+  template [[host_name(host "_backward_" #name)]] [[kernel]] void gated_backward<A, T, W>(                           \
       device const T*, device const T*, device const T*, device T*, device T*, constant SwigluParams&, uint, uint, uint);
-SWIGLU(f32, float, 4)
-SWIGLU(f16, half, 8)
-SWIGLU(bf16, bfloat, 8)
+#define GATED_OF(host, A)       \
+  GATED(host, A, f32, float, 4) \
+  GATED(host, A, f16, half, 8)  \
+  GATED(host, A, bf16, bfloat, 8)
+GATED_OF("silu_mul", kSilu)
+GATED_OF("gelu_mul", kGelu)
+GATED_OF("gelu_mul_tanh", kGeluTanh)

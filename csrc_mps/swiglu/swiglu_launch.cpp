@@ -1,4 +1,4 @@
-// silu_mul on a GPU: operands, kernel, grid and parameters of each launch.
+// silu_mul and gelu_mul on a GPU: operands, kernel, grid and parameters of each launch.
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -40,25 +40,47 @@ void launch_rows(const char* op, KernelSet& kernels, const SwigluRows& call, std
   launch(kernels(result), call.rows * params.groups, threads, buffers, params);
 }
 
-}  // namespace
-
-Tensor silu_mul_gpu(const Tensor& gate, const Tensor& up, std::string_view casting_mode) {
-  const bool llama = is_llama("silu_mul", casting_mode);
-  const SwigluRows call = check_swiglu("silu_mul", {{"gate", &gate}, {"up", &up}});
+Tensor forward_gpu(const char* op, KernelSet& kernels, const Tensor& gate, const Tensor& up,
+                   std::string_view casting_mode) {
+  const bool llama = is_llama(op, casting_mode);
+  const SwigluRows call = check_swiglu(op, {{"gate", &gate}, {"up", &up}});
   const Tensor output = at::empty(gate.sizes(), gate.options());
-  static KernelSet kernels("swiglu", "silu_mul");
-  launch_rows("silu_mul", kernels, call, {output},
+  launch_rows(op, kernels, call, {output},
               {0, call.operands[0].stride, call.operands[1].stride, 0, 0, llama ? LLAMA : 0});
   return output;
 }
 
-std::tuple<Tensor, Tensor> silu_mul_backward_gpu(const Tensor& grad, const Tensor& gate, const Tensor& up) {
-  const SwigluRows call = check_swiglu("silu_mul_backward", {{"grad", &grad}, {"gate", &gate}, {"up", &up}});
+std::tuple<Tensor, Tensor> backward_gpu(const char* op, KernelSet& kernels, const Tensor& grad, const Tensor& gate,
+                                        const Tensor& up) {
+  const SwigluRows call = check_swiglu(op, {{"grad", &grad}, {"gate", &gate}, {"up", &up}});
   const Tensor grad_gate = at::empty(gate.sizes(), gate.options()), grad_up = at::empty(up.sizes(), up.options());
-  static KernelSet kernels("swiglu", "silu_mul_backward");
-  launch_rows("silu_mul_backward", kernels, call, {grad_gate, grad_up},
+  launch_rows(op, kernels, call, {grad_gate, grad_up},
               {0, call.operands[1].stride, call.operands[2].stride, call.operands[0].stride, 0, 0});
   return {grad_gate, grad_up};
+}
+
+}  // namespace
+
+Tensor silu_mul_gpu(const Tensor& gate, const Tensor& up, std::string_view casting_mode) {
+  static KernelSet kernels("swiglu", "silu_mul");
+  return forward_gpu("silu_mul", kernels, gate, up, casting_mode);
+}
+
+std::tuple<Tensor, Tensor> silu_mul_backward_gpu(const Tensor& grad, const Tensor& gate, const Tensor& up) {
+  static KernelSet kernels("swiglu", "silu_mul_backward");
+  return backward_gpu("silu_mul_backward", kernels, grad, gate, up);
+}
+
+Tensor gelu_mul_gpu(const Tensor& gate, const Tensor& up, std::string_view approximate, std::string_view casting_mode) {
+  static KernelSet exact("swiglu", "gelu_mul"), by_tanh("swiglu", "gelu_mul_tanh");
+  return forward_gpu("gelu_mul", is_tanh("gelu_mul", approximate) ? by_tanh : exact, gate, up, casting_mode);
+}
+
+std::tuple<Tensor, Tensor> gelu_mul_backward_gpu(const Tensor& grad, const Tensor& gate, const Tensor& up,
+                                                 std::string_view approximate) {
+  static constexpr char op[] = "gelu_mul_backward";
+  static KernelSet exact("swiglu", op), by_tanh("swiglu", "gelu_mul_tanh_backward");
+  return backward_gpu(op, is_tanh(op, approximate) ? by_tanh : exact, grad, gate, up);
 }
 
 }  // namespace torch_fused
@@ -66,3 +88,5 @@ std::tuple<Tensor, Tensor> silu_mul_backward_gpu(const Tensor& grad, const Tenso
 using namespace torch_fused;
 TORCH_FUSED_KERNELS(silu_mul)
 TORCH_FUSED_KERNELS(silu_mul_backward)
+TORCH_FUSED_KERNELS(gelu_mul)
+TORCH_FUSED_KERNELS(gelu_mul_backward)

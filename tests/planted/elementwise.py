@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from torch_fused.functional import apply_rotary_pos_emb, silu_mul, softmax
+from torch_fused.functional import apply_rotary_pos_emb, gelu_mul, silu_mul, softmax
 from torch_fused.ops.adamw import adamw_
 from torch_fused.ops.kv_cache import kv_append_
 from torch_fused.testing import make
@@ -30,6 +30,14 @@ def gated(backward: bool = False) -> Callable[[], object]:
     if backward:
         return lambda: torch.ops.torch_fused.silu_mul_backward(grad, gate, up)
     return lambda: silu_mul(gate, up)
+
+
+def gelu_gated(approximate: str, backward: bool = False) -> Callable[[], object]:
+    """The same of gelu_mul, of gates on both sides of zero."""
+    gate, up, grad = (make(3, 64, seed=i, scale=2) for i in range(3))
+    if backward:
+        return lambda: torch.ops.torch_fused.gelu_mul_backward(grad, gate, up, approximate=approximate)
+    return lambda: gelu_mul(gate, up, approximate=approximate)
 
 
 def rotated(rotary_dim: int = 16) -> Callable[[], object]:
@@ -250,8 +258,17 @@ ONLY_NUMBERS = [
      "1.0f / total.sum", lambda: softmax(make(3, 896))),
     ("the first row's chunks for all rows", "softmax", "partial[row * p.chunks + thread_id]", "partial[thread_id]",
      lambda: softmax(make(3, 9000))),
-    ("exp of the gate, not of its negative", "swiglu", "(1.0f + exp(-g[j]))", "(1.0f + exp(g[j]))", gated()),
-    ("slope of the sigmoid", "swiglu", "1.0f + g[j] * (1.0f - sigmoid)", "1.0f + g[j] * sigmoid", gated(backward=True)),
+    ("exp of the gate, not of its negative", "swiglu", "1.0f + exp(-y)", "1.0f + exp(y)", gated()),
+    (
+        "slope of the sigmoid",
+        "swiglu",
+        "limited * y_slope * (1.0f - sigmoid)",
+        "limited * y_slope * sigmoid",
+        gated(backward=True),
+    ),
+    ("gelu is even", "swiglu", "g < 0.0f ? tail : 1.0f - tail", "1.0f - tail", gelu_gated("none")),
+    ("slope without the bell", "swiglu", "below + 0.39894228f * g * bell", "below", gelu_gated("none", True)),
+    ("slope of the cube", "swiglu", "Wide(0.134145)", "Wide(0.044715)", gelu_gated("tanh", True)),
     ("the sine's sign", "rope", "!transposed, llama, y", "transposed, llama, y", rotated()),
     ("both halves with the first half's cosine", "rope", "rotate<T, W>(b, a, cos_b,", "rotate<T, W>(b, a, cos_a,",
      rotated()),

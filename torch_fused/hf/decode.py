@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..ops.decode import decode_
 from .cache import FusedKVCache, FusedLayer, FusedSlidingLayer
 from .described import names_of
-from .families import FAMILIES, family_of_model
+from .families import FAMILIES, WRAPPERS, family_of_model
 from .models import take_cache
 from .origin import class_name, describe, home_of, is_ours, is_own
 from .plan import Left, Plan, read
@@ -30,7 +30,7 @@ UNUSED_ARGUMENTS = {"tokenizer", "assistant_tokenizer", "num_items_in_batch"}
 DECODER = "_torch_fused_decoder"
 """The attribute of a patched causal language model that holds its `Decoder`."""
 
-CAUSAL_LMS = {family.path("causal_lm") for family in FAMILIES}
+CAUSAL_LMS = {family.path("causal_lm") for family in FAMILIES} | WRAPPERS
 
 
 class Decoder:
@@ -170,7 +170,7 @@ class Decoder:
         implementation = attention_of(config)
         if implementation not in ("eager", "sdpa"):
             raise Left(f"its attention is {implementation!r}, not 'sdpa' or 'eager'")
-        home: Any = home_of(type(self.model))
+        home: Any = home_of(type(self.model.get_submodule(plan.family.text)))
         attention = home.ALL_ATTENTION_FUNCTIONS.get(implementation, home.eager_attention_forward)
         for function in (attention, mask_function_of(implementation)):
             if not is_own(function):
@@ -293,24 +293,24 @@ def causal_lm_forward(self, *args: Any, **kwargs: Any) -> Any:
 _forwards: dict[str, FunctionType] = {}
 
 
-def forward_of(package: str) -> FunctionType:
-    """`causal_lm_forward` with the signature of a family's own, which `generate` and trainers look at."""
-    if package not in _forwards:
-        family = next(family for family in FAMILIES if family.package == package)
-        own = getattr(import_module(family.home), family.name("causal_lm")).forward
-        name = f"forward_of_{package}"
+def forward_of(cls: str) -> FunctionType:
+    """`causal_lm_forward` with the signature of a class's own, which `generate` and trainers look at."""
+    if cls not in _forwards:
+        home = next(home for home, name in CAUSAL_LMS if name == cls)
+        name = f"forward_of_{cls}"
         function = FunctionType(causal_lm_forward.__code__, globals(), name)
         function.__qualname__ = name
+        own = getattr(import_module(home), cls).forward
         function.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
-        _forwards[package] = function
-    return _forwards[package]
+        _forwards[cls] = function
+    return _forwards[cls]
 
 
 def __getattr__(name: str) -> Any:
-    """What pickles by its name: the forwards of families."""
-    package = name.removeprefix("forward_of_")
-    if any(family.package == package != name for family in FAMILIES):
-        return forward_of(package)
+    """What pickles by its name: the forwards of causal language models."""
+    cls = name.removeprefix("forward_of_")
+    if any(cls == known != name for _, known in CAUSAL_LMS):
+        return forward_of(cls)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

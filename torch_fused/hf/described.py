@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..ops.rms_norm import rms_norm_reference
 from ..ops.rope import apply_rotary_pos_emb_reference
-from .families import KNOWN, Family
-from .origin import class_of, home_of, innermost, path_of
+from .families import WRAPPED_TEXT, Family, known
+from .origin import class_name, class_of, home_of, innermost
 
 Steps = list[set[str]]
 """Names in the order in which a forward uses them; of one set, in any order."""
@@ -65,7 +65,9 @@ PLUMBING = {
 
 def mismatch(module: nn.Module) -> str:
     """Why a module of a class that a row names is not what the row describes; empty if it is."""
-    family, part = KNOWN[path_of(module)]
+    family, part = known(module)
+    if family is None:
+        return f"the text model in it is a {class_name(module.get_submodule(WRAPPED_TEXT))}, of no known family"
     return of_class(class_of(module), family, part) or _unknown_parts(module, family, part)
 
 

@@ -4,7 +4,7 @@ A row is not taken on trust: `described.py` compares it with the classes that it
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .origin import path_of
@@ -72,8 +72,9 @@ class Family:
         linear_attention: the attribute of a layer with linear attention instead, which stays with transformers.
         linear_class: its class.
         experts: whether feed-forward layers may be mixtures of experts: "routed" ones, "shared" if there is also one
-            for all tokens. In the patch these stay with transformers.
+            for all tokens.
         text: where the text model is in the causal language model.
+        wrapper: the module and the class of that one, if it is one of `WRAPPERS`.
     """
 
     package: str
@@ -105,6 +106,7 @@ class Family:
     linear_class: str = ""
     experts: str = ""
     text: str = "model"
+    wrapper: tuple[str, str] | None = None
 
     @property
     def home(self) -> str:
@@ -122,14 +124,15 @@ class Family:
     @property
     def stays(self) -> dict[str, str]:
         """Classes that stay with transformers in the patch, and what they are."""
-        experts = {self.name("experts_block"): "a mixture of experts"} if self.experts else {}
+        what = "the choice of experts, their products and their sum"
+        experts = {self.name("experts_block"): what} if self.experts else {}
         return experts | ({self.linear_class: "linear attention"} if self.linear_class else {})
 
     def name(self, part: str) -> str:
         return self.names.get(part, self.prefix + self.parts[part])
 
     def path(self, part: str) -> tuple[str, str]:
-        return self.home, self.name(part)
+        return self.wrapper if self.wrapper and part == "causal_lm" else (self.home, self.name(part))
 
 
 AFTER: dict[str, Any] = {
@@ -208,6 +211,22 @@ FAMILIES = (
 KNOWN = {family.path(part): (family, part) for family in FAMILIES for part in family.parts}
 """(module, class) -> the family and the part that this class is."""
 
+WRAPPED_TEXT = "model.language_model"
+WRAPPERS = {
+    (f"transformers.models.{package}.modeling_{package}", name)
+    for package, name in (
+        ("gemma3", "Gemma3ForConditionalGeneration"),
+        ("mistral3", "Mistral3ForConditionalGeneration"),
+        ("llava", "LlavaForConditionalGeneration"),
+        ("internvl", "InternVLForConditionalGeneration"),
+        ("qwen3_5", "Qwen3_5ForConditionalGeneration"),
+    )
+}
+"""Models that see, and whose text model may be of any family: what they add to it is a head alone."""
+
+UNKNOWN = "{} is none of the models that docs/generate.md lists"
+"""Of the name of a class."""
+
 _families: dict[type, Family] = {}
 
 
@@ -219,7 +238,18 @@ def family_of(module: Any) -> Family:
     return family
 
 
+def known(module: Any) -> tuple[Family, str] | tuple[None, str]:
+    """The family and the part that a module's class is; of a model that sees, the family of the text model in it."""
+    path = path_of(module)
+    if path not in WRAPPERS:
+        return KNOWN.get(path, (None, ""))
+    family, part = KNOWN.get(path_of(module.get_submodule(WRAPPED_TEXT)), (None, ""))
+    if family is None or part != "model":
+        return None, ""
+    return replace(family, wrapper=path, text=WRAPPED_TEXT, logits_divisor="", logits_softcap=""), "causal_lm"
+
+
 def family_of_model(model: Any) -> Family | None:
     """The family of a causal language model; None if there is none."""
-    family, part = KNOWN.get(path_of(model), (None, ""))
+    family, part = known(model)
     return family if part == "causal_lm" else None

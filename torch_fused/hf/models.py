@@ -1,6 +1,7 @@
 """The forwards that replace transformers' own in the models of `families.py`, by what their rows say."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
-from ..functional import add_rms_norm, apply_rotary_pos_emb, rms_norm, silu_mul
+from ..functional import add_rms_norm, apply_rotary_pos_emb, gelu_mul, rms_norm, silu_mul
 from .families import FAMILIES, family_of
 from .origin import function_of, has_own_rotation, home_of
-from .transformers_private import CACHE, KWARGS_REACH_CACHE, attention_of, cache_argument
+from .transformers_private import APPLY_GATE, CACHE, KWARGS_REACH_CACHE, attention_of, cache_argument
 
 
 def activation_of(module: Any) -> str:
@@ -138,15 +139,24 @@ def _rotated(home: Any, q: Tensor, k: Tensor, tables: Any, float32: bool) -> tup
     return (q.to(dtypes[0]), k.to(dtypes[1])) if float32 else (q, k)
 
 
-def has_fused_activation(mlp: Any) -> bool:
-    """Whether the activation is what `silu_mul` computes, and nothing runs around it."""
-    activation = getattr(mlp, family_of(mlp).activation)
-    silu = activation_of(activation) == "silu" and home_of(type(activation)) is not None
-    return silu and "forward" not in activation.__dict__ and not _hooked(activation)
+GATED: dict[str, Callable[..., Tensor]] = {
+    "silu": partial(silu_mul, casting_mode="llama"),
+    "gelu": partial(gelu_mul, casting_mode="llama"),
+    "gelu_tanh": partial(gelu_mul, approximate="tanh", casting_mode="llama"),
+}
+"""Activation -> the op that multiplies it by another projection."""
+
+
+def gated_op_of(activation: Any) -> Callable[..., Tensor] | None:
+    """The op with an activation; None if there is none, or something runs around it."""
+    if home_of(type(activation)) is None or "forward" in activation.__dict__ or _hooked(activation):
+        return None
+    return GATED.get(activation_of(activation))
 
 
 def mlp_forward(self, x: Tensor) -> Tensor:
-    if _is_left(self) or not has_fused_activation(self):
+    gated = None if _is_left(self) else gated_op_of(getattr(self, family_of(self).activation))
+    if gated is None:
         return type(self).forward(self, x)
     family = family_of(self)
     if family.gate_up:
@@ -154,8 +164,16 @@ def mlp_forward(self, x: Tensor) -> Tensor:
     else:
         gate, up = self.gate_proj(x), self.up_proj(x)
     if _plain(gate, up):
-        return self.down_proj(silu_mul(gate, up, casting_mode="llama"))
+        return self.down_proj(gated(gate, up))
     return self.down_proj(getattr(self, family.activation)(gate) * up)
+
+
+def apply_gate(self, gate_up: Tensor) -> Tensor:
+    """What stands between the projections of experts: the rows of all tokens that have chosen one."""
+    gated = None if _is_left(self) or not _plain(gate_up) else gated_op_of(self.act_fn)
+    if gated is None:
+        return getattr(type(self), APPLY_GATE)(self, gate_up)
+    return gated(*gate_up.chunk(2, -1))
 
 
 def decoder_layer_forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
@@ -264,4 +282,6 @@ ROTARY: Forwards = {
     **{family.path("attention"): attention_forward for family in FAMILIES},
 }
 MLPS: Forwards = {family.path("mlp"): mlp_forward for family in FAMILIES}
+EXPERTS: Forwards = {family.path("experts"): apply_gate for family in FAMILIES if family.experts}
+"""Of these it is `APPLY_GATE` that is replaced."""
 DECODER_LAYERS: Forwards = {family.path("decoder_layer"): decoder_layer_forward for family in FAMILIES}

@@ -18,12 +18,12 @@ from transformers.cache_utils import DynamicCache
 from .cache import CACHE, FusedKVCache
 from .decode import CAUSAL_LMS, DECODER, Decoder, causal_lm_forward, forward_of
 from .described import mismatch
-from .families import FAMILIES, KNOWN
+from .families import FAMILIES, UNKNOWN, Family, known
 from .inputs import find_model
 from .loop import generate_by_loop
-from .models import DECODER_LAYERS, MLPS, RMS_NORMS, ROTARY, Forwards, activation_of
+from .models import DECODER_LAYERS, EXPERTS, GATED, MLPS, RMS_NORMS, ROTARY, Forwards, activation_of
 from .origin import Bound, class_name, describe, function_of, home_of, is_ours, path_of
-from .transformers_private import PREPARE_CACHE, prepare_cache
+from .transformers_private import APPLY_GATE, PREPARE_CACHE, has_own_gate, prepare_cache
 
 HANDLE = "_torch_fused_handle"
 """The attribute of a patched model that holds its `PatchHandle`."""
@@ -84,6 +84,7 @@ class PatchHandle:
         self._flags = flags
         self._patches: list[Patch] = []
         self._left: list[tuple[str, str]] = []  # (path, reason)
+        self._outside: list[tuple[str, str]] = []  # the same of what the decode step computes
 
     def bind_forwards(self, forwards: Forwards) -> None:
         """Binds the forward that `forwards` has for a module's class on each such module."""
@@ -101,6 +102,12 @@ class PatchHandle:
                 bind = Bound if path_of(module) in CAUSAL_LMS else partial
                 self._bind(path, module, "forward", bind(forward, module))
 
+    def bind_gates(self) -> None:
+        """Lets experts multiply their activation and the other projection by one op."""
+        for path, module in self._model.named_modules():
+            if path_of(module) in EXPERTS and has_own_gate(type(module)) and not why_left(module):
+                self._bind(path, module, APPLY_GATE, partial(EXPERTS[path_of(module)], module))
+
     def bind_generation(self, method: str, function: Callable) -> None:
         """Binds a method that `generate` calls, on the model or on the model that a wrapper such as PEFT's holds."""
         for path, module in self._model.named_modules():
@@ -110,7 +117,7 @@ class PatchHandle:
     def bind_decoder(self, gives_cache: bool = False, int8_products: bool = True) -> None:
         """Lets each causal language model run steps of few tokens as one op."""
         present = {path_of(module) for module in self._model.modules()} & CAUSAL_LMS
-        forwards = {path: forward_of(KNOWN[path][0].package) for path in present}
+        forwards = {path: forward_of(path[1]) for path in present}
         self.bind_forwards({**dict.fromkeys(CAUSAL_LMS, causal_lm_forward), **forwards})
         for path, module in self._model.named_modules():
             if _runs_decoder(module.__dict__.get("forward")) and DECODER not in module.__dict__:
@@ -118,13 +125,18 @@ class PatchHandle:
                 self._patches.append(Patch(path or type(module).__name__, module, DECODER, decoder))
                 module.__dict__[DECODER] = decoder  # not setattr: it is no part of the model
 
-    def tell_what_stays(self) -> None:
+    def tell_what_stays(self, in_step: bool) -> None:
         """Reports the parts of known families that no fused op computes, a line for each class."""
         present = Counter(path_of(module) for module in self._model.modules())
         for (home, name), count in present.items():
             for family in FAMILIES:
                 if family.home == home and name in family.stays:
-                    self._left.append((f"{count} x {name}", family.stays[name]))
+                    step = in_step and (home, name) == family.path("experts_block") and self._may_step(family)
+                    (self._outside if step else self._left).append((f"{count} x {name}", family.stays[name]))
+
+    def _may_step(self, family: Family) -> bool:
+        """Whether there is a model of the family that can have a decode step."""
+        return family.has_step and any(path_of(module) == family.path("causal_lm") for module in self._model.modules())
 
     def tell_other_families(self) -> None:
         """Reports, and warns of, models that can generate but are of no family that is known."""
@@ -133,9 +145,9 @@ class PatchHandle:
                 inside = tuple(id(part) for part in module.modules())
                 parts = any(patch.name == "forward" and id(patch.module) in inside for patch in self._patches)
                 reason = (
-                    f"{type(module).__name__} is none of {', '.join(f.name('causal_lm') for f in FAMILIES)}: "
+                    f"{UNKNOWN.format(type(module).__name__)}: "
                     f"{'its decode step is' if parts else 'all but its cache and its sampler is'} left to "
-                    "transformers. A model whose modules compute what these compute takes one row in "
+                    "transformers. If its modules compute what those do, it takes one row in "
                     "torch_fused/hf/families.py"
                 )
                 self._leave(path, module, reason)
@@ -193,6 +205,7 @@ class PatchHandle:
             "  nothing patched"
         ]
         lines += [f"  left: {path}: {reason}" for path, reason in self._left]
+        lines += [f"  left outside of the decode step: {path}: {reason}" for path, reason in self._outside]
         for patch in self._patches:
             if isinstance(patch.value, Decoder):
                 lines += [f"  {line}" for line in patch.value.report()]
@@ -236,8 +249,8 @@ def apply_torch_fused(
         residual: in decoder layers, the addition after attention and the norm that follows it run as one kernel;
             needs ``norms``.
         rotary: queries and keys are rotated by their positions in one kernel.
-        mlp: the activation between the feed-forward projections, ``silu(gate) * up``, runs as one kernel. Other
-            activations are transformers', but for the step of ``decode``.
+        mlp: the activation between the feed-forward projections, ``silu(gate) * up`` or that with a gelu, runs as one
+            kernel, in experts too.
         cache: ``generate()`` uses a :class:`FusedKVCache` where it would make a ``DynamicCache``, and so does a call of
             the model without gradients and without a cache, if ``decode`` can go on from it. Your own cache, another
             ``cache_implementation`` and ``use_cache=False`` are respected.
@@ -307,6 +320,7 @@ def apply_torch_fused(
                 handle.bind_forwards(ROTARY)
             if mlp:
                 handle.bind_forwards(MLPS)
+                handle.bind_gates()
             if cache:
                 handle.bind_generation(PREPARE_CACHE, prepare_cache_for_generation)
             if decode:
@@ -314,7 +328,7 @@ def apply_torch_fused(
             if sampler:
                 handle.bind_generation("generate", generate_by_loop)
             if mlp:
-                handle.tell_what_stays()
+                handle.tell_what_stays(in_step=decode)
             if norms or rotary or mlp or decode:
                 handle.tell_other_families()
             if not handle.patched:
@@ -343,11 +357,11 @@ def prepare_cache_for_generation(
 
 def why_left(module: nn.Module) -> str:
     """Why a module of a known class stays with transformers; empty if it does not."""
-    family, part = KNOWN[path_of(module)]
-    if part == "mlp" and not mismatch(module):
-        activation = getattr(module, family.activation)
-        if activation_of(activation) != "silu":
-            return f"its activation is {class_name(activation)}, not silu"
+    family, part = known(module)
+    if family is not None and part in ("mlp", "experts") and not mismatch(module):
+        activation = getattr(module, family.activation if part == "mlp" else "act_fn")
+        if activation_of(activation) not in GATED:
+            return f"its activation is {class_name(activation)}, neither silu nor gelu"
     return mismatch(module)
 
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from ..nn import QuantizedEmbedding, QuantizedLinear
 from ..ops.decoder import LAYER_PARTS, Adapter, Matrix, Packed, make_decoder
 from .described import mismatch
-from .families import FAMILIES, Family, family_of_model
+from .families import UNKNOWN, Family, family_of_model
 from .lora import MERGE, Low, is_lora, lora_of
 from .models import activation_of, is_by_length
 from .origin import class_name, describe, home_of, is_ours, is_own, path_of
 from .packing import TiedLinear
-from .transformers_private import attention_of
+from .transformers_private import APPLY_GATE, attention_of, has_own_gate
 from .watch import FUNCTIONS, GLOBAL_HOOKS, has_hooks
 
 MOST_HEAD_DIM = 256  # on a GPU
@@ -122,15 +122,15 @@ def text_model(model: Any, family: Family) -> Any:
 def _read(model: Any, int8_products: bool) -> Plan:
     family = family_of_model(model)
     if family is None:
-        raise Left(f"{type(model).__name__} is not one of {', '.join(f.name('causal_lm') for f in FAMILIES)}")
+        raise Left(UNKNOWN.format(type(model).__name__))
     # What surrounds the model's forward, and hooks on the model, run around the step too.
     _reject_replaced_class("the model", model)
     _reject_unknown("the model", model)
-    home: Any = home_of(type(model))
+    base = text_model(model, family)
+    home: Any = home_of(type(base)) or home_of(type(model))
     for name in FUNCTIONS:
         if hasattr(home, name) and not is_own(getattr(home, name), home.__name__, *SHARED_FUNCTIONS):
             raise Left(f"{home.__name__}.{name} has been replaced by {describe(getattr(home, name))}")
-    base = text_model(model, family)
     if base is not model.model:
         _reject_foreign_forward("the model in it", model.model)
     reader = _Reader(family, base.config)
@@ -328,6 +328,9 @@ class _Reader:
         experts = self.child(block, "experts", "experts")
         if experts.is_transposed or experts.has_bias or not experts.has_gate:
             raise Left("its experts have biases, no gates or transposed matrices")
+        _reject_replaced("the experts", experts, APPLY_GATE)
+        if not has_own_gate(type(experts)):
+            raise Left(f"{APPLY_GATE} of its experts' class is not transformers'")
         self.routing.append((router.top_k, bool(router.norm_topk_prob)))
         self.activation(experts.act_fn)
         gate, up = self.tensor(experts, "gate_up_proj").chunk(2, 1)
@@ -484,10 +487,10 @@ def _reject_foreign_forward(what: str, module: nn.Module) -> None:
     _reject_replaced_class(what, module)
 
 
-def _reject_replaced(what: str, module: nn.Module) -> None:
-    forward = module.__dict__.get("forward")
-    if forward is not None and not is_ours(forward, module):
-        raise Left(f"the forward of {what} has been replaced")
+def _reject_replaced(what: str, module: nn.Module, method: str = "forward") -> None:
+    own = module.__dict__.get(method)
+    if own is not None and not is_ours(own, module):
+        raise Left(f"the {method} of {what} has been replaced")
     if module._compiled_call_impl is not None:
         raise Left(f"{what} is compiled by torch.compile")
 

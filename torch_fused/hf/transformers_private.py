@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.generation.utils import ALL_CACHE_NAMES, DeferredStopCheck
+from transformers.integrations import moe
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 CACHE = "cache"
@@ -48,7 +48,17 @@ def mask_function_of(attention: str) -> Any:
 
 def experts_function_of(config: Any) -> Any:
     """What computes the experts of a mixture; None if their class's own forward does."""
-    return ALL_EXPERTS_FUNCTIONS.get(getattr(config, "_experts_implementation", None) or "eager", None)
+    return moe.ALL_EXPERTS_FUNCTIONS.get(getattr(config, "_experts_implementation", None) or "eager", None)
+
+
+APPLY_GATE = "_apply_gate"
+"""The method of experts between their projections, for all ways to compute them but "eager"."""
+
+
+def has_own_gate(cls: Any) -> bool:
+    """Whether that of a class is transformers' own: the activation of one half times the other."""
+    own = getattr(moe, "_default_apply_gate", None)
+    return own is not None and getattr(cls, APPLY_GATE, None) is own
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from .lora import settings_of
 from .origin import home_of
-from .transformers_private import IDLE_HOOK
+from .transformers_private import APPLY_GATE, IDLE_HOOK
 
 GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
 FUNCTIONS = (
@@ -50,14 +50,16 @@ class Watch:
                 self._lookups += [(module.__dict__.get, "config")]
                 self._lookups += [(vars(module.config).get, name) for name in _SETTINGS]
             numbers = [name for name in module.__dict__ if name in _NUMBERS or name.endswith("_attention_scaling")]
-            names = ["forward", *numbers]
+            names = ["forward", *([APPLY_GATE] if hasattr(type(module), APPLY_GATE) else []), *numbers]
             self._lookups += [(module.__dict__.get, name) for name in names]
-        self._lookups += [(cls.__dict__.get, "forward") for cls in set(self._classes)]
-        home = home_of(type(model))
-        if home is not None:
-            self._lookups += [(vars(home).get, name) for name in FUNCTIONS]
-            functions = [vars(home).get(name) for name in FUNCTIONS]  # modules, where kernels can be loaded into them
-            self._lookups += [(vars(f).get, "forward") for f in functions if isinstance(f, nn.Module)]
+        for cls in set(self._classes):
+            self._lookups += [(vars(cls).get, name) for name in ("forward", APPLY_GATE) if hasattr(cls, name)]
+        homes: dict[str, Any] = {home.__name__: home for home in map(home_of, set(self._classes)) if home is not None}
+        for home in homes.values():
+            functions = [(name, vars(home)[name]) for name in FUNCTIONS if name in vars(home)]
+            self._lookups += [(vars(home).get, name) for name, _ in functions]
+            # They are modules, where kernels can be loaded into them.
+            self._lookups += [(vars(f).get, "forward") for _, f in functions if isinstance(f, nn.Module)]
         self._found = [get(name) for get, name in self._lookups]
         self._hooked = list(map(len, self._hooks))
         self._parameter = next(model.parameters(), None)

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../../common/activation.h"
 #include "../../common/convert.h"
 #include "../../common/exp.h"
 #include "../cpu_step.h"
@@ -182,19 +183,14 @@ TORCH_FUSED_INLINE void norm_heads(const CpuStep& s, const StepLayer& layer, con
 }
 
 // activation(gate) * up in place of some gates.
+template <uint32_t activation>
+TORCH_FUSED_INLINE void gate(Range columns, float* gates, const float* ups) {
+  for (int64_t i = columns.begin; i < columns.end; ++i) gates[i] = activate<activation>(gates[i]) * ups[i];
+}
+
 TORCH_FUSED_INLINE void gate(uint32_t activation, Range columns, float* gates, const float* ups) {
-  if (activation == kSilu) {
-    for (int64_t i = columns.begin; i < columns.end; ++i) gates[i] *= ups[i] / one_plus_exp(-gates[i]);
-  } else if (activation == kGelu) {
-    for (int64_t i = columns.begin; i < columns.end; ++i) {
-      gates[i] *= ups[i] * 0.5f * (1 + std::erf(gates[i] * 0.70710678f));
-    }
-  } else {
-    for (int64_t i = columns.begin; i < columns.end; ++i) {
-      const float g = gates[i];  // 1 + tanh(y) is 2 / (1 + exp(-2 y))
-      gates[i] = g * ups[i] / one_plus_exp(-1.59576912f * (g + 0.044715f * g * g * g));
-    }
-  }
+  if (activation == kSilu) return gate<kSilu>(columns, gates, ups);
+  activation == kGelu ? gate<kGelu>(columns, gates, ups) : gate<kGeluTanh>(columns, gates, ups);
 }
 
 TORCH_FUSED_INLINE void attention(const CpuStep& s, const StepLayer& layer, const Team& team, float* own) {
