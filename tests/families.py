@@ -98,6 +98,22 @@ def make_config(package: str, **changes: Any) -> Any:
     return whole(text_config=settings, vision_config=VISION)
 
 
+WRAPPED = {"Gemma3": "gemma3", "Mistral3": "mistral", "Llava": "llama", "InternVL": "qwen2"}
+"""Models that see, by how their classes begin, and the family that a small one of them has for its text."""
+
+
+def make_wrapped(prefix: str) -> Any:
+    package = prefix.lower()
+    config_of = importlib.import_module(f"transformers.models.{package}.configuration_{package}")
+    models = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    kinds = {"Gemma3": "siglip_vision_model", "Mistral3": "pixtral", "Llava": "clip_vision_model"}
+    vision = {"image_size": 16, "patch_size": 8, **sizes, "model_type": kinds.get(prefix, "internvl_vision")}
+    config = getattr(config_of, f"{prefix}Config")(text_config=make_config(WRAPPED[prefix]), vision_config=vision)
+    torch.manual_seed(0)
+    return getattr(models, f"{prefix}ForConditionalGeneration")(config).eval()
+
+
 def class_of_config(model: str) -> str:
     return model.removesuffix("Model") + "Config"
 

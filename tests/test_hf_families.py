@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import ROWS, SETTINGS, VOCABULARY, WINDOW, make_config, make_model, prompt
+from families import (
+    ROWS,
+    SETTINGS,
+    VOCABULARY,
+    WINDOW,
+    WRAPPED,
+    make_config,
+    make_model,
+    make_wrapped,
+    prompt,
+)
 from families_table import BEGIN, END, table
 from torch import nn
 from transformers import DynamicCache
@@ -193,7 +203,7 @@ def test_report(stock):
         assert f"{count[part]:4d} x {family.name(part)}.forward" in report
     assert (f"x {family.name('mlp')}.forward" in report) == (count["mlp"] > 0)
     for name, what in family.stays.items():
-        outside = has_step(stock) and name == family.name("experts_block")
+        outside = has_step(stock) and name != family.linear_class
         assert f"  left{' outside of the decode step' if outside else ''}: {count_of(name)} x {name}: {what}" in report
     if family.experts:
         assert f"x {family.name('experts')}._apply_gate" in report
@@ -241,6 +251,26 @@ def test_models_without_a_language_head(name, kind):
         with apply_torch_fused(model) as handle:
             torch.testing.assert_close(model(prompt(2, 12))[0], expected, rtol=1e-4, atol=1e-5)
             assert f"x {row.name('attention')}.forward" in handle.report()
+
+
+@pytest.mark.parametrize("prefix", WRAPPED)
+def test_text_of_a_model_that_sees(prefix):
+    """It takes the step, left-padded too, and is copied and reverted as any other."""
+    model = make_wrapped(prefix)
+    for inputs in ({"input_ids": prompt(1, 9)}, left_padded(3)):
+        expected = model.generate(**inputs, **GREEDY)
+        with apply_torch_fused(model) as handle:
+            assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+            assert steps(handle) == 23
+            assert torch.equal(copy.deepcopy(model).generate(**inputs, **GREEDY), expected)
+    assert len(set(expected.flatten().tolist())) > 8
+
+
+def test_a_model_that_sees_with_text_of_no_family():
+    model = make_wrapped("Llava")
+    model.model.language_model = nn.Identity()
+    report = apply_torch_fused(model).report()
+    assert "the text model in it is a torch.nn.modules.linear.Identity, of no known family" in report
 
 
 # ---- particular traits ----------------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ class PatchHandle:
         for (home, name), count in present.items():
             for family in FAMILIES:
                 if family.home == home and name in family.stays:
-                    step = in_step and (home, name) == family.path("experts_block") and self._may_step(family)
+                    step = in_step and name != family.linear_class and self._may_step(family)
                     (self._outside if step else self._left).append((f"{count} x {name}", family.stays[name]))
 
     def _may_step(self, family: Family) -> bool:
