@@ -6,6 +6,7 @@ A new family is one row in `torch_fused/hf/families.py` and, if its row has trai
 import copy
 import importlib
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,7 @@ def test_tokens_are_stocks(stock, way):
 
 
 def has_window(name):
-    return "sliding_window" in SETTINGS.get(name, {}) and ROWS[name].has_step
+    return bool(SETTINGS.get(name, {}).get("sliding_window")) and ROWS[name].has_step
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if has_window(name)])
@@ -274,6 +275,32 @@ def test_a_model_that_sees_with_text_of_no_family():
 
 
 # ---- particular traits ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of", ["module", "class"])
+def test_experts_with_another_gate_are_left(monkeypatch, of):
+    """Before and after it is put there, on one module or on the class."""
+
+    def clamped(experts, gate_up):
+        gate, up = gate_up.chunk(2, -1)
+        return experts.act_fn(gate).clamp(max=0.1) * up
+
+    model = make_model("qwen3_moe")
+    experts = model.model.layers[1].mlp.experts
+    with apply_torch_fused(model) as handle:
+        assert "steps of few tokens are one op" in handle.report()
+        with monkeypatch.context() as patches:
+            if of == "class":
+                patches.setattr(type(experts), "_apply_gate", clamped)
+            else:
+                patches.setattr(experts, "_apply_gate", partial(clamped, experts))
+            assert "left to transformers: " in handle.report() and "_apply_gate" in handle.report()
+        handle.revert()
+        monkeypatch.setattr(type(experts), "_apply_gate", clamped)
+        expected = model.generate(prompt(1, 9), **GREEDY)
+    with apply_torch_fused(model) as handle:
+        assert torch.equal(model.generate(prompt(1, 9), **GREEDY), expected)
+        assert steps(handle) == 0
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "phi3"])

@@ -56,7 +56,8 @@ PLUMBING = {
     "causal_lm": _words("""
         last_hidden_state slice_logits_to_keep isinstance int slice vocab_size attentions logits loss torch
         text_config image_outputs video_outputs pixel_values pixel_values_videos image_grid_thw video_grid_thw
-        mm_token_type_ids mm_encoder_outputs second_per_grid_ts rope_deltas output_router_logits router_logits
+        mm_token_type_ids mm_encoder_outputs second_per_grid_ts rope_deltas token_type_ids image_sizes return_dict
+        vision_feature_layer vision_feature_select_strategy output_router_logits router_logits
         load_balancing_loss_func num_experts num_experts_per_tok router_aux_loss_coef aux_loss to device
     """),
 }

@@ -12,7 +12,7 @@ from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 from ..functional import add_rms_norm, apply_rotary_pos_emb, gelu_mul, rms_norm, silu_mul
 from .families import FAMILIES, family_of
 from .origin import function_of, has_own_rotation, home_of
-from .transformers_private import APPLY_GATE, CACHE, KWARGS_REACH_CACHE, attention_of, cache_argument
+from .transformers_private import APPLY_GATE, CACHE, KWARGS_REACH_CACHE, attention_of, cache_argument, has_own_gate
 
 
 def activation_of(module: Any) -> str:
@@ -170,7 +170,8 @@ def mlp_forward(self, x: Tensor) -> Tensor:
 
 def apply_gate(self, gate_up: Tensor) -> Tensor:
     """What stands between the projections of experts: the rows of all tokens that have chosen one."""
-    gated = None if _is_left(self) or not _plain(gate_up) else gated_op_of(self.act_fn)
+    left = _is_left(self) or not has_own_gate(type(self)) or not _plain(gate_up)
+    gated = None if left else gated_op_of(self.act_fn)
     if gated is None:
         return getattr(type(self), APPLY_GATE)(self, gate_up)
     return gated(*gate_up.chunk(2, -1))
