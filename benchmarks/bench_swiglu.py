@@ -1,4 +1,4 @@
-"""silu_mul, gelu_mul and their gradients: python -m pytest benchmarks/bench_swiglu.py [--device cpu|cuda|mps] [--compile]"""
+"""silu_mul, gelu_mul, gradients: python -m pytest benchmarks/bench_swiglu.py [--device cpu|cuda|mps] [--compile]"""
 
 import torch
 import torch.nn.functional as F

@@ -3,7 +3,7 @@
 
 #ifdef TORCH_FUSED_X86_DISPATCH
 #pragma GCC target("arch=x86-64-v3")
-#define TORCH_FUSED_F16C  // instructions that convert float16
+#define TORCH_FUSED_AVX2  // instructions of 32 bytes, and those that convert float16
 #define TORCH_FUSED_TARGET avx2
 #include "step.h"
 #endif

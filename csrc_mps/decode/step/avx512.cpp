@@ -4,7 +4,6 @@
 #ifdef TORCH_FUSED_X86_DISPATCH
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 #define TORCH_FUSED_AVX512  // instructions that convert sixteen elements; g++ defines no macro for the pragma
-#define TORCH_FUSED_F16C    // instructions that convert float16
 #define TORCH_FUSED_TARGET avx512
 #include "step.h"
 #endif

@@ -1,4 +1,5 @@
-// Sixteen floats as one value. The compiler makes one, two or four registers of it, as the instruction set has them.
+// A few floats as one value: a register of AVX2, which g++ would take larger ones apart for in memory, else sixteen, of
+// which the compiler makes one register or four.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -11,7 +12,11 @@
 
 namespace torch_fused::TORCH_FUSED_TARGET {
 
+#if defined(TORCH_FUSED_AVX2) && !defined(TORCH_FUSED_AVX512)
+constexpr int64_t kLanes = 8;
+#else
 constexpr int64_t kLanes = 16;
+#endif
 
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 typedef float EightLanes __attribute__((vector_size(32)));
@@ -25,14 +30,16 @@ TORCH_FUSED_INLINE void load(const float* from, Lanes& to) {
 }
 
 TORCH_FUSED_INLINE void load_bits(const void* from, LaneBits& to) {
-#ifdef TORCH_FUSED_AVX512
+#if defined(TORCH_FUSED_AVX512)
   // One instruction, where g++ makes five of the conversion below. (Unmasked, g++ 12 warns about its own header.)
   to = (LaneBits)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(static_cast<const __m256i*>(from)));
-  return;
-#endif
+#elif defined(TORCH_FUSED_AVX2)
+  to = (LaneBits)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+#else
   HalfLaneBits bits;
   std::memcpy(&bits, from, sizeof(bits));
   to = __builtin_convertvector(bits, LaneBits);
+#endif
 }
 
 TORCH_FUSED_INLINE void load(const c10::BFloat16* from, Lanes& to) {
@@ -43,12 +50,10 @@ TORCH_FUSED_INLINE void load(const c10::BFloat16* from, Lanes& to) {
 }
 
 TORCH_FUSED_INLINE void load(const c10::Half* from, Lanes& to) {
-#ifdef TORCH_FUSED_AVX512
+#if defined(TORCH_FUSED_AVX512)
   to = _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-#elif defined(TORCH_FUSED_F16C)
-  const auto* halves = reinterpret_cast<const __m128i*>(from);
-  const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128(halves)), high = _mm256_cvtph_ps(_mm_loadu_si128(halves + 1));
-  to = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif defined(TORCH_FUSED_AVX2)
+  to = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #else
   LaneBits bits;
   load_bits(from, bits);
@@ -69,9 +74,9 @@ TORCH_FUSED_INLINE void store(const Lanes& from, float* to) {
 }
 
 TORCH_FUSED_INLINE float sum_of(const Lanes& lanes) {
-  EightLanes eight[2];
+  EightLanes eight[kLanes / 8];
   std::memcpy(eight, &lanes, sizeof(lanes));
-  eight[0] += eight[1];
+  if constexpr (kLanes == 16) eight[0] += eight[1];
   FourLanes four[2];
   std::memcpy(four, eight, sizeof(four));
   four[0] += four[1];

@@ -15,14 +15,17 @@ struct Vectors {
   int64_t stride;
 };
 
-// Products of `row` with C vectors from `first` on. There are always three or four sums in flight.
+// Registers of sums that are in flight, so that none waits for the one before it.
+constexpr int kInFlight = 64 / kLanes;
+
+// Products of `row` with C vectors from `first` on.
 template <int C, class T>
 TORCH_FUSED_INLINE void row_products(const T* __restrict row, int64_t n, Vectors x, int64_t first, float* results) {
-  constexpr int kSums = 4 / C;
+  constexpr int kSums = kInFlight / C;
   Lanes sums[C][kSums] = {};
   int64_t i = 0;
   for (; i + kSums * kLanes <= n; i += kSums * kLanes) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int s = 0; s < kSums; ++s) {
       Lanes weights, values;
       load(row + i + s * kLanes, weights);
@@ -45,7 +48,7 @@ TORCH_FUSED_INLINE void row_products(const T* __restrict row, int64_t n, Vectors
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) {
     Lanes sum = sums[c][0];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int s = 1; s < kSums; ++s) sum += sums[c][s];
     float result = sum_of(sum);
     const float* values = x.data + (first + c) * x.stride;

@@ -78,10 +78,12 @@ TORCH_FUSED_INLINE void arrange_floats(const PackedMatrix& m, const float* x, fl
   std::fill(sums, sums + m.sums, 0.0f);
   for (int64_t block = 0; block < m.blocks; ++block, x += kCodeBlock, values += kCodeBlock) {
     arranged(m.bits, [&](int64_t column, int64_t i) __attribute__((always_inline)) { values[i] = x[column]; });
-    Lanes half[2];
-    load(values, half[0]);
-    load(values + kLanes, half[1]);
-    sums[block * kCodeBlock / m.group_size] += sum_of(half[0] + half[1]);
+    Lanes sum = {}, next;
+    for (int64_t i = 0; i < kCodeBlock; i += kLanes) {
+      load(values + i, next);
+      sum += next;
+    }
+    sums[block * kCodeBlock / m.group_size] += sum_of(sum);
   }
 }
 
