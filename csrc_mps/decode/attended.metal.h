@@ -10,7 +10,7 @@
 using namespace metal;
 using namespace torch_fused;
 
-constant constexpr int THREADS = 32 * kProductSimdgroups;
+constant constexpr int W = kLaneColumns, THREADS = 32 * kProductSimdgroups;
 
 // Eight columns of attention's result: each chunk has its weighted values, and of the scores the maximum (in octaves)
 // and the sum.

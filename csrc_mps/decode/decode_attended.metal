@@ -19,14 +19,11 @@ void decode_attended(device const T* matrix [[buffer(0)]], device const ushort* 
                                        simdgroup);
 }
 
-#define ATTENDED(host, T, C, R, U, WHOLE)                                                               \
-  template [[host_name(host)]] [[kernel]] void decode_attended<T, C, R, U, WHOLE>(                      \
-      device const T*, device const ushort*, device const float*, device const float2*, device float*,  \
-      constant AttendedParams&, uint, uint, uint, uint);
-#define ATTENDED_ALL(name, T)                               \
-  ATTENDED("decode_attended_" #name "_1", T, 1, 4, 4, true) \
-  ATTENDED("decode_attended_" #name "_8", T, 8, 4, 2, true) \
-  ATTENDED("decode_attended_" #name "_0", T, 1, 4, 4, false)
-ATTENDED_ALL(f32, float)
-ATTENDED_ALL(f16, half)
-ATTENDED_ALL(bf16, bfloat)
+#define KERNEL(host, ...) template [[host_name(host)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
+#define ATTENDED(name, T)                                                  \
+  KERNEL("decode_attended_" #name "_1", decode_attended<T, 1, 4, 4, true>) \
+  KERNEL("decode_attended_" #name "_8", decode_attended<T, 8, 4, 2, true>) \
+  KERNEL("decode_attended_" #name "_0", decode_attended<T, 1, 4, 4, false>)
+ATTENDED(f32, float)
+ATTENDED(f16, half)
+ATTENDED(bf16, bfloat)

@@ -252,15 +252,11 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
   }
 }
 
-#define ATTENTION(host, T, LANES, U, WHOLE)                                                                        \
-  template [[host_name(host)]] [[kernel]] void decode_attention<T, LANES, U, WHOLE>(                               \
-      device const float*, device T*, device T*, device const ushort*, device const ushort*, device const ushort*, \
-      device const ushort*, device const long*, device const long*, device float*, device float2*,                 \
-      constant AttentionParams&, uint, uint, uint, uint);
-#define ATTENTIONS(name, T)                                    \
-  ATTENTION("decode_attention_" #name, T, 32, 1, false)        \
-  ATTENTION("decode_attention_64_" #name, T, 8, 4, true)       \
-  ATTENTION("decode_attention_128_" #name, T, 16, 4, true)
-ATTENTIONS(f32, float)
-ATTENTIONS(f16, half)
-ATTENTIONS(bf16, bfloat)
+#define KERNEL(host, ...) template [[host_name(host)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
+#define ATTENTION(name, T)                                                 \
+  KERNEL("decode_attention_" #name, decode_attention<T, 32, 1, false>)    \
+  KERNEL("decode_attention_64_" #name, decode_attention<T, 8, 4, true>)   \
+  KERNEL("decode_attention_128_" #name, decode_attention<T, 16, 4, true>)
+ATTENTION(f32, float)
+ATTENTION(f16, half)
+ATTENTION(bf16, bfloat)

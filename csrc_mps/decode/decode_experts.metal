@@ -73,9 +73,10 @@ void decode_experts(device const T* w0 [[buffer(0)]], device const T* w1 [[buffe
   rows.w0 = rows.w2 = w0 + expert * p.expert_strides[0];
   rows.w1 = w1 + expert * p.expert_strides[1];
   rows.s0 = rows.s2 = p.product.strides[0], rows.s1 = p.product.strides[1];
-  multiply<T, 1, R, U, GATED, WHOLE>(rows, norm, norm, norm, vectors + ulong(choice / p.shared_by) * p.product.cols,
-                                     norm, results + ulong(choice) * p.product.result_stride, p.product, shared,
-                                     group % p.groups, lane, simdgroup, simdgroups);
+  multiply<T, 1, R, U, kLaneColumns, GATED, WHOLE>(
+      rows, norm, norm, norm, vectors + ulong(choice / p.shared_by) * p.product.cols, norm,
+      results + ulong(choice) * p.product.result_stride, p.product, shared, group % p.groups, lane, simdgroup,
+      simdgroups);
 }
 
 [[kernel, max_total_threads_per_threadgroup(256)]]
@@ -98,15 +99,12 @@ void decode_expert_sum(device const float* outputs [[buffer(0)]], device const f
   }
 }
 
-#define EXPERTS(host, T, R, U, GATED, WHOLE)                                                                      \
-  template [[host_name(host)]] [[kernel]] void decode_experts<T, R, U, GATED, WHOLE>(                             \
-      device const T*, device const T*, device const int*, device const float*, device const ushort*,             \
-      device float*, constant ExpertsParams&, uint, uint, uint, uint);
-#define EXPERTS_OF(name, T)                                          \
-  EXPERTS("decode_experts_" #name "_1", T, 2, 4, false, true)        \
-  EXPERTS("decode_experts_" #name "_0", T, 2, 1, false, false)       \
-  EXPERTS("decode_experts_gated_" #name "_1", T, 4, 2, true, true)   \
-  EXPERTS("decode_experts_gated_" #name "_0", T, 2, 1, true, false)
-EXPERTS_OF(f32, float)
-EXPERTS_OF(f16, half)
-EXPERTS_OF(bf16, bfloat)
+#define KERNEL(host, ...) template [[host_name(host)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
+#define EXPERTS(name, T)                                                           \
+  KERNEL("decode_experts_" #name "_1", decode_experts<T, 2, 4, false, true>)       \
+  KERNEL("decode_experts_" #name "_0", decode_experts<T, 2, 1, false, false>)      \
+  KERNEL("decode_experts_gated_" #name "_1", decode_experts<T, 4, 2, true, true>)  \
+  KERNEL("decode_experts_gated_" #name "_0", decode_experts<T, 2, 1, true, false>)
+EXPERTS(f32, float)
+EXPERTS(f16, half)
+EXPERTS(bf16, bfloat)

@@ -18,8 +18,8 @@ void decode_product(device const T* w0 [[buffer(0)]], device const T* w1 [[buffe
   Rows<T, R, U> rows;
   rows.w0 = w0, rows.w1 = w1, rows.w2 = w2;
   rows.s0 = p.strides[0], rows.s1 = p.strides[1], rows.s2 = p.strides[2];
-  multiply<T, C, R, U, GATED, WHOLE>(rows, b0, b1, b2, vectors, norm, results, p, shared, group, lane, simdgroup,
-                                     simdgroups);
+  multiply<T, C, R, U, kLaneColumns, GATED, WHOLE>(rows, b0, b1, b2, vectors, norm, results, p, shared, group, lane,
+                                                   simdgroup, simdgroups);
 }
 
 // A row of the embedding a token; a token that is not in it has NaN.
@@ -69,20 +69,15 @@ void decode_gate(device float* gates [[buffer(0)]], device const float* ups [[bu
   if (i < p.count) gates[i] = activate(gates[i], p.activation) * ups[i];
 }
 
-#define PRODUCT(host, T, C, R, U, GATED, WHOLE)                                                             \
-  template [[host_name(host)]] [[kernel]] void decode_product<T, C, R, U, GATED, WHOLE>(                    \
-      device const T*, device const T*, device const T*, device const ushort*, device const ushort*,        \
-      device const ushort*, device const float*, device const ushort*, device float*,                       \
-      constant ProductParams&, uint, uint, uint, uint);
-#define PRODUCTS(name, T)                                                        \
-  PRODUCT("decode_product_" #name "_1", T, 1, 2, 4, false, true)                 \
-  PRODUCT("decode_product_" #name "_8", T, 8, 4, 1, false, true)                 \
-  PRODUCT("decode_product_" #name "_0", T, 1, 2, 1, false, false)                \
-  PRODUCT("decode_gated_" #name "_1", T, 1, 4, 2, true, true)                    \
-  PRODUCT("decode_gated_" #name "_8", T, 8, 4, 1, true, true)                    \
-  PRODUCT("decode_gated_" #name "_0", T, 1, 2, 1, true, false)                   \
-  template [[host_name("decode_embed_" #name)]] [[kernel]] void decode_embed<T>( \
-      device const T*, device const long*, device float*, constant EmbedParams&, uint, uint, uint);
+#define KERNEL(host, ...) template [[host_name(host)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
+#define PRODUCTS(name, T)                                                           \
+  KERNEL("decode_product_" #name "_1", decode_product<T, 1, 2, 4, false, true>)  \
+  KERNEL("decode_product_" #name "_8", decode_product<T, 8, 4, 1, false, true>)  \
+  KERNEL("decode_product_" #name "_0", decode_product<T, 1, 2, 1, false, false>) \
+  KERNEL("decode_gated_" #name "_1", decode_product<T, 1, 4, 2, true, true>)     \
+  KERNEL("decode_gated_" #name "_8", decode_product<T, 8, 4, 1, true, true>)     \
+  KERNEL("decode_gated_" #name "_0", decode_product<T, 1, 2, 1, true, false>)    \
+  KERNEL("decode_embed_" #name, decode_embed<T>)
 PRODUCTS(f32, float)
 PRODUCTS(f16, half)
 PRODUCTS(bf16, bfloat)

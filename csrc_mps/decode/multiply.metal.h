@@ -1,7 +1,7 @@
 // Products of a matrix's rows with a few vectors, a simdgroup or several a row, whatever the rows hold. A norm before a
 // product, and what comes after it (bias, residual, activation), are part of it.
 //
-// A lane takes eight columns of every block of 256. It holds them of the rows and of a vector in registers, so no lane
+// A lane takes N columns of every block of 32 N. It holds them of the rows and of a vector in registers, so no lane
 // waits for another before the sums at the end, and all rows are under way before the first vector is needed.
 #pragma once
 #include <metal_stdlib>
@@ -22,10 +22,10 @@ inline ulong vector_offset(constant ProductParams& p, uint vector) {
 }
 
 // The norm's weights for U blocks of columns.
-template <typename T, int U, bool WHOLE>
-inline void load_norm(device const ushort* norm, uint column, uint cols, thread Pack<T, W>* packs) {
+template <bool WHOLE, typename T, int U, int N>
+inline void load_norm(device const ushort* norm, uint column, uint cols, thread Pack<T, N> (&packs)[U]) {
 #pragma unroll
-  for (int u = 0; u < U; u++) load_pack<T, WHOLE>((device const T*)norm, column + u * kBlockColumns, cols, packs[u]);
+  for (int u = 0; u < U; u++) load_pack<T, WHOLE>((device const T*)norm, column + u * 32 * N, cols, packs[u]);
 }
 
 // The sum of squares of each of C vectors, a simdgroup a vector.
@@ -35,11 +35,11 @@ inline void sum_squares(device const float* vectors, constant ProductParams& p, 
   for (uint c = simdgroup; c < C; c += simdgroups) {
     device const float* from = vectors + vector_offset(p, first_vector + c);
     float sum = 0.0f;
-    for (uint column = lane * W; column < p.cols; column += kBlockColumns) {
-      Pack<float, W> x;
+    for (uint column = lane * kLaneColumns; column < p.cols; column += kBlockColumns) {
+      Pack<float, kLaneColumns> x;
       load_pack<float, WHOLE>(from, column, p.cols, x);
 #pragma unroll
-      for (int j = 0; j < W; j++) sum = fma(x.get(j), x.get(j), sum);
+      for (uint j = 0; j < kLaneColumns; j++) sum = fma(x.get(j), x.get(j), sum);
     }
     sum = simd_sum(sum);
     if (lane == 0) squares[c] = sum;
@@ -53,9 +53,9 @@ struct Shared {
   float squares[C];
 };
 
-// R rows at once with C vectors, U blocks of columns at once. `rows` finds and loads rows; T is the type of norms and
-// biases. GATED: the rows are pairs of a gate's and an up's, and the result is activation(gate) * up.
-template <typename T, int C, int R, int U, bool GATED, bool WHOLE, typename MatrixRows>
+// R rows at once with C vectors, U blocks of columns at once. `rows` finds and loads rows, N columns a lane; T is the type
+// of norms and biases. GATED: the rows are pairs of a gate's and an up's, and the result is activation(gate) * up.
+template <typename T, int C, int R, int U, int N, bool GATED, bool WHOLE, typename MatrixRows>
 inline void multiply(thread MatrixRows& rows, device const ushort* b0, device const ushort* b1, device const ushort* b2,
                      device const float* vectors, device const ushort* norm, device float* results,
                      constant ProductParams& p, threadgroup Shared<C>& shared, uint group, uint lane, uint simdgroup,
@@ -91,11 +91,11 @@ inline void multiply(thread MatrixRows& rows, device const ushort* b0, device co
 
   // The first rows are under way before the vectors are there.
   const bool normed = p.flags & kNormed;
-  const uint step = p.splits * U * kBlockColumns;
-  uint column = split * U * kBlockColumns + lane * W;
-  Pack<T, W> norms[U];
+  const uint step = p.splits * U * 32 * N;
+  uint column = split * U * 32 * N + lane * N;
+  Pack<T, N> norms[U];
   load_rows<WHOLE>(rows, column, p.cols);
-  if (normed && WHOLE) load_norm<T, U, WHOLE>(norm, column, p.cols, norms);
+  if (normed && WHOLE) load_norm<WHOLE>(norm, column, p.cols, norms);
   previous_launch_done(lane);
   const float residual = writes && p.flags & kAdd ? *result : 0.0f;
   if (MANY && normed) {
@@ -112,55 +112,59 @@ inline void multiply(thread MatrixRows& rows, device const ushort* b0, device co
   while (true) {
 #pragma unroll
     for (int u = 0; u < U; u++) {
-      const uint place = column + u * kBlockColumns;
-      float weight[W];
+      const uint place = column + u * 32 * N;
+      float weight[N];
       if (normed && WHOLE) {
         norms[u].unpack(weight);
         if (p.norm_offset != 0.0f) {
 #pragma unroll
-          for (int j = 0; j < W; j++) weight[j] += p.norm_offset;
+          for (int j = 0; j < N; j++) weight[j] += p.norm_offset;
         }
       }
       if (normed && !WHOLE) {
-        for (int j = 0; j < W; j++) {
+        for (int j = 0; j < N; j++) {
           weight[j] = place + j < p.cols ? vector_at<T, false>(norm, p.norm_format, place + j) + p.norm_offset : 0.0f;
         }
       }
-      float w[R][W];
+      float w[R][N];
 #pragma unroll
-      for (int r = 0; r < R; r++) {
+      for (int r = 0; MANY && r < R; r++) {
 #pragma unroll
-        for (int j = 0; j < W; j++) w[r][j] = rows.packs[r][u].get(j);
-        if (MANY && normed) {
+        for (int j = 0; j < N; j++) w[r][j] = rows.packs[r][u].get(j);
+        if (normed) {
 #pragma unroll
-          for (int j = 0; j < W; j++) w[r][j] *= weight[j];
+          for (int j = 0; j < N; j++) w[r][j] *= weight[j];
         }
       }
 #pragma unroll
       for (int c = 0; c < C; c++) {
-        Pack<float, W> pack;
-        float x[W];
+        Pack<float, N> pack;
+        float x[N];
         load_pack<float, WHOLE>(sources[c], place, p.cols, pack);
         pack.unpack(x);
         if (!MANY && normed) {
 #pragma unroll
-          for (int j = 0; j < W; j++) {
+          for (int j = 0; j < N; j++) {
             squares[c] = fma(x[j], x[j], squares[c]);
             x[j] *= weight[j];
           }
         }
+        float total = 0.0f;
+#pragma unroll
+        for (int j = 0; !MANY && j < N; j++) total += x[j];
 #pragma unroll
         for (int r = 0; r < R; r++) {
           const int i = (GATED ? r % 2 * OUTPUTS + r / 2 : r) * C + c;
+          if (!MANY) sums[i] = add_product(rows.packs[r][u], x, total, sums[i]);
 #pragma unroll
-          for (int j = 0; j < W; j++) sums[i] = fma(w[r][j], x[j], sums[i]);
+          for (int j = 0; MANY && j < N; j++) sums[i] = fma(w[r][j], x[j], sums[i]);
         }
       }
     }
     column += step;
-    if (column - lane * W >= p.cols) break;
+    if (column - lane * N >= p.cols) break;
     load_rows<WHOLE>(rows, column, p.cols);
-    if (normed && WHOLE) load_norm<T, U, WHOLE>(norm, column, p.cols, norms);
+    if (normed && WHOLE) load_norm<WHOLE>(norm, column, p.cols, norms);
   }
 
   // Each result is a lane's.

@@ -9,14 +9,14 @@ using namespace metal;
 using namespace torch_fused;
 
 // As Rows, of packed matrices with BITS bits a column. T is the type of scales, biases, norms.
-template <typename T, int BITS, int R, int U, bool WHOLE>
+template <typename T, int BITS, int R, int U, int N, bool WHOLE>
 struct PackedRows {
   device const uint *w0, *w1, *w2;
   device const ushort *s0, *s1, *s2;  // scales
   device const ushort *g0, *g1, *g2;  // biases of groups
   constant PackedFormat* format;
   PackedRow at[R];
-  PackedPack<BITS, kLaneColumns> packs[R][U];
+  PackedPack<BITS, N, T> packs[R][U];
 
   void point(int r, uint of, uint row) {
     at[r] =
@@ -33,20 +33,24 @@ struct PackedRows {
   }
 };
 
-template <bool, typename T, int BITS, int R, int U, bool WHOLE>
-inline void load_rows(thread PackedRows<T, BITS, R, U, WHOLE>& rows, uint column, uint cols) {
+template <bool, typename T, int BITS, int R, int U, int N, bool WHOLE>
+inline void load_rows(thread PackedRows<T, BITS, R, U, N, WHOLE>& rows, uint column, uint cols) {
 #pragma unroll
   for (int u = 0; u < U; u++) {
 #pragma unroll
     for (int r = 0; r < R; r++) {
-      load_packed<BITS, kLaneColumns, WHOLE, T, WHOLE>(rows.at[r], column + u * kBlockColumns, cols,
-                                                       rows.format->group_size, rows.format->scale_format,
-                                                       rows.packs[r][u]);
+      load_packed<BITS, N, WHOLE, T, WHOLE>(rows.at[r], column + u * 32 * N, cols, rows.format->group_size,
+                                            rows.format->scale_format, rows.packs[r][u]);
     }
   }
 }
 
-template <typename T, int BITS, int C, int R, int U, bool GATED, bool WHOLE>
+template <int BITS, int N, typename S>
+inline float add_product(thread const PackedPack<BITS, N, S>& pack, thread const float* x, float total, float sum) {
+  return sum + pack.product(x, total);
+}
+
+template <typename T, int BITS, int C, int R, int U, int N, bool GATED, bool WHOLE>
 [[kernel, max_total_threads_per_threadgroup(256)]]
 void decode_packed(device const uint* w0 [[buffer(0)]], device const uint* w1 [[buffer(1)]],
                    device const uint* w2 [[buffer(2)]], device const ushort* s0 [[buffer(3)]],
@@ -59,13 +63,13 @@ void decode_packed(device const uint* w0 [[buffer(0)]], device const uint* w1 [[
                    uint group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
                    uint simdgroup [[simdgroup_index_in_threadgroup]], uint simdgroups [[simdgroups_per_threadgroup]]) {
   threadgroup Shared<C> shared;
-  PackedRows<T, BITS, R, U, WHOLE> rows;
+  PackedRows<T, BITS, R, U, N, WHOLE> rows;
   rows.w0 = w0, rows.w1 = w1, rows.w2 = w2;
   rows.s0 = s0, rows.s1 = s1, rows.s2 = s2;
   rows.g0 = g0, rows.g1 = g1, rows.g2 = g2;
   rows.format = &p.format;
-  multiply<T, C, R, U, GATED, WHOLE>(rows, b0, b1, b2, vectors, norm, results, p.product, shared, group, lane,
-                                     simdgroup, simdgroups);
+  multiply<T, C, R, U, N, GATED, WHOLE>(rows, b0, b1, b2, vectors, norm, results, p.product, shared, group, lane,
+                                        simdgroup, simdgroups);
 }
 
 template <typename T, int BITS, int C, int R, int U, bool WHOLE>
@@ -78,7 +82,7 @@ void decode_packed_attended(device const uint* matrix [[buffer(0)]], device cons
                             uint thread_id [[thread_position_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
                             uint simdgroup [[simdgroup_index_in_threadgroup]]) {
   threadgroup Combined<C, U> combined;
-  PackedRows<T, BITS, R, U, WHOLE> rows;
+  PackedRows<T, BITS, R, U, kLaneColumns, WHOLE> rows;
   rows.w0 = rows.w1 = rows.w2 = matrix;
   rows.s0 = rows.s1 = rows.s2 = scales;
   rows.g0 = rows.g1 = rows.g2 = biases;
@@ -110,28 +114,18 @@ void decode_packed_embed(device const uint* words [[buffer(0)]], device const us
   }
 }
 
-#define PRODUCT(host, T, BITS, C, R, U, GATED, WHOLE)                                                               \
-  template [[host_name(host)]] [[kernel]] void decode_packed<T, BITS, C, R, U, GATED, WHOLE>(                       \
-      device const uint*, device const uint*, device const uint*, device const ushort*, device const ushort*,       \
-      device const ushort*, device const ushort*, device const ushort*, device const ushort*, device const ushort*, \
-      device const ushort*, device const ushort*, device const float*, device const ushort*, device float*,         \
-      constant PackedProductParams&, uint, uint, uint, uint);
-#define ATTENDED(host, T, BITS, C, R, U, WHOLE)                                                                  \
-  template [[host_name(host)]] [[kernel]] void decode_packed_attended<T, BITS, C, R, U, WHOLE>(                  \
-      device const uint*, device const ushort*, device const ushort*, device const ushort*, device const float*, \
-      device const float2*, device float*, constant PackedAttendedParams&, uint, uint, uint, uint);
-#define PACKED(name, T, BITS)                                                       \
-  PRODUCT("decode_packed" #BITS "_" #name "_1", T, BITS, 1, 2, 4, false, true)      \
-  PRODUCT("decode_packed" #BITS "_" #name "_8", T, BITS, 8, 4, 1, false, true)      \
-  PRODUCT("decode_packed" #BITS "_gated_" #name "_1", T, BITS, 1, 4, 2, true, true) \
-  PRODUCT("decode_packed" #BITS "_gated_" #name "_8", T, BITS, 8, 4, 1, true, true) \
-  ATTENDED("decode_packed" #BITS "_attended_" #name "_1", T, BITS, 1, 4, 4, true)   \
-  ATTENDED("decode_packed" #BITS "_attended_" #name "_8", T, BITS, 8, 4, 2, true)
+#define KERNEL(host, ...) template [[host_name(host)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
+// One vector: a lane takes sixteen columns at once, several: eight.
+#define PACKED(name, T, BITS)                                                                               \
+  KERNEL("decode_packed" #BITS "_" #name "_1", decode_packed<T, BITS, 1, 4, 1, 16, false, true>)            \
+  KERNEL("decode_packed" #BITS "_" #name "_8", decode_packed<T, BITS, 8, 4, 1, 8, false, true>)             \
+  KERNEL("decode_packed" #BITS "_gated_" #name "_1", decode_packed<T, BITS, 1, 4, 2, 16, true, true>)       \
+  KERNEL("decode_packed" #BITS "_gated_" #name "_8", decode_packed<T, BITS, 8, 4, 1, 8, true, true>)        \
+  KERNEL("decode_packed" #BITS "_attended_" #name "_1", decode_packed_attended<T, BITS, 1, 4, 4, true>)     \
+  KERNEL("decode_packed" #BITS "_attended_" #name "_8", decode_packed_attended<T, BITS, 8, 4, 2, true>)
 // Scales, biases and norms of any types.
-#define PACKED_ANY(BITS)                                                                                 \
-  PRODUCT("decode_packed" #BITS "_f32_0", float, BITS, 1, 2, 1, false, false)                            \
-  PRODUCT("decode_packed" #BITS "_gated_f32_0", float, BITS, 1, 2, 1, true, false)                       \
-  ATTENDED("decode_packed" #BITS "_attended_f32_0", float, BITS, 1, 4, 4, false)                         \
-  template [[host_name("decode_packed" #BITS "_embed")]] [[kernel]] void decode_packed_embed<BITS>(      \
-      device const uint*, device const ushort*, device const ushort*, device const long*, device float*, \
-      constant PackedEmbedParams&, uint, uint, uint);
+#define PACKED_ANY(BITS)                                                                                  \
+  KERNEL("decode_packed" #BITS "_f32_0", decode_packed<float, BITS, 1, 2, 1, 8, false, false>)            \
+  KERNEL("decode_packed" #BITS "_gated_f32_0", decode_packed<float, BITS, 1, 2, 1, 8, true, false>)       \
+  KERNEL("decode_packed" #BITS "_attended_f32_0", decode_packed_attended<float, BITS, 1, 4, 4, false>)    \
+  KERNEL("decode_packed" #BITS "_embed", decode_packed_embed<BITS>)

@@ -10,19 +10,31 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kMostSplits = 8;
-constexpr int64_t kFewRows = 8192;     // a product with more rows fills a GPU without splitting them
-constexpr int64_t kSimdgroups = 4096;  // and so many simdgroups, each with several vectors
-constexpr int64_t kAttendedRows = 4;   // of a simdgroup behind attention
+constexpr int64_t kFewRows = 8192;           // a product with more rows fills a GPU without splitting them
+constexpr int64_t kSimdgroups = 4096;        // and so many simdgroups, each with several vectors
+constexpr int64_t kPackedSimdgroups = 2048;  // or with packed rows
+constexpr int64_t kAttendedRows = 4;         // of a simdgroup behind attention
 
-// What decode_product.metal instantiates: vectors, rows and blocks at once. The variant 0 takes operands of any layout
-// and type.
+// What the sources instantiate: vectors, rows and columns of a simdgroup at once. The variant 0 takes operands of any
+// layout and type.
 struct Width {
-  int64_t variant, vectors, rows, blocks;
+  int64_t variant, vectors, rows, columns;
 };
-Width width_for(int64_t vectors, bool whole, bool gated) {
-  if (!whole) return {0, 1, 2, 1};
-  if (vectors > 1) return {8, 8, 4, 1};
-  return gated ? Width{1, 1, 4, 2} : Width{1, 1, 2, 4};
+Width width_for(int64_t vectors, bool whole, bool gated, bool packed) {
+  if (!whole) return {0, 1, 2, kBlockColumns};
+  if (vectors > 1) return {8, 8, 4, kBlockColumns};
+  if (packed) return {1, 1, 4, (gated ? 2 : 1) * 2 * kBlockColumns};
+  return gated ? Width{1, 1, 4, 2 * kBlockColumns} : Width{1, 1, 2, 4 * kBlockColumns};
+}
+
+// Simdgroups that share a row: as many as fill a GPU, each with as many columns.
+int64_t splits_for(const Width& width, int64_t rows, int64_t outputs, int64_t cols, bool packed) {
+  int64_t enough = rows <= kFewRows ? kMostSplits : 1;
+  if (packed) enough = kPackedSimdgroups * outputs / rows;
+  if (width.vectors > 1) enough = kSimdgroups * outputs / rows;
+  const auto ceiling = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t spans = std::max<int64_t>(1, ceiling(cols, width.columns));
+  return std::clamp<int64_t>(enough, 1, ceiling(spans, ceiling(spans, kMostSplits)));
 }
 
 // Whether a fast kernel for `dtype` can read a matrix or a vector.
@@ -99,12 +111,9 @@ void multiply(GpuStep& step, std::initializer_list<const Linear*> matrices, cons
   }
   if (v.norm) p.flags |= kNormed, p.norm_format = format_of(*v.norm);
 
-  const Width width = width_for(p.vectors, whole, gated);
-  const int64_t blocks = (p.cols + kBlockColumns - 1) / kBlockColumns;
+  const Width width = width_for(p.vectors, whole, gated, first.is_packed());
   const int64_t outputs = gated ? width.rows / 2 : width.rows;
-  const int64_t enough = width.vectors > 1 ? kSimdgroups * outputs / results : results <= kFewRows ? kMostSplits : 1;
-  const int64_t most = std::min((blocks + width.blocks - 1) / width.blocks, kMostSplits);
-  p.splits = static_cast<uint32_t>(std::clamp<int64_t>(enough, 1, most));
+  p.splits = static_cast<uint32_t>(splits_for(width, results, outputs, p.cols, first.is_packed()));
   const int64_t simdgroups = (kProductSimdgroups + p.splits - 1) / p.splits * p.splits;
   const int64_t rows = simdgroups / p.splits * outputs;
   const int64_t groups = (results + rows - 1) / rows * ((p.vectors + width.vectors - 1) / width.vectors);

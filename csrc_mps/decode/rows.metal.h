@@ -7,26 +7,32 @@
 using namespace metal;
 using namespace torch_fused;
 
-constant constexpr int W = kLaneColumns;
-
-// R rows of up to three matrices, and what a lane has loaded of U blocks of their columns.
-template <typename T, int R, int U>
+// R rows of up to three matrices, and what a lane has loaded of them: N columns of each of U blocks.
+template <typename T, int R, int U, int N = kLaneColumns>
 struct Rows {
   device const T *w0, *w1, *w2;
   long s0, s1, s2;  // elements from row to row
   device const T* at[R];
-  Pack<T, kLaneColumns> packs[R][U];
+  Pack<T, N> packs[R][U];
 
   void point(int r, uint of, uint row) {
     at[r] = (of == 0 ? w0 : of == 1 ? w1 : w2) + long(row) * (of == 0 ? s0 : of == 1 ? s1 : s2);
   }
 };
 
-template <bool WHOLE, typename T, int R, int U>
-inline void load_rows(thread Rows<T, R, U>& rows, uint column, uint cols) {
+template <bool WHOLE, typename T, int R, int U, int N>
+inline void load_rows(thread Rows<T, R, U, N>& rows, uint column, uint cols) {
 #pragma unroll
   for (int u = 0; u < U; u++) {
 #pragma unroll
-    for (int r = 0; r < R; r++) load_pack<T, WHOLE>(rows.at[r], column + u * kBlockColumns, cols, rows.packs[r][u]);
+    for (int r = 0; r < R; r++) load_pack<T, WHOLE>(rows.at[r], column + u * 32 * N, cols, rows.packs[r][u]);
   }
+}
+
+// `sum` and the product of a row's columns with as many values, which add up to `total`.
+template <typename T, int N>
+inline float add_product(thread const Pack<T, N>& pack, thread const float* x, float total, float sum) {
+#pragma unroll
+  for (int j = 0; j < N; j++) sum = fma(pack.get(j), x[j], sum);
+  return sum;
 }

@@ -21,14 +21,14 @@ inline float vector_at(device const ushort* vector, uint format, ulong i) {
 }
 
 // A pack of a row from `column` on, zero past the end. WHOLE: no pack crosses it.
-template <typename T, bool WHOLE>
-inline void load_pack(device const T* row, uint column, uint cols, thread Pack<T, kLaneColumns>& pack) {
+template <typename T, bool WHOLE, int N>
+inline void load_pack(device const T* row, uint column, uint cols, thread Pack<T, N>& pack) {
   if (!WHOLE) {
     pack.load(row, column, cols, false);
   } else {
     device const uint4* from = (device const uint4*)(row + column);
 #pragma unroll
-    for (uint i = 0; i < kLaneColumns * sizeof(T) / 16; i++) {
+    for (uint i = 0; i < N * sizeof(T) / 16; i++) {
       const uint4 raw = column < cols ? from[i] : uint4(0u);
       pack.words[4 * i] = raw.x;
       pack.words[4 * i + 1] = raw.y;

@@ -5,11 +5,12 @@
 using namespace metal;
 using namespace torch_fused;
 
-// W columns of a row, all in one group, with its scale and bias.
-template <int BITS, int W>
+// W columns of a row, all in one group, with its scale and bias as they lie in memory: a thread that converts what it
+// loads waits for it, and all loads of a kernel should be under way together.
+template <int BITS, int W, typename S = float>
 struct PackedPack {
   uint words[BITS * W / 32];
-  float scale, bias;
+  S scale, bias;
 
   int code(int j) const { return int(words[j * BITS / 32] >> (j * BITS % 32) & ((1u << BITS) - 1u)); }
 
@@ -23,8 +24,8 @@ struct PackedPack {
 
   // Column j's weight.
   float get(int j) const {
-    const float step = scale * float(1 << BITS);
-    return fma(step, fraction(j), bias - step);
+    const float step = float(scale) * float(1 << BITS);
+    return fma(step, fraction(j), float(bias) - step);
   }
 
   // The product with W values, whose sum is `sum`. Where infinities or overflows cancel it would be no number; weight
@@ -33,11 +34,11 @@ struct PackedPack {
     float dot = 0.0f;
 #pragma unroll
     for (int j = 0; j < W; j++) dot = fma(fraction(j), x[j], dot);
-    const float step = scale * float(1 << BITS);
-    const float result = fma(step, dot, (bias - step) * sum);
+    const float step = float(scale) * float(1 << BITS);
+    const float result = fma(step, dot, (float(bias) - step) * sum);
     if (isfinite(result)) return result;
     float exact = 0.0f;
-    for (int j = 0; j < W; j++) exact += (scale * float(code(j)) + bias) * x[j];
+    for (int j = 0; j < W; j++) exact += (float(scale) * float(code(j)) + float(bias)) * x[j];
     return exact;
   }
 };
@@ -60,7 +61,7 @@ inline PackedRow packed_row(device const uint* words, device const ushort* scale
 // as `format` says.
 template <int BITS, int W, bool WHOLE, typename S = float, bool TYPED = false>
 inline void load_packed(PackedRow row, uint column, uint cols, uint group_size, uint format,
-                        thread PackedPack<BITS, W>& pack) {
+                        thread PackedPack<BITS, W, S>& pack) {
   constexpr int WORDS = BITS * W / 32;
   const bool inside = column < cols;
   device const uint* from = row.words + column / (32 / BITS);
@@ -81,6 +82,11 @@ inline void load_packed(PackedRow row, uint column, uint cols, uint group_size, 
     }
   }
   const ulong group = column >> (31u - clz(group_size));  // a power of two
-  pack.scale = inside ? vector_at<S, TYPED>(row.scales, format, group) : 0.0f;
-  pack.bias = inside ? vector_at<S, TYPED>(row.biases, format, group) : 0.0f;
+  if (TYPED) {
+    pack.scale = inside ? ((device const S*)row.scales)[group] : S(0.0f);
+    pack.bias = inside ? ((device const S*)row.biases)[group] : S(0.0f);
+  } else {
+    pack.scale = S(inside ? vector_at<S, false>(row.scales, format, group) : 0.0f);
+    pack.bias = S(inside ? vector_at<S, false>(row.biases, format, group) : 0.0f);
+  }
 }

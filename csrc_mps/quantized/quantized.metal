@@ -11,8 +11,9 @@ using namespace torch_fused;
 
 constant constexpr int W = kPackedColumns;
 
-// R rows at once with C vectors, U blocks of columns at once.
-template <typename T, int BITS, int C, int R, int U, bool WHOLE>
+// R rows at once with C vectors, U blocks of columns at once. WHOLE: all is aligned, and scales and biases are S; else
+// they are of any type, and S is float.
+template <typename T, typename S, int BITS, int C, int R, int U, bool WHOLE>
 [[kernel, max_total_threads_per_threadgroup(256)]]
 void quantized_product(device const uint* weight [[buffer(0)]], device const ushort* scales [[buffer(1)]],
                        device const ushort* biases [[buffer(2)]], device const T* x [[buffer(3)]],
@@ -37,13 +38,13 @@ void quantized_product(device const uint* weight [[buffer(0)]], device const ush
 
   for (uint begin = split * U * kPackedBlock; begin < p.cols; begin += p.splits * U * kPackedBlock) {
     // All rows are under way before the first is needed.
-    PackedPack<BITS, W> packs[R][U];
+    PackedPack<BITS, W, S> packs[R][U];
 #pragma unroll
     for (int u = 0; u < U; u++) {
 #pragma unroll
       for (int r = 0; r < R; r++) {
-        load_packed<BITS, W, WHOLE>(rows[r], begin + u * kPackedBlock + lane * W, p.cols, p.group_size, p.scale_format,
-                                    packs[r][u]);
+        load_packed<BITS, W, WHOLE, S, WHOLE>(rows[r], begin + u * kPackedBlock + lane * W, p.cols, p.group_size,
+                                              p.scale_format, packs[r][u]);
       }
     }
 #pragma unroll
@@ -94,18 +95,12 @@ void quantized_unpack(device const uint* weight [[buffer(0)]], device const usho
   store_columns<N>(output + row * p.cols, column, p.cols, p.aligned, values);
 }
 
-#define PRODUCT(name, T, BITS, VARIANT, C, R, U, WHOLE)                                                              \
-  template [[host_name("quantized_product_" #BITS "_" #name "_" #VARIANT)]] [[kernel]] void                          \
-  quantized_product<T, BITS, C, R, U, WHOLE>(device const uint*, device const ushort*, device const ushort*,         \
-                                             device const T*, device const T*, device T*, constant QuantizedParams&, \
-                                             uint, uint, uint, uint);
-#define QUANTIZED(name, T, BITS)                                                                              \
-  PRODUCT(name, T, BITS, 1, 1, 4, 2, true)                                                                    \
-  PRODUCT(name, T, BITS, 8, 8, 4, 1, true)                                                                    \
-  PRODUCT(name, T, BITS, 0, 1, 2, 1, false)                                                                   \
-  template [[host_name("quantized_unpack_" #name "_" #BITS)]] [[kernel]] void quantized_unpack<T, BITS>(      \
-      device const uint*, device const ushort*, device const ushort*, device T*, constant UnpackParams&, uint, \
-      uint, uint);
+#define KERNEL(host, ...) template [[host_name(host)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
+#define QUANTIZED(name, T, BITS)                                                                  \
+  KERNEL("quantized_product_" #BITS "_" #name "_1", quantized_product<T, T, BITS, 1, 4, 1, true>)    \
+  KERNEL("quantized_product_" #BITS "_" #name "_8", quantized_product<T, T, BITS, 8, 4, 1, true>)    \
+  KERNEL("quantized_product_" #BITS "_" #name "_0", quantized_product<T, float, BITS, 1, 2, 1, false>)   \
+  KERNEL("quantized_unpack_" #name "_" #BITS, quantized_unpack<T, BITS>)
 QUANTIZED(f32, float, 4)
 QUANTIZED(f32, float, 8)
 QUANTIZED(f16, half, 4)

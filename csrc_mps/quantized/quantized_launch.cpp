@@ -19,13 +19,14 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t kThreads = 256, kMostSplits = 8;
 constexpr int64_t kFewRows = 8192;  // a product with more rows fills a GPU without splitting them
 
-// What quantized.metal instantiates: vectors, rows and blocks at once. The variant 0 takes operands of any alignment.
+// What quantized.metal instantiates: vectors, rows and blocks at once. The variant 0 takes operands of any alignment,
+// and scales of any type.
 struct Width {
   int64_t variant, vectors, rows, blocks;
 };
 Width width_for(int64_t vectors, bool whole) {
   if (!whole) return {0, 1, 2, 1};
-  return vectors > 1 ? Width{8, 8, 4, 1} : Width{1, 1, 4, 2};
+  return vectors > 1 ? Width{8, 8, 4, 1} : Width{1, 1, 4, 1};
 }
 
 uint32_t format_of_scales(const Tensor& scales) {
@@ -79,7 +80,8 @@ Tensor quantized_linear_gpu(const Tensor& x, const Tensor& weight, const Tensor&
   p.scale_format = format_of_scales(scales);
   const Tensor row = bias ? bias->contiguous() : x;
   if (bias) p.flags |= kHasBias;
-  const bool whole = rows_aligned(m.weight.tensor, m.rows > 1 ? m.weight.stride : 0) &&
+  const bool whole = scales.scalar_type() == x.scalar_type() &&
+                     rows_aligned(m.weight.tensor, m.rows > 1 ? m.weight.stride : 0) &&
                      rows_aligned(vectors.tensor, call.vectors > 1 ? vectors.stride : 0);
   const Width width = width_for(call.vectors, whole);
   const int64_t steps = (m.cols + width.blocks * kPackedBlock - 1) / (width.blocks * kPackedBlock);

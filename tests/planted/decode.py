@@ -204,7 +204,7 @@ ONLY_NUMBERS = [
      "sum += x.get(j);", step()),
     ("codes come in the wrong order", "decode_packed4", "const int at = j * BITS % 32;",
      "const int at = (32 - BITS) - j * BITS % 32;", packed()),
-    ("the biases of groups are left out", "decode_packed8", "return fma(step, fraction(j), bias - step);",
+    ("the biases of groups are left out", "decode_packed8", "return fma(step, fraction(j), float(bias) - step);",
      "return fma(step, fraction(j), -step);", packed(bits=8)),
     ("chunks count alike", "decode_attended", "const float weight = exp2(stat[c].x - largest);",
      "const float weight = 1.0f;", step()),

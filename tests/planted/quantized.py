@@ -115,7 +115,7 @@ ONLY_NUMBERS = [
         multiplied(),
     ),
     ("codes from the wrong bits", "quantized", "const int at = j * BITS % 32;", "const int at = 0;", multiplied()),
-    ("the bias as it is", "quantized", "(bias - step) * sum", "bias * sum", multiplied()),
+    ("the bias as it is", "quantized", "(float(bias) - step) * sum", "bias * sum", multiplied()),
     ("one vector's sum for all", "quantized", "first_vector + c, p.vectors", "first_vector, p.vectors", multiplied(3)),
     ("the first share only", "quantized", "s < p.splits && split == 0", "s < 1 && split == 0", multiplied()),
     ("unpacked without the bias", "quantized", "+ pack.bias;", "+ 0.0f;", unpacked()),
