@@ -14,10 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..cache import kept
-from .emit import INCLUDE, emit_host
 from .errors import MetalError
+from .host_dialect import emit_host
 from .parser import parse
 from .preprocess import compiler
+from .rewrite import INCLUDE
 
 # No contraction: the bits of the source, as on a GPU under safe math. -w: warnings are the lint's work. DWARF 4: what
 # addr2line knows best.
