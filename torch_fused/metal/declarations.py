@@ -91,6 +91,8 @@ def constants(source: Tokens, found: list[Declaration]) -> dict[str, str]:
             values |= _enumerators(source, declaration.start + words.index("{"))
         elif "=" in words and not declaration.has_body and {"constant", "constexpr", "const"} & set(words):
             equals = words.index("=")
+            if "{" in words[:equals]:
+                continue  # a class, whose members come one by one
             values[words[equals - 1]] = " ".join(words[equals + 1 :])
     return values
 

@@ -9,7 +9,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +26,9 @@ FLAGS = shlex.split(
     "-fvisibility=hidden -fwrapv -fno-optimize-sibling-calls -fstack-clash-protection "
     "-fsanitize=integer-divide-by-zero -fsigned-char"
 )
+ERROR = re.compile(r"(.*?:\d+:)(?:\d+:)? (?:fatal )?error: (.*)")
+REQUIRED = re.compile(r"(.*?:\d+:)(?:\d+:)?\s+(?:required from|note: in instantiation)")
+TRACE = 30  # lines of a compiler's trace that are looked through
 WORKERS = 2
 LIBRARY = "kernels.so"
 
@@ -111,5 +113,18 @@ def _compile(text: str, name: str, constants: tuple[tuple[int, object], ...], fl
 
 
 def _errors(output: str) -> str:
-    lines: Iterable[str] = (line for line in output.splitlines() if "error" in line)
-    return "\n".join(dict.fromkeys(lines)) or output
+    """The compiler's errors; of one in our headers, the line of the source that led there."""
+    lines = output.splitlines()
+    found: dict[str, None] = {}
+    for i, line in enumerate(lines):
+        if not (match := ERROR.match(line)):
+            continue
+        place = match[1]
+        if str(INCLUDE) in place:  # g++ says before it what asked for it, clang behind it
+            before, behind = lines[max(i - TRACE, 0) : i][::-1], lines[i + 1 : i + TRACE]
+            asked = [m[1] for near in (*before, *behind) if (m := REQUIRED.match(near)) and str(INCLUDE) not in m[1]]
+            if not asked and found:
+                continue  # more about the error before
+            place = asked[0] if asked else place
+        found[f"{place} error: {match[2]}"] = None
+    return "\n".join(found) or output

@@ -397,9 +397,17 @@ MSL_FN typename vtraits<R>::E dot(const A& left, const B& right) {
       struct {                                                                                          \
         T __VA_ARGS__;                                                                                  \
       };                                                                                                \
+      struct {                                                                                          \
+        T d[N];                                                                                         \
+      } whole;                                                                                          \
       MSL_SWIZZLES_##N                                                                                  \
     };                                                                                                  \
     packed() = default;                                                                                 \
+    packed(const packed&) = default;                                                                    \
+    MSL_FN packed& operator=(const packed& p) {                                                         \
+      whole = p.whole;                                                                                  \
+      return *this;                                                                                     \
+    }                                                                                                   \
     MSL_FN packed(const vec<T, N>& v) {                                                                 \
       for (int i = 0; i < N; i++) d[i] = v.d[i];                                                        \
     }                                                                                                   \
