@@ -111,9 +111,10 @@ class _Expression:
         if self.take("sizeof"):
             return self.size()
         if self.take("("):
-            if self.type_name():
-                self.expect(")")
+            inside = self.at
+            if self.type_name() and self.take(")"):
                 return self.unary()  # a cast
+            self.at = inside
             result = self.choice()
             self.expect(")")
             return result
