@@ -11,7 +11,8 @@ import torch
 from cases import Case
 
 from torch_fused.functional import quantize
-from torch_fused.ops.decode import LAYER_PARTS, Packed, decode_, decode_token_, make_decoder
+from torch_fused.ops.decode import decode_, decode_token_
+from torch_fused.ops.decoder import LAYER_PARTS, Packed, make_decoder
 
 GROUP_SIZE = 64
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch_fused.demo import _demo_file, load_demo_model
 from torch_fused.hf import load_gguf, quantize_
 from torch_fused.hf.plan import Plan, read
-from torch_fused.ops.decode import DECODER_PARTS, decode_
+from torch_fused.ops.decode import decode_
+from torch_fused.ops.decoder import DECODER_PARTS
 
 BATCH, STEPS = 8, 8  # texts at once and tokens of a call, the most that the op takes
 CONTEXT = 512  # tokens of a text

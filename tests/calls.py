@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_fused.ops.decode import LAYER_PARTS, DecoderParts, decode_reference, decoder_arguments, make_decoder
+from torch_fused.ops.decode import decode_reference
+from torch_fused.ops.decoder import LAYER_PARTS, DecoderParts, decoder_arguments, make_decoder
 from torch_fused.ops.kv_cache import kv_append_reference
 from torch_fused.testing import HALF_ULP, make
 

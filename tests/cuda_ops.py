@@ -171,8 +171,15 @@ def assert_close_to_the_cpus(actual: Sequence[Tensor], name: str, seed: int) -> 
         )
 
 
+def start_torch() -> None:
+    """What torch itself makes at first use, and cannot while it captures: backward threads, and their cuBLAS handles."""
+    x = torch.ones(2, 2, device="cuda", requires_grad=True)
+    (x @ x).sum().backward()
+
+
 def assert_replays(name: str) -> None:
     """Captures the op, then replays it with other values in the captured tensors: what the op gives for these."""
+    start_torch()
     case = CASES[name]
     static = operands_on("cuda", case, 0)
     graph = torch.cuda.CUDAGraph()
@@ -190,8 +197,7 @@ def assert_replays(name: str) -> None:
 
 def first_use_in_captures() -> None:
     """Every op meets its kernels for the first time inside a capture, in the backward pass too."""
-    x = torch.ones(2, device="cuda", requires_grad=True)
-    (x * x).sum().backward()  # starts the threads of torch's own backward pass
+    start_torch()
     assert torch.ops.torch_fused._cuda_kernels() == []
     for name in CASES:
         assert_replays(name)

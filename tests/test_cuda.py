@@ -13,7 +13,7 @@ import cuda_ops
 import pytest
 import torch
 from cuda_ops import CASES, assert_close_to_the_cpus, assert_same, operands_on
-from test_decode import Shape, Step, on_device
+from decode_step import Shape, Step, on_device
 from test_hf_compile import Counting
 from test_hf_generate import FAMILIES, make_model, prompt
 from transformers import CompileConfig, DynamicCache
@@ -23,7 +23,8 @@ from torch_fused.__main__ import main
 from torch_fused.functional import add_rms_norm, layer_norm, rms_norm, silu_mul, softmax
 from torch_fused.hf import FusedKVCache, apply_torch_fused, generate, loop
 from torch_fused.metal import emulate
-from torch_fused.ops.decode import decode_, make_decoder
+from torch_fused.ops.decode import decode_
+from torch_fused.ops.decoder import make_decoder
 from torch_fused.optim import AdamW
 from torch_fused.sampling import filter_logits, greedy, sample
 from torch_fused.selfcheck import CHECKS
@@ -87,7 +88,7 @@ def steps_of_one_decoder(lengths) -> tuple[list[torch.Tensor], list[torch.Tensor
             args = on_device(
                 device, {**step.args, "token_ids": ids, "length": length, "positions": torch.full((2, 1), length)}
             )
-            logits.append(decode_(decoders[device], *args.values()).cpu())
+            logits.append(decode_(decoders[device], **args).cpu())
     return found["cuda"], found["cpu"]
 
 
@@ -109,9 +110,9 @@ def test_cuda_steps_on_streams_of_their_own():
     def work(number: int) -> tuple[torch.Tensor, torch.Tensor]:
         args = on_device("cuda", {**step.args, "token_ids": torch.full((1, 1), number)})
         with torch.cuda.stream(torch.cuda.Stream()):
-            first = decode_(model, *args.values()).clone()
+            first = decode_(model, **args).clone()
             for _ in range(20):
-                last = decode_(model, *args.values())
+                last = decode_(model, **args)
             return first.cpu(), last.cpu()
 
     torch.cuda.synchronize()
@@ -126,14 +127,14 @@ def test_cuda_step_in_a_graph_of_torch():
     """While torch captures, the launches go to its graph; before and after, to the decoder's own."""
     step = Step(length=50, device="cuda")
     model, args = make_decoder(**on_device("cuda", step.model)), on_device("cuda", step.args)
-    expected = [decode_(model, *args.values()) for _ in range(3)][-1].clone()
+    expected = [decode_(model, **args) for _ in range(3)][-1].clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = decode_(model, *args.values())
+        captured = decode_(model, **args)
     captured.zero_()
     graph.replay()
     assert torch.equal(captured, expected)
-    assert torch.equal(decode_(model, *args.values()), expected)
+    assert torch.equal(decode_(model, **args), expected)
 
 
 # ---- threads and processes ------------------------------------------------------------------------------------------

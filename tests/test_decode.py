@@ -4,251 +4,18 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import cycle
 
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from decode_step import DTYPES, Shape, Step, token
 from torch.library import opcheck
 
 from torch_fused.metal import emulate
-from torch_fused.ops.decode import (
-    LAYER_PARTS,
-    Adapter,
-    DecoderParts,
-    Numbers,
-    Packed,
-    decode_,
-    decode_reference,
-    decode_token_,
-    decoder_arguments,
-    make_decoder,
-)
-from torch_fused.ops.quantized import dequantize_reference, quantize
-from torch_fused.testing import HALF_ULP, make, relative_error
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A decoder's sizes; `qwen2` has biases on q, k and v, `qwen3` norms of queries and keys, `biased` all biases.
-
-    `qwen3_moe` has experts in place of feed-forward layers, `qwen2_moe` beside them.
-    `olmo2` norms all heads as one, and what is added; `gemma` has norms before and after, and `TRAITS` more numbers.
-    """
-
-    family: str = "llama"
-    layers: int = 2
-    hidden: int = 48
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 16
-    rotary_dim: int = 16
-    intermediate: int = 80
-    vocabulary: int = 97
-    experts: int = 0
-    expert_intermediate: int = 24
-
-    def parts(self) -> dict[str, tuple[int, ...] | None]:
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        biased, normed = self.family in ("qwen2", "biased"), self.family in ("qwen3", "gemma")
-        before = (self.hidden,) if self.family != "olmo2" else None
-        after = (self.hidden,) if self.family in ("olmo2", "gemma") else None
-        if self.family == "olmo2":
-            head_norms = {"q_norm": (queries,), "k_norm": (keys,)}
-        else:
-            head_norms = dict.fromkeys(("q_norm", "k_norm"), (self.head_dim,) if normed else None)
-        moe = self.family in ("qwen2_moe", "qwen3_moe")
-        experts = (self.experts, self.expert_intermediate, self.hidden) if moe else None
-        dense = self.family != "qwen3_moe"
-        return {
-            "input_norm": before,
-            "q": (queries, self.hidden),
-            "q_bias": (queries,) if biased else None,
-            "k": (keys, self.hidden),
-            "k_bias": (keys,) if biased else None,
-            "v": (keys, self.hidden),
-            "v_bias": (keys,) if biased else None,
-            **head_norms,
-            "o": (self.hidden, queries),
-            "o_bias": (self.hidden,) if self.family == "biased" else None,
-            "attention_output_norm": after,
-            "post_attention_norm": before,
-            "gate": (self.intermediate, self.hidden) if dense else None,
-            "up": (self.intermediate, self.hidden) if dense else None,
-            "down": (self.hidden, self.intermediate) if dense else None,
-            "feed_forward_output_norm": after,
-            "router": (self.experts, self.hidden) if moe else None,
-            "experts_gate": experts,
-            "experts_up": experts,
-            "experts_down": (self.experts, self.hidden, self.expert_intermediate) if moe else None,
-            "shared_gate": (1, self.hidden) if self.family == "qwen2_moe" else None,
-        }
-
-
-TRAITS = {
-    "gemma": {
-        "norm_offset": 1.0,
-        "embedding_scale": 7.0,
-        "attention_softcap": 2.0,
-        "logits_softcap": 3.0,
-        "activation": "gelu_tanh",
-    },
-    "granite": {"embedding_scale": 12.0, "residual_scale": 0.22, "logits_scale": 0.125},
-    "gelu": {"activation": "gelu"},
-    "qwen2_moe": {"experts_per_token": 3},
-    "qwen3_moe": {"experts_per_token": 4, "normalise_experts": True},
-}
-"""The numbers of a family that others do not have."""
-
-
-@dataclass
-class Step:
-    """The arguments of one call: random weights, and a cache that holds `length` random tokens."""
-
-    shape: Shape = Shape()
-    batch: int = 1
-    steps: int = 1
-    length: int = 20
-    dtype: torch.dtype = torch.float32
-    starts: list[int] | None = None
-    logits_to_keep: int = 0
-    windows: list[int] | None = None
-    device: str = "cpu"
-    args: dict = field(default_factory=dict)
-
-    def __post_init__(self):
-        shape, capacity = self.shape, self.length + self.steps + 5
-        self.seed = 0
-        layers = []
-        for _ in range(shape.layers):
-            for name, size in shape.parts().items():
-                layers.append(None if size is None else self.weight(*size, around=float(name.endswith("norm"))))
-        angles = torch.arange(capacity)[:, None] * torch.logspace(0, -2, max(1, shape.rotary_dim // 2))
-        angles = torch.cat([angles, angles], -1)[:, : shape.rotary_dim]
-        embedding = self.weight(shape.vocabulary, shape.hidden) * shape.hidden**0.5
-        starts = None if self.starts is None else torch.tensor(self.starts)
-        positions = torch.arange(self.length, self.length + self.steps).expand(self.batch, -1)
-        states = (self.batch, shape.kv_heads, capacity, shape.head_dim)
-        self.args = {
-            "token_ids": torch.randint(
-                shape.vocabulary, (self.batch, self.steps), generator=torch.Generator().manual_seed(1)
-            ),
-            "positions": (positions if starts is None else positions - starts[:, None]).contiguous(),
-            "starts": starts,
-            "cos": angles.cos().to(self.dtype),
-            "sin": angles.sin().to(self.dtype),
-            "keys": [make(*states, dtype=self.dtype, seed=100 + i) for i in range(shape.layers)],
-            "values": [make(*states, dtype=self.dtype, seed=200 + i) for i in range(shape.layers)],
-            "length": self.length,
-            "logits_to_keep": self.logits_to_keep,
-            **self.args,
-        }
-        self.model = {
-            "embedding": embedding,
-            "layers": layers,
-            "norm": self.weight(shape.hidden, around=1.0),
-            "head": self.weight(shape.vocabulary, shape.hidden),
-            "heads": shape.heads,
-            **Numbers(eps=1e-6, scaling=shape.head_dim**-0.5)._asdict(),
-            "activation": "silu",
-            "windows": self.windows or [0] * shape.layers,
-            "tables": [0] * shape.layers,
-            "int8_products": False,
-            "adapters": [],
-            **TRAITS.get(shape.family, {}),
-        }
-
-    def weight(self, *size: int, around: float = 0.0) -> torch.Tensor:
-        self.seed += 1
-        return (around + make(*size, seed=self.seed) * size[-1] ** -0.5).to(self.dtype)
-
-    def run(self, **changes) -> torch.Tensor:
-        """The logits on the CPU; the caches in `args` are written wherever the step runs."""
-        model = on_device(self.device, {name: changes.pop(name, value) for name, value in self.model.items()})
-        args = on_device(self.device, {**self.args, **changes})
-        logits = decode_(make_decoder(**model), **args)
-        if self.device != "cpu":
-            for name in ("keys", "values"):
-                for mine, written in zip(self.args[name], args[name], strict=True):
-                    mine.copy_(written)
-        return logits.cpu()
-
-    def exact(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The logits in float64, and the caches that the reference has written."""
-        args = {name: _double(value) for name, value in self.args.items()}
-        model = WideDecoder(*decoder_arguments(**{name: _double(value) for name, value in self.model.items()}))
-        return decode_reference(model, *args.values()), [*args["keys"], *args["values"]]
-
-    def check(self, **changes) -> None:
-        """Compares logits and caches with float64; unused slots must stay as they are."""
-        exact, caches = self.exact()
-        logits = self.run(**changes)
-        assert logits.dtype == torch.float32
-        assert logits.shape == exact.shape
-        # All is float32 but the new keys and values, which are rounded to the cache's dtype.
-        assert relative_error(logits, exact) < 1e-5 + (0 if self.dtype == torch.float32 else HALF_ULP[self.dtype])
-        for cache, expected in zip([*self.args["keys"], *self.args["values"]], caches, strict=True):
-            new = slice(self.length, self.length + self.steps)
-            error = relative_error(cache[:, :, new], expected[:, :, new])
-            assert error < 1e-5 + (0 if self.dtype == torch.float32 else 2 * HALF_ULP[self.dtype])
-            cache[:, :, new] = expected[:, :, new] = 0
-            assert torch.equal(cache.double(), expected)
-
-
-class PackedDense(Packed):
-    """A packed matrix that knows what it holds, in float64."""
-
-    dense: torch.Tensor
-
-
-def packed(weight: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor, dense: torch.Tensor) -> PackedDense:
-    matrix = PackedDense(weight, scales, biases)
-    matrix.dense = dense
-    return matrix
-
-
-def pack(matrix: torch.Tensor, bits: int, group_size: int) -> PackedDense:
-    size = {"bits": bits, "group_size": group_size}
-    parts = quantize(matrix, **size)
-    return packed(*parts, dequantize_reference(*parts, **size, dtype=torch.float64))
-
-
-class WideDecoder(DecoderParts):
-    """A model in float64, which the op does not take."""
-
-
-def on_device(device, value):
-    if isinstance(value, Packed):
-        return packed(*(part.to(device) for part in value), value.dense)
-    if isinstance(value, Adapter):
-        return value._replace(a=value.a.to(device), b=value.b.to(device))
-    if isinstance(value, list):
-        return [on_device(device, item) for item in value]
-    if isinstance(value, dict):
-        return {name: on_device(device, item) for name, item in value.items()}
-    return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
-def _double(value):
-    if isinstance(value, Packed):
-        return value.dense.double()
-    if isinstance(value, Adapter):
-        return value._replace(a=value.a.double(), b=value.b.double())
-    if isinstance(value, list):
-        return [_double(item) for item in value]
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "biased", "olmo2", *TRAITS])
-def test_families(backend, family, dtype):
-    """What families vary, for one sequence and four left-padded ones, one token and several."""
-    shape = Shape(family, experts=9 if "moe" in family else 0)
-    Step(shape, dtype=dtype, device=backend.device).check()
-    Step(shape, dtype=dtype, batch=4, steps=3, starts=[0, 7, 20, 19], device=backend.device).check()
+from torch_fused.ops.decode import decode_
+from torch_fused.ops.decoder import LAYER_PARTS, Adapter, make_decoder
+from torch_fused.testing import make, relative_error
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 8])
@@ -277,99 +44,6 @@ def test_sizes(backend, shape):
         Step(shape, batch=2, steps=2, dtype=dtype, device=backend.device).check()
 
 
-@pytest.mark.parametrize("family", ["qwen2", "olmo2", "gemma", "granite", "qwen2_moe", "qwen3_moe"])
-def test_aligned_families(backend, family):
-    """Sizes that the fast kernels take, a context of several chunks."""
-    experts = {"experts": 40, "expert_intermediate": 136} if "moe" in family else {}
-    shape = Shape(family, hidden=256, heads=4, kv_heads=2, head_dim=64, rotary_dim=64, intermediate=512, **experts)
-    for dtype in DTYPES if experts else (torch.float16,):
-        Step(shape, dtype=dtype, length=300, device=backend.device).check()
-    Step(shape, batch=3, steps=3, dtype=torch.bfloat16, length=300, device=backend.device).check()
-
-
-@pytest.mark.parametrize("head_dim", [16, 64])
-def test_tables_of_layers(backend, head_dim):
-    """Layers that have other angles, or none."""
-    step = Step(
-        Shape(layers=3, head_dim=head_dim, rotary_dim=head_dim), batch=2, steps=2, starts=[0, 4], device=backend.device
-    )
-    for name in ("cos", "sin"):
-        step.args[name] = torch.stack([step.args[name], step.args[name].flip(0)])
-    step.model["tables"] = [1, -1, 0]
-    step.check()
-    step.model["tables"] = [1, -1, 2]
-    with pytest.raises(RuntimeError, match="cos must have the model's table 2, got 2"):
-        step.run()
-
-
-def test_layers_with_and_without_experts(backend):
-    """A layer of each kind, and experts whose matrices are parts of one tensor, as transformers has them."""
-    step = Step(Shape("qwen2_moe", layers=3, experts=5), batch=2, steps=2, device=backend.device)
-    layers = [step.model["layers"][i * len(LAYER_PARTS) : (i + 1) * len(LAYER_PARTS)] for i in range(3)]
-    for name in ("router", "experts_gate", "experts_up", "experts_down", "shared_gate"):
-        layers[1][LAYER_PARTS.index(name)] = None
-    layers[2][LAYER_PARTS.index("shared_gate")] = None
-    gate, up = LAYER_PARTS.index("experts_gate"), LAYER_PARTS.index("experts_up")
-    layers[0][gate : up + 1] = torch.cat(layers[0][gate : up + 1], 1).chunk(2, 1)
-    step.model["layers"] = [part for layer in layers for part in layer]
-    step.check()
-
-
-def test_experts_of_nan(backend):
-    """A router's NaN spoils its sequence only, and chooses no expert that is not there."""
-    step = Step(Shape("qwen3_moe", experts=6), batch=2, device=backend.device)
-    step.args["values"][0][1, 0, 3] = torch.nan
-    logits = step.run()
-    assert logits[0].isfinite().all()
-    assert logits[1].isnan().all()
-
-
-def adapters(step: Step, rank: int, names=("q", "k", "v", "o", "gate", "up", "down"), dtype=None) -> list[Adapter]:
-    """One for each matrix of those names."""
-    shapes = step.shape.parts()
-    made = []
-    for place, name in enumerate(LAYER_PARTS * step.shape.layers):
-        if name in names:
-            rows, cols = shapes[name]
-            a, b = make(rank, cols, seed=300 + place), make(rows, rank, seed=400 + place)
-            made.append(Adapter(place, *(t.to(dtype or step.dtype) * t.shape[1] ** -0.5 for t in (a, b)), 0.7))
-    return made
-
-
-@pytest.mark.parametrize("rank", [1, 5, 64])
-@pytest.mark.parametrize("family", ["qwen2", "gemma"])
-def test_adapters(backend, family, rank):
-    """Low-rank adapters beside every matrix, or some, and several of one."""
-    step = Step(Shape(family), batch=2, steps=3, starts=[0, 4], device=backend.device)
-    for names in (("q", "v"), ("k", "o", "up"), ("q", "k", "v", "o", "gate", "up", "down")):
-        step.model["adapters"] = adapters(step, rank, names)
-        step.check()
-    step.model["adapters"] += adapters(step, 3, ("q", "down"))
-    step.check()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_adapters_of_aligned_sizes(backend, dtype):
-    """Those that the fast kernels take, several chunks of context, one token and many, and float32 beside others."""
-    shape = Shape(hidden=256, heads=4, kv_heads=2, head_dim=64, rotary_dim=64, intermediate=512)
-    for batch, steps in ((1, 1), (3, 4)):
-        step = Step(shape, batch=batch, steps=steps, dtype=dtype, length=300, device=backend.device)
-        for own in {dtype, torch.float32} if batch == 1 else {dtype}:
-            step.model["adapters"] = adapters(step, 16, dtype=own)
-            step.check()
-
-
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
-def test_activations_of_any_size(backend, activation):
-    """Gates far from zero, where the activations are their limits."""
-    step = Step(device=backend.device)
-    step.model["activation"] = activation
-    for i, name in enumerate(LAYER_PARTS * step.shape.layers):
-        if name == "gate":
-            step.model["layers"][i] = step.model["layers"][i] * 40
-    step.check()
-
-
 @pytest.mark.parametrize("threads", [1, 2, 7])
 @pytest.mark.parametrize("length", [1, 255, 256, 1000, 32770])
 def test_long_contexts(length, threads):
@@ -391,6 +65,30 @@ def test_windows(backend, window, length):
     Step(length=length, windows=windows, device=backend.device).check()
     starts = [0, length // 2, length]
     Step(batch=3, steps=4, length=length, starts=starts, windows=windows, device=backend.device).check()
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("starts", [None, [0, 200, 380]])
+def test_dropped_slots(backend, steps, starts):
+    """Layers with a window go on without the slots that no new token attends."""
+    options = {"batch": 3, "steps": steps, "length": 400, "starts": starts, "device": backend.device}
+    for window, dropped in ((70, 331), (70, 330), (70, 1), (1, 400), (2, 399)):
+        whole, step = (Step(windows=[window, 0], **options) for _ in range(2))
+        for name in ("keys", "values"):
+            step.args[name][0] = step.args[name][0][:, :, dropped:].clone()
+        logits = step.run(dropped=[dropped, 0])
+        assert torch.equal(logits, whole.run())
+        for name in ("keys", "values"):
+            assert torch.equal(step.args[name][0], whole.args[name][0][:, :, dropped:])
+            assert torch.equal(step.args[name][1], whole.args[name][1])
+
+
+def test_dropped_slots_of_the_reference():
+    step = Step(windows=[7, 0])
+    step.args["keys"][0], step.args["values"][0] = (step.args[n][0][:, :, 14:].clone() for n in ("keys", "values"))
+    step.args["dropped"] = [14, 0]
+    exact, _ = step.exact()
+    assert relative_error(step.run(), exact) < 1e-5
 
 
 @pytest.mark.parametrize("length", [127, 128, 129, 255, 256, 257, 511, 1100])
@@ -484,7 +182,7 @@ BEST = torch.backends.cpu.get_cpu_capability().lower()
 @pytest.mark.parametrize("capability", CAPABILITIES[: CAPABILITIES.index(BEST) + 1 if BEST in CAPABILITIES else 1])
 def test_instruction_sets(capability):
     """Each is compiled in; the environment variable that torch obeys chooses among those that the machine has."""
-    script = "import conftest, test_decode as t\nfor family in ('qwen2', 'qwen3'):\n"
+    script = "import conftest, test_decode_families as t\nfor family in ('qwen2', 'qwen3'):\n"
     script += "  for dtype in t.DTYPES: t.test_families(conftest.Backend('cpu'), family, dtype)"
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, cwd=os.path.dirname(__file__))
@@ -681,6 +379,14 @@ def _parts(step: Step, **changes) -> list:
             RuntimeError,
             r"keys\[\d\] .* expanded tensor",
         ),
+        (lambda s: {"dropped": [0]}, RuntimeError, "dropped must be empty or a number for each of the 2 layers, got 1"),
+        (lambda s: {"dropped": [1, 0]}, RuntimeError, "dropped of layer 0 must be 0, .* window of 0 .* got 1"),
+        (
+            lambda s: {"dropped": [15, 0], "windows": [7, 0]},
+            RuntimeError,
+            "dropped of layer 0 must .* = 20, got 15",
+        ),
+        (lambda s: {"dropped": [-1, 0], "windows": [7, 0]}, RuntimeError, "dropped of layer 0 must be 0, .* got -1"),
         (lambda s: {"length": -1}, RuntimeError, "length must not be negative, got -1"),
         (lambda s: {"length": 26}, RuntimeError, "keys must have room for 2 tokens after length = 26, .* 27"),
         (lambda s: {"length": 2**63 - 1}, RuntimeError, "keys must have room .* length = 9223372036854775807"),
@@ -728,12 +434,6 @@ def test_bad_arguments(changes, error, message):
     assert all(torch.equal(a, b) for a, b in zip((*step.args["keys"], *step.args["values"]), before, strict=True))
 
 
-def _token(step: Step, **changes) -> torch.Tensor:
-    model = make_decoder(**{name: changes.pop(name, value) for name, value in step.model.items()})
-    args = {name: value for name, value in {**step.args, **changes}.items() if name != "logits_to_keep"}
-    return decode_token_(model, **args)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -757,7 +457,7 @@ def test_no_token_no_change(changes, message):
     versions = [t._version for t in step.args["keys"]]
     state = torch.get_rng_state()
     with pytest.raises(RuntimeError, match=message):
-        _token(step, **changes)
+        token(step, **changes)
     assert all(torch.equal(a, b) for a, b in zip((*step.args["keys"], *step.args["values"]), before, strict=True))
     assert [t._version for t in step.args["keys"]] == versions
     assert torch.equal(torch.get_rng_state(), state)
@@ -799,11 +499,11 @@ def test_a_model_that_has_changed(change, name):
 
 @pytest.mark.parametrize("length", [0, 1000, 5000])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_launches_of_a_token(batch, length):
+def test_launches_of_atoken(batch, length):
     """Five a layer, and six for the embedding, the head and the choice of the token, whatever the context."""
     step = Step(Shape("qwen3", layers=3), batch=batch, length=length)
     with emulate(checked=False) as run:
-        _token(step)
+        token(step)
     assert len(run.launches) <= 5 * 3 + 6
 
 
@@ -812,7 +512,7 @@ def test_a_step_reads_the_least_bytes():
     shape = Shape("qwen3", 1, 512, 8, 2, 64, 64, intermediate=1024, vocabulary=2000)
     step = Step(shape, length=1000, dtype=torch.bfloat16)
     with emulate() as run:
-        _token(step)
+        token(step)
     parts = [step.model["head"], *(t for t in step.model["layers"] if t is not None)]
     context = 2 * 1000 * 2 * 64 * 2
     least = sum(t.nbytes for t in parts) + context

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from test_decode import DTYPES, Packed, Shape, Step, _token, adapters, pack, packed
+from decode_step import DTYPES, Packed, Shape, Step, adapters, pack, packed, token
 
 from torch_fused.metal import emulate
-from torch_fused.ops.decode import LAYER_PARTS, decode_, decode_reference, make_decoder
+from torch_fused.ops.decode import decode_, decode_reference
+from torch_fused.ops.decoder import LAYER_PARTS, make_decoder
 from torch_fused.ops.quantized import quantize
 from torch_fused.testing import relative_error
 
@@ -174,7 +175,7 @@ def test_a_step_reads_the_least_bytes(bits):
     layers = [pack(part, bits, 64) if name in MATRICES else part for name, part in named]
     step.model.update(layers=layers, head=pack(step.model["head"], bits, 64))
     with emulate() as run:
-        _token(step)
+        token(step)
     read = [part if isinstance(part, Packed) else (part,) for part in (*layers, step.model["head"]) if part is not None]
     least = sum(t.nbytes for parts in read for t in parts) + 2 * 1000 * 2 * 64 * 2
     moved = sum(buffer.distinct_read + buffer.written for launch in run.launches for buffer in launch.buffers)

@@ -15,6 +15,7 @@ from tokens import small_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import torch_fused
+from torch_fused.demo import demo_model_folder
 from torch_fused.hf import quantize_
 from torch_fused.hf.cache import CACHE
 
@@ -54,6 +55,7 @@ def small_model(name="", *_, dtype=torch.float32, quantization_config=None, **op
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
     """What a page would download is small and made here; what it writes goes elsewhere."""
+    demo_model_folder()  # converted before what reads models is replaced
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", small_model)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", small_tokenizer)
     monkeypatch.chdir(tmp_path)

@@ -8,7 +8,8 @@ import torch
 
 import torch_fused
 from torch_fused.opcount import OpCounter
-from torch_fused.ops.decode import LAYER_PARTS, decode_token_, make_decoder
+from torch_fused.ops.decode import decode_token_
+from torch_fused.ops.decoder import LAYER_PARTS, make_decoder
 from torch_fused.ops.library import COMPOSED
 from torch_fused.runtime import _runtime
 

@@ -240,8 +240,10 @@ def hybrid_changes():
     return {"use_sliding_window": True, "sliding_window": 8, "layer_types": types}
 
 
-def test_sliding_layers_hand_out_what_is_in_the_window():
-    """What `update` returns and the mask is made for are transformers' own; but all tokens are kept, to be cropped."""
+@pytest.mark.parametrize("spare", [0, 2, 64])
+def test_sliding_layers_hand_out_what_is_in_the_window(monkeypatch, spare):
+    """What `update` returns and the mask is made for are transformers' own, whatever has been dropped."""
+    monkeypatch.setattr(torch_fused.hf.cache, "SPARE", spare)
     fused, stock = FusedKVCache(config(**hybrid_changes())), DynamicCache(config=config(**hybrid_changes()))
     assert fused.is_sliding == stock.is_sliding == [True, False, False]
     for step, tokens in enumerate([3, *[1] * 9, 4, 12, 1]):
@@ -252,9 +254,47 @@ def test_sliding_layers_hand_out_what_is_in_the_window():
             for ours, theirs in zip(*(cache.update(*new, layer) for cache in (fused, stock)), strict=True):
                 assert torch.equal(ours, theirs)
             assert fused.get_seq_length(layer) == stock.get_seq_length(layer)
-    fused.crop(-20)
-    assert fused.layers[0].keys.shape[2] == fused.get_seq_length() == 9
-    assert fused.get_mask_sizes(1, 0) == (8, 2)
+        fused = copy.deepcopy(fused) if step % 4 == 3 else fused
+
+
+def sliding_cache(tokens, chunk=1, **options):
+    """A cache of one sliding and two full layers that has got so many tokens, and all of their keys."""
+    cache = FusedKVCache(config(**hybrid_changes()), **options)
+    states = make(2, tokens, HEADS, HEAD_DIM).transpose(1, 2)
+    for part in states.split(chunk, 2):
+        for layer in range(3):
+            cache.update(part, part + 1, layer)
+    return cache, states
+
+
+@pytest.mark.parametrize("options", [{}, {"expected_len": 3000}, {"max_cache_len": 3000}])
+def test_sliding_layers_keep_little_more_than_the_window(options):
+    """However long the sequence is; after a long prompt from the next token on."""
+    for chunk in (1, 7, 2000):
+        cache, states = sliding_cache(2001, chunk, **options)
+        sliding, full = cache.layers[:2]
+        assert cache.get_seq_length(0) == cache.get_seq_length(1) == 2001
+        assert sliding.nbytes < full.nbytes / 15
+        assert torch.equal(sliding.keys, states[:, :, -sliding.keys.shape[2] :])
+
+
+def test_sliding_layers_are_cropped_while_they_have_the_window():
+    cache, states = sliding_cache(500)
+    cache.crop(-60)
+    assert cache.get_seq_length(0) == 440
+    keys, _ = cache.layers[0].update(states[:, :, 440:441], states[:, :, 440:441])
+    assert torch.equal(keys, states[:, :, 433:441])
+    with pytest.raises(RuntimeError, match="crop: 400 tokens are more than a layer with a window of 8 can lose"):
+        cache.layers[0].crop(-400)
+    assert cache.get_seq_length(0) == 441
+    cache.reset()
+    assert cache.get_seq_length(0) == 0
+    recording = FusedKVCache(config(**hybrid_changes()))
+    recording.activate_past_recording()
+    for part in states.split(1, 2):
+        recording.layers[0].update(part, part)
+    recording.layers[0].crop(-490)
+    assert torch.equal(recording.layers[0].keys, states[:, :, :10])
 
 
 def test_leaves_inference_mode():

@@ -17,6 +17,7 @@ from test_hf_cache import (
     caches,  # noqa: F401 (a fixture)
     config,
     same,
+    sliding_cache,
 )
 from transformers import DynamicCache, Qwen2ForCausalLM
 from transformers.cache_utils import LinearAttentionLayer
@@ -308,3 +309,32 @@ def test_linear_attention_cannot_be_mended():
         cache.update(states, states, index)
     with pytest.raises(ValueError, match="linear attention cannot go back: reset"):
         cache.crop(0)
+
+
+def test_an_interrupted_drop_loses_nothing(monkeypatch):
+    """Whatever line of it is the last: the tokens that are held are those after the dropped ones."""
+    monkeypatch.setattr(torch_fused.hf.cache, "SPARE", 1)
+    for line in itertools.count():
+        cache, states = sliding_cache(9)
+        layer, count = cache.layers[0], itertools.count()
+
+        def trace(frame, event, _, count=count, line=line):
+            if frame.f_code.co_filename == torch_fused.hf.cache.__file__ and event == "line" and next(count) == line:
+                raise KeyboardInterrupt
+            return trace
+
+        before = layer.get_seq_length()
+        sys.settrace(trace)
+        try:
+            for token in states.split(1, 2):
+                layer.update(token, token + 1)
+            break
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        given = torch.cat([states, states], 2)[:, :, : layer.get_seq_length()]
+        assert layer.get_seq_length() >= before
+        assert torch.equal(layer.keys, given[:, :, layer.dropped :])
+        assert torch.equal(layer.values, given[:, :, layer.dropped :] + 1)
+    assert line > 20 and layer.dropped > 0

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import ROWS, VOCABULARY, WINDOW, make_config, make_model, prompt
+from families import ROWS, SETTINGS, VOCABULARY, WINDOW, make_config, make_model, prompt
 from families_table import BEGIN, END, table
 from torch import nn
 from transformers import DynamicCache
 
+import torch_fused.hf.cache
 from torch_fused.hf import FusedKVCache, apply_torch_fused, described, quantize_
 from torch_fused.hf.cache import CACHE
 from torch_fused.hf.described import compare, mismatch, names_of, of_class
@@ -79,6 +80,27 @@ def test_tokens_are_stocks(stock, way):
         if way != "beams":
             assert steps(handle) == (23 if has_step(stock) else 0)
     assert len(set(expected.flatten().tolist())) > 8
+
+
+def has_window(name):
+    return "sliding_window" in SETTINGS.get(name, {}) and ROWS[name].has_step
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if has_window(name)])
+@pytest.mark.parametrize("decode", [True, False], ids=["step", "layers"])
+def test_what_leaves_the_window_is_dropped(monkeypatch, name, decode):
+    """Stock's tokens, left-padded too, from a cache whose sliding layers have dropped most of them."""
+    monkeypatch.setattr(torch_fused.hf.cache, "SPARE", 1)
+    model = make_model(name)
+    for inputs in ({"input_ids": prompt(1, 20)}, left_padded(3)):
+        options = {"do_sample": False, "max_new_tokens": 40, "return_dict_in_generate": True}
+        expected = model.generate(**inputs, **options)
+        with apply_torch_fused(model, decode=decode) as handle:
+            cache = FusedKVCache(model.config)
+            assert torch.equal(model.generate(**inputs, **options, **{CACHE: cache}).sequences, expected.sequences)
+            assert steps(handle) == (39 if decode else 0)
+        dropped = [layer.dropped for layer in cache.layers if layer.window]
+        assert dropped and min(dropped) > 25
 
 
 def test_logits_of_a_step(with_step):

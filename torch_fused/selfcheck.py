@@ -11,16 +11,8 @@ from torch import Tensor
 
 from .functional import add_rms_norm, apply_rotary_pos_emb, dequantize, quantize, silu_mul
 from .ops.adamw import adamw_, adamw_reference
-from .ops.decode import (
-    LAYER_PARTS,
-    Adapter,
-    DecoderParts,
-    Packed,
-    decode_,
-    decode_reference,
-    decoder_arguments,
-    make_decoder,
-)
+from .ops.decode import decode_, decode_reference
+from .ops.decoder import LAYER_PARTS, Adapter, DecoderParts, Packed, decoder_arguments, make_decoder
 from .ops.kv_cache import kv_append_, kv_append_reference
 from .ops.layer_norm import layer_norm_backward_reference, layer_norm_reference
 from .ops.quantized import dequantize_reference, quantized_linear_reference

@@ -65,9 +65,10 @@ template <class T>
 struct CacheStates {
   T* data;
   int64_t batch_stride, head_stride, slot_stride;
+  int64_t first;  // the slot that the memory begins with
 
   T* at(int64_t batch, int64_t head, int64_t slot) const {
-    return data + batch * batch_stride + head * head_stride + slot * slot_stride;
+    return data + batch * batch_stride + head * head_stride + (slot - first) * slot_stride;
   }
 };
 

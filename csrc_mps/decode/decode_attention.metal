@@ -106,8 +106,9 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
   const uint chunk = group % p.chunks, kv_head = group / p.chunks % p.kv_heads;
   const uint batch = group / p.chunks / p.kv_heads;
   const uint group_heads = p.heads / p.kv_heads, projected = (p.heads + 2 * p.kv_heads) * p.head_dim;
-  device T* head_keys = keys + long(batch) * p.keys_batch + long(kv_head) * p.keys_head;
-  device T* head_values = values + long(batch) * p.values_batch + long(kv_head) * p.values_head;
+  device T* head_keys = keys + long(batch) * p.keys_batch + long(kv_head) * p.keys_head - p.dropped * p.keys_slot;
+  device T* head_values =
+      values + long(batch) * p.values_batch + long(kv_head) * p.values_head - p.dropped * p.values_slot;
   // The first token's angles, and the norms, are under way before the queries and keys are there.
   float q_scale[N], k_scale[N];
   load_strided<T, N, WHOLE>(q_norm, p.q_norm_format, 0, p.flags & kQueryNorm ? p.head_dim : 0, lane, 0.0f, q_scale);

@@ -83,6 +83,7 @@ void attend(GpuStep& step, size_t index) {
   p.keys_batch = keys.stride(0), p.keys_head = keys.stride(1), p.keys_slot = keys.stride(2);
   p.values_batch = values.stride(0), p.values_head = values.stride(1), p.values_slot = values.stride(2);
   p.length = call.length;
+  p.dropped = call.dropped_of(index);
   p.window = layer.window;
   p.steps = static_cast<uint32_t>(call.steps);
   p.heads = static_cast<uint32_t>(model.heads);
@@ -143,9 +144,9 @@ void feed_forward(GpuStep& step, const DecoderLayer& layer, const Tensor& to, bo
 
 Tensor decode_gpu(const DecoderPtr& decoder, const Tensor& token_ids, const Tensor& positions,
                   const OptionalTensor& starts, const Tensor& cos, const Tensor& sin, at::TensorList keys,
-                  at::TensorList values, int64_t length, int64_t logits_to_keep) {
+                  at::TensorList values, int64_t length, int64_t logits_to_keep, at::IntArrayRef dropped) {
   const DecodeCall call =
-      check_decode(decoder, token_ids, positions, starts, cos, sin, keys, values, length, logits_to_keep);
+      check_decode(decoder, token_ids, positions, starts, cos, sin, keys, values, length, logits_to_keep, dropped);
   const Decoder& model = *decoder;
   TORCH_CHECK(model.head_dim <= kMostHeadDim, "decode_: on a GPU heads have at most ", kMostHeadDim,
               " dimensions, got ", model.head_dim);

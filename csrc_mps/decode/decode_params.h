@@ -118,6 +118,7 @@ struct StepNormParams {
 struct AttentionParams {
   int64_t keys_batch, keys_head, keys_slot, values_batch, values_head, values_slot;  // strides
   int64_t length, window;  // slots in use; the last slots that a token sees, its own included, 0 for all
+  int64_t dropped;         // slots before the first of the buffers
   uint32_t steps, heads, kv_heads, head_dim, rotary_dim, positions;
   uint32_t chunks, flags, q_norm_format, k_norm_format, table_format;
   float eps, scaling;

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 import torch
-from test_decode import Shape, Step
-from test_decode import adapters as adapters_of
+from decode_step import Shape, Step
+from decode_step import adapters as adapters_of
 from test_decode_packed import packed_step
 
 from .bug import BARRIER, RACE, Bug

@@ -13,6 +13,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from ..ops.kv_cache import kv_append_reference, kv_update_
 from .transformers_private import CACHE as CACHE
 
+SPARE = 64
+"""Tokens before its window that a layer keeps, to be cropped."""
+
 ALLOCATE_AT_ONCE = 256 * 2**20
 """Bytes up to which a whole cache is allocated for its final length with the first token; a larger one grows."""
 
@@ -53,6 +56,7 @@ class FusedLayer(DynamicLayer):
     _held: Pair | None = (None, None)
     is_initialized = False
     window = 0  # how many of the last tokens a token attends, its own included; 0 for all
+    dropped = 0  # tokens before those that are held
     edited = False  # whether a caller has chosen the number of tokens
     _keys: Any = None
     _values: Any = None
@@ -314,14 +318,51 @@ class FusedLayer(DynamicLayer):
 class FusedSlidingLayer(FusedLayer):
     """The cache of a layer whose tokens attend the last ``sliding_window`` ones only, their own included.
 
-    It keeps all tokens, so that it can always be cropped; `update` returns those that the new ones may attend.
+    When its buffers are full, it drops the tokens that no new one attends, but for the last `SPARE`, so that a few can
+    still be cropped. With ``record_past``, as assisted generation asks for, it drops none. `update` returns those that
+    the new tokens may attend.
     """
 
     is_sliding = True
+    record_past = False
 
     def __init__(self, sliding_window: int, final_length: int | None = None, byte_budget: int = 0):
         self.window = self.sliding_window = sliding_window
         super().__init__(final_length, byte_budget)
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def _prepare(self, new: Pair, tokens: int) -> bool:
+        self._take_back()
+        full = self._held is None and self._length + tokens > self._keys.shape[2]
+        outside = self._length - (self.window - 1 + SPARE)
+        if full and outside > 0 and not self.record_past and not is_dynamo_compiling():
+            kept = tuple(self._used(b).narrow(2, outside, self._length - outside) for b in (self._keys, self._values))
+            # In one step, for an interrupt: what is held and how much came before.
+            self.__dict__.update(_held=kept, _keys=None, _values=None, _room=-1, dropped=self.dropped + outside)
+        return super()._prepare(new, tokens)
+
+    def _capacity_for(self, length: int, new: Pair, dtypes: Pair) -> int:
+        capacity = super()._capacity_for(length, new, dtypes)
+        return capacity if self.record_past else max(length, min(capacity, self.window + SPARE + self.window // 8))
+
+    def get_seq_length(self) -> int:
+        return self.dropped + super().get_seq_length()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        held = self.get_seq_length() - self.dropped
+        if tokens_to_remove < 0 < self.dropped and held + tokens_to_remove < self.window - 1:
+            raise RuntimeError(
+                f"FusedKVCache: crop: {-tokens_to_remove} tokens are more than a layer with a window of {self.window} "
+                f"can lose once it has dropped others, at most {held - self.window + 1}: call "
+                "activate_past_recording() first, and it drops none"
+            )
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        super().reset()
+        self.dropped = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states)
@@ -388,8 +429,9 @@ class FusedKVCache(DynamicCache):
     and edited in any order, as a ``DynamicCache``'s. States of another dtype promote, as ``torch.cat`` does.
 
     A layer's buffers are allocated once if the final length is known and the whole cache needs at most 256 MB; else
-    they grow by half, one layer at a time. Layers with a sliding window keep all tokens and hand out those in it, so
-    that they can be cropped at any length. Layers of linear attention are transformers' own.
+    they grow by half, one layer at a time. Layers with a sliding window keep those in it and a few before, of which
+    ``crop`` can take off some; after ``activate_past_recording()`` they keep all. Layers of linear attention are
+    transformers' own.
 
     Args:
         config: the model's configuration.
@@ -512,7 +554,7 @@ class FusedKVCache(DynamicCache):
         layers: list[Any] = self.layers
         kind, length = (dtype, dtype, device, batch), layers[0].get_seq_length()
         return all(
-            (layer._held is None or layer.owns_buffers()) and layer._length == length and layer._kind == kind
+            (layer._held is None or layer.owns_buffers()) and layer.get_seq_length() == length and layer._kind == kind
             for layer in layers
         )
 

@@ -127,6 +127,8 @@ class Decoder:
         cos, sin = plan.cos_and_sin(rows)
         keys, values = cache.room_for(input_ids.shape[1])
         length = cache.get_seq_length()
+        layers: list[Any] = cache.layers
+        dropped = [layer.dropped for layer in layers]
         result = run(
             plan.decoder,
             input_ids.long().contiguous(),
@@ -137,6 +139,7 @@ class Decoder:
             keys=keys,
             values=values,
             length=length,
+            dropped=dropped if any(dropped) else (),
             **more,
         )
         cache.advance(input_ids.shape[1])

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .adapters import LORA_CLASS
 
@@ -14,10 +14,10 @@ MERGE = "merge the adapter, as peft's merge_and_unload() does"
 
 @dataclass(frozen=True)
 class Low:
-    """What one active adapter adds to a layer: ``scale * b @ (a @ x)``."""
+    """What one active adapter adds to a layer: ``scale * b(a(dropout(x)))``."""
 
-    a: Tensor
-    b: Tensor
+    a: nn.Linear
+    b: nn.Linear
     scale: float
     dropout: nn.Module
 
@@ -40,12 +40,10 @@ def _is_peft(function: Any, module: Any) -> bool:
 
 def lora_of(module: Any) -> tuple[list[Low], str]:
     """The active adapters of a layer for which `is_lora` holds, or why they cannot be told."""
+    if module.disable_adapters and module.merged:  # PEFT takes it back in the next call
+        return [], "a merged adapter is disabled: call the model once"
     if module.disable_adapters or module.merged:
-        # PEFT takes a merged adapter back in the first call after it is disabled.
-        return (
-            [],
-            "a merged adapter is disabled: call the model once" if module.disable_adapters and module.merged else "",
-        )
+        return [], ""
     found: list[Low] = []
     for name in module.active_adapters:
         if name not in module.lora_A:
@@ -57,7 +55,7 @@ def lora_of(module: Any) -> tuple[list[Low], str]:
             return [], f"adapter {name!r} is not of plain linear layers without biases: {MERGE}"
         if type(dropout) not in (nn.Identity, nn.Dropout):
             return [], f"adapter {name!r} has a {type(dropout).__name__}: {MERGE}"
-        found.append(Low(a.weight, b.weight, float(module.scaling[name]), dropout))
+        found.append(Low(a, b, float(module.scaling[name]), dropout))
     return found, ""
 
 

@@ -1,14 +1,14 @@
 """What the op of a decode step takes of a model, read by the row of its family."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import QuantizedEmbedding, QuantizedLinear
-from ..ops.decode import LAYER_PARTS, Adapter, Matrix, Packed, make_decoder
+from ..ops.decoder import LAYER_PARTS, Adapter, Matrix, Packed, make_decoder
 from .described import mismatch
 from .families import FAMILIES, Family, family_of_model
 from .lora import MERGE, Low, is_lora, lora_of
@@ -260,7 +260,7 @@ class _Reader:
         self.tensors: list[Tensor] = []
         self.packed: list[Tensor] = []  # codes, scales and biases
         self.adapters: list[Adapter] = []
-        self.low: dict[str, list[Low]] = {}  # the adapters of a layer's linear layers, by the op's names
+        self.low: dict[str, list[Adapter]] = {}  # those of a layer, by the op's names, without their places
 
     # ---- modules ----------------------------------------------------------------------------------------------------
 
@@ -285,8 +285,7 @@ class _Reader:
         found = self.parts(layer)
         for name, low in self.low.items():
             place = index * len(LAYER_PARTS) + LAYER_PARTS.index(name)
-            self.adapters += [Adapter(place, each.a, each.b, each.scale) for each in low]
-            self.dropouts += [each.dropout for each in low if isinstance(each.dropout, nn.Dropout) and each.dropout.p]
+            self.adapters += [each._replace(place=place) for each in low]
         self.low.clear()
         return found
 
@@ -424,11 +423,11 @@ class _Reader:
             rows = slice(start, start + count)
             found[part] = Packed(*(tensor[rows] for tensor in matrix)) if isinstance(matrix, Packed) else matrix[rows]
             found[f"{part}_bias"] = None if bias is None else bias[rows]
-            self.low[part] = [replace(each, b=each.b[rows]) for each in low]
+            self.low[part] = [each._replace(b=each.b[rows]) for each in low]
             start += count
         return found
 
-    def base_of(self, parent: nn.Module, name: str) -> tuple[Any, list[Low]]:
+    def base_of(self, parent: nn.Module, name: str) -> tuple[Any, list[Adapter]]:
         """A linear layer, and its active adapters."""
         layer = getattr(parent, name)
         if not is_lora(layer):
@@ -437,7 +436,14 @@ class _Reader:
         low, reason = lora_of(layer)
         if reason:
             raise Left(f"{name}: {reason}")
-        return self.child(layer, "base_layer", *LINEAR_LAYERS), low
+        return self.child(layer, "base_layer", *LINEAR_LAYERS), [self.adapter(name, each) for each in low]
+
+    def adapter(self, name: str, low: Low) -> Adapter:
+        for module in (low.a, low.b, low.dropout):
+            _reject_foreign_forward(f"an adapter of {name}", module)
+        if isinstance(low.dropout, nn.Dropout) and low.dropout.p:
+            self.dropouts.append(low.dropout)
+        return Adapter(-1, self.tensor(low.a, "weight"), self.tensor(low.b, "weight"), low.scale)
 
     def matrix(self, module: nn.Module) -> Matrix:
         if not isinstance(module, QuantizedLinear | QuantizedEmbedding):

@@ -46,9 +46,10 @@ struct Context {
       : layer(layer),
         q_norm(layer.q_norm_size == s.head_dim ? &layer.q_norm : nullptr),
         k_norm(layer.k_norm_size == s.head_dim ? &layer.k_norm : nullptr),
-        keys{keys, layer.keys.batch_stride, layer.keys.head_stride, layer.keys.slot_stride},
+        keys{keys, layer.keys.batch_stride, layer.keys.head_stride, layer.keys.slot_stride,
+             layer.keys.first},
         values{static_cast<T*>(layer.values.data), layer.values.batch_stride, layer.values.head_stride,
-               layer.values.slot_stride} {}
+               layer.values.slot_stride, layer.values.first} {}
 };
 
 // Writes the new keys and values of one head; `head` is room for one.
