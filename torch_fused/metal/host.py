@@ -20,7 +20,7 @@ from .preprocess import compiler
 from .rewrite import INCLUDE
 
 # No contraction: the bits of the source, as on a GPU under safe math. -w: warnings are the lint's work. DWARF 4: what
-# addr2line knows best; it asks for lines only, and where variables are would be a third of the compiler's time.
+# addr2line knows best; it asks for lines only, and where variables are would be a fifth of the compiler's time.
 FLAGS = shlex.split(
     "-std=c++17 -O1 -g1 -gdwarf-4 -fPIC -shared -w -ffp-contract=off -fno-math-errno -fno-exceptions -fno-rtti "
     "-fvisibility=hidden -fwrapv -fno-optimize-sibling-calls -fstack-clash-protection "
@@ -72,8 +72,8 @@ def _hooks(checked: bool) -> list[str]:
         reads = ["-mllvm", "-tsan-instrument-read-before-write"]  # of what is written next, too
         return [*checks, *(reads if checked else []), "-fno-sanitize-link-runtime", "-lm"]
     # Without -fno-tree-sra a vector load of which only the elements are used becomes loads of elements.
-    lines_only = ["-fno-var-tracking", "-fno-var-tracking-assignments"]
-    return [*checks, *(["-fno-tree-sra"] if checked else []), *lines_only, "-nodefaultlibs", "-lm", "-lc", "-lgcc"]
+    options = ["-fno-var-tracking", *(["-fno-tree-sra"] if checked else [])]
+    return [*checks, *options, "-nodefaultlibs", "-lm", "-lc", "-lgcc"]
 
 
 @functools.cache
