@@ -84,7 +84,7 @@ def _outside_brackets(source: Tokens, start: int, stop: int) -> Iterator[int]:
 
 def constants(source: Tokens, found: list[Declaration]) -> dict[str, str]:
     """{name: expression} of the constants and enumerators among declarations."""
-    values = {}
+    values: dict[str, str] = {}
     for declaration in found:
         words = source.words(range(declaration.start, declaration.stop))
         if "enum" in words[:2] and "{" in words:
