@@ -176,7 +176,7 @@ def assert_close_to_the_cpus(actual: Sequence[Tensor], name: str, seed: int) -> 
 
 
 def start_torch() -> None:
-    """What torch itself makes at first use, and cannot while it captures: backward threads and their cuBLAS handles."""
+    """What torch makes at first use, and cannot while it captures: threads of the backward pass, handles of cuBLAS."""
     x = torch.ones(2, 2, device="cuda", requires_grad=True)
     (x @ x).sum().backward()
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,19 @@ def test_several_processes_compile_at_once(folder):
     names = {path.name for path in (folder / "emulator").iterdir()} - {".lock"}
     assert names and not any(name.startswith(".") for name in names)
     assert finish(start("import torch_fused.metal.host as host\nhost._compile = None\nprint(twice())")) == "True\n"
+
+
+def test_of_several_who_want_the_same_one_builds(folder):
+    built = []
+
+    def build(new):
+        built.append(new)
+        time.sleep(0.3)
+        (new / "a").write_text("a")
+
+    with ThreadPoolExecutor(4) as pool:
+        entries = set(pool.map(lambda _: kept("models", "key", build), range(4)))
+    assert len(entries) == len(built) == 1
 
 
 def test_a_killed_compilation_is_cleaned_up(folder, tmp_path):

@@ -4,10 +4,12 @@ import re
 
 import pytest
 
-from torch_fused.metal.emit import emit_cuda, emit_host, emit_lint
+from torch_fused.metal.cuda_dialect import emit_cuda
 from torch_fused.metal.errors import MetalError
 from torch_fused.metal.flatten import flatten
+from torch_fused.metal.host_dialect import emit_host
 from torch_fused.metal.lexer import tokenize
+from torch_fused.metal.lint_dialect import emit_lint
 from torch_fused.metal.parser import parse
 
 HEADER = """#pragma once

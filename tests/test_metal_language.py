@@ -1,5 +1,6 @@
 """What Metal that is in use needs of the front end: it runs, and gives what Metal gives."""
 
+import shutil
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from torch_fused.metal import MetalError, compile_shader
+from torch_fused.metal.lint import CLANG
 
 HEADER = "#include <metal_stdlib>\nusing namespace metal;\n"
 INDEX = "uint i [[thread_position_in_grid]]"
@@ -95,6 +97,26 @@ def test_kernels_in_namespaces_overloaded_and_through_typedefs():
     assert results == [1, 2, 3, 4, 7]
 
 
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("N * 2 + 1", 33),
+        ("(uint(N) << 2) | 1u", 65),
+        ("N > 4 && N != 7 ? Sizes::wide : 32", 64),
+        ("sizeof(float3) * 4", 64),
+        ("SECOND", 97),
+        ("min(N, 100 % 64 / -3 + 20)", 8),
+    ],
+)
+def test_attributes_hold_expressions(expression, value):
+    library = shader(f"""
+    constant constexpr int N = 0x10;
+    struct Sizes {{ static constant constexpr int wide = 64; }};
+    enum {{ FIRST = 96, SECOND }};
+    [[kernel, max_total_threads_per_threadgroup({expression})]] void k(device float* o) {{ o[0] = 1; }}""")
+    assert library.k.max_threads_per_threadgroup == value
+
+
 def test_function_constants():
     body = """
     constant bool doubled [[function_constant(0)]];
@@ -146,11 +168,13 @@ def test_initialisers_and_conversions_of_vectors():
       v = clamp(v, 0.0, 5.0h) + pow(v, 2.0f) * 0;
       uint2 u = uint2(1, 2) << 33;
       o[0] = v.x; o[1] = v.z; o[2] = v.w; o[3] = float(u.y); o[4] = float(1u << uint(o[5] + 33));
+      array<float, 3> elements = {1, 2, 3};
+      for (float element : elements) o[5] += element * elements.back();
     }""".replace(" float a[3][2] = {[0 ... 2] = {}};", "")
     )
     out = torch.zeros(6)
     library.k(out, threads=1)
-    assert out.tolist() == [4.5, 5, 4.5, 4, 2, 0]
+    assert out.tolist() == [4.5, 5, 4.5, 4, 2, 18]
 
 
 def test_torchs_headers():
@@ -158,6 +182,7 @@ def test_torchs_headers():
     #include <c10/metal/utils.h>
     #include <c10/metal/special_math.h>
     #include <c10/metal/indexing.h>
+    #include <c10/metal/random.h>
     kernel void k(device float* o, {INDEX}) {{ o[i] = c10::metal::erf(o[i]); }}""")
     x = torch.linspace(-2, 2, 9)
     out = x.clone()
@@ -183,21 +208,34 @@ def test_the_command_prints_what_a_file_holds(tmp_path):
     assert "a.metal: 1 kernel\n  k(3 device o)\n" in result.stdout and "no faults" in result.stdout
 
 
+NEEDS_CLANG = pytest.mark.skipif(not shutil.which(CLANG), reason=f"address spaces are checked with {CLANG}")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("kernel void k(texture2d<float> t [[texture(0)]]) {}", "a.metal:1: error: textures and samplers are not"),
         (HEADER + "kernel void k(device float* o) {\n  o[0] = rsqrrt(2.0f); }", "a.metal:4:"),
-        (
+        pytest.param(
             HEADER + "kernel void k(device float* o) {\n  float* p = o; p[0] = 1; }",
             "a.metal:4: error: pointer or reference",
+            marks=NEEDS_CLANG,
         ),
         (HEADER + '#include "missing.h"\n', 'a.metal:3: error: no file "missing.h" to include'),
+        (HEADER + 'extern "C" void abort();\n', "a.metal:3: error: functions of other languages"),
     ],
 )
 def test_the_command_fails_on_a_fault(tmp_path, text, message):
     result = check(tmp_path, text)
     assert result.returncode == 1 and message in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("declaration", ["int i", "float i", "uint4 i"])
+def test_positions_are_unsigned(declaration):
+    with pytest.raises(MetalError, match=r"test\.metal:3: error: .*attribute of threads"):
+        shader(f"kernel void k(device uint* o, {declaration} [[thread_position_in_grid]]) {{ o[0] = 1; }}").k(
+            torch.zeros(1, dtype=torch.int32)
+        )
 
 
 def test_a_number_is_no_buffer():

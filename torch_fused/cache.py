@@ -62,17 +62,31 @@ def kept(kind: str, key: str, build: Callable[[Path], None]) -> Path:
     """The folder of the user's cache that `build` fills for `key`, now or in an earlier run. Raises CacheError.
 
     Its name holds the digest of what is in it: a folder that has been damaged is removed and built again. It is built
-    beside its place and renamed, so that several processes may build at once and half a folder is never taken.
+    beside its place and renamed, so that half a folder is never taken. Of several processes that want the same one
+    builds, where the file system has locks.
     """
     folder = cache_dir(kind)
     entry = _intact(folder, key)
     if entry is None:
-        with _building(folder) as new:
-            build(new)
+        with _building(folder) as new, _alone(folder, key):
             entry = _intact(folder, key)  # another process may have been quicker
             if entry is None:
+                build(new)
                 entry = new.rename(folder / f"{key}.{_digest(new)}.{new.name.removeprefix(_BUILDING)}")
     return entry
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, key: str) -> Iterator[None]:
+    """Waits for others who are building `key`."""
+    path = folder / f".{key}.lock"
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            fcntl.flock(stack.enter_context(open(path, "a")), fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _intact(folder: Path, key: str) -> Path | None:

@@ -17,6 +17,7 @@ using at::Tensor;
 constexpr int64_t kChunkSlots = 32;  // slots of the context that a chunk of attention should at least have
 constexpr int64_t kMostChunks = 32;  // more cost more to put together than they save
 constexpr int64_t kFewGroups = 16;   // threadgroups of attention; where there are more anyway, chunks are larger
+constexpr int64_t kFewOfBatch = 4;   // and in a batch, where putting chunks together costs each sequence
 constexpr int64_t kGroups = 128;     // and so many fill a GPU
 
 // What the adapters of a matrix add to its product; `multiply_a` is the product with the first matrix of one.
@@ -154,7 +155,8 @@ Tensor decode_gpu(const DecoderPtr& decoder, const Tensor& token_ids, const Tens
   const int64_t tokens = call.tokens(), heads = model.heads, dim = model.head_dim;
   const int64_t groups = call.batch * model.kv_heads;
   const int64_t most_chunks = std::clamp<int64_t>(kGroups / groups, 1, kMostChunks);
-  const int64_t chunk_slots = kChunkSlots * std::max<int64_t>(1, groups / kFewGroups);
+  const int64_t few = call.batch > 1 ? kFewOfBatch : kFewGroups;
+  const int64_t chunk_slots = kChunkSlots * std::max<int64_t>(1, groups / few);
   const int64_t chunks = std::clamp<int64_t>(call.length / chunk_slots, 1, most_chunks);
   const auto room = [&](int64_t each) { return at::empty({tokens, each}, floats); };
   GpuStep step{call,

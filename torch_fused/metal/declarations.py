@@ -83,13 +83,28 @@ def _outside_brackets(source: Tokens, start: int, stop: int) -> Iterator[int]:
 
 
 def constants(source: Tokens, found: list[Declaration]) -> dict[str, str]:
-    """{name: expression} of the constants among declarations."""
-    values = {}
+    """{name: expression} of the constants and enumerators among declarations."""
+    values: dict[str, str] = {}
     for declaration in found:
         words = source.words(range(declaration.start, declaration.stop))
-        if "=" in words and not declaration.has_body and {"constant", "constexpr", "const"} & set(words):
+        if "enum" in words[:2] and "{" in words:
+            values |= _enumerators(source, declaration.start + words.index("{"))
+        elif "=" in words and not declaration.has_body and {"constant", "constexpr", "const"} & set(words):
             equals = words.index("=")
+            if "{" in words[:equals]:
+                continue  # a class, whose members come one by one
             values[words[equals - 1]] = " ".join(words[equals + 1 :])
+    return values
+
+
+def _enumerators(source: Tokens, opening: int) -> dict[str, str]:
+    """Those in the braces at token `opening`; one without a value follows the one before."""
+    values: dict[str, str] = {}
+    following = "0"
+    for piece in source.split(opening + 1, source.match(opening)):
+        name, *value = source.words(piece)
+        values[name] = " ".join(value[1:]) if value[:1] == ["="] else following
+        following = f"({values[name]}) + 1"
     return values
 
 

@@ -9,23 +9,26 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..cache import kept
-from .emit import INCLUDE, emit_host
 from .errors import MetalError
+from .host_dialect import emit_host
 from .parser import parse
 from .preprocess import compiler
+from .rewrite import INCLUDE
 
 # No contraction: the bits of the source, as on a GPU under safe math. -w: warnings are the lint's work. DWARF 4: what
-# addr2line knows best.
+# addr2line knows best; it asks for lines only, and where variables are would be a fifth of the compiler's time.
 FLAGS = shlex.split(
     "-std=c++17 -O1 -g1 -gdwarf-4 -fPIC -shared -w -ffp-contract=off -fno-math-errno -fno-exceptions -fno-rtti "
     "-fvisibility=hidden -fwrapv -fno-optimize-sibling-calls -fstack-clash-protection "
     "-fsanitize=integer-divide-by-zero -fsigned-char"
 )
+ERROR = re.compile(r"(.*?:\d+:)(?:\d+:)? (?:fatal )?error: (.*)")
+REQUIRED = re.compile(r"(.*?:\d+:)(?:\d+:)?\s+(?:required from|note: in instantiation)")
+TRACE = 30  # lines of a compiler's trace that are looked through
 WORKERS = 2
 LIBRARY = "kernels.so"
 
@@ -69,7 +72,8 @@ def _hooks(checked: bool) -> list[str]:
         reads = ["-mllvm", "-tsan-instrument-read-before-write"]  # of what is written next, too
         return [*checks, *(reads if checked else []), "-fno-sanitize-link-runtime", "-lm"]
     # Without -fno-tree-sra a vector load of which only the elements are used becomes loads of elements.
-    return [*checks, *(["-fno-tree-sra"] if checked else []), "-nodefaultlibs", "-lm", "-lc", "-lgcc"]
+    options = ["-fno-var-tracking", *(["-fno-tree-sra"] if checked else [])]
+    return [*checks, *options, "-nodefaultlibs", "-lm", "-lc", "-lgcc"]
 
 
 @functools.cache
@@ -110,5 +114,18 @@ def _compile(text: str, name: str, constants: tuple[tuple[int, object], ...], fl
 
 
 def _errors(output: str) -> str:
-    lines: Iterable[str] = (line for line in output.splitlines() if "error" in line)
-    return "\n".join(dict.fromkeys(lines)) or output
+    """The compiler's errors; of one in our headers, the line of the source that led there."""
+    lines = output.splitlines()
+    found: dict[str, None] = {}
+    for i, line in enumerate(lines):
+        if not (match := ERROR.match(line)):
+            continue
+        place = match[1]
+        if str(INCLUDE) in place:  # g++ says before it what asked for it, clang behind it
+            before, behind = lines[max(i - TRACE, 0) : i][::-1], lines[i + 1 : i + TRACE]
+            asked = [m[1] for near in (*before, *behind) if (m := REQUIRED.match(near)) and str(INCLUDE) not in m[1]]
+            if not asked and found:
+                continue  # more about the error before
+            place = asked[0] if asked else place
+        found[f"{place} error: {match[2]}"] = None
+    return "\n".join(found) or output

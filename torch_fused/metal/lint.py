@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .emit import emit_lint
 from .errors import Diagnostics, MetalError
 from .flatten import flatten
+from .lint_dialect import emit_lint
 from .parser import parse
 from .program import Program
 

@@ -31,6 +31,7 @@ BUILTINS = {
 }
 CUDA_BUILTINS = 13  # those that CUDA's translation knows
 MAX_BUFFERS = 31
+ELEMENTS = ("float", "half", "bfloat", "int", "uint", "short", "ushort", "char", "uchar", "long", "ulong", "bool")
 
 
 @dataclass(frozen=True)

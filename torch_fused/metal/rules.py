@@ -9,6 +9,9 @@ from .lexer import Token
 
 NO_TEXTURES = "textures and samplers are not supported: the emulator runs compute kernels on buffers"
 NO_FENCES = "a value written by one threadgroup is read by another only in a later launch: no fences, no device scope"
+NO_EXIT = "a kernel ends no process"
+NO_OTHER_LANGUAGE = "functions of other languages are not available in Metal"
+NO_PACKING = "packing of normalised numbers is not supported"
 NO_EXCEPTIONS = "exceptions are not supported in Metal"
 FORBIDDEN = {
     "double": "type 'double' is not supported in Metal",
@@ -42,9 +45,12 @@ FORBIDDEN = {
     "compute_command": "indirect command buffers are not supported",
     "mpp": "Metal Performance Primitives are not supported",
     "tensor_ops": "Metal Performance Primitives are not supported",
+    "__builtin_abort": NO_EXIT,
+    "__builtin_exit": NO_EXIT,
     "simdgroup_async_copy": "asynchronous copies are not supported",
     "simdgroup_event": "asynchronous copies are not supported",
 }
+PACKING = re.compile(r"(un)?pack_\w*(norm|srgb)\w*")
 TEXTURE = re.compile(r"(texture|depth)(1d|2d|3d|cube|_buffer)(_ms)?(_array)?")
 LINE = re.compile(r'#line (\d+) "(.*)"')
 # What our kernels do without, and CUDA's translation lacks
@@ -66,6 +72,10 @@ def check_words(tokens: list[Token], diagnostics: Diagnostics) -> None:
                 message = FORBIDDEN[token.text]
         elif TEXTURE.fullmatch(token.text) or (token.text == "sampler" and after.kind == "name"):
             message = NO_TEXTURES
+        elif PACKING.fullmatch(token.text) and after.text == "(":
+            message = NO_PACKING
+        elif token.text == "extern" and after.kind == "string":
+            message = NO_OTHER_LANGUAGE
         literal = token.float_literal()
         if literal and literal[1] not in ("", "f", "h", "bf"):
             message = f"literal {token.text}: Metal's floating-point suffixes are f, h and bf"

@@ -54,6 +54,12 @@ class Tokens:
                 break
         return i
 
+    def after_name(self, i: int) -> int:
+        """Index after the name at token i and what qualifies it, `a::b`."""
+        while self.tokens[i + 1].text == "::":
+            i += 2
+        return i + 1
+
     def split(self, start: int, stop: int) -> list[range]:
         """The comma-separated, non-empty pieces of tokens start to stop."""
         pieces, begin, i = [], start, start

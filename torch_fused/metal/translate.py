@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .emit import emit_cuda
+from .cuda_dialect import emit_cuda
 from .parser import parse
 
 

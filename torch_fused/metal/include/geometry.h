@@ -102,6 +102,12 @@ MSL_MATRICES(bfloat)
 MSL_MATRIX_SUM(+)
 MSL_MATRIX_SUM(-)
 template <class T, int C, int R>
+MSL_FN matrix<T, C, R> operator-(const matrix<T, C, R>& a) {
+  matrix<T, C, R> result;
+  for (int c = 0; c < C; c++) result[c] = -a[c];
+  return result;
+}
+template <class T, int C, int R>
 MSL_FN matrix<T, C, R> operator*(const matrix<T, C, R>& a, typename same_as<T>::type s) {
   matrix<T, C, R> result;
   for (int c = 0; c < C; c++) result[c] = a[c] * s;
@@ -134,10 +140,18 @@ MSL_FN matrix<T, C, R> operator*(const matrix<T, N, R>& a, const matrix<T, C, N>
   return result;
 }
 template <class T, int C, int R>
+MSL_FN matrix<T, C, R>& operator*=(matrix<T, C, R>& a, const matrix<T, C, C>& b) {
+  return a = a * b;
+}
+template <class T, int C, int R>
 MSL_FN bool operator==(const matrix<T, C, R>& a, const matrix<T, C, R>& b) {
   bool equal = true;
   for (int c = 0; c < C; c++) equal = equal && all(a[c] == b[c]);
   return equal;
+}
+template <class T, int C, int R>
+MSL_FN bool operator!=(const matrix<T, C, R>& a, const matrix<T, C, R>& b) {
+  return !(a == b);
 }
 template <class T, int C, int R>
 MSL_FN matrix<T, R, C> transpose(const matrix<T, C, R>& a) {

@@ -78,26 +78,20 @@ MSL_FN float fma(float x, float y, float z) {
 MSL_FN half fma(half x, half y, half z) {
   return half(double(x) * double(y) + double(z));
 }
-template <MSL_BFLOAT>
-MSL_FN T fma(T x, T y, T z) {
-  return T(double(float(x)) * double(float(y)) + double(float(z)));
-}
-MSL_VECTOR_3(fma)
+MSL_OF_BFLOAT_3(fma)
 
-#define MSL_OWN_ARITHMETIC(T, TEMPLATE)                \
-  TEMPLATE MSL_FN T mix(T x, T y, T a) {               \
+#define MSL_OWN_ARITHMETIC(T)                          \
+  MSL_FN T mix(T x, T y, T a) {                        \
     return x + (y - x) * a;                            \
   }                                                    \
-  TEMPLATE MSL_FN T smoothstep(T low, T high, T x) {   \
+  MSL_FN T smoothstep(T low, T high, T x) {            \
     const T t = saturate(T((x - low) / (high - low))); \
     return t * t * (T(3.0f) - T(2.0f) * t);            \
   }
-#define MSL_NONE
-MSL_OWN_ARITHMETIC(float, MSL_NONE)
-MSL_OWN_ARITHMETIC(half, MSL_NONE)
-MSL_OWN_ARITHMETIC(T, template <MSL_BFLOAT>)
-MSL_VECTOR_3(mix)
-MSL_VECTOR_3(smoothstep)
+MSL_OWN_ARITHMETIC(float)
+MSL_OWN_ARITHMETIC(half)
+MSL_OF_BFLOAT_3(mix)
+MSL_OF_BFLOAT_3(smoothstep)
 
 MSL_FN float msl_fract(float x, float below_one) {
   const float f = x - ::floorf(x);
@@ -109,11 +103,7 @@ MSL_FN float fract(float x) {
 MSL_FN half fract(half x) {
   return half(msl_fract(float(x), 0x1.ffcp-1f));
 }
-template <MSL_BFLOAT>
-MSL_FN T fract(T x) {
-  return T(msl_fract(float(x), 0x1.fep-1f));
-}
-MSL_VECTOR_1(fract)
+MSL_OF_BFLOAT_1(fract)
 
 // The next number of its own type
 template <class T, class Bits>
@@ -138,31 +128,42 @@ MSL_FN T nextafter(T x, T y) {
 MSL_VECTOR_2(nextafter)
 
 // Exponents, and functions with a second result
-#define MSL_EXPONENTS(T, TEMPLATE)                 \
-  TEMPLATE MSL_FN int ilogb(T x) {                 \
+#define MSL_EXPONENTS(T)                           \
+  MSL_FN int ilogb(T x) {                          \
     return ::ilogbf(float(x));                     \
   }                                                \
-  TEMPLATE MSL_FN T ldexp(T x, int exponent) {     \
+  MSL_FN T ldexp(T x, int exponent) {              \
     return T(::ldexp(double(float(x)), exponent)); \
   }                                                \
-  TEMPLATE MSL_FN T frexp(T x, int& exponent) {    \
+  MSL_FN T frexp(T x, int& exponent) {             \
     exponent = 0;                                  \
     return T(::frexpf(float(x), &exponent));       \
   }                                                \
-  TEMPLATE MSL_FN T modf(T x, T& whole) {          \
+  MSL_FN T modf(T x, T& whole) {                   \
     float part;                                    \
     const float rest = ::modff(float(x), &part);   \
     whole = T(part);                               \
     return T(rest);                                \
   }                                                \
-  TEMPLATE MSL_FN T sincos(T x, T& cosine) {       \
+  MSL_FN T sincos(T x, T& cosine) {                \
     cosine = cos(x);                               \
     return sin(x);                                 \
   }
-MSL_EXPONENTS(float, MSL_NONE)
-MSL_EXPONENTS(half, MSL_NONE)
-MSL_EXPONENTS(T, template <MSL_BFLOAT>)
-MSL_VECTOR_1(ilogb)
+MSL_EXPONENTS(float)
+MSL_EXPONENTS(half)
+template <MSL_BFLOAT>
+MSL_FN int ilogb(T x) {
+  return ilogb(float(x));
+}
+template <MSL_BFLOAT>
+MSL_FN float ldexp(T x, int exponent) {
+  return ldexp(float(x), exponent);
+}
+template <MSL_BFLOAT>
+MSL_FN float frexp(T x, int& exponent) {
+  return frexp(float(x), exponent);
+}
+MSL_ELEMENTWISE_1(ilogb, math_vector_of)
 #define MSL_SECOND_RESULT(NAME, SECOND)                                  \
   template <class T, int N>                                              \
   MSL_FN vec<T, N> NAME(vec<T, N> x, vec<SECOND, N>& second) {           \
@@ -233,75 +234,6 @@ MSL_FN V select(const A& first, const B& second, const vec<bool, N>& condition) 
   V a(first), b(second), result;
   for (int i = 0; i < N; i++) result.d[i] = condition.d[i] ? b.d[i] : a.d[i];
   return result;
-}
-
-// Both are the same here, and a source may add functions to either.
-#define MSL_VARIANTS       \
-  using metal::acos;       \
-  using metal::acosh;      \
-  using metal::asin;       \
-  using metal::asinh;      \
-  using metal::atan;       \
-  using metal::atan2;      \
-  using metal::atanh;      \
-  using metal::ceil;       \
-  using metal::clamp;      \
-  using metal::copysign;   \
-  using metal::cos;        \
-  using metal::cosh;       \
-  using metal::cospi;      \
-  using metal::divide;     \
-  using metal::exp;        \
-  using metal::exp10;      \
-  using metal::exp2;       \
-  using metal::fabs;       \
-  using metal::fdim;       \
-  using metal::floor;      \
-  using metal::fma;        \
-  using metal::fmax;       \
-  using metal::fmax3;      \
-  using metal::fmedian3;   \
-  using metal::fmin;       \
-  using metal::fmin3;      \
-  using metal::fmod;       \
-  using metal::fract;      \
-  using metal::frexp;      \
-  using metal::ilogb;      \
-  using metal::ldexp;      \
-  using metal::log;        \
-  using metal::log10;      \
-  using metal::log2;       \
-  using metal::max;        \
-  using metal::max3;       \
-  using metal::median3;    \
-  using metal::min;        \
-  using metal::min3;       \
-  using metal::mix;        \
-  using metal::modf;       \
-  using metal::nextafter;  \
-  using metal::pow;        \
-  using metal::powr;       \
-  using metal::rint;       \
-  using metal::round;      \
-  using metal::rsqrt;      \
-  using metal::saturate;   \
-  using metal::sign;       \
-  using metal::sin;        \
-  using metal::sincos;     \
-  using metal::sinh;       \
-  using metal::sinpi;      \
-  using metal::smoothstep; \
-  using metal::sqrt;       \
-  using metal::step;       \
-  using metal::tan;        \
-  using metal::tanh;       \
-  using metal::tanpi;      \
-  using metal::trunc;
-namespace precise {
-MSL_VARIANTS
-}
-namespace fast {
-MSL_VARIANTS
 }
 
 }  // namespace metal

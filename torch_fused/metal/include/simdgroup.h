@@ -32,6 +32,7 @@ template <class T>
 MSL_FN lanes<T> exchange(const T& value, int operation, int line, const char* file) {
   static_assert(sizeof(typename vtraits<T>::E) <= 4 || !is_arithmetic_v<typename vtraits<T>::E>,
                 "simdgroup functions take numbers of up to 32 bits, and vectors of them");
+  static_assert(!same_t<typename vtraits<T>::E, bool>::v, "simdgroup functions take no bool: convert it to a number");
   lanes<T> all;
   msl_rt.exchange(&value, sizeof(T), operation, &all, line, file);
   return all;

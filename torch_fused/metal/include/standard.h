@@ -371,8 +371,18 @@ struct array {
   MSL_FN T& operator[](size_t i) { return elements[i]; }
   MSL_FN const T& operator[](size_t i) const { return elements[i]; }
   MSL_FN constexpr size_t size() const { return N; }
+  MSL_FN constexpr size_t max_size() const { return N; }
+  MSL_FN constexpr bool empty() const { return N == 0; }
   MSL_FN T* data() { return elements; }
   MSL_FN const T* data() const { return elements; }
+  MSL_FN T* begin() { return elements; }
+  MSL_FN const T* begin() const { return elements; }
+  MSL_FN T* end() { return elements + N; }
+  MSL_FN const T* end() const { return elements + N; }
+  MSL_FN T& front() { return elements[0]; }
+  MSL_FN const T& front() const { return elements[0]; }
+  MSL_FN T& back() { return elements[N - 1]; }
+  MSL_FN const T& back() const { return elements[N - 1]; }
 };
 
 // A value that is the same in all threads

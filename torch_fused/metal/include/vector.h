@@ -148,7 +148,7 @@ struct alignas((N == 3 ? 4 : N) * sizeof(T)) elements {
 
 // Writes the elements of a scalar or vector from d on
 template <class T, class A>
-MSL_FN void msl_append(T*& d, const A& a) {
+MSL_FN constexpr void msl_append(T*& d, const A& a) {
   if constexpr (vtraits<A>::is) {
     const vec<typename vtraits<A>::E, vtraits<A>::n> v(a);
     for (int i = 0; i < vtraits<A>::n; i++) *d++ = T(v.d[i]);
@@ -181,7 +181,7 @@ MSL_FN void msl_append(T*& d, const A& a) {
   MSL_FN explicit vec(const packed<U, N>& v) : vec(vec<U, N>(v)) {}                                            \
   template <class A, class B, class... More,                                                                   \
             class = typename eif<((vtraits<A>::n + vtraits<B>::n) + ... + vtraits<More>::n) == N>::type>       \
-  MSL_FN vec(const A& a, const B& b, const More&... more) {                                                    \
+  MSL_FN constexpr vec(const A& a, const B& b, const More&... more) : d{} {                                    \
     T* next = d;                                                                                               \
     msl_append(next, a), msl_append(next, b), (msl_append(next, more), ...);                                   \
   }                                                                                                            \
@@ -374,6 +374,12 @@ MSL_FN bool all(const vec<bool, N>& a) {
   for (int i = 0; i < N; i++) result = result && a.d[i];
   return result;
 }
+MSL_FN bool any(bool a) {
+  return a;
+}
+MSL_FN bool all(bool a) {
+  return a;
+}
 template <class A, class B, class R = typename binr<A, B>::type>
 MSL_FN typename vtraits<R>::E dot(const A& left, const B& right) {
   R a(left), b(right);
@@ -391,8 +397,17 @@ MSL_FN typename vtraits<R>::E dot(const A& left, const B& right) {
       struct {                                                                                          \
         T __VA_ARGS__;                                                                                  \
       };                                                                                                \
+      struct {                                                                                          \
+        T d[N];                                                                                         \
+      } whole;                                                                                          \
+      MSL_SWIZZLES_##N                                                                                  \
     };                                                                                                  \
     packed() = default;                                                                                 \
+    packed(const packed&) = default;                                                                    \
+    MSL_FN packed& operator=(const packed& p) {                                                         \
+      whole = p.whole;                                                                                  \
+      return *this;                                                                                     \
+    }                                                                                                   \
     MSL_FN packed(const vec<T, N>& v) {                                                                 \
       for (int i = 0; i < N; i++) d[i] = v.d[i];                                                        \
     }                                                                                                   \

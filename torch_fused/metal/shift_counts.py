@@ -1,0 +1,44 @@
+"""Shifts whose count may be as large as the number: C++ leaves those undefined, Metal does not."""
+
+from __future__ import annotations
+
+from .lexer import Token
+from .program import Program
+
+SHIFTS = {
+    "<<": "<< ::metal::msl_shl <<",
+    ">>": ">> ::metal::msl_shr >>",
+    "<<=": "<< ::metal::msl_shl_to =",
+    ">>=": ">> ::metal::msl_shr_to =",
+}
+
+
+def define_shifts(program: Program) -> dict[int, str]:
+    """Has shifts.h take the counts. A `>>` behind two `<` may close templates, and stays."""
+    tokens = program.tokens
+    replaced: dict[int, str] = {}
+    opened = [0]  # `<` not closed, in each of the brackets around
+    for i, token in enumerate(tokens):
+        if token.kind != "symbol":
+            continue
+        if token.text in ("(", "[", "{"):
+            opened.append(0)
+        elif token.text in (")", "]", "}") and len(opened) > 1:
+            opened.pop()
+        elif token.text == ";":
+            opened[-1] = 0
+        elif token.text == "<":
+            opened[-1] += 1
+        elif token.text == ">":
+            opened[-1] = max(0, opened[-1] - 1)
+        elif token.text == ">>" and opened[-1] >= 2:
+            opened[-1] -= 2
+        elif token.text in SHIFTS and tokens[i - 1].text != "operator" and not _is_small(tokens, i + 1):
+            replaced[i] = SHIFTS[token.text]
+    return replaced
+
+
+def _is_small(tokens: list[Token], i: int) -> bool:
+    """Whether the operand at token i is a literal below 32."""
+    digits = tokens[i].text.rstrip("uU")
+    return digits.isdecimal() and int(digits) < 32 and tokens[i + 1].text not in ("+", "-", "*", "/", "%")

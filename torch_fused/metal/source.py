@@ -1,0 +1,14 @@
+"""A source while it is parsed: its tokens, and what all parts of the parser learn of them."""
+
+from __future__ import annotations
+
+from .errors import Diagnostics
+from .lexer import Token
+from .tokens import Tokens
+
+
+class Source(Tokens):
+    def __init__(self, tokens: list[Token]) -> None:
+        super().__init__(tokens, Diagnostics())
+        self.dropped: set[int] = set()  # indices of the tokens of attributes and of what else no dialect keeps
+        self.known: dict[str, str] = {}  # {name: expression} of constants
