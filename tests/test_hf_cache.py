@@ -297,6 +297,22 @@ def test_sliding_layers_are_cropped_while_they_have_the_window():
     assert torch.equal(recording.layers[0].keys, states[:, :, :10])
 
 
+def test_a_crop_that_one_layer_refuses_changes_none():
+    """Also where the layers before it could be cropped."""
+    types = ["full_attention", "full_attention", "sliding_attention"]
+    cache = FusedKVCache(config(**{**hybrid_changes(), "layer_types": types}))
+    states = make(2, 501, HEADS, HEAD_DIM).transpose(1, 2)
+    for part in states[:, :, :500].split(1, 2):
+        for layer in range(3):
+            cache.update(part, part, layer)
+    with pytest.raises(RuntimeError, match="crop: 400 tokens"):
+        cache.crop(-400)
+    assert [cache.get_seq_length(layer) for layer in range(3)] == [500] * 3
+    for layer in range(3):
+        keys, _ = cache.update(states[:, :, 500:], states[:, :, 500:], layer)
+        assert torch.equal(keys, states[:, :, -keys.shape[2] :])
+
+
 def test_leaves_inference_mode():
     """A cache filled in inference mode goes on outside of it, as DynamicCache does."""
     cache, stock = FusedKVCache(config(), max_cache_len=20), DynamicCache(config=config())

@@ -38,6 +38,7 @@ class Gated:
     backward: Callable[..., Any]
     backward_reference: Callable[..., Any]
     activation: Callable[..., Any]
+    is_silu: bool = False  # it keeps its digits far below zero, where torch's gelu loses them and ours costs some
 
 
 def gelu(approximate):
@@ -47,7 +48,12 @@ def gelu(approximate):
 
 ACTIVATIONS = {
     "silu": Gated(
-        silu_mul, silu_mul_reference, torch.ops.torch_fused.silu_mul_backward, silu_mul_backward_reference, F.silu
+        silu_mul,
+        silu_mul_reference,
+        torch.ops.torch_fused.silu_mul_backward,
+        silu_mul_backward_reference,
+        F.silu,
+        is_silu=True,
     ),
     "gelu": gelu("none"),
     "gelu_tanh": gelu("tanh"),
@@ -131,20 +137,21 @@ def test_llama_has_the_roundings_of_hugging_face(backend, gated):
     """Where the activation rounds as torch's, the product has the bits of eager's."""
     for dtype in (torch.float16, torch.bfloat16):
         gate, up = pair(64, 896, dtype=dtype)
-        gate = gate.clamp(min=-1)  # below, torch's gelu loses digits
+        gate = gate if gated.is_silu else gate.clamp(min=-1)
         expected = gated.activation(gate) * up
         actual = gated.mul(gate.to(backend.device), up.to(backend.device), casting_mode="llama").cpu()
-        assert (actual == expected).float().mean() > 0.998
+        assert (actual == expected).float().mean() > (0.999 if gated.is_silu else 0.998)
         torch.testing.assert_close(actual, expected, rtol=4 * HALF_ULP[dtype], atol=1e-7)
 
 
 def test_error_is_not_above_eager(backend, gated):
-    """The error against float64 is at most that of torch's composition, or of one rounding."""
+    """The error against float64 is at most that of torch's composition; of gelu, or of one rounding."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         gate, up = pair(64, 896, dtype=dtype, device=backend.device)
         exact = gated.reference(gate.double().cpu(), up.double().cpu())
         eager = relative_error(gated.activation(gate) * up, exact)
-        assert relative_error(gated.mul(gate, up), exact) <= max(eager * 1.05, HALF_ULP[torch.float32])
+        rounding = 0.0 if gated.is_silu else HALF_ULP[torch.float32]
+        assert relative_error(gated.mul(gate, up), exact) <= max(eager * 1.05, rounding)
 
 
 def test_strides(backend, gated):
@@ -156,7 +163,8 @@ def test_strides(backend, gated):
     for gate, up in views:
         result = gated.mul(gate, up)
         assert result.is_contiguous()
-        torch.testing.assert_close(result, gated.activation(gate.double()).float() * up, rtol=4e-6, atol=1e-7)
+        expected = gated.activation(gate.double()).float() * up
+        torch.testing.assert_close(result, expected, rtol=2e-6 if gated.is_silu else 4e-6, atol=1e-7)
 
 
 def test_row_views_are_read_in_place(backend, gated):

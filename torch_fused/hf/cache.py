@@ -350,7 +350,8 @@ class FusedSlidingLayer(FusedLayer):
     def get_seq_length(self) -> int:
         return self.dropped + super().get_seq_length()
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raises RuntimeError if a window could not be whole after that."""
         held = self.get_seq_length() - self.dropped
         if tokens_to_remove < 0 < self.dropped and held + tokens_to_remove < self.window - 1:
             raise RuntimeError(
@@ -358,6 +359,9 @@ class FusedSlidingLayer(FusedLayer):
                 f"can lose once it has dropped others, at most {held - self.window + 1}: call "
                 "activate_past_recording() first, and it drops none"
             )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
@@ -495,6 +499,9 @@ class FusedKVCache(DynamicCache):
         In a ``DynamicCache`` 0 does nothing.
         """
         layers: list[Any] = self.layers
+        for layer in layers:
+            if isinstance(layer, FusedSlidingLayer):
+                layer.check_crop(tokens_to_remove)  # of all, before any is cropped
         torn = self._is_torn()
         if torn and tokens_to_remove == 0:
             if any(self.is_linear):
