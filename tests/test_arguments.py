@@ -117,6 +117,7 @@ def test_every_number_out_of_range(call, backend):
         elif "List[Tensor]" in kind:
             others = [[], value[:-1], value + value[:1]]
         elif "List[int]" in kind:
+            value = value or []  # left out, where its default is none
             others = [[], [-1], [0], *([*value[:-1], big] for big in BIG), [2**62, 2**62], [1, *value], value * 2]
         elif "Tensor" in kind or "Generator" in kind or "bool" in kind:
             continue
