@@ -100,6 +100,19 @@ def make_config(package: str, **changes: Any) -> Any:
 
 WRAPPED = {"Gemma3": "gemma3", "Mistral3": "mistral", "Llava": "llama", "InternVL": "qwen2"}
 """Models that see, by how their classes begin, and the family that a small one of them has for its text."""
+IMAGE_TOKENS = {"Gemma3": 4, "Mistral3": 2, "Llava": 4, "InternVL": 1}
+"""Tokens that stand for the image of a small model of them."""
+IMAGE_TOKEN = VOCABULARY - 1
+
+
+def image_prompt(prefix: str) -> dict[str, torch.Tensor]:
+    """A few tokens, an image and a few more."""
+    image = torch.full((1, IMAGE_TOKENS[prefix]), IMAGE_TOKEN)
+    ids = torch.cat([prompt(1, 3) % IMAGE_TOKEN, image, prompt(1, 4, seed=1) % IMAGE_TOKEN], 1)
+    size = (16, 32) if prefix == "Mistral3" else (16, 16)
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))}
+    inputs |= {"token_type_ids": (ids == IMAGE_TOKEN).long()} if prefix == "Gemma3" else {}
+    return inputs | ({"image_sizes": torch.tensor([size])} if prefix == "Mistral3" else {})
 
 
 def make_wrapped(prefix: str) -> Any:
@@ -108,10 +121,17 @@ def make_wrapped(prefix: str) -> Any:
     models = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     kinds = {"Gemma3": "siglip_vision_model", "Mistral3": "pixtral", "Llava": "clip_vision_model"}
-    vision = {"image_size": 16, "patch_size": 8, **sizes, "model_type": kinds.get(prefix, "internvl_vision")}
-    config = getattr(config_of, f"{prefix}Config")(text_config=make_config(WRAPPED[prefix]), vision_config=vision)
+    size = 32 if prefix == "Mistral3" else 16
+    vision = {"image_size": size, "patch_size": 8, **sizes, "model_type": kinds.get(prefix, "internvl_vision")}
+    image = {"image_token_id" if prefix == "InternVL" else "image_token_index": IMAGE_TOKEN}
+    image |= {"mm_tokens_per_image": 4} if prefix == "Gemma3" else {}
+    text = make_config(WRAPPED[prefix])
+    config = getattr(config_of, f"{prefix}Config")(text_config=text, vision_config=vision, **image)
     torch.manual_seed(0)
-    return getattr(models, f"{prefix}ForConditionalGeneration")(config).eval()
+    model = getattr(models, f"{prefix}ForConditionalGeneration")(config).eval()
+    if prefix == "Gemma3":  # it begins as zeros, and an image would change nothing
+        torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)
+    return model
 
 
 def class_of_config(model: str) -> str:

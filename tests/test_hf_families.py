@@ -17,6 +17,7 @@ from families import (
     VOCABULARY,
     WINDOW,
     WRAPPED,
+    image_prompt,
     make_config,
     make_model,
     make_wrapped,
@@ -265,6 +266,18 @@ def test_text_of_a_model_that_sees(prefix):
             assert steps(handle) == 23
             assert torch.equal(copy.deepcopy(model).generate(**inputs, **GREEDY), expected)
     assert len(set(expected.flatten().tolist())) > 8
+
+
+@pytest.mark.parametrize("prefix", WRAPPED)
+def test_text_behind_an_image(prefix):
+    """The prompt with the image is transformers', and the tokens behind it take the step."""
+    model, inputs = make_wrapped(prefix), image_prompt(prefix)
+    expected = model.generate(**inputs, **GREEDY)
+    other = model.generate(**{**inputs, "pixel_values": -inputs["pixel_values"]}, **GREEDY)
+    assert not torch.equal(expected, other), "the image changes nothing"
+    with apply_torch_fused(model) as handle:
+        assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+        assert steps(handle) == 23
 
 
 def test_a_model_that_sees_with_text_of_no_family():

@@ -1,5 +1,6 @@
 // The product behind attention with a dense matrix.
 #include <metal_stdlib>
+#include "common/kernel.metal.h"
 #include "decode/attended.metal.h"
 using namespace metal;
 using namespace torch_fused;
@@ -19,7 +20,6 @@ void decode_attended(device const T* matrix [[buffer(0)]], device const ushort* 
                                        simdgroup);
 }
 
-#define KERNEL(host, ...) template [[host_name(host)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
 #define ATTENDED(name, T)                                                  \
   KERNEL("decode_attended_" #name "_1", decode_attended<T, 1, 4, 4, true>) \
   KERNEL("decode_attended_" #name "_8", decode_attended<T, 8, 4, 2, true>) \

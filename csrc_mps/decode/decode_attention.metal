@@ -3,6 +3,7 @@
 //
 // LANES lanes, of eight columns each, hold a key, so a simdgroup reads several keys at once. Scores are in octaves.
 #include <metal_stdlib>
+#include "common/kernel.metal.h"
 #include "common/pack.metal.h"
 #include "decode/decode_params.h"
 #include "decode/vectors.metal.h"
@@ -252,10 +253,9 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
   }
 }
 
-#define KERNEL(host, ...) template [[host_name(host)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
-#define ATTENTION(name, T)                                                 \
-  KERNEL("decode_attention_" #name, decode_attention<T, 32, 1, false>)    \
-  KERNEL("decode_attention_64_" #name, decode_attention<T, 8, 4, true>)   \
+#define ATTENTION(name, T)                                              \
+  KERNEL("decode_attention_" #name, decode_attention<T, 32, 1, false>)  \
+  KERNEL("decode_attention_64_" #name, decode_attention<T, 8, 4, true>) \
   KERNEL("decode_attention_128_" #name, decode_attention<T, 16, 4, true>)
 ATTENTION(f32, float)
 ATTENTION(f16, half)

@@ -1,5 +1,6 @@
 // A mixture of experts: the choice of a token's experts, their products, and their sum.
 #include <metal_stdlib>
+#include "common/kernel.metal.h"
 #include "decode/multiply.metal.h"
 using namespace metal;
 using namespace torch_fused;
@@ -99,11 +100,10 @@ void decode_expert_sum(device const float* outputs [[buffer(0)]], device const f
   }
 }
 
-#define KERNEL(host, ...) template [[host_name(host)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
-#define EXPERTS(name, T)                                                           \
-  KERNEL("decode_experts_" #name "_1", decode_experts<T, 2, 4, false, true>)       \
-  KERNEL("decode_experts_" #name "_0", decode_experts<T, 2, 1, false, false>)      \
-  KERNEL("decode_experts_gated_" #name "_1", decode_experts<T, 4, 2, true, true>)  \
+#define EXPERTS(name, T)                                                          \
+  KERNEL("decode_experts_" #name "_1", decode_experts<T, 2, 4, false, true>)      \
+  KERNEL("decode_experts_" #name "_0", decode_experts<T, 2, 1, false, false>)     \
+  KERNEL("decode_experts_gated_" #name "_1", decode_experts<T, 4, 2, true, true>) \
   KERNEL("decode_experts_gated_" #name "_0", decode_experts<T, 2, 1, true, false>)
 EXPERTS(f32, float)
 EXPERTS(f16, half)

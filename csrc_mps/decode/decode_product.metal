@@ -1,5 +1,6 @@
 // Products of dense matrices' rows with the vectors of a step, and the rows of a dense embedding.
 #include <metal_stdlib>
+#include "common/kernel.metal.h"
 #include "decode/multiply.metal.h"
 using namespace metal;
 using namespace torch_fused;
@@ -69,8 +70,7 @@ void decode_gate(device float* gates [[buffer(0)]], device const float* ups [[bu
   if (i < p.count) gates[i] = activate(gates[i], p.activation) * ups[i];
 }
 
-#define KERNEL(host, ...) template [[host_name(host)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
-#define PRODUCTS(name, T)                                                           \
+#define PRODUCTS(name, T)                                                        \
   KERNEL("decode_product_" #name "_1", decode_product<T, 1, 2, 4, false, true>)  \
   KERNEL("decode_product_" #name "_8", decode_product<T, 8, 4, 1, false, true>)  \
   KERNEL("decode_product_" #name "_0", decode_product<T, 1, 2, 1, false, false>) \

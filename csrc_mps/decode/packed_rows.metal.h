@@ -2,6 +2,7 @@
 // number of bits instantiates them.
 #pragma once
 #include <metal_stdlib>
+#include "common/kernel.metal.h"
 #include "decode/attended.metal.h"
 #include "decode/multiply.metal.h"
 #include "quantized/packed.metal.h"
@@ -114,18 +115,17 @@ void decode_packed_embed(device const uint* words [[buffer(0)]], device const us
   }
 }
 
-#define KERNEL(host, ...) template [[host_name(host)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
 // One vector: a lane takes sixteen columns at once, several: eight.
-#define PACKED(name, T, BITS)                                                                               \
-  KERNEL("decode_packed" #BITS "_" #name "_1", decode_packed<T, BITS, 1, 4, 1, 16, false, true>)            \
-  KERNEL("decode_packed" #BITS "_" #name "_8", decode_packed<T, BITS, 8, 4, 1, 8, false, true>)             \
-  KERNEL("decode_packed" #BITS "_gated_" #name "_1", decode_packed<T, BITS, 1, 4, 2, 16, true, true>)       \
-  KERNEL("decode_packed" #BITS "_gated_" #name "_8", decode_packed<T, BITS, 8, 4, 1, 8, true, true>)        \
-  KERNEL("decode_packed" #BITS "_attended_" #name "_1", decode_packed_attended<T, BITS, 1, 4, 4, true>)     \
+#define PACKED(name, T, BITS)                                                                           \
+  KERNEL("decode_packed" #BITS "_" #name "_1", decode_packed<T, BITS, 1, 4, 1, 16, false, true>)        \
+  KERNEL("decode_packed" #BITS "_" #name "_8", decode_packed<T, BITS, 8, 4, 1, 8, false, true>)         \
+  KERNEL("decode_packed" #BITS "_gated_" #name "_1", decode_packed<T, BITS, 1, 4, 2, 16, true, true>)   \
+  KERNEL("decode_packed" #BITS "_gated_" #name "_8", decode_packed<T, BITS, 8, 4, 1, 8, true, true>)    \
+  KERNEL("decode_packed" #BITS "_attended_" #name "_1", decode_packed_attended<T, BITS, 1, 4, 4, true>) \
   KERNEL("decode_packed" #BITS "_attended_" #name "_8", decode_packed_attended<T, BITS, 8, 4, 2, true>)
 // Scales, biases and norms of any types.
-#define PACKED_ANY(BITS)                                                                                  \
-  KERNEL("decode_packed" #BITS "_f32_0", decode_packed<float, BITS, 1, 2, 1, 8, false, false>)            \
-  KERNEL("decode_packed" #BITS "_gated_f32_0", decode_packed<float, BITS, 1, 2, 1, 8, true, false>)       \
-  KERNEL("decode_packed" #BITS "_attended_f32_0", decode_packed_attended<float, BITS, 1, 4, 4, false>)    \
+#define PACKED_ANY(BITS)                                                                               \
+  KERNEL("decode_packed" #BITS "_f32_0", decode_packed<float, BITS, 1, 2, 1, 8, false, false>)         \
+  KERNEL("decode_packed" #BITS "_gated_f32_0", decode_packed<float, BITS, 1, 2, 1, 8, true, false>)    \
+  KERNEL("decode_packed" #BITS "_attended_f32_0", decode_packed_attended<float, BITS, 1, 4, 4, false>) \
   KERNEL("decode_packed" #BITS "_embed", decode_packed_embed<BITS>)

@@ -7,25 +7,25 @@
 using namespace metal;
 using namespace torch_fused;
 
-// R rows of up to three matrices, and what a lane has loaded of them: N columns of each of U blocks.
-template <typename T, int R, int U, int N = kLaneColumns>
+// R rows of up to three matrices, and what a lane has loaded of U blocks of their columns.
+template <typename T, int R, int U>
 struct Rows {
   device const T *w0, *w1, *w2;
   long s0, s1, s2;  // elements from row to row
   device const T* at[R];
-  Pack<T, N> packs[R][U];
+  Pack<T, kLaneColumns> packs[R][U];
 
   void point(int r, uint of, uint row) {
     at[r] = (of == 0 ? w0 : of == 1 ? w1 : w2) + long(row) * (of == 0 ? s0 : of == 1 ? s1 : s2);
   }
 };
 
-template <bool WHOLE, typename T, int R, int U, int N>
-inline void load_rows(thread Rows<T, R, U, N>& rows, uint column, uint cols) {
+template <bool WHOLE, typename T, int R, int U>
+inline void load_rows(thread Rows<T, R, U>& rows, uint column, uint cols) {
 #pragma unroll
   for (int u = 0; u < U; u++) {
 #pragma unroll
-    for (int r = 0; r < R; r++) load_pack<T, WHOLE>(rows.at[r], column + u * 32 * N, cols, rows.packs[r][u]);
+    for (int r = 0; r < R; r++) load_pack<T, WHOLE>(rows.at[r], column + u * kBlockColumns, cols, rows.packs[r][u]);
   }
 }
 

@@ -2,6 +2,7 @@
 //
 // A lane takes sixteen columns of every block of 512: of four bits two words, of eight four.
 #include <metal_stdlib>
+#include "common/kernel.metal.h"
 #include "common/pack.metal.h"
 #include "decode/product.metal.h"
 #include "quantized/packed.metal.h"
@@ -95,11 +96,10 @@ void quantized_unpack(device const uint* weight [[buffer(0)]], device const usho
   store_columns<N>(output + row * p.cols, column, p.cols, p.aligned, values);
 }
 
-#define KERNEL(host, ...) template [[host_name(host)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
-#define QUANTIZED(name, T, BITS)                                                                  \
-  KERNEL("quantized_product_" #BITS "_" #name "_1", quantized_product<T, T, BITS, 1, 4, 1, true>)    \
-  KERNEL("quantized_product_" #BITS "_" #name "_8", quantized_product<T, T, BITS, 8, 4, 1, true>)    \
-  KERNEL("quantized_product_" #BITS "_" #name "_0", quantized_product<T, float, BITS, 1, 2, 1, false>)   \
+#define QUANTIZED(name, T, BITS)                                                                       \
+  KERNEL("quantized_product_" #BITS "_" #name "_1", quantized_product<T, T, BITS, 1, 4, 1, true>)      \
+  KERNEL("quantized_product_" #BITS "_" #name "_8", quantized_product<T, T, BITS, 8, 4, 1, true>)      \
+  KERNEL("quantized_product_" #BITS "_" #name "_0", quantized_product<T, float, BITS, 1, 2, 1, false>) \
   KERNEL("quantized_unpack_" #name "_" #BITS, quantized_unpack<T, BITS>)
 QUANTIZED(f32, float, 4)
 QUANTIZED(f32, float, 8)

@@ -1,6 +1,7 @@
 // The activation of SwiGLU and its relatives, y = activation(gate) * up, and its gradients.
 #include <metal_stdlib>
 #include "common/activation.metal.h"
+#include "common/kernel.metal.h"
 #include "common/pack.metal.h"
 #include "swiglu/swiglu_params.h"
 using namespace metal;
@@ -68,11 +69,9 @@ void gated_backward(device const T* grad [[buffer(0)]], device const T* gate [[b
   store_columns<W>(grad_up + at.row * p.cols + at.start, at.column, at.cols, p.flags & ALIGNED, dy);
 }
 
-#define GATED(host, A, name, T, W)                                                                                   \
-  template [[host_name(host "_" #name)]] [[kernel]] void gated<A, T, W>(                                             \
-      device const T*, device const T*, device T*, constant SwigluParams&, uint, uint, uint);                        \
-  template [[host_name(host "_backward_" #name)]] [[kernel]] void gated_backward<A, T, W>(                           \
-      device const T*, device const T*, device const T*, device T*, device T*, constant SwigluParams&, uint, uint, uint);
+#define GATED(host, A, name, T, W)                           \
+  KERNEL(host "_" #name, gated<A, T, W>)                     \
+  KERNEL(host "_backward_" #name, gated_backward<A, T, W>)
 #define GATED_OF(host, A)       \
   GATED(host, A, f32, float, 4) \
   GATED(host, A, f16, half, 8)  \
