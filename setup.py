@@ -27,7 +27,7 @@ def embed(metal: Path, target: Path) -> Path:
     # Compilers limit one string literal to 64 KB or so; neighbouring literals are joined.
     literals = ["".join(f'R"__metal({part})__metal"\n' for part in split(source)) for source in (text, cuda or " ")]
     code = (
-        f'#include "runtime/launch.h"\n\nstatic const torch_fused::Source source("{metal.stem}",\n'
+        f'#include "runtime/source.h"\n\nstatic const torch_fused::Source source("{metal.stem}",\n'
         f"{literals[0]},\n{literals[1]});\n"
     )
     if not target.exists() or target.read_text() != code:

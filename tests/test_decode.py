@@ -19,7 +19,7 @@ from torch_fused.testing import make, relative_error
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("steps", [1, 2, 7, 8])
+@pytest.mark.parametrize("steps", [1, 3, 8])
 def test_tokens_at_once(backend, batch, steps):
     """Every number of vectors that a row of a weight is multiplied with; a new token sees those before it only."""
     Step(batch=batch, steps=steps, device=backend.device).check()
@@ -40,7 +40,8 @@ def test_tokens_at_once(backend, batch, steps):
 )
 def test_sizes(backend, shape):
     """Tiny and odd sizes, parts of a head without positions, one key head for all queries and one for each."""
-    for dtype in DTYPES:
+    large = backend.name == "emulated" and shape.hidden > 500
+    for dtype in DTYPES[-1:] if large else DTYPES:
         Step(shape, batch=2, steps=2, dtype=dtype, device=backend.device).check()
 
 
@@ -67,12 +68,11 @@ def test_windows(backend, window, length):
     Step(batch=3, steps=4, length=length, starts=starts, windows=windows, device=backend.device).check()
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-@pytest.mark.parametrize("starts", [None, [0, 200, 380]])
+@pytest.mark.parametrize(("steps", "starts"), [(1, None), (4, [0, 60, 115])])
 def test_dropped_slots(backend, steps, starts):
     """Layers with a window go on without the slots that no new token attends."""
-    options = {"batch": 3, "steps": steps, "length": 400, "starts": starts, "device": backend.device}
-    for window, dropped in ((70, 331), (70, 330), (70, 1), (1, 400), (2, 399)):
+    options = {"batch": 3, "steps": steps, "length": 130, "starts": starts, "device": backend.device}
+    for window, dropped in ((70, 61), (70, 60), (70, 1), (1, 130), (2, 129)):
         whole, step = (Step(windows=[window, 0], **options) for _ in range(2))
         for name in ("keys", "values"):
             step.args[name][0] = step.args[name][0][:, :, dropped:].clone()

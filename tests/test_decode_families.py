@@ -21,7 +21,8 @@ def test_aligned_families(backend, family):
     """Sizes that the fast kernels take, a context of several chunks."""
     experts = {"experts": 40, "expert_intermediate": 136} if "moe" in family else {}
     shape = Shape(family, hidden=256, heads=4, kv_heads=2, head_dim=64, rotary_dim=64, intermediate=512, **experts)
-    for dtype in DTYPES if experts else (torch.float16,):
+    # Kernels of experts are of their own, and the others' dtypes have tests of theirs.
+    for dtype in DTYPES if experts and backend.name != "emulated" else (torch.float16,):
         Step(shape, dtype=dtype, length=300, device=backend.device).check()
     Step(shape, batch=3, steps=3, dtype=torch.bfloat16, length=300, device=backend.device).check()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-PER_OP = {"cpu": 40, "emulated": 15}
+PER_OP = {"cpu": 25, "emulated": 8}
 PER_OP_FULL = {"cpu": 9000, "emulated": 2500}  # 200,000 in all
 
 

@@ -16,24 +16,14 @@
 #include <utility>
 #include <vector>
 
+#include "source.h"
+
 namespace torch_fused {
 
 constexpr size_t kMaxBuffers = 31;       // Metal's limit for one kernel, the parameters included
 constexpr size_t kMaxParamBytes = 4096;  // Metal's limit for setBytes
 constexpr int64_t kMaxThreads = 1024;    // threads in one threadgroup
 constexpr size_t kMaxDevices = 64;
-
-// One op's kernels: the flattened Metal text and its CUDA translation, embedded at build time by setup.py. A Source is
-// a static object that registers itself; they form a list, for `find_source` and for the emulator.
-struct Source {
-  Source(const char* name, const char* metal, const char* cuda);
-  const char* name;
-  const char* metal;
-  const char* cuda;
-  const Source* next;
-};
-const Source* first_source();
-const Source& find_source(const std::string& name);
 
 // A kernel of a source by its name. Each is made once and lives as long as the process, with what the runtimes know of
 // it.
