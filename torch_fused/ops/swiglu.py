@@ -129,7 +129,8 @@ def silu_mul(gate: Tensor, up: Tensor, *, casting_mode: str = "torch") -> Tensor
         _check("silu_mul", gate, up)
         if casting_mode == "llama":
             return F.silu(gate) * up
-    return _silu_mul(*_promoted(gate, up), casting_mode=casting_mode)
+        gate, up = _promoted(gate, up)
+    return _silu_mul(gate, up, casting_mode=casting_mode)
 
 
 def gelu_mul(gate: Tensor, up: Tensor, *, approximate: str = "none", casting_mode: str = "torch") -> Tensor:
@@ -164,7 +165,8 @@ def gelu_mul(gate: Tensor, up: Tensor, *, approximate: str = "none", casting_mod
         _check("gelu_mul", gate, up)
         if casting_mode == "llama":
             return F.gelu(gate, approximate=approximate) * up
-    return _gelu_mul(*_promoted(gate, up), approximate=approximate, casting_mode=casting_mode)
+        gate, up = _promoted(gate, up)
+    return _gelu_mul(gate, up, approximate=approximate, casting_mode=casting_mode)
 
 
 def _check(op: str, gate: Tensor, up: Tensor) -> None:
