@@ -324,6 +324,7 @@ def test_trainer(options, tmp_path):
     """Trained twice by transformers while patched: the weights of stock's training, rollouts take the decode step, and
     the handle reverts whatever accelerate has put around the model and taken off again."""
     stock, patched = make_model(), make_model()
+    tolerance = 3e-2 if options.get("bf16") else 1e-5  # accelerate leaves autocast around the forward
     for _ in range(2):
         train(stock, tmp_path, **options)
         with apply_torch_fused(patched) as handle:
@@ -331,7 +332,7 @@ def test_trainer(options, tmp_path):
             if Version(transformers.__version__) < Version("5.24"):  # a model in training then fills no cache
                 patched.gradient_checkpointing_disable()
             with torch.no_grad():
-                assert relative_error(patched(prompt(1, 9)).logits, stock(prompt(1, 9)).logits) < 1e-2
+                assert relative_error(patched(prompt(1, 9)).logits, stock(prompt(1, 9)).logits) < tolerance
                 patched.generate(prompt(1, 5), max_new_tokens=8, do_sample=False)
                 generate(patched, prompt(1, 5), max_new_tokens=8, do_sample=False)
             assert "14 calls as one op" in handle.report()

@@ -185,11 +185,12 @@ def test_empty(backend, gated):
 
 
 def test_nan_and_inf(backend, gated):
-    """NaN and infinities of either operand give what torch gives."""
+    """NaN and infinities of either operand give what torch gives in float64; in float32 its gelu(inf) is NaN on some CPUs."""
     values = torch.tensor([0.0, -0.0, 1.0, -1.0, 88.0, -88.0, -200.0, 1e30, -1e30, torch.inf, -torch.inf, torch.nan])
     gate, up = (x.contiguous() for x in torch.meshgrid(values, values, indexing="ij"))
     actual = gated.mul(gate.to(backend.device), up.to(backend.device)).cpu()
-    torch.testing.assert_close(actual, gated.activation(gate) * up, rtol=2e-6, atol=1e-7, equal_nan=True)
+    expected = gated.activation(gate.double()).float() * up
+    torch.testing.assert_close(actual, expected, rtol=2e-6, atol=1e-7, equal_nan=True)
 
 
 def test_inputs_are_not_written(backend, gated):
