@@ -31,17 +31,18 @@ def test_comments_may_be_in_any_language():
 def test_declarations_of_arguments():
     library = shader("""
     typedef device float* Pointer;
+    using Reading = const device float*;
     METAL_FUNC float plus(float a, uint i [[thread_position_in_grid]]) { return a + float(i); }
     struct Fixed { float a; Fixed(const thread Fixed&) = delete; Fixed() = default; };
     kernel void k(Pointer o [[buffer(0)]], constant const long s[2] [[buffer(2)]], device float x[] [[buffer(1)]],
-                  const uint i [[thread_position_in_grid]]) {
+                  Reading y, const uint i [[thread_position_in_grid]]) {
       Fixed f;
       f.a = x[i];
-      o[i] = plus(f.a, i) * float(s[1]);
+      o[i] = plus(f.a, i) * float(s[1]) + y[i];
     }""")
     out = torch.zeros(3)
-    library.k(out, torch.tensor([1.0, 2.0, 3.0]), [5, 10])
-    assert out.tolist() == [10, 30, 50]
+    library.k(out, torch.tensor([1.0, 2.0, 3.0]), [5, 10], torch.tensor([1.0, 2.0, 3.0]))
+    assert out.tolist() == [11, 32, 53]
 
 
 def test_overloads_by_address_space_and_members():

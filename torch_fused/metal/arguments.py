@@ -89,7 +89,7 @@ def _check(source: Source, i: int, p: Parameter, words: list[str], has_attribute
     if refers and p.address_space not in ("device", "constant", "threadgroup"):
         got = f", not {p.address_space}" if p.address_space else ""
         source.error(i, f"kernel argument '{p.name}' must point to device or constant memory{got}")
-    elif not refers and not has_attributes:
+    elif is_number and not refers and not has_attributes:
         source.error(i, f"kernel argument '{p.name}' needs an attribute such as [[thread_position_in_grid]]")
-    elif not refers and is_number:
+    elif is_number and not refers:
         source.error(i, f"kernel argument '{p.name}' with [[{p.kind}]] must be a pointer or a reference")
