@@ -185,7 +185,7 @@ def test_empty(backend, gated):
 
 
 def test_nan_and_inf(backend, gated):
-    """NaN and infinities of either operand give what torch gives in float64; in float32 its gelu(inf) is NaN on some CPUs."""
+    """NaN and infinities give what torch gives in float64; in float32 its gelu(inf) is NaN on some CPUs."""
     values = torch.tensor([0.0, -0.0, 1.0, -1.0, 88.0, -88.0, -200.0, 1e30, -1e30, torch.inf, -torch.inf, torch.nan])
     gate, up = (x.contiguous() for x in torch.meshgrid(values, values, indexing="ij"))
     actual = gated.mul(gate.to(backend.device), up.to(backend.device)).cpu()
