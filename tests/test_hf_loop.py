@@ -8,9 +8,11 @@ from test_hf_generate import FAMILIES, ONE_FAMILY, make_model, one_thread, promp
 from transformers import GenerationMixin, GPT2Config, GPT2LMHeadModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+import torch_fused.hf.decode
 import torch_fused.hf.loop
 from torch_fused.hf import FusedKVCache, apply_torch_fused, transformers_private
 from torch_fused.hf.cache import CACHE
+from torch_fused.hf.watch import Watch
 
 GREEDY = {"do_sample": False}
 SAMPLED = {"do_sample": True, "temperature": 1.5}
@@ -251,3 +253,41 @@ def test_errors_of_generate_are_its_own():
                     model.generate(*args, max_new_tokens=4, **kwargs)
                 errors.append((error.type, str(error.value) if error.type is ValueError else ""))
         assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "seconds", "looks"),
+    [({}, 60, 2), ({}, 0, 40), ({"streamer": Kept()}, 60, 40), ({"stopping_criteria": Asked(100)}, 60, 40)],
+    ids=["undisturbed", "after a while", "a streamer", "a criterion"],
+)
+def test_how_often_a_model_is_looked_at(monkeypatch, options, seconds, looks):
+    """With every token if code of others may have run between two, or after a while: before the prompt, then for each
+    of 39 steps. Else before the prompt and at the first step."""
+    counted, holds = [], Watch.holds
+    monkeypatch.setattr(Watch, "holds", lambda self: counted.append(1) or holds(self))
+    monkeypatch.setattr(torch_fused.hf.decode, "LOOK_AGAIN", seconds)
+    model = make_model()
+    apply_torch_fused(model).report()
+    counted.clear()
+    if "stopping_criteria" in options:
+        options = {"stopping_criteria": StoppingCriteriaList([options["stopping_criteria"]])}
+    model.generate(prompt(1, 7), max_new_tokens=40, do_sample=False, eos_token_id=None, **options)
+    assert len(counted) == looks
+
+
+def test_a_change_in_the_middle_is_seen():
+    """A streamer that changes a module: the next token is computed with it."""
+
+    class Changing(Kept):
+        def put(self, value):
+            super().put(value)
+            if len(self.tokens) == 20:
+                model.model.layers[0].mlp.act_fn = torch.nn.Tanh()
+
+    tokens = []
+    for patch in (False, True):
+        model = make_model()
+        if patch:
+            apply_torch_fused(model)
+        tokens.append(model.generate(prompt(1, 7), max_new_tokens=40, do_sample=False, streamer=Changing()))
+    assert torch.equal(*tokens)

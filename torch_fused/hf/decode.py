@@ -2,7 +2,9 @@
 
 import functools
 import inspect
+import math
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from importlib import import_module
@@ -30,6 +32,9 @@ UNUSED_ARGUMENTS = {"tokenizer", "assistant_tokenizer", "num_items_in_batch"}
 DECODER = "_torch_fused_decoder"
 """The attribute of a patched causal language model that holds its `Decoder`."""
 
+LOOK_AGAIN = 0.05
+"""Seconds. To look at all modules of a model takes as long as a step of a small one on a fast GPU."""
+
 CAUSAL_LMS = {family.path("causal_lm") for family in FAMILIES} | WRAPPERS
 
 
@@ -51,6 +56,7 @@ class Decoder:
         self._holds_text = family is None or family.text != "model"
         self.calls: Counter[str] = Counter()  # by the reason why they were left; "" for none
         self._read: tuple[Watch, Plan | Left] | None = None
+        self._looked = -math.inf  # when the model was last seen to be the one that was read
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -58,18 +64,26 @@ class Decoder:
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _read=None, _lock=threading.Lock())
+        self.__dict__.update(state, _read=None, _looked=-math.inf, _lock=threading.Lock())
 
     def count(self, reason: str = "") -> None:
         with self._lock:
             self.calls[reason] += 1
 
-    def plan(self) -> Plan:
-        """The plan for the model as it is now; raises `Left`."""
-        found = self._read
-        if found is None or not found[0].holds() or not (isinstance(found[1], Left) or found[1].is_current):
+    def plan(self, *, undisturbed: bool = False) -> Plan:
+        """The plan for the model as it is now; raises `Left`.
+
+        Args:
+            undisturbed: no code of others has run in this thread since the last call. What other threads change is
+                seen within `LOOK_AGAIN` seconds then.
+        """
+        found, now = self._read, time.monotonic()
+        known = undisturbed and now - self._looked < LOOK_AGAIN
+        if found is None or not (known or found[0].holds()) or not (isinstance(found[1], Left) or found[1].is_current):
             found = self._read = None  # the tensors in it may be gone from the model
             found = self._read = Watch(self.model), read(self.model, self.int8_products)
+        if not known:
+            self._looked = now
         plan = found[1]
         if isinstance(plan, Left):
             raise Left(*plan.args)
@@ -146,10 +160,10 @@ class Decoder:
         self.count()
         return result
 
-    def check(self, input_ids: Tensor, cache: Any) -> Plan:
+    def check(self, input_ids: Tensor, cache: Any, *, undisturbed: bool = False) -> Plan:
         """The plan, if the call is one for the op; raises `Left`."""
         self._check_cache(input_ids, cache)
-        plan = self.plan()
+        plan = self.plan(undisturbed=undisturbed)
         if [layer.window for layer in cache.layers] != plan.windows:
             raise Left("the cache has another number of layers, or other windows")
         if input_ids.device != plan.device:

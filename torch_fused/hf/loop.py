@@ -11,7 +11,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    AsyncTextIteratorStreamer,
+    GenerationConfig,
+    GenerationMixin,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TextIteratorStreamer,
+    TextStreamer,
+)
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -31,6 +39,9 @@ ASK_FOR_ANOTHER = ("assistant_tokenizer", "assistant_model", "synced_gpus", "cus
 
 LOOK_AT_TOKENS_ALONE = {MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria, StopStringCriteria}
 """Stopping criteria that may be asked when the next step has begun. A user's own may look at anything."""
+
+HAND_TOKENS_ON = {type(None), TextStreamer, TextIteratorStreamer, AsyncTextIteratorStreamer}
+"""Streamers that do nothing to the model. A user's own may do anything."""
 
 
 def generate_by_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -102,7 +113,9 @@ def token_loop(
     ]
     loop = _Loop(model, None if wanted else decoder, generation_config, logits_processor, model_kwargs, wanted)
     tokens = loop.prefill(input_ids)
-    ahead = loop.runs_ahead(input_ids) and set(map(type, stopping_criteria)) <= LOOK_AT_TOKENS_ALONE
+    plain = set(map(type, stopping_criteria)) <= LOOK_AT_TOKENS_ALONE
+    loop.undisturbed = plain and type(streamer) in HAND_TOKENS_ON
+    ahead = loop.runs_ahead(input_ids) and plain
     ends = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
     padding = private.pad_token(generation_config, input_ids.device) if ends else None
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -189,6 +202,7 @@ class _Loop:
         self.model_kwargs = model_kwargs
         self.outputs: dict[str, list] = {name: [] for name in wanted}
         self.pending = 0  # tokens that model_kwargs does not know of
+        self.undisturbed = False  # no code of others runs between two steps
         self._call: Callable = private.compiled_call(model, config, model_kwargs)
         self._place: Place | None = None
         self._random_state: Tensor | None = None
@@ -248,8 +262,8 @@ class _Loop:
         if decoder is None or decoder.is_wrapped():
             return None
         try:
-            plan = decoder.check(last, self.cache)
             place = self._place
+            plan = decoder.check(last, self.cache, undisturbed=self.undisturbed and place is not None)
             if place is None or place.length != self.cache.get_seq_length():
                 place = self._find_place(last, plan)
             plan.check_positions(place.rows)
