@@ -32,8 +32,8 @@ UNUSED_ARGUMENTS = {"tokenizer", "assistant_tokenizer", "num_items_in_batch"}
 DECODER = "_torch_fused_decoder"
 """The attribute of a patched causal language model that holds its `Decoder`."""
 
-LOOK_AGAIN = 0.05
-"""Seconds. To look at all modules of a model takes as long as a step of a small one on a fast GPU."""
+LOOK_AGAIN = 0.2
+"""Seconds. A look at all modules of a model can take as long as a step of a small one."""
 
 CAUSAL_LMS = {family.path("causal_lm") for family in FAMILIES} | WRAPPERS
 
