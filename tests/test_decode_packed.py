@@ -88,10 +88,10 @@ def test_parts_of_larger_tensors(backend):
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 64), (8, 64), (8, 128)])
 @pytest.mark.parametrize(("batch", "steps"), [(1, 1), (3, 4)])
 def test_int8_products(bits, group_size, batch, steps):
-    """Vectors are rounded to int8 on a CPU: of random weights, two layers and the head, two hundredths at most."""
+    """Vectors are rounded to int8 on a CPU: of random weights, two layers and the head, one hundredth at most."""
     step = packed_step(bits, group_size, batch=batch, steps=steps)
     exact, _ = step.exact()
-    assert 1e-5 < relative_error(step.run(int8_products=True), exact) < 2e-2
+    assert 1e-5 < relative_error(step.run(int8_products=True), exact) < 1e-2
 
 
 @pytest.mark.parametrize(("bits", "group_size", "only"), [(8, 32, (*MATRICES, "head")), (4, 64, ("v", "embedding"))])

@@ -217,14 +217,14 @@ def check_int8(seed=0):
             for vectors in (1, 2, 3, 4, 7, 8):
                 x = make(vectors, columns, seed=seed + vectors)
                 # The same in plain torch, but for the order of sums: the vector as it is rounded.
-                blocks = x.view(vectors, -1, 32)
+                blocks = x.view(vectors, -1, 8)
                 step = blocks.abs().amax(-1, keepdim=True) / 127
                 rounded = (torch.round(blocks / step) * step).view(x.shape)
                 options = {"bits": bits, "group_size": group_size}
                 actual = torch.ops.torch_fused._quantized_linear_int8(x, *packed, **options)
                 assert relative_error(actual, exact_product(rounded, packed, **options)) < 2e-4, (options, columns)
                 error = relative_error(actual, exact_product(x, packed, **options))
-                assert error < 1.5e-2, (options, columns, vectors, error)
+                assert error < 1e-2, (options, columns, vectors, error)
                 actual = quantized_linear(x, *packed, **options)
                 assert relative_error(actual, exact_product(x, packed, **options)) < 5e-6
 

@@ -69,13 +69,14 @@ TORCH_FUSED_INLINE int32x4_t add_dot(int32x4_t sum, int8x16_t a, int8x16_t b) {
 #ifdef __ARM_FEATURE_DOTPROD
   return vdotq_s32(sum, a, b);
 #else
-  sum = vpadalq_s16(sum, vmull_s8(vget_low_s8(a), vget_low_s8(b)));
-  return vpadalq_s16(sum, vmull_s8(vget_high_s8(a), vget_high_s8(b)));
+  // Sums of two products fit in 16 bits: 2 * 128 * 127.
+  return vpadalq_s16(sum,
+                     vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_s8(vget_high_s8(a), vget_high_s8(b))));
 #endif
 }
 #endif
 
-// The dot product of a unit: of its first block in the first four lanes, of its second in the others.
+// The dot product of a unit: of columns 8 * i to 8 * i + 7 in lane i.
 TORCH_FUSED_INLINE void dot_unit(const Codes& codes, const int8_t* x, IntegerDots& to) {
 #if defined(TORCH_FUSED_AVX2)
   const auto* values = reinterpret_cast<const __m256i*>(x);
@@ -98,11 +99,11 @@ TORCH_FUSED_INLINE void dot_unit(const Codes& codes, const int8_t* x, IntegerDot
   std::memcpy(&to, sums, sizeof(to));
 #else
   to = IntegerDots{};
-  for (int64_t i = 0; i < kCodeUnit; ++i) to[i / 16 % 2 * 4] += codes.bytes[i] * x[i];
+  for (int64_t i = 0; i < kCodeUnit; ++i) to[i % kCodeBlock / 4] += codes.bytes[i] * x[i];
 #endif
 }
 
-// Of a block of eight bits, anywhere in the lanes.
+// Of a block of eight bits: of columns 4 * i to 4 * i + 3 in lane i.
 TORCH_FUSED_INLINE void dot_block(const Codes& codes, const int8_t* x, IntegerDots& to) {
 #if defined(TORCH_FUSED_AVX2)
   const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
@@ -119,37 +120,38 @@ TORCH_FUSED_INLINE void dot_block(const Codes& codes, const int8_t* x, IntegerDo
   std::memcpy(&to, sums, sizeof(to));
 #else
   to = IntegerDots{};
-  for (int64_t i = 0; i < kCodeBlock; ++i) to[0] += codes.bytes[i] * x[i];
+  for (int64_t i = 0; i < kCodeBlock; ++i) to[i / 4] += codes.bytes[i] * x[i];
 #endif
 }
 
-// A block's scale is its largest magnitude over 127. A value that is not finite makes the scale, and so every result,
-// NaN.
+// Eight columns share a scale, their largest magnitude over 127: a large value costs its neighbours no more digits than
+// that. A value that is not finite makes the scale, and so every result, NaN.
 TORCH_FUSED_INLINE void arrange_integers(const PackedMatrix& m, const float* x, int8_t* codes, float* scales,
                                          float* sums) {
   constexpr float kRound = 0x1.8p23f;  // added to a small number, it leaves its nearest integer in the low bits
+  const int64_t lanes = m.scale_lanes() / (kCodeUnit / kScaled);
   std::fill(sums, sums + m.sums, 0.0f);
-  for (int64_t block = 0; block < 2 * m.units; ++block, x += kCodeBlock) {
+  for (int64_t column = 0; column < m.units * kCodeUnit; column += kScaled, x += kScaled) {
     float largest = 0, nothing = 0;
-    const bool there = block < m.blocks;
-    for (int64_t i = 0; i < kCodeBlock && there; ++i) {
+    const bool there = column < m.cols;
+    for (int64_t i = 0; i < kScaled && there; ++i) {
       largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
       nothing += x[i] * 0;
     }
     const float to_code = largest > 0x1p-119f && nothing == 0 ? 127 / largest : 0;  // else infinite
-    int32_t whole[kCodeBlock] = {}, sum = 0;
-    for (int64_t i = 0; i < kCodeBlock && to_code > 0; ++i) {
+    int32_t whole[kScaled] = {}, sum = 0;
+    for (int64_t i = 0; i < kScaled && to_code > 0; ++i) {
       whole[i] = bit_copy<int32_t>(x[i] * to_code + kRound) - bit_copy<int32_t>(kRound);
       sum += whole[i];
     }
-    // Where the block begins, and how far apart its even and odd columns are.
-    int8_t* to = codes + block / 2 * kCodeUnit + block % 2 * (m.bits == 4 ? kCodeBlock / 2 : kCodeBlock);
-    for (int64_t i = 0; i < kCodeBlock; ++i) {
-      to[m.bits == 4 ? i % 2 * kCodeBlock + i / 2 : i] = static_cast<int8_t>(whole[i]);
+    const int64_t unit = column / kCodeUnit * kCodeUnit, in_unit = column % kCodeUnit;
+    for (int64_t i = 0; i < kScaled; ++i) {
+      codes[unit + (m.bits == 4 ? i % 2 * kCodeBlock + (in_unit + i) / 2 : in_unit + i)] =
+          static_cast<int8_t>(whole[i]);
     }
     const float scale = largest / 127 + nothing;
-    std::fill_n(scales + 4 * block, 4, scale);
-    if (there) sums[block * kCodeBlock / m.group_size] += scale * static_cast<float>(sum);
+    std::fill_n(scales + column / kScaled * lanes, lanes, scale);
+    if (there) sums[column / m.group_size] += scale * static_cast<float>(sum);
   }
 }
 
@@ -172,7 +174,7 @@ TORCH_FUSED_INLINE void add_units(const PackedMatrix& m, const PackedGroups& gro
         IntegerDots whole;
         Dots scale;
         dot_unit(codes, values + c * m.units * kCodeUnit, whole);
-        std::memcpy(&scale, scales + c * m.units * 8, sizeof(scale));
+        std::memcpy(&scale, scales + c * m.units * m.scale_lanes(), sizeof(scale));
         dots[c] += scale * __builtin_convertvector(whole, Dots);
       }
       from += kCodeUnit / 2;
@@ -205,12 +207,14 @@ TORCH_FUSED_INLINE void add_blocks(const PackedMatrix& m, const PackedGroups& gr
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
         IntegerDots whole;
+        Dots scale;
         dot_block(codes, values + c * m.units * kCodeUnit, whole);
-        dots[c] += scales[c * m.units * 8] * __builtin_convertvector(whole, Dots);
+        std::memcpy(&scale, scales + c * m.units * m.scale_lanes(), sizeof(scale));
+        dots[c] += scale * __builtin_convertvector(whole, Dots);
       }
       from += kCodeBlock;
       values += kCodeBlock;
-      scales += 4;
+      scales += 8;
     }
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) totals[c] += groups.scales[group] * dots[c];
@@ -223,7 +227,7 @@ template <int bits, int blocks, int C>
 TORCH_FUSED_INLINE void add_products(const PackedMatrix& m, const PackedGroups& groups, const IntegerVectors& x,
                                      int64_t first, float* results) {
   const int8_t* values = x.codes + first * m.units * kCodeUnit + groups.first * m.group_size;
-  const float* scales = x.scales + first * m.units * 8 + groups.first * blocks * 4;
+  const float* scales = x.scales + first * m.units * m.scale_lanes() + groups.first * blocks * m.scale_lanes() / 2;
   Dots totals[C] = {};
   if constexpr (bits == 4) {
     add_units<blocks>(m, groups, values, scales, totals);

@@ -12,6 +12,7 @@ namespace torch_fused {
 // Vectors are laid out as the codes come. Of four bits, floats have the even columns of a block and then the odd ones,
 // integers the even columns of a unit, then the odd ones. Of eight bits, all are in order.
 constexpr int64_t kCodeBlock = 32, kCodeUnit = 2 * kCodeBlock;
+constexpr int64_t kScaled = 8;  // columns of a vector of integers that share a scale
 
 struct PackedMatrix {
   const uint32_t* weight;
@@ -26,6 +27,9 @@ struct PackedMatrix {
   int64_t blocks = cols / kCodeBlock;
   int64_t units = (blocks + 1) / 2;
   int64_t sums = (groups + 15) / 16 * 16;  // of a vector: one a group, then zeros
+
+  // Of a unit of integers: one for each lane of its dot products, which is eight codes of four bits, or four of eight.
+  int64_t scale_lanes() const { return bits == 4 ? 8 : 16; }
 };
 
 // Vectors of floats.
@@ -35,10 +39,10 @@ struct FloatVectors {
   int64_t count;
 };
 
-// Vectors of int8 with a scale a block, for integer products. The last unit ends in zeros if it has one block.
+// Vectors of int8 with their scales, for integer products. The last unit ends in zeros if it has one block.
 struct IntegerVectors {
   const int8_t* codes;  // (count, units, kCodeUnit)
-  const float* scales;  // (count, units, 2, 4): four times that of each block
+  const float* scales;  // (count, units, scale_lanes)
   const float* sums;    // (count, sums): of each group's codes times their scales
   int64_t count;
 };

@@ -41,11 +41,11 @@ void ReadyVectors::prepare(const PackedMatrix& m, const float* x, int64_t count,
   integers_ = integers;
   float* const sums = memory;
   float* const scales = sums + count * m.sums;
-  float* const values = integers ? scales + count * 8 * m.units : scales;
+  float* const values = integers ? scales + count * m.units * m.scale_lanes() : scales;
   auto* const codes = reinterpret_cast<int8_t*>(values);
   for (int64_t i = 0; i < count; ++i) {
     if (integers) {
-      loops().arrange_codes(m, x + i * m.cols, codes + i * m.units * kCodeUnit, scales + i * m.units * 8,
+      loops().arrange_codes(m, x + i * m.cols, codes + i * m.units * kCodeUnit, scales + i * m.units * m.scale_lanes(),
                             sums + i * m.sums);
     } else {
       loops().arrange_floats(m, x + i * m.cols, values + i * m.cols, sums + i * m.sums);
