@@ -224,7 +224,7 @@ def check_int8(seed=0):
                 actual = torch.ops.torch_fused._quantized_linear_int8(x, *packed, **options)
                 assert relative_error(actual, exact_product(rounded, packed, **options)) < 2e-4, (options, columns)
                 error = relative_error(actual, exact_product(x, packed, **options))
-                assert error < 1.2e-2, (options, columns, vectors, error)
+                assert error < 1.5e-2, (options, columns, vectors, error)
                 actual = quantized_linear(x, *packed, **options)
                 assert relative_error(actual, exact_product(x, packed, **options)) < 5e-6
 
