@@ -40,7 +40,8 @@ Matrix matrix_of(const Linear& linear, bool int8) {
                                  linear.group_size,
                                  w.stride(0),
                                  linear.scales.stride(0),
-                                 linear.group_biases.stride(0)};
+                                 linear.group_biases.stride(0),
+                                 linear.rows()};
     matrix.int8 = int8 && !(linear.bits == 8 && linear.group_size == 32);
   } else {
     matrix.format = format_of(w);

@@ -193,7 +193,8 @@ PackedMatrix as_loops_see(const Packed& m) {
           m.group_size,
           m.weight.stride,
           m.scales.stride,
-          m.biases.stride};
+          m.biases.stride,
+          m.rows};
 }
 
 // Products of up to kMostPackedVectors vectors, in float32: (vectors, rows).

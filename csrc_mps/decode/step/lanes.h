@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../../common/simd.h"
 
@@ -73,14 +74,17 @@ TORCH_FUSED_INLINE void store(const Lanes& from, float* to) {
   std::memcpy(to, &from, sizeof(from));
 }
 
-TORCH_FUSED_INLINE float sum_of(const Lanes& lanes) {
-  EightLanes eight[kLanes / 8];
-  std::memcpy(eight, &lanes, sizeof(lanes));
-  if constexpr (kLanes == 16) eight[0] += eight[1];
-  FourLanes four[2];
-  std::memcpy(four, eight, sizeof(four));
-  four[0] += four[1];
-  return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
+template <class Vector>
+TORCH_FUSED_INLINE float sum_of(const Vector& lanes) {
+  if constexpr (sizeof(Vector) == sizeof(FourLanes)) {
+    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+  } else {
+    using Half = std::conditional_t<sizeof(Vector) == 2 * sizeof(EightLanes), EightLanes, FourLanes>;
+    Half halves[2];
+    std::memcpy(halves, &lanes, sizeof(lanes));
+    halves[0] += halves[1];
+    return sum_of(halves[0]);
+  }
 }
 
 }  // namespace torch_fused::TORCH_FUSED_TARGET

@@ -34,14 +34,6 @@ TORCH_FUSED_INLINE void load_wide(const float* from, Wide& to) {
   std::memcpy(&to, from, sizeof(to));
 }
 
-// The sum of one, two or four registers' worth of lanes.
-template <class Vector>
-TORCH_FUSED_INLINE float sum_of_lanes(const Vector& vector) {
-  Lanes all = {};
-  std::memcpy(&all, &vector, sizeof(vector));
-  return sum_of(all);
-}
-
 // The codes of a block, as the vectors are laid out.
 constexpr int kBlockWides = kCodeBlock / kWide;
 
@@ -96,48 +88,73 @@ struct PackedGroups {
   float scales[kGroupsAtOnce], biases[kGroupsAtOnce];  // zero to the end of a register
 };
 
-// The biases' part of the products.
-TORCH_FUSED_INLINE float shift_of(const PackedGroups& groups, const float* sums) {
-  Lanes total = {}, bias, sum;
-  for (int64_t i = 0; i < groups.count; i += kLanes) {
-    load(groups.biases + i, bias);
-    load(sums + groups.first + i, sum);
-    total += bias * sum;
-  }
-  return sum_of(total);
+// Rows that are read together are not one stream, which the machine would fetch by itself.
+template <int R>
+TORCH_FUSED_INLINE void fetch_ahead(const uint8_t* from) {
+  constexpr int64_t kBytes = 8192;
+  if (R > 1) __builtin_prefetch(from + kBytes);
 }
 
-// Adds the products with C vectors from `first` on. A group has `blocks` blocks.
-template <int bits, int blocks, int C>
-TORCH_FUSED_INLINE void add_products(const PackedMatrix& m, const PackedGroups& groups, const FloatVectors& x,
-                                     int64_t first, float* results) {
-  const float* values = x.values + first * m.cols + groups.first * m.group_size;
-  const uint8_t* from = groups.codes;
-  Wide totals[C] = {};
-  for (int64_t group = 0; group < groups.count; ++group) {
-    Wide dots[C] = {};
+constexpr int64_t kMostAtOnce = 64;   // vectors
+typedef float Products[kMostAtOnce];  // of a row
+
+// Adds the sums of lanes, and the biases' part of the products, to those of each row with vectors from `first` on.
+template <class Vector, int R, int C>
+TORCH_FUSED_INLINE void add_totals(const PackedMatrix& m, const PackedGroups (&rows)[R], const Vector (&totals)[R][C],
+                                   const float* sums, int64_t first, Products* results) {
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      Lanes shift = {}, bias, sum;
+      for (int64_t i = 0; i < rows[r].count; i += kLanes) {
+        load(rows[r].biases + i, bias);
+        load(sums + (first + c) * m.sums + rows[r].first + i, sum);
+        shift += bias * sum;
+      }
+      Vector parts[sizeof(Lanes) / sizeof(Vector)], total = totals[r][c];
+      std::memcpy(parts, &shift, sizeof(shift));
+      for (const Vector& part : parts) total += part;
+      results[r][first + c] += sum_of(total);
+    }
+  }
+}
+
+// Adds the products of R rows with C vectors from `first` on: several rows with one vector, so that no sum waits for
+// the one before it. A group has `blocks` blocks.
+template <int bits, int blocks, int C, int R>
+TORCH_FUSED_INLINE void add_products(const PackedMatrix& m, const PackedGroups (&rows)[R], const FloatVectors& x,
+                                     int64_t first, Products* results) {
+  const float* values = x.values + first * m.cols + rows[0].first * m.group_size;
+  Wide totals[R][C] = {};
+  for (int64_t group = 0; group < rows[0].count; ++group) {
+    Wide dots[R][C] = {};
 #pragma GCC unroll 4
     for (int block = 0; block < blocks; ++block) {
-      Wide codes[kBlockWides], value;
-      load_codes<bits>(from, codes);
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) {
+      for (int r = 0; r < R; ++r) {
+        Wide codes[kBlockWides], value;
+        const uint8_t* from = rows[r].codes + (group * blocks + block) * (kCodeBlock * bits / 8);
+        fetch_ahead<R>(from);
+        load_codes<bits>(from, codes);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
 #pragma GCC unroll 8
-        for (int i = 0; i < kBlockWides; ++i) {
-          load_wide(values + c * m.cols + i * kWide, value);
-          dots[c] += codes[i] * value;
+          for (int i = 0; i < kBlockWides; ++i) {
+            load_wide(values + c * m.cols + i * kWide, value);
+            dots[r][c] += codes[i] * value;
+          }
         }
       }
-      from += kCodeBlock * bits / 8;
       values += kCodeBlock;
     }
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) totals[c] += groups.scales[group] * dots[c];
-  }
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-  for (int c = 0; c < C; ++c) {
-    results[c] += sum_of_lanes(totals[c]) + shift_of(groups, x.sums + (first + c) * m.sums);
+      for (int c = 0; c < C; ++c) totals[r][c] += rows[r].scales[group] * dots[r][c];
+    }
   }
+  add_totals(m, rows, totals, x.sums, first, results);
 }
 
 // A product weight by weight. A sum above may be no number where infinities or overflows cancel; this one has the

@@ -155,89 +155,99 @@ TORCH_FUSED_INLINE void arrange_integers(const PackedMatrix& m, const float* x, 
   }
 }
 
-// Adds the products with C vectors from `first` on, of codes of four bits. Where a group is a block, each half of the
-// lanes has a scale of its own.
-template <int blocks, int C>
-TORCH_FUSED_INLINE void add_units(const PackedMatrix& m, const PackedGroups& groups, const int8_t* values,
-                                  const float* scales, Dots (&totals)[C]) {
+// Adds the products of R rows with C vectors, of codes of four bits. Where a group is a block, each half of the lanes
+// has a scale of its own.
+template <int blocks, int R, int C>
+TORCH_FUSED_INLINE void add_units(const PackedMatrix& m, const PackedGroups (&rows)[R], const int8_t* values,
+                                  const float* scales, Dots (&totals)[R][C]) {
   constexpr int kUnits = blocks < 2 ? 1 : blocks / 2;  // at once
-  const uint8_t* from = groups.codes;
-  const int64_t count = groups.count * blocks;
+  const int64_t count = rows[0].count * blocks;
   for (int64_t block = 0; block < count; block += 2 * kUnits) {
-    Dots dots[C] = {};
+    Dots dots[R][C] = {};
 #pragma GCC unroll 2
     for (int unit = 0; unit < kUnits; ++unit) {
-      Codes codes;
-      load_unit(from, block + 1 == count, codes);
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) {
-        IntegerDots whole;
-        Dots scale;
-        dot_unit(codes, values + c * m.units * kCodeUnit, whole);
-        std::memcpy(&scale, scales + c * m.units * m.scale_lanes(), sizeof(scale));
-        dots[c] += scale * __builtin_convertvector(whole, Dots);
+      for (int r = 0; r < R; ++r) {
+        Codes codes;
+        const uint8_t* from = rows[r].codes + (block + 2 * unit) * (kCodeBlock / 2);
+        fetch_ahead<R>(from);
+        load_unit(from, block + 1 == count, codes);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+          IntegerDots whole;
+          Dots scale;
+          dot_unit(codes, values + c * m.units * kCodeUnit, whole);
+          std::memcpy(&scale, scales + c * m.units * m.scale_lanes(), sizeof(scale));
+          dots[r][c] += scale * __builtin_convertvector(whole, Dots);
+        }
       }
-      from += kCodeUnit / 2;
       values += kCodeUnit;
       scales += 8;
     }
-    Dots scale;
-    if constexpr (blocks == 1) {
-      const float first = groups.scales[block], second = block + 1 < count ? groups.scales[block + 1] : 0;
-      scale = Dots{first, first, first, first, second, second, second, second};
-    } else {
-      scale = groups.scales[block / blocks] - Dots{};  // in every lane
-    }
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) totals[c] += scale * dots[c];
+    for (int r = 0; r < R; ++r) {
+      Dots scale;
+      if constexpr (blocks == 1) {
+        const float first = rows[r].scales[block], second = block + 1 < count ? rows[r].scales[block + 1] : 0;
+        scale = Dots{first, first, first, first, second, second, second, second};
+      } else {
+        scale = rows[r].scales[block / blocks] - Dots{};  // in every lane
+      }
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) totals[r][c] += scale * dots[r][c];
+    }
   }
 }
 
 // The same of codes of eight bits.
-template <int blocks, int C>
-TORCH_FUSED_INLINE void add_blocks(const PackedMatrix& m, const PackedGroups& groups, const int8_t* values,
-                                   const float* scales, Dots (&totals)[C]) {
-  const uint8_t* from = groups.codes;
-  for (int64_t group = 0; group < groups.count; ++group) {
-    Dots dots[C] = {};
+template <int blocks, int R, int C>
+TORCH_FUSED_INLINE void add_blocks(const PackedMatrix& m, const PackedGroups (&rows)[R], const int8_t* values,
+                                   const float* scales, Dots (&totals)[R][C]) {
+  for (int64_t group = 0; group < rows[0].count; ++group) {
+    Dots dots[R][C] = {};
 #pragma GCC unroll 4
     for (int block = 0; block < blocks; ++block) {
-      Codes codes;
-      load_block(from, codes);
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) {
-        IntegerDots whole;
-        Dots scale;
-        dot_block(codes, values + c * m.units * kCodeUnit, whole);
-        std::memcpy(&scale, scales + c * m.units * m.scale_lanes(), sizeof(scale));
-        dots[c] += scale * __builtin_convertvector(whole, Dots);
+      for (int r = 0; r < R; ++r) {
+        Codes codes;
+        const uint8_t* from = rows[r].codes + (group * blocks + block) * kCodeBlock;
+        fetch_ahead<R>(from);
+        load_block(from, codes);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+          IntegerDots whole;
+          Dots scale;
+          dot_block(codes, values + c * m.units * kCodeUnit, whole);
+          std::memcpy(&scale, scales + c * m.units * m.scale_lanes(), sizeof(scale));
+          dots[r][c] += scale * __builtin_convertvector(whole, Dots);
+        }
       }
-      from += kCodeBlock;
       values += kCodeBlock;
       scales += 8;
     }
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) totals[c] += groups.scales[group] * dots[c];
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) totals[r][c] += rows[r].scales[group] * dots[r][c];
+    }
   }
 }
 
 // The biases meet the sums of the codes, not of the values: what rounding to int8 took then counts with the weights,
 // which are about zero, and not with their codes, which are all positive.
-template <int bits, int blocks, int C>
-TORCH_FUSED_INLINE void add_products(const PackedMatrix& m, const PackedGroups& groups, const IntegerVectors& x,
-                                     int64_t first, float* results) {
+template <int bits, int blocks, int C, int R>
+TORCH_FUSED_INLINE void add_products(const PackedMatrix& m, const PackedGroups (&rows)[R], const IntegerVectors& x,
+                                     int64_t first, Products* results) {
+  const PackedGroups& groups = rows[0];
   const int8_t* values = x.codes + first * m.units * kCodeUnit + groups.first * m.group_size;
   const float* scales = x.scales + first * m.units * m.scale_lanes() + groups.first * blocks * m.scale_lanes() / 2;
-  Dots totals[C] = {};
+  Dots totals[R][C] = {};
   if constexpr (bits == 4) {
-    add_units<blocks>(m, groups, values, scales, totals);
+    add_units<blocks>(m, rows, values, scales, totals);
   } else {
-    add_blocks<blocks>(m, groups, values, scales, totals);
+    add_blocks<blocks>(m, rows, values, scales, totals);
   }
-#pragma GCC unroll 4
-  for (int c = 0; c < C; ++c) {
-    results[c] += sum_of_lanes(totals[c]) + shift_of(groups, x.sums + (first + c) * m.sums);
-  }
+  add_totals(m, rows, totals, x.sums, first, results);
 }
 
 }  // namespace torch_fused::TORCH_FUSED_TARGET

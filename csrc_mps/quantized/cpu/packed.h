@@ -21,6 +21,7 @@ struct PackedMatrix {
   uint32_t format;  // of the scales and the biases
   int64_t cols = 0, bits = 0, group_size = 1;
   int64_t stride, scales_stride, biases_stride;  // words, or elements, from row to row
+  int64_t rows = 0;
 
   // Of a row; a division would take as long as much of a short row's product.
   int64_t groups = cols / group_size;
