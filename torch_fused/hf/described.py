@@ -59,6 +59,7 @@ PLUMBING = {
         mm_token_type_ids mm_encoder_outputs second_per_grid_ts rope_deltas token_type_ids image_sizes return_dict
         vision_feature_layer vision_feature_select_strategy output_router_logits router_logits
         load_balancing_loss_func num_experts num_experts_per_tok router_aux_loss_coef aux_loss to device
+        image_hidden_states
     """),
 }
 """The same for each part."""
