@@ -266,8 +266,8 @@ def apply_torch_fused(
             exact ones than transformers' are: set this to False to have its roundings. On a GPU ``generate()`` then
             starts each step before it knows whether the one before it was the last, and takes back one too many.
             Whatever the op cannot do, such as hooks or attention maps, runs as before; the report tells why.
-        int8_products: of packed matrices, in that op on the CPU: vectors are rounded to int8 for them, 8 values a scale,
-            which is faster. False: as float32.
+        int8_products: of packed matrices, in that op on the CPU: vectors are rounded to int8 for them, 8
+            values a scale, which is faster. False: as float32.
 
     Returns:
         A :class:`PatchHandle` with ``revert()`` and ``report()``, and a context manager that reverts. For a model that

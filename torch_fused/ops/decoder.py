@@ -167,8 +167,8 @@ def make_decoder(
             0 for every layer.
         tables: for each layer the index of its table where ``cos`` and ``sin`` of :func:`decode_` are stacked tables;
             -1 for a layer without positions. None: 0 for every layer.
-        int8_products: on the CPU, packed rows are multiplied as integers, with vectors rounded to int8, 8 values a scale,
-            which is faster, but for ``v`` and for 8 bits in groups of 32. False: all as float32.
+        int8_products: on the CPU, packed rows are multiplied as integers, with vectors rounded to int8, 8 values a
+            scale, which is faster, but for ``v`` and for 8 bits in groups of 32. False: all as float32.
         adapters: low-rank adapters of matrices of layers, several of one matrix if wanted.
 
     Returns:
