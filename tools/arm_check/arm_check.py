@@ -38,7 +38,7 @@ QEMU = "qemu-aarch64-static"
 TARGETS = {
     "armv8-a": ["aarch64-linux-gnu-g++", "-march=armv8-a"],
     "armv8.2-a+dotprod": ["aarch64-linux-gnu-g++", "-march=armv8.2-a+dotprod"],
-    "apple-m1, clang": ["clang++-19", "--target=aarch64-linux-gnu", "-mcpu=apple-m1"],
+    "apple-m1, clang": ["clang++-19", "--target=aarch64-linux-gnu", "-mcpu=apple-m1", "-Wno-deprecated-declarations"],
 }
 HOST = ["g++"]
 PACKED = ["quantized/cpu/ready_vectors.cpp", "quantized/cpu/baseline.cpp"]

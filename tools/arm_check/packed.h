@@ -26,8 +26,8 @@ struct PackedNumbers {
 
   torch_fused::PackedMatrix matrix() const {
     const int64_t groups = cols / group_size;
-    return {words.data(), scales.data(), biases.data(),    scales.format(), cols,
-            bits,         group_size,    cols * bits / 32, groups,          groups};
+    return {words.data(), scales.data(),    biases.data(), scales.format(), cols, bits,
+            group_size,   cols * bits / 32, groups,        groups,          rows};
   }
   // The first column's code is in the lowest bits of a word.
   double scaled_code(int64_t row, int64_t col) const {

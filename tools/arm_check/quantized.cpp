@@ -17,12 +17,12 @@ std::string describe(const PackedNumbers& m, int64_t count, Vectors kind) {
          " vectors, " + names[static_cast<int>(kind)];
 }
 
-// Whole numbers of which each block has 127 come through int8 unchanged.
+// Whole numbers of which those that share a scale have 127 come through int8 unchanged.
 std::vector<float> make_vectors(Random& random, int64_t count, int64_t cols, Vectors kind) {
   std::vector<float> x(count * cols);
   for (size_t i = 0; i < x.size(); ++i) {
     x[i] = static_cast<float>(random.normal());
-    if (kind == Vectors::kExactIntegers) x[i] = i % 32 == 5 ? -127 : static_cast<float>(random.below(255) - 127);
+    if (kind == Vectors::kExactIntegers) x[i] = i % kScaled == 5 ? -127 : static_cast<float>(random.below(255) - 127);
   }
   return x;
 }
@@ -39,9 +39,9 @@ void check_product(const PackedNumbers& m, int64_t count, Vectors kind, Random& 
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t row = 0; row < rows; ++row) {
       double expected = 0, size = 0, rounding = 0;
-      for (int64_t block = 0; block < m.cols; block += 32) {
+      for (int64_t block = 0; block < m.cols; block += kScaled) {
         double largest = 0, weights = 0;
-        for (int64_t col = block; col < block + 32; ++col) {
+        for (int64_t col = block; col < block + kScaled; ++col) {
           const double weight = m.at(begin + row, col), value = x[i * m.cols + col];
           expected += weight * value;
           size += std::fabs(value) * (std::fabs(m.scaled_code(begin + row, col)) + std::fabs(m.bias(begin + row, col)));
