@@ -23,14 +23,24 @@ SHARED_INLINE float scaled_erfc(float z) {
   return p * t;
 }
 
+// Constants as exact in double as in float, of floats: Metal has no literals of double.
+template <typename Wide>
+SHARED_INLINE Wide sqrt_of_8_over_pi() {
+  return Wide(1.5957692f) + Wide(-4.534068e-08f);
+}
+template <typename Wide>
+SHARED_INLINE Wide millionths(float count) {
+  return Wide(count) / Wide(1e6f);
+}
+
 // gelu_tanh(g) = g * sigmoid(y): y of a g that `limit_gelu_tanh` has limited, and its slope.
 template <typename Wide>
 SHARED_INLINE Wide gelu_tanh_argument(Wide g) {
-  return Wide(1.5957691216057308) * g * (Wide(1) + Wide(0.044715) * g * g);
+  return sqrt_of_8_over_pi<Wide>() * g * (Wide(1) + millionths<Wide>(44715) * g * g);
 }
 template <typename Wide>
 SHARED_INLINE Wide gelu_tanh_argument_slope(Wide g) {
-  return Wide(1.5957691216057308) * (Wide(1) + Wide(0.134145) * g * g);
+  return sqrt_of_8_over_pi<Wide>() * (Wide(1) + millionths<Wide>(134145) * g * g);
 }
 
 // Past 30 the sigmoid is 0 or 1 whatever g is, and the square of g may be infinite. NaN is kept.

@@ -103,10 +103,9 @@ inline void multiply(thread MatrixRows& rows, device const ushort* b0, device co
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 
-  // The sums of a gate's rows come before those of an up's.
-  float sums[R * C], squares[C];
+  float sums[C][R], squares[C];
 #pragma unroll
-  for (int i = 0; i < R * C; i++) sums[i] = 0.0f;
+  for (int i = 0; i < R * C; i++) sums[i / R][i % R] = 0.0f;
 #pragma unroll
   for (int c = 0; c < C; c++) squares[c] = 0.0f;
   while (true) {
@@ -152,12 +151,11 @@ inline void multiply(thread MatrixRows& rows, device const ushort* b0, device co
         float total = 0.0f;
 #pragma unroll
         for (int j = 0; !MANY && j < N; j++) total += x[j];
+        if (!MANY) add_products(rows.packs, u, x, total, sums[c]);
 #pragma unroll
-        for (int r = 0; r < R; r++) {
-          const int i = (GATED ? r % 2 * OUTPUTS + r / 2 : r) * C + c;
-          if (!MANY) sums[i] = add_product(rows.packs[r][u], x, total, sums[i]);
+        for (int r = 0; MANY && r < R; r++) {
 #pragma unroll
-          for (int j = 0; MANY && j < N; j++) sums[i] = fma(w[r][j], x[j], sums[i]);
+          for (int j = 0; j < N; j++) sums[c][r] = fma(w[r][j], x[j], sums[c][r]);
         }
       }
     }
@@ -167,8 +165,14 @@ inline void multiply(thread MatrixRows& rows, device const ushort* b0, device co
     if (normed && WHOLE) load_norm<WHOLE>(norm, column, p.cols, norms);
   }
 
-  // Each result is a lane's.
-  float2 sum = float2(sum_of_each<R * C>(sums, lane), MANY ? 0.0f : sum_of_each<C>(squares, lane));
+  // Each result is a lane's: the vectors of a row, then those of the next; a gate's rows come before an up's.
+  float ordered[R * C];
+#pragma unroll
+  for (int i = 0; i < R * C; i++) {
+    const int r = i / C;
+    ordered[i] = sums[i % C][GATED ? r % OUTPUTS * 2 + r / OUTPUTS : r];
+  }
+  float2 sum = float2(sum_of_each<R * C>(ordered, lane), MANY ? 0.0f : sum_of_each<C>(squares, lane));
   if (p.splits > 1) {
     shared.sums[simdgroup * 32 + lane] = sum;
     threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -16,8 +16,11 @@ struct PackedRows {
   device const ushort *s0, *s1, *s2;  // scales
   device const ushort *g0, *g1, *g2;  // biases of groups
   constant PackedFormat* format;
+  uint column;  // where the rows stand
   PackedRow at[R];
   PackedPack<BITS, N, T> packs[R][U];
+
+  PackedGroups<T, WHOLE> groups() const { return packed_groups<T, WHOLE>(format->group_size, format->scale_format); }
 
   void point(int r, uint of, uint row) {
     at[r] =
@@ -30,25 +33,29 @@ struct PackedRows {
                    of == 0   ? g0
                    : of == 1 ? g1
                              : g2,
-                   row, format->strides[of], format->scale_strides[of], format->bias_strides[of], format->scale_format);
+                   row, format->strides[of], format->scale_strides[of], format->bias_strides[of], groups());
   }
 };
 
+template <typename T, int BITS, int R, int U, int N, bool WHOLE>
+inline void read_format(thread PackedRows<T, BITS, R, U, N, WHOLE>& rows, constant PackedFormat& format) {
+  rows.format = &format;
+  rows.column = 0;
+}
+
 template <bool, typename T, int BITS, int R, int U, int N, bool WHOLE>
 inline void load_rows(thread PackedRows<T, BITS, R, U, N, WHOLE>& rows, uint column, uint cols) {
+  const PackedGroups<T, WHOLE> groups = rows.groups();
+#pragma unroll
+  for (int r = 0; r < R; r++) move_on<BITS>(rows.at[r], column - rows.column, groups);
+  rows.column = column;
 #pragma unroll
   for (int u = 0; u < U; u++) {
 #pragma unroll
     for (int r = 0; r < R; r++) {
-      load_packed<BITS, N, WHOLE, T, WHOLE>(rows.at[r], column + u * 32 * N, cols, rows.format->group_size,
-                                            rows.format->scale_format, rows.packs[r][u]);
+      load_packed<BITS, N, WHOLE>(rows.at[r], u * 32 * N, column + u * 32 * N < cols, groups, rows.packs[r][u]);
     }
   }
-}
-
-template <int BITS, int N, typename S>
-inline float add_product(thread const PackedPack<BITS, N, S>& pack, thread const float* x, float total, float sum) {
-  return sum + pack.product(x, total);
 }
 
 template <typename T, int BITS, int C, int R, int U, int N, bool GATED, bool WHOLE>
@@ -68,7 +75,7 @@ void decode_packed(device const uint* w0 [[buffer(0)]], device const uint* w1 [[
   rows.w0 = w0, rows.w1 = w1, rows.w2 = w2;
   rows.s0 = s0, rows.s1 = s1, rows.s2 = s2;
   rows.g0 = g0, rows.g1 = g1, rows.g2 = g2;
-  rows.format = &p.format;
+  read_format(rows, p.format);
   multiply<T, C, R, U, N, GATED, WHOLE>(rows, b0, b1, b2, vectors, norm, results, p.product, shared, group, lane,
                                         simdgroup, simdgroups);
 }
@@ -87,7 +94,7 @@ void decode_packed_attended(device const uint* matrix [[buffer(0)]], device cons
   rows.w0 = rows.w1 = rows.w2 = matrix;
   rows.s0 = rows.s1 = rows.s2 = scales;
   rows.g0 = rows.g1 = rows.g2 = biases;
-  rows.format = &p.format;
+  read_format(rows, p.format);
   multiply_attended<T, C, R, U, WHOLE>(rows, bias, chunks, stats, results, p.attended, combined, group, thread_id, lane,
                                        simdgroup);
 }
@@ -103,11 +110,12 @@ void decode_packed_embed(device const uint* words [[buffer(0)]], device const us
   const long id = token_ids[token];
   const bool known = id >= 0 && id < long(p.embed.vocabulary);
   constant PackedFormat& f = p.format;
+  const PackedGroups<float, false> groups = packed_groups<float, false>(f.group_size, f.scale_format);
   const PackedRow row = packed_row(words, scales, biases, known ? id : 0, f.strides[0], f.scale_strides[0],
-                                   f.bias_strides[0], f.scale_format);
+                                   f.bias_strides[0], groups);
   for (uint column = thread_id * kLaneColumns; column < p.embed.hidden; column += threads * kLaneColumns) {
     PackedPack<BITS, kLaneColumns> pack;
-    load_packed<BITS, kLaneColumns, false>(row, column, p.embed.hidden, f.group_size, f.scale_format, pack);
+    load_packed<BITS, kLaneColumns, false>(row, column, true, groups, pack);
 #pragma unroll
     for (uint j = 0; j < kLaneColumns; j++) {
       states[ulong(token) * p.embed.hidden + column + j] = known ? pack.get(j) * p.embed.scale : NAN;

@@ -29,10 +29,13 @@ inline void load_rows(thread Rows<T, R, U>& rows, uint column, uint cols) {
   }
 }
 
-// `sum` and the product of a row's columns with as many values, which add up to `total`.
-template <typename T, int N>
-inline float add_product(thread const Pack<T, N>& pack, thread const float* x, float total, float sum) {
+// Adds the products of R rows' columns with as many values, whose sum is `total`, to as many sums.
+template <int R, int U, typename T, int N>
+inline void add_products(thread const Pack<T, N> (&packs)[R][U], int u, thread const float* x, float total,
+                         thread float (&sums)[R]) {
 #pragma unroll
-  for (int j = 0; j < N; j++) sum = fma(pack.get(j), x[j], sum);
-  return sum;
+  for (int r = 0; r < R; r++) {
+#pragma unroll
+    for (int j = 0; j < N; j++) sums[r] = fma(packs[r][u].get(j), x[j], sums[r]);
+  }
 }

@@ -28,43 +28,87 @@ struct PackedPack {
     return fma(step, fraction(j), float(bias) - step);
   }
 
-  // The product with W values, whose sum is `sum`. Where infinities or overflows cancel it would be no number; weight
-  // by weight it is the unpacked row's.
+  // The product with W values, whose sum is `sum`.
   float product(thread const float* x, float sum) const {
     float dot = 0.0f;
 #pragma unroll
     for (int j = 0; j < W; j++) dot = fma(fraction(j), x[j], dot);
     const float step = float(scale) * float(1 << BITS);
-    const float result = fma(step, dot, (float(bias) - step) * sum);
-    if (isfinite(result)) return result;
-    float exact = 0.0f;
-    for (int j = 0; j < W; j++) exact += (float(scale) * float(code(j)) + float(bias)) * x[j];
-    return exact;
+    return fma(step, dot, (float(bias) - step) * sum);
+  }
+
+  // The same weight by weight.
+  float exact_product(thread const float* x) const {
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < W; j++) sum += (float(scale) * float(code(j)) + float(bias)) * x[j];
+    return sum;
   }
 };
 
-// A packed matrix's row.
+// Adds the products of R rows' columns with W values, whose sum is `total`, to as many sums. Where infinities or
+// overflows cancel a product would be no number; weight by weight it is the unpacked row's.
+template <int R, int U, int BITS, int W, typename S>
+inline void add_products(thread const PackedPack<BITS, W, S> (&packs)[R][U], int u, thread const float* x, float total,
+                         thread float (&sums)[R]) {
+  float products[R], all = 0.0f;
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    products[r] = packs[r][u].product(x, total);
+    all += products[r];
+  }
+  if (!isfinite(all)) {
+#pragma unroll
+    for (int r = 0; r < R; r++) products[r] = isfinite(products[r]) ? products[r] : packs[r][u].exact_product(x);
+  }
+#pragma unroll
+  for (int r = 0; r < R; r++) sums[r] += products[r];
+}
+
+// A packed matrix's row from some column on. A loop moves it on, so that it holds no more than three pointers.
 struct PackedRow {
   device const uint* words;
   device const ushort* scales;
   device const ushort* biases;
 };
 
-// Row `row` of a matrix whose scales have two or four bytes.
-inline PackedRow packed_row(device const uint* words, device const ushort* scales, device const ushort* biases,
-                            long row, long stride, long scales_stride, long biases_stride, uint format) {
-  const long size = format == kFloat32 ? 2 : 1;
-  return {words + row * stride, scales + row * scales_stride * size, biases + row * biases_stride * size};
+// What a column's place in scales and biases follows from. TYPED: they are S; else they have two or four bytes.
+template <typename S, bool TYPED>
+struct PackedGroups {
+  uint shift;  // the binary logarithm of a group's columns
+  uint format;
+
+  uint size() const { return TYPED ? sizeof(S) / 2 : format == kFloat32 ? 2 : 1; }
+  uint before(uint column) const { return (column >> shift) * size(); }
+};
+
+template <typename S, bool TYPED>
+inline PackedGroups<S, TYPED> packed_groups(uint group_size, uint format) {
+  return {31u - clz(group_size), format};
 }
 
-// The columns from `column` on, zeros past the end. WHOLE: rows start at 16 bytes. TYPED: scales and biases are S, else
-// as `format` says.
-template <int BITS, int W, bool WHOLE, typename S = float, bool TYPED = false>
-inline void load_packed(PackedRow row, uint column, uint cols, uint group_size, uint format,
+// Row `row` of a matrix.
+template <typename S, bool TYPED>
+inline PackedRow packed_row(device const uint* words, device const ushort* scales, device const ushort* biases,
+                            ulong row, long stride, long scales_stride, long biases_stride,
+                            PackedGroups<S, TYPED> groups) {
+  return {words + row * stride, scales + row * scales_stride * groups.size(),
+          biases + row * biases_stride * groups.size()};
+}
+
+template <int BITS, typename S, bool TYPED>
+inline void move_on(thread PackedRow& row, uint columns, PackedGroups<S, TYPED> groups) {
+  row.words += columns * BITS / 32;
+  row.scales += groups.before(columns);
+  row.biases += groups.before(columns);
+}
+
+// W columns from `column` of the row's on; zeros if they are not `inside` of it. WHOLE: rows start at 16 bytes.
+template <int BITS, int W, bool WHOLE, typename S, bool TYPED>
+inline void load_packed(PackedRow row, uint column, bool inside, PackedGroups<S, TYPED> groups,
                         thread PackedPack<BITS, W, S>& pack) {
   constexpr int WORDS = BITS * W / 32;
-  const bool inside = column < cols;
-  device const uint* from = row.words + column / (32 / BITS);
+  device const uint* from = row.words + column * BITS / 32;
 #pragma unroll
   for (int i = 0; i < WORDS; i += WHOLE && WORDS % 4 == 0 ? 4 : WHOLE && WORDS % 2 == 0 ? 2 : 1) {
     if (WHOLE && WORDS % 4 == 0) {
@@ -81,12 +125,12 @@ inline void load_packed(PackedRow row, uint column, uint cols, uint group_size, 
       pack.words[i] = inside ? from[i] : 0u;
     }
   }
-  const ulong group = column >> (31u - clz(group_size));  // a power of two
+  device const ushort *scale = row.scales + groups.before(column), *bias = row.biases + groups.before(column);
   if (TYPED) {
-    pack.scale = inside ? ((device const S*)row.scales)[group] : S(0.0f);
-    pack.bias = inside ? ((device const S*)row.biases)[group] : S(0.0f);
+    pack.scale = inside ? *(device const S*)scale : S(0.0f);
+    pack.bias = inside ? *(device const S*)bias : S(0.0f);
   } else {
-    pack.scale = S(inside ? vector_at<S, false>(row.scales, format, group) : 0.0f);
-    pack.bias = S(inside ? vector_at<S, false>(row.biases, format, group) : 0.0f);
+    pack.scale = S(inside ? vector_at<S, false>(scale, groups.format, 0) : 0.0f);
+    pack.bias = S(inside ? vector_at<S, false>(bias, groups.format, 0) : 0.0f);
   }
 }

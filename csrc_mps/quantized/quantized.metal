@@ -12,8 +12,19 @@ using namespace torch_fused;
 
 constant constexpr int W = kPackedColumns;
 
-// R rows at once with C vectors, U blocks of columns at once. WHOLE: all is aligned, and scales and biases are S; else
-// they are of any type, and S is float.
+template <bool WHOLE>
+struct OffsetOf {
+  typedef ulong type;
+};
+template <>
+struct OffsetOf<true> {
+  typedef uint type;
+};
+template <bool WHOLE>
+using Offset = typename OffsetOf<WHOLE>::type;
+
+// R rows at once with C vectors, U blocks of columns at once. WHOLE: all is aligned, scales and biases are S, with the
+// same strides, and offsets fit in 32 bits; else they are of any type, and S is float.
 template <typename T, typename S, int BITS, int C, int R, int U, bool WHOLE>
 [[kernel, max_total_threads_per_threadgroup(256)]]
 void quantized_product(device const uint* weight [[buffer(0)]], device const ushort* scales [[buffer(1)]],
@@ -27,15 +38,19 @@ void quantized_product(device const uint* weight [[buffer(0)]], device const ush
   const uint first_vector = group % blocks * C, split = simdgroup % p.splits;
   const uint first = (group / blocks * slots + simdgroup / p.splits) * R;
 
-  PackedRow rows[R];
+  const PackedGroups<S, WHOLE> groups = packed_groups<S, WHOLE>(p.group_size, p.scale_format);
+  // Where rows begin, in words and in ushorts. Pointers would be two registers each.
+  Offset<WHOLE> words_at[R], scales_at[R], biases_at[R];
 #pragma unroll
   for (int r = 0; r < R; r++) {
-    rows[r] = packed_row(weight, scales, biases, min(first + r, p.rows - 1), p.weight_stride, p.scales_stride,
-                         p.biases_stride, p.scale_format);
+    const uint row = min(first + r, p.rows - 1);
+    words_at[r] = Offset<WHOLE>(row) * Offset<WHOLE>(p.weight_stride);
+    scales_at[r] = Offset<WHOLE>(row) * Offset<WHOLE>(p.scales_stride) * groups.size();
+    biases_at[r] = WHOLE ? scales_at[r] : Offset<WHOLE>(row) * Offset<WHOLE>(p.biases_stride) * groups.size();
   }
-  float sums[R * C];
+  float sums[C][R];
 #pragma unroll
-  for (int i = 0; i < R * C; i++) sums[i] = 0.0f;
+  for (int i = 0; i < R * C; i++) sums[i / R][i % R] = 0.0f;
 
   for (uint begin = split * U * kPackedBlock; begin < p.cols; begin += p.splits * U * kPackedBlock) {
     // All rows are under way before the first is needed.
@@ -44,8 +59,10 @@ void quantized_product(device const uint* weight [[buffer(0)]], device const ush
     for (int u = 0; u < U; u++) {
 #pragma unroll
       for (int r = 0; r < R; r++) {
-        load_packed<BITS, W, WHOLE, S, WHOLE>(rows[r], begin + u * kPackedBlock + lane * W, p.cols, p.group_size,
-                                              p.scale_format, packs[r][u]);
+        const uint column = begin + u * kPackedBlock + lane * W, group = groups.before(column);
+        const PackedRow from = {weight + (words_at[r] + column * BITS / 32), scales + (scales_at[r] + group),
+                                biases + (biases_at[r] + group)};
+        load_packed<BITS, W, WHOLE>(from, 0, column < p.cols, groups, packs[r][u]);
       }
     }
 #pragma unroll
@@ -55,17 +72,21 @@ void quantized_product(device const uint* weight [[buffer(0)]], device const ush
 #pragma unroll
       for (int c = 0; c < C; c++) {
         float values[W], sum = 0.0f;
-        load_columns<W>(x + long(min(first_vector + c, p.vectors - 1)) * p.x_stride, column, p.cols, WHOLE, values);
+        Pack<T, W> pack;
+        load_pack<T, WHOLE>(x + long(min(first_vector + c, p.vectors - 1)) * p.x_stride, column, p.cols, pack);
+        pack.unpack(values);
 #pragma unroll
         for (int j = 0; j < W; j++) sum += values[j];
-#pragma unroll
-        for (int r = 0; r < R; r++) sums[r * C + c] += packs[r][u].product(values, sum);
+        add_products(packs, u, values, sum, sums[c]);
       }
     }
   }
 
-  // Each result is a lane's.
-  float sum = sum_of_each<R * C>(sums, lane);
+  // Each result is a lane's: the vectors of a row, then those of the next.
+  float results[R * C];
+#pragma unroll
+  for (int i = 0; i < R * C; i++) results[i] = sums[i % C][i / C];
+  float sum = sum_of_each<R * C>(results, lane);
   if (p.splits > 1) {
     scratch[simdgroup * 32 + lane] = sum;
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -84,16 +105,17 @@ void quantized_unpack(device const uint* weight [[buffer(0)]], device const usho
                       constant UnpackParams& p [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
                       uint thread_id [[thread_position_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
   constexpr int N = kUnpackedColumns;
-  const long row = group / p.groups;
+  const uint row = group / p.groups;
   const uint column = (group % p.groups * threads + thread_id) * N;
+  const PackedGroups<float, false> groups = packed_groups<float, false>(p.group_size, p.scale_format);
   const PackedRow from = packed_row(weight, scales, biases, row, p.weight_stride, p.scales_stride, p.biases_stride,
-                                    p.scale_format);
+                                    groups);
   PackedPack<BITS, N> pack;
-  load_packed<BITS, N, false>(from, column, p.cols, p.group_size, p.scale_format, pack);
+  load_packed<BITS, N, false>(from, column, column < p.cols, groups, pack);
   float values[N];
 #pragma unroll
   for (int j = 0; j < N; j++) values[j] = pack.scale * float(pack.code(j)) + pack.bias;
-  store_columns<N>(output + row * p.cols, column, p.cols, p.aligned, values);
+  store_columns<N>(output + ulong(row) * p.cols, column, p.cols, p.aligned, values);
 }
 
 #define QUANTIZED(name, T, BITS)                                                                       \

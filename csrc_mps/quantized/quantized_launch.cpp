@@ -2,6 +2,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "../common/checks.h"
 #include "../common/registration.h"
@@ -31,6 +32,12 @@ Width width_for(int64_t vectors, bool whole) {
 
 uint32_t format_of_scales(const Tensor& scales) {
   return scales.scalar_type() == at::kFloat ? kFloat32 : scales.scalar_type() == at::kHalf ? kFloat16 : kBFloat16;
+}
+
+// Whether 32 bits hold the offset of every row, and a row's scale and bias have the same one.
+bool has_small_offsets(const Packed& m) {
+  const int64_t longest = std::max(m.weight.stride, 2 * m.scales.stride);
+  return m.scales.stride == m.biases.stride && m.rows * longest <= std::numeric_limits<uint32_t>::max();
 }
 
 }  // namespace
@@ -80,7 +87,7 @@ Tensor quantized_linear_gpu(const Tensor& x, const Tensor& weight, const Tensor&
   p.scale_format = format_of_scales(scales);
   const Tensor row = bias ? bias->contiguous() : x;
   if (bias) p.flags |= kHasBias;
-  const bool whole = scales.scalar_type() == x.scalar_type() &&
+  const bool whole = scales.scalar_type() == x.scalar_type() && has_small_offsets(m) &&
                      rows_aligned(m.weight.tensor, m.rows > 1 ? m.weight.stride : 0) &&
                      rows_aligned(vectors.tensor, call.vectors > 1 ? vectors.stride : 0);
   const Width width = width_for(call.vectors, whole);
