@@ -309,7 +309,8 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     auto& data = ctx->saved_data;
     std::vector<Tensor> found;
     // They are handed on, not copied: a second backward pass, or one that is differentiated, makes its own.
-    if (data.count("gradients") && !at::GradMode::is_enabled() && !in_transform() && !has_tangent(grads[0])) {
+    const bool batched = grads[0].key_set().has(c10::DispatchKey::Batched) || in_transform();
+    if (data.count("gradients") && !at::GradMode::is_enabled() && !batched && !has_tangent(grads[0])) {
       found = data["gradients"].toTensorVector();
       data.erase("gradients");
       if (!is_one(grads[0])) {

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cross_entropy import gradient_reference, losses_reference
-from .library import register
+from .library import register, run_first
 
 
 def linear_cross_entropy_reference(
@@ -104,18 +104,29 @@ def _gradients_fake(
     )
 
 
-register(
-    "linear_cross_entropy",
-    reference=linear_cross_entropy_reference,
-    fake=_linear_cross_entropy_fake,
-    batched=linear_cross_entropy_reference,
-)
-register(
-    "_linear_cross_entropy_gradients",
-    reference=_gradients_reference,
-    fake=_gradients_fake,
-    batched=_gradients_reference,
-)
+register("linear_cross_entropy", reference=linear_cross_entropy_reference, fake=_linear_cross_entropy_fake)
+register("_linear_cross_entropy_gradients", reference=_gradients_reference, fake=_gradients_fake)
+
+
+def _register_vmap(name: str) -> None:
+    """A batch is one call after the other, each with logits of its own."""
+    op = getattr(torch.ops.torch_fused, name).default
+
+    def rule(info, in_dims, *args, **kwargs):
+        found = []
+        for i in range(info.batch_size):
+            pairs = zip(args, in_dims, strict=True)
+            found.append(op(*(x if dim is None else x.select(dim, i) for x, dim in pairs), **kwargs))
+        found = found or [run_first(op, info, in_dims, *args, **kwargs)]
+        single = isinstance(found[0], Tensor)
+        results = [torch.stack(each)[: info.batch_size] for each in ([found] if single else zip(*found, strict=True))]
+        return (results[0], 0) if single else (tuple(results), (0,) * len(results))
+
+    torch.library.register_vmap(f"torch_fused::{name}", rule)
+
+
+_register_vmap("linear_cross_entropy")
+_register_vmap("_linear_cross_entropy_gradients")
 
 
 def linear_cross_entropy(
