@@ -499,6 +499,45 @@ def decode_token_exact(do_sample, temperature, top_k, top_p, min_p, **arguments:
     return decode_reference(**arguments, logits_to_keep=1).argmax(-1).squeeze(1)
 
 
+def loss_options(m: Maker) -> Arguments:
+    return {
+        "ignore_index": m.pick(-100, 0, -1),
+        "label_smoothing": m.pick(0.1, 0.0, 1.0),
+        "z_loss": m.pick(0.01, 0.0, -1.0),
+    }
+
+
+def cross_entropy_(m: Maker) -> Arguments:
+    rows, classes = m.size(3, 5), max(1, m.size(9))
+    wide = torch.float64 if m.dtype == torch.float64 else torch.float32
+    target = m.integers(rows, end=classes)
+    target[:1] = -100
+    arguments = loss_options(m) | {"logits": m.tensor(rows, classes, scale=3), "target": target}
+    arguments["scale"] = m.pick(m.tensor(rows, dtype=wide), m.tensor(dtype=wide), None)
+    return arguments | ({"ignore_index": -100} if rows else {})
+
+
+def cross_entropy_cancels(logits: Tensor, scale: Tensor | None, z_loss: float, **_: Any) -> float:
+    """The terms of a loss, and of a gradient."""
+    finite = lambda t: torch.where(t.isfinite(), t, 0.0).abs()  # noqa: E731
+    if logits.numel() == 0:
+        return 0.0
+    largest = float(finite(logits).amax()) + math.log(logits.shape[1])
+    factor = float(finite(scale).amax()) if scale is not None else 0.0
+    return largest + abs(z_loss) * largest**2 + factor * (1 + 2 * abs(z_loss) * largest)
+
+
+def linear_cross_entropy(m: Maker) -> Arguments:
+    leading, features, classes = m.leading(), m.size(8), max(1, m.size(9))
+    return loss_options(m) | {
+        "hidden": m.tensor(*leading, features),
+        "weight": m.tensor(classes, features),
+        "target": m.integers(*leading, end=classes),
+        "bias": m.tensor(classes) if m.pick(True, False) else None,
+        "reduction": m.pick("mean", "sum", "none"),
+    }
+
+
 def greedy(m: Maker) -> Arguments:
     vocabulary = max(1, m.size(9))
     return {"logits": m.tensor(m.size(3, 5), vocabulary, scale=3) if m.pick(True, False) else m.tensor(vocabulary)}
@@ -583,6 +622,13 @@ CALLS = {
         Call("layer_norm_backward", layer_norm_backward, cancels=norm_cancels),
         Call("softmax", softmax, differentiable=("input",)),
         Call("softmax_backward", softmax_backward, cancels=softmax_cancels),
+        Call("cross_entropy_", cross_entropy_, cancels=cross_entropy_cancels),
+        Call(
+            "linear_cross_entropy",
+            linear_cross_entropy,
+            loose=3e-2,  # the logits are rounded
+            differentiable=("hidden", "weight", "bias"),
+        ),
         Call("silu_mul", silu_mul, differentiable=("gate", "up")),
         Call("silu_mul_backward", silu_mul_backward),
         Call("gelu_mul", gelu_mul, cancels=gelu_cancels, differentiable=("gate", "up")),

@@ -2,6 +2,7 @@
 
 import pytest
 import test_layer_norm
+import test_linear_cross_entropy
 import test_quantized
 import test_rms_norm
 import test_rope
@@ -20,7 +21,15 @@ from derivatives import (
 from torch_fused.testing import make
 
 # Each has the op's calls, the same in torch code and the operands' shapes; and what it does not take.
-MODULES = (test_layer_norm, test_quantized, test_rms_norm, test_rope, test_softmax, test_swiglu)
+MODULES = (
+    test_layer_norm,
+    test_linear_cross_entropy,
+    test_quantized,
+    test_rms_norm,
+    test_rope,
+    test_softmax,
+    test_swiglu,
+)
 
 
 def name_of(module):
@@ -30,6 +39,8 @@ def name_of(module):
 CASES = {f"{name_of(m)}: {name}": case for m in MODULES for name, case in m.DIFFERENTIATED.items()}
 # The gradients of a sum and of rotary tables are torch code.
 IN_TORCH = {"rms_norm: add_rms_norm's sum", "rope: apply_rotary_pos_emb", "rope: part of a head, shared tables"}
+# The gradients of one loss come with it.
+WITH_FORWARD = {"linear_cross_entropy: mean"}
 FIRST_CASES = {name_of(m): next(iter(m.DIFFERENTIATED.values())) for m in MODULES}
 BAD_ARGUMENTS = [
     pytest.param(call, (2, 3, 5, 8) if m is test_rope else (4, 8), message, id=f"{name_of(m)}-{i}")
@@ -63,7 +74,7 @@ def test_gradcheck_of_every_order(case):
     assert_gradcheck(op, *shapes)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in IN_TORCH])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in IN_TORCH | WITH_FORWARD])
 def test_the_first_order_is_kernels(case):
     """An ordinary gradient takes the op's kernels, forward and backward."""
     op, _, shapes = CASES[case]

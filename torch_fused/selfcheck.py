@@ -11,10 +11,12 @@ from torch import Tensor
 
 from .functional import add_rms_norm, apply_rotary_pos_emb, dequantize, gelu_mul, quantize, silu_mul
 from .ops.adamw import adamw_, adamw_reference
+from .ops.cross_entropy import cross_entropy_, gradient_reference, losses_reference
 from .ops.decode import decode_, decode_reference
 from .ops.decoder import LAYER_PARTS, Adapter, DecoderParts, Packed, decoder_arguments, make_decoder
 from .ops.kv_cache import kv_append_, kv_append_reference
 from .ops.layer_norm import layer_norm_backward_reference, layer_norm_reference
+from .ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from .ops.quantized import dequantize_reference, quantized_linear_reference
 from .ops.rms_norm import add_rms_norm_reference, rms_norm_backward_reference, rms_norm_reference
 from .ops.rope import apply_rotary_pos_emb_backward_reference, apply_rotary_pos_emb_reference
@@ -113,6 +115,28 @@ def check_softmax_backward(device: str) -> None:
         y = softmax_reference(x64).to(x.dtype)
         exact = softmax_backward_reference(grad64, y.double())
         compare(f"softmax_backward {what}", [torch.ops.torch_fused.softmax_backward(grad, y.to(device))], [exact])
+
+
+def check_cross_entropy(device: str) -> None:
+    """Losses, and gradients with one scale and with one for each row; a row that is ignored."""
+    for _, cols, (x, _, _), (x64, _, _) in row_operands(device):
+        target = torch.tensor([cols - 1, -100, cols // 2])
+        for scale, options in ((torch.tensor([1.0, 2.0, 3.0]), {}), (torch.tensor(0.5), {"label_smoothing": 0.1})):
+            found = x.clone()
+            losses = cross_entropy_(found, target.to(device), scale.to(device), z_loss=0.01, **options)
+            exact = losses_reference(x64, target, z_loss=0.01, **options)
+            gradient = gradient_reference(x64, target, scale.double().expand(3), z_loss=0.01, **options)
+            compare(f"cross_entropy_ of {cols} classes", [losses, found], [exact, gradient])
+
+
+def check_linear_cross_entropy(device: str) -> None:
+    for dtype in DTYPES:
+        hidden, weight = (make(n, 16, dtype=dtype, seed=n) for n in (20, 100))
+        target = torch.arange(20) * 5
+        actual = linear_cross_entropy(hidden.to(device), weight.to(device), target.to(device))
+        exact = linear_cross_entropy_reference(hidden.double(), weight.double(), target)
+        error = relative_error(actual, exact)
+        assert error < TOLERANCE[dtype], f"linear_cross_entropy, {dtype}: relative error {error:.3g}"
 
 
 def check_silu_mul(device: str) -> None:
@@ -422,6 +446,8 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "layer_norm_backward": check_layer_norm_backward,
     "softmax": check_softmax,
     "softmax_backward": check_softmax_backward,
+    "cross_entropy_": check_cross_entropy,
+    "linear_cross_entropy": check_linear_cross_entropy,
     "silu_mul": check_silu_mul,
     "silu_mul_backward": check_silu_mul_backward,
     "gelu_mul": check_gelu_mul,

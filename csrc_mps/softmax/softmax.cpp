@@ -11,7 +11,6 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "../common/autograd.h"
@@ -19,6 +18,7 @@
 #include "../common/convert.h"
 #include "../common/exp.h"
 #include "../common/half_runs.h"
+#include "../common/row_max.h"
 #include "../common/row_sums.h"
 #include "../common/rows.h"
 #include "../common/simd.h"
@@ -61,23 +61,6 @@ struct Forward {
   T* output;
   int64_t stride, cols;
 };
-
-// The largest value; NaNs are passed over, since they come back in the sum.
-template <class T>
-TORCH_FUSED_INLINE wide_t<T> row_max(const T* x, int64_t n) {
-  constexpr int64_t kLanes = 64;
-  wide_t<T> lanes[kLanes];
-  for (int64_t j = 0; j < kLanes; ++j) lanes[j] = -std::numeric_limits<wide_t<T>>::infinity();
-  const int64_t whole = n / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    for (int64_t j = 0; j < kLanes; ++j) lanes[j] = widen(x[i + j]) > lanes[j] ? widen(x[i + j]) : lanes[j];
-  }
-  for (int64_t i = whole; i < n; ++i) lanes[0] = std::max(lanes[0], widen(x[i]));
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t j = 0; j < half; ++j) lanes[j] = lanes[j + half] > lanes[j] ? lanes[j + half] : lanes[j];
-  }
-  return lanes[0];
-}
 
 template <class T>
 TORCH_FUSED_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t end) {

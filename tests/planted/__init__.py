@@ -1,8 +1,8 @@
 """Mistakes to plant in copies of the ops' kernels; test_planted_bugs.py plants them."""
 
-from . import decode, elementwise, norms, quantized, sampling
+from . import cross_entropy, decode, elementwise, norms, quantized, sampling
 
-PARTS = (norms, elementwise, quantized, sampling, decode)
+PARTS = (norms, elementwise, cross_entropy, quantized, sampling, decode)
 
 BUGS = [bug for part in PARTS for bug in part.BUGS]
 """Each is caught when it runs, at its line."""

@@ -118,7 +118,7 @@ BUGS = [
         "\n",
         lambda: softmax(make(3, 896)),
         RACE,
-        "softmax/softmax.metal",
+        "common/online.metal.h",
         "part = {scratch[place.lane].x, scratch[place.lane].y};",
     ),
     Bug(

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from types import FunctionType
 from typing import Any
@@ -18,6 +19,7 @@ from ..ops.decode import decode_
 from .cache import FusedKVCache, FusedLayer, FusedSlidingLayer
 from .described import names_of
 from .families import FAMILIES, WRAPPERS, family_of_model
+from .loss import LOSS, has_labels
 from .models import take_cache
 from .origin import class_name, describe, home_of, is_ours, is_own
 from .plan import Left, Plan, read
@@ -298,10 +300,14 @@ class Decoder:
 
 
 def causal_lm_forward(self, *args: Any, **kwargs: Any) -> Any:
-    decoder = self.__dict__.get(DECODER)
-    if decoder is None or len(args) > len(decoder.arguments) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or len(args) > len(names := arguments_of(type(self))):
         return type(self).forward(self, *args, **kwargs)
-    return decoder.forward(*args, **kwargs)
+    decoder, loss = self.__dict__.get(DECODER), self.__dict__.get(LOSS)
+    forward = partial(type(self).forward, self) if decoder is None else decoder.forward
+    if loss is None or not has_labels(names, args, kwargs):
+        return forward(*args, **kwargs)
+    with loss.running():
+        return forward(*args, **kwargs)
 
 
 _forwards: dict[str, FunctionType] = {}
@@ -328,6 +334,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+@functools.cache
 def arguments_of(cls: Any) -> tuple[str, ...]:
     """Of a class's forward, by position."""
     parameters = list(inspect.signature(cls.forward).parameters.values())[1:]

@@ -45,6 +45,7 @@ def generate(
         handle.bind_generation(PREPARE_CACHE, prepare_cache_for_generation)
         handle.bind_generation("generate", generate_by_loop)
         if decode:
+            handle.bind_causal_lms()
             handle.bind_decoder()
         if handle.patched:
             return model.generate(**generate_kwargs)

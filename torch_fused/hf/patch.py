@@ -21,6 +21,7 @@ from .described import mismatch
 from .families import FAMILIES, UNKNOWN, Family, known
 from .inputs import find_model
 from .loop import generate_by_loop
+from .loss import LOSS, HeadLoss, head_forward, why_no_loss
 from .models import DECODER_LAYERS, EXPERTS, GATED, MLPS, RMS_NORMS, ROTARY, Forwards, activation_of
 from .origin import Bound, class_name, describe, function_of, home_of, is_ours, path_of
 from .transformers_private import APPLY_GATE, PREPARE_CACHE, has_own_gate, prepare_cache
@@ -46,7 +47,7 @@ class Patch:
     path: str
     module: nn.Module
     name: str
-    value: partial | Decoder
+    value: partial | Decoder | HeadLoss
 
     @property
     def current(self) -> Any:
@@ -114,16 +115,35 @@ class PatchHandle:
             if issubclass(type(module), GenerationMixin):
                 self._bind(path, module, method, Bound(function, module))
 
-    def bind_decoder(self, gives_cache: bool = False, int8_products: bool = True) -> None:
-        """Lets each causal language model run steps of few tokens as one op."""
+    def bind_causal_lms(self) -> None:
+        """Lets each causal language model look at its calls."""
         present = {path_of(module) for module in self._model.modules()} & CAUSAL_LMS
         forwards = {path: forward_of(path[1]) for path in present}
         self.bind_forwards({**dict.fromkeys(CAUSAL_LMS, causal_lm_forward), **forwards})
+
+    def bind_decoder(self, gives_cache: bool = False, int8_products: bool = True) -> None:
+        """Lets each of these run steps of few tokens as one op."""
         for path, module in self._model.named_modules():
             if _runs_decoder(module.__dict__.get("forward")) and DECODER not in module.__dict__:
-                decoder = Decoder(module, gives_cache, int8_products)
-                self._patches.append(Patch(path or type(module).__name__, module, DECODER, decoder))
-                module.__dict__[DECODER] = decoder  # not setattr: it is no part of the model
+                self._keep(path, module, DECODER, Decoder(module, gives_cache, int8_products))
+
+    def bind_loss(self) -> None:
+        """Lets each of these make its loss without its logits."""
+        names = {id(module): path for path, module in self._model.named_modules()}
+        for path, module in self._model.named_modules():
+            if not _runs_decoder(module.__dict__.get("forward")) or LOSS in module.__dict__:
+                continue
+            head = module.get_output_embeddings()
+            if reason := why_no_loss(module, head):
+                self._leave(path, module, f"its loss: {reason}")
+            elif function_of(head.__dict__.get("forward")) is head_forward or self._bind(
+                names[id(head)], head, "forward", partial(head_forward, head)
+            ):
+                self._keep(path, module, LOSS, HeadLoss(module))
+
+    def _keep(self, path: str, module: nn.Module, name: str, value: Decoder | HeadLoss) -> None:
+        self._patches.append(Patch(path or type(module).__name__, module, name, value))
+        module.__dict__[name] = value  # not setattr: it is no part of the model
 
     def tell_what_stays(self, in_step: bool) -> None:
         """Reports the parts of known families that no fused op computes, a line for each class."""
@@ -153,10 +173,12 @@ class PatchHandle:
                 self._leave(path, module, reason)
                 warnings.warn(f"apply_torch_fused: {reason}", stacklevel=3)
 
-    def _bind(self, path: str, module: nn.Module, method: str, bound: partial) -> None:
+    def _bind(self, path: str, module: nn.Module, method: str, bound: partial) -> bool:
+        """Whether the method is bound now."""
         if _runs_decoder(module.__dict__.get(method)):
-            if DECODER in module.__dict__ or not is_ours(module.__dict__[method], module):
-                return  # another handle's, or in a wrapper
+            kept = DECODER in module.__dict__ or LOSS in module.__dict__
+            if kept or not is_ours(module.__dict__[method], module):
+                return False  # another handle's, or in a wrapper
             del module.__dict__[method]  # accelerate has taken its wrapper off after a revert
         if method in module.__dict__:
             self._leave(path, module, f"its {method} is already replaced by {describe(module.__dict__[method])}")
@@ -165,6 +187,8 @@ class PatchHandle:
         else:
             self._patches.append(Patch(path or type(module).__name__, module, method, bound))
             setattr(module, method, bound)
+            return True
+        return False
 
     def _leave(self, path: str, module: nn.Module, reason: str) -> None:
         self._left.append((path or type(module).__name__, reason))
@@ -207,7 +231,7 @@ class PatchHandle:
         lines += [f"  left: {path}: {reason}" for path, reason in self._left]
         lines += [f"  left outside of the decode step: {path}: {reason}" for path, reason in self._outside]
         for patch in self._patches:
-            if isinstance(patch.value, Decoder):
+            if isinstance(patch.value, (Decoder, HeadLoss)):
                 lines += [f"  {line}" for line in patch.value.report()]
         return "\n".join(lines)
 
@@ -234,6 +258,7 @@ def apply_torch_fused(
     sampler: bool = True,
     decode: bool = True,
     int8_products: bool = True,
+    loss: bool = True,
 ) -> PatchHandle:
     """Makes ``model`` use fused ops: the same greedy tokens in float32, and with ``decode=False`` in any dtype.
 
@@ -268,6 +293,11 @@ def apply_torch_fused(
             Whatever the op cannot do, such as hooks or attention maps, runs as before; the report tells why.
         int8_products: of packed matrices, in that op on the CPU: vectors are rounded to int8 for them, 8
             values a scale, which is faster. False: as float32.
+        loss: a call with ``labels`` makes its loss by :func:`torch_fused.functional.linear_cross_entropy`, in training
+            and without gradients alike, as transformers counts it: labels shifted, ``ignore_index``,
+            ``num_items_in_batch``. ``outputs.logits`` are made only when they are read, which must be before
+            ``optimizer.step()`` changes the weights: after it, reading them raises. Models that change their logits
+            before the loss (soft caps, scales) and heads that are no plain ``nn.Linear`` keep transformers' way.
 
     Returns:
         A :class:`PatchHandle` with ``revert()`` and ``report()``, and a context manager that reverts. For a model that
@@ -295,6 +325,7 @@ def apply_torch_fused(
         "sampler": sampler,
         "decode": decode,
         "int8_products": int8_products,
+        "loss": loss,
     }
     with lock_of(model):
         present = model.__dict__.get(HANDLE)
@@ -305,7 +336,7 @@ def apply_torch_fused(
                 module.__dict__[HANDLE].revert()
         for path, module in model.named_modules():
             found = [value for value in module.__dict__.values() if is_ours(value, module) and not _runs_decoder(value)]
-            if found or DECODER in module.__dict__:
+            if found or DECODER in module.__dict__ or LOSS in module.__dict__:
                 raise RuntimeError(
                     f"apply_torch_fused: model is already patched, at {path or 'its root'}, as a part of another: "
                     "revert() that one's handle"
@@ -323,8 +354,12 @@ def apply_torch_fused(
                 handle.bind_gates()
             if cache:
                 handle.bind_generation(PREPARE_CACHE, prepare_cache_for_generation)
+            if decode or loss:
+                handle.bind_causal_lms()
             if decode:
                 handle.bind_decoder(gives_cache=cache, int8_products=int8_products)
+            if loss:
+                handle.bind_loss()
             if sampler:
                 handle.bind_generation("generate", generate_by_loop)
             if mlp:

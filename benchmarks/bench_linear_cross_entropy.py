@@ -1,0 +1,177 @@
+"""The loss of a head and its gradients, time and memory: python benchmarks/bench_linear_cross_entropy.py [--device ...]
+
+Each contender runs in rounds with the others, in processes of its own. The memory is what a call and its backward pass
+take beyond what was there before, at most: on the CPU the pages that the process has touched, on a GPU what torch has
+allocated. The weight's gradient, which all of them return, is in it, and named in a column of its own.
+"""
+
+import multiprocessing
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from harness import Timing, arguments, synchronizer
+from progress import Progress
+from record import Results
+
+from torch_fused.functional import linear_cross_entropy
+from torch_fused.testing import NAMES
+
+KEYS = ("op", "shape", "dtype", "kind", "contender")
+VALUES = ("ms", "spread", "peak_mb", "weight_grad_mb")
+CLASSES = 151936
+
+
+def in_torch(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), target)
+
+
+def as_transformers(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), target)
+
+
+def chunked(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Torch's own, since 2.13; with chunks as it chooses them."""
+    return F.linear_cross_entropy(hidden, weight, target, options=torch.nn.LinearCrossEntropyOptions())
+
+
+def liger(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    from liger_kernel.transformers import functional
+
+    return functional.liger_fused_linear_cross_entropy(hidden, weight, target)
+
+
+def contenders(dtype: torch.dtype, device: str) -> dict[str, Callable[..., torch.Tensor]]:
+    found: dict[str, Callable[..., torch.Tensor]] = {"torch_fused": linear_cross_entropy, "torch": in_torch}
+    if dtype != torch.float32:
+        found["transformers"] = as_transformers
+    if hasattr(F, "linear_cross_entropy"):
+        found["F.linear_cross_entropy, chunked"] = chunked
+    if device.startswith("cuda"):
+        try:
+            import liger_kernel  # noqa: F401
+        except ImportError:
+            return found
+        found["Liger-Kernel"] = liger
+    return found
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+class Peak:
+    """The most memory that is taken within, beyond what was before."""
+
+    def __init__(self, device: str):
+        self.device, self.bytes = device, 0
+
+    def __enter__(self) -> "Peak":
+        if self.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+            return self
+        self._before, self._stop = resident(), threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(1e-3):
+            self.bytes = max(self.bytes, resident() - self._before)
+
+    def __exit__(self, *error: Any) -> None:
+        if self.device.startswith("cuda"):
+            self.bytes = torch.cuda.max_memory_allocated() - self._before
+            return
+        self._stop.set()
+        self._thread.join()
+
+
+def serve(pipe: Any, name: str, shape: tuple[int, int], dtype: torch.dtype, device: str, threads: int) -> None:
+    """A contender's process: a step whenever it is asked, and how long and how much it took."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    tokens, features = shape
+    hidden = torch.randn(tokens, features, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(CLASSES, features, device=device) * 0.02).to(dtype).requires_grad_()
+    target = torch.randint(CLASSES, (tokens,), device=device)
+    call, wait = contenders(dtype, device)[name], synchronizer(device)
+    while pipe.recv():
+        hidden.grad = weight.grad = None
+        wait()
+        with Peak(device) as peak:
+            begin = time.perf_counter()
+            call(hidden, weight, target).backward()
+            wait()
+            seconds = time.perf_counter() - begin
+        assert weight.grad is not None
+        pipe.send((seconds, peak.bytes, weight.grad.nbytes))
+
+
+def measure(
+    shape: tuple[int, int], dtype: torch.dtype, names: list[str], device: str, threads: int, rounds: int
+) -> dict[str, list[tuple[float, int, int]]]:
+    """(seconds, bytes, bytes of the weight's gradient) of each round of each contender, who take turns."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    for name in names:
+        pipes[name], theirs = context.Pipe()
+        processes.append(context.Process(target=serve, args=(theirs, name, shape, dtype, device, threads)))
+        processes[-1].start()
+    samples: dict[str, list[tuple[float, int, int]]] = {name: [] for name in names}
+    for _ in range(rounds + 1):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            samples[name].append(pipe.recv())
+    for pipe in pipes.values():
+        pipe.send(False)
+    for process in processes:
+        process.join()
+    return {name: found[1:] for name, found in samples.items()}  # the first warms up
+
+
+def cases(device: str, full: bool) -> list[tuple[tuple[int, int], torch.dtype]]:
+    shapes = [(512, 576)] if device == "cpu" and not full else [(512, 576), (512, 896), (2048, 896), (8192, 896)]
+    if device == "cpu":
+        shapes = shapes[:2]
+    return [(shape, dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
+
+
+def main() -> None:
+    args = arguments(__doc__, ("--rounds", {"type": int, "default": 5, "help": "samples of each contender"}))
+    results = Results("linear_cross_entropy", KEYS, VALUES, args.results, args.device, args.again)
+    todo = cases(args.device, args.full)
+    with Progress("cases", len(todo)) as progress:
+        for shape, dtype in todo:
+            names = list(contenders(dtype, args.device))
+            key = {"op": "linear_cross_entropy", "shape": str((*shape, CLASSES)), "dtype": NAMES[dtype], "kind": ""}
+            rows = [results.current(**key, contender=name) for name in names]
+            if any(row is None for row in rows):
+                found = measure(shape, dtype, names, args.device, args.threads, args.rounds)
+                rows = []
+                for name, samples in found.items():
+                    timing = Timing.of([seconds for seconds, _, _ in samples])
+                    columns = {"ms": timing.seconds * 1e3, "spread": timing.spread}
+                    columns["peak_mb"] = statistics.median(peak for _, peak, _ in samples) / 1e6
+                    columns["weight_grad_mb"] = samples[0][2] / 1e6
+                    rows.append(results.add(**key, contender=name, **columns))
+            progress.say(f"{key['shape']} {key['dtype']}")
+            for row in rows:
+                assert row is not None
+                beside = float(row["peak_mb"]) - float(row["weight_grad_mb"])
+                progress.say(
+                    f"  {row['contender']:32s} {float(row['ms']):9.1f} ms +-{float(row['spread']) * 100:3.0f} %  "
+                    f"{beside:8.0f} MB beside {float(row['weight_grad_mb']):.0f} MB of the weight's gradient"
+                )
+            progress.advance()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+// What cross_entropy.cpp (CPU), cross_entropy_launch.cpp (GPU) and linear_cross_entropy.cpp share.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace torch_fused {
+
+// What a loss is, beside its logits and targets.
+struct CrossEntropyOptions {
+  int64_t ignore_index;
+  double label_smoothing, z_loss;
+};
+
+// float64 for float64, else float32: the dtype of losses and scales.
+inline at::ScalarType loss_dtype(const at::Tensor& logits) {
+  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Throws unless the options are ones that a loss can have; the message names the op and the argument.
+void check_options(const char* op, const CrossEntropyOptions& options);
+// `target` must have one int64 for each row, on the device of `like`.
+void check_target(const char* op, const at::Tensor& target, at::IntArrayRef sizes, const char* like_argument,
+                  const at::Tensor& like);
+// Throws if a target on the CPU is no class.
+void check_classes(const char* op, const at::Tensor& target, int64_t classes, int64_t ignore_index);
+
+// The losses of rows of logits (n, classes). With a scale, of one element or of n, the logits become the gradient of
+// their row's loss times it; without one they stay.
+at::Tensor cross_entropy_cpu(const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& scale,
+                             int64_t ignore_index, double label_smoothing, double z_loss);
+at::Tensor cross_entropy_gpu(const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& scale,
+                             int64_t ignore_index, double label_smoothing, double z_loss);
+// Checks the operands of both.
+void check_cross_entropy(const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& scale,
+                         const CrossEntropyOptions& options);
+
+}  // namespace torch_fused

@@ -1,0 +1,42 @@
+// Cross entropy on a GPU: operands, kernel, grid and parameters.
+#include <ATen/ops/empty.h>
+
+#include "../common/checks.h"
+#include "../common/registration.h"
+#include "../common/row_shape.h"
+#include "../common/rows.h"
+#include "../runtime/launch.h"
+#include "cross_entropy.h"
+#include "cross_entropy_params.h"
+
+namespace torch_fused {
+
+using at::Tensor;
+
+Tensor cross_entropy_gpu(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& scale,
+                         int64_t ignore_index, double label_smoothing, double z_loss) {
+  check_cross_entropy(logits, target, scale, {ignore_index, label_smoothing, z_loss});
+  const int64_t rows = logits.size(0), cols = logits.size(1);
+  const Tensor losses = at::empty(target.sizes(), logits.options().dtype(at::kFloat));
+  if (rows == 0) return losses;
+  const Rows x = as_rows(logits, rows, cols);
+  const Tensor targets = target.contiguous(), scales = scale ? scale->contiguous() : targets;
+  const CrossEntropyParams params{x.stride,
+                                  ignore_index,
+                                  kernel_size("cross_entropy_", "classes", cols),
+                                  rows_aligned(x.tensor, x.stride),
+                                  scale.has_value(),
+                                  scale && scale->dim() == 1,
+                                  static_cast<float>(label_smoothing),
+                                  static_cast<float>(z_loss)};
+  static KernelSet kernels("cross_entropy", "cross_entropy");
+  const int64_t threads = std::max<int64_t>(32, row_shape(cols, logits.element_size()).threads);
+  launch(kernels(logits), rows, threads, {x.tensor, targets, scales, losses}, params);
+  if (scale && !x.tensor.is_same(logits)) logits.copy_(x.tensor);
+  return losses;
+}
+
+}  // namespace torch_fused
+
+using namespace torch_fused;
+TORCH_FUSED_KERNELS_NAMED(cross_entropy_, cross_entropy)

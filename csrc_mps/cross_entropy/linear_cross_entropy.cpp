@@ -1,0 +1,382 @@
+// The loss of a language model's head, F.cross_entropy(F.linear(hidden, weight, bias), target), in chunks of rows: the
+// logits of one chunk are all there ever are, and become their gradient in place. Schema, checks, autograd, autocast.
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/PythonFallbackKernel.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "../common/autograd.h"
+#include "../common/checks.h"
+#include "../common/registration.h"
+#include "../common/rows.h"
+#include "cross_entropy.h"
+
+TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
+  m.def(
+      "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor? bias=None, *, int ignore_index=-100, "
+      "float label_smoothing=0.0, str reduction='mean', float z_loss=0.0) -> Tensor");
+  // The loss, and the gradients of hidden, weight and bias that are needed for an incoming `grad`, absent for 1.
+  m.def(
+      "_linear_cross_entropy_gradients(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? grad, "
+      "int ignore_index, float label_smoothing, str reduction, float z_loss, bool need_hidden, bool need_weight, "
+      "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+namespace torch_fused {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+constexpr char kOp[] = "linear_cross_entropy";
+
+struct Needs {
+  bool hidden = false, weight = false, bias = false;
+  bool any() const { return hidden || weight || bias; }
+};
+
+// ---- checks ---------------------------------------------------------------------------------------------------------
+
+void check(const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
+           const OptionalTensor& grad, const CrossEntropyOptions& options, std::string_view reduction) {
+  check_dtype(kOp, "hidden", hidden);
+  TORCH_CHECK(hidden.dim() >= 1, kOp, ": hidden must have the shape (..., features), got ", hidden.sizes());
+  TORCH_CHECK(weight.dim() == 2 && weight.size(0) > 0 && weight.size(1) == hidden.size(-1), kOp,
+              ": weight must have the shape (classes, ", hidden.size(-1), "), with a class at least, got ",
+              weight.sizes());
+  check_alike(kOp, "weight", weight, "hidden", hidden);
+  check_target(kOp, target, hidden.sizes().slice(0, hidden.dim() - 1), "hidden", hidden);
+  if (bias) {
+    TORCH_CHECK(bias->sizes() == weight.sizes().slice(0, 1), kOp, ": bias must have the shape [", weight.size(0),
+                "], got ", bias->sizes());
+    check_alike(kOp, "bias", *bias, "hidden", hidden);
+  }
+  check_options(kOp, options);
+  TORCH_CHECK(reduction == "mean" || reduction == "sum" || reduction == "none", kOp,
+              ": reduction must be 'mean', 'sum' or 'none', got '", reduction, "'");
+  if (grad) {
+    const at::IntArrayRef sizes = reduction == "none" ? target.sizes() : at::IntArrayRef();
+    TORCH_CHECK(grad->sizes() == sizes && grad->scalar_type() == loss_dtype(hidden), kOp, ": grad must have the shape ",
+                sizes, " and dtype ", loss_dtype(hidden), " of the loss, got ", grad->sizes(), " of ",
+                grad->scalar_type());
+    TORCH_CHECK(grad->device() == hidden.device(), kOp, ": grad must be on hidden's device ", hidden.device(), ", got ",
+                grad->device());
+  }
+}
+
+// ---- chunks ---------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kChunks = 8;
+// Rows below which a product takes longer than reading the weight does.
+constexpr int64_t kLeastCpuRows = 128, kLeastGpuRows = 512;
+
+// The sum over chunks of gradient^T hidden. Sums of a half type are kept in float32 and rounded once; a weight that
+// sees one chunk only needs no such sum.
+class WeightGradient {
+ public:
+  WeightGradient(const Tensor& weight, bool one_chunk)
+      : dtype_(weight.scalar_type()), wide_(!one_chunk && weight.element_size() == 2) {
+    sum_ = at::empty(weight.sizes(), weight.options().dtype(wide_ ? at::kFloat : dtype_));
+  }
+
+  void add(const Tensor& gradient, const Tensor& hidden, double scale) {
+    const int beta = empty_ ? 0 : 1;
+    empty_ = false;
+    if (!wide_) {
+      at::addmm_out(sum_, sum_, gradient.t(), hidden, beta, scale);
+    } else if (hidden.is_cuda()) {
+      at::addmm_out(sum_, sum_, gradient.t(), hidden, at::kFloat, beta, scale);
+    } else {  // torch has no product of half types with float32 results here
+      const Tensor wide_hidden = hidden.to(at::kFloat);
+      for (int64_t begin = 0; begin < sum_.size(0); begin += kTile) {
+        const int64_t length = std::min(kTile, sum_.size(0) - begin);
+        Tensor part = sum_.narrow(0, begin, length);
+        at::addmm_out(part, part, gradient.narrow(1, begin, length).to(at::kFloat).t(), wide_hidden, beta, scale);
+      }
+    }
+  }
+
+  Tensor result() {
+    if (empty_) sum_.zero_();
+    return sum_.to(dtype_);
+  }
+
+ private:
+  static constexpr int64_t kTile = 8192;  // classes
+  at::ScalarType dtype_;
+  bool wide_, empty_ = true;
+  Tensor sum_;
+};
+
+int64_t chunk_rows(const Tensor& hidden, const Tensor& weight, bool need_weight) {
+  const int64_t rows = hidden.size(0), least = hidden.is_cpu() ? kLeastCpuRows : kLeastGpuRows;
+  const int64_t chunk = std::min(rows, std::max((rows + kChunks - 1) / kChunks, least));
+  if (need_weight && weight.element_size() == 2) {
+    // The sum in float32 may take more than all logits do.
+    const int64_t whole = 2 * rows, split = 2 * chunk + 4 * weight.size(1);
+    if (whole <= split) return rows;
+  }
+  return chunk;
+}
+
+Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& scale,
+                     const CrossEntropyOptions& options) {
+  static const auto op = find_op<decltype(cross_entropy_cpu)>("torch_fused::cross_entropy_");
+  return op.call(logits, target, scale, options.ignore_index, options.label_smoothing, options.z_loss);
+}
+
+// What the gradients of the logits are multiplied by, and what their products are.
+struct Scales {
+  OptionalTensor of_rows;
+  double of_products = 1;
+};
+
+// Of rows of hidden states, in a dtype and on a device that all operands share.
+Gradients losses_of_rows(const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
+                         const Scales& scales, const CrossEntropyOptions& options, Needs needs) {
+  const int64_t rows = hidden.size(0), chunk = chunk_rows(hidden, weight, needs.weight);
+  const auto wide = hidden.options().dtype(loss_dtype(hidden));
+  const Tensor losses = at::empty({rows}, wide);
+  const Tensor grad_hidden = at::empty({needs.hidden ? rows : 0, hidden.size(1)}, hidden.options());
+  WeightGradient grad_weight(needs.weight ? weight : weight.narrow(0, 0, 0), chunk >= rows);
+  const Tensor grad_bias = at::zeros({needs.bias ? weight.size(0) : 0}, wide);
+  Tensor buffer = at::empty({chunk, weight.size(0)}, hidden.options());
+  for (int64_t begin = 0; begin < rows; begin += chunk) {
+    const int64_t length = std::min(chunk, rows - begin);
+    const auto part = [&](const Tensor& tensor) { return tensor.narrow(0, begin, length); };
+    Tensor logits = buffer.narrow(0, 0, length);
+    if (bias) {
+      at::addmm_out(logits, *bias, part(hidden), weight.t());
+    } else {
+      at::mm_out(logits, part(hidden), weight.t());
+    }
+    OptionalTensor part_scale = scales.of_rows;
+    if (part_scale && part_scale->dim() > 0) part_scale = part(*part_scale);
+    part(losses).copy_(cross_entropy(logits, part(target), part_scale, options));
+    if (needs.hidden) {
+      Tensor result = part(grad_hidden);
+      at::addmm_out(result, result, logits, weight, 0, scales.of_products);
+    }
+    if (needs.weight) grad_weight.add(logits, part(hidden), scales.of_products);
+    if (needs.bias) grad_bias.add_(logits.sum(0, false, grad_bias.scalar_type()));
+  }
+  buffer.reset();
+  grad_bias.mul_(scales.of_products);
+  return {losses, grad_hidden, grad_weight.result(), grad_bias.to(hidden.scalar_type())};
+}
+
+// The same without the rows that have no loss. Only the CPU knows how many there are without waiting for a device.
+Gradients losses_of_targets(const Tensor& hidden, const Tensor& weight, const Tensor& target,
+                            const OptionalTensor& bias, const Scales& scales, const CrossEntropyOptions& options,
+                            Needs needs) {
+  const int64_t rows = hidden.size(0);
+  const Tensor kept = hidden.is_cpu() ? target.ne(options.ignore_index).nonzero().view({-1}) : Tensor();
+  if (!kept.defined() || kept.numel() == rows) {
+    return losses_of_rows(hidden, weight, target, bias, scales, options, needs);
+  }
+  const auto select = [&](const Tensor& tensor) { return tensor.index_select(0, kept); };
+  Scales kept_scales = scales;
+  if (scales.of_rows && scales.of_rows->dim() > 0) kept_scales.of_rows = select(*scales.of_rows);
+  auto [losses, grad_hidden, grad_weight, grad_bias] =
+      losses_of_rows(select(hidden), weight, select(target), bias, kept_scales, options, needs);
+  const Tensor all_losses = at::zeros({rows}, losses.options()).index_copy_(0, kept, losses);
+  if (needs.hidden) grad_hidden = at::zeros(hidden.sizes(), hidden.options()).index_copy_(0, kept, grad_hidden);
+  return {all_losses, grad_hidden, grad_weight, grad_bias};
+}
+
+Gradients gradients(const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
+                    const OptionalTensor& grad, const CrossEntropyOptions& options, std::string_view reduction,
+                    Needs needs) {
+  check(hidden, weight, target, bias, grad, options, reduction);
+  if (target.is_cpu()) check_classes(kOp, target, weight.size(0), options.ignore_index);
+  const auto wide = hidden.options().dtype(loss_dtype(hidden));
+  const Tensor rows = hidden.reshape({target.numel(), hidden.size(-1)}), targets = target.reshape({-1}).contiguous();
+  Tensor count;
+  if (reduction == "mean") count = targets.ne(options.ignore_index).sum().to(wide.dtype().toScalarType());
+  Scales scales;
+  if (needs.any()) {
+    OptionalTensor scale = grad;
+    if (reduction == "none" && grad) scale = grad->reshape({-1});
+    if (count.defined()) {
+      const Tensor rows_of_all = count.clamp_min(1);  // without any the gradients are 0
+      scale = scale ? *scale / rows_of_all : rows_of_all.reciprocal();
+    }
+    // In bfloat16 a number that multiplies all alike is rounded with the logits' gradients, in all of them the same
+    // way. A product takes it unrounded, if the host knows it.
+    if (scale && scale->dim() == 0 && reduction != "none" && hidden.is_cpu() && hidden.scalar_type() == at::kBFloat16) {
+      scales.of_products = scale->item<double>();
+      scale.reset();
+    }
+    scales.of_rows = scale ? *scale : at::ones({}, wide);
+  }
+  auto [losses, grad_hidden, grad_weight, grad_bias] =
+      losses_of_targets(rows, weight, targets, bias, scales, options, needs);
+  Tensor loss = reduction == "none" ? losses.view(target.sizes()) : losses.sum();
+  if (count.defined()) loss = loss / count;
+  return {loss, needs.hidden ? grad_hidden.view(hidden.sizes()) : grad_hidden, grad_weight, grad_bias};
+}
+
+// ---- the ops --------------------------------------------------------------------------------------------------------
+
+Gradients linear_cross_entropy_gradients(const Tensor& hidden, const Tensor& weight, const Tensor& target,
+                                         const OptionalTensor& bias, const OptionalTensor& grad, int64_t ignore_index,
+                                         double label_smoothing, std::string_view reduction, double z_loss,
+                                         bool need_hidden, bool need_weight, bool need_bias) {
+  return gradients(hidden, weight, target, bias, grad, {ignore_index, label_smoothing, z_loss}, reduction,
+                   {need_hidden, need_weight, need_bias});
+}
+
+Tensor linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& target,
+                            const OptionalTensor& bias, int64_t ignore_index, double label_smoothing,
+                            std::string_view reduction, double z_loss) {
+  return std::get<0>(
+      gradients(hidden, weight, target, bias, std::nullopt, {ignore_index, label_smoothing, z_loss}, reduction, {}));
+}
+
+// ---- autograd and autocast ------------------------------------------------------------------------------------------
+
+Tensor call_linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& target,
+                                 const OptionalTensor& bias, int64_t ignore_index, double label_smoothing,
+                                 std::string_view reduction, double z_loss) {
+  static const auto op = find_op<decltype(linear_cross_entropy)>("torch_fused::linear_cross_entropy");
+  return op.call(hidden, weight, target, bias, ignore_index, label_smoothing, reduction, z_loss);
+}
+
+// Whether the number in a tensor can be looked at: it is in this memory, and nobody records what is done with it.
+bool is_one(const Tensor& number) {
+  if (!number.is_cpu() || number.unsafeGetTensorImpl()->is_python_dispatch() ||
+      number.key_set().has(c10::DispatchKey::Functionalize) || c10::impl::TorchDispatchModeTLS::any_modes_set()) {
+    return false;
+  }
+  return number.item<double>() == 1;
+}
+
+// The gradient times the factor, in place. Torch rounds a factor on a GPU to the dtype of what it multiplies: in blocks
+// of float32 instead.
+void scale_by(const Tensor& gradient, const Tensor& factor) {
+  constexpr int64_t kBlock = 1 << 24;  // elements
+  if (gradient.is_cpu() || gradient.element_size() > 2) {
+    gradient.mul_(factor);
+    return;
+  }
+  const Tensor flat = gradient.view({-1});
+  for (int64_t begin = 0; begin < flat.numel(); begin += kBlock) {
+    const Tensor block = flat.narrow(0, begin, std::min(kBlock, flat.numel() - begin));
+    block.copy_(block.to(at::kFloat).mul_(factor));
+  }
+}
+
+struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropyFunction> {
+  static constexpr const char* op = kOp;
+
+  // One pass makes the loss and its gradients, where the incoming gradient is a factor. In float16 that factor, the
+  // scale of the loss, keeps the gradients of the logits in range: they wait for it, and so do those of many losses.
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& hidden, const Tensor& weight,
+                        const Tensor& target, const OptionalTensor& bias, int64_t ignore_index, double label_smoothing,
+                        std::string_view reduction, double z_loss) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({hidden, weight, target, bias.value_or(Tensor())});
+    auto& data = ctx->saved_data;
+    data["ignore_index"] = ignore_index;
+    data["label_smoothing"] = label_smoothing;
+    data["reduction"] = std::string(reduction);
+    data["z_loss"] = z_loss;
+    data["need_hidden"] = hidden.requires_grad();
+    data["need_weight"] = weight.requires_grad();
+    data["need_bias"] = bias && bias->requires_grad();
+    if (reduction == "none" || hidden.scalar_type() == at::kHalf) {
+      return call_linear_cross_entropy(hidden, weight, target, bias, ignore_index, label_smoothing, reduction, z_loss);
+    }
+    auto [loss, grad_hidden, grad_weight, grad_bias] = call_gradients(ctx, hidden, weight, target, bias, std::nullopt);
+    data["gradients"] = std::vector<Tensor>{grad_hidden, grad_weight, grad_bias};
+    return loss;
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    auto& data = ctx->saved_data;
+    std::vector<Tensor> found;
+    // They are handed on, not copied: a second backward pass, or one that is differentiated, makes its own.
+    const bool batched = grads[0].key_set().has(c10::DispatchKey::Batched) || in_transform();
+    if (data.count("gradients") && !at::GradMode::is_enabled() && !batched && !has_tangent(grads[0])) {
+      found = data["gradients"].toTensorVector();
+      data.erase("gradients");
+      if (!is_one(grads[0])) {
+        for (const Tensor& gradient : found) scale_by(gradient, grads[0]);
+      }
+    } else {
+      const auto saved = ctx->get_saved_variables();
+      const OptionalTensor bias = saved[3].defined() ? OptionalTensor(saved[3]) : std::nullopt;
+      auto [loss, hidden, weight, of_bias] = call_gradients(ctx, saved[0], saved[1], saved[2], bias, grads[0]);
+      found = {hidden, weight, of_bias};
+    }
+    const auto needed = [&](const char* name, size_t i) { return data[name].toBool() ? found[i] : Tensor(); };
+    return {needed("need_hidden", 0),
+            needed("need_weight", 1),
+            Tensor(),
+            needed("need_bias", 2),
+            Tensor(),
+            Tensor(),
+            Tensor(),
+            Tensor()};
+  }
+
+ private:
+  static Gradients call_gradients(torch::autograd::AutogradContext* ctx, const Tensor& hidden, const Tensor& weight,
+                                  const Tensor& target, const OptionalTensor& bias, const OptionalTensor& grad) {
+    static const auto gradients_op =
+        find_op<decltype(linear_cross_entropy_gradients)>("torch_fused::_linear_cross_entropy_gradients");
+    auto& data = ctx->saved_data;
+    return gradients_op.call(hidden, weight, target, bias, grad, data["ignore_index"].toInt(),
+                             data["label_smoothing"].toDouble(), data["reduction"].toStringView(),
+                             data["z_loss"].toDouble(), data["need_hidden"].toBool(), data["need_weight"].toBool(),
+                             data["need_bias"].toBool());
+  }
+};
+
+// As torch's own linear: in autocast's dtype.
+template <c10::DispatchKey key, c10::DeviceType device>
+Tensor linear_cross_entropy_autocast(const Tensor& hidden, const Tensor& weight, const Tensor& target,
+                                     const OptionalTensor& bias, int64_t ignore_index, double label_smoothing,
+                                     std::string_view reduction, double z_loss) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+  const auto cast = [](const Tensor& tensor) {
+    return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
+  };
+  return call_linear_cross_entropy(cast(hidden), cast(weight), target, bias ? OptionalTensor(cast(*bias)) : bias,
+                                   ignore_index, label_smoothing, reduction, z_loss);
+}
+
+}  // namespace
+}  // namespace torch_fused
+
+// The same code on every device: what differs is in torch's products and in cross_entropy_.
+#define LINEAR_CROSS_ENTROPY(key)                                                                              \
+  TORCH_LIBRARY_IMPL(torch_fused, key, m) {                                                                    \
+    m.impl("linear_cross_entropy", torch_fused::linear_cross_entropy);                                         \
+    m.impl("_linear_cross_entropy_gradients", torch_fused::linear_cross_entropy_gradients);                    \
+  }                                                                                                            \
+  TORCH_LIBRARY_IMPL(torch_fused, Autocast##key, m) {                                                          \
+    m.impl("linear_cross_entropy",                                                                             \
+           torch_fused::linear_cross_entropy_autocast<c10::DispatchKey::Autocast##key, c10::DeviceType::key>); \
+  }
+LINEAR_CROSS_ENTROPY(CPU)
+LINEAR_CROSS_ENTROPY(CUDA)
+LINEAR_CROSS_ENTROPY(MPS)
+TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
+  using namespace torch_fused;
+  m.impl("linear_cross_entropy", Differentiable<LinearCrossEntropyFunction, decltype(linear_cross_entropy)>::call);
+  m.impl("_linear_cross_entropy_gradients", differentiable_by_reference());
+}

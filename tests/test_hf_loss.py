@@ -1,0 +1,436 @@
+"""A patched model makes its loss without its logits, as transformers counts it, and logits when they are read."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from test_hf_generate import FAMILIES, make_model, prompt
+from test_hf_patch import kernels
+from torch import nn
+from torch.func import functional_call
+from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, Trainer, TrainingArguments
+
+from torch_fused.hf import apply_torch_fused
+from torch_fused.hf.loss import Logits
+from torch_fused.metal import emulate
+from torch_fused.testing import relative_error
+
+LOSS_OP = "_linear_cross_entropy_gradients"
+
+
+def labels_of(ids):
+    """Some of them ignored, a whole sequence among them."""
+    labels = ids.clone()
+    labels[0, : ids.shape[1] // 2] = -100
+    labels[-1] = -100
+    return labels
+
+
+def pair(family="qwen2", **options):
+    stock, patched = make_model(family, **options).train(), make_model(family, **options).train()
+    return stock, patched, apply_torch_fused(patched)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+
+def assert_same_steps(stock, patched, **inputs):
+    """The loss and every gradient; the patched one's by the fused op."""
+    expected, actual = stock(**inputs), patched(**inputs)
+    assert type(actual.logits) is Logits
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-5, atol=1e-6, equal_nan=True)
+    wanted = gradients(stock, expected.loss)
+    for name, gradient in gradients(patched, actual.loss).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+COUNTS = {
+    "mean": {},
+    "a number of items": {"num_items_in_batch": 7},
+    "a tensor of items": {"num_items_in_batch": torch.tensor(11)},
+    "another ignored index": {"ignore_index": 5},
+}
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients(family, counts):
+    """As transformers shifts the labels and counts them, with tied and with untied heads."""
+    for tied in (False, True):
+        stock, patched, _ = pair(family, tie_word_embeddings=tied)
+        ids = prompt(3, 9)
+        labels = labels_of(ids)
+        if "ignore_index" in COUNTS[counts]:
+            labels[labels == -100] = 5
+        assert_same_steps(stock, patched, input_ids=ids, labels=labels, **COUNTS[counts])
+
+
+def test_labels_that_are_shifted_already():
+    """`shift_labels` and labels by position, packed sequences and padding."""
+    stock, patched, _ = pair()
+    ids = prompt(2, 8)
+    shifted = F.pad(labels_of(ids), (0, 1), value=-100)[:, 1:].contiguous()
+    assert_same_steps(stock, patched, input_ids=ids, labels=ids, shift_labels=shifted)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
+    assert_same_steps(stock, patched, input_ids=ids[:1], labels=ids[:1], position_ids=positions)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    assert_same_steps(stock, patched, input_ids=ids, labels=labels_of(ids), attention_mask=mask)
+    assert_same_steps(stock, patched, inputs_embeds=stock.model.embed_tokens(ids).detach(), labels=ids)
+    names = list(transformers.Qwen2ForCausalLM.forward.__code__.co_varnames)
+    place = names.index("labels") - 1
+    assert type(patched(ids, *[None] * (place - 1), ids).logits) is Logits
+
+
+def test_all_labels_ignored():
+    """NaN, as transformers' mean; 0 of a number of items."""
+    stock, patched, _ = pair()
+    ids = prompt(2, 5)
+    nothing = torch.full_like(ids, -100)
+    assert patched(ids, labels=nothing).loss.isnan() and stock(ids, labels=nothing).loss.isnan()
+    assert_same_steps(stock, patched, input_ids=ids, labels=nothing, num_items_in_batch=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types(dtype):
+    """As near to float32 as stock, and the loss is float32, as stock's."""
+    exact = make_model().train()
+    stock, patched, _ = pair(dtype=dtype)
+    ids = prompt(2, 9)
+    wanted = gradients(exact, exact(ids, labels=ids).loss)
+    losses = [model(ids, labels=ids).loss for model in (stock, patched)]
+    assert losses[0].dtype == losses[1].dtype == torch.float32
+    theirs, found = gradients(stock, losses[0]), gradients(patched, losses[1])
+    for name, gradient in wanted.items():
+        limit = 1.5 * relative_error(theirs[name], gradient) + 0.01
+        assert relative_error(found[name], gradient) < limit, name
+
+
+def test_autocast():
+    """In float32 weights under bfloat16, as the Trainer trains."""
+    stock, patched, _ = pair()
+    ids = prompt(2, 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, actual = stock(ids, labels=ids), patched(ids, labels=ids)
+    assert type(actual.logits) is Logits and actual.logits.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=2e-3, atol=2e-3)
+    wanted = gradients(stock, expected.loss)
+    for name, gradient in gradients(patched, actual.loss).items():
+        assert relative_error(gradient, wanted[name]) < 5e-2, name
+
+
+def test_in_the_emulator():
+    """The Metal kernels' loss and gradients."""
+    stock, patched, _ = pair()
+    with emulate() as run:
+        assert_same_steps(stock, patched, input_ids=prompt(2, 5), labels=labels_of(prompt(2, 5)))
+    assert any(launch.kernel.startswith("cross_entropy") for launch in run.launches)
+
+
+# ---- logits ---------------------------------------------------------------------------------------------------------
+
+
+def test_logits_are_made_when_they_are_read():
+    """In training and in evaluation, by whatever reads them; what is known without them makes none."""
+    stock, patched, handle = pair()
+    ids = prompt(2, 6)
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            expected, outputs = stock(ids, labels=ids), patched(ids, labels=ids)
+            logits = outputs.logits
+            assert logits.shape == expected.logits.shape and logits.dtype == torch.float32 and len(logits) == 2
+            assert logits.size(-1) == 128 and logits.dim() == 3 and logits.device == ids.device
+            assert "_value" not in logits.__dict__
+            torch.testing.assert_close(logits.argmax(-1), expected.logits.argmax(-1))
+            torch.testing.assert_close(logits[:, -1], expected.logits[:, -1])
+            torch.testing.assert_close(torch.softmax(logits, -1), torch.softmax(expected.logits, -1))
+            torch.testing.assert_close(logits + 0, expected.logits)
+            torch.testing.assert_close(outputs[1] * 1, expected[1])
+            assert repr(logits) == repr(logits.made())
+    with torch.no_grad():
+        assert patched(ids, labels=ids).logits.numpy() == pytest.approx(stock(ids, labels=ids).logits.numpy(), abs=1e-4)
+    logits = pickle.loads(pickle.dumps(patched(ids, labels=ids).logits.detach()))
+    assert type(logits) is torch.Tensor
+    assert "times logits were made, as they were read" in handle.report()
+    assert "losses without logits" in handle.report()
+
+
+def test_a_loss_of_the_users_from_the_logits():
+    """Gradients flow through logits that are read, alone and beside the loss."""
+    stock, patched, _ = pair()
+    ids = prompt(2, 6)
+
+    def loss_of(model):
+        outputs = model(ids, labels=ids)
+        return outputs.loss + outputs.logits.softmax(-1).square().sum()
+
+    wanted = gradients(stock, loss_of(stock))
+    for name, gradient in gradients(patched, loss_of(patched)).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def test_logits_of_old_weights_are_refused():
+    """After the optimizer's step they would be those of other weights."""
+    _, patched, _ = pair()
+    ids = prompt(2, 6)
+    optimizer = torch.optim.SGD(patched.parameters(), lr=0.1)
+    outputs, kept = patched(ids, labels=ids), patched(ids, labels=ids)
+    before = kept.logits.argmax(-1)
+    outputs.loss.backward()
+    optimizer.step()
+    assert torch.equal(kept.logits.argmax(-1), before)
+    with pytest.raises(RuntimeError, match=r"weights have changed .* read outputs.logits before optimizer.step"):
+        outputs.logits.argmax(-1)
+
+
+def test_a_cross_entropy_that_is_not_transformers():
+    """The older way to shift, class weights, probabilities and label smoothing."""
+    stock, patched, handle = pair()
+    ids = prompt(2, 6)
+
+    def losses(model):
+        logits = model(ids, labels=ids).logits
+        rows = logits[..., :-1, :].contiguous().view(-1, logits.shape[-1])
+        target = ids[..., 1:].reshape(-1)
+        yield F.cross_entropy(rows, target, label_smoothing=0.1, reduction="sum")
+        yield nn.CrossEntropyLoss(ignore_index=int(target[0]))(rows.float(), target)
+        yield F.cross_entropy(rows, target, weight=torch.arange(128.0))
+        yield F.cross_entropy(rows, F.one_hot(target, 128).float())
+
+    for actual, expected in zip(losses(patched), losses(stock), strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert "  3 losses without logits" in handle.report()
+
+
+# ---- what keeps transformers' way -----------------------------------------------------------------------------------
+
+
+def test_calls_without_labels_have_logits():
+    """Only a call with labels waits with them."""
+    _, patched, _ = pair()
+    assert type(patched(prompt(1, 4)).logits) is torch.Tensor
+    with torch.no_grad():
+        assert type(patched(prompt(1, 4)).logits) is torch.Tensor
+
+
+def test_loss_off():
+    """A flag of its own; it works without the decode step as well."""
+    ids = prompt(2, 6)
+    for decode in (False, True):
+        model = make_model().train()
+        before = [dict(module.__dict__) for module in model.modules()]
+        with apply_torch_fused(model, loss=False, decode=decode) as handle:
+            assert type(model(ids, labels=ids).logits) is torch.Tensor
+            assert "loss:" not in handle.report()
+        with apply_torch_fused(model, decode=decode) as handle:
+            assert type(model(ids, labels=ids).logits) is Logits
+            assert "loss: of a call with labels, without its logits in memory" in handle.report()
+            assert "1 x Linear.forward" in handle.report()
+        assert [dict(module.__dict__) for module in model.modules()] == before
+
+
+def changed_logits(family):
+    options = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    options |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "pad_token_id": 0}
+    torch.manual_seed(0)
+    if family == "gemma2":
+        return Gemma2ForCausalLM(Gemma2Config(**options)).train()
+    return GraniteForCausalLM(GraniteConfig(**options, logits_scaling=3.0)).train()
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("gemma2", "final_logit_softcapping is 30.0"), ("granite", "logits_scaling is 3.0")],
+)
+def test_logits_that_are_changed_before_the_loss(family, reason):
+    """Soft caps and scales: transformers makes these losses; the report says why."""
+    stock, patched = changed_logits(family), changed_logits(family)
+    report = apply_torch_fused(patched).report()
+    assert f"its loss: config.{reason}" in report
+    ids = prompt(2, 6)
+    expected, actual = stock(ids, labels=ids), patched(ids, labels=ids)
+    assert type(actual.logits) is torch.Tensor
+    torch.testing.assert_close(actual.loss, expected.loss)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def doubled(model):
+    model.lm_head.__class__ = Doubled
+
+
+def hooked(model):
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits * 2)
+
+
+def wrapped(model):
+    own = model.lm_head.forward
+    model.lm_head.forward = lambda x: own(x) * 2
+
+
+@pytest.mark.parametrize("change", [doubled, hooked, wrapped])
+@pytest.mark.parametrize("patch_first", [False, True])
+def test_heads_of_others(change, patch_first):
+    """A head of another class, with a hook, or with a wrapper, before the patch or after: the loss is stock's."""
+    stock, patched = make_model().train(), make_model().train()
+    change(stock)
+    for step in (apply_torch_fused, change) if patch_first else (change, apply_torch_fused):
+        step(patched)
+    ids = prompt(2, 6)
+    expected, actual = stock(ids, labels=ids).loss, patched(ids, labels=ids).loss
+    torch.testing.assert_close(actual, expected)
+    wanted = gradients(stock, expected)
+    for name, gradient in gradients(patched, actual).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
+
+
+def test_an_adapter_on_the_head():
+    """PEFT's, whose part is added to the head's logits."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    models = []
+    for patch_first in (None, True, False):
+        model = make_model().train()
+        if patch_first:
+            apply_torch_fused(model)
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, config)
+        if patch_first is False:
+            apply_torch_fused(model)
+        models.append(model)
+    ids = prompt(2, 6)
+    losses = [model(input_ids=ids, labels=ids).loss for model in models]
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0])
+
+
+def test_a_frozen_head():
+    """No gradient of its weight is made, and the layers' are stock's."""
+    stock, patched, _ = pair()
+    for model in (stock, patched):
+        model.lm_head.requires_grad_(False)
+    ids = prompt(2, 6)
+    for model in (stock, patched):
+        model(ids, labels=ids).loss.backward()
+    assert patched.lm_head.weight.grad is None
+    torch.testing.assert_close(patched.model.norm.weight.grad, stock.model.norm.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_copy_and_a_pickle_have_their_own():
+    """A copied model makes its own loss, and counts for itself."""
+    _, patched, handle = pair()
+    ids = prompt(2, 6)
+    expected = patched(ids, labels=ids).loss
+    for other in (copy.deepcopy(patched), pickle.loads(pickle.dumps(patched))):
+        outputs = other(ids, labels=ids)
+        assert type(outputs.logits) is Logits and outputs.logits._source.weight is other.lm_head.weight
+        torch.testing.assert_close(outputs.loss, expected)
+    assert "  1 losses without logits" in handle.report()
+
+
+def test_transforms():
+    """torch.func.grad through a call with labels."""
+    stock, patched, _ = pair()
+    ids = prompt(2, 6)
+
+    def gradient(model):
+        weights = dict(model.named_parameters())
+        call = lambda w: functional_call(model, w, kwargs={"input_ids": ids, "labels": ids, "use_cache": False}).loss  # noqa: E731
+        return torch.func.grad(call)(weights)
+
+    expected = gradient(stock)
+    for name, found in gradient(patched).items():
+        torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_compile():
+    """The compiled model makes its loss in transformers' way, in one graph."""
+    torch._dynamo.reset()
+    stock, patched, _ = pair()
+    ids = prompt(2, 6)
+    compiled = torch.compile(patched, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(ids, labels=ids, use_cache=False).loss, stock(ids, labels=ids, use_cache=False).loss
+    )
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def test_the_trainer_trains_and_evaluates(tmp_path):
+    """Steps use the fused loss and make no logits; compute_metrics gets those that it asks for."""
+    rows = [{"input_ids": row, "labels": row} for row in prompt(4, 8)]
+    results = []
+    for patch in (False, True):
+        model = make_model().train()
+        handle = apply_torch_fused(model) if patch else None
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=3,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-2,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+        )
+        trainer = Trainer(
+            model,
+            arguments,
+            train_dataset=rows,
+            eval_dataset=rows,
+            compute_metrics=lambda p: {"right": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+        )
+        loss = trainer.train().training_loss
+        if handle:
+            report = handle.report()
+            assert "  6 losses without logits" in report and "logits were made" not in report
+        metrics = trainer.evaluate()
+        results.append((loss, metrics["eval_loss"], metrics["eval_right"]))
+    assert results[1] == pytest.approx(results[0], rel=1e-4)
+
+
+def train_losses(model, steps):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(steps):
+        starts = torch.randint(0, 64, (4, 1), generator=generator)
+        ids = (starts + torch.arange(16) * 3) % 127 + 1  # sequences that can be learnt
+        labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.1, -100)
+        loss = model(ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize(
+    ("steps", "tolerance"), [(50, 1e-4), pytest.param(300, 2e-3, marks=pytest.mark.full)], ids=["50", "300"]
+)
+def test_training_stays_with_stocks(steps, tolerance):
+    """The losses of a small Qwen2 in float32, step by step."""
+    stock, patched, _ = pair(initializer_range=0.05)
+    expected, actual = train_losses(stock, steps), train_losses(patched, steps)
+    assert (actual - expected).abs().max() < tolerance
+    assert expected[-1] < expected[0] / 2
+
+
+def test_kernels_of_a_step():
+    """One op for the loss, and none of torch's for logits."""
+    _, patched, _ = pair()
+    ids = prompt(2, 6)
+    counts = kernels(lambda: patched(ids, labels=ids))
+    assert counts[LOSS_OP] == 1 and "aten::log_softmax" not in counts
+    with torch.no_grad():
+        assert "aten::log_softmax" not in kernels(lambda: patched(ids, labels=ids))

@@ -1,0 +1,268 @@
+"""The loss of a model whose head's logits are made only if somebody looks at them."""
+
+import inspect
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..functional import linear_cross_entropy
+from .origin import class_name, function_of, home_of
+
+LOSS = "_torch_fused_loss"
+"""The attribute of a patched causal language model that holds its `HeadLoss`."""
+
+_running = threading.local()
+
+
+class HeadLoss:
+    """What a causal language model with labels does with its head: a note for `head_forward`, and counts.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model: Any = model
+        self.calls: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "calls": self.calls}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def count(self, what: str) -> None:
+        with self._lock:
+            self.calls[what] += 1
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within it, the model's head gives `Logits` on this thread."""
+        before = getattr(_running, "loss", None)
+        _running.loss = self
+        try:
+            yield
+        finally:
+            _running.loss = before
+
+    def report(self) -> list[str]:
+        """What the calls with labels so far did."""
+        lines = ["loss: of a call with labels, without its logits in memory"]
+        return lines + [f"  {count} {what}" for what, count in self.calls.items()]
+
+
+def has_labels(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a forward with arguments of these names is asked for a loss."""
+    if args and "labels" in names and len(args) > (place := names.index("labels")):
+        return args[place] is not None
+    return kwargs.get("labels") is not None
+
+
+def why_no_loss(model: Any, head: Any) -> str:
+    """Why a model's loss needs its logits; empty if it does not."""
+    if type(head) is not nn.Linear:
+        return f"its head is {'missing' if head is None else f'a {class_name(head)}'}"
+    config = model.config.get_text_config(decoder=True)
+    for setting, neutral in (("logits_scaling", 1.0), ("final_logit_softcapping", None)):
+        value = getattr(config, setting, neutral)
+        if value != neutral:
+            return f"config.{setting} is {value}: its logits are changed before the loss"
+    return ""
+
+
+def head_forward(self, hidden: Tensor) -> Tensor:
+    """The class's own forward, or `Logits` where the model was called with labels."""
+    loss = getattr(_running, "loss", None)
+    if loss is None or not _can_wait(self, hidden):
+        return type(self).forward(self, hidden)
+    return Logits(loss, self, hidden)
+
+
+def _can_wait(head: Any, hidden: Any) -> bool:
+    operands = (hidden, head.weight) if head.bias is None else (hidden, head.weight, head.bias)
+    if any(type(operand) not in (Tensor, nn.Parameter) for operand in operands):
+        return False
+    kind = hidden.device.type
+    alike = torch.is_autocast_enabled(kind) or len({operand.dtype for operand in operands}) == 1
+    return (
+        alike
+        and hidden.dim() >= 2
+        and kind in ("cpu", "cuda", "mps")
+        and len({operand.device for operand in operands}) == 1
+        and hidden.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and function_of(head.__dict__.get("forward")) is head_forward  # nobody stands around it
+        and home_of(type(head)) is not None
+        and not torch.jit.is_tracing()
+    )
+
+
+class Logits(Tensor):
+    """Logits that a head has not made yet.
+
+    `F.cross_entropy` of them, as transformers calls it, is `linear_cross_entropy` of the hidden states. Anything else
+    that is done with them makes them first, as the head would have: under the autocast and the gradient mode of its
+    call, and never from weights that have changed since.
+    """
+
+    _source: "_Source"
+    _hidden: Tensor
+
+    @staticmethod
+    def __new__(cls, loss: HeadLoss, head: nn.Linear, hidden: Tensor) -> "Logits":
+        source = _Source(loss, head, hidden)
+        return cls._of(source, hidden, source.dtype)
+
+    @classmethod
+    def _of(cls, source: "_Source", hidden: Tensor, dtype: torch.dtype) -> "Logits":
+        shape = (*hidden.shape[:-1], source.weight.shape[0])
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
+        self._source, self._hidden = source, hidden
+        return self
+
+    def made(self) -> Tensor:
+        """The logits themselves."""
+        value = self.__dict__.get("_value")
+        if value is None:
+            with torch._C.DisableTorchFunctionSubclass():
+                value = self._source.logits(self._hidden).to(self.dtype)
+            self.__dict__["_value"] = value
+        return value
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _ABOUT:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func in _LATER and type(args[0]) is cls and "_value" not in args[0].__dict__:
+            result = _LATER[func](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        args, kwargs = pytree.tree_map_only(cls, cls.made, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = pytree.tree_map_only(cls, cls.made, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class _Source:
+    """A call of a head: its weights, and how it would have made its logits."""
+
+    def __init__(self, loss: HeadLoss, head: nn.Linear, hidden: Tensor):
+        self.loss = loss
+        self.weight, self.bias = head.weight, head.bias
+        self.device = hidden.device.type
+        self.autocast = torch.is_autocast_enabled(self.device)
+        self.dtype = torch.get_autocast_dtype(self.device) if self.autocast else hidden.dtype
+        self.gradients = torch.is_grad_enabled()
+        self.versions = self._versions()
+
+    def _versions(self) -> list[int]:
+        tensors = (self.weight,) if self.bias is None else (self.weight, self.bias)
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+    @contextmanager
+    def _then(self) -> Iterator[None]:
+        """The modes of the head's call."""
+        if self._versions() != self.versions:
+            raise RuntimeError(
+                "apply_torch_fused: the logits of a call with labels are made when they are read, but the head's "
+                "weights have changed since that call: read outputs.logits before optimizer.step(), or pass loss=False "
+                "to apply_torch_fused"
+            )
+        with (
+            torch.autocast(self.device, dtype=self.dtype if self.autocast else None, enabled=self.autocast),
+            torch.set_grad_enabled(self.gradients),
+        ):
+            yield
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        self.loss.count("times logits were made, as they were read")
+        with self._then():
+            return F.linear(hidden, self.weight, self.bias)
+
+    def cross_entropy(self, hidden: Tensor, target: Tensor, **options: Any) -> Tensor:
+        self.loss.count("losses without logits")
+        with self._then():
+            return linear_cross_entropy(hidden, self.weight, target, bias=self.bias, **options)
+
+
+# ---- what is done with logits that are not made yet -----------------------------------------------------------------
+
+
+def _float(logits: Logits) -> Any:
+    return Logits._of(logits._source, logits._hidden, torch.float32)
+
+
+def _view(logits: Logits, *shape: Any) -> Any:
+    if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
+        shape = tuple(shape[0])
+    if shape != (-1, logits.shape[-1]):
+        return NotImplemented
+    hidden = logits._hidden
+    return Logits._of(logits._source, hidden.reshape(-1, hidden.shape[-1]), logits.dtype)
+
+
+def _contiguous(logits: Logits) -> Any:
+    return logits
+
+
+def _getitem(logits: Logits, index: Any) -> Any:
+    """Of rows: `[..., begin:end, :]`."""
+    if not isinstance(index, tuple) or [type(part) for part in index] != [type(...), slice, slice]:
+        return NotImplemented
+    if index[2] != slice(None):
+        return NotImplemented
+    return Logits._of(logits._source, logits._hidden[index], logits.dtype)
+
+
+def _cross_entropy(*args: Any, **kwargs: Any) -> Any:
+    given = _SIGNATURE.bind(*args, **kwargs)
+    given.apply_defaults()
+    logits, target = given.arguments["input"], given.arguments["target"]
+    others = [given.arguments[name] for name in ("weight", "size_average", "reduce")]
+    if (
+        any(other is not None for other in others)
+        or type(target) is not Tensor
+        or target.dtype != torch.int64
+        or target.device != logits.device
+        or logits.dim() != 2
+        or target.shape != logits.shape[:1]
+    ):
+        return NotImplemented
+    options = {name: given.arguments[name] for name in ("ignore_index", "reduction", "label_smoothing")}
+    loss = logits._source.cross_entropy(logits._hidden, target, **options)
+    return loss if torch.is_autocast_enabled(logits.device.type) else loss.to(logits.dtype)
+
+
+_SIGNATURE = inspect.signature(F.cross_entropy)
+_LATER: dict[Any, Callable[..., Any]] = {
+    Tensor.float: _float,
+    Tensor.view: _view,
+    Tensor.reshape: _view,
+    Tensor.contiguous: _contiguous,
+    Tensor.__getitem__: _getitem,
+    F.cross_entropy: _cross_entropy,
+}
+_PROPERTIES = (
+    *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "grad_fn", "is_leaf", "itemsize", "nbytes"),
+    *("is_cpu", "is_cuda", "is_mps", "is_xla", "is_meta", "is_sparse", "is_quantized", "is_nested"),
+)
+_ABOUT = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.element_size),
+    *(Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.is_complex),
+}
+"""What is known of logits without making them. Until they are made they require no gradient."""

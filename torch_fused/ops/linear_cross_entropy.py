@@ -1,0 +1,195 @@
+"""The loss of a language model's head, without its logits in memory."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cross_entropy import gradient_reference, losses_reference
+from .library import register, run_first
+
+
+def linear_cross_entropy_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    z_loss: float = 0.0,
+) -> Tensor:
+    """`linear_cross_entropy` in plain torch, with all logits."""
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    losses = losses_reference(F.linear(hidden, weight, bias), target, **options)  # type: ignore[arg-type]
+    if reduction == "none":
+        return losses
+    return losses.sum() / (target != ignore_index).sum() if reduction == "mean" else losses.sum()
+
+
+def _gradients_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    grad: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    z_loss: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and its gradients times `grad`, in plain torch."""
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    loss = linear_cross_entropy_reference(
+        hidden,
+        weight,
+        target,
+        bias,
+        reduction=reduction,
+        **options,  # type: ignore[arg-type]
+    )
+    scale = torch.ones_like(loss) if grad is None else grad
+    if reduction == "mean":
+        scale = scale / (target != ignore_index).sum()
+    logits = F.linear(hidden, weight, bias)
+    of_logits = gradient_reference(logits, target, scale.expand(target.shape), **options)  # type: ignore[arg-type]
+    of_logits = of_logits.to(hidden.dtype).reshape(target.numel(), -1)
+    return (
+        loss,
+        (of_logits @ weight).view(hidden.shape) if need_hidden else hidden.new_empty(0, hidden.shape[-1]),
+        of_logits.T @ hidden.reshape(target.numel(), hidden.shape[-1])
+        if need_weight
+        else weight.new_empty(0, weight.shape[1]),
+        of_logits.sum(0) if need_bias else weight.new_empty(0),
+    )
+
+
+def _linear_cross_entropy_fake(
+    hidden,
+    weight,
+    target,
+    bias=None,
+    *,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    reduction="mean",
+    z_loss=0.0,
+):
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
+
+
+def _gradients_fake(
+    hidden,
+    weight,
+    target,
+    bias,
+    grad,
+    ignore_index,
+    label_smoothing,
+    reduction,
+    z_loss,
+    need_hidden,
+    need_weight,
+    need_bias,
+):
+    return (
+        _linear_cross_entropy_fake(hidden, weight, target, reduction=reduction),
+        hidden.new_empty(hidden.shape if need_hidden else (0, hidden.shape[-1])),
+        weight.new_empty(weight.shape if need_weight else (0, weight.shape[1])),
+        weight.new_empty(weight.shape[:1] if need_bias else (0,)),
+    )
+
+
+register("linear_cross_entropy", reference=linear_cross_entropy_reference, fake=_linear_cross_entropy_fake)
+register("_linear_cross_entropy_gradients", reference=_gradients_reference, fake=_gradients_fake)
+
+
+def _register_vmap(name: str) -> None:
+    """A batch is one call after the other, each with logits of its own."""
+    op = getattr(torch.ops.torch_fused, name).default
+
+    def rule(info, in_dims, *args, **kwargs):
+        found = []
+        for i in range(info.batch_size):
+            pairs = zip(args, in_dims, strict=True)
+            found.append(op(*(x if dim is None else x.select(dim, i) for x, dim in pairs), **kwargs))
+        found = found or [run_first(op, info, in_dims, *args, **kwargs)]
+        single = isinstance(found[0], Tensor)
+        results = [torch.stack(each)[: info.batch_size] for each in ([found] if single else zip(*found, strict=True))]
+        return (results[0], 0) if single else (tuple(results), (0,) * len(results))
+
+    torch.library.register_vmap(f"torch_fused::{name}", rule)
+
+
+_register_vmap("linear_cross_entropy")
+_register_vmap("_linear_cross_entropy_gradients")
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    z_loss: float = 0.0,
+) -> Tensor:
+    r"""``F.cross_entropy(F.linear(hidden, weight, bias), target)`` without the logits in memory.
+
+    The logits are made for a chunk of rows at a time, an eighth of them or 128 rows (512 on a GPU), and become their
+    gradient in place, from which the gradients of ``hidden``, ``weight`` and ``bias`` are added up at once: only of
+    those that require one, and in the forward pass. The backward pass multiplies them by the incoming gradient. With
+    ``reduction="none"`` and in float16, where the scale of the loss keeps small gradients from becoming 0, it makes
+    the logits once more instead. On the CPU, rows without a loss cost nothing.
+
+    Differentiable in ``hidden``, ``weight`` and ``bias``. Second derivatives, forward mode and :mod:`torch.func` go
+    through torch's own ops, with all logits.
+
+    Args:
+        hidden: ``(..., features)``; float32, float16 or bfloat16, on the CPU float64 too.
+        weight: ``(classes, features)``, in ``hidden``'s dtype.
+        target: ``hidden``'s leading dimensions, int64: a class, or ``ignore_index`` for a row without a loss.
+        bias: ``(classes,)``, in ``hidden``'s dtype, or None.
+        ignore_index: the target of rows that do not count.
+        label_smoothing: the share of the target's weight that all classes get alike; from 0 to 1.
+        reduction: ``"mean"`` over the rows that count, ``"sum"`` or ``"none"``.
+        z_loss: the factor of the squared log-sum-exp that is added to each loss.
+
+    Returns:
+        A scalar, or the losses in ``target``'s shape, in float32; float64 for float64. The mean of no rows is NaN, as
+        in torch. Logits are rounded to ``hidden``'s dtype, as those of ``F.linear``, and nothing behind them. For
+        bfloat16 the gradient of ``weight`` is summed in float32; where that would take more memory than all logits do,
+        in one chunk.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype, device or value; the message names it.
+        IndexError: a target on the CPU is no class. On a GPU, whose values are not looked at, the loss is NaN.
+
+    Source: Wijmans et al., Cut your losses in large-vocabulary language models, https://arxiv.org/abs/2411.09009, for
+    the aim; z-loss from Chowdhery et al., PaLM, https://arxiv.org/abs/2204.02311.
+
+    Example:
+        >>> import torch, torch_fused
+        >>> hidden, weight = torch.zeros(3, 8, requires_grad=True), torch.zeros(4, 8)
+        >>> torch_fused.functional.linear_cross_entropy(hidden, weight, torch.tensor([0, 3, -100]))
+        tensor(1.3863, grad_fn=<...>)
+    """
+    return _linear_cross_entropy(
+        hidden,
+        weight,
+        target,
+        bias,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+        z_loss=z_loss,
+    )
+
+
+_linear_cross_entropy = torch.ops.torch_fused.linear_cross_entropy.default
