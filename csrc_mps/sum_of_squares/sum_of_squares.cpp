@@ -94,7 +94,7 @@ Tensor sum_of_squares_cpu(TensorList tensors) {
   double total = 0;  // in one order, whatever the number of threads
   for (const double sum : sums) total += sum;
   const bool wide =
-      std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.scalar_type() == at::kDouble; });
+      std::all_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.scalar_type() == at::kDouble; });
   return at::full({}, total, tensors[0].options().dtype(wide ? at::kDouble : at::kFloat));
 }
 
@@ -109,9 +109,19 @@ Tensor sum_of_squares_autograd(TensorList tensors) {
   return op.call(tensors);
 }
 
+// Without a tensor torch knows no device, and calls this.
+Tensor sum_of_squares_of_none(TensorList tensors) {
+  check_sum_of_squares(tensors);
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "sum_of_squares: tensors must be on the CPU, an Apple GPU or an NVIDIA GPU, got ",
+                              tensors[0].device());
+}
+
 }  // namespace
 }  // namespace torch_fused
 
 TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
   m.impl("sum_of_squares", torch_fused::sum_of_squares_autograd);
+}
+TORCH_LIBRARY_IMPL(torch_fused, CompositeExplicitAutograd, m) {
+  m.impl("sum_of_squares", torch_fused::sum_of_squares_of_none);
 }

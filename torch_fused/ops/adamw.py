@@ -75,7 +75,11 @@ def _as_tensor(number: float | Tensor, like: Tensor) -> Tensor:
 
 
 def _adamw_fake(params, grads, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs, **settings):
-    return None
+    for name, value in settings.items():
+        if isinstance(value, Tensor) and value.is_meta and not params[0].is_meta:
+            raise RuntimeError(
+                f"adamw_: {name} must be on the device of params[0], {params[0].device}, got {value.device}"
+            )
 
 
 register("adamw_", reference=adamw_reference, fake=_adamw_fake)

@@ -15,7 +15,7 @@ def sum_of_squares_reference(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return torch.float64 if all(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def _sum_of_squares_fake(tensors):
@@ -37,7 +37,7 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
             shape and strides.
 
     Returns:
-        One float32 on the device of the tensors; float64 if a tensor is. The host does not wait for it.
+        One float32 on the device of the tensors; float64 if all tensors are. The host does not wait for it.
 
     Raises:
         RuntimeError: an argument is not as above; the message names it.
@@ -48,6 +48,4 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
         >>> sum_of_squares([torch.tensor([1.0, 2.0]), torch.tensor(3.0)])
         tensor(14.)
     """
-    if len(tensors) == 0:  # torch finds no kernel then
-        raise RuntimeError("sum_of_squares: tensors must be at least one, got none")
     return torch.ops.torch_fused.sum_of_squares.default(tensors)
