@@ -397,19 +397,37 @@ def rotary_cancels(cos: Tensor, sin: Tensor, **x: Any) -> float:
 def adamw_(m: Maker) -> Arguments:
     shapes = [[*m.leading(), m.size(5)] for _ in range(m.pick(2, 1, 8))]
     state = m.pick(m.dtype, torch.float32) if m.dtype != torch.float64 else m.dtype
+    amsgrad, capturable, clipped = m.pick(True, False), m.pick(True, False), m.pick(True, False)
+
+    def number(value: float, given: bool) -> Tensor | None:
+        return torch.full((), value, device=m.device) if given else None
+
     return {
         "params": [m.tensor(*shape) for shape in shapes],
         "grads": [m.tensor(*shape) for shape in shapes],
         "exp_avgs": [m.tensor(*shape, dtype=state) for shape in shapes],
         "exp_avg_sqs": [m.tensor(*shape, dtype=state, positive=True) for shape in shapes],
-        "steps": [torch.full((), float(m.pick(0, 7, 1000))) for _ in shapes],
+        "steps": [torch.full((), float(m.pick(0, 7, 1000)), device=m.device if capturable else "cpu") for _ in shapes],
+        "max_exp_avg_sqs": [m.tensor(*shape, dtype=state, positive=True) for shape in shapes] if amsgrad else [],
         "lr": m.pick(0.02, 0.0),
         "beta1": m.pick(0.9, 0.0),
         "beta2": m.pick(0.95, 0.0),
         "eps": m.pick(1e-6, 1e-8),
         "weight_decay": m.pick(0.1, 0.0),
         "maximize": m.pick(False, True),
+        "capturable": capturable,
+        "lr_tensor": number(0.03, m.pick(True, False)),
+        "beta1_tensor": number(0.75, m.pick(True, False)),
+        "beta2_tensor": number(0.875, m.pick(True, False)),
+        "grad_scale": number(4.0, m.pick(True, False)),
+        "found_inf": number(m.pick(0.0, 1.0), capturable and m.pick(True, False)),
+        "grad_squares": number(m.pick(200.0, 2.0), clipped),
+        "max_grad_norm": m.pick(1.5, 0.0) if clipped else None,
     }
+
+
+def sum_of_squares(m: Maker) -> Arguments:
+    return {"tensors": [m.tensor(*m.leading(), m.size(5)) for _ in range(m.pick(2, 1, 30))]}
 
 
 def kv_append_(m: Maker) -> Arguments:
@@ -636,6 +654,7 @@ CALLS = {
         Call("apply_rotary_pos_emb", apply_rotary_pos_emb, cancels=rotary_cancels, differentiable=("q", "k")),
         Call("apply_rotary_pos_emb_backward", apply_rotary_pos_emb_backward, cancels=rotary_cancels),
         Call("adamw_", adamw_),
+        Call("sum_of_squares", sum_of_squares),
         Call("kv_append_", kv_append_, in_float64=False),
         Call("kv_update_", kv_append_, exact=kv_update_exact, in_float64=False, says=("kv_append_",)),
         Call(

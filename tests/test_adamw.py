@@ -222,7 +222,8 @@ def test_opcheck(backend):
     """The schema tells which lists are written; fake tensors and AOT dispatch agree."""
     for dtype in (torch.float32, torch.bfloat16):
         opcheck(
-            torch.ops.torch_fused.adamw_.default, tuple(operands(dtype, device=backend.device, shapes=[(9,), (4, 4)]))
+            torch.ops.torch_fused.adamw_.default,
+            (*operands(dtype, device=backend.device, shapes=[(9,), (4, 4)]), []),
         )
 
 
@@ -534,7 +535,7 @@ def test_sharded_parameters(tmp_path):
 # ---- torch's arguments ----------------------------------------------------------------------------------------------
 
 TORCHS = inspect.signature(torch.optim.AdamW).parameters
-NOT_SUPPORTED = {"amsgrad": True, "capturable": True, "differentiable": True, "decoupled_weight_decay": False}
+NOT_SUPPORTED = {"differentiable": True, "decoupled_weight_decay": False}
 
 
 def one_param(value=1.0):
@@ -616,25 +617,16 @@ def test_what_is_not_supported(name, value):
     assert not optimizer.state and all((param == 1).all() for param in params)
 
 
-@pytest.mark.parametrize("name", ["amsgrad", "capturable", "differentiable"])
-def test_checkpoints_that_are_not_supported(name):
+def test_a_checkpoint_that_is_not_supported():
     """A checkpoint of torch's that asks for what the op does not do is refused, and nothing of it is loaded."""
     theirs = torch.optim.AdamW([one_param()], lr=0.3)
     theirs.step()
     state = theirs.state_dict()
-    state["param_groups"][0][name] = True
+    state["param_groups"][0]["differentiable"] = True
     optimizer = AdamW([one_param()])
-    with pytest.raises(ValueError, match=rf"AdamW: {name} must be False, got True: use torch\.optim\.AdamW"):
+    with pytest.raises(ValueError, match=r"AdamW: differentiable must be False, got True: use torch\.optim\.AdamW"):
         optimizer.load_state_dict(state)
     assert not optimizer.state and optimizer.param_groups[0]["lr"] == 1e-3
-
-
-def test_checkpoint_of_amsgrad():
-    """One that torch wrote in the middle of a training with amsgrad."""
-    theirs = torch.optim.AdamW([one_param()], amsgrad=True)
-    theirs.step()
-    with pytest.raises(ValueError, match="AdamW: amsgrad must be False, got True"):
-        AdamW([one_param()]).load_state_dict(theirs.state_dict())
 
 
 def test_older_checkpoints():
@@ -652,8 +644,8 @@ def test_older_checkpoints():
         torch.testing.assert_close(*params, rtol=1e-6, atol=1e-7)
 
 
-def test_trainer(tmp_path):
-    """transformers' Trainer takes the class with the arguments of its own AdamW."""
+def trained(folder, kind, options, **arguments):
+    """The losses that transformers' Trainer logs, with the optimizer's class and arguments."""
     from transformers import Trainer, TrainingArguments
 
     class Net(torch.nn.Module):
@@ -664,16 +656,25 @@ def test_trainer(tmp_path):
         def forward(self, x, labels):
             return {"loss": (self.linear(x) - labels).square().mean()}
 
-    losses = []
-    for kind in (AdamW, torch.optim.AdamW):
-        torch.manual_seed(0)
-        data = [{"x": torch.tensor([float(i), 1.0]), "labels": torch.tensor([0.5 * i])} for i in range(8)]
-        arguments = TrainingArguments(tmp_path, max_steps=6, report_to=[], use_cpu=True, save_strategy="no")
-        optimizer = (kind, {"lr": 0.05, "betas": (0.9, 0.99), "eps": 1e-8, "fused": True})
-        trainer = Trainer(Net(), arguments, train_dataset=data, optimizer_cls_and_kwargs=optimizer)
-        losses.append(trainer.train().training_loss)
-        assert type(trainer.optimizer.optimizer) is kind
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    torch.manual_seed(0)
+    data = [{"x": torch.tensor([float(i), 1.0]), "labels": torch.tensor([0.5 * i])} for i in range(32)]
+    settings = TrainingArguments(
+        folder, max_steps=6, report_to=[], use_cpu=True, save_strategy="no", logging_steps=1, **arguments
+    )
+    trainer = Trainer(Net(), settings, train_dataset=data, optimizer_cls_and_kwargs=(kind, options))
+    trainer.train()
+    assert type(trainer.optimizer.optimizer) is kind
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_trainer(tmp_path):
+    """transformers' Trainer takes the class with the arguments of its own AdamW; it accumulates and clips."""
+    options = {"lr": 0.05, "betas": (0.9, 0.99), "eps": 1e-8, "fused": True}
+    for arguments in ({}, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.3}):
+        losses = [trained(tmp_path, kind, options, **arguments) for kind in (AdamW, torch.optim.AdamW)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 6
+    own = trained(tmp_path, AdamW, options | {"max_grad_norm": 0.3}, gradient_accumulation_steps=2, max_grad_norm=0.0)
+    assert own == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_bad_options():

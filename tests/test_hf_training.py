@@ -1,12 +1,15 @@
 """A patched model trains as stock does."""
 
+import collections
 import functools
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
 from test_hf_generate import FAMILIES, make_model, prompt
 from test_hf_patch import kernels
+from tokens import small_tokenizer
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -16,9 +19,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from torch_fused.hf import apply_torch_fused
+from torch_fused.optim import AdamW
 from torch_fused.testing import relative_error
 
 
@@ -75,6 +80,34 @@ def test_gradient_checkpointing_still_works(family, reentrant):
     assert len(calls) == 2
     with torch.no_grad():  # which needs no checkpoints, and takes the cache
         assert kernels(patched, prompt(1, 4))["add_rms_norm"] == 2
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of our ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "torch_fused":
+            self.counts[func._opname] += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_addition_before_a_norm_stays_fused_when_checkpointed(family, reentrant):
+    """In forward and again in backward; a cache that is given is left out, as transformers does."""
+    stock, patched = make_model(family).train(), make_model(family).train()
+    apply_torch_fused(patched)
+    patched.enable_input_require_grads()
+    patched.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with Calls() as calls:
+        step = train_step(patched, use_cache=True)
+    assert calls.counts["add_rms_norm"] == 2 * 2
+    assert calls.counts["add_rms_norm_backward"] == 2 or calls.counts["rms_norm_backward"] >= 2
+    assert_steps_match(train_step(stock), step)
 
 
 def checkpoint_layers(model, reentrant):
@@ -156,6 +189,107 @@ def test_autocast():
     apply_torch_fused(patched)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert relative_error(patched(prompt(2, 9)).logits, stock(prompt(2, 9)).logits) < 2e-3
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_step_under_autocast(checkpointed):
+    """Loss and gradients are as near to float32's as stock's are; also when the layers are computed again."""
+    exact = train_step(make_model().train())
+    steps = []
+    for patch in (False, True):
+        model = make_model().train()
+        if patch:
+            apply_torch_fused(model)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            steps.append(train_step(model, use_cache=False))
+    errors = [
+        [relative_error(step[1][name].flatten(), exact[1][name].flatten().double()) for name in exact[1]]
+        for step in steps
+    ]
+    assert max(errors[1]) <= 1.2 * max(errors[0]) < 0.1
+    assert float(steps[1][0]) == pytest.approx(float(exact[0]), rel=1e-2)
+
+
+def adapted(patch, dropout=0.0):
+    """A model with adapters that are not merged and have an effect, in training."""
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", lora_dropout=dropout)
+    model = peft.get_peft_model(make_model(), config).train()
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.2)
+    if patch:
+        apply_torch_fused(model)
+    return model
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_adapters_that_are_not_merged(dropout, checkpointed):
+    """The adapters' gradients are stock's, with the same dropout, and no other weight has one."""
+    steps = []
+    for patch in (False, True):
+        model = adapted(patch, dropout)
+        if checkpointed:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(1)
+        loss, grads = train_step(model, use_cache=False)
+        assert all(("lora_" in name) == (grad is not None) for name, grad in grads.items())
+        steps.append((loss, {name: grad for name, grad in grads.items() if grad is not None}))
+    assert_steps_match(*steps)
+
+
+def test_a_compiled_step():
+    """torch.compile of a model in training: stock's loss and gradients."""
+    torch._dynamo.reset()
+    stock, patched = make_model().train(), make_model().train()
+    apply_torch_fused(patched)
+    compiled = torch.compile(patched, backend="aot_eager")
+    ids = prompt(2, 12)
+    compiled(ids, labels=ids, use_cache=False).loss.backward()
+    grads = {name: weight.grad for name, weight in patched.named_parameters()}
+    loss = patched(ids, labels=ids, use_cache=False).loss.detach()
+    assert_steps_match(train_step(stock, use_cache=False), (loss, grads))
+
+
+def rows(padded):
+    """Sequences of several lengths: padded by the collator, or packed into one row, where positions start again."""
+    lengths = (5, 12, 9, 7, 3, 11, 8, 6)
+    made = [prompt(1, length, seed=i)[0].tolist() for i, length in enumerate(lengths)]
+    if padded:
+        return [{"input_ids": row, "labels": row} for row in made]
+    return [{"input_ids": row} for row in made]
+
+
+@pytest.mark.parametrize("how", ["padded", "packed"])
+def test_trainer(tmp_path, how):
+    """Batches of the Trainer with padding, and packed by transformers' own collator: stock's losses."""
+    from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer, TrainingArguments
+
+    losses = []
+    for patch in (False, True):
+        model = make_model().train()
+        if patch:
+            apply_torch_fused(model)
+        collator = DataCollatorWithFlattening() if how == "packed" else DataCollatorForSeq2Seq(small_tokenizer())
+        arguments = TrainingArguments(
+            tmp_path, max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2, report_to=[],
+            use_cpu=True, save_strategy="no", logging_steps=1, learning_rate=1e-3, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(
+            model,
+            arguments,
+            train_dataset=rows(how == "padded"),
+            data_collator=collator,
+            optimizer_cls_and_kwargs=(AdamW if patch else torch.optim.AdamW, {"lr": 1e-3}),
+        )
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_compile():

@@ -9,48 +9,69 @@ import torch
 from torch import Tensor
 
 from .ops.adamw import adamw_
+from .ops.sum_of_squares import sum_of_squares
+from .sharding import as_parameter, local, total_of_shards
 
 __all__ = ["AdamW"]
 
 
-_ONLY = {"amsgrad": False, "capturable": False, "differentiable": False, "decoupled_weight_decay": True}
+_ONLY = {"differentiable": False, "decoupled_weight_decay": True}
 """Arguments of torch's that have one value here."""
+
+_LARGEST = float(torch.finfo(torch.float32).max)
 
 
 class AdamW(torch.optim.AdamW):
     """`torch.optim.AdamW` on the fused op: the same arguments, groups, states and checkpoints.
 
     State dicts go both ways between this class and torch's in the middle of a training. On a GPU a step never waits
-    for the device; a learning rate that is a tensor is read on the host, so keep it on the CPU.
+    for the device.
+
+    Parameters that are DTensors, as FSDP2's, are updated through the shards that this process has; gradients of
+    another placement are redistributed to that of their parameters first, as torch's operations do.
 
     Args:
         params: parameters, named parameters, or groups of them; float32, float16 or bfloat16, on the CPU float64 too.
             The gradient is converted to its parameter's dtype, should it have another.
-        lr: learning rate, a float or a tensor of one element.
-        betas: coefficients of the running averages of the gradient and of its square.
+        lr: learning rate, a float or a tensor of one element. Where the tensor is on a GPU, a kernel reads it.
+        betas: coefficients of the running averages of the gradient and of its square; floats or tensors, as `lr`.
         eps: added to the denominator.
         weight_decay: decoupled from the gradient.
-        amsgrad: False; the fused op has no running maximum.
+        amsgrad: divide by the largest average of the squared gradient so far.
         maximize: follow the gradient instead of descending.
         foreach, fused: of no effect: the op is always fused. They are kept in the groups, as torch's loops read them.
-        capturable: False; the op reads the number of the step on the host, so a CUDA graph would repeat one step.
+        capturable: count the steps on the device of the parameters, so that a CUDA graph may repeat a step; a learning
+            rate that is to change between repeats is a tensor on the GPU.
         differentiable: False; the op has no gradient.
         decoupled_weight_decay: True; so that ``**optimizer.defaults`` of torch's AdamW are arguments.
-        state_dtype: of both running averages; None is each parameter's own, as in torch. ``torch.float32`` keeps what
+        state_dtype: of the running averages; None is each parameter's own, as in torch. ``torch.float32`` keeps what
             16-bit averages lose: with beta2 of 0.999 a bfloat16 one never shrinks.
+        max_grad_norm: clip the norm of all gradients together, over all groups, devices and shards, as
+            :func:`torch.nn.utils.clip_grad_norm_` before the step does. The gradients themselves stay as they are. May
+            be changed between steps: ``optimizer.max_grad_norm = 0.5``. None does not clip.
+
+    Attributes:
+        grad_norm: the norm of the gradients at the last step, unscaled and not clipped: one float on the device of the
+            first gradient, or None without ``max_grad_norm``.
+
+    A :class:`torch.amp.GradScaler` leaves it to the step to unscale the gradients, and to leave out a step with an
+    infinite one, so that the host need not know. The steps are counted on the device from then on.
 
     Raises:
-        ValueError: an argument is out of range, or ``amsgrad``, ``capturable``, ``differentiable`` or
-            ``decoupled_weight_decay``, as an argument or in a group, is not as above; ``state_dtype`` is not None or
-            float32.
+        ValueError: an argument is out of range, or ``differentiable`` or ``decoupled_weight_decay``, as an argument or
+            in a group, is not as above; ``state_dtype`` is not None or float32.
         RuntimeError: both ``foreach`` and ``fused`` are True.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
-        >>> optimizer = torch_fused.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> optimizer = torch_fused.optim.AdamW(model.parameters(), lr=1e-3, max_grad_norm=1.0)
         >>> model(torch.ones(1, 4)).sum().backward()
         >>> optimizer.step()
+        >>> optimizer.grad_norm
+        tensor(3.1623)
     """
+
+    grad_norm: Tensor | None = None
 
     def __init__(
         self,
@@ -68,11 +89,15 @@ class AdamW(torch.optim.AdamW):
         fused: bool | None = None,
         decoupled_weight_decay: bool = True,
         state_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
     ) -> None:
         if state_dtype not in (None, torch.float32):
             raise ValueError(f"AdamW: state_dtype must be None or torch.float32, got {state_dtype}")
+        if max_grad_norm is not None and not 0 <= max_grad_norm < _LARGEST:
+            raise ValueError(f"AdamW: max_grad_norm must be None or at least 0 and finite, got {max_grad_norm}")
         _check_group({"decoupled_weight_decay": decoupled_weight_decay})
         self.state_dtype = state_dtype
+        self.max_grad_norm = max_grad_norm
         super().__init__(
             params,
             lr,
@@ -86,7 +111,7 @@ class AdamW(torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        self._step_supports_amp_scaling = False  # torch's fused step would unscale the gradients itself
+        self._step_supports_amp_scaling = True  # so GradScaler sets grad_scale and found_inf, and does not read them
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, but a parameter that is in the group twice, which would be updated twice, is an error.
@@ -119,54 +144,88 @@ class AdamW(torch.optim.AdamW):
             What the closure returned, or None.
 
         Raises:
-            ValueError: a gradient is sparse or complex, or a group has a value that the constructor refuses. Every
-                parameter stays as it was.
-            RuntimeError: parameters of a group, or their states, share memory with each other. Those of the groups
-                before it have been updated.
+            ValueError: a gradient is sparse or complex, a parameter is a DTensor of summands, or a group has a value
+                that the constructor refuses. Every parameter stays as it was.
+            RuntimeError: parameters of a group, or their states, share memory with each other: those of the groups
+                before it have been updated. Or a CUDA graph is being captured without ``capturable``.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        wanted = [_params_with_grad(group) for group in self.param_groups]
-        for group, operands in zip(self.param_groups, [self._operands(params) for params in wanted], strict=True):
-            self._step_group(group, operands)
+        found_inf = getattr(self, "found_inf", None)
+        groups = [(group, _Gradients(group)) for group in self.param_groups]
+        squares = self._squares([gradients for _, gradients in groups])
+        for group, gradients in groups:
+            capturable = bool(group["capturable"]) or found_inf is not None
+            for device, params in gradients.by_device().items():
+                _check_capture(device, capturable)
+                self._step_params(group, gradients, params, device, capturable, squares)
         return loss
 
-    def _operands(self, params: list[Tensor]) -> dict[torch.device, tuple[list[Tensor], ...]]:
-        """Parameters, gradients, states and steps, for each device."""
-        operands: dict[torch.device, tuple[list[Tensor], ...]] = defaultdict(lambda: ([], [], [], [], []))
-        for param in params:
-            state = self.state[param] or self._new_state(param)
-            tensors: tuple[Any, ...] = (param, param.grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
-            if hasattr(param, "to_local"):  # sharded: the step is elementwise, so this process updates its part
-                tensors = (*(tensor.to_local() for tensor in tensors[:4]), state["step"])
-            for to, tensor in zip(operands[param.device], tensors, strict=True):
-                to.append(tensor)
-        return operands
+    def _squares(self, groups: list["_Gradients"]) -> Tensor | None:
+        """Of all gradients, if they are clipped: their sum, over all devices and shards."""
+        self.grad_norm = None
+        if self.max_grad_norm is None or not any(group.params for group in groups):
+            return None
+        total = total_of_shards(
+            [(param, grad) for group in groups for param, grad in zip(group.params, group.grads, strict=True)],
+            sum_of_squares,
+        )
+        scale = getattr(self, "grad_scale", None)
+        self.grad_norm = total.sqrt() if scale is None else total.sqrt() / scale.to(total.device, non_blocking=True)
+        return total
 
-    def _step_group(self, group: dict[str, Any], operands: dict[torch.device, tuple[list[Tensor], ...]]) -> None:
+    def _step_params(
+        self,
+        group: dict[str, Any],
+        gradients: "_Gradients",
+        places: list[int],
+        device: torch.device,
+        capturable: bool,
+        squares: Tensor | None,
+    ) -> None:
+        names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+        params = [gradients.params[i] for i in places]
+        states = [self._state_of(param, names, device if capturable else torch.device("cpu")) for param in params]
+        averages = {name: [local(state[name]) for state in states] for name in names}
         beta1, beta2 = group["betas"]
-        for params, grads, exp_avgs, exp_avg_sqs, steps in operands.values():
-            adamw_(
-                params,
-                [grad.to(param.dtype) for grad, param in zip(grads, params, strict=True)],
-                exp_avgs,
-                exp_avg_sqs,
-                steps,
-                lr=float(group["lr"]),
-                beta1=float(beta1),
-                beta2=float(beta2),
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                maximize=group["maximize"],
+        on_device = {
+            name: None if value is None else value.to(device, non_blocking=True)
+            for name, value in (
+                ("grad_scale", getattr(self, "grad_scale", None)),
+                ("found_inf", getattr(self, "found_inf", None)),
+                ("grad_squares", squares),
             )
+        }
+        adamw_(
+            [local(param) for param in params],
+            [gradients.grads[i] for i in places],
+            averages["exp_avg"],
+            averages["exp_avg_sq"],
+            [state["step"] for state in states],
+            averages.get("max_exp_avg_sq", []),
+            lr=_number(group["lr"], device),
+            beta1=_number(beta1, device),
+            beta2=_number(beta2, device),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            capturable=capturable,
+            max_grad_norm=None if squares is None else self.max_grad_norm,
+            **on_device,
+        )
 
-    def _new_state(self, param: Tensor) -> dict[str, Tensor]:
+    def _state_of(self, param: Tensor, names: list[str], counts_on: torch.device) -> dict[str, Tensor]:
+        """A parameter's state, made or completed, with its step where it is to be counted."""
         state = self.state[param]
-        state["step"] = torch.zeros((), dtype=torch.float32)
-        for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = torch.zeros_like(param, dtype=self.state_dtype or param.dtype)
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=counts_on)
+        elif state["step"].device != counts_on:
+            state["step"] = state["step"].to(counts_on, non_blocking=counts_on.type != "cpu")
+        for name in names:
+            if name not in state:
+                state[name] = torch.zeros_like(param, dtype=self.state_dtype or param.dtype)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -177,7 +236,7 @@ class AdamW(torch.optim.AdamW):
 
         Raises:
             ValueError: its groups do not fit those of this optimizer, or one has a value that the constructor refuses,
-                such as ``amsgrad=True``. The optimizer stays as it was.
+                such as ``differentiable=True``. The optimizer stays as it was.
         """
         for group in state_dict["param_groups"]:
             # Torch's AdamW takes an Adam's checkpoint too, and decouples the decay.
@@ -187,20 +246,54 @@ class AdamW(torch.optim.AdamW):
         numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for number, param in zip(numbers, params, strict=True):
-            for name in ("exp_avg", "exp_avg_sq"):
-                if self.state_dtype and number in state_dict["state"]:
-                    loaded = state_dict["state"][number][name]
+            for name, loaded in state_dict["state"].get(number, {}).items():
+                if self.state_dtype and name != "step":
                     self.state[param][name] = loaded.to(device=param.device, dtype=self.state_dtype, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"state_dtype": self.state_dtype}
+        return super().__getstate__() | {"state_dtype": self.state_dtype, "max_grad_norm": self.max_grad_norm}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Also called when a state dict is loaded: the step counters go to the host, where they are read."""
+        """Also called when a state dict is loaded: the step counters go where they are counted."""
         super().__setstate__(state)
-        for values in self.state.values():
-            if "step" in values:
-                values["step"] = values["step"].to(device="cpu", dtype=torch.float32)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if "step" in (values := self.state.get(param, {})):
+                    device = param.device if group["capturable"] else "cpu"
+                    values["step"] = values["step"].to(device=device, dtype=torch.float32)
+
+
+class _Gradients:
+    """A group's parameters that have a gradient, and of their gradients what this process has of them."""
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        _check_group(group)
+        self.params = [param for param in group["params"] if param.grad is not None]
+        for param in self.params:
+            _check_gradient(param)
+        self.grads = [local(as_parameter(param.grad, param)).to(param.dtype) for param in self.params]
+
+    def by_device(self) -> dict[torch.device, list[int]]:
+        """The places of the parameters on each device."""
+        places: dict[torch.device, list[int]] = defaultdict(list)
+        for i, param in enumerate(self.params):
+            places[param.device].append(i)
+        return places
+
+
+def _number(value: float | Tensor, device: torch.device) -> float | Tensor:
+    """As the op takes it: a tensor on the CPU or on the device of the parameters."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach()
+    if value.is_cpu:
+        return value if value.is_floating_point() else value.float()
+    return value.to(device=device, dtype=torch.float32, non_blocking=device.type != "cpu")
+
+
+def _check_capture(device: torch.device, capturable: bool) -> None:
+    if device.type == "cuda" and not capturable and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("AdamW: a CUDA graph of a step needs capturable=True, else it repeats one step")
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -209,13 +302,13 @@ def _check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"AdamW: {name} must be {only}, got {group[name]}: use torch.optim.AdamW for it")
 
 
-def _params_with_grad(group: dict[str, Any]) -> list[Tensor]:
-    _check_group(group)
-    params = [param for param in group["params"] if param.grad is not None]
-    for param in params:
-        if param.grad.layout != torch.strided:
-            layout = str(param.grad.layout).removeprefix("torch.")
-            raise ValueError(f"AdamW: gradients must be dense, got one that is {layout}")
-        if param.grad.is_complex():
-            raise ValueError(f"AdamW: gradients must be real, got one of {param.grad.dtype}: use torch.optim.AdamW")
-    return params
+def _check_gradient(param: Tensor) -> None:
+    grad: Any = param.grad
+    if grad.layout != torch.strided:
+        layout = str(grad.layout).removeprefix("torch.")
+        raise ValueError(
+            f"AdamW: gradients must be dense, got one that is {layout}: use torch.optim.SparseAdam, or make a layer "
+            "such as torch.nn.Embedding without sparse=True"
+        )
+    if grad.is_complex():
+        raise ValueError(f"AdamW: gradients must be real, got one of {grad.dtype}: use torch.optim.AdamW")

@@ -22,6 +22,7 @@ from .ops.rms_norm import add_rms_norm_reference, rms_norm_backward_reference, r
 from .ops.rope import apply_rotary_pos_emb_backward_reference, apply_rotary_pos_emb_reference
 from .ops.sampling import filter_logits_reference, greedy_reference, sample_reference
 from .ops.softmax import softmax_backward_reference, softmax_reference
+from .ops.sum_of_squares import sum_of_squares, sum_of_squares_reference
 from .ops.swiglu import (
     gelu_mul_backward_reference,
     gelu_mul_reference,
@@ -201,12 +202,57 @@ def check_adamw(device: str) -> None:
     for dtype in DTYPES:
         for state_dtype in {dtype, torch.float32}:
             for start in (0, 3):
+                what = f"states in {state_dtype}"
                 actual = adamw_operands(device, dtype, state_dtype, start)
-                exact = [[tensor.cpu().double() for tensor in tensors] for tensors in actual]
-                for step, (w, g, m, v) in ((adamw_, actual), (adamw_reference, exact)):
-                    step(w, g, m, v, [torch.tensor(float(i)) for i in range(len(w))], lr=0.02)
-                for name, i in (("parameter", 0), ("exp_avg", 2), ("exp_avg_sq", 3)):
-                    compare(f"adamw_, {name}, states in {state_dtype}", actual[i], exact[i])
+                steps = [torch.tensor(float(i)) for i in range(len(actual[0]))]
+                compare_adamw(what, actual, steps, steps, lr=0.02)
+            largest = [squares.flip(0).clone() for squares in actual[3]]
+            on_device = {name: torch.tensor(value, device=device) for name, value in ADAMW_NUMBERS.items()}
+            options = {"capturable": True, "max_grad_norm": 3.0, "beta2": 0.95}
+            compare_adamw(
+                f"amsgrad, numbers on the device, {what}",
+                [*actual, largest],
+                [step.to(device) for step in steps],
+                steps,
+                **options,
+                **on_device,
+            )
+
+
+ADAMW_NUMBERS = {"lr": 0.02, "beta1": 0.875, "grad_scale": 4.0, "found_inf": 0.0, "grad_squares": 400.0}
+
+
+def compare_adamw(
+    what: str, actual: list[list[Tensor]], steps: list[Tensor], counts: list[Tensor], **options: Any
+) -> None:
+    """A step over (parameters, gradients, averages, squares, and maybe maxima), against float64."""
+    exact = [[tensor.cpu().double() for tensor in tensors] for tensors in actual]
+    for lists, step, of_step, settings in (
+        (exact, adamw_reference, [count.clone() for count in counts], in_reference(options)),
+        (actual, adamw_, steps, options),
+    ):
+        maxima = lists[4] if len(lists) > 4 else []
+        step(lists[0], lists[1], lists[2], lists[3], of_step, maxima, **settings)
+    for name, i in (("parameter", 0), ("exp_avg", 2), ("exp_avg_sq", 3), ("max_exp_avg_sq", 4)):
+        if i < len(actual):
+            compare(f"adamw_, {name}, {what}", actual[i], exact[i])
+
+
+def in_reference(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of adamw_ as the reference takes them, in float64."""
+    moved = {name: value.cpu().double() if isinstance(value, Tensor) else value for name, value in options.items()}
+    numbers = {name for name in ("lr", "beta1", "beta2") if isinstance(moved.get(name), Tensor)}
+    return {f"{name}_tensor" if name in numbers else name: value for name, value in moved.items()}
+
+
+def check_sum_of_squares(device: str) -> None:
+    for dtype in DTYPES:
+        for start in (0, 3):
+            wholes = [make(n + start, dtype=dtype, seed=i).to(device) for i, n in enumerate((5, 0, 40000, 1) * 8)]
+            tensors = [whole[start:] for whole in wholes]
+            exact = sum_of_squares_reference([tensor.cpu().double() for tensor in tensors])
+            actual = sum_of_squares(tensors).cpu()
+            assert relative_error(actual, exact) < 1e-5, f"sum_of_squares of {dtype}"
 
 
 def logits(device: str):
@@ -455,6 +501,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "apply_rotary_pos_emb": check_rotary,
     "apply_rotary_pos_emb_backward": check_rotary_backward,
     "adamw_": check_adamw,
+    "sum_of_squares": check_sum_of_squares,
     "kv_append_": check_kv_append,
     "decode_": check_decode,
     "dequantize": check_dequantize,

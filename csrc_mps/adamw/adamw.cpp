@@ -21,30 +21,59 @@
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def(
       "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-      "Tensor(d!)[] steps, *, float lr=1e-3, float beta1=0.9, float beta2=0.999, float eps=1e-8, "
-      "float weight_decay=1e-2, bool maximize=False) -> ()");
+      "Tensor(d!)[] steps, Tensor(e!)[] max_exp_avg_sqs, *, float lr=1e-3, float beta1=0.9, float beta2=0.999, "
+      "float eps=1e-8, float weight_decay=1e-2, bool maximize=False, bool capturable=False, Tensor? lr_tensor=None, "
+      "Tensor? beta1_tensor=None, Tensor? beta2_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None, "
+      "Tensor? grad_squares=None, float? max_grad_norm=None) -> ()");
 }
 
 namespace torch_fused {
 
 using at::Tensor;
 using at::TensorList;
+using OptionalTensor = std::optional<Tensor>;
 
 // ---- checks ---------------------------------------------------------------------------------------------------------
 
 namespace {
 
-void check_settings(const AdamwSettings& s) {
-  const auto check = [](const char* name, double value, double limit) {
-    TORCH_CHECK(value >= 0 && value < limit, "adamw_: ", name, " must be at least 0 and below ", limit, ", got ",
-                value);
-  };
+void check_value(const char* name, double value, double limit) {
+  TORCH_CHECK(value >= 0 && value < limit, "adamw_: ", name, " must be at least 0 and below ", limit, ", got ", value);
+}
+
+void check_values(const AdamwOptions& options) {
   constexpr double kLargest = std::numeric_limits<float>::max();
-  check("lr", s.lr, kLargest);
-  check("beta1", s.beta1, 1);
-  check("beta2", s.beta2, 1);
-  check("eps", s.eps, kLargest);
-  check("weight_decay", s.weight_decay, kLargest);
+  check_value("lr", options.lr.value, kLargest);
+  check_value("beta1", options.beta1.value, 1);
+  check_value("beta2", options.beta2.value, 1);
+  check_value("eps", options.eps, kLargest);
+  check_value("weight_decay", options.weight_decay, kLargest);
+  if (options.max_grad_norm) check_value("max_grad_norm", *options.max_grad_norm, kLargest);
+}
+
+// A tensor of one number on the device of the parameters or, if `on_cpu_too`, on the CPU.
+void check_number(const char* name, const AdamwNumber& number, const Tensor& param, bool on_cpu_too) {
+  if (!number.tensor) return;
+  const Tensor& tensor = *number.tensor;
+  const bool wide = tensor.scalar_type() == at::kDouble && tensor.is_cpu() && (on_cpu_too || !emulating());
+  TORCH_CHECK((tensor.scalar_type() == at::kFloat || wide) && tensor.numel() == 1, "adamw_: ", name,
+              " must be one float32 (or float64 on the CPU), got ", tensor.numel(), " of ", tensor.scalar_type());
+  TORCH_CHECK(tensor.device() == param.device() || (on_cpu_too && tensor.is_cpu()), "adamw_: ", name,
+              " must be on the device of params[0], ", param.device(), on_cpu_too ? ", or the CPU, got " : ", got ",
+              tensor.device());
+}
+
+void check_numbers(const AdamwOptions& options, const Tensor& param) {
+  check_number("lr_tensor", options.lr, param, true);
+  check_number("beta1_tensor", options.beta1, param, true);
+  check_number("beta2_tensor", options.beta2, param, true);
+  check_number("grad_scale", options.grad_scale, param, false);
+  check_number("found_inf", options.found_inf, param, false);
+  check_number("grad_squares", options.grad_squares, param, false);
+  TORCH_CHECK(!options.found_inf.tensor || options.capturable,
+              "adamw_: found_inf needs capturable=True, as only the device knows whether the step is counted");
+  TORCH_CHECK(options.grad_squares.tensor.has_value() == options.max_grad_norm.has_value(),
+              "adamw_: max_grad_norm and grad_squares must be given together, got one of them");
 }
 
 void check_param(const Tensor& param, const Tensor& first, size_t i) {
@@ -61,20 +90,24 @@ void check_like_param(const char* name, const Tensor& tensor, const Tensor& para
               "], ", param.device(), ", got ", tensor.device());
 }
 
-void check_dtypes(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq, size_t i) {
-  const at::ScalarType dtype = param.scalar_type(), state = exp_avg.scalar_type();
-  TORCH_CHECK(grad.scalar_type() == dtype, "adamw_: grads[", i, "] must have the dtype of params[", i, "], ", dtype,
-              ", got ", grad.scalar_type());
+void check_dtypes(const AdamwLists& lists, size_t i) {
+  const at::ScalarType dtype = lists.params[i].scalar_type(), state = lists.exp_avgs[i].scalar_type();
+  TORCH_CHECK(lists.grads[i].scalar_type() == dtype, "adamw_: grads[", i, "] must have the dtype of params[", i, "], ",
+              dtype, ", got ", lists.grads[i].scalar_type());
   TORCH_CHECK(state == dtype || (state == at::kFloat && dtype != at::kDouble), "adamw_: exp_avgs[", i,
               "] must have the dtype of params[", i, "], ", dtype, ", or be float32, got ", state);
-  TORCH_CHECK(exp_avg_sq.scalar_type() == state, "adamw_: exp_avg_sqs[", i, "] must have the dtype of exp_avgs[", i,
-              "], ", state, ", got ", exp_avg_sq.scalar_type());
+  const auto check_state = [&](const char* name, const Tensor& tensor) {
+    TORCH_CHECK(tensor.scalar_type() == state, "adamw_: ", name, "[", i, "] must have the dtype of exp_avgs[", i, "], ",
+                state, ", got ", tensor.scalar_type());
+  };
+  check_state("exp_avg_sqs", lists.exp_avg_sqs[i]);
+  if (!lists.max_exp_avg_sqs.empty()) check_state("max_exp_avg_sqs", lists.max_exp_avg_sqs[i]);
 }
 
-void check_step(const Tensor& step, size_t i) {
-  TORCH_CHECK(step.is_cpu() && step.scalar_type() == at::kFloat && step.numel() == 1, "adamw_: steps[", i,
-              "] must be one float32 on the CPU, got ", step.numel(), " of ", step.scalar_type(), " on ",
-              step.device());
+void check_step(const Tensor& step, at::Device device, size_t i) {
+  TORCH_CHECK(step.device() == device && step.scalar_type() == at::kFloat && step.numel() == 1, "adamw_: steps[", i,
+              "] must be one float32 on ", device.is_cpu() ? "the CPU" : device.str(), ", got ", step.numel(), " of ",
+              step.scalar_type(), " on ", step.device());
 }
 
 void check_length(const char* name, TensorList list, TensorList params) {
@@ -92,40 +125,78 @@ Tensor copy_to_places_of(const Tensor& places, const Tensor& tensor) {
 
 }  // namespace
 
-AdamwCall::AdamwCall(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList steps,
-                     const AdamwSettings& settings)
-    : steps_(steps) {
-  check_settings(settings);
+void AdamwNumber::read() {
+  if (!tensor) return;
+  value = tensor->scalar_type() == at::kDouble ? *elements<const double>(*tensor) : *elements<const float>(*tensor);
+  tensor.reset();
+}
+
+double AdamwOptions::gradient() const {
+  double clip = 1;
+  if (max_grad_norm) {
+    const double ratio = *max_grad_norm / (std::sqrt(grad_squares.value) / grad_scale.value + 1e-6);
+    clip = ratio > 1 ? 1 : ratio;
+  }
+  return (maximize ? -clip : clip) / grad_scale.value;
+}
+
+double next_step(const Tensor& step) {
+  return *elements<const float>(step) + 1.0;
+}
+
+AdamwCall::AdamwCall(const AdamwLists& lists, AdamwOptions options, bool on_gpu)
+    : lists_(lists), options_(std::move(options)) {
+  const auto& [params, grads, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs] = lists_;
   check_length("grads", grads, params);
   check_length("exp_avgs", exp_avgs, params);
   check_length("exp_avg_sqs", exp_avg_sqs, params);
   check_length("steps", steps, params);
+  if (amsgrad()) check_length("max_exp_avg_sqs", max_exp_avg_sqs, params);
+  if (!params.empty()) check_numbers(options_, params[0]);
+  const std::pair<const char*, AdamwNumber*> numbers[] = {
+      {"lr_tensor", &options_.lr},        {"beta1_tensor", &options_.beta1},
+      {"beta2_tensor", &options_.beta2},  {"grad_scale", &options_.grad_scale},
+      {"found_inf", &options_.found_inf}, {"grad_squares", &options_.grad_squares}};
+  const AdamwOptions given = options_;  // keeps what is checked below
   MemoryCheck memory("adamw_");
+  for (const auto& [name, number] : numbers) {
+    if (number->tensor) memory.reads(name, *number->tensor);
+  }
   for (size_t i = 0; i < params.size(); ++i) {
     check_param(params[i], params[0], i);
     check_like_param("grads", grads[i], params[i], i);
     check_like_param("exp_avgs", exp_avgs[i], params[i], i);
     check_like_param("exp_avg_sqs", exp_avg_sqs[i], params[i], i);
-    check_dtypes(params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], i);
-    check_step(steps[i], i);
+    if (amsgrad()) check_like_param("max_exp_avg_sqs", max_exp_avg_sqs[i], params[i], i);
+    check_dtypes(lists_, i);
+    check_step(steps[i], options_.capturable ? params[i].device() : at::Device(at::kCPU), i);
     const auto index = static_cast<int64_t>(i);
     memory.writes("params", params[i], index);
     memory.writes("exp_avgs", exp_avgs[i], index);
     memory.writes("exp_avg_sqs", exp_avg_sqs[i], index);
+    if (amsgrad()) memory.writes("max_exp_avg_sqs", max_exp_avg_sqs[i], index);
     memory.writes("steps", steps[i], index);
     memory.reads("grads", grads[i], index);
   }
+  for (const auto& [name, number] : numbers) {
+    const bool kept = on_gpu && number->tensor && !params.empty() && number->tensor->device() == params[0].device() &&
+                      number->tensor->scalar_type() == at::kFloat;
+    if (!kept) number->read();
+  }
+  check_values(options_);
   memory.run();
   tensors_.reserve(params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    if (params[i].numel() > 0) add(params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], steps[i]);
-  }
+  for (size_t i = 0; i < params.size(); ++i) add(i);
 }
 
 // A dense parameter is updated in place whatever the order of its dimensions; operands in another order, and parameters
 // with gaps, go through a copy.
-void AdamwCall::add(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                    const Tensor& step) {
+void AdamwCall::add(size_t i) {
+  const Tensor &param = lists_.params[i], &grad = lists_.grads[i];
+  if (param.numel() == 0) {
+    other_steps_.push_back(lists_.steps[i]);
+    return;
+  }
   const Tensor places = param.is_non_overlapping_and_dense() ? param : param.contiguous();
   const auto updated = [&](const Tensor& tensor) {
     if (same_places(tensor, places)) return tensor;
@@ -133,12 +204,14 @@ void AdamwCall::add(const Tensor& param, const Tensor& grad, const Tensor& exp_a
     return copied_.back().second;
   };
   tensors_.push_back({updated(param), same_places(grad, places) ? grad : copy_to_places_of(places, grad),
-                      updated(exp_avg), updated(exp_avg_sq), *elements<const float>(step) + 1.0});
+                      updated(lists_.exp_avgs[i]), updated(lists_.exp_avg_sqs[i]),
+                      amsgrad() ? updated(lists_.max_exp_avg_sqs[i]) : Tensor(), lists_.steps[i]});
 }
 
-void AdamwCall::finish() const {
+void AdamwCall::finish(bool count_steps) const {
   for (const auto& [operand, copy] : copied_) operand.copy_(copy);
-  for (const Tensor& step : steps_) *elements<float>(step) += 1;
+  if (!count_steps) return;
+  for (const Tensor& step : lists_.steps) *elements<float>(step) += 1;
 }
 
 // ---- CPU ------------------------------------------------------------------------------------------------------------
@@ -147,23 +220,31 @@ namespace {
 
 constexpr int64_t kChunk = 16384;  // elements a thread takes at a time; a multiple of any cache line
 
-template <class P, class S>
+template <bool amsgrad, class P, class S>
 TORCH_FUSED_INLINE void update_elements(P* __restrict param, const P* __restrict grad, S* __restrict exp_avg,
-                                        S* __restrict exp_avg_sq, int64_t n, const AdamwScalars<wide_t<P>>& scalars) {
-  const AdamwScalars<wide_t<P>> s = scalars;
+                                        S* __restrict exp_avg_sq, S* __restrict max_exp_avg_sq, int64_t n,
+                                        const AdamwScalars<wide_t<P>>& scalars) {
+  using W = wide_t<P>;
+  const AdamwScalars<W> s = scalars;
   for (int64_t i = 0; i < n; ++i) {
-    const AdamwElement<wide_t<P>> x{widen(param[i]), widen(exp_avg[i]), widen(exp_avg_sq[i])};
-    const AdamwElement<wide_t<P>> y = adamw_update(x, widen(grad[i]), s);
+    const AdamwElement<W> x{widen(param[i]), widen(exp_avg[i]), widen(exp_avg_sq[i]),
+                            amsgrad ? widen(max_exp_avg_sq[i]) : W(0)};
+    const AdamwElement<W> y = adamw_update<amsgrad>(x, widen(grad[i]), s);
     param[i] = narrow<P>(y.param);
     exp_avg[i] = narrow<S>(y.exp_avg);
     exp_avg_sq[i] = narrow<S>(y.exp_avg_sq);
+    if constexpr (amsgrad) max_exp_avg_sq[i] = narrow<S>(y.max_exp_avg_sq);
   }
 }
 
-#define ADAMW_LOOP(P, S)                                                                      \
-  TORCH_FUSED_SIMD void update(P* param, const P* grad, S* exp_avg, S* exp_avg_sq, int64_t n, \
-                               const AdamwScalars<wide_t<P>>& scalars) {                      \
-    update_elements(param, grad, exp_avg, exp_avg_sq, n, scalars);                            \
+#define ADAMW_LOOP(P, S)                                                                                      \
+  TORCH_FUSED_SIMD void update(P* param, const P* grad, S* exp_avg, S* exp_avg_sq, int64_t n,                 \
+                               const AdamwScalars<wide_t<P>>& scalars) {                                      \
+    update_elements<false, P, S>(param, grad, exp_avg, exp_avg_sq, nullptr, n, scalars);                      \
+  }                                                                                                           \
+  TORCH_FUSED_SIMD void update_amsgrad(P* param, const P* grad, S* exp_avg, S* exp_avg_sq, S* max_exp_avg_sq, \
+                                       int64_t n, const AdamwScalars<wide_t<P>>& scalars) {                   \
+    update_elements<true, P, S>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, n, scalars);                \
   }
 ADAMW_LOOP(double, double)
 ADAMW_LOOP(float, float)
@@ -173,17 +254,24 @@ ADAMW_LOOP(at::BFloat16, at::BFloat16)
 ADAMW_LOOP(at::BFloat16, float)
 
 template <class P, class S>
-void update_chunk(const AdamwTensor& t, const AdamwSettings& settings, int64_t begin, int64_t n) {
-  update(elements<P>(t.param) + begin, elements<const P>(t.grad) + begin, elements<S>(t.exp_avg) + begin,
-         elements<S>(t.exp_avg_sq) + begin, n, settings.scalars<wide_t<P>>(t.step));
+void update_chunk(const AdamwTensor& t, const AdamwOptions& options, int64_t begin, int64_t n) {
+  const auto scalars = options.scalars<wide_t<P>>(next_step(t.step));
+  P* param = elements<P>(t.param) + begin;
+  const P* grad = elements<const P>(t.grad) + begin;
+  S *exp_avg = elements<S>(t.exp_avg) + begin, *exp_avg_sq = elements<S>(t.exp_avg_sq) + begin;
+  if (t.max_exp_avg_sq.defined()) {
+    update_amsgrad(param, grad, exp_avg, exp_avg_sq, elements<S>(t.max_exp_avg_sq) + begin, n, scalars);
+  } else {
+    update(param, grad, exp_avg, exp_avg_sq, n, scalars);
+  }
 }
 
-void update_chunk(const AdamwTensor& t, const AdamwSettings& settings, int64_t begin, int64_t n) {
+void update_chunk(const AdamwTensor& t, const AdamwOptions& options, int64_t begin, int64_t n) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, t.param.scalar_type(), "adamw_", [&] {
     if (t.exp_avg.scalar_type() == t.param.scalar_type()) {
-      update_chunk<scalar_t, scalar_t>(t, settings, begin, n);
+      update_chunk<scalar_t, scalar_t>(t, options, begin, n);
     } else if constexpr (sizeof(scalar_t) == 2) {
-      update_chunk<scalar_t, float>(t, settings, begin, n);
+      update_chunk<scalar_t, float>(t, options, begin, n);
     }
   });
 }
@@ -191,9 +279,24 @@ void update_chunk(const AdamwTensor& t, const AdamwSettings& settings, int64_t b
 }  // namespace
 
 void adamw_cpu(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList steps,
-               double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize) {
-  const AdamwSettings settings{lr, beta1, beta2, eps, weight_decay, maximize};
-  const AdamwCall call(params, grads, exp_avgs, exp_avg_sqs, steps, settings);
+               TensorList max_exp_avg_sqs, double lr, double beta1, double beta2, double eps, double weight_decay,
+               bool maximize, bool capturable, const OptionalTensor& lr_tensor, const OptionalTensor& beta1_tensor,
+               const OptionalTensor& beta2_tensor, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+               const OptionalTensor& grad_squares, std::optional<double> max_grad_norm) {
+  const AdamwCall call({params, grads, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs},
+                       {{lr, lr_tensor},
+                        {beta1, beta1_tensor},
+                        {beta2, beta2_tensor},
+                        eps,
+                        weight_decay,
+                        maximize,
+                        capturable,
+                        {1, grad_scale},
+                        {0, found_inf},
+                        {0, grad_squares},
+                        max_grad_norm},
+                       /*on_gpu=*/false);
+  if (call.options().found_inf.value != 0) return;
   struct Chunk {
     const AdamwTensor* tensor;
     int64_t begin;
@@ -205,10 +308,10 @@ void adamw_cpu(TensorList params, TensorList grads, TensorList exp_avgs, TensorL
   at::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const auto [tensor, begin] = chunks[i];
-      update_chunk(*tensor, settings, begin, std::min(kChunk, tensor->param.numel() - begin));
+      update_chunk(*tensor, call.options(), begin, std::min(kChunk, tensor->param.numel() - begin));
     }
   });
-  call.finish();
+  call.finish(/*count_steps=*/true);
 }
 
 // ---- autograd -------------------------------------------------------------------------------------------------------
@@ -217,15 +320,28 @@ namespace {
 
 // Not differentiable, but autograd must know what has changed.
 void adamw_autograd(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList steps,
-                    double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize) {
-  const std::pair<const char*, TensorList> lists[] = {
-      {"params", params}, {"grads", grads}, {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}, {"steps", steps}};
+                    TensorList max_exp_avg_sqs, double lr, double beta1, double beta2, double eps, double weight_decay,
+                    bool maximize, bool capturable, const OptionalTensor& lr_tensor, const OptionalTensor& beta1_tensor,
+                    const OptionalTensor& beta2_tensor, const OptionalTensor& grad_scale,
+                    const OptionalTensor& found_inf, const OptionalTensor& grad_squares,
+                    std::optional<double> max_grad_norm) {
+  const std::pair<const char*, TensorList> lists[] = {{"params", params},     {"grads", grads},
+                                                      {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs},
+                                                      {"steps", steps},       {"max_exp_avg_sqs", max_exp_avg_sqs}};
   for (const auto& [name, list] : lists) {
     for (const Tensor& tensor : list) check_not_differentiated("adamw_", name, tensor);
   }
+  const std::pair<const char*, const OptionalTensor&> numbers[] = {
+      {"lr_tensor", lr_tensor},   {"beta1_tensor", beta1_tensor}, {"beta2_tensor", beta2_tensor},
+      {"grad_scale", grad_scale}, {"found_inf", found_inf},       {"grad_squares", grad_squares}};
+  for (const auto& [name, number] : numbers) {
+    if (number) check_not_differentiated("adamw_", name, *number);
+  }
   static const auto op = find_op<decltype(adamw_cpu)>("torch_fused::adamw_");
-  change({params, exp_avgs, exp_avg_sqs, steps},
-         [&] { op.call(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, maximize); });
+  change({params, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs}, [&] {
+    op.call(params, grads, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs, lr, beta1, beta2, eps, weight_decay, maximize,
+            capturable, lr_tensor, beta1_tensor, beta2_tensor, grad_scale, found_inf, grad_squares, max_grad_norm);
+  });
 }
 
 }  // namespace

@@ -7,6 +7,7 @@ import torch
 from torch_fused.functional import apply_rotary_pos_emb, gelu_mul, silu_mul, softmax
 from torch_fused.ops.adamw import adamw_
 from torch_fused.ops.kv_cache import kv_append_
+from torch_fused.ops.sum_of_squares import sum_of_squares
 from torch_fused.testing import make
 
 from .bug import BARRIER, RACE, Bug
@@ -22,6 +23,28 @@ def adamw_step(*sizes: int) -> Callable[[], list[torch.Tensor]]:
         return [*params, *averages, *squares]
 
     return run
+
+
+def adamw_with_numbers(*sizes: int, found_inf: float = 0.0) -> Callable[[], list[torch.Tensor]]:
+    """The same with amsgrad, and with every number in a tensor."""
+
+    def run() -> list[torch.Tensor]:
+        """Everything that is written; the maxima are below some of the squares and above others."""
+        params, grads, averages, squares, maxima = ([make(size, seed=i).abs() for size in sizes] for i in range(5))
+        steps = [torch.tensor(float(i)) for i in range(len(sizes))]
+        numbers = {"lr": torch.tensor(0.02), "beta1": torch.tensor(0.75), "beta2": torch.tensor(0.96875)}
+        scaler = {"grad_scale": torch.tensor(4.0), "found_inf": torch.tensor(found_inf)}
+        clip = {"grad_squares": torch.tensor(400.0), "max_grad_norm": 2.0}
+        adamw_(params, grads, averages, squares, steps, maxima, capturable=True, **numbers, **scaler, **clip)
+        return [*params, *averages, *squares, *maxima, *steps]
+
+    return run
+
+
+def summed(*sizes: int) -> Callable[[], torch.Tensor]:
+    """The squares of tensors of these sizes."""
+    tensors = [make(size, seed=i) for i, size in enumerate(sizes)]
+    return lambda: sum_of_squares(tensors)
 
 
 def gated(backward: bool = False) -> Callable[[], object]:
@@ -110,6 +133,76 @@ BUGS = [
         r"data race on buffer 0 \(",
         "common/pack.metal.h",
         "",
+    ),
+    Bug(
+        "the second tensor's threadgroups write the first tensor's maxima",
+        "adamw_amsgrad",
+        "name##0, name##1,",
+        "name##0, name##0,",
+        adamw_with_numbers(8, 8),
+        r"data race on buffer",
+        "common/pack.metal.h",
+        "",
+    ),
+    Bug(
+        "every thread counts the first parameter's step",
+        "adamw_numbers",
+        "if (thread_id == i) step = step##i;",
+        "",
+        adamw_with_numbers(8, 8),
+        r"data race on buffer 0 \(",
+        "adamw/adamw_numbers.metal",
+        "",
+    ),
+    Bug(
+        "every thread writes the first parameter's numbers",
+        "adamw_numbers",
+        "numbers[p.first_number + thread_id] = made;",
+        "numbers[p.first_number] = made;",
+        adamw_with_numbers(8, 8),
+        r"data race on buffer \d+ \(write-after-write",
+        "adamw/adamw_numbers.metal",
+        "numbers[p.first_number + thread_id] = made;",
+    ),
+    Bug(
+        "one parameter too many has numbers",
+        "adamw_numbers",
+        "if (thread_id >= p.tensors) return;",
+        "if (thread_id > p.tensors) return;",
+        adamw_with_numbers(8, 8),
+        "out-of-bounds|data race",
+        "adamw/adamw_numbers.metal",
+        "",
+    ),
+    Bug(
+        "all stretches of a tensor are its first",
+        "sum_of_squares",
+        "partial[p.first_partial + group] = sum;",
+        "partial[p.first_partial] = sum;",
+        summed(20000),
+        r"data race on buffer 28 \(write-after-write",
+        "sum_of_squares/sum_of_squares.metal",
+        "partial[p.first_partial + group] = sum;",
+    ),
+    Bug(
+        "a stretch is not held back by the tensor's end",
+        "sum_of_squares",
+        "uint(min(p.numel[tensor] - begin, long(chunk)))",
+        "chunk",
+        summed(9001),
+        "out-of-bounds.*read of 16 bytes",
+        "common/pack.metal.h",
+        "const uint4 raw = from[i];",
+    ),
+    Bug(
+        "one sum too many is added",
+        "sum_of_squares",
+        "i < p.count;",
+        "i <= p.count;",
+        summed(20000),
+        "out-of-bounds.*read of 4 bytes",
+        "sum_of_squares/sum_of_squares.metal",
+        "sum += partial[i];",
     ),
     Bug(
         "missing barrier before the simdgroups' maxima and sums are combined",
@@ -244,10 +337,31 @@ BUGS = [
 ]
 
 ONLY_NUMBERS = [
+    ("the new square for the largest", "adamw_amsgrad", "AMSGRAD && kept", "false", adamw_with_numbers(300, 40)),
+    ("the largest is kept for ever", "adamw_amsgrad", "AMSGRAD && kept", "AMSGRAD", adamw_with_numbers(300, 40)),
+    ("maxima that are not stored", "adamw_amsgrad",
+     "if (AMSGRAD) store_columns<W>(max_exp_avg_sq, at, count, aligned, largest);", "", adamw_with_numbers(300, 40)),
+    ("numbers of the first tensor", "adamw_amsgrad", "numbers[p.first_number + tensor]", "numbers[p.first_number]",
+     adamw_with_numbers(300, 40)),
+    ("a step with an infinite gradient is made", "adamw_amsgrad", "if (numbers.skip != 0.0f) return;", "",
+     adamw_with_numbers(300, 40, found_inf=1.0)),
+    ("a step with an infinite gradient is counted", "adamw_numbers", "if (!skip) *step = count;", "*step = count;",
+     adamw_with_numbers(300, 40, found_inf=1.0)),
+    ("a power that forgets its last bit", "adamw_numbers", "left % 2 == 1", "left > 1", adamw_with_numbers(300, 40)),
+    ("gradients that stay scaled", "adamw_numbers", "clip * inverse_scale", "clip", adamw_with_numbers(300, 40)),
+    ("the norm of scaled gradients", "adamw_numbers", "sqrt(*grad_squares) * inverse_scale", "sqrt(*grad_squares)",
+     adamw_with_numbers(300, 40)),
+    ("gradients that are not clipped", "adamw_numbers", "p.sign * clip * inverse_scale", "p.sign * inverse_scale",
+     adamw_with_numbers(300, 40)),
+    ("the host's learning rate", "adamw_numbers", "(p.flags & HAS_LR) != 0", "false", adamw_with_numbers(300, 40)),
+    ("the stretches of one tensor only", "sum_of_squares", "if (tensor == i) x = x##i;", "", summed(900, 900, 900)),
+    ("sums without squares", "sum_of_squares", "fma(values[j], values[j], sum)", "sum + values[j]", summed(900)),
+    ("the first thousand sums only", "sum_of_squares", "i += TOTAL_THREADS) sum +=", "i += p.count) sum +=",
+     summed(20000, *[1] * 1100)),
     ("beta1 and its complement swapped", "adamw", "near ? s.lerp : s.lerp - F(1.0f)", "F(1.0f) - s.lerp",
      adamw_step(300, 40)),
-    ("no bias correction", "adamw", "sqrt(exp_avg_sq) / s.bias_correction2", "sqrt(exp_avg_sq)", adamw_step(300, 40)),
-    ("the old average of the squares", "adamw", "sqrt(exp_avg_sq)", "sqrt(x.exp_avg_sq)", adamw_step(300, 40)),
+    ("no bias correction", "adamw", "sqrt(largest) / s.bias_correction2", "sqrt(largest)", adamw_step(300, 40)),
+    ("the old average of the squares", "adamw", "sqrt(largest)", "sqrt(x.exp_avg_sq)", adamw_step(300, 40)),
     ("bias corrections of the first tensor", "adamw", "p.bias_correction2[tensor]", "p.bias_correction2[0]",
      adamw_step(300, 40)),
     ("a state that is not stored", "adamw", "store_columns<W>(exp_avg, at, count, aligned, m);", ";",

@@ -177,11 +177,22 @@ def apply_gate(self, gate_up: Tensor) -> Tensor:
     return gated(*gate_up.chunk(2, -1))
 
 
+NO_CACHE = {"use_cache": False, CACHE: None, "past_key_values": None}
+
+
 def decoder_layer_forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-    checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-    if args or checkpointed or _is_left(self):
+    if args or _is_left(self):
         return type(self).forward(self, hidden_states, *args, **kwargs)
+    if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and _checkpoints_forward(type(self)):
+        # A layer that is computed again in backward must not append to a cache again.
+        kwargs |= {name: value for name, value in NO_CACHE.items() if kwargs.get(name) is not None}
+        return self._gradient_checkpointing_func(partial(_decoder_layer_forward, self, **kwargs), hidden_states)
     return _decoder_layer_forward(self, hidden_states, **kwargs)
+
+
+def _checkpoints_forward(cls: Any) -> bool:
+    """Whether transformers checkpoints in a layer's forward, which ours replaces; else in its call, around ours."""
+    return "_gradient_checkpointing_func" in getattr(cls.forward, "__code__", _decoder_layer_forward.__code__).co_names
 
 
 def _decoder_layer_forward(

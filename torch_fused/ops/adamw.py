@@ -14,6 +14,7 @@ def adamw_reference(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor] = (),
     *,
     lr: float = 1e-3,
     beta1: float = 0.9,
@@ -21,23 +22,64 @@ def adamw_reference(
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
     maximize: bool = False,
+    capturable: bool = False,
+    lr_tensor: Tensor | None = None,
+    beta1_tensor: Tensor | None = None,
+    beta2_tensor: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    grad_squares: Tensor | None = None,
+    max_grad_norm: float | None = None,
 ) -> None:
     """`adamw_` in plain torch, without its checks: in float32 (float64 for float64), each result rounded once."""
-    for param, grad, exp_avg, exp_avg_sq, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+    numbers = [(lr, lr_tensor), (beta1, beta1_tensor), (beta2, beta2_tensor)]
+    rate, momentum, decay = (number if tensor is None else tensor.reshape(()) for number, tensor in numbers)
+    skip = None if found_inf is None else found_inf.reshape(()) != 0
+    scale = 1.0 if grad_scale is None else grad_scale.reshape(())
+    factor = _clipping(grad_squares, max_grad_norm, scale) / scale * (-1 if maximize else 1)
+    for i, (param, exp_avg, exp_avg_sq, step) in enumerate(zip(params, exp_avgs, exp_avg_sqs, steps, strict=True)):
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-        step += 1
-        count = step.item()
-        g = -grad.to(wide) if maximize else grad.to(wide)
-        m = exp_avg.to(wide).lerp(g, 1 - beta1)
-        v = exp_avg_sq.to(wide).mul(beta2).addcmul(g, g, value=1 - beta2)
-        denominator = v.sqrt().div((1 - beta2**count) ** 0.5).add(eps)
-        param.copy_(param.to(wide).mul(1 - lr * weight_decay).addcdiv(m, denominator, value=-lr / (1 - beta1**count)))
-        exp_avg.copy_(m)
-        exp_avg_sq.copy_(v)
+        count = step.reshape(()) + 1 if capturable else step.item() + 1
+        g = grads[i].to(wide) * factor
+        m = exp_avg.to(wide).lerp(g, _as_tensor(1 - momentum, g))
+        v = exp_avg_sq.to(wide) * decay + (1 - decay) * g * g
+        largest = v.maximum(max_exp_avg_sqs[i].to(wide)) if max_exp_avg_sqs else v
+        denominator = largest.sqrt().div(_one_minus_power(decay, count) ** 0.5).add(eps)
+        updated = (
+            param.to(wide) * (1 - rate * weight_decay) - rate / _one_minus_power(momentum, count) * m / denominator
+        )
+        changes = [(param, updated), (exp_avg, m), (exp_avg_sq, v), (step, step + 1)]
+        if max_exp_avg_sqs:
+            changes.append((max_exp_avg_sqs[i], largest))
+        for tensor, new in changes:
+            tensor.copy_(new if skip is None else torch.where(skip, tensor, new.to(tensor.dtype)))
 
 
-def _adamw_fake(params, grads, exp_avgs, exp_avg_sqs, steps, **settings):
-    return None
+def _clipping(squares: Tensor | None, max_norm: float | None, scale: float | Tensor) -> float | Tensor:
+    if squares is None or max_norm is None:
+        return 1.0
+    return (max_norm / (squares.reshape(()).sqrt() / scale + 1e-6)).clamp(max=1.0)
+
+
+def _one_minus_power(base: float | Tensor, count: float | Tensor) -> float | Tensor:
+    """In float64 where there is one, as it is close to 0 at first."""
+    if isinstance(base, Tensor) and base.device.type != "mps":
+        base = base.double()
+    if isinstance(count, Tensor) and count.device.type != "mps":
+        count = count.double()
+    return 1 - base**count
+
+
+def _as_tensor(number: float | Tensor, like: Tensor) -> Tensor:
+    return torch.as_tensor(number, dtype=like.dtype, device=like.device)
+
+
+def _adamw_fake(params, grads, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs, **settings):
+    for name, value in settings.items():
+        if isinstance(value, Tensor) and value.is_meta and not params[0].is_meta:
+            raise RuntimeError(
+                f"adamw_: {name} must be on the device of params[0], {params[0].device}, got {value.device}"
+            )
 
 
 register("adamw_", reference=adamw_reference, fake=_adamw_fake)
@@ -49,13 +91,19 @@ def adamw_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor] = (),
     *,
-    lr: float = 1e-3,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
+    lr: float | Tensor = 1e-3,
+    beta1: float | Tensor = 0.9,
+    beta2: float | Tensor = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
     maximize: bool = False,
+    capturable: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    grad_squares: Tensor | None = None,
+    max_grad_norm: float | None = None,
 ) -> None:
     r"""One step of AdamW on every parameter, in place: seven tensors a launch on a GPU.
 
@@ -67,8 +115,9 @@ def adamw_(
             - \frac{\gamma}{1 - \beta_1^t} \frac{m}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
     with the step :math:`t` of each parameter, the learning rate :math:`\gamma` and the weight decay
-    :math:`\lambda`. The arithmetic is in float32 (float64 for float64), each result rounded once. Not differentiable:
-    call it under :func:`torch.no_grad`.
+    :math:`\lambda`; with AMSGrad :math:`v` is below the fraction the largest that it has been. The arithmetic is in
+    float32 (float64 for float64), each result rounded once. The host never waits for a GPU: what a tensor there says
+    is read by a kernel, one launch more for 21 parameters. Not differentiable: call it under :func:`torch.no_grad`.
 
     Args:
         params: at least one tensor, all on one device; each float32, float16 or bfloat16, on the CPU float64 too. Any
@@ -76,9 +125,22 @@ def adamw_(
         grads: as many, each with the shape and dtype of its parameter.
         exp_avgs, exp_avg_sqs: the states, with the shape of their parameter, and its dtype or float32. No element of a
             parameter, state or step may be that of another operand; parts of one buffer may lie side by side.
-        steps: the steps each parameter has made so far, a float32 scalar on the CPU each; one is added.
-        lr, beta1, beta2, eps, weight_decay: as in :class:`torch.optim.AdamW`.
+        steps: the steps each parameter has made so far, one float32 on the CPU each, or with ``capturable`` on the
+            device of the parameters; one is added.
+        max_exp_avg_sqs: for AMSGrad the largest ``exp_avg_sqs`` so far, as those; five tensors a launch then. Or empty.
+        lr, beta1, beta2: as in :class:`torch.optim.AdamW`; or a tensor of one float32, on the device of the parameters
+            or the CPU (there float64 too). On a GPU nobody checks its value.
+        eps, weight_decay: as in :class:`torch.optim.AdamW`.
         maximize: follow the gradient instead of descending.
+        capturable: the steps are counted on the device of the parameters, so that a CUDA graph counts them too.
+        grad_scale: one float32 on the device of the parameters: what the gradients, which stay as they are, are
+            divided by.
+        found_inf: one float32 on the device of the parameters. If it is not 0, nothing is written and no step counted.
+            It needs ``capturable``.
+        grad_squares: the sum of the squares of all gradients, :func:`sum_of_squares`, before ``grad_scale``; on the
+            device of the parameters. Given together with ``max_grad_norm``.
+        max_grad_norm: the gradients are multiplied by ``max_grad_norm / (norm + 1e-6)`` if that is below 1, as
+            :func:`torch.nn.utils.clip_grad_norm_` does, with the norm of the unscaled gradients.
 
     Raises:
         RuntimeError: an argument is not as above; the message names it. Nothing is written then.
@@ -93,18 +155,30 @@ def adamw_(
         >>> param, step
         (tensor([0.9000, 1.1000]), tensor(1.))
     """
+    numbers = {}
+    tensors = {}
+    for name, value in (("lr", lr), ("beta1", beta1), ("beta2", beta2)):
+        if isinstance(value, Tensor):
+            tensors[f"{name}_tensor"] = value
+        else:
+            numbers[name] = value
     _adamw(
         params,
         grads,
         exp_avgs,
         exp_avg_sqs,
         steps,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
+        max_exp_avg_sqs,
+        **numbers,
         eps=eps,
         weight_decay=weight_decay,
         maximize=maximize,
+        capturable=capturable,
+        **tensors,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        grad_squares=grad_squares,
+        max_grad_norm=max_grad_norm,
     )
 
 
