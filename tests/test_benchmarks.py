@@ -1,36 +1,36 @@
-"""The benchmarks' records, report and predictions; nothing here asserts a time."""
+"""The benchmarks' timer, records, report and predictions; nothing here asserts a time."""
 
 import contextlib
 import csv
-import importlib
 import itertools
-import os
-import subprocess
+import re
 import sys
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
-pytest.importorskip("pytest_benchmark")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import apple_prediction  # noqa: E402
-import bench_decode  # noqa: E402
-import bench_generate  # noqa: E402
-import harness  # noqa: E402
+import apple  # noqa: E402
+import decode  # noqa: E402
+import generate  # noqa: E402
+import metal_candle  # noqa: E402
+import ops  # noqa: E402
 import peers  # noqa: E402
 import record  # noqa: E402
 import report  # noqa: E402
-import seed_table  # noqa: E402
+import run  # noqa: E402
+import tables  # noqa: E402
+import timing  # noqa: E402
 
 from torch_fused.sampling import greedy  # noqa: E402
 
-BENCHES = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py") if path.stem != "bench_generate")
 PUBLISHED = {
     "KV cache, single layer": "11.6 ns",
     "KV cache, all 24 layers": "320 ns",
@@ -67,6 +67,8 @@ PUBLISHED = {
 
 # ---- records --------------------------------------------------------------------------------------------------------
 
+KEYS = {name: {"op": "x", "contender": name} for name in "ab"}
+
 
 @pytest.fixture
 def results(tmp_path):
@@ -76,190 +78,255 @@ def results(tmp_path):
     return make
 
 
-def test_rows_are_kept_as_they_come(results, tmp_path):
+def measured(ms: float = 1.0):
+    return {name: {"ms": ms} for name in KEYS}
+
+
+def unexpected():
+    raise AssertionError("measured again")
+
+
+def test_rows_are_kept(results, tmp_path):
     rows = results()
-    for contender, ms in (("a", 1.23456), ("b", 2.0), ("a", 3.0)):
-        rows.add(op="x", contender=contender, ms=ms)
+    rows.rows({"a": KEYS["a"]}, lambda: {"a": {"ms": 9.0}})
+    rows.rows(KEYS, partial(measured, 1.23456))
     (path,) = tmp_path.glob("*/some.csv")
     with path.open() as file:
         assert next(csv.reader(file)) == ["op", "contender", "ms", "waited", *record.STAMP]
-    assert [(row["contender"], row["ms"]) for row in record.read(path)] == [("a", "3"), ("b", "2")]
+    assert [(row["contender"], row["ms"]) for row in record.read(path)] == [("a", "1.235"), ("b", "1.235")]
     assert not list(tmp_path.glob("*/*.part"))
 
 
 def test_an_interrupted_run_goes_on(results, monkeypatch):
     monkeypatch.setattr(record, "waited", lambda: 0.0)  # whatever else this machine does
-    results().add(op="x", contender="a", ms=1.0)
-    assert results().current(op="x", contender="a")["ms"] == "1"
-    assert results().current(op="x", contender="b") is None
-    assert results(again=True).current(op="x", contender="a") is None
+    results().rows({"a": KEYS["a"]}, measured)
+    assert results().rows({"a": KEYS["a"]}, unexpected)["a"]["ms"] == "1"
+    assert set(results().rows(KEYS, measured)) == {"a", "b"}  # "b" is missing, so both are measured
+    with pytest.raises(AssertionError, match="measured again"):
+        results(again=True).rows(KEYS, unexpected)
 
 
-def test_rows_that_were_disturbed_are_measured_again(results, monkeypatch):
-    rows = results()
-    assert rows.current(op="x", contender="a") is None
-    monkeypatch.setattr(record, "waited", lambda: 1e9)
-    assert float(rows.add(op="x", contender="a", ms=1.0)["waited"]) > record.DISTURBED
-    assert results().current(op="x", contender="a") is None
+def test_disturbed_rows_are_measured_again(results, monkeypatch):
+    waits = itertools.count(0, 10**9)
+    monkeypatch.setattr(record, "waited", lambda: next(waits))
+    rows = results().rows(KEYS, measured)
+    assert float(rows["a"]["waited"]) > record.DISTURBED
+    assert results().current(**KEYS["a"]) is None
 
 
 @pytest.mark.parametrize("change", ["torch", "threads", "date"])
 def test_rows_of_something_else_are_measured_again(results, monkeypatch, change):
-    results().add(op="x", contender="a", ms=1.0)
+    results().rows(KEYS, measured)
     if change == "date":
         later = datetime.now(timezone.utc) + timedelta(seconds=5)
         monkeypatch.setattr(record, "changed", lambda: later)
     else:
         now = record.stamp("cpu") | {change: "another"}
         monkeypatch.setattr(record, "stamp", lambda device: now)
-    assert results().current(op="x", contender="a") is None
+    assert results().current(**KEYS["a"]) is None
 
 
 def test_committed_rows_have_their_columns():
     columns = {
-        "generate": ("model", "dtype", "mode", "batch", "prompt", "new", "contender", "tokens_s", "ms_token"),
-        "seed": (*seed_table.KEYS, *seed_table.VALUES),
-        "apple_counted": (*apple_prediction.KEYS, *apple_prediction.COUNTED),
+        "generate": (*generate.KEYS, *generate.VALUES[:-1]),  # the H100's rows have no weights_mb
+        "metal_candle": (*metal_candle.KEYS, *metal_candle.VALUES),
+        "apple_counted": (*apple.KEYS, *apple.COUNTED),
     }
-    of_ops = ("op", "shape", "dtype", "kind", "contender", "ms", "spread", "gb_s", "copy_share")
     paths = list((ROOT / "benchmarks/results").glob("*/*.csv"))
     assert paths
     for path in paths:
         for row in record.read(path):
-            assert {*columns.get(path.stem, of_ops), *record.STAMP} <= row.keys(), path
+            assert {*columns.get(path.stem, (*ops.KEYS, *ops.VALUES)), *record.STAMP} <= row.keys(), path
             assert record.slug(row["device"]) == path.parent.name
 
 
 # ---- cases ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bench", BENCHES)
-def test_cases_have_names_of_their_own(bench):
-    for device in ("cpu", "cuda"):
-        names = [case.name for case in importlib.import_module(bench).cases(device, full=True)]
-        assert len(names) == len(set(names))
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("bench", ops.benches())
+def test_every_committed_row_is_still_a_case(bench, device):
+    """Names are unique, and what was recorded can be measured again."""
+    cases = ops.benches()[bench](device, False)
+    names = [case.name for case in cases]
+    assert len(names) == len(set(names))
+    shown = {
+        (case.op, case.shape, ops.NAMES[case.dtype], case.kind, contender)
+        for case in cases
+        for contender in case.contenders
+    }
+    for folder in record.machines():
+        if folder.name.startswith("nvidia") == (device == "cuda"):
+            for row in record.read(folder / f"{bench}.csv"):
+                key = tuple(row[key] for key in ops.KEYS)
+                assert key in shown or row["contender"] in tables.NO_RIVALS, key
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_cases_on_a_gpu(dtype):
-    names = {case.name for bench in BENCHES for case in importlib.import_module(bench).cases("cuda", full=False)}
-    ops = ("rms_norm", "add_rms_norm", "layer_norm", "silu_mul", "softmax", "rms_norm backward", "layer_norm backward")
-    assert names >= {f"{op} (4096, 4096) {dtype}" for op in ops}
-    assert names >= {f"softmax (64, 151936) {dtype}", f"adamw 494 million in 290 tensors {dtype}"}
+def test_a_case_is_measured(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["ops.py", "softmax", "--device", "cpu", "--results", str(tmp_path)])
+    (case,) = (case for case in ops.softmax("cpu", False) if case.name == "softmax (64, 1024) bf16")
+    monkeypatch.setattr(ops, "benches", lambda: {"softmax": lambda device, full: [case]})
+    monkeypatch.setattr(ops, "interleave", partial(timing.interleave, rounds=2, calls=1))
+    ops.main()
+    printed = capsys.readouterr().out
+    assert "GB/s" in printed and "of copy" in printed
+    (path,) = tmp_path.glob("*/softmax.csv")
+    assert [row["contender"] for row in record.read(path)] == ["torch_fused", "torch.softmax", "torch composed"]
 
 
-def test_a_bench_runs_and_goes_on(tmp_path):
-    command = [sys.executable, "-m", "pytest", "benchmarks/bench_softmax.py", "-k", "64 and 1024 and bf16 and not 4096"]
-    command = [*command, "--device", "cpu", "--results", str(tmp_path)]
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    rows = []
-    for _ in range(2):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=alone)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "GB/s" in done.stdout and "of copy" in done.stdout
-        (path,) = tmp_path.glob("*/softmax.csv")
-        rows.append(record.read(path))
-    assert [row["contender"] for row in rows[0]] == ["torch_fused", "torch.softmax", "torch composed"]
-    assert all(row in rows[1] for row in rows[0] if float(row["waited"]) <= record.DISTURBED)
-
-
-def test_peers_of_the_seed(monkeypatch):
-    """Other libraries' kernels stand in the seed's rows of ops that they have, where they are installed."""
-    norm = seed_table.partial(seed_table.norm_of, "rms_norm", (4, 8), True, "cpu")
+def test_peers_in_the_rows_of_metal_candle(monkeypatch):
+    """Other libraries' kernels are timed in the rows of ops that they have, where they are installed."""
     makes = {
-        "softmax": lambda: seed_table.softmax_of((2, 3, 8), "cpu"),
-        "rms_norm": norm,
-        "top-p 0.9": lambda: seed_table.sample_honest("top-p 0.9", 100, "cpu"),
+        "softmax": lambda: metal_candle.softmax_of((2, 3, 8), "cpu"),
+        "rms_norm": lambda: metal_candle.norm_of("rms_norm", (4, 8), True, "cpu"),
+        "top-p 0.9": lambda: metal_candle.sample_honest("top-p 0.9", 100, "cpu"),
     }
     shapes = []
+    found: dict = {}
+    monkeypatch.setattr(peers, "_installed", lambda: found)
     for op, make in makes.items():
         assert "a library" not in make()
-        monkeypatch.setitem(peers.PEERS, op, {"a library": lambda *args: shapes.append([a.shape for a in args]) or 1})
+        found[op] = {"a library": lambda *args: shapes.append([a.shape for a in args]) or 1}
         make()["a library"]()
     assert shapes == [[(6, 8)], [(4, 8), (8,)], [(1, 100)]]
 
 
-# ---- timing ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("row", ["KV cache, single layer", "greedy, vocabulary 1000", "softmax", "AdamW"])
+def test_rows_of_metal_candle_are_measured(monkeypatch, row):
+    monkeypatch.setattr(metal_candle, "SAMPLES", 1)
+    (chosen,) = (each for each in metal_candle.rows() if each.name == row)
+    for waits, (_, make) in enumerate((chosen.published, chosen.honest)):
+        contenders = make("cpu")
+        assert "torch_fused" in contenders
+        for timed in metal_candle.measure(contenders, "cpu", bool(waits)).values():
+            columns = metal_candle.columns(timed)
+            assert columns.keys() == set(metal_candle.VALUES) and float(columns["ms"]) > 0
+
+
+# ---- the timer ------------------------------------------------------------------------------------------------------
 
 
 def test_timing():
-    timing = harness.Timing.of([1.0, 2.0, 3.0, 4.0, 100.0])
-    assert timing.seconds == 3.0
-    assert timing.spread == pytest.approx(2 / 3)
-    assert seed_table.outliers([1.0, 1.1, 1.0, 1.1, 9.0]) == 1
-    calls = []
-    harness.measure([lambda: calls.append(0), lambda: calls.append(1)], "cpu", target=1e-5)
-    assert abs(calls.count(0) - calls.count(1)) <= 1
+    found = timing.Timing([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert found.seconds == 3.0
+    assert found.spread == pytest.approx(2 / 3)
+    assert metal_candle.columns(timing.Timing([1.0, 1.1, 1.0, 1.1, 9.0]))["outliers"] == "1"
 
 
-def test_contenders_of_the_seed_take_turns():
+def test_contenders_are_interleaved():
     calls: list[str] = []
-    found = seed_table.timed({name: lambda name=name: calls.append(name) for name in "ab"}, "cpu", True, 3, 0.0)
-    assert [name for name, _ in itertools.groupby(calls)] == ["a", "b"] * 4  # once to see how long a call takes
-    assert all(len(samples.runs) == 3 and float(samples.columns()["ms"]) > 0 for samples in found.values())
+    contenders = {name: [partial(calls.append, f"{name}{i}") for i in range(2)] for name in "ab"}
+    found = timing.interleave(contenders, "cpu", rounds=3, calls=2)
+    measured = [["a0", "a1"], ["b0", "b1"]] * 3
+    assert calls == ["a0", "a0", "b0", "b0", *itertools.chain(*measured)]  # twice first, to warm up and to plan
+    assert all(len(each.samples) == 3 for each in found.values())
 
 
-def test_contenders_of_generation_take_turns():
+def test_contexts_are_entered_around_samples():
+    seen: list[str] = []
+
+    @contextlib.contextmanager
+    def enter():
+        seen.append("in")
+        yield
+        seen.append("out")
+
+    timing.interleave({"a": [lambda: seen.append("call")]}, "cpu", rounds=1, calls=1, around={"a": enter})
+    assert seen == ["in", "call", "out"] * 3
+
+
+def test_generation_is_measured():
     calls: list[tuple[str, int]] = []
-    setting = bench_generate.Setting(torch.bfloat16, "greedy", 2, 5, 8)
+    setting = generate.Setting(torch.bfloat16, "greedy", 2, 5, 8)
 
-    def requests(name: str) -> bench_generate.Requests:
-        def run(ids: torch.Tensor, count: int, sampled: bool) -> None:
-            assert ids.shape == (2, 5) and not sampled
-            calls.append((name, count))
+    def run(name: str, ids: torch.Tensor, count: int) -> None:
+        assert ids.shape == (2, 5)
+        calls.append((name, count))
 
-        return bench_generate.Requests(lambda: contextlib.nullcontext(run), setting, 100, "cpu", False)
-
-    contenders = [requests(name) for name in "ab"]
-    for _ in range(2):
-        for contender in contenders:
-            contender.round()
-    rounds = [[(name, count) for name in "ab" for count in (warm_up, 1, 8)] for warm_up in (8, 2)]
-    assert calls == rounds[0] + rounds[1]
-    assert contenders[0].columns()["tokens_s"] > 0
+    found = {name: generate.Contender(partial(run, name)) for name in "ab"}
+    columns = generate.measure(setting, found, 100, "cpu")
+    assert calls[8:] == [("a", 1), ("a", 8), ("b", 1), ("b", 8)] * generate.ROUNDS
+    assert columns["a"]["tokens_s"] > 0 and columns["b"].keys() == {"tokens_s", "spread", "ms_token", "ttft_ms"}
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
-def test_the_report_is_that_of_the_rows():
-    assert report.generate() == report.REPORT.read_text()
+def test_the_pages_are_those_of_the_rows():
+    """Byte for byte, so that no number in them differs from the CSV files."""
+    assert report.page() == report.REPORT.read_text()
+    assert report.readme() == report.README.read_text()
 
 
-def test_every_row_of_the_seed_is_there_twice():
-    assert {row.name: row.quoted for row in seed_table.ROWS} == PUBLISHED
+def test_no_number_is_measured_elsewhere():
+    """Outside of what the report writes, no page states a speed."""
+    units = r"\d(\.\d+)? ?(us|ms|tokens? (a|per) second|GB/s|times as fast|x as fast)\b"
+    pages = [report.README, *(path for path in (ROOT / "docs").glob("*.md") if path != report.REPORT)]
+    for page in pages:
+        text = re.sub(f"{report.BEGIN}.*?{report.END}", "", page.read_text(), flags=re.DOTALL)
+        assert not re.search(units, text), (page.name, re.search(units, text))
+
+
+def test_readme_is_short():
+    assert len(report.README.read_text().splitlines()) <= 120
+
+
+def test_every_row_of_metal_candle_is_there_twice():
+    rows = metal_candle.rows()
+    assert {row.name: row.quoted for row in rows} == PUBLISHED
     lines = report.REPORT.read_text().splitlines()
-    for row in seed_table.ROWS:
+    for row in rows:
         published, honest = (
             [line for line in lines if line.startswith(f"| {row.name} |") and f"| {kind}: " in line]
-            for kind in (seed_table.PUBLISHED, seed_table.HONEST)
+            for kind in (metal_candle.PUBLISHED, metal_candle.HONEST)
         )
         assert published and len(published) == len(honest)
         assert all(f"| {row.quoted} |" in line or not row.quoted for line in published)
 
 
 def test_a_row_that_was_not_run_says_so():
-    page = "\n".join(report.seed_tables([]))
-    assert page.count("| not run | not run |") == 2 * len(seed_table.ROWS)
+    page = "\n".join(tables.metal_candle_tables([]))
+    assert page.count("| not run | not run |") == 2 * len(metal_candle.rows())
 
 
-def test_slower_rows_are_listed():
-    row = {"op": "softmax", "shape": "(1, 1)", "dtype": "f32", "kind": "", "spread": "0.01", "device": "a CPU"}
+@pytest.mark.parametrize(
+    "spread, share, reason",
+    [("0.01", "0.5", ""), ("0.9", "0.5", "within the spread of both"), ("0.01", "0.9", "bound by memory, at 0.90")],
+)
+def test_slower_rows_have_the_reasons_that_the_rows_show(spread, share, reason):
+    row = {"spread": spread, "copy_share": share}
     rows = [row | {"contender": name, "ms": ms} for name, ms in (("torch_fused", "2"), ("torch.softmax", "1"))]
-    page = "\n".join(report.slower_table(rows, [], []))
-    assert "| softmax (1, 1) f32 | 2 ms | torch.softmax 1 ms | 0.50 |  |" in page
-    assert not list(report.slower_table(rows[:1], [], []))
+    page = "\n".join(tables.slower_table({"softmax (1, 1) f32": rows}))
+    assert f"| softmax (1, 1) f32 | 2 ms | torch.softmax 1 ms | 0.50 | {reason}" in page
+    assert not list(tables.slower_table({"softmax (1, 1) f32": rows[:1]}))
+
+
+def test_a_share_beside_a_plain_read_is_of_that_read():
+    ours = {"contender": "torch_fused", "ms": "28.6", "copy_share": "1.08"}
+    assert tables.share(ours, [ours]) == "1.08"
+    assert tables.share(ours, [ours, {"contender": tables.READ, "ms": "15.2"}]) == "0.53 of a read"
+
+
+@pytest.mark.parametrize("script", [run, ops, metal_candle, generate, apple], ids=lambda script: script.__name__)
+def test_the_options_are_explained(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script.__name__, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        script.main()
+    assert "--device" in capsys.readouterr().out
+
+
+# ---- predictions ----------------------------------------------------------------------------------------------------
 
 
 def test_prediction():
-    low, high = apple_prediction.predicted(1e9, 3, gb_s=100)
-    fast, slow = apple_prediction.LAUNCH_SECONDS
+    low, high = apple.predicted(1e9, 3, gb_s=100)
+    fast, slow = apple.LAUNCH_SECONDS
     assert low == pytest.approx(0.01 + 3 * fast)
-    assert high == pytest.approx(0.01 / apple_prediction.SHARE_REACHED[1] + 3 * slow)
+    assert high == pytest.approx(0.01 / apple.SHARE_REACHED[1] + 3 * slow)
 
 
 def test_what_is_counted_for_a_prediction():
-    op = next(op for op in apple_prediction.ops() if op.name == "rms_norm")
+    op = next(op for op in apple.ops() if op.name == "rms_norm")
     launches, moved = op.counted()
     operands = 3 * 896 * torch.bfloat16.itemsize  # x, weight, result
     assert launches == 1 and operands <= moved < operands + 256
@@ -268,10 +335,10 @@ def test_what_is_counted_for_a_prediction():
 @pytest.mark.parametrize("bits", [0, 4])
 def test_what_is_counted_for_a_token(bits):
     """Of parts of a model; here the whole is small enough to be counted too."""
-    sizes = bench_decode.Sizes("", 3, 128, 2, 1, 64, 192, 3 * apple_prediction.PART)
-    op = apple_prediction.token(sizes, bits)
+    sizes = decode.Sizes("", 3, 128, 2, 1, 64, 192, 3 * apple.PART)
+    op = apple.token(sizes, bits)
     launches, moved = op.counted()
-    assert launches == 5 * sizes.layers + 2 + apple_prediction.counted(lambda: greedy(torch.zeros(1, 3072)))[0]
-    assert (launches, moved) == apple_prediction.counted(op.make("cpu"))
-    shape = (1, 1, apple_prediction.CONTEXT)
-    assert bench_decode.nbytes(sizes, bits, shape, torch.bfloat16) < moved
+    assert launches == 5 * sizes.layers + 2 + apple.counted(lambda: greedy(torch.zeros(1, 3072)))[0]
+    assert (launches, moved) == apple.counted(op.make("cpu"))
+    shape = (1, 1, apple.CONTEXT)
+    assert decode.nbytes(sizes, bits, shape, torch.bfloat16) < moved

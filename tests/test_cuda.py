@@ -594,7 +594,7 @@ def test_cuda_demo_with_random_weights(capsys):
     status = main(["demo", "--random-weights", "--device", "cuda", "--max-new-tokens", "16", "--rounds", "1"])
     output = capsys.readouterr().out
     assert status == 0, output
-    assert "tokens a second" in output and "the same" in output
+    assert "tokens per second" in output and "the same" in output
 
 
 def test_cuda_status_lists_the_kernels():

@@ -138,7 +138,7 @@ def test_command_prints_text_and_table(capsys):
     """python -m torch_fused demo: the prompt, text, both speeds, the packed weights' memory, and which path ran."""
     output = run_command(capsys)
     assert "SmolLM2-135M-Instruct in 4 and 8 bits, float32" in output
-    assert "why the sky is blue" in output and "tokens a second" in output and "the same" in output
+    assert "why the sky is blue" in output and "tokens per second" in output and "the same" in output
     assert "of stock's" in output and "211 matrices packed" in output
     assert "decode: steps of few tokens are one op" in output and "calls as one op" in output
 
@@ -155,7 +155,7 @@ def test_command_samples(capsys):
     for _ in range(2):
         arguments = ["demo", "--device", "cpu", "--max-new-tokens", "8", "--rounds", "1", "--dtype", "float32"]
         assert main([*arguments, "--temperature", "0.8", "--top-k", "40", "--top-p", "0.9", "--seed", "7"]) == 0
-        texts.append(capsys.readouterr().out.split("blue.")[1].split("tokens a second")[0])
+        texts.append(capsys.readouterr().out.split("blue.")[1].split("tokens per second")[0])
     assert texts[0] == texts[1]
 
 
@@ -176,7 +176,6 @@ def refusal(capsys, *arguments: str, status: int = 2) -> str:
     except SystemExit as exit:
         got = exit.code
     lines = capsys.readouterr().err.splitlines()
-    lines = [line for line in lines if line and "it/s]" not in line]  # but for transformers' progress
     assert got == status and len(lines) == 1, lines
     assert lines[0].startswith("torch_fused demo: ")
     return lines[0].removeprefix("torch_fused demo: ")
@@ -197,7 +196,7 @@ def refusal(capsys, *arguments: str, status: int = 2) -> str:
         ("--max-new-tokens", "1.5", "takes an integer from 1 on, got '1.5'"),
         ("--seed", "-1", "takes an integer from 0 to 9223372036854775807, got '-1'"),
         ("--dtype", "int4", "invalid choice: 'int4'"),
-        ("--prompt", "\udcff", "is no text"),
+        ("--prompt", "\udcff", "is not text"),
     ],
 )
 def test_a_value_that_is_not_taken(capsys, option, value, takes):
@@ -205,10 +204,10 @@ def test_a_value_that_is_not_taken(capsys, option, value, takes):
 
 
 def test_command_line_without_a_command(capsys):
-    """It says what there is; so does a wrong command, in one line."""
+    """One line that names the commands; so it is for a wrong one."""
     assert main([]) == 2
     output = capsys.readouterr()
-    assert "demo" in output.err and "doctor" in output.err and not output.out
+    assert "demo, doctor or metal" in output.err and output.err.count("\n") == 1 and not output.out
     with pytest.raises(SystemExit) as exit:
         main(["dmeo"])
     error = capsys.readouterr().err
@@ -259,13 +258,14 @@ def test_a_model_that_is_not_there(capsys, folders, tmp_path, monkeypatch):
     def refused(model) -> str:
         return refusal(capsys, "--model", str(model), status=1)
 
-    assert refused(tmp_path / "no" / "folder") == f"--model '{tmp_path}/no/folder': there is no such file or folder"
-    assert refused("no.gguf") == "--model 'no.gguf': there is no such file or folder"
+    missing = "there is no such file or folder; give a model's folder, a .gguf file or a hub id"
+    assert refused(tmp_path / "no" / "folder") == f"--model '{tmp_path}/no/folder': {missing}"
+    assert refused("no.gguf") == f"--model 'no.gguf': {missing}"
     assert refused(tmp_path).endswith("the folder has no config.json, so it is no Hugging Face model")
     (tmp_path / "a.gguf").write_text("")
     assert refused(tmp_path).endswith("the folder has no config.json, name one of its files: a.gguf")
     assert refused(tmp_path / "a.gguf").startswith(f"--model '{tmp_path}/a.gguf': cannot be used: ")
-    assert refused(__file__).endswith("a file, but no .gguf; a Hugging Face model is a folder")
+    assert refused(__file__).endswith("this file is not a .gguf; give the folder of a Hugging Face model")
     for name, text in (("model.safetensors", "short"), ("config.json", "{"), ("config.json", '{"model_type": "t5"}')):
         broken = tmp_path / f"broken {name} {len(text)}"
         shutil.copytree(folders / "llama", broken)
@@ -290,7 +290,8 @@ def test_a_hub_that_cannot_be_reached(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     message = refusal(capsys, "--model", "some/model", status=1)
     assert message == (
-        "--model 'some/model': no folder of that name, the hub cannot be reached, and it was not downloaded before"
+        "--model 'some/model': there is no such folder, the hub cannot be reached, and it was not downloaded before; "
+        "give a local folder, or none for the demo's own model"
     )
     assert asked == [("some/model", True)]
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, local_files_only: str(tmp_path))
@@ -298,13 +299,14 @@ def test_a_hub_that_cannot_be_reached(capsys, monkeypatch, tmp_path):
 
 
 def test_a_prompt_without_tokens(capsys, folders):
-    message = refusal(capsys, "--model", str(folders / "llama"), "--prompt", "")
-    assert message == "--prompt '': the model's tokenizer makes no tokens of it"
+    """Empty, or of spaces only, it is wrong whatever the model."""
+    for prompt in ("", " "):
+        assert "--prompt: is empty; give some text" in refusal(capsys, "--prompt", prompt)
 
 
 def test_a_prompt_that_leaves_no_room(capsys, folders):
     arguments = ["--model", str(folders / "llama"), "--prompt", "the sky is", "--max-new-tokens", "62"]
-    assert refusal(capsys, *arguments).endswith("too many behind a prompt of 3 tokens, the model takes 64 in all")
+    assert refusal(capsys, *arguments).endswith("too many after a prompt of 3 tokens, the model takes 64 in all")
 
 
 def test_a_cache_folder_that_cannot_be_used(capsys, monkeypatch, tmp_path):
@@ -335,7 +337,7 @@ def test_temperature_0_is_greedy(capsys, folders):
     """Whatever else is chosen: the text is that of no temperature."""
     arguments = ["--model", str(folders / "llama"), "--prompt", "the sky is", "--dtype", "float32"]
     texts = [
-        run_command(capsys, *arguments, *more).split("the sky is")[1].split("tokens a second")[0]
+        run_command(capsys, *arguments, *more).split("the sky is")[1].split("tokens per second")[0]
         for more in ([], ["--temperature", "0"], ["--temperature", "0", "--top-k", "5", "--top-p", "0.9"])
     ]
     assert texts[0] == texts[1] == texts[2]
@@ -483,7 +485,7 @@ def test_command_with_random_weights(small_shape, capsys, dtype):
     output = run_command(capsys, "--random-weights", *(["--dtype", dtype] if dtype else []))
     assert f"random weights, {dtype or 'float32'}" in output and "would be noise" in output
     assert "why the sky is blue" not in output
-    assert "tokens a second" in output and "the same" in output and "12 tokens" in output
+    assert "tokens per second" in output and "the same" in output and "12 tokens" in output
 
 
 def test_command_without_the_weights_takes_random_ones(small_shape, monkeypatch, capsys):

@@ -68,18 +68,22 @@ def test_doctor_uses_no_op_before_its_check(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("device", "reason"),
-    [("mps", "mps is not available"), ("cuda:99", "cuda:99 is not available"), ("gpu", "there is no device 'gpu'")],
+    [
+        ("mps", "this machine has no mps"),
+        ("cuda:99", "this machine has no cuda:99"),
+        ("gpu", "there is no device 'gpu'"),
+    ],
 )
 @pytest.mark.parametrize("command", ["doctor", "demo"])
 def test_a_device_that_is_not_there(command, device, reason, capsys):
     """One line, which names those that are, and exit status 2."""
     if device == "mps" and torch.backends.mps.is_available():
-        device, reason = "mps:7", "mps:7 is not available"
+        device, reason = "mps:7", "this machine has no mps:7"
     with pytest.raises(SystemExit) as exit:
         main([command, "--device", device])
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count("\n") == 1
-    assert f"torch_fused {command}: argument --device: {reason}; this machine has cpu" in error
+    assert f"torch_fused {command}: argument --device: {reason}; use one of cpu" in error
 
 
 def test_doctor_fails_on_a_wrong_result(monkeypatch, capsys):

@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     command.set_defaults(run=metal_check.run, prog=command.prog)
     args = parser.parse_args(argv)
     if "run" not in args:
-        parser.print_help(sys.stderr)
+        print("torch_fused: name a command: demo, doctor or metal (torch_fused --help explains them)", file=sys.stderr)
         return USAGE
     try:
         return args.run(args)

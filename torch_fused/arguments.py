@@ -1,4 +1,4 @@
-"""What the commands take on their command lines, and how they refuse: one line on stderr, and an exit status."""
+"""Arguments of the commands, and their errors: one line on stderr, and an exit status."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 
 USAGE = 2
-"""The exit status for arguments that cannot be served."""
+"""The exit status for wrong arguments."""
 
 
 class Failure(Exception):
@@ -22,16 +22,10 @@ class Failure(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses in one line, without the usage that --help prints."""
+    """Reports an error in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"{self.prog}: {message} ({self.prog} --help says what there is)\n")
-
-
-def best_device() -> str:
-    if torch.backends.mps.is_available():
-        return "mps"
-    return "cuda" if torch.cuda.is_available() else "cpu"
+        self.exit(USAGE, f"{self.prog}: {message} ({self.prog} --help lists the options)\n")
 
 
 def device(text: str) -> str:
@@ -41,19 +35,21 @@ def device(text: str) -> str:
     try:
         chosen = torch.device(text)
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"there is no device {text!r}; this machine has {', '.join(there)}") from None
+        raise argparse.ArgumentTypeError(f"there is no device {text!r}; use one of {', '.join(there)}") from None
     name = "cuda:0" if text == "cuda" else str(chosen)
     if name not in there:
-        raise argparse.ArgumentTypeError(f"{text} is not available; this machine has {', '.join(there)}")
+        raise argparse.ArgumentTypeError(f"this machine has no {text}; use one of {', '.join(there)}")
     return text
 
 
 def prompt(text: str) -> str:
-    """Text that a tokenizer takes, for argparse; bytes that are none arrive as surrogates."""
+    """Text for a tokenizer, for argparse. Bytes that are not text arrive as surrogates."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; give some text, such as --prompt 'Hello'")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise argparse.ArgumentTypeError(f"is no text: {error}") from None
+        raise argparse.ArgumentTypeError(f"is not text: {error}") from None
     return text
 
 

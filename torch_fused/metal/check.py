@@ -6,6 +6,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+from ..arguments import Failure
 from ..cache import CacheError
 from .errors import MetalError
 from .flatten import flatten
@@ -24,6 +25,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the kernels of each file and its faults; 1 if there is one."""
+    for path in args.files:
+        if not path.is_file():
+            raise Failure(f"{path}: there is no such file; give a .metal file")
     defines = "".join(f"#define {' '.join(define.partition('=')[::2])}\n" for define in args.defines)
     faults = [fault for path in args.files for fault in check(path, args.include_dirs, defines, not args.no_lint)]
     return 1 if faults else 0

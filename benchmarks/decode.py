@@ -1,6 +1,6 @@
-"""A step of a decoder as one op, dense and packed: python -m pytest benchmarks/bench_decode.py [--device cpu|cuda|mps]
+"""Cases of ops.py: a step of a decoder as one op, dense and packed, beside a plain read of the same bytes.
 
-Beside it is a plain read of the same bytes, the weights and the cache. Shapes are batch x tokens behind a context.
+The bytes are the weights and the cache. Shapes are batch x new tokens after a context.
 """
 
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from cases import Case
+from ops import Case
 
 from torch_fused.functional import quantize
 from torch_fused.ops.decode import decode_, decode_token_
@@ -33,7 +33,7 @@ class Sizes:
 
     @property
     def matrices(self) -> int:
-        """Weights in matrices, each read once a step."""
+        """Weights in matrices, each read once per step."""
         layer = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim + 3 * self.hidden * self.intermediate
         return self.layers * layer + self.vocabulary * self.hidden
 
@@ -69,16 +69,10 @@ def decoder(sizes: Sizes, bits: int, device: str, dtype: torch.dtype, int8_produ
 
     hidden, queries, keys = sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     parts: dict[str, tuple[int, ...]] = {
-        "input_norm": (hidden,),
-        "q": (queries, hidden),
-        "k": (keys, hidden),
-        "v": (keys, hidden),
-        "o": (hidden, queries),
-        "post_attention_norm": (hidden,),
-        "gate": (sizes.intermediate, hidden),
-        "up": (sizes.intermediate, hidden),
-        "down": (hidden, sizes.intermediate),
-    }
+        "input_norm": (hidden,), "q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden),
+        "o": (hidden, queries), "post_attention_norm": (hidden,), "gate": (sizes.intermediate, hidden),
+        "up": (sizes.intermediate, hidden), "down": (hidden, sizes.intermediate),
+    }  # fmt: skip
     if sizes.biased:
         parts |= {"q_bias": (queries,), "k_bias": (keys,), "v_bias": (keys,)}
     layers: list[torch.Tensor | Packed | None] = []
@@ -86,16 +80,8 @@ def decoder(sizes: Sizes, bits: int, device: str, dtype: torch.dtype, int8_produ
         shape = parts.get(name, ())
         layers.append(matrix(*shape) if len(shape) == 2 else vector(*shape) if shape else None)
     embedding = matrix(sizes.vocabulary, hidden)
-    return make_decoder(
-        embedding,
-        layers,
-        vector(hidden),
-        embedding,
-        heads=sizes.heads,
-        eps=1e-5,
-        scaling=sizes.head_dim**-0.5,
-        int8_products=int8_products,
-    )
+    options = {"heads": sizes.heads, "eps": 1e-5, "scaling": sizes.head_dim**-0.5, "int8_products": int8_products}
+    return make_decoder(embedding, layers, vector(hidden), embedding, **options)
 
 
 def nbytes(sizes: Sizes, bits: int, shape: Shape, dtype: torch.dtype) -> int:
@@ -145,7 +131,7 @@ def cases(device: str, full: bool) -> list[Case]:
             contenders["torch_fused, products of floats"] = step_of_floats
         return Case(
             "decode" if sizes is SMOLLM2 else f"decode, {sizes.name}",
-            "{} x {} behind {}".format(*shape),
+            "{} x {} after {}".format(*shape),
             dtype,
             nbytes(sizes, bits, shape, dtype),
             lambda device: (sizes, bits, shape, device, dtype),
@@ -159,7 +145,3 @@ def cases(device: str, full: bool) -> list[Case]:
     dense += [case(QWEN, 0, shape, torch.bfloat16) for shape in SHAPES[QWEN]]
     packed = [case(sizes, bits, shape, torch.bfloat16) for sizes in SHAPES for bits in (4, 8) for shape in FEW]
     return dense + packed
-
-
-def test_decode(bench):
-    bench()

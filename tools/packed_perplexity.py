@@ -1,12 +1,13 @@
-"""What vectors rounded to int8 cost a packed model on the CPU: logits and perplexity beside those of float products.
+"""Checks what rounding vectors to int8 costs a packed model on the CPU, in logits and perplexity.
 
-    python benchmarks/packed_perplexity.py [--tokens 4096] [--bits 4|8]
+    python tools/packed_perplexity.py [--tokens 4096] [--bits 4|8]
 
-The model is the demo's, in 4 bits as its file has them or packed anew in 8; the text is of the standard library's
-docstrings. The exit status is 1 if the perplexities differ by more than half a percent, or the logits by more than one
-in the root of the mean square.
+The model is the demo's: the 4 bits of its file, or 8 bits packed anew. The text is the standard library's docstrings.
+The exit status is 1 if the perplexities differ by more than half a percent, or the root mean square of the logits by
+more than one.
 """
 
+import argparse
 import ast
 import math
 import sys
@@ -17,8 +18,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import arguments
-from progress import Progress
 from torch import Tensor
 
 from torch_fused.demo import _demo_file, load_demo_model
@@ -74,11 +73,10 @@ def runner(decoder: Any, plan: Plan, config: Any, batch: int) -> Callable[[Tenso
 
 
 def main() -> int:
-    args = arguments(
-        __doc__,
-        ("--tokens", {"type": int, "default": 4096}),
-        ("--bits", {"type": int, "choices": (4, 8), "default": 4}),
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
+    args = parser.parse_args()
     model, tokenizer = packed_model(args.bits)
     plan: Any = read(model)
     parts = list(plan.decoder.arguments())
@@ -88,7 +86,7 @@ def main() -> int:
     squares = {"error": 0.0, "logits": 0.0}
     texts = make_texts(tokenizer, args.tokens)
     batches = texts.split(BATCH)
-    with torch.no_grad(), Progress("perplexity", len(batches) * CONTEXT // STEPS) as progress:
+    with torch.no_grad():
         for batch in batches:
             runs = {name: runner(decoder, plan, model.config, len(batch)) for name, decoder in decoders.items()}
             for length in range(0, CONTEXT, STEPS):
@@ -100,7 +98,6 @@ def main() -> int:
                 for name, each in logits.items():
                     known = each[:, : following.shape[1]].flatten(0, 1)
                     loss[name] += float(F.cross_entropy(known, following.flatten(), reduction="sum"))
-                progress.advance()
     predicted = len(texts) * (CONTEXT - 1)
     perplexity = {name: math.exp(total / predicted) for name, total in loss.items()}
     worse = perplexity["int8"] / perplexity["float"] - 1

@@ -1,0 +1,163 @@
+"""The timer of every benchmark: interleaved contenders, warm-up, medians and their spread."""
+
+import argparse
+import contextlib
+import ctypes
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # torch_fused need not be installed
+
+CACHE_BYTES = 256 << 20
+"""Buffers rotate through this much memory on a GPU, more than any cache holds."""
+PAUSE_CYCLES, PAUSE_SECONDS = 4_000_000, 2e-3
+"""How long a GPU waits before a sample: its clock is below 2 GHz."""
+
+Call = Callable[[], object]
+Enter = Callable[[], contextlib.AbstractContextManager[object]]
+
+
+def arguments(description: str | None, *more: tuple[str, dict[str, Any]]) -> argparse.Namespace:
+    """The options of every benchmark, and `more`. Sets the number of CPU threads."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    parser.add_argument("--device", default=best, help="cpu, cuda or mps (default: the best there is)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--full", action="store_true", help="longer cases too")
+    parser.add_argument("--again", action="store_true", help="measure rows that are up to date again")
+    parser.add_argument("--compile", action="store_true", help="time torch.compile too")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", help="folder of the CSV files")
+    for name, options in more:
+        parser.add_argument(name, **options)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    return args
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep freed memory. Otherwise results above 32 MB are new memory, and its first touch is timed."""
+    if sys.platform == "linux":
+        trim_threshold, mmap_max = -1, -4
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call, one for each sample."""
+
+    samples: Sequence[float]
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """The distance between the quartiles, over the median."""
+        low, median, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return (high - low) / median
+
+
+class GpuMoment:
+    """A point on a CUDA device's time line, followed by a pause in which the host queues what is timed.
+
+    The difference of two is therefore the device's time, without the host's.
+    """
+
+    def __init__(self) -> None:
+        self._before, self._after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._before.record()
+        torch.cuda._sleep(PAUSE_CYCLES)
+        self._after.record()
+
+    def __sub__(self, earlier: "GpuMoment") -> float:
+        self._before.synchronize()
+        return earlier._after.elapsed_time(self._before) / 1e3
+
+
+def synchronizer(device: str) -> Call:
+    """A function that waits until the device has done all its work."""
+    kind = torch.device(device).type
+    return (lambda: None) if kind == "cpu" else getattr(torch, kind).synchronize
+
+
+def interleave(
+    contenders: Mapping[str, Sequence[Call]],
+    device: str,
+    *,
+    rounds: int | None = None,
+    calls: int | None = None,
+    target: float | None = None,
+    wall: bool = False,
+    around: Mapping[str, Enter] | None = None,
+) -> dict[str, Timing]:
+    """Times contenders in turn, a sample of each per round, after a warm-up.
+
+    Args:
+        contenders: what to time. Each is a list of calls that do the same on buffers of their own, used in rotation.
+        device: whose time is measured.
+        rounds: samples of each contender; by default 5 to 15, as time allows.
+        calls: calls per sample; by default as many as fill `target`.
+        target: seconds per sample; by default 2 ms on CUDA and 20 ms elsewhere.
+        wall: measure wall time on CUDA too, not the time of the device.
+        around: context managers that contenders run in. Entering them is not timed.
+    """
+    wait, events = synchronizer(device), device.startswith("cuda") and not wall
+
+    def now() -> Any:
+        if events:
+            return GpuMoment()
+        wait()
+        return time.perf_counter()
+
+    def sample(name: str, count: int) -> float:
+        ring = contenders[name]
+        with (around or {}).get(name, contextlib.nullcontext)():
+            begin = now()
+            for i in range(count):
+                ring[i % len(ring)]()
+            return (now() - begin) / count
+
+    counts, once = {}, {}
+    for name in contenders:
+        sample(name, 1)
+        host = time.perf_counter()
+        once[name] = max(sample(name, 1), 1e-8)
+        host = time.perf_counter() - host
+        counts[name] = calls or max(1, int((target or (0.002 if events else 0.02)) / once[name]))
+        if events:  # no more than the host can queue in the pause
+            counts[name] = max(1, min(counts[name], int(PAUSE_SECONDS / host)))
+    rounds = rounds or max(5, min(15, int(len(once) / sum(once.values()))))
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, found in samples.items():
+            found.append(sample(name, counts[name]))
+    return {name: Timing(found) for name, found in samples.items()}
+
+
+def sets(nbytes: int, device: str) -> int:
+    """How many sets of buffers exceed a GPU's caches. On the CPU one: caches are part of what is measured."""
+    return 1 if device == "cpu" else max(1, min(64, -(-CACHE_BYTES // max(nbytes, 1))))
+
+
+def copies(nbytes: int, device: str) -> tuple[list[Call], int]:
+    """Copies that read and write `nbytes` in all, and how many bytes they move: at most 1 GB."""
+    half = max(min(nbytes, 1 << 30) // 2, 4)
+
+    def copy() -> Call:
+        source = torch.empty(half, dtype=torch.uint8, device=device).random_(0, 255)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    return [copy() for _ in range(sets(nbytes, device))], 2 * half
