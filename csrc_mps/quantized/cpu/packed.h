@@ -35,7 +35,7 @@ struct FloatVectors {
   int64_t count;
 };
 
-// Vectors of int8 with a scale a block, for integer products. The last unit ends in zeros if it has one block.
+// Vectors of int8 with one scale per block, for integer products. The last unit ends in zeros if it has one block.
 struct IntegerVectors {
   const int8_t* codes;  // (count, units, kCodeUnit)
   const float* scales;  // (count, units, 2, 4): four times that of each block
