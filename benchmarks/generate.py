@@ -2,9 +2,9 @@
 
     python benchmarks/generate.py [--device cpu|cuda|mps] [--model demo|qwen] [--compile] [--full] [--again]
 
-Timed are transformers, transformers with a static cache and torch.compile (--compile), torch_fused, and where installed
-llama-cpp-python (CPU) and mlx-lm (MPS), which run the same weights for one sequence. With packed weights, transformers
-and torch_fused also run dense ones.
+Timed are transformers, transformers with a static cache and torch.compile (--compile), torch_fused, and, where they are
+installed, llama-cpp-python (CPU) and mlx-lm (CPU, MPS), which run the same weights for one sequence. With packed
+weights, transformers and torch_fused also run dense ones.
 """
 
 import contextlib

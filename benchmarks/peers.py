@@ -121,7 +121,7 @@ def llama_file(weights: str) -> Path:
 
 
 def mlx_lm(weights: str, room: int) -> Run:
-    """mlx-lm on a Mac's GPU."""
+    """mlx-lm on MLX's default device: a Mac's GPU, on Linux the CPU."""
     import mlx.core as mx
     from mlx_lm import load
     from mlx_lm.generate import generate_step
@@ -143,6 +143,10 @@ def programs(device: str, bits: int) -> dict[str, Callable[[str, int], Run]]:
     found: dict[str, Callable[[str, int], Run]] = {}
     if device == "cpu" and importlib.util.find_spec("llama_cpp"):
         found["llama-cpp-python"] = llama_cpp
-    if device == "mps" and not bits and sys.platform == "darwin" and importlib.util.find_spec("mlx_lm"):
+    if (
+        not bits
+        and device == {"darwin": "mps", "linux": "cpu"}.get(sys.platform)
+        and importlib.util.find_spec("mlx_lm")
+    ):
         found["mlx-lm"] = mlx_lm
     return found

@@ -43,6 +43,11 @@ On Linux malloc is told to keep freed memory: otherwise the first touch of new m
 A row whose threads waited for a core because of other programs is measured again by the next `make bench`.
 `torch_fused` computes in float32 and rounds once; `torch_fused llama` makes the roundings of Hugging Face's code.
 Compare the contenders of one machine, never two machines.
+
+`pip install '.[peers]'` adds other libraries to the next run: llama-cpp-python (the same weights, dense and packed),
+mlx-lm (dense weights; with `mlx[cpu]` on Linux) and Liger-Kernel (its ops need a CUDA device). flashinfer and quack are
+timed where they are installed. mlx-lm was tried on Linux and generates with the demo's weights; its rows are not
+recorded yet.
 """
 
 

@@ -308,7 +308,7 @@ def op(q, k, cos, sin, **kwargs):
         (lambda q, k, c, s: op(q[0], k, c, s), r"q must have four dimensions, got shape \[4, 5, 8\]"),
         (
             lambda q, k, c, s: op(q, k[:, :, 1:], c, s),
-            r"k must have q's shape but for the heads, .* got \[2, 2, 4, 8\]",
+            r"k must have q's shape except for the heads, .* got \[2, 2, 4, 8\]",
         ),
         (
             lambda q, k, c, s: op(q, k, c[:, 1:], s),

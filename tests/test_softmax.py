@@ -13,7 +13,7 @@ from torch_fused.testing import assert_close, make, relative_error
 
 # One column, under a pack, a pack, a pack and a tail, whole packs, odd, two and four packs a thread.
 COLS = [1, 3, 8, 13, 64, 1000, 1537, 6000, 8192]
-# Past the registers of a threadgroup: a threadgroup a row, and several.
+# Past the registers of a threadgroup: one threadgroup per row, and several.
 LONG = [(130, 16400), (2, 33001)]
 
 

@@ -67,7 +67,7 @@ def returned_classes() -> list[type]:
 
 
 def public_api() -> Iterator[tuple[str, list[Entry]]]:
-    """(module, its entries), members of classes behind their class; last `torch_fused.status`."""
+    """(module, its entries), members of classes after their class; last `torch_fused.status`."""
     package = importlib.import_module("torch_fused")
     for name in MODULES:
         module = importlib.import_module(f"torch_fused.{name}")
@@ -146,7 +146,7 @@ def definition(function: Any, name: str) -> str:
 
 
 def sections(docstring: str) -> dict[str, str]:
-    """The text before the first section under ``""``, then each section's body, dedented, and what is behind it."""
+    """The text before the first section under ``""``, then each section's body, dedented, and what follows it."""
     found: dict[str, list[str]] = {"": []}
     current = ""
     for line in docstring.splitlines():

@@ -348,7 +348,7 @@ def check_decode(device: str) -> None:
     for hidden, head_dim, steps in ((42, 12, 3), (64, 64, 1), (64, 64, 3), (64, 128, 1), (64, 128, 3)):
         for dtype in DTYPES:
             check_decoder(device, dtype, hidden, head_dim, steps)
-    # A context of several chunks, which are put together behind attention.
+    # A context of several chunks, which are combined after attention.
     for hidden, head_dim, steps in ((42, 12, 3), (64, 64, 1), (64, 64, 3)):
         for dtype in DTYPES:
             check_decoder(device, dtype, hidden, head_dim, steps, length=70)
@@ -446,7 +446,7 @@ def check_decoder(
     exact_model = DecoderParts(*decoder_arguments(**in_float64(model)))
     exact = decode_reference(exact_model, **in_float64(arguments), logits_to_keep=steps)
     matrices = f"{bits} bits" if bits else "dense matrices"
-    what = f"decode_ of {hidden} columns and heads of {head_dim} behind {length}, {matrices}"
+    what = f"decode_ of {hidden} columns and heads of {head_dim} after {length}, {matrices}"
     what += ", norms of outputs" if traits else f", {experts} experts" if experts else ""
     moved = on(device, model)
     logits = decode_(make_decoder(**moved, int8_products=False), **on(device, arguments))

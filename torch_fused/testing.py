@@ -75,7 +75,7 @@ def makers_of_layouts(values: Tensor, *, written: bool = False) -> Iterator[tupl
         return dense.as_strided(shape, [7 if n == 1 else s for n, s in zip(shape, dense.stride(), strict=True)])
 
     yield "contiguous", lambda: values.clone(memory_format=torch.contiguous_format)
-    yield "behind an offset", lambda: view_of([values.numel() + 1], lambda t: t[1:].view(shape))
+    yield "after an offset", lambda: view_of([values.numel() + 1], lambda t: t[1:].view(shape))
     if values.dim() >= 1:
         yield "rows apart", lambda: view_of([*shape[:-1], shape[-1] + 3], lambda t: t[..., : shape[-1]])
     if values.dim() >= 2:

@@ -31,7 +31,7 @@ class Sum {
     if (distance < low_[i] || distance > high_[i]) return false;
     if (i == spans_.size() || --tries_ < 0) return true;
     const auto [stride, low, high] = spans_[i];
-    // What the spans behind this one cannot add is left to it. Rounded towards zero, so at most one number too many.
+    // What the spans after this one cannot add is left to it. Rounded towards zero, so at most one number too many.
     const int64_t first = std::max(low, (distance - high_[i + 1]) / stride - 1);
     const int64_t last = std::min(high, (distance - low_[i + 1]) / stride + 1);
     for (int64_t n = first; n <= last; ++n) {

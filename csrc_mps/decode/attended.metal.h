@@ -1,4 +1,4 @@
-// The product behind attention, whatever the matrix's rows hold. A threadgroup puts the chunks of the context together,
+// The product after attention, for dense and packed rows. A threadgroup puts the chunks of the context together,
 // some columns at a time, and multiplies its rows with the result.
 #pragma once
 #include <metal_stdlib>

@@ -1,4 +1,4 @@
-// The product behind attention with a dense matrix.
+// The product after attention with a dense matrix.
 #include <metal_stdlib>
 #include "common/kernel.metal.h"
 #include "decode/attended.metal.h"

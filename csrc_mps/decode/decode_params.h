@@ -54,10 +54,10 @@ struct PackedProductParams {
   PackedFormat format;
 };
 
-SHARED_CONSTANT uint32_t kProductSimdgroups = 4;    // of a threadgroup that multiplies, but for splits
+SHARED_CONSTANT uint32_t kProductSimdgroups = 4;    // of a threadgroup that multiplies, without splits
 SHARED_CONSTANT uint32_t kMostSplitSimdgroups = 8;  // with them
 
-// The product behind attention.
+// The product after attention.
 struct AttendedParams {
   int64_t stride;  // elements from row to row
   uint32_t rows, cols, vectors;

@@ -37,7 +37,7 @@ void decode_embed(device const T* embedding [[buffer(0)]], device const long* to
   }
 }
 
-// The RMS norm of some floats of each token, a threadgroup a token.
+// The RMS norm of some floats of each token, one threadgroup per token.
 [[kernel, max_total_threads_per_threadgroup(256)]]
 void decode_norm(device const float* from [[buffer(0)]], device const ushort* norm [[buffer(1)]],
                  device float* to [[buffer(2)]], constant StepNormParams& p [[buffer(3)]],

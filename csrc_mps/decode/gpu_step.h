@@ -29,7 +29,7 @@ struct StepVectors {
 
 // Products with matrices that one kernel can read, one below the other; with two that gate if `gated`.
 void multiply(GpuStep& step, std::initializer_list<const Linear*> matrices, const StepVectors& v, bool gated);
-// The product behind attention, whose chunks it puts together if there are several.
+// The product after attention. It combines the chunks of attention if there are several.
 void multiply_attended(GpuStep& step, const Linear& o, const at::Tensor& to, bool add, double scale);
 void embed(GpuStep& step);
 // activation(gate) * up, where adapters come before it.

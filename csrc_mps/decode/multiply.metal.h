@@ -28,7 +28,7 @@ inline void load_norm(device const ushort* norm, uint column, uint cols, thread 
   for (int u = 0; u < U; u++) load_pack<T, WHOLE>((device const T*)norm, column + u * 32 * N, cols, packs[u]);
 }
 
-// The sum of squares of each of C vectors, a simdgroup a vector.
+// The sum of squares of each of C vectors, one simdgroup per vector.
 template <int C, bool WHOLE>
 inline void sum_squares(device const float* vectors, constant ProductParams& p, uint first_vector, uint lane,
                         uint simdgroup, uint simdgroups, threadgroup float* squares) {

@@ -13,7 +13,7 @@ constexpr int64_t kMostSplits = 8;
 constexpr int64_t kFewRows = 8192;           // a product with more rows fills a GPU without splitting them
 constexpr int64_t kSimdgroups = 4096;        // and so many simdgroups, each with several vectors
 constexpr int64_t kPackedSimdgroups = 2048;  // or with packed rows
-constexpr int64_t kAttendedRows = 4;         // of a simdgroup behind attention
+constexpr int64_t kAttendedRows = 4;         // of a simdgroup after attention
 
 // What the sources instantiate: vectors, rows and columns of a simdgroup at once. The variant 0 takes operands of any
 // layout and type.

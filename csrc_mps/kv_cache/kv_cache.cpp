@@ -70,7 +70,7 @@ namespace {
 // Bytes a thread should at least copy: below that, waking one costs more than it saves.
 constexpr int64_t kGrainBytes = 65536;
 
-// Copies `from` to tokens `position` and on of `to`: tokens of a head that lie one behind the other in one memcpy, else
+// Copies `from` to tokens `position` and on of `to`: tokens of a head that follow each other in one memcpy, else
 // token by token, else element by element.
 void copy_tokens(const Tensor& to, const Tensor& from, int64_t position) {
   if (from.numel() == 0) return;

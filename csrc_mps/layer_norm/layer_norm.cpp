@@ -225,7 +225,7 @@ struct Backward {
   const T* x;
   const T* weight;  // or null
   T* grad_x;
-  wide_t<T>* partial;  // a row a block: its part of the weight's gradient, then of the bias's, if they are needed
+  wide_t<T>* partial;  // one row per block: its part of the weight's gradient, then of the bias's, if they are needed
   int64_t grad_stride, x_stride, rows_per_block;
   bool need_weight_grad, need_bias_grad;
 };

@@ -6,7 +6,7 @@ namespace torch_fused {
 
 SHARED_CONSTANT uint32_t kPackedColumns = 16;  // of a row that a lane takes at once: they are in one group
 SHARED_CONSTANT uint32_t kPackedBlock = 32 * kPackedColumns;  // and a simdgroup
-SHARED_CONSTANT uint32_t kPackedSimdgroups = 4;               // of a threadgroup, but for splits
+SHARED_CONSTANT uint32_t kPackedSimdgroups = 4;               // of a threadgroup, without splits
 SHARED_CONSTANT uint32_t kHasBias = 1;
 
 struct QuantizedParams {

@@ -234,7 +234,7 @@ struct Backward {
   const T* x;
   const T* weight;  // or null
   T* grad_x;
-  wide_t<T>* partial;  // a row a block: its part of the weight's gradient; or null
+  wide_t<T>* partial;  // one row per block: its part of the weight's gradient; or null
   int64_t grad_stride, grad_sum_stride, x_stride, rows_per_block;
 };
 

@@ -70,7 +70,7 @@ Rope check_rope(const RopeNames& names, const Tensor& q, const Tensor& k, const 
   TORCH_CHECK(q.dim() == 4, op, ": ", names.q, " must have four dimensions, got shape ", q.sizes());
   TORCH_CHECK(k.dim() == 4 && k.size(0) == q.size(0) && k.size(3 - unsqueeze_dim) == q.size(3 - unsqueeze_dim) &&
                   k.size(3) == q.size(3),
-              op, ": ", names.k, " must have ", names.q, "'s shape but for the heads, ", q.sizes(), ", got ",
+              op, ": ", names.k, " must have ", names.q, "'s shape except for the heads, ", q.sizes(), ", got ",
               k.sizes());
   call.batch = q.size(0);
   call.tokens = q.size(3 - unsqueeze_dim);

@@ -23,7 +23,7 @@ struct RopeHeads {
 // One checked call.
 struct Rope {
   RopeHeads q, k;
-  at::Tensor cos, sin;                                 // rows of `rotary_dim` elements, a row a token
+  at::Tensor cos, sin;                                 // rows of `rotary_dim` elements, one per token
   int64_t cos_batch, cos_token, sin_batch, sin_token;  // their strides, 0 where a row serves all
   int64_t batch, tokens, head_dim, rotary_dim;
   bool llama;

@@ -1,4 +1,4 @@
-// Rotary position embedding of queries and keys. A head is two halves, (a, b), and pass-through dimensions behind them:
+// Rotary position embedding of queries and keys. A head is two halves, (a, b), and pass-through dimensions after them:
 // (a, b) -> (a * cos - b * sin, b * cos + a * sin), each half with its own half of the tables.
 #include <metal_stdlib>
 #include "common/pack.metal.h"

@@ -66,7 +66,7 @@ class Graph final : public Repeats::Kept {
   Graph(const Graph&) = delete;
   Graph& operator=(const Graph&) = delete;
 
-  // Whether these launches are the graph's but for their grids and arguments.
+  // Whether these launches are the graph's, except for their grids and arguments.
   bool is_of(c10::ArrayRef<Launch> launches, const std::vector<void*>& functions, int device) const {
     if (device != device_ || launches.size() != nodes_.size()) return false;
     for (size_t i = 0; i < nodes_.size(); ++i) {

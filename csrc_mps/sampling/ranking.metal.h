@@ -164,7 +164,7 @@ struct Ranking {
     return reached;
   }
 
-  // The weight of the tokens that are not smaller than `end`, which is in `range` or behind it.
+  // The weight of the tokens that are not smaller than `end`, which is in `range` or after it.
   ulong mass_until(ulong end, Range range) const {
     if (end > range.last) {
       ulong mass = 0;

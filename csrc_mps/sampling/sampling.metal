@@ -8,7 +8,7 @@
 using namespace metal;
 using namespace torch_fused;
 
-// The logits of a slice, eight a thread, NaN behind the end of the row.
+// The logits of a slice, eight per thread, NaN after the end of the row.
 template <typename T>
 inline void load_slice(device const T* row, uint slice, uint vocabulary, uint thread_id, thread float* logits) {
   const uint first = slice * SLICE + thread_id;

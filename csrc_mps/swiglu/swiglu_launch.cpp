@@ -17,7 +17,7 @@ using at::Tensor;
 
 constexpr int64_t kThreads = 256, kPackBytes = 16;
 
-// Launches a kernel of `op` over the operands' rows, a pack a thread, with the dense results behind them.
+// Launches a kernel of `op` over the operands' rows, one pack per thread, with the dense results after them.
 void launch_rows(const char* op, KernelSet& kernels, const SwigluRows& call, std::initializer_list<Tensor> results,
                  SwigluParams params) {
   const Tensor& result = *results.begin();

@@ -42,7 +42,7 @@ class FusedLayer(DynamicLayer):
     """The cache of one layer: two buffers, of which the first `get_seq_length()` tokens are in use.
 
     ``keys`` and ``values`` are what a `DynamicLayer` has, ``(batch, heads, tokens, head_dim)``: views of the part in
-    use, or the tensors that were assigned. New tokens are written behind it in place, but only while nobody else holds
+    use, or the tensors that were assigned. New tokens are written after it in place, but only while nobody else holds
     a view of the buffers; else the tokens move to new ones first. So no tensor that was handed out or assigned is ever
     written: a caller may keep or edit it.
 
@@ -194,7 +194,7 @@ class FusedLayer(DynamicLayer):
         """
         self._take_back()
         old = (self._keys, self._values) if self._held is None else self._held
-        # `torch.cat` passes over an empty vector, but for its dtype; a `DynamicLayer` begins with two.
+        # `torch.cat` passes over an empty vector, except for its dtype; a `DynamicLayer` begins with two.
         begins = self._held is not None and all(type(t) is Tensor and t.shape == (0,) for t in old)
         if not _match(*new) or not (begins or (_match(old[0], new[0], 3) and _match(old[1], new[1], 3))):
             return False
@@ -245,7 +245,7 @@ class FusedLayer(DynamicLayer):
         return self._held is None or (self.is_initialized and self._prepare(self._held, 0))
 
     def room_for(self, tokens: int) -> Pair:
-        """The two buffers, with room for that many tokens behind those in use. `advance` makes these count."""
+        """The two buffers, with room for that many tokens after those in use. `advance` makes these count."""
         if self._length + tokens > self._room or not self._may_write():
             self._prepare((self._keys, self._values), tokens)
         return self._keys, self._values
@@ -318,7 +318,7 @@ class FusedLayer(DynamicLayer):
 class FusedSlidingLayer(FusedLayer):
     """The cache of a layer whose tokens attend the last ``sliding_window`` ones only, their own included.
 
-    When its buffers are full, it drops the tokens that no new one attends, but for the last `SPARE`, so that a few can
+    When its buffers are full, it drops the tokens that no new one attends, except the last `SPARE`, so that a few can
     still be cropped. With ``record_past``, as assisted generation asks for, it drops none. `update` returns those that
     the new tokens may attend.
     """
@@ -566,7 +566,7 @@ class FusedKVCache(DynamicCache):
         )
 
     def room_for(self, tokens: int) -> tuple[list[Tensor], list[Tensor]]:
-        """The buffers of all layers' keys and of their values, with room for that many tokens behind those in use."""
+        """The buffers of all layers' keys and of their values, with room for that many tokens after those in use."""
         layers: list[Any] = self.layers
         buffers = [layer.room_for(tokens) for layer in layers]
         return [keys for keys, _ in buffers], [values for _, values in buffers]

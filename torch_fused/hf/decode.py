@@ -136,7 +136,7 @@ class Decoder:
         cache: FusedKVCache,
         **more: Any,
     ) -> Tensor:
-        """Calls the op `run` for new tokens behind those of the cache; `check` has given the plan.
+        """Calls the op `run` for new tokens after those of the cache; `check` has given the plan.
 
         All positions are below `rows`.
         """

@@ -56,7 +56,7 @@ def generate_by_loop(self, *args: Any, **kwargs: Any) -> Any:
     if (
         mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
         or (config.return_dict_in_generate and config.output_scores)  # of which transformers' own tokens are drawn
-        or config.penalty_alpha is not None  # contrastive search, but for a default of top_k
+        or config.penalty_alpha is not None  # contrastive search, except for a default of top_k
         or config.token_healing
         or (config.stop_strings is not None and tokenizer is None)
     ):
@@ -105,7 +105,7 @@ def token_loop(
     streamer: Any = None,
     **model_kwargs: Any,
 ):
-    """Greedy or sampled tokens behind `input_ids`, as transformers' own loop would give them."""
+    """Greedy or sampled tokens after `input_ids`, as transformers' own loop would give them."""
     wanted = [
         name
         for name in ("logits", "attentions", "hidden_states")

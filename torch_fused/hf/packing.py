@@ -153,7 +153,7 @@ def _shared(modules: dict[str, nn.Module]) -> dict[str, str]:
 
 
 def empty_packed(module: Any, form: Format, scales_dtype: torch.dtype | None) -> Any:
-    """A packed module for a dense one, on the meta device but for its bias, which is shared."""
+    """A packed module for a dense one, on the meta device, except its bias, which is shared."""
     rows, columns = module.weight.shape
     options: dict[str, Any] = {**form._asdict(), "device": "meta", "dtype": scales_dtype}
     packed: Any

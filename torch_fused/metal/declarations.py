@@ -153,7 +153,7 @@ def overloads(source: Tokens, found: list[Declaration], attributes: set[int]) ->
 
 
 def constructor_spaces(source: Tokens, declaration: Declaration) -> list[int]:
-    """The address spaces behind a constructor's parameters: C++ has one constructor for all."""
+    """The address spaces after a constructor's parameters: C++ has one constructor for all."""
     if not declaration.of_class or not re.search(
         rf"\b(struct|class|union) {_name(source, declaration)}\b", declaration.scope[-1]
     ):
@@ -173,7 +173,7 @@ def _name(source: Tokens, declaration: Declaration) -> str:
 
 
 def _signature(source: Tokens, declaration: Declaration, attributes: set[int]) -> Iterator[str]:
-    """What tells a function from its overloads, but for address spaces."""
+    """What distinguishes a function from its overloads, except address spaces."""
     i = declaration.start
     while i < declaration.head:
         if source.tokens[i].text == "__attribute__":

@@ -121,7 +121,7 @@ def _errors(output: str) -> str:
         if not (match := ERROR.match(line)):
             continue
         place = match[1]
-        if str(INCLUDE) in place:  # g++ says before it what asked for it, clang behind it
+        if str(INCLUDE) in place:  # g++ says before it what asked for it, clang after it
             before, behind = lines[max(i - TRACE, 0) : i][::-1], lines[i + 1 : i + TRACE]
             asked = [m[1] for near in (*before, *behind) if (m := REQUIRED.match(near)) and str(INCLUDE) not in m[1]]
             if not asked and found:

@@ -34,7 +34,7 @@ def compiler() -> list[str]:
 
 
 def preprocess(text: str, name: str) -> str:
-    """Expand macros and conditionals of `text`, whose includes are flattened but for <metal_stdlib>.
+    """Expand macros and conditionals of `text`, whose includes are flattened except <metal_stdlib>.
 
     `name` is the file that lines are numbered in until a #line directive says otherwise. The shims stand in for Metal's
     own headers later, so those includes are dropped here.

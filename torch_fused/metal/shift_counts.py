@@ -14,7 +14,7 @@ SHIFTS = {
 
 
 def define_shifts(program: Program) -> dict[int, str]:
-    """Has shifts.h take the counts. A `>>` behind two `<` may close templates, and stays."""
+    """Has shifts.h take the counts. A `>>` after two `<` may close templates, and stays."""
     tokens = program.tokens
     replaced: dict[int, str] = {}
     opened = [0]  # `<` not closed, in each of the brackets around

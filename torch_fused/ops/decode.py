@@ -225,7 +225,7 @@ def decode_token_(
 
     Raises:
         As :func:`decode_` and ``next_token``. Only logits that have nothing to draw, or are NaN, are found after the
-            step, when the new keys and values have been written behind ``length``.
+            step, when the new keys and values have been written after ``length``.
     """
     return _decode_token(
         model,

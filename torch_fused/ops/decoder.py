@@ -163,12 +163,12 @@ def make_decoder(
         experts_per_token: how many experts a token takes, those of the largest logits; at most 32.
         normalise_experts: whether their weights, which are the softmax over all experts, are made to sum to 1.
         activation: of the gate: ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``.
-        windows: for each layer how many of the last cache slots a token attends, its own included; 0 for all. None:
+        windows: for each layer how many of the last cache slots a token attends to, its own included; 0 for all. None:
             0 for every layer.
         tables: for each layer the index of its table where ``cos`` and ``sin`` of :func:`decode_` are stacked tables;
             -1 for a layer without positions. None: 0 for every layer.
         int8_products: on the CPU, packed rows are multiplied as integers, with vectors rounded to int8, 8 values a
-            scale, which is faster, but for ``v`` and for 8 bits in groups of 32. False: all as float32.
+            scale, which is faster, except ``v`` and 8 bits in groups of 32. False: all as float32.
         adapters: low-rank adapters of matrices of layers, several of one matrix if wanted.
 
     Returns:

@@ -122,7 +122,7 @@ def _rank(rows: Tensor, parameters: _Parameters) -> tuple[Tensor, Tensor, Tensor
     running = weights.cumsum(-1)
     total = torch.where(kept, weights, 0).sum(-1, keepdim=True)
 
-    # The token with which the weight reaches top_p is left out where those before it reach it but for a rounding.
+    # The token with which the weight reaches top_p is left out where those before it reach it except for a rounding.
     target = _share_of(total, *top_p).clamp_min(1)
     edge = (running < target).sum(-1, keepdim=True).clamp_max(x.shape[-1] - 1)
     at_edge, weight = x.gather(-1, edge), weights.gather(-1, edge)
@@ -171,7 +171,7 @@ def _weights(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def _multiply_high(a: Tensor | int, b: Tensor) -> Tensor:
-    """The high half of the product of two 32-bit integers, which int64 holds but for its sign."""
+    """The high half of the product of two 32-bit integers, which int64 holds except for its sign."""
     return ((a * b) >> 32) & _LOW
 
 

@@ -241,7 +241,7 @@ TORCH_FUSED_INLINE void attend_block(const CpuStep& s, const Context<T>& context
 }
 
 // One chunk of one sequence's context for the queries of one key head; the last chunk has the new tokens, and writes
-// their keys and values first. `own` has attention_memory() floats.
+// their keys and values first. `own` has s.own_size() floats.
 template <class T>
 TORCH_FUSED_INLINE void attend(const CpuStep& s, const Context<T>& context, int64_t batch, int64_t kv_head,
                                int64_t chunk, float* own) {

@@ -1,4 +1,4 @@
-// Metal's standard library for CUDA, compiled by NVRTC: a warp is a simdgroup, a block a threadgroup, __shared__
+// Metal's standard library for CUDA, compiled by NVRTC: a warp is a simdgroup, a block is a threadgroup, __shared__
 // memory threadgroup memory. Grids are whole blocks along x, so a builtin of the grid is a product of block and grid
 // sizes. Blocks are whole warps, as cuda.cpp checks: the mask of a warp's function must be a constant to cost nothing.
 #pragma once
