@@ -106,7 +106,6 @@ def test_the_addition_before_a_norm_stays_fused_when_checkpointed(family, reentr
     with Calls() as calls:
         step = train_step(patched, use_cache=True)
     assert calls.counts["add_rms_norm"] == 2 * 2
-    assert calls.counts["add_rms_norm_backward"] == 2 or calls.counts["rms_norm_backward"] >= 2
     assert_steps_match(train_step(stock), step)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .ops.adamw import adamw_
 from .ops.sum_of_squares import sum_of_squares
-from .sharding import as_parameter, local, total_of_shards
+from .sharding import as_parameter, is_sharded, local, total_of_shards
 
 __all__ = ["AdamW"]
 
@@ -48,11 +48,8 @@ class AdamW(torch.optim.AdamW):
             16-bit averages lose: with beta2 of 0.999 a bfloat16 one never shrinks.
         max_grad_norm: clip the norm of all gradients together, over all groups, devices and shards, as
             :func:`torch.nn.utils.clip_grad_norm_` before the step does. The gradients themselves stay as they are. May
-            be changed between steps: ``optimizer.max_grad_norm = 0.5``. None does not clip.
-
-    Attributes:
-        grad_norm: the norm of the gradients at the last step, unscaled and not clipped: one float on the device of the
-            first gradient, or None without ``max_grad_norm``.
+            be changed between steps: ``optimizer.max_grad_norm = 0.5``. None does not clip. ``optimizer.grad_norm`` is
+            the norm at the last step, unscaled and not clipped, a tensor of one number; None without clipping.
 
     A :class:`torch.amp.GradScaler` leaves it to the step to unscale the gradients, and to leave out a step with an
     infinite one, so that the host need not know. The steps are counted on the device from then on.
@@ -72,6 +69,7 @@ class AdamW(torch.optim.AdamW):
     """
 
     grad_norm: Tensor | None = None
+    """Of all gradients at the last step, unscaled and not clipped; None without ``max_grad_norm``."""
 
     def __init__(
         self,
@@ -187,8 +185,12 @@ class AdamW(torch.optim.AdamW):
     ) -> None:
         names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
         params = [gradients.params[i] for i in places]
-        states = [self._state_of(param, names, device if capturable else torch.device("cpu")) for param in params]
-        averages = {name: [local(state[name]) for state in states] for name in names}
+        counts_on = device if capturable else torch.device("cpu")
+        states = [self._state_of(param, names, counts_on) for param in params]
+        averages = {name: [state[name] for state in states] for name in names}
+        if gradients.sharded:
+            params = [local(param) for param in params]
+            averages = {name: [local(average) for average in tensors] for name, tensors in averages.items()}
         beta1, beta2 = group["betas"]
         on_device = {
             name: None if value is None else value.to(device, non_blocking=True)
@@ -199,7 +201,7 @@ class AdamW(torch.optim.AdamW):
             )
         }
         adamw_(
-            [local(param) for param in params],
+            params,
             [gradients.grads[i] for i in places],
             averages["exp_avg"],
             averages["exp_avg_sq"],
@@ -221,8 +223,8 @@ class AdamW(torch.optim.AdamW):
         state = self.state[param]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=counts_on)
-        elif state["step"].device != counts_on:
-            state["step"] = state["step"].to(counts_on, non_blocking=counts_on.type != "cpu")
+        elif (device := state["step"].device) != counts_on:
+            state["step"] = state["step"].to(counts_on, non_blocking=device.type == "cpu")
         for name in names:
             if name not in state:
                 state[name] = torch.zeros_like(param, dtype=self.state_dtype or param.dtype)
@@ -271,7 +273,14 @@ class _Gradients:
         self.params = [param for param in group["params"] if param.grad is not None]
         for param in self.params:
             _check_gradient(param)
-        self.grads = [local(as_parameter(param.grad, param)).to(param.dtype) for param in self.params]
+        self.sharded = any(is_sharded(param) for param in self.params)
+        grads = [param.grad for param in self.params]
+        if self.sharded:
+            grads = [local(as_parameter(grad, param)) for grad, param in zip(grads, self.params, strict=True)]
+        self.grads = [
+            grad if grad.dtype == param.dtype else grad.to(param.dtype)
+            for grad, param in zip(grads, self.params, strict=True)
+        ]
 
     def by_device(self) -> dict[torch.device, list[int]]:
         """The places of the parameters on each device."""

@@ -253,9 +253,21 @@ ADAMW_LOOP(at::Half, float)
 ADAMW_LOOP(at::BFloat16, at::BFloat16)
 ADAMW_LOOP(at::BFloat16, float)
 
+template <class F>
+AdamwScalars<F> rounded(const AdamwScalars<double>& s) {
+  return {static_cast<F>(s.bias_correction2),
+          static_cast<F>(s.negative_step_size),
+          static_cast<F>(s.decay),
+          static_cast<F>(s.gradient),
+          static_cast<F>(s.lerp),
+          static_cast<F>(s.beta2),
+          static_cast<F>(s.one_minus_beta2),
+          static_cast<F>(s.eps)};
+}
+
 template <class P, class S>
-void update_chunk(const AdamwTensor& t, const AdamwOptions& options, int64_t begin, int64_t n) {
-  const auto scalars = options.scalars<wide_t<P>>(next_step(t.step));
+void update_chunk(const AdamwTensor& t, const AdamwScalars<double>& s, int64_t begin, int64_t n) {
+  const auto scalars = rounded<wide_t<P>>(s);
   P* param = elements<P>(t.param) + begin;
   const P* grad = elements<const P>(t.grad) + begin;
   S *exp_avg = elements<S>(t.exp_avg) + begin, *exp_avg_sq = elements<S>(t.exp_avg_sq) + begin;
@@ -266,12 +278,12 @@ void update_chunk(const AdamwTensor& t, const AdamwOptions& options, int64_t beg
   }
 }
 
-void update_chunk(const AdamwTensor& t, const AdamwOptions& options, int64_t begin, int64_t n) {
+void update_chunk(const AdamwTensor& t, const AdamwScalars<double>& s, int64_t begin, int64_t n) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, t.param.scalar_type(), "adamw_", [&] {
     if (t.exp_avg.scalar_type() == t.param.scalar_type()) {
-      update_chunk<scalar_t, scalar_t>(t, options, begin, n);
+      update_chunk<scalar_t, scalar_t>(t, s, begin, n);
     } else if constexpr (sizeof(scalar_t) == 2) {
-      update_chunk<scalar_t, float>(t, options, begin, n);
+      update_chunk<scalar_t, float>(t, s, begin, n);
     }
   });
 }
@@ -298,17 +310,22 @@ void adamw_cpu(TensorList params, TensorList grads, TensorList exp_avgs, TensorL
                        /*on_gpu=*/false);
   if (call.options().found_inf.value != 0) return;
   struct Chunk {
-    const AdamwTensor* tensor;
+    size_t tensor;
     int64_t begin;
   };
+  const std::vector<AdamwTensor>& tensors = call.tensors();
+  std::vector<AdamwScalars<double>> scalars;
+  scalars.reserve(tensors.size());
   std::vector<Chunk> chunks;
-  for (const AdamwTensor& tensor : call.tensors()) {
-    for (int64_t begin = 0; begin < tensor.param.numel(); begin += kChunk) chunks.push_back({&tensor, begin});
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    scalars.push_back(call.options().scalars<double>(next_step(tensors[i].step)));
+    for (int64_t begin = 0; begin < tensors[i].param.numel(); begin += kChunk) chunks.push_back({i, begin});
   }
   at::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      const auto [tensor, begin] = chunks[i];
-      update_chunk(*tensor, call.options(), begin, std::min(kChunk, tensor->param.numel() - begin));
+      const auto [place, begin] = chunks[i];
+      const AdamwTensor& tensor = tensors[place];
+      update_chunk(tensor, scalars[place], begin, std::min(kChunk, tensor.param.numel() - begin));
     }
   });
   call.finish(/*count_steps=*/true);

@@ -1,6 +1,7 @@
 """One AdamW step over many tensors, in place."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,13 +156,10 @@ def adamw_(
         >>> param, step
         (tensor([0.9000, 1.1000]), tensor(1.))
     """
-    numbers = {}
-    tensors = {}
-    for name, value in (("lr", lr), ("beta1", beta1), ("beta2", beta2)):
-        if isinstance(value, Tensor):
-            tensors[f"{name}_tensor"] = value
-        else:
-            numbers[name] = value
+    numbers: dict[str, Any] = {
+        f"{name}_tensor" if isinstance(value, Tensor) else name: value
+        for name, value in (("lr", lr), ("beta1", beta1), ("beta2", beta2))
+    }
     _adamw(
         params,
         grads,
@@ -174,7 +172,6 @@ def adamw_(
         weight_decay=weight_decay,
         maximize=maximize,
         capturable=capturable,
-        **tensors,
         grad_scale=grad_scale,
         found_inf=found_inf,
         grad_squares=grad_squares,
