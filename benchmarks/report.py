@@ -21,7 +21,7 @@ PLOTS = {
     "tokens": "Tokens a second",
     "memory": "Memory that a request takes",
 }
-NO_OPS = {"seed", "generate", "apple", "apple_counted"}
+NO_OPS = {"seed", "generate", "linear_cross_entropy", "apple", "apple_counted"}
 OURS = ("torch_fused", "FusedKVCache")
 NO_RIVALS = {*LIBRARIES, "a plain read", "a dict, no copy", "a dict, nothing allocated"}
 Row = dict[str, str]
@@ -69,7 +69,8 @@ def generate(results: Path = ROOT / "benchmarks/results") -> str:
 def machine(folder: Path) -> Iterator[str]:
     ops = [row for path in sorted(folder.glob("*.csv")) if path.stem not in NO_OPS for row in read(path)]
     texts, seed = read(folder / "generate.csv"), read(folder / "seed.csv")
-    rows = ops + texts + seed
+    losses = read(folder / "linear_cross_entropy.csv")
+    rows = ops + losses + texts + seed
     if not rows:
         return
     yield f"## {rows[0]['device']}\n"
@@ -79,10 +80,34 @@ def machine(folder: Path) -> Iterator[str]:
             yield f"![{title}]({path.relative_to(REPORT.parent)})\n"
     if ops:
         yield from op_tables(ops)
+    if losses:
+        yield from loss_table(losses)
     if texts:
         yield from text_table(texts)
     yield from seed_tables(seed)
-    yield from slower_table(ops, texts, seed)
+    yield from slower_table(ops + losses, texts, seed)
+
+
+def loss_table(rows: list[Row]) -> Iterator[str]:
+    yield "### linear_cross_entropy\n"
+    yield (
+        "Tokens, features and classes; the loss and the gradients of both operands. Memory is what a step takes "
+        "at most beyond its operands, beside the weight's gradient, which every contender returns.\n"
+    )
+    yield table(
+        ("shape", "", "contender", "time", "memory", "weight's gradient"),
+        (
+            (
+                row["shape"],
+                row["dtype"],
+                row["contender"],
+                duration(float(row["ms"])),
+                f"{float(row['peak_mb']) - float(row['weight_grad_mb']):.0f} MB",
+                f"{float(row['weight_grad_mb']):.0f} MB",
+            )
+            for row in rows
+        ),
+    )
 
 
 def plot_path(name: str, slug: str) -> Path:

@@ -13,10 +13,12 @@ import sys
 from harness import ROOT, add_options
 
 FOLDER = ROOT / "benchmarks"
-OPS = sorted(path.name for path in FOLDER.glob("bench_*.py") if path.stem not in ("bench_sampling", "bench_generate"))
+OWN_PARTS = {"bench_sampling", "bench_generate", "bench_linear_cross_entropy"}
+OPS = sorted(path.name for path in FOLDER.glob("bench_*.py") if path.stem not in OWN_PARTS)
 PARTS = {
     "ops": OPS,
     "sampling": ["bench_sampling.py"],
+    "loss": ["bench_linear_cross_entropy.py"],
     "seed": ["seed_table.py"],
     "generate": ["bench_generate.py"],
     "apple": ["apple_prediction.py"],

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import apple_prediction  # noqa: E402
 import bench_decode  # noqa: E402
 import bench_generate  # noqa: E402
+import bench_linear_cross_entropy  # noqa: E402
 import harness  # noqa: E402
 import peers  # noqa: E402
 import record  # noqa: E402
@@ -30,7 +31,8 @@ import seed_table  # noqa: E402
 
 from torch_fused.sampling import greedy  # noqa: E402
 
-BENCHES = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py") if path.stem != "bench_generate")
+OTHERS = {"bench_generate", "bench_linear_cross_entropy"}  # which run by themselves
+BENCHES = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py") if path.stem not in OTHERS)
 PUBLISHED = {
     "KV cache, single layer": "11.6 ns",
     "KV cache, all 24 layers": "320 ns",
@@ -118,6 +120,7 @@ def test_rows_of_something_else_are_measured_again(results, monkeypatch, change)
 def test_committed_rows_have_their_columns():
     columns = {
         "generate": ("model", "dtype", "mode", "batch", "prompt", "new", "contender", "tokens_s", "ms_token"),
+        "linear_cross_entropy": (*bench_linear_cross_entropy.KEYS, *bench_linear_cross_entropy.VALUES),
         "seed": (*seed_table.KEYS, *seed_table.VALUES),
         "apple_counted": (*apple_prediction.KEYS, *apple_prediction.COUNTED),
     }
@@ -217,6 +220,15 @@ def test_contenders_of_generation_take_turns():
     rounds = [[(name, count) for name in "ab" for count in (warm_up, 1, 8)] for warm_up in (8, 2)]
     assert calls == rounds[0] + rounds[1]
     assert contenders[0].columns()["tokens_s"] > 0
+
+
+def test_contenders_of_the_loss_take_turns():
+    """Each in a process of its own, which says how long a step took and how much memory."""
+    found = bench_linear_cross_entropy.measure((8, 4), torch.float32, ["torch_fused", "torch"], "cpu", 1, 2)
+    for samples in found.values():
+        assert len(samples) == 2
+        for seconds, peak, weight_grad in samples:
+            assert seconds > 0 and peak > 0 and weight_grad == 151936 * 4 * 4
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
