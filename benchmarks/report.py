@@ -14,6 +14,7 @@ from tables import (
     apple_tables,
     compared_ops,
     compared_texts,
+    loss_table,
     metal_candle_tables,
     op_tables,
     slower_table,
@@ -70,6 +71,8 @@ def machine(folder: Path) -> Iterator[str]:
         if (path := plot_path(name, folder.name)).exists():
             yield f"![{title}]({path.relative_to(DOCS)})\n"
     yield from op_tables(ops)
+    if losses := read(folder / "linear_cross_entropy.csv"):
+        yield from loss_table(losses)
     if texts:
         yield from text_table(texts)
     yield from metal_candle_tables(published)

@@ -10,7 +10,7 @@ import sys
 
 from timing import ROOT, arguments
 
-PARTS = ("ops", "metal_candle", "generate", "apple")
+PARTS = ("ops", "linear_cross_entropy", "metal_candle", "generate", "apple")
 
 
 def main() -> int:

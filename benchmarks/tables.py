@@ -14,7 +14,7 @@ DOCS = ROOT / "docs"
 OURS = ("torch_fused", "FusedKVCache")
 READ = "a plain read"
 NO_RIVALS = {*LIBRARIES, READ, "a dict, no copy", "a dict, nothing allocated"}
-NO_OPS = {"metal_candle", "generate", "apple", "apple_counted"}
+NO_OPS = {"metal_candle", "generate", "linear_cross_entropy", "apple", "apple_counted"}
 REQUEST = ("model", "dtype", "mode", "batch", "prompt", "new")
 
 
@@ -77,6 +77,28 @@ def op_tables(ops: dict[str, dict[str, list[Row]]]) -> Iterator[str]:
                 (case, mine, share(ours, rows), named(best) if best else "", ratio, "; ".join(map(named, rest)))
             )
         yield table(("", "torch_fused", "of copy", "torch's best", "times as fast", "others"), lines)
+
+
+def loss_table(rows: list[Row]) -> Iterator[str]:
+    yield "### linear_cross_entropy\n"
+    yield (
+        "Tokens, features and classes; the loss and the gradients of both operands. Memory is what a step takes "
+        "at most beyond its operands, beside the weight's gradient, which every contender returns.\n"
+    )
+    yield table(
+        ("shape", "", "contender", "time", "memory", "weight's gradient"),
+        (
+            (
+                row["shape"],
+                row["dtype"],
+                row["contender"],
+                duration(float(row["ms"])),
+                f"{float(row['peak_mb']) - float(row['weight_grad_mb']):.0f} MB",
+                f"{float(row['weight_grad_mb']):.0f} MB",
+            )
+            for row in rows
+        ),
+    )
 
 
 def slower_table(compared: dict[str, list[Row]]) -> Iterator[str]:

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import apple  # noqa: E402
 import decode  # noqa: E402
 import generate  # noqa: E402
+import linear_cross_entropy  # noqa: E402
 import metal_candle  # noqa: E402
 import ops  # noqa: E402
 import peers  # noqa: E402
@@ -129,6 +130,7 @@ def test_rows_of_something_else_are_measured_again(results, monkeypatch, change)
 def test_committed_rows_have_their_columns():
     columns = {
         "generate": (*generate.KEYS, *generate.VALUES[:-1]),  # the H100's rows have no weights_mb
+        "linear_cross_entropy": (*linear_cross_entropy.KEYS, *linear_cross_entropy.VALUES),
         "metal_candle": (*metal_candle.KEYS, *metal_candle.VALUES),
         "apple_counted": (*apple.KEYS, *apple.COUNTED),
     }
@@ -247,6 +249,15 @@ def test_generation_is_measured():
     columns = generate.measure(setting, found, 100, "cpu")
     assert calls[8:] == [("a", 1), ("a", 8), ("b", 1), ("b", 8)] * generate.ROUNDS
     assert columns["a"]["tokens_s"] > 0 and columns["b"].keys() == {"tokens_s", "spread", "ms_token", "ttft_ms"}
+
+
+def test_contenders_of_the_loss_are_interleaved():
+    """Each in a process of its own, which says how long a step took and how much memory."""
+    found = linear_cross_entropy.measure((8, 4), torch.float32, ["torch_fused", "torch"], "cpu", 1, 2)
+    for samples in found.values():
+        assert len(samples) == 2
+        for seconds, peak, weight_grad in samples:
+            assert seconds > 0 and peak > 0 and weight_grad == 151936 * 4 * 4
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from test_hf_generate import FAMILIES, make_model, prompt
+from test_hf_generate import FAMILIES, make_model, one_thread, prompt  # noqa: F401  (a fixture)
 from test_hf_patch import kernels
 from torch import nn
 from torch.func import functional_call
@@ -37,7 +37,7 @@ def pair(family="qwen2", **options):
 def gradients(model, loss):
     model.zero_grad()
     loss.backward()
-    return {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
 def assert_same_steps(stock, patched, **inputs):
@@ -46,7 +46,9 @@ def assert_same_steps(stock, patched, **inputs):
     assert type(actual.logits) is Logits
     torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-5, atol=1e-6, equal_nan=True)
     wanted = gradients(stock, expected.loss)
-    for name, gradient in gradients(patched, actual.loss).items():
+    found = gradients(patched, actual.loss)
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 

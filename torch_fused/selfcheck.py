@@ -122,6 +122,7 @@ def check_cross_entropy(device: str) -> None:
     """Losses, and gradients with one scale and with one for each row; a row that is ignored."""
     for _, cols, (x, _, _), (x64, _, _) in row_operands(device):
         target = torch.tensor([cols - 1, -100, cols // 2])
+        options: Any
         for scale, options in ((torch.tensor([1.0, 2.0, 3.0]), {}), (torch.tensor(0.5), {"label_smoothing": 0.1})):
             found = x.clone()
             losses = cross_entropy_(found, target.to(device), scale.to(device), z_loss=0.01, **options)

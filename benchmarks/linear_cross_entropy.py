@@ -1,6 +1,6 @@
-"""The loss of a head and its gradients, time and memory: python benchmarks/bench_linear_cross_entropy.py [--device ...]
+"""The loss of a head and its gradients, time and memory: python benchmarks/linear_cross_entropy.py [--device ...]
 
-Each contender runs in rounds with the others, in processes of its own. The memory is what a call and its backward pass
+Contenders are interleaved, each in a process of its own. The memory is what a call and its backward pass
 take beyond what was there before, at most: on the CPU the pages that the process has touched, on a GPU what torch has
 allocated. The weight's gradient, which all of them return, is in it, and named in a column of its own.
 """
@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import Timing, arguments, synchronizer
-from progress import Progress
 from record import Results
+from timing import Timing, arguments, synchronizer
 
 from torch_fused.functional import linear_cross_entropy
 from torch_fused.testing import NAMES
@@ -36,8 +35,14 @@ def as_transformers(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Te
 
 
 def chunked(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Torch's own, since 2.13; with chunks as it chooses them."""
+    """Torch's own, since 2.13, with chunks as it chooses them."""
     return F.linear_cross_entropy(hidden, weight, target, options=torch.nn.LinearCrossEntropyOptions())
+
+
+def chunks_of_128(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """With chunks of as many rows as ours have here."""
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=128, chunking_method=None)
+    return F.linear_cross_entropy(hidden, weight, target, options=options)
 
 
 def liger(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -51,7 +56,9 @@ def contenders(dtype: torch.dtype, device: str) -> dict[str, Callable[..., torch
     if dtype != torch.float32:
         found["transformers"] = as_transformers
     if hasattr(F, "linear_cross_entropy"):
-        found["F.linear_cross_entropy, chunked"] = chunked
+        found["F.linear_cross_entropy, 128 rows"] = chunks_of_128
+        if device != "cpu":  # there its own choice is two rows, which take minutes
+            found["F.linear_cross_entropy, chunked"] = chunked
     if device.startswith("cuda"):
         try:
             import liger_kernel  # noqa: F401
@@ -118,7 +125,7 @@ def serve(pipe: Any, name: str, shape: tuple[int, int], dtype: torch.dtype, devi
 def measure(
     shape: tuple[int, int], dtype: torch.dtype, names: list[str], device: str, threads: int, rounds: int
 ) -> dict[str, list[tuple[float, int, int]]]:
-    """(seconds, bytes, bytes of the weight's gradient) of each round of each contender, who take turns."""
+    """(seconds, bytes, bytes of the weight's gradient) of each round of each contender, interleaved."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     for name in names:
@@ -144,33 +151,36 @@ def cases(device: str, full: bool) -> list[tuple[tuple[int, int], torch.dtype]]:
     return [(shape, dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
 
 
+def columns(samples: list[tuple[float, int, int]]) -> dict[str, float]:
+    timing = Timing([seconds for seconds, _, _ in samples])
+    peak = statistics.median(peak for _, peak, _ in samples)
+    return {
+        "ms": timing.seconds * 1e3,
+        "spread": timing.spread,
+        "peak_mb": peak / 1e6,
+        "weight_grad_mb": samples[0][2] / 1e6,
+    }
+
+
 def main() -> None:
     args = arguments(__doc__, ("--rounds", {"type": int, "default": 5, "help": "samples of each contender"}))
     results = Results("linear_cross_entropy", KEYS, VALUES, args.results, args.device, args.again)
-    todo = cases(args.device, args.full)
-    with Progress("cases", len(todo)) as progress:
-        for shape, dtype in todo:
-            names = list(contenders(dtype, args.device))
-            key = {"op": "linear_cross_entropy", "shape": str((*shape, CLASSES)), "dtype": NAMES[dtype], "kind": ""}
-            rows = [results.current(**key, contender=name) for name in names]
-            if any(row is None for row in rows):
-                found = measure(shape, dtype, names, args.device, args.threads, args.rounds)
-                rows = []
-                for name, samples in found.items():
-                    timing = Timing.of([seconds for seconds, _, _ in samples])
-                    columns = {"ms": timing.seconds * 1e3, "spread": timing.spread}
-                    columns["peak_mb"] = statistics.median(peak for _, peak, _ in samples) / 1e6
-                    columns["weight_grad_mb"] = samples[0][2] / 1e6
-                    rows.append(results.add(**key, contender=name, **columns))
-            progress.say(f"{key['shape']} {key['dtype']}")
-            for row in rows:
-                assert row is not None
-                beside = float(row["peak_mb"]) - float(row["weight_grad_mb"])
-                progress.say(
-                    f"  {row['contender']:32s} {float(row['ms']):9.1f} ms +-{float(row['spread']) * 100:3.0f} %  "
-                    f"{beside:8.0f} MB beside {float(row['weight_grad_mb']):.0f} MB of the weight's gradient"
-                )
-            progress.advance()
+    for shape, dtype in cases(args.device, args.full):
+        names = list(contenders(dtype, args.device))
+        shared = {"op": "linear_cross_entropy", "shape": str((*shape, CLASSES)), "dtype": NAMES[dtype], "kind": ""}
+
+        def measured(shape=shape, dtype=dtype, names=names) -> dict[str, dict[str, float]]:
+            found = measure(shape, dtype, names, args.device, args.threads, args.rounds)
+            return {name: columns(samples) for name, samples in found.items()}
+
+        print(f"linear_cross_entropy {shared['shape']} {shared['dtype']}", flush=True)
+        for name, row in results.rows({name: shared | {"contender": name} for name in names}, measured).items():
+            beside = float(row["peak_mb"]) - float(row["weight_grad_mb"])
+            print(
+                f"  {name:32s} {float(row['ms']):9.1f} ms +-{float(row['spread']) * 100:3.0f} %  {beside:8.0f} MB "
+                f"beside {float(row['weight_grad_mb']):.0f} MB of the weight's gradient",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
