@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from ops import TOP_K, TOP_P, composed_softmax, hugging_face, top_k_multinomial
 from peers import kernels
 from record import Results
-from timing import Call, Timing, arguments, interleave, synchronizer
+from timing import Call, Timing, arguments, interleave
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from torch_fused import functional, optim
+from torch_fused.devices import synchronize
 from torch_fused.hf import FusedKVCache, apply_torch_fused
 from torch_fused.ops.layer_norm import layer_norm_reference
 from torch_fused.ops.rms_norm import rms_norm_reference
@@ -337,12 +338,10 @@ def rows() -> list[Row]:
 
 
 def measure(contenders: Contenders, device: str, waits: bool) -> dict[str, Timing]:
-    wait = synchronizer(device)
-
     def waited(call: Call) -> Call:
         def both() -> None:
             call()
-            wait()
+            synchronize(device)
 
         return both
 

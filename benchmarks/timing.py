@@ -16,6 +16,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # torch_fused need not be installed
 
+from torch_fused.devices import best_device, synchronize  # noqa: E402
+
 CACHE_BYTES = 256 << 20
 """Buffers rotate through this much memory on a GPU, more than any cache holds."""
 PAUSE_CYCLES, PAUSE_SECONDS = 4_000_000, 2e-3
@@ -28,8 +30,7 @@ Enter = Callable[[], contextlib.AbstractContextManager[object]]
 def arguments(description: str | None, *more: tuple[str, dict[str, Any]]) -> argparse.Namespace:
     """The options of every benchmark, and `more`. Sets the number of CPU threads."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    parser.add_argument("--device", default=best, help="cpu, cuda or mps (default: the best there is)")
+    parser.add_argument("--device", default=best_device(), help="cpu, cuda or mps (default: the best there is)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--full", action="store_true", help="longer cases too")
     parser.add_argument("--again", action="store_true", help="measure rows that are up to date again")
@@ -86,12 +87,6 @@ class GpuMoment:
         return earlier._after.elapsed_time(self._before) / 1e3
 
 
-def synchronizer(device: str) -> Call:
-    """A function that waits until the device has done all its work."""
-    kind = torch.device(device).type
-    return (lambda: None) if kind == "cpu" else getattr(torch, kind).synchronize
-
-
 def interleave(
     contenders: Mapping[str, Sequence[Call]],
     device: str,
@@ -113,12 +108,12 @@ def interleave(
         wall: measure wall time on CUDA too, not the time of the device.
         around: context managers that contenders run in. Entering them is not timed.
     """
-    wait, events = synchronizer(device), device.startswith("cuda") and not wall
+    events = device.startswith("cuda") and not wall
 
     def now() -> Any:
         if events:
             return GpuMoment()
-        wait()
+        synchronize(device)
         return time.perf_counter()
 
     def sample(name: str, count: int) -> float:
