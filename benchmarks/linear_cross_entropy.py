@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from record import Results
-from timing import Timing, arguments, synchronizer
+from timing import Timing, arguments
 
+from torch_fused.devices import synchronize
 from torch_fused.functional import linear_cross_entropy
 from torch_fused.testing import NAMES
 
@@ -109,14 +110,14 @@ def serve(pipe: Any, name: str, shape: tuple[int, int], dtype: torch.dtype, devi
     hidden = torch.randn(tokens, features, device=device).to(dtype).requires_grad_()
     weight = (torch.randn(CLASSES, features, device=device) * 0.02).to(dtype).requires_grad_()
     target = torch.randint(CLASSES, (tokens,), device=device)
-    call, wait = contenders(dtype, device)[name], synchronizer(device)
+    call = contenders(dtype, device)[name]
     while pipe.recv():
         hidden.grad = weight.grad = None
-        wait()
+        synchronize(device)
         with Peak(device) as peak:
             begin = time.perf_counter()
             call(hidden, weight, target).backward()
-            wait()
+            synchronize(device)
             seconds = time.perf_counter() - begin
         assert weight.grad is not None
         pipe.send((seconds, peak.bytes, weight.grad.nbytes))
