@@ -382,7 +382,7 @@ ONLY_NUMBERS = [
     ),
     ("gelu is even", "swiglu", "g < 0.0f ? tail : 1.0f - tail", "1.0f - tail", gelu_gated("none")),
     ("slope without the bell", "swiglu", "below + 0.39894228f * g * bell", "below", gelu_gated("none", True)),
-    ("slope of the cube", "swiglu", "Wide(0.134145)", "Wide(0.044715)", gelu_gated("tanh", True)),
+    ("slope of the cube", "swiglu", "millionths<Wide>(134145)", "millionths<Wide>(44715)", gelu_gated("tanh", True)),
     ("the sine's sign", "rope", "!transposed, llama, y", "transposed, llama, y", rotated()),
     ("both halves with the first half's cosine", "rope", "rotate<T, W>(b, a, cos_b,", "rotate<T, W>(b, a, cos_a,",
      rotated()),
