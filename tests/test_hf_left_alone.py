@@ -52,9 +52,12 @@ def test_wrapped_and_compiled_modules_are_left_and_reported():
         "     1 x Qwen2RotaryEmbedding.forward",
         "     2 x Qwen2MLP.forward",
         "     1 x Qwen2ForCausalLM._prepare_cache_for_generation",
+        "     1 x Qwen2ForCausalLM.forward",
+        "     1 x Linear.forward",
         "     1 x Qwen2ForCausalLM.generate",
         "  left: model.layers.0.input_layernorm: it is compiled by torch.compile",
         "  left: model.layers.0.post_attention_layernorm: its forward is already replaced by somebody.logging_forward",
+        "  loss: of a call with labels, without its logits in memory",
     ]
     with torch.no_grad():
         assert kernels(layer.post_attention_layernorm.forward, torch.ones(1, 64))["aten::rsqrt"] == 1
