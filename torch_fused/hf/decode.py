@@ -334,10 +334,14 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-@functools.cache
 def arguments_of(cls: Any) -> tuple[str, ...]:
     """Of a class's forward, by position."""
-    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    return _names_by_position(cls.forward)
+
+
+@functools.cache
+def _names_by_position(forward: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
     return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
 
 

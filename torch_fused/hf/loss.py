@@ -153,7 +153,7 @@ class Logits(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         args, kwargs = pytree.tree_map_only(cls, cls.made, (args, kwargs or {}))
         return func(*args, **kwargs)
 
