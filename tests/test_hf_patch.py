@@ -331,7 +331,8 @@ def test_trainer(options, tmp_path):
             if Version(transformers.__version__) < Version("5.24"):  # a model in training then fills no cache
                 patched.gradient_checkpointing_disable()
             with torch.no_grad():
-                assert relative_error(patched(prompt(1, 9)).logits, stock(prompt(1, 9)).logits) < 1e-2
+                # In bfloat16 either is 1e-2 from training in float32.
+                assert relative_error(patched(prompt(1, 9)).logits, stock(prompt(1, 9)).logits) < 2e-2
                 patched.generate(prompt(1, 5), max_new_tokens=8, do_sample=False)
                 generate(patched, prompt(1, 5), max_new_tokens=8, do_sample=False)
             assert "14 calls as one op" in handle.report()
