@@ -2,6 +2,7 @@
 
 import inspect
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import _pytree as pytree
 
 from ..functional import linear_cross_entropy
@@ -169,6 +171,8 @@ class _Source:
         self.dtype = torch.get_autocast_dtype(self.device) if self.autocast else hidden.dtype
         self.gradients = torch.is_grad_enabled()
         self.versions = self._versions()
+        self.stepped = False  # an optimizer has changed the weights, perhaps where torch does not count it
+        _steps.watch(self)
 
     def _versions(self) -> list[int]:
         tensors = (self.weight,) if self.bias is None else (self.weight, self.bias)
@@ -177,7 +181,7 @@ class _Source:
     @contextmanager
     def _then(self) -> Iterator[None]:
         """The modes of the head's call."""
-        if self._versions() != self.versions:
+        if self.stepped or self._versions() != self.versions:
             raise RuntimeError(
                 "apply_torch_fused: the logits of a call with labels are made when they are read, but the head's "
                 "weights have changed since that call: read outputs.logits before optimizer.step(), or pass loss=False "
@@ -198,6 +202,35 @@ class _Source:
         self.loss.count("losses without logits")
         with self._then():
             return linear_cross_entropy(hidden, self.weight, target, bias=self.bias, **options)
+
+
+class _Steps:
+    """Tells the calls of heads which weights an optimizer has stepped; a hook of torch's while there are such calls."""
+
+    def __init__(self) -> None:
+        self._sources: weakref.WeakSet[_Source] = weakref.WeakSet()
+        self._hook: Any = None
+        self._lock = threading.Lock()
+
+    def watch(self, source: _Source) -> None:
+        with self._lock:
+            self._sources.add(source)
+            if self._hook is None:
+                self._hook = register_optimizer_step_post_hook(self._stepped)
+
+    def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        with self._lock:
+            for source in list(self._sources):
+                if stepped & {id(source.weight), id(source.bias)}:
+                    source.stepped = True
+                    self._sources.discard(source)
+            if not self._sources and self._hook is not None:
+                self._hook.remove()
+                self._hook = None
+
+
+_steps = _Steps()
 
 
 # ---- what is done with logits that are not made yet -----------------------------------------------------------------
