@@ -192,6 +192,28 @@ def test_logits_of_old_weights_are_refused():
         outputs.logits.argmax(-1)
 
 
+class WritesData(torch.optim.Optimizer):
+    """Whose writes torch does not count."""
+
+    def step(self):
+        for param in self.param_groups[0]["params"]:
+            param.data.sub_(param.grad, alpha=0.1)
+
+
+def test_logits_of_weights_that_an_optimizer_has_stepped_uncounted():
+    """They are not made of other weights in silence; those of a model that was not stepped are."""
+    models = [make_model().train() for _ in range(2)]
+    outputs = []
+    for model in models:
+        apply_torch_fused(model)
+        outputs.append(model(prompt(2, 8), labels=prompt(2, 8)))
+        outputs[-1].loss.backward()
+    WritesData(models[0].parameters(), {}).step()
+    with pytest.raises(RuntimeError, match="weights have changed"):
+        outputs[0].logits.argmax(-1)
+    assert outputs[1].logits.argmax(-1).shape == (2, 8)
+
+
 def test_a_cross_entropy_that_is_not_transformers():
     """The older way to shift, class weights, probabilities and label smoothing."""
     stock, patched, handle = pair()
