@@ -67,7 +67,10 @@ def test_experts_of_nan(backend):
 @pytest.mark.parametrize("rank", [1, 5, 64])
 @pytest.mark.parametrize("family", ["qwen2", "gemma"])
 def test_adapters(backend, family, rank):
-    """Low-rank adapters beside every matrix, or some, and several of one."""
+    """Low-rank adapters beside every matrix, or some, and several of one; with one vector too."""
+    step = Step(Shape(family), device=backend.device)
+    step.model["adapters"] = adapters(step, rank)
+    step.check()
     step = Step(Shape(family), batch=2, steps=3, starts=[0, 4], device=backend.device)
     for names in (("q", "v"), ("k", "o", "up"), ("q", "k", "v", "o", "gate", "up", "down")):
         step.model["adapters"] = adapters(step, rank, names)

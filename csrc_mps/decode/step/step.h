@@ -87,13 +87,47 @@ void project_dense(const Matrix& matrix, Range rows, const Inputs& x, const Resu
   });
 }
 
+// Adds b * thin to one vector, for a rank of whole registers: no row waits for the sum of the one before it.
+template <class T>
+TORCH_FUSED_INLINE void add_low_rank(const Matrix& b, const T* weight, Range rows, const float* thin,
+                                     const Results& to) {
+  constexpr int kRows = 8;
+  int64_t row = rows.begin;
+  for (; row + kRows <= rows.end; row += kRows) {
+    Lanes sums[kRows] = {};
+    for (int64_t i = 0; i < b.cols; i += kLanes) {
+      Lanes low, values;
+      load(thin + i, low);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        load(weight + (row + r) * b.stride + i, values);
+        sums[r] += values * low;
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) to.data[row + r] += sum_of(sums[r]) * to.scale;
+  }
+  for (; row < rows.end; ++row) {
+    float result;
+    row_products<1>(weight + row * b.stride, b.cols, {thin, b.cols}, 0, &result);
+    to.data[row] += result * to.scale;
+  }
+}
+
 // What an adapter adds to some rows. Every member that has rows makes a * x for itself: it is small.
 inline void add_adapter(const MatrixAdapter& adapter, Range rows, const Inputs& x, const Results& to) {
   if (rows.begin >= rows.end) return;
   float thin[kMostVectors * kMostRank];
   const int64_t rank = adapter.a.rows;
   project_dense<Write::kSet>(adapter.a, {0, rank}, x, {thin, rank});
-  project_dense<Write::kAdd>(adapter.b, rows, Inputs(thin, x.count), {to.data, to.stride, to.scale * adapter.scale});
+  const Results low{to.data, to.stride, to.scale * adapter.scale};
+  if (x.count == 1 && rank % kLanes == 0) {
+    with_format(adapter.b.format, adapter.b.weight, [&](const auto* weight) __attribute__((always_inline)) {
+      add_low_rank(adapter.b, weight, rows, thin, low);
+    });
+  } else {
+    project_dense<Write::kAdd>(adapter.b, rows, Inputs(thin, x.count), low);
+  }
 }
 
 // Rows begin .. end - 1 of the product.
