@@ -85,10 +85,10 @@ Tensor sum_of_squares_cpu(TensorList tensors) {
   std::vector<double> sums(chunks.size());
   at::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      const auto [tensor, begin] = chunks[i];
-      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, tensor->scalar_type(), "sum_of_squares", [&] {
-        sums[i] = squares(elements<const scalar_t>(*tensor) + begin, std::min(kChunk, tensor->numel() - begin));
-      });
+      const Tensor& tensor = *chunks[i].tensor;
+      const int64_t begin = chunks[i].begin, count = std::min(kChunk, tensor.numel() - begin);
+      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, tensor.scalar_type(), "sum_of_squares",
+                                      [&] { sums[i] = squares(elements<const scalar_t>(tensor) + begin, count); });
     }
   });
   double total = 0;  // in one order, whatever the number of threads
