@@ -46,6 +46,7 @@ def test_training_goes_on_from_a_checkpoint(name, tmp_path):
     assert (tmp_path / "two" / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.full  # test_adamw_parallel.py has two processes, and FSDP2
 def test_two_processes_train_as_one(tmp_path):
     """The FSDP2 example under torchrun: the same losses, and its checkpoint goes on in one process."""
     name = "05_train_fsdp.py"
