@@ -98,7 +98,7 @@ inline PackedRow packed_row(device const uint* words, device const ushort* scale
 
 template <int BITS, typename S, bool TYPED>
 inline void move_on(thread PackedRow& row, uint columns, PackedGroups<S, TYPED> groups) {
-  row.words += columns * BITS / 32;
+  row.words += columns / (32 / BITS);
   row.scales += groups.before(columns);
   row.biases += groups.before(columns);
 }
@@ -108,7 +108,7 @@ template <int BITS, int W, bool WHOLE, typename S, bool TYPED>
 inline void load_packed(PackedRow row, uint column, bool inside, PackedGroups<S, TYPED> groups,
                         thread PackedPack<BITS, W, S>& pack) {
   constexpr int WORDS = BITS * W / 32;
-  device const uint* from = row.words + column * BITS / 32;
+  device const uint* from = row.words + column / (32 / BITS);
 #pragma unroll
   for (int i = 0; i < WORDS; i += WHOLE && WORDS % 4 == 0 ? 4 : WHOLE && WORDS % 2 == 0 ? 2 : 1) {
     if (WHOLE && WORDS % 4 == 0) {

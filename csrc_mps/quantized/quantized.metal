@@ -60,7 +60,7 @@ void quantized_product(device const uint* weight [[buffer(0)]], device const ush
 #pragma unroll
       for (int r = 0; r < R; r++) {
         const uint column = begin + u * kPackedBlock + lane * W, group = groups.before(column);
-        const PackedRow from = {weight + (words_at[r] + column * BITS / 32), scales + (scales_at[r] + group),
+        const PackedRow from = {weight + (words_at[r] + column / (32 / BITS)), scales + (scales_at[r] + group),
                                 biases + (biases_at[r] + group)};
         load_packed<BITS, W, WHOLE>(from, 0, column < p.cols, groups, packs[r][u]);
       }
