@@ -10,23 +10,20 @@ weights, transformers and torch_fused also run dense ones. A model with adapters
 
 import contextlib
 import copy
-import ctypes
 import functools
-import gc
 import importlib.util
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from decode import QWEN, SMOLLM2, Sizes
+from memory import peak_megabytes
 from peers import Run, programs
 from record import Results
-from timing import Call, Enter, Timing, arguments, interleave
+from timing import Enter, Timing, arguments, interleave
 from transformers import (
     CompileConfig,
     GenerationConfig,
@@ -231,27 +228,6 @@ def counts(contender: Contender, setting: Setting, ids: torch.Tensor, device: st
             if device.startswith("cuda"):
                 columns["launches_token"] = launches_per_token(partial(contender.run, ids), 4)
     return columns
-
-
-def peak_megabytes(call: Call, device: str) -> float | None:
-    """The most memory that a call takes in addition to what is in use: a GPU's, else this process's."""
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
-    elif sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system
-        Path("/proc/self/clear_refs").write_text("5")
-        before, peak = resident_peak(), resident_peak
-    else:
-        return None
-    call()
-    return (peak() - before) / 1e6
-
-
-def resident_peak() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def launches_per_token(run: Callable[[int], object], tokens: int) -> float:

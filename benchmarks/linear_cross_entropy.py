@@ -7,14 +7,13 @@ allocated. The weight's gradient, which all of them return, is in it, and named 
 
 import multiprocessing
 import statistics
-import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from memory import peak_megabytes
 from record import Results
 from timing import Timing, arguments
 
@@ -69,39 +68,6 @@ def contenders(dtype: torch.dtype, device: str) -> dict[str, Callable[..., torch
     return found
 
 
-def resident() -> int:
-    """Bytes of this process that are in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
-class Peak:
-    """The most memory that is taken within, beyond what was before."""
-
-    def __init__(self, device: str):
-        self.device, self.bytes = device, 0
-
-    def __enter__(self) -> "Peak":
-        if self.device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats()
-            self._before = torch.cuda.memory_allocated()
-            return self
-        self._before, self._stop = resident(), threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(1e-3):
-            self.bytes = max(self.bytes, resident() - self._before)
-
-    def __exit__(self, *error: Any) -> None:
-        if self.device.startswith("cuda"):
-            self.bytes = torch.cuda.max_memory_allocated() - self._before
-            return
-        self._stop.set()
-        self._thread.join()
-
-
 def serve(pipe: Any, name: str, shape: tuple[int, int], dtype: torch.dtype, device: str, threads: int) -> None:
     """A contender's process: a step whenever it is asked, and how long and how much it took."""
     torch.set_num_threads(threads)
@@ -111,29 +77,34 @@ def serve(pipe: Any, name: str, shape: tuple[int, int], dtype: torch.dtype, devi
     weight = (torch.randn(CLASSES, features, device=device) * 0.02).to(dtype).requires_grad_()
     target = torch.randint(CLASSES, (tokens,), device=device)
     call = contenders(dtype, device)[name]
+
+    def step() -> None:
+        call(hidden, weight, target).backward()
+
     while pipe.recv():
         hidden.grad = weight.grad = None
         synchronize(device)
-        with Peak(device) as peak:
-            begin = time.perf_counter()
-            call(hidden, weight, target).backward()
-            synchronize(device)
-            seconds = time.perf_counter() - begin
+        begin = time.perf_counter()
+        step()
+        synchronize(device)
+        seconds = time.perf_counter() - begin
+        hidden.grad = weight.grad = None
+        peak = peak_megabytes(step, device)
         assert weight.grad is not None
-        pipe.send((seconds, peak.bytes, weight.grad.nbytes))
+        pipe.send((seconds, peak, weight.grad.nbytes / 1e6))
 
 
 def measure(
     shape: tuple[int, int], dtype: torch.dtype, names: list[str], device: str, threads: int, rounds: int
-) -> dict[str, list[tuple[float, int, int]]]:
-    """(seconds, bytes, bytes of the weight's gradient) of each round of each contender, interleaved."""
+) -> dict[str, list[tuple[float, float, float]]]:
+    """(seconds, MB, MB of the weight's gradient) of each round of each contender, interleaved."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     for name in names:
         pipes[name], theirs = context.Pipe()
         processes.append(context.Process(target=serve, args=(theirs, name, shape, dtype, device, threads)))
         processes[-1].start()
-    samples: dict[str, list[tuple[float, int, int]]] = {name: [] for name in names}
+    samples: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
     for _ in range(rounds + 1):
         for name, pipe in pipes.items():
             pipe.send(True)
@@ -152,14 +123,14 @@ def cases(device: str, full: bool) -> list[tuple[tuple[int, int], torch.dtype]]:
     return [(shape, dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
 
 
-def columns(samples: list[tuple[float, int, int]]) -> dict[str, float]:
+def columns(samples: list[tuple[float, float, float]]) -> dict[str, float]:
     timing = Timing([seconds for seconds, _, _ in samples])
     peak = statistics.median(peak for _, peak, _ in samples)
     return {
         "ms": timing.seconds * 1e3,
         "spread": timing.spread,
-        "peak_mb": peak / 1e6,
-        "weight_grad_mb": samples[0][2] / 1e6,
+        "peak_mb": peak,
+        "weight_grad_mb": samples[0][2],
     }
 
 

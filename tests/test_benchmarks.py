@@ -253,11 +253,11 @@ def test_generation_is_measured():
 
 def test_contenders_of_the_loss_are_interleaved():
     """Each in a process of its own, which says how long a step took and how much memory."""
-    found = linear_cross_entropy.measure((8, 4), torch.float32, ["torch_fused", "torch"], "cpu", 1, 2)
+    found = linear_cross_entropy.measure((64, 64), torch.float32, ["torch_fused", "torch"], "cpu", 1, 2)
     for samples in found.values():
         assert len(samples) == 2
         for seconds, peak, weight_grad in samples:
-            assert seconds > 0 and peak > 0 and weight_grad == 151936 * 4 * 4
+            assert seconds > 0 and peak > weight_grad == 151936 * 64 * 4 / 1e6
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
