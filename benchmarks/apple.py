@@ -1,29 +1,24 @@
-"""Times of the ops, and of whole tokens, on Apple GPUs: measured on a Mac, elsewhere predicted.
+"""What the emulator counts of the ops, and of whole tokens: the launches, and the bytes that each moves.
 
-    python benchmarks/apple.py
-
-A prediction uses what the emulator counts, the launches of an op and the bytes that each moves between a kernel and
-its buffers; Apple's published memory bandwidth; and two bounds for the cost of a launch and for the share of the
-bandwidth that is reached. On a Mac the same command times the ops, and the report shows these times.
+A prediction for an Apple GPU takes these bytes at its published memory bandwidth, and two bounds for the cost of a
+launch and for the share of the bandwidth that is reached. On a Mac the other benchmarks measure these ops.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from decode import GROUP_SIZE, LLAMA, QWEN, Sizes, decoder, operands
-from ops import SMALL, randn
-from record import Results
-from timing import Call, arguments, interleave
+from decode import MODELS, shaped, step
+from ops import OpCase, adamw, by_rows, randn, rope
+from record import Case, Columns
+from timing import Call
 
 from torch_fused import functional, sampling
 from torch_fused.metal import emulate
-from torch_fused.ops.decode import decode_, decode_token_
 from torch_fused.ops.kv_cache import kv_append_
-from torch_fused.optim import AdamW
 
-KEYS = ("op", "shape", "dtype")
-COUNTED = ("launches", "bytes")
 BANDWIDTH = {
     "M1": 68.25, "M1 Pro": 200, "M1 Max": 400, "M1 Ultra": 800, "M2": 100, "M2 Pro": 200, "M2 Max": 400, "M3": 100,
     "M3 Pro": 150, "M3 Max, 14-core CPU": 300, "M3 Max, 16-core CPU": 400, "M4": 120, "M4 Pro": 273,
@@ -41,22 +36,10 @@ Counts = tuple[int, int]
 
 def counted(call: Call) -> Counts:
     """Of one call. A byte that one launch reads twice counts once."""
-    with emulate() as run:
+    with torch.no_grad(), emulate() as run:
         call()
     moved = sum(buffer.distinct_read + buffer.distinct_written for launch in run.launches for buffer in launch.buffers)
     return len(run.launches), moved
-
-
-@dataclass(frozen=True)
-class Op:
-    name: str
-    shape: str
-    dtype: str
-    make: Callable[[str], Call]
-    counts: Callable[[], Counts] | None = None  # for an op that takes too long in the emulator
-
-    def counted(self) -> Counts:
-        return self.counts() if self.counts else counted(self.make("cpu"))
 
 
 def predicted(nbytes: float, launches: float, gb_s: float) -> tuple[float, float]:
@@ -68,97 +51,68 @@ def predicted(nbytes: float, launches: float, gb_s: float) -> tuple[float, float
     return low, high
 
 
-def op(name: str, shape: str, shapes: list[tuple[int, ...]], dtype: torch.dtype, call: Callable[..., object]) -> Op:
-    """An op of random operands of `shapes`."""
+@dataclass(frozen=True, eq=False)
+class Counted(Case):
+    count: Callable[[], Counts]
 
-    def make(device: str) -> Call:
-        tensors = [randn(*each, dtype=dtype, device=device) for each in shapes]
-        return lambda: call(*tensors)
+    def contenders(self, device: str) -> Mapping[str, Callable[[], Counts]]:
+        return {"torch_fused": self.count}
 
-    return Op(name, shape, str(dtype).removeprefix("torch."), make)
-
-
-def by_rows(name: str, inputs: int, weights: int, rows: int, cols: int, call: Callable[..., object]) -> Op:
-    dtype = torch.float32 if name.startswith(("greedy", "sample")) else torch.bfloat16
-    return op(name, f"({rows}, {cols})", [(rows, cols)] * inputs + [(cols,)] * weights, dtype, call)
+    def measure(self, contenders: Mapping[str, Callable[[], Counts]], device: str) -> dict[str, Columns]:
+        launches, moved = self.count()
+        return {"torch_fused": {"launches": str(launches), "bytes": str(moved)}}
 
 
-def adamw() -> Op:
-    def make(device: str) -> Call:
-        params = [torch.nn.Parameter(randn(*shape, dtype=torch.float32, device=device)) for shape in SMALL]
-        for param in params:
-            param.grad = torch.ones_like(param)
-        return AdamW(params).step
+def token(name: str, bits: int) -> Counts:
+    """Of a greedy token of a model, from one layer and two, and from two vocabularies: counts grow evenly."""
 
-    return Op("AdamW", f"8 million in {len(SMALL)} tensors", "float32", make)
+    def part(layers: int, vocabulary: int) -> Counts:
+        sizes = {"num_hidden_layers": layers, "vocab_size": vocabulary}
+        return counted(step(shaped(name, "cpu", torch.bfloat16, bits, **sizes), (1, 1, CONTEXT)))
 
+    one, two, wide = part(1, PART), part(2, PART), part(1, 2 * PART)
+    layers, vocabulary = (MODELS[name][2][size] for size in ("num_hidden_layers", "vocab_size"))
+    greedy = counted(partial(sampling.greedy, torch.zeros(1, vocabulary)))
 
-def token(sizes: Sizes, bits: int) -> Op:
-    """A greedy token of a whole model, by `decode_token_`."""
-    half, shape = torch.bfloat16, (1, 1, CONTEXT)
+    def whole(i: int) -> int:
+        rest = (layers - 1) * (two[i] - one[i]) + (vocabulary - PART) * (wide[i] - one[i]) // PART
+        return one[i] + rest + greedy[i]
 
-    def make(device: str) -> Call:
-        model, rest = decoder(sizes, bits, device, half), operands(sizes, shape, device, half)
-        return lambda: decode_token_(model, *rest)
-
-    def of_part(layers: int, vocabulary: int) -> Counts:
-        part = replace(sizes, layers=layers, vocabulary=vocabulary)
-        model, rest = decoder(part, bits, "cpu", half), operands(part, shape, "cpu", half)
-        return counted(lambda: decode_(model, *rest))
-
-    def counts() -> Counts:
-        """From one layer and two, and from two vocabularies: the counts grow by the same amount with each."""
-        one, two, wide = of_part(1, PART), of_part(2, PART), of_part(1, 2 * PART)
-        greedy = counted(lambda: sampling.greedy(torch.zeros(1, sizes.vocabulary)))
-
-        def whole(i: int) -> int:
-            layers = (sizes.layers - 1) * (two[i] - one[i])
-            return one[i] + layers + (sizes.vocabulary - PART) * (wide[i] - one[i]) // PART + greedy[i]
-
-        return whole(0), whole(1)
-
-    weights = f"{bits} bits in groups of {GROUP_SIZE}" if bits else "bfloat16"
-    return Op(TOKEN, f"{sizes.name} after {CONTEXT}", weights, make, counts)
+    return whole(0), whole(1)
 
 
-def ops() -> list[Op]:
-    half, layer, one = torch.bfloat16, (1, 2, 4096, 64), (1, 2, 1, 64)
-    norm, layer_norm = functional.rms_norm, functional.layer_norm
-    rotated = [(1, 14, 1, 64), (1, 2, 1, 64), (1, 1, 64), (1, 1, 64)]
-    return [
-        *(by_rows("rms_norm", 1, 1, rows, 896, lambda x, w: norm(x, w.shape, w)) for rows in (1, 1024)),
-        *(by_rows("add_rms_norm", 2, 1, rows, 896, functional.add_rms_norm) for rows in (1, 1024)),
-        *(by_rows("layer_norm", 1, 2, rows, 896, lambda x, w, b: layer_norm(x, w.shape, w, b)) for rows in (1, 1024)),
-        *(by_rows("silu_mul", 2, 0, rows, 4864, functional.silu_mul) for rows in (1, 1024)),
-        by_rows("softmax", 1, 0, 1024, 1024, functional.softmax),
-        op("apply_rotary_pos_emb", "(1, 1, 14, 2, 64)", rotated, half, functional.apply_rotary_pos_emb),
-        op("kv_append_", "one token, one layer", [layer, layer, one, one], half, lambda *x: kv_append_(*x, 1024)),
-        by_rows("greedy", 1, 0, 1, 151936, sampling.greedy),
-        by_rows("sample, top-k 50", 1, 0, 1, 151936, lambda x: sampling.sample(x, top_k=50, seed=1)),
-        by_rows("sample, top-p 0.9", 1, 0, 1, 151936, lambda x: sampling.sample(x, top_p=0.9, seed=1)),
-        adamw(),
-        *(token(sizes, bits) for sizes in (QWEN, LLAMA) for bits in (0, 4)),
+def append() -> Call:
+    """Of a token to the cache of a layer."""
+    states = [randn(1, 2, tokens, 64, dtype=torch.bfloat16, device="cpu") for tokens in (4096, 4096, 1, 1)]
+    return partial(kv_append_, *states, 1024)
+
+
+def counts(device: str = "cpu", full: bool = False) -> list[Case]:
+    rows, half, single = (1, 1024), [torch.bfloat16], [torch.float32]
+
+    def of(op: str, count: Iterable[int], cols: int, full: int, vectors: int, call: Call, dtypes: Any = half) -> Any:
+        return by_rows(op, [(rows, cols) for rows in count], full, vectors, 0, {"torch_fused": call}, dtypes)
+
+    cases: list[OpCase] = [
+        *of("rms_norm", rows, 896, 1, 1, lambda x, w: functional.rms_norm(x, w.shape, w)),
+        *of("add_rms_norm", rows, 896, 2, 1, functional.add_rms_norm),
+        *of("layer_norm", rows, 896, 1, 2, lambda x, w, b: functional.layer_norm(x, w.shape, w, b)),
+        *of("silu_mul", rows, 4864, 2, 0, functional.silu_mul),
+        *of("softmax", rows[1:], 1024, 1, 0, functional.softmax),
+        rope("cpu", False)[1],
+        OpCase("kv_append_", "one token, one layer", "bf16", "", 0, lambda device: (), {"torch_fused": append()}),
+        *of("greedy", rows[:1], 151936, 1, 0, sampling.greedy, single),
+        *of("sample, top-k 50", rows[:1], 151936, 1, 0, partial(sampling.sample, top_k=50, seed=1), single),
+        *of("sample, top-p 0.9", rows[:1], 151936, 1, 0, partial(sampling.sample, top_p=0.9, seed=1), single),
+        adamw("cpu", False)[0],
+    ]
+    ops = [Counted(each.op, each.shape, each.dtype, "", partial(of_op, each)) for each in cases]
+    return ops + [
+        Counted(TOKEN, f"{name} after {CONTEXT}", "bf16", f"{bits} bits" if bits else "", partial(token, name, bits))
+        for name in ("Qwen2.5-0.5B", "Llama-3.2-1B")
+        for bits in (0, 4)
     ]
 
 
-def main() -> None:
-    args = arguments(__doc__)
-    measures = args.device == "mps"
-    name, values = ("apple", ("ms", "spread")) if measures else ("apple_counted", COUNTED)
-    results = Results(name, KEYS, values, args.results, args.device if measures else "cpu", args.again)
-    torch.manual_seed(0)
-    torch.set_grad_enabled(False)
-    for each in ops():
-
-        def columns(each: Op = each) -> dict[str, dict[str, float | str]]:
-            if not measures:
-                return {"": dict(zip(COUNTED, map(str, each.counted()), strict=True))}
-            timing = interleave({"": [each.make("mps")]}, "mps")[""]
-            return {"": {"ms": timing.seconds * 1e3, "spread": timing.spread}}
-
-        row = results.rows({"": {"op": each.name, "shape": each.shape, "dtype": each.dtype}}, columns)[""]
-        print("  ".join(row[key] for key in KEYS), *(f"{row[value]} {value}" for value in values), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def of_op(case: OpCase) -> Counts:
+    return counted(case.prepare(case.calls["torch_fused"], *case.operands("cpu")))

@@ -1,147 +1,120 @@
-"""Cases of ops.py: a step of a decoder as one op, dense and packed, beside a plain read of the same bytes.
+"""A step of a decoder as one op, dense and packed, next to a plain read of the same bytes: weights and cache.
 
-The bytes are the weights and the cache. Shapes are batch x new tokens after a context.
+Shapes are batch x new tokens after a context. Models have random weights, and their embedding as head.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache, partial
+from typing import Any
 
 import torch
-from ops import Case
+from ops import OpCase
+from record import Case
+from timing import Call
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from torch_fused.functional import quantize
+from torch_fused.hf import plan, quantize_
 from torch_fused.ops.decode import decode_, decode_token_
-from torch_fused.ops.decoder import LAYER_PARTS, Packed, make_decoder
+from torch_fused.testing import NAMES
 
 GROUP_SIZE = 64
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Of a model with random weights; its head is its embedding."""
-
-    name: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocabulary: int
-    biased: bool = False  # q, k and v
-
-    @property
-    def matrices(self) -> int:
-        """Weights in matrices, each read once per step."""
-        layer = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim + 3 * self.hidden * self.intermediate
-        return self.layers * layer + self.vocabulary * self.hidden
-
-    @property
-    def vectors(self) -> int:
-        """Weights in norms and biases."""
-        biases = (self.heads + 2 * self.kv_heads) * self.head_dim if self.biased else 0
-        return self.layers * (2 * self.hidden + biases) + self.hidden
+def sizes(layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int, vocabulary: int) -> dict[str, int]:
+    return {
+        "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "intermediate_size": intermediate, "vocab_size": vocabulary,
+    }  # fmt: skip
 
 
-SMOLLM2 = Sizes("SmolLM2-135M", 30, 576, 9, 3, 64, 1536, 49152)
-QWEN = Sizes("Qwen2.5-0.5B", 24, 896, 14, 2, 64, 4864, 151936, biased=True)
-LLAMA = Sizes("Llama-3.2-1B", 16, 2048, 32, 8, 64, 8192, 128256)
-
-Shape = tuple[int, int, int]
-SHAPES = {
-    SMOLLM2: [(1, 1, 128), (1, 1, 4096), (1, 1, 32768), (4, 1, 128), (8, 1, 128), (1, 8, 128)],
-    QWEN: [(1, 1, 128), (1, 1, 4096), (8, 1, 128)],
+MODELS: dict[str, tuple[Any, Any, dict[str, int]]] = {
+    "SmolLM2-135M": (LlamaConfig, LlamaForCausalLM, sizes(30, 576, 9, 3, 1536, 49152)),
+    "Qwen2.5-0.5B": (Qwen2Config, Qwen2ForCausalLM, sizes(24, 896, 14, 2, 4864, 151936)),
+    "Llama-3.2-1B": (LlamaConfig, LlamaForCausalLM, sizes(16, 2048, 32, 8, 8192, 128256)),
 }
-FEW = [(1, 1, 128), (1, 1, 4096), (8, 1, 128)]  # with packed weights
+Shape = tuple[int, int, int]
+FEW: list[Shape] = [(1, 1, 128), (1, 1, 4096), (8, 1, 128)]
+MANY: list[Shape] = [*FEW[:2], (1, 1, 32768), (4, 1, 128), (8, 1, 128), (1, 8, 128)]
+
+
+def shaped(name: str, device: str, dtype: torch.dtype, bits: int = 0, **changes: int) -> Any:
+    """A model of these sizes; dense for 0 bits."""
+    config, model, known = MODELS[name]
+    torch.manual_seed(0)
+    with torch.device(device):
+        made = model(config(**{**known, **changes}, tie_word_embeddings=True, max_position_embeddings=65536))
+    made = made.to(dtype).eval()
+    if bits:
+        quantize_(made, bits=bits, group_size=GROUP_SIZE)
+    return made
 
 
 @lru_cache(maxsize=1)
-def decoder(sizes: Sizes, bits: int, device: str, dtype: torch.dtype, int8_products: bool = True):
-    """A model with dense matrices for 0 bits; scales, biases and norms are `dtype`."""
-
-    def vector(count: int) -> torch.Tensor:
-        return (torch.randn(count, device=device) * count**-0.5).to(dtype)
-
-    def matrix(rows: int, columns: int):
-        dense = (torch.randn(rows, columns, device=device) * columns**-0.5).to(dtype)
-        return Packed(*quantize(dense, bits=bits, group_size=GROUP_SIZE)) if bits else dense
-
-    hidden, queries, keys = sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    parts: dict[str, tuple[int, ...]] = {
-        "input_norm": (hidden,), "q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden),
-        "o": (hidden, queries), "post_attention_norm": (hidden,), "gate": (sizes.intermediate, hidden),
-        "up": (sizes.intermediate, hidden), "down": (hidden, sizes.intermediate),
-    }  # fmt: skip
-    if sizes.biased:
-        parts |= {"q_bias": (queries,), "k_bias": (keys,), "v_bias": (keys,)}
-    layers: list[torch.Tensor | Packed | None] = []
-    for name in LAYER_PARTS * sizes.layers:
-        shape = parts.get(name, ())
-        layers.append(matrix(*shape) if len(shape) == 2 else vector(*shape) if shape else None)
-    embedding = matrix(sizes.vocabulary, hidden)
-    options = {"heads": sizes.heads, "eps": 1e-5, "scaling": sizes.head_dim**-0.5, "int8_products": int8_products}
-    return make_decoder(embedding, layers, vector(hidden), embedding, **options)
+def kept(*arguments: Any) -> Any:
+    return shaped(*arguments)
 
 
-def nbytes(sizes: Sizes, bits: int, shape: Shape, dtype: torch.dtype) -> int:
+@cache
+def elements(name: str) -> tuple[int, int]:
+    """Of its matrices, each read once per step, and of its vectors."""
+    weights = list(shaped(name, "meta", torch.bfloat16).parameters())
+    return tuple(sum(w.numel() for w in weights if (w.dim() == 2) == matrices) for matrices in (True, False))  # type: ignore[return-value]
+
+
+def nbytes(name: str, bits: int, shape: Shape, dtype: torch.dtype) -> int:
     """Of the weights and the cache, the new tokens included, each once."""
-    batch, steps, length = shape
-    cache = 2 * sizes.layers * batch * sizes.kv_heads * (length + steps) * sizes.head_dim
-    groups = 2 * sizes.matrices // GROUP_SIZE if bits else 0
-    codes = sizes.matrices * bits // 8 if bits else sizes.matrices * dtype.itemsize
-    return codes + (groups + sizes.vectors + cache) * dtype.itemsize
+    (batch, steps, length), (matrices, vectors), known = shape, elements(name), MODELS[name][2]
+    head_dim = known["hidden_size"] // known["num_attention_heads"]
+    states = 2 * known["num_hidden_layers"] * batch * known["num_key_value_heads"] * (length + steps) * head_dim
+    codes = matrices * bits // 8 if bits else matrices * dtype.itemsize
+    scales = 2 * matrices // GROUP_SIZE if bits else 0
+    return codes + (scales + vectors + states) * dtype.itemsize
 
 
-def operands(sizes: Sizes, shape: Shape, device: str, dtype: torch.dtype) -> tuple:
+def operands(model: Any, shape: Shape) -> tuple:
     """What a step takes besides the model."""
     batch, steps, length = shape
-    states = (batch, sizes.kv_heads, length + steps, sizes.head_dim)
-    keys, values = ([torch.randn(states, device=device).to(dtype) for _ in range(sizes.layers)] for _ in range(2))
-    ids = torch.zeros(batch, steps, dtype=torch.long, device=device)
-    angles = torch.rand(length + steps, sizes.head_dim, device=device).to(dtype)
+    config, new = model.config, {"device": model.device, "dtype": model.dtype}
+    head_dim = config.hidden_size // config.num_attention_heads
+    states = (batch, config.num_key_value_heads, length + steps, head_dim)
+    keys, values = ([torch.randn(states, **new) for _ in range(config.num_hidden_layers)] for _ in range(2))
+    ids = torch.zeros(batch, steps, dtype=torch.long, device=model.device)
+    angles = torch.rand(length + steps, head_dim, **new)
     return ids, ids, None, angles, angles, keys, values, length
 
 
-def step(
-    sizes: Sizes, bits: int, shape: Shape, device: str, dtype: torch.dtype, int8_products: bool = True
-) -> Callable[[], object]:
-    model, rest = decoder(sizes, bits, device, dtype, int8_products), operands(sizes, shape, device, dtype)
-    return lambda: decode_(model, *rest, logits_to_keep=1)
+def decoder_of(model: Any, int8_products: bool = True) -> Any:
+    read = plan.read(model, int8_products)
+    assert isinstance(read, plan.Plan), read
+    return read.decoder
 
 
-def step_of_floats(*arguments) -> Callable[[], object]:
-    return step(*arguments, int8_products=False)
+def step(model: Any, shape: Shape, int8_products: bool = True) -> Call:
+    return partial(decode_, decoder_of(model, int8_products), *operands(model, shape), logits_to_keep=1)
 
 
-def greedy_token(sizes: Sizes, bits: int, shape: Shape, device: str, dtype: torch.dtype) -> Callable[[], object]:
+def greedy_token(model: Any, shape: Shape) -> Call:
     """A step and the most probable token."""
-    model, rest = decoder(sizes, bits, device, dtype), operands(sizes, shape, device, dtype)
-    return lambda: decode_token_(model, *rest)
+    return partial(decode_token_, decoder_of(model), *operands(model, shape))
 
 
-def plain_read(sizes: Sizes, bits: int, shape: Shape, device: str, dtype: torch.dtype) -> Callable[[], object]:
-    return torch.ones(nbytes(sizes, bits, shape, dtype) // 4, device=device).sum
-
-
-def cases(device: str, full: bool) -> list[Case]:
-    def case(sizes: Sizes, bits: int, shape: Shape, dtype: torch.dtype) -> Case:
-        contenders = {"torch_fused": step}
+def decode(device: str, full: bool) -> list[Case]:
+    def case(name: str, bits: int, shape: Shape, dtype: torch.dtype) -> Case:
+        moved = nbytes(name, bits, shape, dtype)
+        calls: dict[str, Callable[..., Call]] = {"torch_fused": step}
         if bits and device == "cpu":
-            contenders["torch_fused, products of floats"] = step_of_floats
-        return Case(
-            "decode" if sizes is SMOLLM2 else f"decode, {sizes.name}",
-            "{} x {} after {}".format(*shape),
-            dtype,
-            nbytes(sizes, bits, shape, dtype),
-            lambda device: (sizes, bits, shape, device, dtype),
-            contenders | {"a plain read": plain_read},
-            prepare=lambda make, *operands: make(*operands),
-            kind=f"{bits} bits" if bits else "",
-        )
+            calls["torch_fused, products of floats"] = partial(step, int8_products=False)
+        calls["a plain read"] = lambda model, shape: torch.ones(moved // 4, device=device).sum
+        op = "decode" if name == "SmolLM2-135M" else f"decode, {name}"
+        return OpCase(
+            op, "{} x {} after {}".format(*shape), NAMES[dtype], f"{bits} bits" if bits else "", moved,
+            lambda device: (kept(name, device, dtype, bits), shape), calls, lambda make, *rest: make(*rest),
+        )  # fmt: skip
 
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    dense = [case(SMOLLM2, 0, shape, dtype) for dtype in dtypes for shape in SHAPES[SMOLLM2]]
-    dense += [case(QWEN, 0, shape, torch.bfloat16) for shape in SHAPES[QWEN]]
-    packed = [case(sizes, bits, shape, torch.bfloat16) for sizes in SHAPES for bits in (4, 8) for shape in FEW]
-    return dense + packed
+    smollm2, qwen = list(MODELS)[:2]
+    dense = [case(smollm2, 0, shape, dtype) for dtype in dtypes for shape in MANY]
+    dense += [case(qwen, 0, shape, torch.bfloat16) for shape in FEW]
+    return dense + [
+        case(name, bits, shape, torch.bfloat16) for name in (smollm2, qwen) for bits in (4, 8) for shape in FEW
+    ]

@@ -1,7 +1,5 @@
 """Every row of metal-candle v1.2.0's published benchmark page, as published and as an honest workload.
 
-    python benchmarks/metal_candle.py [--device cpu|cuda|mps] [--again]
-
 All in float32, as there. As published, a call is waited for only if a value is read back. The honest workload
 allocates and writes real bytes in the shapes of real Qwen2.5 models, and waits for every call.
 """
@@ -15,39 +13,57 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ops import TOP_K, TOP_P, composed_softmax, hugging_face, top_k_multinomial
+from ops import OPTIMIZERS, TOP_K, TOP_P, composed_softmax, hugging_face, parameters, top_k_multinomial
 from peers import kernels
-from record import Results
-from timing import Call, Timing, arguments, interleave
+from record import Case, Columns
+from timing import Call, Timing, interleave
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
-from torch_fused import functional, optim
+from torch_fused import functional
 from torch_fused.devices import synchronize
 from torch_fused.hf import FusedKVCache, apply_torch_fused
 from torch_fused.ops.layer_norm import layer_norm_reference
 from torch_fused.ops.rms_norm import rms_norm_reference
 from torch_fused.sampling import greedy, sample
 
-KEYS = ("row", "workload", "contender")
-VALUES = ("ms", "variation", "outliers", "samples")
 PUBLISHED, HONEST = "as published", "honest"
 RUNS, SAMPLES = 5, 15  # samples of a run
 Contenders = Mapping[str, Call]
 Make = Callable[[str], Contenders]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of the page: `quoted` is its figure for an Apple M4 Max, "" for a row added here.
+@dataclass(frozen=True, eq=False)
+class Workload(Case):
+    """One of a row's two. `quoted` is the page's figure for an Apple M4 Max; `make` makes the calls on a device."""
 
-    Each workload is a text and a function that makes the contenders' calls on a device.
-    """
-
-    name: str
     quoted: str
-    published: tuple[str, Make]
-    honest: tuple[str, Make]
+    make: Make
+
+    def contenders(self, device: str) -> Contenders:
+        torch.manual_seed(0)
+        return self.make(device)
+
+    def measure(self, contenders: Contenders, device: str) -> dict[str, Columns]:
+        def waited(call: Call) -> Call:
+            return lambda: (call(), synchronize(device))
+
+        waits = self.kind == HONEST and device != "cpu"
+        calls = {name: [waited(call) if waits else call] for name, call in contenders.items()}
+        found = interleave(calls, device, rounds=RUNS * SAMPLES, target=0.002, wall=True)
+        return {name: columns(timing) for name, timing in found.items()}
+
+
+def columns(timing: Timing) -> Columns:
+    """The median, how much the runs' medians vary, and the samples beyond 1.5 times the quartiles' distance."""
+    samples = timing.samples
+    each = -(-len(samples) // RUNS)
+    medians = [statistics.median(samples[i : i + each]) for i in range(0, len(samples), each)]
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    margin = 1.5 * (high - low)
+    outliers = sum(not low - margin <= sample <= high + margin for sample in samples)
+    variation = statistics.stdev(medians) / statistics.mean(medians)
+    return {"ms": timing.seconds * 1e3, "variation": variation, "outliers": str(outliers), "samples": str(len(samples))}
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------
@@ -90,9 +106,17 @@ def fill(cache: Any, tokens: Tensor, layers: int) -> None:
         cache.update(tokens, tokens, layer)
 
 
+def caches(config: Qwen2Config, heads: int, length: int, device: str, **sizes: int) -> dict[str, Callable[[], Any]]:
+    return {
+        "DynamicCache": lambda: DynamicCache(config=config),
+        "copy_": lambda: Buffers(config, heads, length, device),
+        "torch_fused": lambda: FusedKVCache(config, **sizes),
+    }
+
+
 def insert_published(layers: int, device: str) -> Contenders:
     token, store = states(14, 1, 64, device), {}
-    caches = {"DynamicCache": DynamicCache(config=SMALL), "torch_fused": FusedKVCache(SMALL)}
+    made = {"DynamicCache": DynamicCache(config=SMALL), "torch_fused": FusedKVCache(SMALL)}
 
     def insert() -> None:
         store.clear()
@@ -103,17 +127,9 @@ def insert_published(layers: int, device: str) -> Contenders:
         cache.crop(-1)
         fill(cache, token, layers)
 
-    for cache in caches.values():
+    for cache in made.values():
         fill(cache, token, SMALL.num_hidden_layers)
-    return {"a dict, no copy": insert, **{name: partial(update, cache) for name, cache in caches.items()}}
-
-
-def caches(config: Qwen2Config, heads: int, length: int, device: str, **sizes: int) -> dict[str, Callable[[], Any]]:
-    return {
-        "DynamicCache": lambda: DynamicCache(config=config),
-        "copy_": lambda: Buffers(config, heads, length, device),
-        "torch_fused": lambda: FusedKVCache(config, **sizes),
-    }
+    return {"a dict, no copy": insert, **{name: partial(update, cache) for name, cache in made.items()}}
 
 
 def insert_honest(layers: int, device: str) -> Contenders:
@@ -158,10 +174,16 @@ def allocate_honest(config: Qwen2Config, device: str) -> Contenders:
 
 # ---- sampling and ops -----------------------------------------------------------------------------------------------
 
-OURS: dict[str, Callable[[Tensor], Tensor]] = {
+Draw = Callable[[Tensor], Tensor]
+OURS: dict[str, Draw] = {
     "greedy": greedy,
     "top-k 50": partial(sample, top_k=50),
     "top-p 0.9": partial(sample, top_p=0.9),
+}
+TORCHS: dict[str, dict[str, Draw]] = {
+    "greedy": {"torch.argmax": partial(torch.argmax, dim=-1)},
+    "top-k 50": {"HF chain": hugging_face(TOP_K), "torch.topk, multinomial": top_k_multinomial},
+    "top-p 0.9": {"HF chain": hugging_face(TOP_P)},
 }
 
 
@@ -183,12 +205,7 @@ def sample_published(op: str, vocabulary: int, device: str) -> Contenders:
 
 def sample_honest(op: str, vocabulary: int, device: str) -> Contenders:
     x = torch.randn(1, vocabulary, device=device) * 2
-    torchs: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
-        "greedy": {"torch.argmax": lambda x: x.argmax(-1)},
-        "top-k 50": {"HF chain": hugging_face(TOP_K), "torch.topk, multinomial": top_k_multinomial},
-        "top-p 0.9": {"HF chain": hugging_face(TOP_P)},
-    }
-    draws = torchs[op] | {"torch_fused": OURS[op]} | kernels(op)
+    draws = {**TORCHS[op], "torch_fused": OURS[op], **kernels(op)}
     return {name: lambda draw=draw: int(draw(x)) for name, draw in draws.items()}  # type: ignore[misc]
 
 
@@ -196,47 +213,35 @@ def softmax_of(shape: tuple[int, ...], device: str) -> Contenders:
     x = torch.randn(shape, device=device)
     return {
         "torch composed": partial(composed_softmax, x),
-        "torch.softmax": lambda: x.softmax(-1),
-        "torch_fused": lambda: functional.softmax(x),
+        "torch.softmax": partial(torch.softmax, x, -1),
+        "torch_fused": partial(functional.softmax, x),
         **{name: partial(peer, x.flatten(0, -2)) for name, peer in kernels("softmax").items()},
     }
 
 
 def norm_of(op: str, shape: tuple[int, ...], weighted: bool, device: str) -> Contenders:
     x, size = torch.randn(shape, device=device), shape[-1:]
-    parameters = [torch.randn(size, device=device) for _ in range(2 if op == "layer_norm" else 1)]
-    args = (x, size, *(parameters if weighted else []))
+    weights = [torch.randn(size, device=device) for _ in range(2 if op == "layer_norm" else 1)]
+    args = (x, size, *(weights if weighted else []))
     composed = {"layer_norm": layer_norm_reference, "rms_norm": rms_norm_reference}[op]
     return {
-        "torch composed": lambda: composed(*args),
-        f"F.{op}": lambda: getattr(F, op)(*args),
-        "torch_fused": lambda: getattr(functional, op)(*args),
-        **{name: partial(peer, x, *parameters) for name, peer in kernels(op).items() if weighted},
+        "torch composed": partial(composed, *args),
+        f"F.{op}": partial(getattr(F, op), *args),
+        "torch_fused": partial(getattr(functional, op), *args),
+        **{name: partial(peer, x, *weights) for name, peer in kernels(op).items() if weighted},
     }
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
 Optimizer = Callable[..., torch.optim.Optimizer]
-OPTIMIZERS: dict[str, Optimizer] = {
-    "torch, AdamW(foreach=True)": partial(torch.optim.AdamW, foreach=True),
-    "torch, AdamW(fused=True)": partial(torch.optim.AdamW, fused=True),
-    "torch_fused": optim.AdamW,
-}
 
 
-class LoRA(nn.Module):
-    """A frozen linear map with an adapter of rank 8."""
+def with_lora(model: nn.Module, *targets: str) -> nn.Module:
+    """Of rank 8; the rest is frozen."""
+    from peft import LoraConfig, inject_adapter_in_model
 
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        device = base.weight.device
-        self.a = nn.Parameter(torch.randn(8, base.in_features, device=device) * base.in_features**-0.5)
-        self.b = nn.Parameter(torch.zeros(base.out_features, 8, device=device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + 2.0 * F.linear(F.linear(x, self.a), self.b)
+    return inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, target_modules=list(targets)), model)
 
 
 def trained(model: nn.Module, make: Optimizer, loss: Callable[[], Tensor]) -> Call:
@@ -258,7 +263,7 @@ def train_published(device: str) -> Contenders:
     x, targets = torch.randn(4, 64, 512, device=device), torch.randint(512, (256,), device=device)
 
     def step(make: Optimizer) -> Call:
-        model = LoRA(nn.Linear(512, 512, device=device))
+        model = with_lora(nn.Sequential(nn.Linear(512, 512, device=device)), "0")
         return trained(model, make, lambda: F.cross_entropy(model(x).view(256, 512), targets))
 
     return {name: step(make) for name, make in OPTIMIZERS.items()}
@@ -266,10 +271,7 @@ def train_published(device: str) -> Contenders:
 
 def train_honest(device: str) -> Contenders:
     config = qwen(1, intermediate_size=4864, vocab_size=151936, tie_word_embeddings=True)
-    torch.manual_seed(0)
-    stock = Qwen2ForCausalLM(config).to(device).requires_grad_(False)
-    attention = stock.model.layers[0].self_attn
-    attention.q_proj, attention.v_proj = LoRA(attention.q_proj), LoRA(attention.v_proj)
+    stock = with_lora(Qwen2ForCausalLM(config).to(device), "q_proj", "v_proj")
     ids = torch.randint(config.vocab_size, (4, 64), device=device)
 
     def step(name: str, make: Optimizer) -> Call:
@@ -282,34 +284,32 @@ def train_honest(device: str) -> Contenders:
 
 
 def adamw_of(shapes: list[tuple[int, ...]], device: str) -> Contenders:
-    def step(make: Optimizer) -> Call:
-        params = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
-        for param in params:
-            param.grad = torch.randn_like(param)
-        return make(params).step
-
-    return {name: step(make) for name, make in OPTIMIZERS.items()}
+    return {name: make(parameters(shapes, torch.float32, device)).step for name, make in OPTIMIZERS.items()}
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------
 
 
-def rows() -> list[Row]:
-    found = []
+def rows(device: str = "cpu", full: bool = False) -> list[Case]:
+    found: list[Case] = []
+
+    def row(name: str, quoted: str, published: tuple[str, Make], honest: tuple[str, Make]) -> None:
+        for kind, (text, make), figure in ((PUBLISHED, published, quoted), (HONEST, honest, "")):
+            found.append(Workload(name, text, "f32", kind, figure, make))
+
     for name, layers, quoted in (("KV cache, single layer", 1, "11.6 ns"), ("KV cache, all 24 layers", 24, "320 ns")):
         text = f"clear, then insert k and v of (1, 14, 1, 64) in {layers} of 24 layers"
         real = f"one token of (1, 2, 1, 64) appended after 512 in {layers} layers"
-        makes = partial(insert_published, layers), partial(insert_honest, layers)
-        found.append(Row(name, quoted, (text, makes[0]), (real, makes[1])))
+        row(name, quoted, (text, partial(insert_published, layers)), (real, partial(insert_honest, layers)))
     for length, quoted in ((512, "50.4 ms"), (2048, "559 ms")):
         text = f"{length // 2} tokens of (1, 14, 1, 64) appended one by one to 24 layers, capacity {length}"
         real = f"{length} tokens of (1, 2, 1, 64) appended one by one to 24 layers"
         makes = partial(sequence, length, length // 2, 14), partial(sequence, length, length, 2)
-        found.append(Row(f"full sequence {length}", quoted, (text, makes[0]), (real, makes[1])))
+        row(f"full sequence {length}", quoted, (text, makes[0]), (real, makes[1]))
     for size, config in (("0.5B", SMALL), ("1.5B", MIDDLE), ("3B", LARGE)):
         real = f"a cache of 2048 tokens, {config.num_hidden_layers} layers, allocated and written"
         published = "an empty cache object", partial(allocate_published, config)
-        found.append(Row(f"KV allocation, Qwen {size}", "20.7 ns", published, (real, partial(allocate_honest, config))))
+        row(f"KV allocation, Qwen {size}", "20.7 ns", published, (real, partial(allocate_honest, config)))
     for op, (alone, *by_vocabulary) in {
         "greedy": ("109.5 us", "101 us", "112 us", "124 us", "161 us", ""),
         "top-k 50": ("469 us", "111 us", "224 us", "495 us", "1500 us", ""),
@@ -320,67 +320,18 @@ def rows() -> list[Row]:
         for name, quoted, n, m in [(op, alone, 32000, 151936), *sizes]:
             published = f"{n} logits copied to the host, all of the work there", partial(sample_published, op, n)
             honest = f"an id drawn from {m} logits on the device, read back", partial(sample_honest, op, m)
-            found.append(Row(name, quoted, published, honest))
+            row(name, quoted, published, honest)
     shape, scores, hidden = (4, 16, 1024), (1, 14, 128, 128), (1, 128, 896)
     honest = f"attention scores {scores}", partial(softmax_of, scores)
-    found.append(Row("softmax", "43.6 us", (f"{shape}", partial(softmax_of, shape)), honest))
+    row("softmax", "43.6 us", (f"{shape}", partial(softmax_of, shape)), honest)
     for name, op, quoted in (("layer norm", "layer_norm", "47.8 us"), ("RMS norm", "rms_norm", "25.5 us")):
         published = f"{shape}, no weights", partial(norm_of, op, shape, False)
-        found.append(Row(name, quoted, published, (f"{hidden} with weights", partial(norm_of, op, hidden, True))))
+        row(name, quoted, published, (f"{hidden} with weights", partial(norm_of, op, hidden, True)))
     text = "LoRA of rank 8 on a (512, 512) linear, (4, 64, 512): forward, cross entropy, backward, AdamW"
     real = "LoRA of rank 8 on q and v of a Qwen2.5-0.5B of one layer, 4 x 64 tokens, loss over 151936"
-    found.append(Row("full training step", "3.3 ms", (text, train_published), (real, train_honest)))
+    row("full training step", "3.3 ms", (text, train_published), (real, train_honest))
     projections = [(896, 896), (896,), (128, 896), (128,), (128, 896), (128,), (896, 896)]
     layer = [*projections, (4864, 896), (4864, 896), (896, 4864), (896,), (896,)]
     honest = "the 12 parameters of a Qwen2.5-0.5B layer, 15 million", partial(adamw_of, layer)
-    found.append(Row("AdamW", "1.06 ms", ("one (512, 512) parameter", partial(adamw_of, [(512, 512)])), honest))
+    row("AdamW", "1.06 ms", ("one (512, 512) parameter", partial(adamw_of, [(512, 512)])), honest)
     return found
-
-
-def measure(contenders: Contenders, device: str, waits: bool) -> dict[str, Timing]:
-    def waited(call: Call) -> Call:
-        def both() -> None:
-            call()
-            synchronize(device)
-
-        return both
-
-    calls = {name: [waited(call) if waits and device != "cpu" else call] for name, call in contenders.items()}
-    return interleave(calls, device, rounds=RUNS * SAMPLES, target=0.002, wall=True)
-
-
-def columns(timing: Timing) -> dict[str, float | str]:
-    """The median, how much the runs' medians vary, and the samples beyond 1.5 times the quartiles' distance."""
-    samples = timing.samples
-    each = -(-len(samples) // RUNS)
-    medians = [statistics.median(samples[i : i + each]) for i in range(0, len(samples), each)]
-    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
-    margin = 1.5 * (high - low)
-    return {
-        "ms": timing.seconds * 1e3,
-        "variation": statistics.stdev(medians) / statistics.mean(medians),
-        "outliers": str(sum(not low - margin <= sample <= high + margin for sample in samples)),
-        "samples": str(len(samples)),
-    }
-
-
-def main() -> None:
-    args = arguments(__doc__)
-    results = Results("metal_candle", KEYS, VALUES, args.results, args.device, args.again)
-    torch.manual_seed(0)
-    for row in rows():
-        for kind, (text, make) in ((PUBLISHED, row.published), (HONEST, row.honest)):
-            print(f"{row.name}, {kind}: {text}" + (f" (M4 Max: {row.quoted})" if row.quoted else ""), flush=True)
-            contenders = make(args.device)
-            keys = {who: {"row": row.name, "workload": kind, "contender": who} for who in contenders}
-
-            def measured(contenders: Contenders = contenders, waits: bool = kind == HONEST) -> dict[str, Any]:
-                return {who: columns(timing) for who, timing in measure(contenders, args.device, waits).items()}
-
-            for who, found in results.rows(keys, measured).items():
-                variation = f"+-{float(found['variation']) * 100:3.0f} %"
-                print(f"  {who:28s} {float(found['ms']):12.5f} ms  {variation}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,21 +1,18 @@
-"""Times the ops beside torch's, transformers' and other libraries', and a copy of the same bytes.
+"""The ops next to torch's, transformers' and other libraries', and to a copy of the same bytes.
 
-    python benchmarks/ops.py [OP ...] [--device cpu|cuda|mps] [--full] [--again] [--compile]
-
-Every contender of a case, and the copy, is timed in the same rounds. "llama" makes the roundings of Hugging Face's
-code, which is what it must be compared with.
+"llama" makes the roundings of Hugging Face's code, which is what it must be compared with.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peers import kernels
-from record import Results
-from timing import Call, arguments, copies, interleave, sets
+from record import Case, Columns
+from timing import Call, copies, interleave, sets
 from torch import Tensor
 from transformers import DynamicCache, Qwen2Config, StaticCache
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
@@ -27,60 +24,48 @@ from torch_fused.ops.layer_norm import layer_norm_reference
 from torch_fused.ops.rms_norm import rms_norm_reference
 from torch_fused.testing import NAMES
 
-KEYS = ("op", "shape", "dtype", "kind", "contender")
-VALUES = ("ms", "spread", "gb_s", "copy_share")
 DTYPES = (torch.float32, torch.bfloat16)
 COMPILED, COPY = "torch.compile", "copy"
-Contenders = dict[str, Callable[..., Any]]
+Contenders = Mapping[str, Callable[..., Any]]
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
-    """One op at one shape.
+class OpCase(Case):
+    """One op at one shape. `op` is its name, followed by "backward" for its gradient.
 
     Attributes:
-        op: its name, followed by "backward" for its gradient.
-        shape: as it is reported.
         nbytes: every operand and every result, each once; 0 where bandwidth says nothing.
         operands: makes them on a device.
-        contenders: what is timed, by name.
+        calls: what is timed, by name.
         prepare: makes what is timed from a contender and the operands.
-        kind: of the values, where they matter.
         once: a call changes what the next one does, so a sample is a single call.
     """
 
-    op: str
-    shape: str
-    dtype: torch.dtype
     nbytes: int
     operands: Callable[[str], tuple[Any, ...]]
-    contenders: Contenders
-    prepare: Callable[..., Call] = field(default=partial)
-    kind: str = ""
+    calls: Contenders
+    prepare: Callable[..., Call] = partial
     once: bool = False
 
-    @property
-    def name(self) -> str:
-        return f"{self.op} {self.shape} {NAMES[self.dtype]}" + (f" {self.kind}" if self.kind else "")
+    def contenders(self, device: str) -> Contenders:
+        return {**self.calls, **kernels(self.op)}
 
-    def measure(self, device: str, names: Iterable[str]) -> dict[str, dict[str, float | None]]:
-        """The columns of each contender's row."""
+    def measure(self, contenders: Contenders, device: str) -> dict[str, Columns]:
         torch.manual_seed(0)
         operands = [self.operands(device) for _ in range(1 if self.once else sets(self.nbytes, device))]
-        calls = {name: [self.prepare(self.contenders[name], *each) for each in operands] for name in names}
+        calls = {name: [self.prepare(call, *each) for each in operands] for name, call in contenders.items()}
         copied = 0
         if self.nbytes:
             calls[COPY], copied = copies(self.nbytes, device)
         with torch.no_grad():
             timings = interleave(calls, device, **({"rounds": 40, "calls": 1} if self.once else {}))
         copy = timings.pop(COPY, None)
-        columns: dict[str, dict[str, float | None]] = {}
-        for name, timing in timings.items():
-            rate = self.nbytes / timing.seconds if copy else None
-            share = rate / (copied / copy.seconds) if rate and copy else None
-            columns[name] = {"ms": timing.seconds * 1e3, "spread": timing.spread, "copy_share": share}
-            columns[name]["gb_s"] = rate / 1e9 if rate else None
-        return columns
+
+        def bandwidth(seconds: float) -> dict[str, float | None]:
+            rate = self.nbytes / seconds
+            return {"gb_s": rate / 1e9, "copy_share": rate / (copied / copy.seconds)} if copy else {}
+
+        return {name: {**timing.columns(), **bandwidth(timing.seconds)} for name, timing in timings.items()}
 
 
 def randn(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -107,29 +92,34 @@ def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
 
 # ---- norms, softmax, gated activations, rotary embedding ------------------------------------------------------------
 
+Shapes = Iterable[tuple[int, int]]
+
 
 def by_rows(
-    op: str, shapes: Iterable[tuple[int, int]], backward: Iterable[tuple[int, int]], full: int, vectors: int,
-    passes: tuple[int, int], contenders: Contenders,
+    op: str, shapes: Shapes, full: int, vectors: int, passes: int, calls: Contenders,
+    dtypes: Iterable[torch.dtype] = DTYPES, prepare: Callable[..., Call] = partial,
 ) -> list[Case]:  # fmt: skip
-    """An op of `full` operands of (rows, cols) and `vectors` of (cols,), and its gradients.
+    """An op of `full` operands of (rows, cols), which are moved `passes` times in all, and `vectors` of (cols,)."""
 
-    `passes` is how often (rows, cols) elements are moved forward and backward.
-    """
-
-    def case(name: str, rows: int, cols: int, dtype: torch.dtype, times: int, **more: Any) -> Case:
+    def case(rows: int, cols: int, dtype: torch.dtype) -> Case:
         def operands(device: str) -> tuple[Tensor, ...]:
             sizes = [(rows, cols)] * full + [(cols,)] * vectors
             return tuple(randn(*size, dtype=dtype, device=device) for size in sizes)
 
-        return Case(
-            name, f"({rows}, {cols})", dtype, times * rows * cols * dtype.itemsize, operands, contenders, **more
-        )
+        nbytes = passes * rows * cols * dtype.itemsize
+        return OpCase(op, f"({rows}, {cols})", NAMES[dtype], "", nbytes, operands, calls, prepare)
 
+    return [case(*shape, dtype) for shape in shapes for dtype in dtypes]
+
+
+def both_ways(
+    op: str, shapes: Shapes, backward: Shapes, full: int, vectors: int, passes: tuple[int, int], calls: Contenders
+) -> list[Case]:
+    """An op and its gradients; `passes` forward and backward."""
     gradient = gradients(full + vectors)
-    return [case(op, *shape, dtype, passes[0]) for shape in shapes for dtype in DTYPES] + [
-        case(f"{op} backward", *shape, dtype, passes[1], prepare=gradient) for shape in backward for dtype in DTYPES
-    ]
+    return by_rows(op, shapes, full, vectors, passes[0], calls) + by_rows(
+        f"{op} backward", backward, full, vectors, passes[1], calls, prepare=gradient
+    )
 
 
 EPS = 1e-6
@@ -159,7 +149,6 @@ def rms_norm(device: str, full: bool) -> list[Case]:
         "F.rms_norm": torch_norm,
         "HF module": hugging_face_norm,
         COMPILED: compiled(torch_norm),
-        **kernels("rms_norm"),
     }
     add_norm: Contenders = {
         "torch_fused": lambda x, r, w: functional.add_rms_norm(x, r, w, EPS, casting_mode="torch"),
@@ -168,23 +157,19 @@ def rms_norm(device: str, full: bool) -> list[Case]:
         "add, HF module": added(hugging_face_norm),
         COMPILED: compiled(added(torch_norm)),
     }
-    both = by_rows("rms_norm", shapes, wide, 1, 1, (2, 3), norm)
-    return both[:8] + by_rows("add_rms_norm", shapes, [], 2, 1, (4, 0), add_norm) + both[8:]
+    cases = both_ways("rms_norm", shapes, wide, 1, 1, (2, 3), norm)
+    return cases[:8] + by_rows("add_rms_norm", shapes, 2, 1, 4, add_norm) + cases[8:]
 
 
 def layer_norm(device: str, full: bool) -> list[Case]:
-    def torchs(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return F.layer_norm(x, w.shape, w, b)
-
-    contenders: Contenders = {
+    calls: Contenders = {
         "torch_fused": lambda x, w, b: functional.layer_norm(x, w.shape, w, b),
-        "F.layer_norm": torchs,
+        "F.layer_norm": lambda x, w, b: F.layer_norm(x, w.shape, w, b),
         "torch composed": lambda x, w, b: layer_norm_reference(x, w.shape, w, b),
-        COMPILED: compiled(torchs),
-        **kernels("layer_norm"),
+        COMPILED: compiled(lambda x, w, b: F.layer_norm(x, w.shape, w, b)),
     }
     shapes, wide = [(64, 1024), (4096, 1024), (4096, 4096), (32, 32000)], [(4096, 1024), (4096, 4096)]
-    return by_rows("layer_norm", shapes, wide, 1, 2, (2, 3), contenders)
+    return both_ways("layer_norm", shapes, wide, 1, 2, (2, 3), calls)
 
 
 def composed_softmax(x: Tensor) -> Tensor:
@@ -193,15 +178,14 @@ def composed_softmax(x: Tensor) -> Tensor:
 
 
 def softmax(device: str, full: bool) -> list[Case]:
-    contenders: Contenders = {
+    calls: Contenders = {
         "torch_fused": functional.softmax,
         "torch.softmax": partial(torch.softmax, dim=-1),
         "torch composed": composed_softmax,
-        COMPILED: compiled(lambda x: torch.softmax(x, -1)),
-        **kernels("softmax"),
+        COMPILED: compiled(partial(torch.softmax, dim=-1)),
     }
     shapes = [(64, 1024), (4096, 1024), (4096, 4096), (32, 32000), (1, 151936), (64, 151936)]
-    return by_rows("softmax", shapes, [(4096, 1024), (4096, 4096)], 1, 0, (2, 3), contenders)
+    return both_ways("softmax", shapes, [(4096, 1024), (4096, 4096)], 1, 0, (2, 3), calls)
 
 
 def swiglu(device: str, full: bool) -> list[Case]:
@@ -211,40 +195,34 @@ def swiglu(device: str, full: bool) -> list[Case]:
     def gelu(gate: Tensor, up: Tensor) -> Tensor:
         return F.gelu(gate, approximate="tanh") * up
 
-    ours: dict[str, Contenders] = {
-        "silu_mul": {
-            "torch_fused": functional.silu_mul,
-            "torch_fused llama": partial(functional.silu_mul, casting_mode="llama"),
-            "F.silu(gate) * up": silu,
-            COMPILED: compiled(silu),
-        },
-        "gelu_mul": {
-            "torch_fused": partial(functional.gelu_mul, approximate="tanh"),
-            "torch_fused exact": functional.gelu_mul,
-            "F.gelu(gate) * up": gelu,
-            COMPILED: compiled(gelu),
-        },
+    silus: Contenders = {
+        "torch_fused": functional.silu_mul,
+        "torch_fused llama": partial(functional.silu_mul, casting_mode="llama"),
+        "F.silu(gate) * up": silu,
+        COMPILED: compiled(silu),
+    }
+    gelus: Contenders = {
+        "torch_fused": partial(functional.gelu_mul, approximate="tanh"),
+        "torch_fused exact": functional.gelu_mul,
+        "F.gelu(gate) * up": gelu,
+        COMPILED: compiled(gelu),
     }
     shapes, wide = [(1, 4864), (128, 4864), (2048, 4864), (4096, 4096)], [(2048, 4864), (4096, 4096)]
-    return [
-        case
-        for op, contenders in ours.items()
-        for case in by_rows(op, shapes, wide, 2, 0, (3, 5), contenders | kernels(op))
-    ]
+    ops = {"silu_mul": silus, "gelu_mul": gelus}
+    return [case for op, calls in ops.items() for case in both_ways(op, shapes, wide, 2, 0, (3, 5), calls)]
 
 
 def rope(device: str, full: bool) -> list[Case]:
     """Shapes are (batch, tokens, query heads, key heads, head_dim): of Qwen2.5-0.5B and Qwen3-8B."""
     shapes = [(1, 1, 14, 2, 64), (1, 128, 14, 2, 64), (1, 2048, 14, 2, 64), (1, 2048, 32, 8, 128)]
-    contenders: Contenders = {
+    calls: Contenders = {
         "torch_fused": functional.apply_rotary_pos_emb,
         "torch_fused llama": partial(functional.apply_rotary_pos_emb, casting_mode="llama"),
         "transformers": modeling_llama.apply_rotary_pos_emb,
         COMPILED: compiled(modeling_llama.apply_rotary_pos_emb),
-        **kernels("apply_rotary_pos_emb"),
     }
 
-    def case(op: str, shape: tuple[int, ...], dtype: torch.dtype, **more: Any) -> Case:
+    def case(op: str, shape: tuple[int, ...], dtype: torch.dtype, prepare: Callable[..., Call] = partial) -> Case:
         batch, tokens, q_heads, k_heads, head_dim = shape
 
         def operands(device: str) -> tuple[Tensor, ...]:
@@ -253,12 +231,11 @@ def rope(device: str, full: bool) -> list[Case]:
             return q.transpose(1, 2), k.transpose(1, 2), cos, sin
 
         nbytes = (2 * batch * (q_heads + k_heads) + 2) * tokens * head_dim * dtype.itemsize
-        return Case(op, str(shape), dtype, nbytes, operands, contenders, **more)
+        return OpCase(op, str(shape), NAMES[dtype], "", nbytes, operands, calls, prepare)
 
     op = "apply_rotary_pos_emb"
-    return [case(op, shape, dtype) for shape in shapes for dtype in DTYPES] + [
-        case(f"{op} backward", shapes[2], dtype, prepare=gradients(2)) for dtype in DTYPES
-    ]
+    forward = [case(op, shape, dtype) for shape in shapes for dtype in DTYPES]
+    return forward + [case(f"{op} backward", shapes[2], dtype, gradients(2)) for dtype in DTYPES]
 
 
 # ---- optimizer, cache, sampling, packed weights ---------------------------------------------------------------------
@@ -272,26 +249,34 @@ def qwen_shapes(hidden: int, intermediate: int, key_values: int, layers: int, vo
 
 
 SMALL, QWEN = qwen_shapes(384, 1024, 128, 5, 256), qwen_shapes(896, 4864, 128, 24, 151936)  # Qwen2.5-0.5B
+OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+    "torch_fused": optim.AdamW,
+    "torch fused=True": partial(torch.optim.AdamW, fused=True),
+    "torch foreach=True": partial(torch.optim.AdamW, foreach=True),
+}
+
+
+def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str) -> list[torch.nn.Parameter]:
+    """With gradients."""
+    params = [torch.nn.Parameter(randn(*shape, dtype=dtype, device=device)) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    return params
 
 
 def adamw(device: str, full: bool) -> list[Case]:
-    contenders: Contenders = {
-        "torch_fused": optim.AdamW,
-        "torch fused=True": partial(torch.optim.AdamW, fused=True),
-        "torch foreach=True": partial(torch.optim.AdamW, foreach=True),
-    }
-
     def case(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> Case:
-        def operands(device: str) -> tuple[list[Tensor]]:
-            params = [torch.nn.Parameter(randn(*shape, dtype=dtype, device=device)) for shape in shapes]
-            for param in params:
-                param.grad = torch.randn_like(param)
-            return (params,)
-
         elements = sum(torch.Size(shape).numel() for shape in shapes)
-        name = f"{elements / 1e6:.0f} million in {len(shapes)} tensors"
+        shape = f"{elements / 1e6:.0f} million in {len(shapes)} tensors"
         nbytes = 7 * elements * dtype.itemsize  # four operands are read, three written
-        return Case("adamw", name, dtype, nbytes, operands, contenders, prepare=lambda make, params: make(params).step)
+
+        def step(make: Callable[..., torch.optim.Optimizer], *params: torch.nn.Parameter) -> Call:
+            return make(params).step
+
+        def operands(device: str) -> tuple[torch.nn.Parameter, ...]:
+            return tuple(parameters(shapes, dtype, device))
+
+        return OpCase("adamw", shape, NAMES[dtype], "", nbytes, operands, OPTIMIZERS, step)
 
     lists = [SMALL, QWEN] if full or device != "cpu" else [SMALL]  # 8 GB of operands, half a second per step
     return [case(shapes, dtype) for shapes in lists for dtype in DTYPES]
@@ -300,7 +285,7 @@ def adamw(device: str, full: bool) -> list[Case]:
 def kv_cache(device: str, full: bool) -> list[Case]:
     """A token appended to the cache of Qwen2.5-0.5B; the shape is how many tokens it holds."""
     config, room = Qwen2Config(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2), 64
-    contenders: Contenders = {
+    makes: Contenders = {
         "FusedKVCache": lambda length: FusedKVCache(config, expected_len=length),
         "DynamicCache": lambda length: DynamicCache(config=config),
         "StaticCache": lambda length: StaticCache(config=config, max_cache_len=length),
@@ -321,11 +306,10 @@ def kv_cache(device: str, full: bool) -> list[Case]:
         states = (randn(1, tokens, 2, 64, dtype=torch.bfloat16, device=device) for tokens in (length, 1))
         return tuple(tensor.transpose(1, 2) for tensor in states)
 
-    def case(length: int) -> Case:
-        make = partial(operands, length)
-        return Case("kv append", f"{length} tokens", torch.bfloat16, 0, make, contenders, prepare=filled, once=True)
-
-    return [case(length) for length in (512, 4096, 32768)]
+    return [
+        OpCase("kv append", f"{length} tokens", "bf16", "", 0, partial(operands, length), makes, filled, once=True)
+        for length in (512, 4096, 32768)
+    ]
 
 
 def hugging_face(*warpers: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
@@ -345,25 +329,22 @@ def top_k_multinomial(x: Tensor) -> Tensor:
     return ids.gather(-1, torch.multinomial(values.softmax(-1), 1))
 
 
+def ours(**options: Any) -> Callable[[Tensor], Tensor]:
+    return partial(sampling.sample, seed=1, **options)
+
+
 TOP_K, TOP_P = TopKLogitsWarper(50), TopPLogitsWarper(0.9)
+CHAIN = "HF chain"
 DRAWS: dict[str, Contenders] = {
-    "greedy": {"torch_fused": sampling.greedy, "torch.argmax": lambda x: x.argmax(-1)},
+    "greedy": {"torch_fused": sampling.greedy, "torch.argmax": partial(torch.argmax, dim=-1)},
     "top-k 50": {
-        "torch_fused": lambda x: sampling.sample(x, top_k=50, seed=1),
-        "torch.topk, multinomial": top_k_multinomial,
-        "HF chain": hugging_face(TOP_K),
+        "torch_fused": ours(top_k=50), "torch.topk, multinomial": top_k_multinomial, CHAIN: hugging_face(TOP_K),
     },
-    "top-k 50, top-p 0.9": {
-        "torch_fused": lambda x: sampling.sample(x, top_k=50, top_p=0.9, seed=1),
-        "HF chain": hugging_face(TOP_K, TOP_P),
-    },
-    "top-p 0.9": {"torch_fused": lambda x: sampling.sample(x, top_p=0.9, seed=1), "HF chain": hugging_face(TOP_P)},
-    "top-p 0.95": {
-        "torch_fused": lambda x: sampling.sample(x, top_p=0.95, seed=1),
-        "HF chain": hugging_face(TopPLogitsWarper(0.95)),
-    },
-    "whole vocabulary": {"torch_fused": lambda x: sampling.sample(x, seed=1), "softmax, multinomial": hugging_face()},
-}
+    "top-k 50, top-p 0.9": {"torch_fused": ours(top_k=50, top_p=0.9), CHAIN: hugging_face(TOP_K, TOP_P)},
+    "top-p 0.9": {"torch_fused": ours(top_p=0.9), CHAIN: hugging_face(TOP_P)},
+    "top-p 0.95": {"torch_fused": ours(top_p=0.95), CHAIN: hugging_face(TopPLogitsWarper(0.95))},
+    "whole vocabulary": {"torch_fused": ours(), "softmax, multinomial": hugging_face()},
+}  # fmt: skip
 LOGITS: dict[str, Callable[..., Tensor]] = {
     "normal": lambda shape, device: torch.randn(shape, device=device) * 2,
     "nearly flat": lambda shape, device: torch.randn(shape, device=device) * 1e-3,
@@ -373,11 +354,8 @@ LOGITS: dict[str, Callable[..., Tensor]] = {
 
 def draws(device: str, full: bool) -> list[Case]:
     def case(op: str, shape: tuple[int, int], kind: str) -> Case:
-        def operands(device: str) -> tuple[Tensor]:
-            return (LOGITS[kind](shape, device),)
-
-        nbytes, contenders = 4 * shape[0] * shape[1], DRAWS[op] | kernels(op)
-        return Case(op, str(shape), torch.float32, nbytes, operands, contenders, kind=kind)
+        nbytes = 4 * shape[0] * shape[1]
+        return OpCase(op, str(shape), "f32", kind, nbytes, lambda device: (LOGITS[kind](shape, device),), DRAWS[op])
 
     shapes = [(1, 32000), (1, 151936), (32, 151936)]
     return [case(op, shape, kind) for shape in shapes for kind in LOGITS for op in DRAWS]
@@ -395,52 +373,18 @@ def quantized(device: str, full: bool) -> list[Case]:
             weight = randn(rows, cols, dtype=dtype, device=device)
             return randn(vectors, cols, dtype=dtype, device=device), weight, functional.quantize(weight, **options)
 
-        contenders: Contenders = {
+        calls = {
             "torch_fused": lambda x, dense, packed: functional.quantized_linear(x, *packed, **options),
             "F.linear, not packed": lambda x, dense, packed: F.linear(x, dense),
         }
         if device == "cpu" and vectors <= 8:
             int8 = torch.ops.torch_fused._quantized_linear_int8
-            contenders["torch_fused int8"] = lambda x, dense, packed: int8(x, *packed, **options)
+            calls["torch_fused int8"] = lambda x, dense, packed: int8(x, *packed, **options)
         if vectors > 8:
             dequantize = partial(functional.dequantize, **options)
-            contenders["dequantize, F.linear"] = lambda x, dense, packed: F.linear(x, dequantize(*packed))
+            calls["dequantize, F.linear"] = lambda x, dense, packed: F.linear(x, dequantize(*packed))
         nbytes = rows * cols * bits // 8 + (2 * rows * cols // group_size + vectors * (rows + cols)) * dtype.itemsize
         shape = f"({vectors}, {cols}) x ({rows}, {cols})"
-        return Case("quantized_linear", shape, dtype, nbytes, operands, contenders, kind=f"{bits} bits")
+        return OpCase("quantized_linear", shape, NAMES[dtype], f"{bits} bits", nbytes, operands, calls)
 
     return [case(bits, *shape, dtype) for shape in shapes for bits in (4, 8) for dtype in DTYPES]
-
-
-# ---- measuring ------------------------------------------------------------------------------------------------------
-
-
-def benches() -> dict[str, Callable[[str, bool], list[Case]]]:
-    """The cases of each file of results."""
-    import decode
-
-    return {
-        "adamw": adamw, "decode": decode.cases, "kv_cache": kv_cache, "layer_norm": layer_norm,
-        "quantized": quantized, "rms_norm": rms_norm, "rope": rope, "sampling": draws, "softmax": softmax,
-        "swiglu": swiglu,
-    }  # fmt: skip
-
-
-def main() -> None:
-    ops = {"nargs": "*", "metavar": "op", "help": f"{', '.join(benches())} (default: all)"}
-    args = arguments(__doc__, ("ops", ops))
-    for bench in args.ops or benches():
-        results = Results(bench, KEYS, VALUES, args.results, args.device, args.again)
-        for case in benches()[bench](args.device, args.full):
-            print(case.name, flush=True)
-            names = [name for name in case.contenders if args.compile or name != COMPILED]
-            shared = (case.op, case.shape, NAMES[case.dtype], case.kind)
-            keys = {name: dict(zip(KEYS, (*shared, name), strict=True)) for name in names}
-            for row in results.rows(keys, partial(case.measure, args.device, names)).values():
-                rate = f"{float(row['gb_s']):8.1f} GB/s  {float(row['copy_share']):5.2f} of copy" if row["gb_s"] else ""
-                spread = f"+-{float(row['spread']) * 100:3.0f} %"
-                print(f"  {row['contender']:28s} {float(row['ms']):10.4f} ms  {spread}  {rate}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -12,15 +12,19 @@ import torch
 from torch_fused import demo
 from torch_fused.cache import cache_dir
 
-Kernels = dict[str, dict[str, Callable[..., Any]]]
+Kernels = dict[str, Callable[..., Any]]
 Run = Callable[..., object]
 """Given ids (batch, tokens), a number of new ones, and whether to sample, generates them."""
+
+
+def has(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
 
 
 def _liger() -> Kernels:
     from liger_kernel.transformers import functional as liger
 
-    ops: dict[str, Callable[..., Any]] = {
+    return {
         "rms_norm": lambda x, w: liger.liger_rms_norm(x, w, 1e-6, 0.0, "llama", False),
         "layer_norm": lambda x, w, b: liger.liger_layer_norm(x, w, b, 1e-5),
         "softmax": liger.liger_softmax,
@@ -28,27 +32,25 @@ def _liger() -> Kernels:
         "gelu_mul": liger.liger_geglu,
         "apply_rotary_pos_emb": liger.liger_rope,
     }
-    return {op: {"Liger-Kernel": call} for op, call in ops.items()}
 
 
 def _quack() -> Kernels:
     from quack import rmsnorm, softmax
 
-    return {"rms_norm": {"quack": lambda x, w: rmsnorm(x, w, eps=1e-6)}, "softmax": {"quack": softmax}}
+    return {"rms_norm": lambda x, w: rmsnorm(x, w, eps=1e-6), "softmax": softmax}
 
 
 def _flashinfer() -> Kernels:
     import flashinfer
     from flashinfer import sampling
 
-    ops: dict[str, Callable[..., Any]] = {
+    return {
         "rms_norm": lambda x, w: flashinfer.rmsnorm(x, w, 1e-6),
         "top-k 50": lambda x: sampling.top_k_sampling_from_probs(x.softmax(-1), 50),
         "top-k 50, top-p 0.9": lambda x: sampling.top_k_top_p_sampling_from_logits(x, 50, 0.9),
         "top-p 0.9": lambda x: sampling.top_p_sampling_from_probs(x.softmax(-1), 0.9),
         "top-p 0.95": lambda x: sampling.top_p_sampling_from_probs(x.softmax(-1), 0.95),
     }
-    return {op: {"flashinfer": call} for op, call in ops.items()}
 
 
 LIBRARIES = {"Liger-Kernel": _liger, "quack": _quack, "flashinfer": _flashinfer}
@@ -56,21 +58,19 @@ LIBRARIES = {"Liger-Kernel": _liger, "quack": _quack, "flashinfer": _flashinfer}
 
 
 @cache
-def _installed() -> Kernels:
-    found: Kernels = {}
-    for load in LIBRARIES.values() if torch.cuda.is_available() else ():
+def _installed() -> dict[str, Kernels]:
+    found = {}
+    for name, load in LIBRARIES.items() if torch.cuda.is_available() else ():
         try:
-            library = load()
+            found[name] = load()
         except (ImportError, AttributeError, RuntimeError):
             continue
-        for op, contenders in library.items():
-            found.setdefault(op, {}).update(contenders)
     return found
 
 
-def kernels(op: str) -> dict[str, Callable[..., Any]]:
+def kernels(op: str) -> Kernels:
     """The kernels of the libraries that are installed, by library."""
-    return _installed().get(op, {})
+    return {name: ops[op] for name, ops in _installed().items() if op in ops}
 
 
 def llama_cpp(weights: str, room: int) -> Run:
@@ -141,12 +141,8 @@ def mlx_lm(weights: str, room: int) -> Run:
 def programs(device: str, bits: int) -> dict[str, Callable[[str, int], Run]]:
     """The programs that are installed and run weights of `bits` bits (0: dense) on `device`."""
     found: dict[str, Callable[[str, int], Run]] = {}
-    if device == "cpu" and importlib.util.find_spec("llama_cpp"):
+    if device == "cpu" and has("llama_cpp"):
         found["llama-cpp-python"] = llama_cpp
-    if (
-        not bits
-        and device == {"darwin": "mps", "linux": "cpu"}.get(sys.platform)
-        and importlib.util.find_spec("mlx_lm")
-    ):
+    if not bits and device == {"darwin": "mps", "linux": "cpu"}.get(sys.platform) and has("mlx_lm"):
         found["mlx-lm"] = mlx_lm
     return found

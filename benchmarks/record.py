@@ -1,9 +1,10 @@
-"""The rows that benchmarks measure: one small CSV file for each benchmark and machine."""
+"""What is measured, a case at a time, and its rows: one small CSV file for each benchmark and machine."""
 
 import csv
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -15,10 +16,34 @@ from timing import ROOT
 import torch_fused
 from torch_fused.devices import device_name
 
+RESULTS = ROOT / "benchmarks/results"
+KEYS = ("op", "shape", "dtype", "kind", "contender")
 STAMP = ("device", "threads", "torch", "transformers", "torch_fused", "date")
 DISTURBED = 0.02
-"""A row is measured again by the next run if its threads waited for a core for more than this share of the time."""
+"""A case is measured again by the next run if its threads waited for a core for more than this share of the time."""
 Row = dict[str, str]
+Columns = Mapping[str, float | str | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """An op at one shape. Its contenders are measured together."""
+
+    op: str
+    shape: str
+    dtype: str
+    kind: str  # of the values or the request, where it matters
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.op, self.shape, self.dtype, self.kind)))
+
+    def contenders(self, device: str) -> Mapping[str, Any]:
+        raise NotImplementedError
+
+    def measure(self, contenders: Mapping[str, Any], device: str) -> Mapping[str, Columns]:
+        """The columns of each contender."""
+        raise NotImplementedError
 
 
 def slug(name: str) -> str:
@@ -27,12 +52,8 @@ def slug(name: str) -> str:
 
 def stamp(device: str) -> Row:
     """What a row was measured on and with, and when: the columns of `STAMP`."""
-    try:
-        transformers = metadata.version("transformers")
-    except metadata.PackageNotFoundError:
-        transformers = ""
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    versions = torch.__version__, transformers, torch_fused.__version__
+    versions = torch.__version__, metadata.version("transformers"), torch_fused.__version__
     return dict(zip(STAMP, (device_name(device), str(torch.get_num_threads()), *versions, date), strict=True))
 
 
@@ -50,64 +71,53 @@ def waited() -> float:
 
 
 class Results:
-    """The rows of one benchmark on this machine. The file is rewritten with each, so an interrupted run goes on.
+    """The rows of one benchmark on this machine. The file is rewritten with each case: an interrupted run goes on.
 
     Args:
         bench: name of the file.
-        keys: columns that tell rows apart.
-        values: columns that are measured.
         folder: of the results; the file is in the machine's folder in it.
         device: that rows are measured on.
-        again: measure rows that are up to date again.
+        again: measure cases that are up to date again.
+        compiles: time torch.compile too.
     """
 
-    def __init__(
-        self, bench: str, keys: Iterable[str], values: Iterable[str], folder: Path, device: str, again: bool = False
-    ) -> None:
-        self.keys, self.values = tuple(keys), tuple(values)
+    def __init__(self, bench: str, folder: Path, device: str, again: bool = False, compiles: bool = False) -> None:
         self.path = folder / slug(device_name(device)) / f"{bench}.csv"
-        self._device, self._again, self._changed = device, again, changed()
-        self._rows = {self._key(row): row for row in read(self.path)}
+        self._device, self._again, self._compiles, self._changed = device, again, compiles, changed()
+        self._rows = {tuple(row[key] for key in KEYS): row for row in read(self.path)}
 
-    def _key(self, row: Mapping[str, str]) -> tuple[str, ...]:
-        return tuple(str(row[key]) for key in self.keys)
-
-    def current(self, **key: str) -> Row | None:
+    def current(self, key: tuple[str, ...]) -> Row | None:
         """The row with these keys, if it is up to date and was not disturbed."""
-        row = self._rows.get(self._key(key))
+        row = self._rows.get(key)
         if self._again or row is None or datetime.fromisoformat(row["date"]) < self._changed:
             return None
-        if float(row.get("waited") or 0) > DISTURBED:
-            return None
-        now = stamp(self._device)
-        return row if all(row[name] == now[name] for name in STAMP if name != "date") else None
+        now = stamp(self._device) | {"date": row["date"]}
+        undisturbed = float(row["waited"] or 0) <= DISTURBED
+        return row if undisturbed and all(row[name] == now[name] for name in STAMP) else None
 
-    def rows(self, keys: Mapping[str, Row], measure: Callable[[], Mapping[str, Mapping[str, Any]]]) -> dict[str, Row]:
-        """The rows of contenders that are measured together, by name: `measure` gives their columns.
-
-        It is called only if a row is out of date. Column `waited` is the share of that time in which the threads
-        waited for a core.
-        """
-        found = {name: self.current(**key) for name, key in keys.items()}
-        if None in found.values():
+    def rows(self, case: Case) -> list[Row]:
+        """A case's rows. It is measured only if one is out of date."""
+        contenders = case.contenders(self._device)
+        if not self._compiles:
+            contenders = {name: each for name, each in contenders.items() if "compile" not in name}
+        keys = {name: (case.op, case.shape, case.dtype, case.kind, name) for name in contenders}
+        if not all(self.current(key) for key in keys.values()):
             start, before = time.perf_counter(), waited()
-            columns = measure()
-            share = (waited() - before) / (torch.get_num_threads() * (time.perf_counter() - start))
-            text = f"{max(0.0, share):.3f}" if self._device == "cpu" else ""
-            found = {name: self._row(text, **key, **columns[name]) for name, key in keys.items()}
-            self._rows |= {self._key(row): row for row in found.values() if row}
+            columns = case.measure(contenders, self._device)
+            share = max(0.0, waited() - before) / (torch.get_num_threads() * (time.perf_counter() - start))
+            last = stamp(self._device) | {"waited": f"{share:.3f}" if self._device == "cpu" else ""}
+            for name, key in keys.items():
+                texts = {column: _text(value) for column, value in columns[name].items()}
+                self._rows[key] = dict(zip(KEYS, key, strict=True)) | texts | last
             self._write()
-        return {name: row for name, row in found.items() if row}
-
-    def _row(self, waited: str, **columns: str | float | None) -> Row:
-        texts = {name: _text(columns.get(name)) for name in (*self.keys, *self.values)}
-        return texts | stamp(self._device) | {"waited": waited}
+        return [self._rows[key] for key in keys.values()]
 
     def _write(self) -> None:
+        columns = dict.fromkeys(name for row in self._rows.values() for name in row if name not in STAMP)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".part")
         with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, (*self.keys, *self.values, "waited", *STAMP), "", lineterminator="\n")
+            writer = csv.DictWriter(file, (*columns, *STAMP), "", lineterminator="\n")
             writer.writeheader()
             writer.writerows(self._rows.values())
         partial.replace(self.path)
@@ -125,7 +135,7 @@ def read(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def machines(folder: Path = ROOT / "benchmarks/results") -> Iterator[Path]:
+def machines(folder: Path = RESULTS) -> Iterator[Path]:
     """The folders of the machines that have results."""
     return (path for path in sorted(folder.glob("*")) if path.is_dir())
 

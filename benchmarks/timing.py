@@ -1,7 +1,5 @@
 """The timer of every benchmark: interleaved contenders, warm-up, medians and their spread."""
 
-import argparse
-import contextlib
 import ctypes
 import statistics
 import sys
@@ -16,32 +14,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # torch_fused need not be installed
 
-from torch_fused.devices import best_device, synchronize  # noqa: E402
+from torch_fused.devices import synchronize  # noqa: E402
 
 CACHE_BYTES = 256 << 20
 """Buffers rotate through this much memory on a GPU, more than any cache holds."""
 PAUSE_CYCLES, PAUSE_SECONDS = 4_000_000, 2e-3
 """How long a GPU waits before a sample: its clock is below 2 GHz."""
-
 Call = Callable[[], object]
-Enter = Callable[[], contextlib.AbstractContextManager[object]]
-
-
-def arguments(description: str | None, *more: tuple[str, dict[str, Any]]) -> argparse.Namespace:
-    """The options of every benchmark, and `more`. Sets the number of CPU threads."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default=best_device(), help="cpu, cuda or mps (default: the best there is)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--full", action="store_true", help="longer cases too")
-    parser.add_argument("--again", action="store_true", help="measure rows that are up to date again")
-    parser.add_argument("--compile", action="store_true", help="time torch.compile too")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", help="folder of the CSV files")
-    for name, options in more:
-        parser.add_argument(name, **options)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    keep_freed_memory()
-    return args
 
 
 def keep_freed_memory() -> None:
@@ -69,6 +48,9 @@ class Timing:
         low, median, high = statistics.quantiles(self.samples, n=4, method="inclusive")
         return (high - low) / median
 
+    def columns(self) -> dict[str, float]:
+        return {"ms": self.seconds * 1e3, "spread": self.spread}
+
 
 class GpuMoment:
     """A point on a CUDA device's time line, followed by a pause in which the host queues what is timed.
@@ -88,15 +70,9 @@ class GpuMoment:
 
 
 def interleave(
-    contenders: Mapping[str, Sequence[Call]],
-    device: str,
-    *,
-    rounds: int | None = None,
-    calls: int | None = None,
-    target: float | None = None,
-    wall: bool = False,
-    around: Mapping[str, Enter] | None = None,
-) -> dict[str, Timing]:
+    contenders: Mapping[str, Sequence[Call]], device: str, *, rounds: int | None = None, calls: int | None = None,
+    target: float | None = None, wall: bool = False,
+) -> dict[str, Timing]:  # fmt: skip
     """Times contenders in turn, a sample of each per round, after a warm-up.
 
     Args:
@@ -106,7 +82,6 @@ def interleave(
         calls: calls per sample; by default as many as fill `target`.
         target: seconds per sample; by default 2 ms on CUDA and 20 ms elsewhere.
         wall: measure wall time on CUDA too, not the time of the device.
-        around: context managers that contenders run in. Entering them is not timed.
     """
     events = device.startswith("cuda") and not wall
 
@@ -116,19 +91,17 @@ def interleave(
         synchronize(device)
         return time.perf_counter()
 
-    def sample(name: str, count: int) -> float:
-        ring = contenders[name]
-        with (around or {}).get(name, contextlib.nullcontext)():
-            begin = now()
-            for i in range(count):
-                ring[i % len(ring)]()
-            return (now() - begin) / count
+    def sample(ring: Sequence[Call], count: int) -> float:
+        begin = now()
+        for i in range(count):
+            ring[i % len(ring)]()
+        return (now() - begin) / count
 
     counts, once = {}, {}
-    for name in contenders:
-        sample(name, 1)
+    for name, ring in contenders.items():
+        sample(ring, 1)
         host = time.perf_counter()
-        once[name] = max(sample(name, 1), 1e-8)
+        once[name] = max(sample(ring, 1), 1e-8)
         host = time.perf_counter() - host
         counts[name] = calls or max(1, int((target or (0.002 if events else 0.02)) / once[name]))
         if events:  # no more than the host can queue in the pause
@@ -137,7 +110,7 @@ def interleave(
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, found in samples.items():
-            found.append(sample(name, counts[name]))
+            found.append(sample(contenders[name], counts[name]))
     return {name: Timing(found) for name, found in samples.items()}
 
 

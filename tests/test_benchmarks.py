@@ -1,6 +1,5 @@
 """The benchmarks' timer, records, report and predictions; nothing here asserts a time."""
 
-import contextlib
 import csv
 import itertools
 import re
@@ -8,6 +7,7 @@ import sys
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,8 +29,9 @@ import report  # noqa: E402
 import run  # noqa: E402
 import tables  # noqa: E402
 import timing  # noqa: E402
+from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
-from torch_fused.sampling import greedy  # noqa: E402
+from torch_fused import sampling  # noqa: E402
 
 PUBLISHED = {
     "KV cache, single layer": "11.6 ns",
@@ -68,112 +69,118 @@ PUBLISHED = {
 
 # ---- records --------------------------------------------------------------------------------------------------------
 
-KEYS = {name: {"op": "x", "contender": name} for name in "ab"}
+
+class Some(record.Case):
+    """Contenders of which every one takes as many milliseconds."""
+
+    def __init__(self, *names: str, ms: float | None = None) -> None:
+        super().__init__("x", "(1,)", "f32", "")
+        self.__dict__.update(names=names, ms=ms)
+
+    def contenders(self, device):
+        return dict.fromkeys(self.names)
+
+    def measure(self, contenders, device):
+        assert self.ms is not None, "measured again"
+        return {name: {"ms": self.ms} for name in contenders}
 
 
 @pytest.fixture
 def results(tmp_path):
-    def make(again: bool = False) -> record.Results:
-        return record.Results("some", ("op", "contender"), ("ms",), tmp_path, "cpu", again)
-
-    return make
-
-
-def measured(ms: float = 1.0):
-    return {name: {"ms": ms} for name in KEYS}
-
-
-def unexpected():
-    raise AssertionError("measured again")
+    return partial(record.Results, "some", tmp_path, "cpu")
 
 
 def test_rows_are_kept(results, tmp_path):
-    rows = results()
-    rows.rows({"a": KEYS["a"]}, lambda: {"a": {"ms": 9.0}})
-    rows.rows(KEYS, partial(measured, 1.23456))
+    results().rows(Some("a", ms=9.0))
+    results().rows(Some("a", "b", ms=1.23456))
     (path,) = tmp_path.glob("*/some.csv")
     with path.open() as file:
-        assert next(csv.reader(file)) == ["op", "contender", "ms", "waited", *record.STAMP]
+        assert next(csv.reader(file)) == [*record.KEYS, "ms", "waited", *record.STAMP]
     assert [(row["contender"], row["ms"]) for row in record.read(path)] == [("a", "1.235"), ("b", "1.235")]
     assert not list(tmp_path.glob("*/*.part"))
 
 
 def test_an_interrupted_run_goes_on(results, monkeypatch):
     monkeypatch.setattr(record, "waited", lambda: 0.0)  # whatever else this machine does
-    results().rows({"a": KEYS["a"]}, measured)
-    assert results().rows({"a": KEYS["a"]}, unexpected)["a"]["ms"] == "1"
-    assert set(results().rows(KEYS, measured)) == {"a", "b"}  # "b" is missing, so both are measured
+    results().rows(Some("a", ms=1.0))
+    assert results().rows(Some("a"))[0]["ms"] == "1"
+    assert len(results().rows(Some("a", "b", ms=1.0))) == 2  # "b" is missing, so both are measured
     with pytest.raises(AssertionError, match="measured again"):
-        results(again=True).rows(KEYS, unexpected)
+        results(again=True).rows(Some("a"))
+
+
+def test_compiled_contenders_are_asked_for(results):
+    for compiles, names in (False, ["a"]), (True, ["a", "torch.compile"]):
+        rows = results(compiles=compiles).rows(Some("a", "torch.compile", ms=1.0))
+        assert [row["contender"] for row in rows] == names
 
 
 def test_disturbed_rows_are_measured_again(results, monkeypatch):
     waits = itertools.count(0, 10**9)
     monkeypatch.setattr(record, "waited", lambda: next(waits))
-    rows = results().rows(KEYS, measured)
-    assert float(rows["a"]["waited"]) > record.DISTURBED
-    assert results().current(**KEYS["a"]) is None
+    (row,) = results().rows(Some("a", ms=1.0))
+    assert float(row["waited"]) > record.DISTURBED
+    with pytest.raises(AssertionError, match="measured again"):
+        results().rows(Some("a"))
 
 
 @pytest.mark.parametrize("change", ["torch", "threads", "date"])
 def test_rows_of_something_else_are_measured_again(results, monkeypatch, change):
-    results().rows(KEYS, measured)
+    results().rows(Some("a", ms=1.0))
     if change == "date":
         later = datetime.now(timezone.utc) + timedelta(seconds=5)
         monkeypatch.setattr(record, "changed", lambda: later)
     else:
         now = record.stamp("cpu") | {change: "another"}
         monkeypatch.setattr(record, "stamp", lambda device: now)
-    assert results().current(**KEYS["a"]) is None
-
-
-def test_committed_rows_have_their_columns():
-    columns = {
-        "generate": (*generate.KEYS, *generate.VALUES[:-1]),  # the H100's rows have no weights_mb
-        "linear_cross_entropy": (*linear_cross_entropy.KEYS, *linear_cross_entropy.VALUES),
-        "metal_candle": (*metal_candle.KEYS, *metal_candle.VALUES),
-        "apple_counted": (*apple.KEYS, *apple.COUNTED),
-    }
-    paths = list((ROOT / "benchmarks/results").glob("*/*.csv"))
-    assert paths
-    for path in paths:
-        for row in record.read(path):
-            assert {*columns.get(path.stem, (*ops.KEYS, *ops.VALUES)), *record.STAMP} <= row.keys(), path
-            assert record.slug(row["device"]) == path.parent.name
+    with pytest.raises(AssertionError, match="measured again"):
+        results().rows(Some("a"))
 
 
 # ---- cases ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("bench", ops.benches())
+@pytest.mark.parametrize("bench", run.BENCHES)
 def test_every_committed_row_is_still_a_case(bench, device):
     """Names are unique, and what was recorded can be measured again."""
-    cases = ops.benches()[bench](device, False)
-    names = [case.name for case in cases]
-    assert len(names) == len(set(names))
-    shown = {
-        (case.op, case.shape, ops.NAMES[case.dtype], case.kind, contender)
-        for case in cases
-        for contender in case.contenders
-    }
+    cases = {(case.op, case.shape, case.dtype, case.kind): case for case in run.BENCHES[bench](device, False)}
+    assert len(cases) == len(run.BENCHES[bench](device, False))
     for folder in record.machines():
         if folder.name.startswith("nvidia") == (device == "cuda"):
             for row in record.read(folder / f"{bench}.csv"):
-                key = tuple(row[key] for key in ops.KEYS)
-                assert key in shown or row["contender"] in tables.NO_RIVALS, key
+                assert record.slug(row["device"]) == folder.name
+                assert {*record.KEYS, *record.STAMP, "waited"} <= row.keys()
+                case = cases[tuple(row[key] for key in record.KEYS[:4])]
+                if isinstance(case, (ops.OpCase, generate.Request, linear_cross_entropy.Loss)):
+                    known = {*case.contenders(device), *tables.NO_RIVALS, "llama-cpp-python", "mlx-lm"}
+                    assert row["contender"] in known, row
 
 
 def test_a_case_is_measured(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["ops.py", "softmax", "--device", "cpu", "--results", str(tmp_path)])
-    (case,) = (case for case in ops.softmax("cpu", False) if case.name == "softmax (64, 1024) bf16")
-    monkeypatch.setattr(ops, "benches", lambda: {"softmax": lambda device, full: [case]})
+    options = ["softmax", "--only", "softmax (64, 1024) bf16", "--device", "cpu", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["run.py", *options])
+    monkeypatch.setattr(run, "keep_freed_memory", lambda: None)  # both would outlast the test
+    monkeypatch.setattr(run.logging, "disable_progress_bar", lambda: None)
     monkeypatch.setattr(ops, "interleave", partial(timing.interleave, rounds=2, calls=1))
-    ops.main()
+    assert run.main() == 0
     printed = capsys.readouterr().out
-    assert "GB/s" in printed and "of copy" in printed
+    assert "gb_s" in printed and "copy_share" in printed
     (path,) = tmp_path.glob("*/softmax.csv")
     assert [row["contender"] for row in record.read(path)] == ["torch_fused", "torch.softmax", "torch composed"]
+
+
+def test_several_benchmarks_run_in_processes_of_their_own(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run.py", "rope", "softmax", "--only", "nothing"])
+    commands = []
+
+    def ran(command, cwd):
+        commands.append(command[2:])
+        return SimpleNamespace(returncode=len(commands))
+
+    monkeypatch.setattr(run.subprocess, "run", ran)
+    assert run.main() == 2
+    assert commands == [["rope", "--only", "nothing"], ["softmax", "--only", "nothing"]]
 
 
 def test_peers_in_the_rows_of_metal_candle(monkeypatch):
@@ -184,11 +191,11 @@ def test_peers_in_the_rows_of_metal_candle(monkeypatch):
         "top-p 0.9": lambda: metal_candle.sample_honest("top-p 0.9", 100, "cpu"),
     }
     shapes = []
-    found: dict = {}
+    found: dict = {"a library": {}}
     monkeypatch.setattr(peers, "_installed", lambda: found)
     for op, make in makes.items():
         assert "a library" not in make()
-        found[op] = {"a library": lambda *args: shapes.append([a.shape for a in args]) or 1}
+        found["a library"][op] = lambda *args: shapes.append([a.shape for a in args]) or 1
         make()["a library"]()
     assert shapes == [[(6, 8)], [(4, 8), (8,)], [(1, 100)]]
 
@@ -196,13 +203,19 @@ def test_peers_in_the_rows_of_metal_candle(monkeypatch):
 @pytest.mark.parametrize("row", ["KV cache, single layer", "greedy, vocabulary 1000", "softmax", "AdamW"])
 def test_rows_of_metal_candle_are_measured(monkeypatch, row):
     monkeypatch.setattr(metal_candle, "SAMPLES", 1)
-    (chosen,) = (each for each in metal_candle.rows() if each.name == row)
-    for waits, (_, make) in enumerate((chosen.published, chosen.honest)):
-        contenders = make("cpu")
+    workloads = [each for each in metal_candle.rows() if each.op == row]
+    assert [each.kind for each in workloads] == [metal_candle.PUBLISHED, metal_candle.HONEST]
+    for workload in workloads:
+        contenders = workload.contenders("cpu")
         assert "torch_fused" in contenders
-        for timed in metal_candle.measure(contenders, "cpu", bool(waits)).values():
-            columns = metal_candle.columns(timed)
-            assert columns.keys() == set(metal_candle.VALUES) and float(columns["ms"]) > 0
+        for columns in workload.measure(contenders, "cpu").values():
+            assert columns.keys() == {"ms", "variation", "outliers", "samples"} and float(columns["ms"]) > 0
+
+
+def test_only_adapters_are_trained_in_the_rows_of_metal_candle():
+    model = metal_candle.with_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), "0")
+    assert [len(p) for p in model.parameters() if p.requires_grad] == [8, 8]
+    assert model(torch.ones(2, 8)).shape == (2, 8)
 
 
 # ---- the timer ------------------------------------------------------------------------------------------------------
@@ -224,40 +237,43 @@ def test_contenders_are_interleaved():
     assert all(len(each.samples) == 3 for each in found.values())
 
 
-def test_contexts_are_entered_around_samples():
-    seen: list[str] = []
-
-    @contextlib.contextmanager
-    def enter():
-        seen.append("in")
-        yield
-        seen.append("out")
-
-    timing.interleave({"a": [lambda: seen.append("call")]}, "cpu", rounds=1, calls=1, around={"a": enter})
-    assert seen == ["in", "call", "out"] * 3
-
-
 def test_generation_is_measured():
     calls: list[tuple[str, int]] = []
-    setting = generate.Setting(torch.bfloat16, "greedy", 2, 5, 8)
+    request = generate.Request("", "", "", "greedy", "", torch.bfloat16, 2, 5, 8, 0)
+    model = torch.nn.Linear(2, 2)
+    model.config = SimpleNamespace(vocab_size=100)
 
-    def run(name: str, ids: torch.Tensor, count: int) -> None:
-        assert ids.shape == (2, 5)
-        calls.append((name, count))
+    def make(name: str) -> generate.Contender:
+        def run(ids: torch.Tensor, count: int) -> None:
+            assert ids.shape == (2, 5)
+            calls.append((name, count))
 
-    found = {name: generate.Contender(partial(run, name)) for name in "ab"}
-    columns = generate.measure(setting, found, 100, "cpu")
-    assert calls[8:] == [("a", 1), ("a", 8), ("b", 1), ("b", 8)] * generate.ROUNDS
-    assert columns["a"]["tokens_s"] > 0 and columns["b"].keys() == {"tokens_s", "spread", "ms_token", "ttft_ms"}
+        return generate.Contender(run, model if name == "transformers" else None)
+
+    found = request.measure({name: partial(make, name) for name in ("transformers", "b")}, "cpu")
+    timed = [(name, count) for name in ("transformers", "b") for count in (1, 8)]
+    assert calls[-4 * generate.ROUNDS :] == timed * generate.ROUNDS
+    assert found["b"].keys() == {"ms", "spread", "tokens_s", "ms_token", "ttft_ms"}
+    assert found["transformers"].keys() - found["b"].keys() == {"weights_mb", "peak_mb"}
+
+
+def test_a_patched_model_shares_the_weights_of_the_stock_one():
+    model = generate.endless(Qwen2ForCausalLM(Qwen2Config(**tiny(), vocab_size=64)).eval())
+    stock, fused = (make({"do_sample": False}, lambda: model) for make in (generate.stock, generate.fused))
+    pairs = zip(stock.model.parameters(), fused.model.parameters(), strict=True)
+    assert all(ours is theirs for ours, theirs in pairs)
+    ids = torch.arange(6).view(1, 6)
+    assert torch.equal(stock.run(ids, 5), fused.run(ids, 5))
+    assert hasattr(fused.model, "_torch_fused_decoder") and not hasattr(model, "_torch_fused_decoder")
 
 
 def test_contenders_of_the_loss_are_interleaved():
     """Each in a process of its own, which says how long a step took and how much memory."""
-    found = linear_cross_entropy.measure((64, 64), torch.float32, ["torch_fused", "torch"], "cpu", 1, 2)
-    for samples in found.values():
-        assert len(samples) == 2
-        for seconds, peak, weight_grad in samples:
-            assert seconds > 0 and peak > weight_grad == 151936 * 64 * 4 / 1e6
+    case = linear_cross_entropy.Loss("", "", "", "", torch.float32, 64, 64)
+    contenders = {name: case.contenders("cpu")[name] for name in ("torch_fused", "torch")}
+    for columns in case.measure(contenders, "cpu").values():
+        assert columns["weight_grad_mb"] == 151936 * 64 * 4 / 1e6
+        assert columns["ms"] > 0 and columns["peak_mb"] > columns["weight_grad_mb"]
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
@@ -284,20 +300,20 @@ def test_readme_is_short():
 
 def test_every_row_of_metal_candle_is_there_twice():
     rows = metal_candle.rows()
-    assert {row.name: row.quoted for row in rows} == PUBLISHED
+    published = {row.op: row.quoted for row in rows if row.kind == metal_candle.PUBLISHED}
+    assert published == PUBLISHED
     lines = report.REPORT.read_text().splitlines()
-    for row in rows:
-        published, honest = (
-            [line for line in lines if line.startswith(f"| {row.name} |") and f"| {kind}: " in line]
+    for name, quoted in published.items():
+        two = [
+            [line for line in lines if line.startswith(f"| {name} |") and f"| {kind}: " in line]
             for kind in (metal_candle.PUBLISHED, metal_candle.HONEST)
-        )
-        assert published and len(published) == len(honest)
-        assert all(f"| {row.quoted} |" in line or not row.quoted for line in published)
+        ]
+        assert two[0] and len(two[0]) == len(two[1])
+        assert all(f"| {quoted} |" in line or not quoted for line in two[0])
 
 
 def test_a_row_that_was_not_run_says_so():
-    page = "\n".join(tables.metal_candle_tables([]))
-    assert page.count("| not run | not run |") == 2 * len(metal_candle.rows())
+    assert tables.metal_candle_table([]).count("| not run | not run |") == len(metal_candle.rows())
 
 
 @pytest.mark.parametrize(
@@ -305,11 +321,11 @@ def test_a_row_that_was_not_run_says_so():
     [("0.01", "0.5", ""), ("0.9", "0.5", "within the spread of both"), ("0.01", "0.9", "bound by memory, at 0.90")],
 )
 def test_slower_rows_have_the_reasons_that_the_rows_show(spread, share, reason):
-    row = {"spread": spread, "copy_share": share}
+    row = {"op": "softmax", "shape": "(1, 1)", "dtype": "f32", "kind": "", "spread": spread, "copy_share": share}
     rows = [row | {"contender": name, "ms": ms} for name, ms in (("torch_fused", "2"), ("torch.softmax", "1"))]
-    page = "\n".join(tables.slower_table({"softmax (1, 1) f32": rows}))
-    assert f"| softmax (1, 1) f32 | 2 ms | torch.softmax 1 ms | 0.50 | {reason}" in page
-    assert not list(tables.slower_table({"softmax (1, 1) f32": rows[:1]}))
+    page = "\n".join(tables.slower_table([rows]))
+    assert f"| softmax, (1, 1) f32 | 2 ms | torch.softmax 1 ms | 0.50 | {reason}" in page
+    assert not list(tables.slower_table([rows[:1]]))
 
 
 def test_a_share_beside_a_plain_read_is_of_that_read():
@@ -318,11 +334,10 @@ def test_a_share_beside_a_plain_read_is_of_that_read():
     assert tables.share(ours, [ours, {"contender": tables.READ, "ms": "15.2"}]) == "0.53 of a read"
 
 
-@pytest.mark.parametrize("script", [run, ops, metal_candle, generate, apple], ids=lambda script: script.__name__)
-def test_the_options_are_explained(script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [script.__name__, "--help"])
+def test_the_options_are_explained(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--help"])
     with pytest.raises(SystemExit, match="0"):
-        script.main()
+        run.main()
     assert "--device" in capsys.readouterr().out
 
 
@@ -337,19 +352,26 @@ def test_prediction():
 
 
 def test_what_is_counted_for_a_prediction():
-    op = next(op for op in apple.ops() if op.name == "rms_norm")
-    launches, moved = op.counted()
+    op = next(case for case in apple.counts() if case.op == "rms_norm")
+    launches, moved = op.count()
     operands = 3 * 896 * torch.bfloat16.itemsize  # x, weight, result
     assert launches == 1 and operands <= moved < operands + 256
 
 
+def tiny() -> dict[str, int]:
+    sizes = decode.sizes(3, 128, 2, 1, 192, 3 * apple.PART)
+    return {name: value for name, value in sizes.items() if name != "vocab_size"}
+
+
 @pytest.mark.parametrize("bits", [0, 4])
-def test_what_is_counted_for_a_token(bits):
+def test_what_is_counted_for_a_token(bits, monkeypatch):
     """Of parts of a model; here the whole is small enough to be counted too."""
-    sizes = decode.Sizes("", 3, 128, 2, 1, 64, 192, 3 * apple.PART)
-    op = apple.token(sizes, bits)
-    launches, moved = op.counted()
-    assert launches == 5 * sizes.layers + 2 + apple.counted(lambda: greedy(torch.zeros(1, 3072)))[0]
-    assert (launches, moved) == apple.counted(op.make("cpu"))
+    sizes = decode.sizes(3, 128, 2, 1, 192, 3 * apple.PART)
+    monkeypatch.setitem(decode.MODELS, "small", (Qwen2Config, Qwen2ForCausalLM, sizes))
+    launches, moved = apple.token("small", bits)
+    greedy = apple.counted(partial(sampling.greedy, torch.zeros(1, 3 * apple.PART)))[0]
+    assert launches == 5 * sizes["num_hidden_layers"] + 2 + greedy
     shape = (1, 1, apple.CONTEXT)
-    assert decode.nbytes(sizes, bits, shape, torch.bfloat16) < moved
+    model = decode.shaped("small", "cpu", torch.bfloat16, bits)
+    assert (launches, moved) == apple.counted(decode.greedy_token(model, shape))
+    assert decode.nbytes("small", bits, shape, torch.bfloat16) < moved
