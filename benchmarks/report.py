@@ -81,7 +81,7 @@ def machine(folder: Path, found: dict[str, list[Row]]) -> Iterator[str]:
     every = [row for rows in found.values() for row in rows]
     yield f"## {every[0]['device']}\n"
     yield versions(every)
-    for name, (title, _) in PLOTS.items():
+    for name, (title, *_) in PLOTS.items():
         if (path := plot_path(name, folder.name)).exists():
             yield f"![{title}]({path.relative_to(DOCS)})\n"
     last = [bench for bench in ("linear_cross_entropy", "generate") if bench in found]

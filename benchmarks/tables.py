@@ -1,6 +1,6 @@
 """Tables of the results: what docs/benchmarks.md shows of the CSV files."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from apple import BANDWIDTH, LAUNCH_SECONDS, SHARE_REACHED, TOKEN, predicted
@@ -142,29 +142,24 @@ def predictions(counted: list[Row]) -> Iterator[str]:
         f"of that bandwidth, and {high} us per launch, which is the host's time for a launch through torch. On a Mac, "
         "`make bench` times the ops, and this page then has a section of that machine.\n"
     )
-    lines = ((row["op"], case_of(row), row["launches"], f"{int(row['bytes']):,}") for row in counted)
-    yield table(("op", "", "launches", "bytes"), lines)
-
-    def by_chip(unit: str, tokens: bool, shown: Callable[[float, float], str]) -> str:
-        chosen = [row for row in counted if (row["op"] == TOKEN) == tokens]
-
-        def times(gb_s: float) -> Iterator[str]:
-            return (shown(*predicted(int(row["bytes"]), int(row["launches"]), gb_s)) for row in chosen)
-
-        names = (case_of(row) if tokens else f"{row['op']} {case_of(row)}" for row in chosen)
-        chips = ((f"{chip}, {gb_s:g} GB/s", *times(gb_s)) for chip, gb_s in BANDWIDTH.items())
-        return table((f"{unit}, from - to", *names), chips)
-
-    def microseconds(*bounds: float) -> str:
-        return " - ".join(f"{1e6 * s:.3g}" if s < 1e-3 else f"{1e6 * s:.0f}" for s in bounds)
-
-    yield by_chip("us", False, microseconds)
     yield (
         "A greedy token is one step of a whole model, whose head is its embedding, and the sampler. Its launches "
         "and bytes are counted for one layer and two, and for two small vocabularies, and extended to the model. "
         "Packed weights have groups of 64.\n"
     )
-    yield by_chip("tokens per second", True, lambda low, high: f"{1 / high:.0f} - {1 / low:.0f}")
+
+    def bounds(row: Row, gb_s: float) -> str:
+        low, high = predicted(int(row["bytes"]), int(row["launches"]), gb_s)
+        if row["op"] == TOKEN:
+            return f"{1 / high:.0f} - {1 / low:.0f} per second"
+        return " - ".join(duration({"ms": str(1e3 * seconds)}) for seconds in (low, high))
+
+    lines = []
+    for row in counted:
+        predictions = (bounds(row, gb_s) for gb_s in BANDWIDTH.values())
+        lines.append((row["op"], case_of(row), row["launches"], f"{int(row['bytes']):,}", *predictions))
+    chips = (f"{chip}, {gb_s:g} GB/s" for chip, gb_s in BANDWIDTH.items())
+    yield table(("op", "", "launches", "bytes", *chips), lines)
 
 
 def results_of(folder: Path) -> dict[str, list[Row]]:
