@@ -14,7 +14,7 @@ from timing import Call
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from torch_fused.hf import plan, quantize_
-from torch_fused.ops.decode import decode_, decode_token_
+from torch_fused.ops.decode import decode_
 from torch_fused.testing import NAMES
 
 GROUP_SIZE = 64
@@ -91,11 +91,6 @@ def decoder_of(model: Any, int8_products: bool = True) -> Any:
 
 def step(model: Any, shape: Shape, int8_products: bool = True) -> Call:
     return partial(decode_, decoder_of(model, int8_products), *operands(model, shape), logits_to_keep=1)
-
-
-def greedy_token(model: Any, shape: Shape) -> Call:
-    """A step and the most probable token."""
-    return partial(decode_token_, decoder_of(model), *operands(model, shape))
 
 
 def decode(device: str, full: bool) -> list[Case]:

@@ -32,6 +32,7 @@ import timing  # noqa: E402
 from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
 from torch_fused import sampling  # noqa: E402
+from torch_fused.ops.decode import decode_token_  # noqa: E402
 
 PUBLISHED = {
     "KV cache, single layer": "11.6 ns",
@@ -373,5 +374,6 @@ def test_what_is_counted_for_a_token(bits, monkeypatch):
     assert launches == 5 * sizes["num_hidden_layers"] + 2 + greedy
     shape = (1, 1, apple.CONTEXT)
     model = decode.shaped("small", "cpu", torch.bfloat16, bits)
-    assert (launches, moved) == apple.counted(decode.greedy_token(model, shape))
+    step = partial(decode_token_, decode.decoder_of(model), *decode.operands(model, shape))
+    assert (launches, moved) == apple.counted(step)
     assert decode.nbytes("small", bits, shape, torch.bfloat16) < moved
