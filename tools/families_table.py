@@ -1,4 +1,4 @@
-"""Writes the table of families into docs/generate.md, from their rows: `python tools/families_table.py`."""
+"""Writes the table of families in docs/generate.md: `python tools/families_table.py`."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "generate.md"
 
 
 def table() -> str:
-    lines = ["| family | fused ops | decode step, CPU and GPU | stays with transformers |", "|---|---|---|---|"]
+    lines = ["| family | fused ops | decode step, CPU and GPU | left to transformers |", "|---|---|---|---|"]
     for family in FAMILIES:
         step = "yes" if family.has_step else "no"
         cells = (name(family), ", ".join(ops(family)), step, ", ".join(stays(family)) or "-")
@@ -28,10 +28,10 @@ def ops(family: Family) -> list[str]:
 
 
 def stays(family: Family) -> list[str]:
-    """Of what a model computes, beside attention itself and the products."""
+    """What the model computes in transformers, besides attention and matrix products."""
     left = []
     if family.experts:
-        left.append("choice and products of experts" + (", outside of the step" if family.has_step else ""))
+        left.append("selecting and multiplying experts" + (", outside the decode step" if family.has_step else ""))
     if family.linear_attention:
         left.append("linear attention")
     if family.text != "model":
