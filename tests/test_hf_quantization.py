@@ -153,7 +153,7 @@ def test_what_stays_dense(folder, tmp_path):
             "model.layers.1.self_attn.q_proj": {"group_size": 32},
         }))  # fmt: skip
     report = model.hf_quantizer.report
-    columns = "96 columns are no multiple of the group size, 64"
+    columns = "96 columns are not a multiple of the group size, 64"
     assert report.dense == {
         "model.layers.0.self_attn.o_proj": "left dense by modules_to_not_convert",
         "model.layers.1.self_attn.o_proj": "left dense by modules_to_not_convert",

@@ -105,7 +105,7 @@ def make_plan(
         if not isinstance(chosen, str) and not _is_metal(module):
             columns = module.weight.shape[1]
             if not can_pack(columns, chosen.group_size):
-                chosen = f"{columns} columns are no multiple of the group size, {chosen.group_size}"
+                chosen = f"{columns} columns are not a multiple of the group size, {chosen.group_size}"
         if isinstance(chosen, str):
             plan.dense[name] = chosen
         else:
