@@ -1,4 +1,4 @@
-"""Fused ops beside torch's own: the same numbers, fewer passes over memory."""
+"""Compares fused ops with torch's: the same results with fewer passes over memory."""
 
 import time
 
@@ -9,13 +9,13 @@ from torch_fused.functional import add_rms_norm, rms_norm
 
 x, residual, weight = torch.randn(4096, 896), torch.randn(4096, 896), torch.ones(896)
 
-# A drop-in for F.rms_norm, differentiable as it is.
+# A drop-in replacement for F.rms_norm, also differentiable.
 print("largest difference from F.rms_norm:", (rms_norm(x, (896,), weight) - F.rms_norm(x, (896,), weight)).abs().max())
 leaf = x.clone().requires_grad_()
 rms_norm(leaf, (896,), weight).square().sum().backward()
 print("gradient:", tuple(leaf.grad.shape))
 
-# The residual addition and the norm after it, in one pass. casting_mode="llama" makes Hugging Face's roundings.
+# The residual addition and the norm after it, in one pass. casting_mode="llama" rounds as Hugging Face's code does.
 normed, total = add_rms_norm(x.bfloat16(), residual.bfloat16(), weight.bfloat16(), casting_mode="llama")
 print("sum and norm:", normed.dtype, torch.equal(total, x.bfloat16() + residual.bfloat16()))
 

@@ -1,4 +1,4 @@
-"""Text from a Qwen or Llama model, stock and fused: python examples/02_generate_qwen.py [model id or local folder]"""
+"""Generates text with a model, stock and fused: python examples/02_generate_qwen.py [model id or local folder]"""
 
 import sys
 import time

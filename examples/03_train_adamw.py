@@ -1,4 +1,4 @@
-"""Training with torch_fused.optim.AdamW: the loss falls, and checkpoints go to torch.optim.AdamW and back."""
+"""Trains with torch_fused.optim.AdamW, and exchanges checkpoints with torch.optim.AdamW."""
 
 import torch
 
@@ -19,12 +19,12 @@ def train(optimizer: torch.optim.Optimizer, steps: int) -> float:
     return loss.item()
 
 
-# A drop-in for torch.optim.AdamW; state_dtype=torch.float32 keeps float32 averages of 16-bit parameters.
+# A drop-in replacement for torch.optim.AdamW. For 16-bit parameters, state_dtype=torch.float32 keeps float32 averages.
 ours = torch_fused.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
 print(f"loss after   1 step,  torch_fused: {train(ours, 1):.4f}")
 print(f"loss after 100 steps, torch_fused: {train(ours, 99):.4f}")
 
-# torch's optimizer goes on from our state dict ...
+# torch's optimizer continues from our state dict ...
 theirs = torch.optim.AdamW(model.parameters())
 theirs.load_state_dict(ours.state_dict())
 print(f"loss after 150 steps, torch:       {train(theirs, 50):.4f}")

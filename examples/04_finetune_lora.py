@@ -1,7 +1,7 @@
-"""Fine-tunes a real model with LoRA: the Trainer of transformers, PEFT and torch_fused, on docstrings of Python itself.
+"""Fine-tunes a model with LoRA, using transformers' Trainer, PEFT and torch_fused, on Python's own docstrings.
 
     python examples/04_finetune_lora.py                  # SmolLM2-135M-Instruct, the demo's model
-    python examples/04_finetune_lora.py --steps 400      # goes on from the last checkpoint
+    python examples/04_finetune_lora.py --steps 400      # resumes from the last checkpoint
     python examples/04_finetune_lora.py --stock          # the same without torch_fused
 
 Prints the loss on held-out text before and after, and plots the losses.
@@ -12,7 +12,7 @@ import random
 from pathlib import Path
 
 import torch
-from helpers import docstrings, save_plot, told_when_memory_runs_out
+from helpers import advice_if_out_of_memory, docstrings, save_plot
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -24,16 +24,16 @@ from torch_fused.optim import AdamW
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="in all, those of an earlier run included")
+    parser.add_argument("--steps", type=int, default=200, help="total, including those of an earlier run")
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--accumulate", type=int, default=2, help="batches a step")
-    parser.add_argument("--length", type=int, default=128, help="tokens a sequence")
+    parser.add_argument("--accumulate", type=int, default=2, help="batches per step")
+    parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--checkpoint", action="store_true", help="recompute the layers in backward: less memory")
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--output", type=Path, default=Path("finetuned"), help="for checkpoints and the plot")
     parser.add_argument("--stock", action="store_true", help="without torch_fused")
-    parser.add_argument("--tiny", action="store_true", help="random weights and bytes for tokens: to see that all runs")
+    parser.add_argument("--tiny", action="store_true", help="random weights, bytes as tokens: a quick test run")
     return parser.parse_args()
 
 
@@ -49,7 +49,7 @@ def load(tiny: bool):
 
 
 def packed(encode, length: int) -> tuple[list[dict], list[dict]]:
-    """Sequences to train on and sequences to hold out: the texts one behind the other, cut into equal lengths."""
+    """Training and held-out sequences: the texts concatenated and cut into equal lengths."""
     texts = docstrings()
     random.Random(0).shuffle(texts)
     parts = []
@@ -92,10 +92,11 @@ def main() -> None:
         optimizer_cls_and_kwargs=(kind, {"lr": args.learning_rate, "weight_decay": 0.0}),
     )
     last = get_last_checkpoint(args.output) if args.output.is_dir() else None
-    print(f"{len(train)} sequences of {args.length} tokens; " + (f"going on from {last}" if last else "from the start"))
-    with told_when_memory_runs_out(
-        "try --checkpoint, a smaller --batch-size with more --accumulate, a shorter --length"
-    ):
+    print(
+        f"{len(train)} sequences of {args.length} tokens; "
+        + (f"resuming from {last}" if last else "starting at step 0")
+    )
+    with advice_if_out_of_memory("try --checkpoint, a smaller --batch-size with more --accumulate, a shorter --length"):
         before = trainer.evaluate()["eval_loss"]
         trainer.train(resume_from_checkpoint=last)
         after = trainer.evaluate()["eval_loss"]

@@ -1,11 +1,11 @@
-"""Trains a Qwen2 from random weights over several processes with FSDP2, on the docstrings of Python's library.
+"""Trains a Qwen2 model from random weights with FSDP2 on several processes, on Python's own docstrings.
 
     torchrun --nproc-per-node 2 examples/05_train_fsdp.py                                    # two CPUs: gloo
     torchrun --nproc-per-node gpu examples/05_train_fsdp.py --hidden 896 --layers 24         # every GPU here: NCCL
     python examples/05_train_fsdp.py                                                         # one process
 
-Each process holds its shard of the weights, gradients and averages. The norm of the gradients, which the step clips, is
-that of all shards. A second run goes on from the checkpoint of the first, on any number of processes.
+Each process holds its shard of the weights, gradients and averages. The step clips the gradient norm over all shards. A
+second run resumes from the checkpoint of the first, with any number of processes.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from helpers import docstrings, save_plot, told_when_memory_runs_out
+from helpers import advice_if_out_of_memory, docstrings, save_plot
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -33,9 +33,9 @@ BYTES = 256  # a token is a byte
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="in all, those of an earlier run included")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences of a step, over all processes")
-    parser.add_argument("--length", type=int, default=256, help="bytes a sequence")
+    parser.add_argument("--steps", type=int, default=200, help="total, including those of an earlier run")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences per step, over all processes")
+    parser.add_argument("--length", type=int, default=256, help="bytes per sequence")
     parser.add_argument("--hidden", type=int, default=256, help="a multiple of 64")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -46,7 +46,7 @@ def arguments() -> argparse.Namespace:
 
 
 def start() -> tuple[torch.device, int, int]:
-    """(this process's device, its rank, how many there are): what torchrun says, or one process."""
+    """(device, rank, number of processes) from torchrun's environment, or for one process."""
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     device = torch.device("cpu")
@@ -58,7 +58,7 @@ def start() -> tuple[torch.device, int, int]:
 
 
 def sharded_model(args: argparse.Namespace, device: torch.device, processes: int) -> torch.nn.Module:
-    torch.manual_seed(0)  # the same weights whatever the number of processes
+    torch.manual_seed(0)  # the same weights for any number of processes
     config = Qwen2Config(
         vocab_size=BYTES,
         hidden_size=args.hidden,
@@ -96,7 +96,7 @@ class Progress:
 
 
 class Training:
-    """The model and its optimizer, as a checkpoint holds them."""
+    """The model and its optimizer, for a checkpoint."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
@@ -112,12 +112,12 @@ class Training:
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """Those that are whole, which have this file, the latest last."""
+    """The complete checkpoints, which have this file; the latest is last."""
     return sorted(path.parent for path in output.glob("step-*/.metadata"))
 
 
 def batch(text: torch.Tensor, step: int, args: argparse.Namespace, rank: int, processes: int) -> torch.Tensor:
-    """This process's part of a step's sequences, which depend on the step only."""
+    """This process's part of a step's sequences, which depend only on the step."""
     starts = torch.randint(len(text) - args.length, (args.batch_size,), generator=torch.Generator().manual_seed(step))
     return torch.stack([text[start : start + args.length] for start in starts[rank::processes].tolist()])
 
@@ -130,7 +130,7 @@ def main() -> None:
     texts = docstrings()
     random.Random(0).shuffle(texts)
     text = torch.tensor(list("\n\n".join(texts).encode()), dtype=torch.long)
-    with told_when_memory_runs_out("try --checkpoint, a smaller --batch-size or --length, or more processes"):
+    with advice_if_out_of_memory("try --checkpoint, a smaller --batch-size or --length, or more processes"):
         train(args, text, device, rank, processes)
     dist.destroy_process_group()
 
@@ -143,7 +143,7 @@ def train(args: argparse.Namespace, text: torch.Tensor, device: torch.device, ra
     if whole := checkpoints(args.output):
         dcp.load(parts, checkpoint_id=whole[-1])
     first = len(progress.losses)
-    losses: list[torch.Tensor] = []  # on the device: reading one would wait for it
+    losses: list[torch.Tensor] = []  # on the device; reading a value would wait for it
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=rank > 0, unit="step")
     began = time.perf_counter()
     for step in bar:
@@ -157,7 +157,7 @@ def train(args: argparse.Namespace, text: torch.Tensor, device: torch.device, ra
         if last or (step + 1) % 10 == 0:
             seconds = time.perf_counter() - began
             tokens = args.batch_size * args.length * (step + 1 - first)
-            bar.set_postfix(loss=f"{loss.item():.3f}", tokens_a_second=f"{tokens / seconds:.0f}")
+            bar.set_postfix(loss=f"{loss.item():.3f}", tokens_per_second=f"{tokens / seconds:.0f}")
         if last or (step + 1) % args.save_every == 0:
             mean = torch.stack(losses)
             dist.all_reduce(mean)

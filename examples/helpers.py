@@ -1,4 +1,4 @@
-"""What the training examples share: text that every machine has, a plot of losses, a message when memory runs out."""
+"""Shared by the training examples: text that every machine has, a plot of losses, a message when memory runs out."""
 
 import ast
 import contextlib
@@ -10,7 +10,7 @@ import torch
 
 
 def docstrings(least: int = 200) -> list[str]:
-    """The docstrings of at least so many characters in Python's own library, in the order of its files."""
+    """The docstrings of at least `least` characters in Python's standard library, in file order."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     texts = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
@@ -21,7 +21,7 @@ def docstrings(least: int = 200) -> list[str]:
 
 
 def save_plot(path: Path, losses: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-    """Draws each curve, of (step, loss)."""
+    """Plots each curve of (step, loss)."""
     import matplotlib
 
     matplotlib.use("agg")  # needs no display
@@ -38,7 +38,7 @@ def save_plot(path: Path, losses: Mapping[str, Sequence[tuple[int, float]]]) -> 
 
 
 @contextlib.contextmanager
-def told_when_memory_runs_out(advice: str) -> Iterator[None]:
+def advice_if_out_of_memory(advice: str) -> Iterator[None]:
     """Ends the program with the advice instead of a traceback."""
     try:
         yield

@@ -65,7 +65,7 @@ def test_two_processes_train_as_one(tmp_path):
 )
 def test_a_message_when_memory_runs_out(error):
     """It says what to change, in place of a traceback; other errors keep theirs."""
-    code = "import torch, helpers\nwith helpers.told_when_memory_runs_out('use less'): raise "
+    code = "import torch, helpers\nwith helpers.advice_if_out_of_memory('use less'): raise "
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FOLDER), *sys.path])}
     results = [
         subprocess.run([sys.executable, "-c", code + raised], capture_output=True, text=True, env=environment)
