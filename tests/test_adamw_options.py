@@ -400,7 +400,7 @@ def test_max_grad_norm_is_kept():
     optimizer = AdamW(model().parameters(), max_grad_norm=0.5)
     assert copy.deepcopy(optimizer).max_grad_norm == 0.5
     for bad in (-1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match="AdamW: max_grad_norm must be None or at least 0 and finite"):
+        with pytest.raises(ValueError, match="AdamW: max_grad_norm must be None, or finite and at least 0"):
             AdamW(model().parameters(), max_grad_norm=bad)
 
 
@@ -425,7 +425,7 @@ def test_sparse_gradients_are_refused():
     table(torch.tensor([1])).sum().backward()
     optimizer = AdamW(table.parameters())
     with pytest.raises(
-        ValueError, match=r"gradients must be dense, got one that is sparse_coo: use torch\.optim\.Sparse"
+        ValueError, match=r"gradients must be dense, got a sparse_coo one; use torch\.optim\.Sparse"
     ):
         optimizer.step()
     assert not optimizer.state

@@ -1,4 +1,4 @@
-"""Modules over the fused ops, with the parameters and state dicts of torch's or Hugging Face's modules."""
+"""Modules that use the fused ops, with the same parameters and state dicts as torch's or Hugging Face's modules."""
 
 import torch
 
@@ -9,12 +9,12 @@ __all__ = ["GeGLU", "LayerNorm", "QuantizedEmbedding", "QuantizedLinear", "RMSNo
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """`torch.nn.LayerNorm` on the fused op: the same arguments, parameters and state dict.
+    """`torch.nn.LayerNorm` with the fused op: the same arguments, parameters and state dict.
 
-    Shapes: input ``(*, *normalized_shape)``, output the same; float32, float16 or bfloat16, on the CPU float64 too.
+    Shapes: input ``(*, *normalized_shape)``, output the same; float32, float16 or bfloat16, or float64 on the CPU.
 
     Raises:
-        RuntimeError: when called, as :func:`torch_fused.functional.layer_norm`.
+        RuntimeError: when called, as in :func:`torch_fused.functional.layer_norm`.
 
     Example:
         >>> torch_fused.nn.LayerNorm(2)(torch.tensor([[1.0, 3.0]])).shape
@@ -26,7 +26,7 @@ class LayerNorm(torch.nn.LayerNorm):
 
 
 class _Packed(torch.nn.Module):
-    """A packed matrix in buffers that have MLX's names."""
+    """A packed matrix in buffers with MLX's names."""
 
     weight: torch.Tensor
     scales: torch.Tensor
@@ -45,9 +45,9 @@ class _Packed(torch.nn.Module):
         name = type(self).__name__
         check_format(name, bits, group_size)
         if not can_pack(columns, group_size):
-            raise RuntimeError(f"{name}: the columns must be a multiple of group_size, {group_size}, got {columns}")
+            raise RuntimeError(f"{name}: the columns must be a multiple of group_size ({group_size}), got {columns}")
         self.bits, self.group_size = bits, group_size
-        # The scales of zeros, so that a module that has not been loaded yet gives zeros.
+        # Zero scales, so that a module that is not loaded yet returns zeros.
         packed = torch.zeros(rows, columns * bits // 32, dtype=torch.int32, device=device).view(torch.uint32)
         self.register_buffer("weight", packed)
         self.register_buffer("scales", torch.zeros(rows, columns // group_size, device=device, dtype=dtype))
@@ -59,18 +59,18 @@ class _Packed(torch.nn.Module):
 
 
 class QuantizedEmbedding(_Packed):
-    """`torch.nn.Embedding` of a packed matrix: rows are unpacked as they are looked up.
+    """`torch.nn.Embedding` with a packed matrix: rows are unpacked when they are looked up.
 
     Args:
-        num_embeddings: rows.
-        embedding_dim: columns, a multiple of ``group_size``.
-        bits: 4 or 8, of a weight.
+        num_embeddings: number of rows.
+        embedding_dim: number of columns, a multiple of ``group_size``.
+        bits: bits per weight, 4 or 8.
         group_size: 32, 64 or 128 columns that share a scale and a bias.
         device, dtype: of the scales and biases; float32, float16 or bfloat16.
-        output_dtype: of the result; None is the scales'.
+        output_dtype: dtype of the result; None uses the dtype of the scales.
 
-    Shapes: ids ``(*)``, output ``(*, embedding_dim)``. The state dict is MLX's: ``weight`` (uint32), ``scales``,
-    ``biases``, as :func:`torch_fused.functional.quantize` gives them; none of them has a gradient.
+    Shapes: ids ``(*)``, output ``(*, embedding_dim)``. The state dict has MLX's format: ``weight`` (uint32),
+    ``scales``, ``biases``, as returned by :func:`torch_fused.functional.quantize`; none of them has a gradient.
 
     Raises:
         RuntimeError: ``bits``, ``group_size`` or ``embedding_dim`` cannot be packed.
@@ -117,7 +117,7 @@ class QuantizedEmbedding(_Packed):
         )
 
     def as_linear(self, x: torch.Tensor) -> torch.Tensor:
-        """The product with the matrix, for a head that is tied to the embedding."""
+        """Multiplies `x` by the matrix, for a head that is tied to the embedding."""
         return functional.quantized_linear(
             x, self.weight, self.scales, self.biases, bits=self.bits, group_size=self.group_size
         )
@@ -127,22 +127,22 @@ class QuantizedEmbedding(_Packed):
 
 
 class QuantizedLinear(_Packed):
-    """`torch.nn.Linear` of a packed matrix.
+    """`torch.nn.Linear` with a packed matrix.
 
     Args:
-        in_features: columns, a multiple of ``group_size``.
-        out_features: rows.
-        bias: whether there is one, a parameter.
-        bits: 4 or 8, of a weight.
+        in_features: number of columns, a multiple of ``group_size``.
+        out_features: number of rows.
+        bias: whether to add a bias, which is a parameter.
+        bits: bits per weight, 4 or 8.
         group_size: 32, 64 or 128 columns that share a scale and a bias.
         device, dtype: of the scales, the biases and the bias; float32, float16 or bfloat16.
 
-    Shapes: input ``(*, in_features)``, output ``(*, out_features)`` in the input's dtype. The state dict is MLX's:
-    ``weight`` (uint32), ``scales``, ``biases``, as :func:`torch_fused.functional.quantize` gives them, and ``bias``.
-    Only ``bias`` and the input have gradients.
+    Shapes: input ``(*, in_features)``, output ``(*, out_features)`` in the input's dtype. The state dict has MLX's
+    format: ``weight`` (uint32), ``scales``, ``biases``, as returned by :func:`torch_fused.functional.quantize`, and
+    ``bias``. Only ``bias`` and the input have gradients.
 
     Raises:
-        RuntimeError: ``bits``, ``group_size`` or ``in_features`` cannot be packed; when called, as
+        RuntimeError: ``bits``, ``group_size`` or ``in_features`` cannot be packed; when called, as in
             :func:`torch_fused.functional.quantized_linear`.
 
     Example:
@@ -171,7 +171,7 @@ class QuantizedLinear(_Packed):
 
     @classmethod
     def from_linear(cls, linear: torch.nn.Linear, *, bits: int = 4, group_size: int = 64) -> "QuantizedLinear":
-        """Packs a linear layer's matrix; its bias is shared."""
+        """Packs a linear layer's matrix; shares its bias."""
         rows, columns = linear.weight.shape
         packed = cls(columns, rows, bias=False, bits=bits, group_size=group_size, device="meta")
         packed._pack(linear.weight)
@@ -192,19 +192,19 @@ class QuantizedLinear(_Packed):
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """`torch.nn.RMSNorm` on the fused op: the same arguments, parameters and state dict.
+    """`torch.nn.RMSNorm` with the fused op: the same arguments, parameters and state dict.
 
     Args:
         normalized_shape: the last dimensions of the input.
         eps: added to the mean square; None is the machine epsilon of float32.
-        elementwise_affine: whether there is a learnable weight.
+        elementwise_affine: whether to learn a weight.
         device, dtype: of the weight.
         casting_mode, weight_offset: as in :func:`torch_fused.functional.rms_norm`.
 
-    Shapes: input ``(*, *normalized_shape)``, output the same; float32, float16 or bfloat16, on the CPU float64 too.
+    Shapes: input ``(*, *normalized_shape)``, output the same; float32, float16 or bfloat16, or float64 on the CPU.
 
     Raises:
-        RuntimeError: when called, as :func:`torch_fused.functional.rms_norm`.
+        RuntimeError: when called, as in :func:`torch_fused.functional.rms_norm`.
 
     Example:
         >>> with torch.no_grad():
@@ -239,12 +239,12 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class Softmax(torch.nn.Softmax):
-    """`torch.nn.Softmax` on the fused op. ``dim`` None is the last dimension.
+    """`torch.nn.Softmax` with the fused op. If ``dim`` is None, the last dimension is used.
 
-    Shapes: any input, output the same; float32, float16 or bfloat16, on the CPU float64 too.
+    Shapes: any input, output the same; float32, float16 or bfloat16, or float64 on the CPU.
 
     Raises:
-        IndexError, RuntimeError: when called, as :func:`torch_fused.functional.softmax`.
+        IndexError, RuntimeError: when called, as in :func:`torch_fused.functional.softmax`.
 
     Example:
         >>> torch_fused.nn.Softmax(dim=-1)(torch.zeros(2))
@@ -256,21 +256,21 @@ class Softmax(torch.nn.Softmax):
 
 
 class SwiGLU(torch.nn.Module):
-    """A SwiGLU feed-forward network, ``down_proj(silu(gate_proj(x)) * up_proj(x))``, its activation on the fused op.
+    """A SwiGLU feed-forward network, ``down_proj(silu(gate_proj(x)) * up_proj(x))``, with a fused activation.
 
-    The parameters have the names of Hugging Face's ``LlamaMLP``, so state dicts are interchangeable.
+    The parameters have the same names as in Hugging Face's ``LlamaMLP``, so state dicts are interchangeable.
 
     Args:
         hidden_size: features of the input and the output.
-        intermediate_size: features between.
-        bias: whether the projections have one.
+        intermediate_size: features of the gate and up projections.
+        bias: whether the projections have a bias.
         device, dtype: of the parameters.
         casting_mode: as in :func:`torch_fused.functional.silu_mul`.
 
-    Shapes: input ``(*, hidden_size)``, output the same; float32, float16 or bfloat16, on the CPU float64 too.
+    Shapes: input ``(*, hidden_size)``, output the same; float32, float16 or bfloat16, or float64 on the CPU.
 
     Raises:
-        RuntimeError: when called, as :func:`torch_fused.functional.silu_mul`.
+        RuntimeError: when called, as in :func:`torch_fused.functional.silu_mul`.
 
     Example:
         >>> torch_fused.nn.SwiGLU(8, 20)(torch.ones(3, 8)).shape
@@ -298,18 +298,18 @@ class SwiGLU(torch.nn.Module):
 
 
 class GeGLU(SwiGLU):
-    """A GeGLU feed-forward network, ``down_proj(gelu(gate_proj(x)) * up_proj(x))``, its activation on the fused op.
+    """A GeGLU feed-forward network, ``down_proj(gelu(gate_proj(x)) * up_proj(x))``, with a fused activation.
 
-    The parameters have the names of Hugging Face's ``Gemma2MLP``, so state dicts are interchangeable.
+    The parameters have the same names as in Hugging Face's ``Gemma2MLP``, so state dicts are interchangeable.
 
     Args:
-        hidden_size, intermediate_size, bias, device, dtype, casting_mode: as of :class:`SwiGLU`.
-        approximate: as in :func:`torch_fused.functional.gelu_mul`; Gemma's is ``"tanh"``.
+        hidden_size, intermediate_size, bias, device, dtype, casting_mode: as in :class:`SwiGLU`.
+        approximate: as in :func:`torch_fused.functional.gelu_mul`; Gemma uses ``"tanh"``.
 
-    Shapes: input ``(*, hidden_size)``, output the same; float32, float16 or bfloat16, on the CPU float64 too.
+    Shapes: input ``(*, hidden_size)``, output the same; float32, float16 or bfloat16, or float64 on the CPU.
 
     Raises:
-        RuntimeError: when called, as :func:`torch_fused.functional.gelu_mul`.
+        RuntimeError: when called, as in :func:`torch_fused.functional.gelu_mul`.
 
     Example:
         >>> torch_fused.nn.GeGLU(8, 20, approximate="tanh")(torch.ones(3, 8)).shape

@@ -1,4 +1,4 @@
-"""Optimizers on the fused ops, interchangeable with torch's of the same name."""
+"""Optimizers that use the fused ops, interchangeable with torch's."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,47 +16,48 @@ __all__ = ["AdamW"]
 
 
 _ONLY = {"differentiable": False, "decoupled_weight_decay": True}
-"""Arguments of torch's that have one value here."""
+"""Arguments of torch's AdamW that can have only one value here."""
 
 _LARGEST = float(torch.finfo(torch.float32).max)
 
 
 class AdamW(torch.optim.AdamW):
-    """`torch.optim.AdamW` on the fused op: the same arguments, groups, states and checkpoints.
+    """`torch.optim.AdamW` with the fused op: the same arguments, groups, states and checkpoints.
 
-    State dicts go both ways between this class and torch's in the middle of a training. On a GPU a step never waits
-    for the device.
+    State dicts can be exchanged with torch's AdamW in both directions, also during training. On a GPU, a step never
+    waits for the device.
 
-    Parameters that are DTensors, as FSDP2's, are updated through the shards that this process has; gradients of
-    another placement are redistributed to that of their parameters first, as torch's operations do.
+    DTensor parameters, such as FSDP2's, are updated through the shards of this process. Gradients with other placements
+    than their parameters are redistributed first, as in torch's ops.
 
     Args:
-        params: parameters, named parameters, or groups of them; float32, float16 or bfloat16, on the CPU float64 too.
-            The gradient is converted to its parameter's dtype, should it have another.
-        lr: learning rate, a float or a tensor of one element. Where the tensor is on a GPU, a kernel reads it.
-        betas: coefficients of the running averages of the gradient and of its square; floats or tensors, as `lr`.
+        params: parameters, named parameters, or groups of them; float32, float16 or bfloat16, or float64 on the CPU.
+            A gradient with another dtype is converted to its parameter's dtype.
+        lr: learning rate, a float or a tensor with one element. If the tensor is on a GPU, a kernel reads it.
+        betas: coefficients of the running averages of the gradient and of its square; floats or tensors, like `lr`.
         eps: added to the denominator.
-        weight_decay: decoupled from the gradient.
-        amsgrad: divide by the largest average of the squared gradient so far.
-        maximize: follow the gradient instead of descending.
-        foreach, fused: of no effect: the op is always fused. They are kept in the groups, as torch's loops read them.
-        capturable: count the steps on the device of the parameters, so that a CUDA graph may repeat a step; a learning
-            rate that is to change between repeats is a tensor on the GPU.
-        differentiable: False; the op has no gradient.
-        decoupled_weight_decay: True; so that ``**optimizer.defaults`` of torch's AdamW are arguments.
-        state_dtype: of the running averages; None is each parameter's own, as in torch. ``torch.float32`` keeps what
-            16-bit averages lose: with beta2 of 0.999 a bfloat16 one never shrinks.
-        max_grad_norm: clip the norm of all gradients together, over all groups, devices and shards, as
-            :func:`torch.nn.utils.clip_grad_norm_` before the step does. The gradients themselves stay as they are. May
-            be changed between steps: ``optimizer.max_grad_norm = 0.5``. None does not clip. ``optimizer.grad_norm`` is
-            the norm at the last step, unscaled and not clipped, a tensor of one number; None without clipping.
+        weight_decay: decoupled weight decay coefficient.
+        amsgrad: divide by the maximum of the running averages of the squared gradient.
+        maximize: maximize the objective instead of minimizing it.
+        foreach, fused: no effect, because the op is always fused. Kept in the groups, where torch reads them.
+        capturable: count the steps on the device of the parameters, so that a CUDA graph can replay a step. To change
+            the learning rate between replays, pass it as a tensor on the GPU.
+        differentiable: must be False; the op has no gradient.
+        decoupled_weight_decay: must be True; accepted so that ``**optimizer.defaults`` of torch's AdamW work.
+        state_dtype: dtype of the running averages; None uses each parameter's dtype, as in torch. With
+            ``torch.float32``, averages of 16-bit parameters stay accurate: with beta2 of 0.999, a bfloat16 average
+            never shrinks.
+        max_grad_norm: clip the total norm of all gradients, over all groups, devices and shards, like
+            :func:`torch.nn.utils.clip_grad_norm_` before the step, but without changing the gradients. It may be
+            changed between steps: ``optimizer.max_grad_norm = 0.5``. None does not clip. ``optimizer.grad_norm`` is the
+            norm in the last step, after unscaling and before clipping, as a scalar tensor; None without clipping.
 
-    A :class:`torch.amp.GradScaler` leaves it to the step to unscale the gradients, and to leave out a step with an
-    infinite one, so that the host need not know. The steps are counted on the device from then on.
+    With a :class:`torch.amp.GradScaler`, the step unscales the gradients, and is skipped if one is infinite or NaN,
+    without the host waiting for it. Steps are then counted on the device.
 
     Raises:
-        ValueError: an argument is out of range, or ``differentiable`` or ``decoupled_weight_decay``, as an argument or
-            in a group, is not as above; ``state_dtype`` is not None or float32.
+        ValueError: an argument is out of range; ``differentiable`` or ``decoupled_weight_decay``, as an argument or in
+            a group, has another value than above; ``state_dtype`` is not None or float32.
         RuntimeError: both ``foreach`` and ``fused`` are True.
 
     Example:
@@ -69,7 +70,7 @@ class AdamW(torch.optim.AdamW):
     """
 
     grad_norm: Tensor | None = None
-    """Of all gradients at the last step, unscaled and not clipped; None without ``max_grad_norm``."""
+    """Total norm of the gradients in the last step, unscaled and before clipping; None without ``max_grad_norm``."""
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class AdamW(torch.optim.AdamW):
         if state_dtype not in (None, torch.float32):
             raise ValueError(f"AdamW: state_dtype must be None or torch.float32, got {state_dtype}")
         if max_grad_norm is not None and not 0 <= max_grad_norm < _LARGEST:
-            raise ValueError(f"AdamW: max_grad_norm must be None or at least 0 and finite, got {max_grad_norm}")
+            raise ValueError(f"AdamW: max_grad_norm must be None, or finite and at least 0, got {max_grad_norm}")
         _check_group({"decoupled_weight_decay": decoupled_weight_decay})
         self.state_dtype = state_dtype
         self.max_grad_norm = max_grad_norm
@@ -112,14 +113,14 @@ class AdamW(torch.optim.AdamW):
         self._step_supports_amp_scaling = True  # so GradScaler sets grad_scale and found_inf, and does not read them
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, but a parameter that is in the group twice, which would be updated twice, is an error.
+        """Adds a parameter group, like torch's AdamW, but a parameter may not be in the group twice.
 
         Args:
-            param_group: ``params``, and arguments of this class that the group has of its own.
+            param_group: ``params``, and optionally arguments of this class for this group.
 
         Raises:
-            ValueError: an argument is not one that this class takes, or a parameter is in the group twice or already in
-                another; nothing is added then.
+            ValueError: an argument has a value that this class does not support, or a parameter is in the group twice
+                or in another group; nothing is added then.
         """
         _check_group(self.defaults | param_group)
         if not isinstance(param_group["params"], Tensor):
@@ -128,24 +129,24 @@ class AdamW(torch.optim.AdamW):
             places: dict[int, int] = {}
             for i, tensor in enumerate(tensors):
                 if (first := places.setdefault(id(tensor), i)) != i:
-                    raise ValueError(f"AdamW: params {first} and {i} of a group are one parameter: give it once")
+                    raise ValueError(f"AdamW: params {first} and {i} of a group are the same parameter; pass it once")
         super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every parameter that has a gradient.
+        """Updates every parameter that has a gradient.
 
         Args:
-            closure: computes the loss and its gradients, before the step.
+            closure: computes the loss and its gradients before the step.
 
         Returns:
-            What the closure returned, or None.
+            The closure's result, or None.
 
         Raises:
-            ValueError: a gradient is sparse or complex, a parameter is a DTensor of summands, or a group has a value
-                that the constructor refuses. Every parameter stays as it was.
-            RuntimeError: parameters of a group, or their states, share memory with each other: those of the groups
-                before it have been updated. Or a CUDA graph is being captured without ``capturable``.
+            ValueError: a gradient is sparse or complex, a parameter is a DTensor with a ``Partial`` placement, or a
+                group has a value that the constructor does not accept. No parameter has changed then.
+            RuntimeError: parameters of a group, or their states, share memory; the groups before it have been updated
+                then. Or a CUDA graph is being captured without ``capturable``.
         """
         loss = None
         if closure is not None:
@@ -162,7 +163,7 @@ class AdamW(torch.optim.AdamW):
         return loss
 
     def _squares(self, groups: list["_Gradients"]) -> Tensor | None:
-        """Of all gradients, if they are clipped: their sum, over all devices and shards."""
+        """The sum of squares of all gradients, over all devices and shards, if they are clipped."""
         self.grad_norm = None
         if self.max_grad_norm is None or not any(group.params for group in groups):
             return None
@@ -219,7 +220,7 @@ class AdamW(torch.optim.AdamW):
         )
 
     def _state_of(self, param: Tensor, names: list[str], counts_on: torch.device) -> dict[str, Tensor]:
-        """A parameter's state, made or completed, with its step where it is to be counted."""
+        """The state of a parameter, created or completed, with its step on the device `counts_on`."""
         state = self.state[param]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=counts_on)
@@ -231,17 +232,17 @@ class AdamW(torch.optim.AdamW):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes a state dict of this class or of torch's AdamW, whatever the implementation that wrote it.
+        """Loads a state dict of this class or of torch's AdamW, with any of its implementations.
 
         Args:
-            state_dict: what ``state_dict()`` of either returned; it is not changed.
+            state_dict: the result of ``state_dict()`` of either class; it is not changed.
 
         Raises:
-            ValueError: its groups do not fit those of this optimizer, or one has a value that the constructor refuses,
-                such as ``differentiable=True``. The optimizer stays as it was.
+            ValueError: its groups do not match those of this optimizer, or one has a value that the constructor does
+                not accept, such as ``differentiable=True``. The optimizer has not changed then.
         """
         for group in state_dict["param_groups"]:
-            # Torch's AdamW takes an Adam's checkpoint too, and decouples the decay.
+            # Torch's AdamW also loads checkpoints of Adam, and decouples the decay.
             _check_group(group | {"decoupled_weight_decay": True})
         super().load_state_dict(state_dict)
         # Torch has rounded the averages to the parameter's dtype.
@@ -256,7 +257,7 @@ class AdamW(torch.optim.AdamW):
         return super().__getstate__() | {"state_dtype": self.state_dtype, "max_grad_norm": self.max_grad_norm}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Also called when a state dict is loaded: the step counters go where they are counted."""
+        """Also called when a state dict is loaded: moves each step counter to the right device."""
         super().__setstate__(state)
         for group in self.param_groups:
             for param in group["params"]:
@@ -266,7 +267,7 @@ class AdamW(torch.optim.AdamW):
 
 
 class _Gradients:
-    """A group's parameters that have a gradient, and of their gradients what this process has of them."""
+    """A group's parameters that have a gradient, and this process's part of the gradients."""
 
     def __init__(self, group: dict[str, Any]) -> None:
         _check_group(group)
@@ -283,7 +284,7 @@ class _Gradients:
         ]
 
     def by_device(self) -> dict[torch.device, list[int]]:
-        """The places of the parameters on each device."""
+        """The indices of the parameters on each device."""
         places: dict[torch.device, list[int]] = defaultdict(list)
         for i, param in enumerate(self.params):
             places[param.device].append(i)
@@ -291,7 +292,7 @@ class _Gradients:
 
 
 def _number(value: float | Tensor, device: torch.device) -> float | Tensor:
-    """As the op takes it: a tensor on the CPU or on the device of the parameters."""
+    """The value for the op: a number, or a tensor on the CPU or on the device of the parameters."""
     if not isinstance(value, Tensor):
         return value
     value = value.detach()
@@ -302,13 +303,13 @@ def _number(value: float | Tensor, device: torch.device) -> float | Tensor:
 
 def _check_capture(device: torch.device, capturable: bool) -> None:
     if device.type == "cuda" and not capturable and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("AdamW: a CUDA graph of a step needs capturable=True, else it repeats one step")
+        raise RuntimeError("AdamW: capturing a step in a CUDA graph requires capturable=True")
 
 
 def _check_group(group: dict[str, Any]) -> None:
     for name, only in _ONLY.items():
         if bool(group.get(name, only)) != only:
-            raise ValueError(f"AdamW: {name} must be {only}, got {group[name]}: use torch.optim.AdamW for it")
+            raise ValueError(f"AdamW: {name} must be {only}, got {group[name]}; use torch.optim.AdamW instead")
 
 
 def _check_gradient(param: Tensor) -> None:
@@ -316,8 +317,8 @@ def _check_gradient(param: Tensor) -> None:
     if grad.layout != torch.strided:
         layout = str(grad.layout).removeprefix("torch.")
         raise ValueError(
-            f"AdamW: gradients must be dense, got one that is {layout}: use torch.optim.SparseAdam, or make a layer "
-            "such as torch.nn.Embedding without sparse=True"
+            f"AdamW: gradients must be dense, got a {layout} one; use torch.optim.SparseAdam, or create layers such as "
+            "torch.nn.Embedding without sparse=True"
         )
     if grad.is_complex():
-        raise ValueError(f"AdamW: gradients must be real, got one of {grad.dtype}: use torch.optim.AdamW")
+        raise ValueError(f"AdamW: gradients must be real, got {grad.dtype}; use torch.optim.AdamW instead")

@@ -1,4 +1,4 @@
-"""The next token from logits: greedy choice, random draws, and the filters between."""
+"""Choosing the next token from logits: greedy decoding, sampling and filtering."""
 
 from .ops.sampling import filter_logits, greedy, sample
 

@@ -63,7 +63,7 @@ def _clipping(squares: Tensor | None, max_norm: float | None, scale: float | Ten
 
 
 def _one_minus_power(base: float | Tensor, count: float | Tensor) -> float | Tensor:
-    """In float64 where there is one, as it is close to 0 at first."""
+    """In float64 if the device has it, because the result is close to 0 at first."""
     if isinstance(base, Tensor) and base.device.type != "mps":
         base = base.double()
     if isinstance(count, Tensor) and count.device.type != "mps":
@@ -106,7 +106,7 @@ def adamw_(
     grad_squares: Tensor | None = None,
     max_grad_norm: float | None = None,
 ) -> None:
-    r"""One step of AdamW on every parameter, in place: seven tensors a launch on a GPU.
+    r"""One step of AdamW on every parameter, in place; seven tensors per launch on a GPU.
 
     .. math::
         m \leftarrow \beta_1 m + (1 - \beta_1) g \qquad v \leftarrow \beta_2 v + (1 - \beta_2) g^2
@@ -116,35 +116,36 @@ def adamw_(
             - \frac{\gamma}{1 - \beta_1^t} \frac{m}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
     with the step :math:`t` of each parameter, the learning rate :math:`\gamma` and the weight decay
-    :math:`\lambda`; with AMSGrad :math:`v` is below the fraction the largest that it has been. The arithmetic is in
-    float32 (float64 for float64), each result rounded once. The host never waits for a GPU: what a tensor there says
-    is read by a kernel, one launch more for 21 parameters. Not differentiable: call it under :func:`torch.no_grad`.
+    :math:`\lambda`. With AMSGrad, the :math:`v` in the denominator is its maximum so far. Computes in float32 (float64
+    for float64) and rounds each result once. The host never waits for a GPU: kernels read the values of tensors on it,
+    with one more launch per 21 parameters. Not differentiable: call it under :func:`torch.no_grad`.
 
     Args:
-        params: at least one tensor, all on one device; each float32, float16 or bfloat16, on the CPU float64 too. Any
-            strides but expanded ones; those of a dense tensor, transposed or not, are updated without a copy.
-        grads: as many, each with the shape and dtype of its parameter.
-        exp_avgs, exp_avg_sqs: the states, with the shape of their parameter, and its dtype or float32. No element of a
-            parameter, state or step may be that of another operand; parts of one buffer may lie side by side.
-        steps: the steps each parameter has made so far, one float32 on the CPU each, or with ``capturable`` on the
-            device of the parameters; one is added.
-        max_exp_avg_sqs: for AMSGrad the largest ``exp_avg_sqs`` so far, as those; five tensors a launch then. Or empty.
-        lr, beta1, beta2: as in :class:`torch.optim.AdamW`; or a tensor of one float32, on the device of the parameters
-            or the CPU (there float64 too). On a GPU nobody checks its value.
+        params: at least one tensor, all on one device; each float32, float16 or bfloat16, or float64 on the CPU. Any
+            strides except expanded ones. Dense tensors, transposed or not, are updated without a copy.
+        grads: one per parameter, with its shape and dtype.
+        exp_avgs, exp_avg_sqs: the states, with the shape of their parameter, in its dtype or float32. Parameters,
+            states and steps must not overlap with each other or with other arguments; they may be parts of one buffer.
+        steps: the number of steps so far, one float32 per parameter, on the CPU or, with ``capturable``, on the device
+            of the parameters. Incremented by one.
+        max_exp_avg_sqs: for AMSGrad, the maximum of ``exp_avg_sqs`` so far, in the same format, with five tensors per
+            launch. Otherwise empty.
+        lr, beta1, beta2: as in :class:`torch.optim.AdamW`; or a tensor with one float32, on the device of the
+            parameters or on the CPU (where it may be float64). Values on a GPU are not checked.
         eps, weight_decay: as in :class:`torch.optim.AdamW`.
-        maximize: follow the gradient instead of descending.
-        capturable: the steps are counted on the device of the parameters, so that a CUDA graph counts them too.
-        grad_scale: one float32 on the device of the parameters: what the gradients, which stay as they are, are
-            divided by.
-        found_inf: one float32 on the device of the parameters. If it is not 0, nothing is written and no step counted.
-            It needs ``capturable``.
-        grad_squares: the sum of the squares of all gradients, :func:`sum_of_squares`, before ``grad_scale``; on the
-            device of the parameters. Given together with ``max_grad_norm``.
-        max_grad_norm: the gradients are multiplied by ``max_grad_norm / (norm + 1e-6)`` if that is below 1, as
-            :func:`torch.nn.utils.clip_grad_norm_` does, with the norm of the unscaled gradients.
+        maximize: maximize the objective instead of minimizing it.
+        capturable: count the steps on the device of the parameters, so that a CUDA graph counts them too.
+        grad_scale: one float32 on the device of the parameters. Gradients are divided by it as they are read; they are
+            not written.
+        found_inf: one float32 on the device of the parameters. If it is not 0, nothing is written and the step is not
+            counted. Requires ``capturable``.
+        grad_squares: the :func:`sum_of_squares` of all gradients, before ``grad_scale``, on the device of the
+            parameters. Required with ``max_grad_norm``.
+        max_grad_norm: gradients are multiplied by ``max_grad_norm / (norm + 1e-6)`` if that is below 1, like
+            :func:`torch.nn.utils.clip_grad_norm_`, with the norm of the unscaled gradients.
 
     Raises:
-        RuntimeError: an argument is not as above; the message names it. Nothing is written then.
+        RuntimeError: an argument does not meet the requirements above; the message names it. Nothing is written then.
 
     Source: Loshchilov and Hutter, Decoupled weight decay regularization, https://arxiv.org/abs/1711.05101.
 

@@ -1,4 +1,4 @@
-"""Checks of arguments whose dtypes differ, which are converted before the op can check them."""
+"""Checks of arguments that are converted to one dtype before the op can check them."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def check_floating(op: str, **tensors: Tensor | None) -> None:
-    """Each of the named tensors must have a dtype that the ops compute with."""
+    """Raises if a named tensor has a dtype that the ops do not support."""
     for name, tensor in tensors.items():
         if tensor is None or tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):
             continue
@@ -18,12 +18,12 @@ def check_floating(op: str, **tensors: Tensor | None) -> None:
 
 
 def check_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
-    """The tensor must have the shape, and not one that broadcasts to it."""
+    """Raises if the tensor does not have exactly this shape."""
     if tensor.shape != tuple(shape):
         raise RuntimeError(f"{op}: {name} must have the shape {list(shape)}, got {list(tensor.shape)}")
 
 
 def check_casting_mode(op: str, casting_mode: str) -> None:
-    """There are two."""
+    """Raises if the casting mode is unknown."""
     if casting_mode not in ("torch", "llama"):
         raise RuntimeError(f"{op}: casting_mode must be 'torch' or 'llama', got '{casting_mode}'")

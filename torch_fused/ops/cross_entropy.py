@@ -1,4 +1,4 @@
-"""Cross entropy of rows of logits, which become their own gradient."""
+"""Cross entropy of rows of logits, with the gradient written over the logits."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ def losses_reference(
 ) -> Tensor:
     """The loss of each row in plain torch: `F.cross_entropy` without a reduction, and the square of the log-sum-exp.
 
-    A target that is no class makes NaN, without a look at the targets from the host.
+    A target that is not a class gives NaN; the host does not read the targets.
     """
     wide = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     lse = wide.logsumexp(-1)
@@ -36,7 +36,7 @@ def gradient_reference(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """The gradient of each row's loss times the scale, in the dtype that the losses have."""
+    """The gradient of each row's loss, times the scale, in the dtype of the losses."""
     wide = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     classes = wide.shape[-1]
     kept = target != ignore_index
@@ -74,32 +74,33 @@ def cross_entropy_(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Tensor:
-    r"""The loss of each row of logits; with a ``scale`` the logits become their gradient.
+    r"""The loss of each row of logits; with a ``scale``, the gradient overwrites the logits.
 
     .. math::
         \ell = \log \textstyle\sum_j e^{x_j} - (1 - \epsilon)\, x_t - \frac{\epsilon}{C} \sum_j x_j
             + z \left(\log \textstyle\sum_j e^{x_j}\right)^2
 
-    A row is read once for its loss, the maximum and the sum together, and once more for its gradient. What
-    :func:`torch_fused.functional.linear_cross_entropy` is made of. Not differentiable.
+    Each row is read once for its loss (maximum and sum in one pass) and once for its gradient.
+    :func:`torch_fused.functional.linear_cross_entropy` uses this op. Not differentiable.
 
     Args:
-        logits: ``(rows, classes)``; float32, float16 or bfloat16, on the CPU float64 too. Any strides that reach no
-            element twice.
-        target: ``(rows,)``, int64: a class, or ``ignore_index`` for a row without a loss.
-        scale: None leaves the logits alone. A float32 scalar, or one number for each row (float64 for float64): row by
-            row, the logits become the gradient of the loss times it.
-        ignore_index: the target of rows whose loss and gradient are 0.
-        label_smoothing: :math:`\epsilon`, the share of the target's weight that all classes get alike; from 0 to 1.
+        logits: ``(rows, classes)``; float32, float16 or bfloat16, or float64 on the CPU. Any strides without
+            overlapping elements.
+        target: ``(rows,)``, int64: class indices or ``ignore_index``.
+        scale: a float32 scalar, or one number per row (float64 for float64). The gradient of the loss, times this,
+            overwrites the logits. None leaves the logits unchanged.
+        ignore_index: the loss and gradient of rows with this target are 0.
+        label_smoothing: :math:`\epsilon`, the share of the target's weight that is spread evenly over all classes, from
+            0 to 1.
         z_loss: :math:`z`, the factor of the squared log-sum-exp.
 
     Returns:
-        The losses ``(rows,)`` in float32, float64 for float64 logits.
+        The losses ``(rows,)`` in float32; float64 for float64 logits.
 
     Raises:
-        RuntimeError: an argument is not as above; the message names it.
-        IndexError: a target on the CPU is no class. On a GPU, whose values are not looked at, its loss and its gradient
-            are NaN.
+        RuntimeError: an argument has the wrong shape, dtype, device or value; the message names it.
+        IndexError: a target on the CPU is not a class. Targets on a GPU are not checked; the row's loss and gradient
+            are then NaN.
 
     Source: Milakov and Gimelshein, Online normalizer calculation for softmax, https://arxiv.org/abs/1805.02867.
 

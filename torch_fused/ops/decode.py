@@ -18,7 +18,7 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, appr
 
 
 def _unpack(parts: Sequence[Tensor | None], norm: Tensor, groups: Sequence[Tensor]) -> Iterator[Tensor | None]:
-    """The embedding, the head and the parts of layers, the packed ones in the norm's dtype."""
+    """The embedding, the head and the parts of layers; packed ones are unpacked to the norm's dtype."""
     rest = iter(groups)
     names = ("embedding", "head", *LAYER_PARTS * (len(parts) // len(LAYER_PARTS)))
     columns = {name: len(norm) for name in names}
@@ -69,7 +69,7 @@ def decode_reference(
         return x if weight is None else rms_norm_reference(x, x.shape[-1:], weight.to(x) + n.norm_offset, n.eps)
 
     def placed(x: Tensor, weight: Tensor | None, table: int) -> Tensor:
-        """Queries or keys as heads, normed and rotated."""
+        """Queries or keys, split into heads, normed and rotated."""
         of_each = weight is not None and len(weight) == head_dim
         x = normed(x, None if of_each else weight).unflatten(-1, (-1, head_dim)).transpose(1, 2)
         x = normed(x, weight if of_each else None)
@@ -93,7 +93,7 @@ def decode_reference(
             t[:, :, : length + steps - gone].to(states).repeat_interleave(heads // t.shape[1], 1)
             for t in (keys_buffer, values_buffer)
         )
-        # Slots that are not attended may hold anything.
+        # Masked slots may hold NaN.
         k, v = (t.masked_fill(~visible.any(2).transpose(1, 2)[:, None, :, 0, None], 0) for t in (k, v))
         scores = _capped(q @ k.transpose(-1, -2) * n.scaling, n.attention_softcap).masked_fill(~visible, -torch.inf)
         x = F.linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), part["o"], part["o_bias"])
@@ -158,36 +158,36 @@ def decode_(
 ) -> Tensor:
     """Runs new tokens through a whole decoder and appends their keys and values to the cache.
 
-    Everything between the weights is float32; only the keys and values are rounded, to the cache's dtype. On a GPU it
-    takes five launches a layer, one more for each output norm and each norm of all heads, and two more; the host reads
-    nothing of the device.
+    Activations are float32; only keys and values are rounded, to the cache's dtype. On a GPU the op takes five launches
+    per layer, one more for each output norm and for each norm over all heads, and two per call for the embedding and
+    the head. The host reads nothing from the device.
 
     Args:
-        model: what :func:`make_decoder` made.
+        model: the decoder that :func:`make_decoder` returned.
         token_ids: ``(batch, steps)`` int64, 1 to 8 sequences of 1 to 8 new tokens each.
-        positions: ``(batch, steps)`` int64, each token's row of ``cos`` and ``sin``.
-        starts: ``(batch,)`` int64, the first cache slot that each sequence attends; None for 0: no left padding.
-        cos: ``(positions, rotary_dim)``, contiguous, both halves as transformers' rotary embedding makes them;
-            dimensions of a head past ``rotary_dim`` pass through. ``(tables, positions, rotary_dim)`` if layers have
-            tables of their own.
-        sin: as ``cos``.
-        keys: a tensor ``(batch, kv_heads, capacity, head_dim)`` for each layer, written in place at slots
-            ``length : length + steps``; any strides with a dense last dimension; float32, float16 or bfloat16. No
-            element may be one of another tensor here, of another layer's neither.
-        values: as ``keys``.
-        length: slots of the cache that are in use.
-        logits_to_keep: how many last tokens of each sequence get logits; 0 for all.
-        dropped: for each layer how many of its first slots the buffers no longer have; ``length`` counts them. A layer
-            with a window can be without all that its next token does not attend, others lack none. Empty: none.
+        positions: ``(batch, steps)`` int64, each token's row in ``cos`` and ``sin``.
+        starts: ``(batch,)`` int64, the first cache slot that each sequence attends to; None for no left padding.
+        cos: ``(positions, rotary_dim)``, contiguous, with both halves as in transformers' rotary embedding. Dimensions
+            of a head from ``rotary_dim`` on are not rotated. ``(tables, positions, rotary_dim)`` if layers use
+            different tables.
+        sin: like ``cos``.
+        keys: a tensor ``(batch, kv_heads, capacity, head_dim)`` per layer, written in place at slots
+            ``length : length + steps``; any strides with a dense last dimension; float32, float16 or bfloat16. The
+            tensors of all layers must not overlap with each other or with other arguments.
+        values: like ``keys``.
+        length: number of cache slots in use.
+        logits_to_keep: compute logits only for this many last tokens of each sequence; 0 for all.
+        dropped: per layer, the number of first slots that its buffers no longer hold; ``length`` includes them. A layer
+            with a window may drop slots that its next token does not attend to; other layers may not. Empty: none.
 
     Returns:
         Logits ``(batch, logits_to_keep or steps, vocabulary)``, float32.
 
     Raises:
-        RuntimeError: an argument has a wrong shape, dtype, device or layout, the cache has no room, or a gradient would
-            be lost; the message names it. Nothing is written then.
-        IndexError: on the CPU, a token id, a position or a start is out of range. On a GPU these are not looked at: an
-            id that is not in the vocabulary gives NaN, a position or a start is taken as the nearest in range.
+        RuntimeError: an argument has the wrong shape, dtype, device or layout, the cache is full, or an argument
+            requires a gradient; the message names it. Nothing is written then.
+        IndexError: on the CPU, a token id, position or start is out of range. On a GPU they are not checked: a token id
+            outside the vocabulary gives NaN, and positions and starts are clamped to their range.
     """
     return _decode(model, token_ids, positions, starts, cos, sin, keys, values, length, logits_to_keep, dropped)
 
@@ -213,19 +213,19 @@ def decode_token_(
     min_p: float | None = None,
     dropped: Sequence[int] = (),
 ) -> Tensor:
-    """:func:`decode_`, then the next token of each sequence, as ``next_token`` of `torch_fused.ops.sampling`.
+    """:func:`decode_`, then ``next_token`` of `torch_fused.ops.sampling` for each sequence.
 
     Args:
         model, token_ids, positions, starts, cos, sin, keys, values, length, dropped: as in :func:`decode_`.
-        do_sample: draw with torch's default generator; otherwise take the most probable token.
-        temperature, top_k, top_p, min_p: as in :func:`torch_fused.sampling.sample`; only for ``do_sample``.
+        do_sample: draw with torch's default generator; otherwise take the most likely token.
+        temperature, top_k, top_p, min_p: as in :func:`torch_fused.sampling.sample`; used only with ``do_sample``.
 
     Returns:
         Token ids ``(batch,)``, int64.
 
     Raises:
-        As :func:`decode_` and ``next_token``. Only logits that have nothing to draw, or are NaN, are found after the
-            step, when the new keys and values have been written after ``length``.
+        The same errors as :func:`decode_` and ``next_token``. If logits are NaN or have nothing to draw, the new keys
+            and values have already been written after ``length``.
     """
     return _decode_token(
         model,

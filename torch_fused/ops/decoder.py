@@ -1,4 +1,4 @@
-"""The model of a decode step: its parts by name, and the object that the op takes."""
+"""The model of a decode step: the names of its parts, and the object that the op takes."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ LAYER_PARTS = (
     "experts_down",
     "shared_gate",
 )
-"""What a layer has, in the order of the op's flat list of all layers."""
+"""The parts of a layer, in the order of the op's flat list."""
 
 DECODER_PARTS = (
     "embedding",
@@ -48,14 +48,14 @@ DECODER_PARTS = (
     "adapter_places",
     "adapter_scales",
 )
-"""What the class of a decoder takes, in its order."""
+"""The arguments of the decoder class, in order."""
 
 
 class Adapter(NamedTuple):
     """A low-rank adapter (LoRA) of one matrix of a layer: adds ``scale * b @ (a @ x)`` to its product with ``x``."""
 
     place: int
-    """Of the matrix in the list of layers."""
+    """Index of the matrix in the list of layers."""
     a: Tensor
     """``(rank, inputs)``, with a rank of at most 256."""
     b: Tensor
@@ -64,7 +64,7 @@ class Adapter(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """A decoder's numbers, as :func:`make_decoder` takes them."""
+    """A decoder's numeric settings, as in :func:`make_decoder`."""
 
     eps: float
     scaling: float
@@ -80,7 +80,7 @@ class Numbers(NamedTuple):
 
 @torch._library.register_fake_class("torch_fused::Decoder")
 class DecoderParts:
-    """A `torch.classes.torch_fused.Decoder` in Python, unchecked: for the reference, and for torch.compile to trace."""
+    """A `torch.classes.torch_fused.Decoder` in Python, without checks: for the reference, and for torch.compile."""
 
     def __init__(self, *parts):
         for name, part in zip(DECODER_PARTS, parts, strict=True):
@@ -98,7 +98,7 @@ class DecoderParts:
 
 
 class Packed(NamedTuple):
-    """A packed matrix, as :func:`quantize` returns it."""
+    """A packed matrix, as returned by :func:`quantize`."""
 
     weight: Tensor
     scales: Tensor
@@ -131,53 +131,53 @@ def make_decoder(
     int8_products: bool = True,
     adapters: Sequence[Adapter] = (),
 ) -> Any:
-    """A Llama-like decoder as :func:`decode_` takes it: checked here, once, and read where it is from then on.
+    """Makes a Llama-like decoder for :func:`decode_`. Its tensors are checked once, here, and not copied.
 
-    Layers have RMS norms, attention with rotary positions and grouped queries, and gated feed-forward layers, as those
-    of Llama, Qwen2 and Qwen3, or with the variations of Mistral, Gemma, OLMo, Phi-3, Granite and SmolLM3 below. Each
-    tensor may have a dtype of its own, float32, float16 or bfloat16; those of ``gate`` and ``up`` are the same. Any
-    matrix may be packed instead, a ``Packed(weight, scales, biases)`` of 4 or 8 bits; ``gate`` and ``up`` alike.
+    Layers have RMS norms, attention with rotary positions and grouped queries, and gated feed-forward layers, as in
+    Llama, Qwen2 and Qwen3, with the variations of Mistral, Gemma, OLMo, Phi-3, Granite and SmolLM3 below. Each tensor
+    may be float32, float16 or bfloat16; ``gate`` and ``up`` must have the same dtype. Any matrix may be packed instead,
+    as ``Packed(weight, scales, biases)`` of 4 or 8 bits; ``gate`` and ``up`` must have the same format.
 
     Args:
         embedding: ``(vocabulary, hidden)``.
-        layers: for each layer the tensors named by `LAYER_PARTS`, one after the other in one list: matrices are
-            ``(results, inputs)`` with dense rows; the biases and the norms may be None. ``input_norm`` and
-            ``post_attention_norm`` come before attention and the feed-forward layers, the output norms are of what
-            these give, before it is added; ``q_norm`` and ``k_norm`` are ``(head_dim,)``, for each head, or as long as
-            all of the queries or keys, for all heads as one. In a mixture of experts ``router`` is
-            ``(experts, hidden)``, and the dense ``experts_gate``, ``experts_up`` and ``experts_down`` have each
-            expert's matrix; ``gate``, ``up`` and ``down`` are then those of an expert that all tokens share, or None,
-            and ``shared_gate`` is ``(1, hidden)``, whose product's sigmoid multiplies what the shared expert gives, or
-            None. Layers without experts have None there.
-        norm: ``(hidden,)``, the last norm's weight.
-        head: ``(vocabulary, hidden)``; may be the embedding itself.
-        heads: query heads.
+        layers: the tensors of all layers in one list, in the order of `LAYER_PARTS`. Matrices are ``(outputs, inputs)``
+            with dense rows; biases and norms may be None. ``input_norm`` and ``post_attention_norm`` come before
+            attention and the feed-forward layers; the output norms are applied to the outputs of these, before the
+            residual addition. ``q_norm`` and ``k_norm`` have shape ``(head_dim,)`` to norm each head, or the size of
+            all queries or keys to norm all heads together. In a mixture of experts, ``router`` is ``(experts, hidden)``
+            and ``experts_gate``, ``experts_up`` and ``experts_down`` stack the experts' dense matrices; ``gate``,
+            ``up`` and ``down`` are then the shared expert's, or None, and the output of the shared expert is multiplied
+            by the sigmoid of its product with ``shared_gate``, ``(1, hidden)``, if that is not None. These are None in
+            layers without experts.
+        norm: ``(hidden,)``, the weight of the last norm.
+        head: ``(vocabulary, hidden)``; may be the embedding.
+        heads: number of query heads.
         eps: of all norms.
-        scaling: of the products of queries and keys.
-        norm_offset: added to all weights of norms: 1 for Gemma.
-        embedding_scale: multiplies what the embedding gives.
-        residual_scale: multiplies what attention and the feed-forward layers add.
+        scaling: multiplies the products of queries and keys.
+        norm_offset: added to the weights of all norms; 1 for Gemma.
+        embedding_scale: multiplies the embeddings.
+        residual_scale: multiplies the outputs of attention and the feed-forward layers before the residual addition.
         logits_scale: multiplies the logits.
-        attention_softcap: where not 0, scores become ``cap * tanh(score / cap)``.
-        logits_softcap: the same of the logits, after their scale.
-        experts_per_token: how many experts a token takes, those of the largest logits; at most 32.
-        normalise_experts: whether their weights, which are the softmax over all experts, are made to sum to 1.
+        attention_softcap: if not 0, scores become ``cap * tanh(score / cap)``.
+        logits_softcap: the same for the logits, after scaling.
+        experts_per_token: number of experts per token, at most 32; the ones with the largest router logits.
+        normalise_experts: whether to normalise the weights of these experts, a softmax over all experts, to sum to 1.
         activation: of the gate: ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``.
-        windows: for each layer how many of the last cache slots a token attends to, its own included; 0 for all. None:
+        windows: per layer, the number of last cache slots that a token attends to, including its own; 0 for all. None:
             0 for every layer.
-        tables: for each layer the index of its table where ``cos`` and ``sin`` of :func:`decode_` are stacked tables;
-            -1 for a layer without positions. None: 0 for every layer.
-        int8_products: on the CPU, packed rows are multiplied as integers, with vectors rounded to int8, 8 values a
-            scale, which is faster, except ``v`` and 8 bits in groups of 32. False: all as float32.
-        adapters: low-rank adapters of matrices of layers, several of one matrix if wanted.
+        tables: per layer, the index of its table if ``cos`` and ``sin`` of :func:`decode_` are stacked tables; -1 for a
+            layer without rotary positions. None: 0 for every layer.
+        int8_products: on the CPU, round activations to int8, with one scale per 8 values, and multiply packed rows as
+            integers, which is faster; except for ``v``, and for 8 bits in groups of 32. False: multiply in float32.
+        adapters: low-rank adapters of matrices; one matrix may have several.
 
     Returns:
-        A ``torch.classes.torch_fused.Decoder``. It holds the tensors; values changed in place are seen. When a tensor
-        is given other memory or another shape, as by ``parameter.data = tensor``, its ``is_current()`` is False, and
-        :func:`decode_` raises.
+        A ``torch.classes.torch_fused.Decoder``, which holds the tensors. In-place changes of their values take effect.
+        If a tensor gets other memory or another shape, for example by ``parameter.data = tensor``, ``is_current()`` is
+        False and :func:`decode_` raises.
 
     Raises:
-        RuntimeError: a tensor has a wrong shape, dtype, device or layout; the message names it.
+        RuntimeError: a tensor has the wrong shape, dtype, device or layout; the message names it.
     """
     arguments = decoder_arguments(
         embedding,
@@ -218,7 +218,7 @@ def decoder_arguments(
     adapters: Sequence[Adapter] = (),
     **numbers: float,
 ) -> tuple:
-    """What :func:`make_decoder` takes as the arguments of the class, or of `DecoderParts`."""
+    """Converts the arguments of :func:`make_decoder` to those of the class, or of `DecoderParts`."""
     none = [0] * (len(layers) // len(LAYER_PARTS))
     groups: list[Tensor] = []
 
@@ -228,7 +228,7 @@ def decoder_arguments(
         groups.extend((matrix.scales, matrix.biases))
         return matrix.weight
 
-    taken = [take(matrix) for matrix in (embedding, head, *layers)]  # the order of their groups
+    taken = [take(matrix) for matrix in (embedding, head, *layers)]  # the order in `groups`
     return (
         taken[0],
         taken[2:],

@@ -1,4 +1,4 @@
-"""Appending the keys and values of new tokens to the buffers of a cache, in place."""
+"""Appends the keys and values of new tokens to the buffers of a cache, in place."""
 
 import torch
 from torch import Tensor
@@ -24,19 +24,19 @@ refuse_vmap("kv_update_")
 def kv_append_(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, position: int) -> None:
     """Writes ``new_keys`` and ``new_values`` into the buffers at tokens ``position : position + tokens``.
 
-    The time taken depends on the new tokens only, not on the size of the buffers. Not differentiable.
+    The time depends only on the number of new tokens, not on the size of the buffers. Not differentiable.
 
     Args:
-        keys: ``(batch, heads, capacity, head_dim)``, written in place; any dtype, any strides but expanded ones.
-        values: as ``keys``, dtype included; its head_dim may be another. No element may be one of ``keys``.
-        new_keys: ``(batch, heads, tokens, head_dim)``, any strides; the dtype and device of ``keys``. No element may be
-            one of ``keys`` or ``values``.
-        new_values: as ``new_keys``, to fit into ``values``.
+        keys: ``(batch, heads, capacity, head_dim)``, written in place; any dtype, any strides except expanded ones.
+        values: like ``keys``, with the same dtype; head_dim may differ. Must not overlap with ``keys``.
+        new_keys: ``(batch, heads, tokens, head_dim)``, any strides; dtype and device of ``keys``. Must not overlap with
+            ``keys`` or ``values``.
+        new_values: like ``new_keys``, with the head_dim of ``values``.
         position: the first token written, from 0 to ``capacity - tokens``.
 
     Raises:
-        RuntimeError: an argument has the wrong shape, dtype or device, the tokens do not fit, or a gradient would be
-            lost; the message names it. Nothing is written then.
+        RuntimeError: an argument has the wrong shape, dtype or device, the tokens do not fit, or an argument requires a
+            gradient; the message names it. Nothing is written then.
 
     Example:
         >>> import torch

@@ -34,7 +34,7 @@ def layer_norm_backward_reference(
     need_weight_grad: bool,
     need_bias_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x, and those of the weight and the bias that are needed, stacked in this order."""
+    """The gradient of x, and the needed gradients of weight and bias, stacked in this order."""
     dims = tuple(range(-len(normalized_shape), 0))
     normed, rstd = _normed(x, normalized_shape, eps)
     dy = grad.contiguous().to(normed.dtype)
@@ -49,7 +49,7 @@ def layer_norm_backward_reference(
 
 
 def _normed(x: Tensor, normalized_shape: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
-    """x less its mean, over its standard deviation, and one over that, in the type of the arithmetic."""
+    """(x - mean) / std, and 1 / std, in the dtype of the arithmetic."""
     dims = tuple(range(-len(normalized_shape), 0))
     wide = x.contiguous().to(_arithmetic_dtype(x))
     centred = wide - wide.mean(dims, keepdim=True)
@@ -80,7 +80,7 @@ register(
 
 @torch.library.register_vmap("torch_fused::layer_norm")
 def _layer_norm_vmap(info, in_dims, input, normalized_shape, weight=None, bias=None, eps=1e-5):
-    """A batch is one more leading dimension; batched parameters are applied outside the op."""
+    """The batch becomes a leading dimension; batched parameters are applied outside the op."""
     input_dim, _, weight_dim, bias_dim = (*in_dims, None, None, None)[:4]
     input = leading(info, input, input_dim)
     if weight_dim is None and bias_dim is None:
@@ -89,7 +89,7 @@ def _layer_norm_vmap(info, in_dims, input, normalized_shape, weight=None, bias=N
     first = run_first(_layer_norm, info, in_dims, input, normalized_shape, weight, bias, eps)
 
     def spread(parameter: Tensor, dim: int | None) -> Tensor:
-        """The parameter of each of the batch, so that it broadcasts with the input."""
+        """The batched parameter, reshaped to broadcast with the input."""
         if dim is None:
             return parameter
         parameter = parameter.movedim(dim, 0)
@@ -112,20 +112,20 @@ def layer_norm(
 ) -> Tensor:
     r"""Layer norm over the last dimensions: :math:`(x - mean(x)) / \sqrt{var(x) + eps} \cdot weight + bias`.
 
-    A drop-in for :func:`torch.nn.functional.layer_norm`, differentiable in ``input``, ``weight`` and ``bias``. The
-    arithmetic is in float32 (in float64 for float64), rounded once; the variance is that of the row as a population,
-    from the distances to the mean, so that it is right where the mean is large and the variance small.
+    A drop-in replacement for :func:`torch.nn.functional.layer_norm`, differentiable in ``input``, ``weight`` and
+    ``bias``. Computes in float32 (float64 for float64) and rounds once. The variance is biased (divided by the number
+    of elements) and computed from the differences to the mean, so it stays accurate if the mean is large.
 
     Args:
-        input: ``(*, *normalized_shape)``; float32, float16 or bfloat16, on the CPU float64 too. Rows with a unit last
+        input: ``(*, *normalized_shape)``; float32, float16 or bfloat16, or float64 on the CPU. Rows with a unit last
             stride are read in place; any other layout is copied once.
         normalized_shape: the last dimensions of ``input``.
-        weight: ``normalized_shape``, any of the dtypes above, or None for no scaling.
-        bias: as ``weight``, or None for no shift.
+        weight: shape ``normalized_shape``, any of the dtypes above, or None for no scaling.
+        bias: like ``weight``, or None for no shift.
         eps: added to the variance.
 
     Returns:
-        A dense tensor of ``input``'s shape and dtype (where autocast runs torch's layer_norm in float32, float32).
+        A dense tensor with ``input``'s shape and dtype (float32 where autocast runs torch's layer_norm in float32).
 
     Raises:
         RuntimeError: an argument has the wrong shape, dtype or device; the message names it.

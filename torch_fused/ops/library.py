@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Each op once more in plain torch: what the op falls back to where its GPU kernels cannot be built, what torch
-# differentiates where the op's own gradient is not enough (common/autograd.h), and what the tests compare it with.
+# Each op in plain torch. The op falls back to it if its GPU kernels cannot be built; torch differentiates it where the
+# op's own gradient is not enough (common/autograd.h); the tests compare with it.
 _references = torch.library.Library("torch_fused_reference", "FRAGMENT")
 _ops = torch.library.Library("torch_fused", "IMPL")
 
 COMPOSED: dict[str, tuple[str, ...]] = {}
-"""Ops that have no kernel of their own, and the ops that they call."""
+"""Ops without their own kernel, and the ops that they call."""
 
 
 def register(
@@ -25,15 +25,15 @@ def register(
 ) -> None:
     """Registers the plain-torch reference and the fake (shapes and dtypes only) of `torch_fused::<name>`.
 
-    `batched` is what `torch.func.vmap` maps instead of the op, if the op has no rule of its own. An op that writes its
-    arguments refuses.
+    `torch.func.vmap` maps `batched` instead of the op if the op has no vmap rule. Ops that write their arguments raise
+    under vmap.
     """
     schema = getattr(torch.ops.torch_fused, name).default._schema
     _references.define(str(schema).partition("::")[2])
     _references.impl(name, reference, "CompositeImplicitAutograd")
 
     def on_one_device(*args: Any, **kwargs: Any) -> Any:
-        # With one tensor on "meta" torch calls the fake, whatever the others are on, and takes its results as they are.
+        # If one tensor is on "meta", torch calls the fake whatever the devices of the others, unchecked.
         named = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
         first = None
         for argument, value in named.items():
@@ -42,7 +42,7 @@ def register(
                     first = tensor if first is None else first
                     if "meta" in (devices := {first.device.type, tensor.device.type}) and len(devices) > 1:
                         raise RuntimeError(
-                            f"{name}: {argument} must be on {first.device}, as the tensors before it, "
+                            f"{name}: {argument} must be on {first.device} like the tensors before it, "
                             f"got {tensor.device}"
                         )
         return fake(*args, **kwargs)
@@ -61,12 +61,12 @@ def register(
 
 
 def leading(info, x: Tensor, dim: int | None) -> Tensor:
-    """`x` with the batch as its first dimension."""
+    """`x` with the batch as the first dimension."""
     return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
 def run_first(op: Callable[..., Any], info, in_dims, *args: Any, **kwargs: Any) -> Any:
-    """`op` on the first of a batch, or on zeros if the batch is empty: for its checks, and the dtype of its results."""
+    """Runs `op` on the first item of a batch (zeros if it is empty) for its checks and the dtype of its results."""
 
     def first(x: Any, dim: Any) -> Any:
         if not isinstance(dim, int):
@@ -77,11 +77,11 @@ def run_first(op: Callable[..., Any], info, in_dims, *args: Any, **kwargs: Any) 
 
 
 def refuse_vmap(name: str) -> None:
-    """Makes `torch_fused::<name>` raise where `torch.func.vmap` gives it a batched tensor."""
+    """Makes `torch_fused::<name>` raise if `torch.func.vmap` passes it a batched tensor."""
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError(
-            f"{name}: torch.func.vmap cannot batch an op that writes its arguments: call it outside of vmap"
+            f"{name}: torch.func.vmap cannot batch an op that writes its arguments; call it outside vmap"
         )
 
     _ops.impl(name, refuse, "FuncTorchBatched")

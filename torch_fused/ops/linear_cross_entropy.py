@@ -1,4 +1,4 @@
-"""The loss of a language model's head, without its logits in memory."""
+"""Cross entropy of a linear layer, such as a language model's head, without all logits in memory."""
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ def _gradients_reference(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and its gradients times `grad`, in plain torch."""
+    """The loss and its gradients, multiplied by `grad`, in plain torch."""
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
     loss = linear_cross_entropy_reference(
         hidden,
@@ -109,7 +109,7 @@ register("_linear_cross_entropy_gradients", reference=_gradients_reference, fake
 
 
 def _register_vmap(name: str) -> None:
-    """A batch is one call after the other, each with logits of its own."""
+    """Runs the batch one call at a time, each with its own logits."""
     op = getattr(torch.ops.torch_fused, name).default
 
     def rule(info, in_dims, *args, **kwargs):
@@ -140,39 +140,39 @@ def linear_cross_entropy(
     reduction: str = "mean",
     z_loss: float = 0.0,
 ) -> Tensor:
-    r"""``F.cross_entropy(F.linear(hidden, weight, bias), target)`` without the logits in memory.
+    r"""``F.cross_entropy(F.linear(hidden, weight, bias), target)`` without all logits in memory.
 
-    The logits are made for a chunk of rows at a time, an eighth of them or 128 rows (512 on a GPU), and become their
-    gradient in place, from which the gradients of ``hidden``, ``weight`` and ``bias`` are added up at once: only of
-    those that require one, and in the forward pass. The backward pass multiplies them by the incoming gradient. With
-    ``reduction="none"`` and in float16, where the scale of the loss keeps small gradients from becoming 0, it makes
-    the logits once more instead. On the CPU, rows without a loss cost nothing.
+    The logits are computed for one chunk of rows at a time: an eighth of the rows, at least 128 (512 on a GPU). Their
+    gradient overwrites them, and the gradients of ``hidden``, ``weight`` and ``bias``, if required, are accumulated
+    from it in the forward pass. The backward pass multiplies them by the incoming gradient. With ``reduction="none"``
+    and in float16, the backward pass computes the logits again instead; in float16, small gradients would become 0
+    without the scale of the loss. On the CPU, ignored rows are skipped.
 
-    Differentiable in ``hidden``, ``weight`` and ``bias``. Second derivatives, forward mode and :mod:`torch.func` go
-    through torch's own ops, with all logits.
+    Differentiable in ``hidden``, ``weight`` and ``bias``. Second derivatives, forward mode and :mod:`torch.func` use
+    torch's own ops, with all logits in memory.
 
     Args:
-        hidden: ``(..., features)``; float32, float16 or bfloat16, on the CPU float64 too.
+        hidden: ``(..., features)``; float32, float16 or bfloat16, or float64 on the CPU.
         weight: ``(classes, features)``, in ``hidden``'s dtype.
-        target: ``hidden``'s leading dimensions, int64: a class, or ``ignore_index`` for a row without a loss.
+        target: class indices, int64, with the shape of ``hidden``'s leading dimensions.
         bias: ``(classes,)``, in ``hidden``'s dtype, or None.
-        ignore_index: the target of rows that do not count.
-        label_smoothing: the share of the target's weight that all classes get alike; from 0 to 1.
-        reduction: ``"mean"`` over the rows that count, ``"sum"`` or ``"none"``.
+        ignore_index: rows with this target are ignored.
+        label_smoothing: the share of the target's weight that is spread evenly over all classes, from 0 to 1.
+        reduction: ``"mean"`` over the rows that are not ignored, ``"sum"`` or ``"none"``.
         z_loss: the factor of the squared log-sum-exp that is added to each loss.
 
     Returns:
         A scalar, or the losses in ``target``'s shape, in float32; float64 for float64. The mean of no rows is NaN, as
-        in torch. Logits are rounded to ``hidden``'s dtype, as those of ``F.linear``, and nothing behind them. For
-        bfloat16 the gradient of ``weight`` is summed in float32; where that would take more memory than all logits do,
-        in one chunk.
+        in torch. Logits are rounded to ``hidden``'s dtype, as in ``F.linear``; the loss is not. In bfloat16 the
+        gradient of ``weight`` is summed in float32. If this sum would take more memory than all logits, there is one
+        chunk.
 
     Raises:
         RuntimeError: an argument has the wrong shape, dtype, device or value; the message names it.
-        IndexError: a target on the CPU is no class. On a GPU, whose values are not looked at, the loss is NaN.
+        IndexError: a target on the CPU is not a class. Targets on a GPU are not checked; the loss is then NaN.
 
-    Source: Wijmans et al., Cut your losses in large-vocabulary language models, https://arxiv.org/abs/2411.09009, for
-    the aim; z-loss from Chowdhery et al., PaLM, https://arxiv.org/abs/2204.02311.
+    Source: Wijmans et al., Cut your losses in large-vocabulary language models, https://arxiv.org/abs/2411.09009;
+    z-loss from Chowdhery et al., PaLM, https://arxiv.org/abs/2204.02311.
 
     Example:
         >>> import torch, torch_fused

@@ -12,27 +12,27 @@ from .library import leading, register, run_first
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
 
-_BLOCK = 1 << 22  # weights quantised at once: what is needed on the way is several times larger
+_BLOCK = 1 << 22  # weights quantised at once; the temporary tensors are several times larger
 
 
 def can_pack(columns: int, group_size: int) -> bool:
-    """Whether rows of that many columns are whole groups, and so can be packed."""
+    """Whether rows with this many columns divide into whole groups."""
     return columns > 0 and columns % group_size == 0
 
 
 def quantize(weight: Tensor, *, bits: int = 4, group_size: int = 64) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Packs a matrix: :math:`w \approx scale \cdot code + bias` with a scale and a bias for each group of columns.
+    r"""Packs a matrix: :math:`w \approx scale \cdot code + bias`, with a scale and a bias per group of columns.
 
-    Codes, scales and biases are those of MLX's own quantiser, ``mlx.core.quantize``. The code of 0 is exact in every
-    group, and so is the edge of larger magnitude.
+    Codes, scales and biases are the same as from MLX's quantiser, ``mlx.core.quantize``. In each group, 0 and the
+    minimum or maximum, whichever is larger in magnitude, are represented exactly.
 
     Args:
-        weight: ``(..., columns)``; float32, float16 or bfloat16. A group with a value that is not finite becomes NaN.
-        bits: 4 or 8, of a code.
-        group_size: 32, 64 or 128 columns; it divides their number.
+        weight: ``(..., columns)``; float32, float16 or bfloat16. A group with NaN or infinity becomes NaN.
+        bits: bits per code, 4 or 8.
+        group_size: columns per group: 32, 64 or 128. The number of columns must be a multiple of it.
 
     Returns:
-        ``(weight, scales, biases)``: the codes as uint32, ``(..., columns * bits / 32)``, the first column in the
+        ``(weight, scales, biases)``: the codes as uint32 ``(..., columns * bits / 32)``, with the first column in the
         lowest bits; scales and biases ``(..., columns / group_size)`` in the weight's dtype.
 
     Raises:
@@ -50,8 +50,8 @@ def quantize(weight: Tensor, *, bits: int = 4, group_size: int = 64) -> tuple[Te
     check_floating("quantize", weight=weight)
     if weight.dtype == torch.float64 or weight.dim() == 0 or weight.shape[-1] % group_size != 0:
         raise RuntimeError(
-            f"quantize: weight must be float32, float16 or bfloat16 and have a multiple of group_size, {group_size}, "
-            f"columns, got {weight.dtype} and the shape {list(weight.shape)}"
+            f"quantize: weight must be float32, float16 or bfloat16 and have a multiple of group_size ({group_size}) "
+            f"columns, got {weight.dtype} of shape {list(weight.shape)}"
         )
     *leading, columns = weight.shape
     with torch.no_grad():
@@ -72,7 +72,7 @@ def quantize(weight: Tensor, *, bits: int = 4, group_size: int = 64) -> tuple[Te
 def _quantize_rows(rows: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     groups = rows.float().unflatten(-1, (-1, group_size))
     low, high = groups.aminmax(dim=-1)
-    # The edge of larger magnitude is on the grid, and so is 0: a whole number of steps leads from one to the other.
+    # Both the edge of larger magnitude and 0 are on the grid: they are a whole number of steps apart.
     from_low = low.abs() > high.abs()
     edge = torch.where(from_low, low, high)
     step = ((high - low) / (2**bits - 1)).clamp_min(1e-7)
@@ -82,7 +82,7 @@ def _quantize_rows(rows: Tensor, bits: int, group_size: int) -> tuple[Tensor, Te
     biases = torch.where(steps == 0, 0.0, edge)
     codes = torch.round((groups - biases[..., None]) / scales[..., None]).clamp(0, 2**bits - 1)
     codes = codes.nan_to_num().to(torch.int32).view(len(rows), -1, 32 // bits)
-    packed = (codes << _shifts(bits, rows.device)).sum(-1, dtype=torch.int32)  # no bit is in two of them
+    packed = (codes << _shifts(bits, rows.device)).sum(-1, dtype=torch.int32)  # the codes share no bits
     return packed, scales.to(rows.dtype), biases.to(rows.dtype)
 
 
@@ -100,7 +100,7 @@ def check_format(op: str, bits: int, group_size: int) -> None:
 def dequantize_reference(
     weight: Tensor, scales: Tensor, biases: Tensor, *, bits: int, group_size: int, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """`dequantize` in plain torch: a product and a sum in float32, or float64, and one rounding."""
+    """`dequantize` in plain torch: a product and a sum in float32 or float64, rounded once."""
     wide = torch.promote_types(torch.promote_types(scales.dtype, torch.float32), dtype or torch.float32)
     codes = weight.contiguous().view(torch.int32)[..., None] >> _shifts(bits, weight.device) & (2**bits - 1)
     groups = codes.flatten(-2).unflatten(-1, (-1, group_size)).to(wide)
@@ -128,7 +128,7 @@ register("quantized_linear", reference=quantized_linear_reference, fake=_quantiz
 
 
 def _dequantize_vmap(info, in_dims, *packed, **options):
-    """A batch is one more leading dimension."""
+    """The batch becomes a leading dimension."""
     return _dequantize(*map(partial(leading, info), packed, in_dims), **options), 0
 
 
@@ -137,7 +137,7 @@ torch.library.register_vmap("torch_fused::dequantize", _dequantize_vmap)
 
 @torch.library.register_vmap("torch_fused::quantized_linear")
 def _quantized_linear_vmap(info, in_dims, x, weight, scales, biases, bias=None, *, bits, group_size):
-    """A batch of vectors is one more leading dimension; a batch of matrices is unpacked."""
+    """A batch of vectors becomes a leading dimension; a batch of matrices is unpacked."""
     options = {"bits": bits, "group_size": group_size}
     run_first(_quantized_linear, info, in_dims, *(x, weight, scales, biases, bias)[: len(in_dims)], **options)
     packed, x = (weight, scales, biases), leading(info, x, in_dims[0])
@@ -160,12 +160,12 @@ def dequantize(
     r"""Unpacks a matrix: :math:`scale \cdot code + bias`, computed in float32 and rounded once.
 
     Args:
-        weight, scales, biases, bits, group_size: as :func:`quantize` gives them. The scales may have a dtype of their
-            own: float32, float16 or bfloat16.
-        dtype: of the result; None is the scales'.
+        weight, scales, biases, bits, group_size: a packed matrix as returned by :func:`quantize`. The scales and biases
+            may be float32, float16 or bfloat16.
+        dtype: dtype of the result; None uses the dtype of the scales.
 
     Returns:
-        ``(..., columns)``. It has no gradient.
+        ``(..., columns)``. Not differentiable.
 
     Raises:
         RuntimeError: an argument has the wrong shape, dtype, device or value; the message names it.
@@ -182,15 +182,15 @@ def dequantize(
 def quantized_linear(
     x: Tensor, weight: Tensor, scales: Tensor, biases: Tensor, bias: Tensor | None = None, *, bits: int, group_size: int
 ) -> Tensor:
-    r"""The product with a packed matrix, :math:`x W^T + bias` with :math:`W = scale \cdot code + bias`.
+    r"""Multiplies by a packed matrix: :math:`x W^T + bias` with :math:`W = scale \cdot code + bias`.
 
-    Replaces ``F.linear`` on the unpacked matrix; up to eight vectors are multiplied with the packed rows as they are
-    read, more with a matrix that is unpacked for them. Differentiable in ``x`` and ``bias``.
+    Replaces ``F.linear`` on the unpacked matrix. Up to eight vectors are multiplied by the packed rows directly; for
+    more vectors, the matrix is unpacked first. Differentiable in ``x`` and ``bias``.
 
     Args:
-        x: ``(..., columns)``; float32, float16 or bfloat16, on the CPU float64 too.
-        weight, scales, biases, bits, group_size: a matrix ``(rows, columns)`` as :func:`quantize` gives it. The scales
-            may have a dtype of their own: float32, float16 or bfloat16.
+        x: ``(..., columns)``; float32, float16 or bfloat16, or float64 on the CPU.
+        weight, scales, biases, bits, group_size: a packed matrix ``(rows, columns)`` as returned by :func:`quantize`.
+            The scales and biases may be float32, float16 or bfloat16.
         bias: ``(rows,)`` in ``x``'s dtype, or None.
 
     Returns:

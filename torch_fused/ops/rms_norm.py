@@ -110,7 +110,7 @@ register(
 def _rms_norm_vmap(
     info, in_dims, input, normalized_shape, weight=None, eps=None, *, casting_mode="torch", weight_offset=0.0
 ):
-    """A batch is one more leading dimension; a batched weight is applied outside the op."""
+    """The batch becomes a leading dimension; a batched weight is applied outside the op."""
     check_casting_mode("rms_norm", casting_mode)
     input_dim, weight_dim = in_dims[0], in_dims[2] if len(in_dims) > 2 else None
     input = leading(info, input, input_dim)
@@ -129,7 +129,7 @@ def _rms_norm_vmap(
 
 
 def _add_rms_norm_vmap(info, in_dims, input, residual, weight, eps=1e-6, *, casting_mode="llama", weight_offset=0.0):
-    """A batch is one more leading dimension; a batched weight takes two ops."""
+    """The batch becomes a leading dimension; a batched weight takes two ops."""
     options = {"casting_mode": casting_mode, "weight_offset": weight_offset}
     input, residual, weight_dim = leading(info, input, in_dims[0]), leading(info, residual, in_dims[1]), in_dims[2]
     if weight_dim is None:
@@ -156,21 +156,21 @@ def rms_norm(
 ) -> Tensor:
     r"""Root mean square norm over the last dimensions: :math:`x / \sqrt{\mathrm{mean}(x^2) + eps} \cdot weight`.
 
-    A drop-in for :func:`torch.nn.functional.rms_norm`, differentiable in ``input`` and ``weight``.
+    A drop-in replacement for :func:`torch.nn.functional.rms_norm`, differentiable in ``input`` and ``weight``.
 
     Args:
-        input: ``(*, *normalized_shape)``; float32, float16 or bfloat16, on the CPU float64 too. Rows with a unit last
+        input: ``(*, *normalized_shape)``; float32, float16 or bfloat16, or float64 on the CPU. Rows with a unit last
             stride are read in place; any other layout is copied once.
         normalized_shape: the last dimensions of ``input``.
-        weight: ``normalized_shape``, any of the dtypes above, or None for no scaling.
+        weight: shape ``normalized_shape``, any of the dtypes above, or None for no scaling.
         eps: added to the mean square; None is the machine epsilon of float32 (of float64 for float64 input).
-        casting_mode: ``"torch"`` computes in float32 and rounds once, as ``F.rms_norm`` does. ``"llama"`` makes every
-            rounding of Hugging Face's ``LlamaRMSNorm`` (models/llama/modeling_llama.py): to the input's dtype first,
-            then times the weight.
+        casting_mode: ``"torch"`` computes in float32 and rounds once, like ``F.rms_norm``. ``"llama"`` rounds like
+            Hugging Face's ``LlamaRMSNorm`` (models/llama/modeling_llama.py): to the input's dtype before multiplying by
+            the weight, and again after it.
         weight_offset: added to the weight; 1.0 for Gemma and Qwen3.5, which store weight - 1.
 
     Returns:
-        A dense tensor of ``input``'s shape and dtype (``"llama"``: the promoted dtype of input and weight).
+        A dense tensor with ``input``'s shape and dtype (``"llama"``: the promoted dtype of input and weight).
 
     Raises:
         RuntimeError: an argument has the wrong shape, dtype or device; the message names it.
@@ -203,18 +203,18 @@ def add_rms_norm(
     casting_mode: str = "llama",
     weight_offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    r"""The residual addition and the RMS norm that follows it in a decoder layer, in one pass over memory.
+    r"""Adds the residual and applies the RMS norm that follows in a decoder layer, in one pass over memory.
 
     Args:
-        input: ``(*, *weight.shape)``; float32, float16 or bfloat16, on the CPU float64 too.
-        residual: as ``input``: shape, dtype and device.
-        weight: the shape of the last dimensions, which are normalised; ``input``'s dtype and device.
+        input: ``(*, *weight.shape)``; float32, float16 or bfloat16, or float64 on the CPU.
+        residual: same shape, dtype and device as ``input``.
+        weight: its shape gives the last dimensions, which are normalised; same dtype and device as ``input``.
         eps: added to the mean square.
         casting_mode, weight_offset: as in :func:`rms_norm`.
 
     Returns:
-        ``(normed, total)``, dense, of ``input``'s shape and dtype: ``total = input + residual``, rounded to the dtype,
-        and ``normed = rms_norm(total)``. Differentiable in all three tensors.
+        ``(normed, total)``, dense, with ``input``'s shape and dtype: ``total = input + residual``, rounded to the
+        dtype, and ``normed = rms_norm(total)``. Differentiable in all three tensors.
 
     Raises:
         RuntimeError: an argument has the wrong shape, dtype or device; the message names it.

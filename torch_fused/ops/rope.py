@@ -61,7 +61,7 @@ register(
 
 @torch.library.register_vmap("torch_fused::apply_rotary_pos_emb")
 def _rope_vmap(info, in_dims, q, k, cos, sin, unsqueeze_dim=1, *, casting_mode="torch"):
-    """The batch and the op's own are one."""
+    """The batch is merged with the op's batch dimension."""
     q, k, *tables = (leading(info, x, dim) for x, dim in zip((q, k, cos, sin), in_dims[:4], strict=True))
     batch = q.shape[1]
     cos, sin = (x.expand(-1, batch, *x.shape[2:]) if x.shape[1] == 1 else x for x in tables)
@@ -75,24 +75,24 @@ def apply_rotary_pos_emb(
 ) -> tuple[Tensor, Tensor]:
     r"""Rotates queries and keys by their positions, in one launch: :math:`x \cos + \mathrm{rotate\_half}(x) \sin`.
 
-    A drop-in for Hugging Face's function of the same name (models/llama/modeling_llama.py): the half-split form, where
-    :math:`\mathrm{rotate\_half}(a, b) = (-b, a)`. Differentiable in all four.
+    A drop-in replacement for Hugging Face's function of the same name (models/llama/modeling_llama.py). It uses the
+    half-split form, :math:`\mathrm{rotate\_half}(a, b) = (-b, a)`. Differentiable in all four tensors.
 
     Args:
         q: ``(batch, heads, tokens, head_dim)``, or ``(batch, tokens, heads, head_dim)`` with ``unsqueeze_dim=2``;
-            float32, float16 or bfloat16, on the CPU float64 too. Any strides with a unit last one are read in place,
-            such as a transposed view of a projection; any other layout is copied once.
-        k: as ``q``, with any number of heads.
-        cos: ``(batch or 1, tokens or 1, rotary_dim)``; the first ``rotary_dim`` dimensions of a head are rotated, those
-            past it are passed through. Where dtypes differ, the results are promoted as in torch.
-        sin: as ``cos``.
+            float32, float16 or bfloat16, or float64 on the CPU. A layout with a unit last stride, such as a transposed
+            view of a projection, is read in place; any other layout is copied once.
+        k: like ``q``, with any number of heads.
+        cos: ``(batch or 1, tokens or 1, rotary_dim)``. The first ``rotary_dim`` dimensions of each head are rotated,
+            the others are copied. If dtypes differ, the results are promoted as in torch.
+        sin: like ``cos``.
         unsqueeze_dim: the dimension of ``q`` and ``k`` that holds the heads, 1 or 2.
-        casting_mode: ``"torch"`` computes in float32 and rounds once. ``"llama"`` makes every rounding of Hugging
-            Face's function: of both products, then of their sum.
+        casting_mode: ``"torch"`` computes in float32 and rounds once. ``"llama"`` rounds like Hugging Face's function:
+            both products, then their sum.
 
     Returns:
-        The rotated ``q`` and ``k``: shapes as given, dense in the order of the given dimensions' strides, or
-        contiguous where that would leave head_dim without a unit stride.
+        The rotated ``q`` and ``k``, with the same shapes. They are dense, with the dimension order of the inputs, or
+        contiguous if head_dim would not have a unit stride in that order.
 
     Raises:
         RuntimeError: an argument has the wrong shape, dtype or device; the message names it.

@@ -1,4 +1,4 @@
-"""Drawing the next token: greedy, and at random after temperature, top-k, top-p and min-p, in integer arithmetic."""
+"""Greedy decoding, and sampling with temperature, top-k, top-p and min-p in integer arithmetic."""
 
 import math
 from typing import NamedTuple
@@ -47,7 +47,7 @@ def sample_reference(
     state: Tensor | None = None,
     return_valid: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`sample` in plain torch: sorts, then takes the first token whose running weight passes the random number."""
+    """`sample` in plain torch: sorts, then takes the first token whose cumulative weight exceeds a random number."""
     rows = logits.reshape(-1, logits.shape[-1])
     parameters = _parameters(rows, temperature, top_k, top_p, min_p, row_parameters)
     order, kept, weights = _rank(rows, parameters)
@@ -69,12 +69,12 @@ def sample_reference(
 
 
 class _Parameters(NamedTuple):
-    """What a user asks for, (rows, 1) each: temperature 0 is a top_p of 0."""
+    """The filters' parameters, (rows, 1) each; temperature 0 is a top_p of 0."""
 
     scale: Tensor  # log2(e) / temperature
-    divisor: Tensor  # of the logits that are kept
+    divisor: Tensor  # of the kept logits
     top_k: Tensor  # or 0
-    top_p: tuple[Tensor, Tensor]  # both halves of 64 bits after the point; all ones for no top_p
+    top_p: tuple[Tensor, Tensor]  # the halves of a 64-bit fraction; all ones for no top_p
     min_p: Tensor
 
 
@@ -95,14 +95,14 @@ def _parameters(
         high, low = (torch.full_like(columns[:, :1], 0, dtype=torch.int64) + half for half in divmod(share, 2**32))
     else:
         columns, divisor = row_parameters, row_parameters[:, :1].to(wide)
-        # The least number that float32 rounds to top_p, or the one before.
+        # The smallest number that float32 rounds to top_p, or the one before.
         scaled = columns[:, 2:3] * 2.0**32
         high, low = scaled.long(), (scaled.frac() * 2.0**32).long()
         low = low - ((high << 8 | low >> 24) & _LOW)
         high, low = high - (high >> 24) + (low >> 32), low & _LOW
         nothing = columns[:, 2:3] >= 1
         high, low = high.masked_fill(nothing, _LOW), low.masked_fill(nothing, _LOW)
-    # In one rounding: a number divided by a tensor would be a reciprocal and a product.
+    # Rounds once: a number divided by a tensor would be a reciprocal and a product.
     scale = torch.full_like(columns[:, :1], math.log2(math.e)) / columns[:, :1]
     greedy = scale.isinf()
     top = (high.masked_fill(greedy, 0), low.masked_fill(greedy, 0))
@@ -110,7 +110,7 @@ def _parameters(
 
 
 def _rank(rows: Tensor, parameters: _Parameters) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens of each row in the sampling order, which of them are kept, and their integer weights."""
+    """Each row's tokens in sampling order, which of them are kept, and their integer weights."""
     x = rows.float()
     x, order = torch.where(x.isnan(), -torch.inf, x).sort(stable=True, dim=-1, descending=True)
     scale, _, top_k, top_p, min_p = parameters
@@ -122,7 +122,7 @@ def _rank(rows: Tensor, parameters: _Parameters) -> tuple[Tensor, Tensor, Tensor
     running = weights.cumsum(-1)
     total = torch.where(kept, weights, 0).sum(-1, keepdim=True)
 
-    # The token with which the weight reaches top_p is left out where those before it reach it except for a rounding.
+    # The token that reaches top_p is dropped if the tokens before it reach top_p up to rounding.
     target = _share_of(total, *top_p).clamp_min(1)
     edge = (running < target).sum(-1, keepdim=True).clamp_max(x.shape[-1] - 1)
     at_edge, weight = x.gather(-1, edge), weights.gather(-1, edge)
@@ -149,18 +149,18 @@ def _octaves(logit: Tensor, scale: Tensor) -> Tensor:
 
 
 def _rounding(weight: Tensor, octaves: Tensor) -> Tensor:
-    """How much a weight may be off because logits, their distances and the steps are rounded to float32."""
+    """The error of a weight due to rounding of logits, their differences and the steps to float32."""
     return ((weight >> 12) * (octaves + 1)) >> 11
 
 
 def _steps(x: Tensor, scale: Tensor) -> Tensor:
-    """How far each logit is below the largest, which comes first, in 2^-24 octaves."""
+    """The distance of each logit from the largest, which comes first, in 2^-24 octaves."""
     octaves = torch.where(x == x[:, :1], 0.0, (x[:, :1] - x) * scale)
     return (torch.where(octaves < 42, octaves, 42.0) * 2.0**24).long()
 
 
 def _weights(x: Tensor, scale: Tensor) -> Tensor:
-    """round(2^40 * 2^((x - max) * scale)): a polynomial in 32-bit fixed point, as csrc_mps/common/token_weight.h."""
+    """round(2^40 * 2^((x - max) * scale)): a polynomial in 32-bit fixed point, as in csrc_mps/common/token_weight.h."""
     steps = _steps(x, scale)
     whole = (steps + 0xFFFFFF) >> 24
     fraction = ((whole << 24) - steps) << 8
@@ -171,12 +171,12 @@ def _weights(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def _multiply_high(a: Tensor | int, b: Tensor) -> Tensor:
-    """The high half of the product of two 32-bit integers, which int64 holds except for its sign."""
+    """The high half of the product of two 32-bit integers, which fits int64 except for its sign."""
     return ((a * b) >> 32) & _LOW
 
 
 def _random_bits(state: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Philox 4x32-10 of (offset, row) under the key `seed`: the high and the low 32 of each row's 64 bits."""
+    """Philox 4x32-10 of (offset, row) with the key `seed`: the high and low 32 of each row's 64 bits."""
     seed, offset = state[:1], state[1:]
     low, high = seed & _LOW, (seed >> 32) & _LOW
     row = torch.arange(rows, device=state.device)
@@ -215,17 +215,17 @@ torch.library.register_fake("torch_fused::_check_sampling_parameter", lambda op,
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """The most probable token of each row; the lowest index where several are.
+    """The most likely token of each row. Among equal logits, the lowest index is chosen.
 
     Args:
-        logits: ``(batch, vocabulary)`` or ``(vocabulary,)``, at most 2^20 tokens; float32, float16 or bfloat16, on the
-            CPU float64 too, ranked as float32. NaN is never chosen.
+        logits: ``(batch, vocabulary)`` or ``(vocabulary,)``, at most 2^20 tokens; float32, float16 or bfloat16, or
+            float64 on the CPU; compared as float32. NaN is never chosen.
 
     Returns:
-        int64 of shape ``(batch,)`` or ``()``; 0 for a row of nothing but NaN and -inf.
+        int64 of shape ``(batch,)`` or ``()``; 0 for a row with only NaN and -inf.
 
     Raises:
-        RuntimeError: logits has the wrong shape or dtype; the message says which it takes.
+        RuntimeError: logits has the wrong shape or dtype.
 
     Example:
         >>> import torch, torch_fused
@@ -247,41 +247,41 @@ def sample(
     offset: int | Tensor | None = None,
     return_valid: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Draws a token from each row, filtered as Hugging Face does: temperature, then top-k, top-p and min-p.
+    """Draws a token from each row, filtered like Hugging Face: temperature, then top-k, top-p and min-p.
 
-    The same seed and offset give the same tokens on every device: probabilities are integers, 2^40 for the most
-    probable token. +inf is drawn with certainty, NaN and -inf never.
+    The same seed and offset give the same tokens on every device, because probabilities are integers; the most likely
+    token has 2^40. +inf is always drawn, NaN and -inf never.
 
-    Probabilities that are written as decimals keep the tokens that decimal arithmetic keeps: 0.5, 0.3, 0.1 and 0.1 two
-    of them with a top_p of 0.8, though their logits are rounded. For that, what misses top_p or min_p by no more than
-    rounding has reached it. A weight is off by up to 2^-24 for each octave (factor of two) that its logit and the
-    distance to the largest one stand for, and by 2^-24 more; two weights, or the parts that top_p keeps and drops, by
-    twice that. And top_p leaves a token out only if less than a thousandth of it is missing, which is hardly chance.
+    top_p and min_p allow for the rounding of logits. With probabilities 0.5, 0.3, 0.1 and 0.1, a top_p of 0.8 keeps two
+    tokens, as it would in decimal arithmetic. The assumed error of a weight is 2^-24 for each octave (factor of two) of
+    its logit and of its distance to the largest logit, plus 2^-24; it is twice that for two weights, or for the parts
+    that top_p keeps and drops. In addition, top_p drops a token only if less than a thousandth of it is missing.
 
     Args:
-        logits: ``(batch, vocabulary)`` or ``(vocabulary,)``, at most 2^20 tokens; float32, float16 or bfloat16, on the
-            CPU float64 too, computed with as float32.
-        temperature: divides the logits; 0 keeps the first of the most probable tokens.
-        top_k: keeps that many of the most probable tokens, and ties of the last. None keeps all.
-        top_p: keeps the fewest most probable tokens whose probabilities reach this, at least one; equal ones lowest
-            index first. None or 1.0 keeps all. A float counts as it is, a tensor as any number that float32 rounds to
-            it.
-        min_p: drops tokens less probable than this times the most probable one.
-        generator: of the CPU or of logits' device; a seed is taken from it. None is torch's default CPU generator.
-        seed: in place of a generator, an int or an int64 tensor of one element on the device of logits.
-        offset: as ``seed``; another offset, another draw. Rows of a batch draw independently.
+        logits: ``(batch, vocabulary)`` or ``(vocabulary,)``, at most 2^20 tokens; float32, float16 or bfloat16, or
+            float64 on the CPU; converted to float32.
+        temperature: divides the logits; 0 keeps only the first of the most likely tokens.
+        top_k: keeps this many of the most likely tokens, and ties with the last one. None keeps all.
+        top_p: keeps the smallest set of most likely tokens with probabilities that sum to at least this, and at least
+            one token; of equal ones, the lowest index first. None or 1.0 keeps all. A float is used exactly; a tensor
+            stands for any number that float32 rounds to it.
+        min_p: drops tokens with a probability below this times that of the most likely token.
+        generator: on the CPU or on logits' device; a seed is drawn from it. None is torch's default CPU generator.
+        seed: instead of a generator, an int or an int64 tensor with one element on logits' device.
+        offset: like ``seed``; each offset gives another draw. Rows of a batch are drawn independently.
         return_valid: also return which rows had a token to draw.
 
-        Each of temperature, top_k, top_p and min_p may be a tensor, ``()`` or ``(batch,)``; there 0 is no top_k.
+        Each of temperature, top_k, top_p and min_p may be a tensor, ``()`` or ``(batch,)``; in a tensor, a top_k of 0
+        keeps all.
 
     Returns:
-        int64 ids of shape ``(batch,)`` or ``()``; 0 where a row has nothing to draw. With ``return_valid`` a pair of
+        int64 ids of shape ``(batch,)`` or ``()``; 0 for a row with nothing to draw. With ``return_valid``, a pair of
         ids and a bool tensor.
 
     Raises:
-        RuntimeError: an argument is out of its range, or, on the CPU and without ``return_valid``, a row has nothing
-            but NaN and -inf; the message names it, and no generator has moved. Tensors of parameters that are on a GPU
-            are clamped to their range instead, NaN to 0, to not wait for it.
+        RuntimeError: an argument is out of range or, on the CPU and without ``return_valid``, a row has only NaN and
+            -inf; the message names it, and no generator has advanced. To not wait for a GPU, parameter tensors on it
+            are clamped to their range instead, and NaN becomes 0.
 
     Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC11), for the random numbers;
     transformers/generation/logits_process.py for the filters.
@@ -310,22 +310,21 @@ def filter_logits(
     top_p: float | Tensor | None = None,
     min_p: float | Tensor | None = None,
 ) -> Tensor:
-    """The logits that :func:`sample` may draw from, divided by the temperature, and -inf in place of all others.
+    """The logits that :func:`sample` may draw, divided by the temperature; all others become -inf.
 
-    Hugging Face's chain of processors: the softmax of the result are the probabilities of :func:`sample`.
+    Replaces Hugging Face's logits processors: the softmax of the result gives the probabilities of :func:`sample`.
 
     Args:
-        logits: ``(batch, vocabulary)`` or ``(vocabulary,)``, at most 2^20 tokens; float32, float16 or bfloat16, on the
-            CPU float64 too, compared as float32.
-        temperature, top_k, top_p, min_p: as in :func:`sample`. With temperature 0 the one logit that is kept stays as
-            it is.
+        logits: ``(batch, vocabulary)`` or ``(vocabulary,)``, at most 2^20 tokens; float32, float16 or bfloat16, or
+            float64 on the CPU; compared as float32.
+        temperature, top_k, top_p, min_p: as in :func:`sample`. With temperature 0, the one kept logit is not divided.
 
     Returns:
-        A dense tensor of ``logits``' shape and dtype.
+        A dense tensor with ``logits``' shape and dtype.
 
     Raises:
-        RuntimeError: an argument is out of its range; the message names it. Tensors of parameters that are on a GPU are
-            clamped as in :func:`sample`.
+        RuntimeError: an argument is out of range; the message names it. Parameter tensors on a GPU are clamped as in
+            :func:`sample`.
 
     Example:
         >>> import torch, torch_fused
@@ -347,26 +346,26 @@ def next_token(
 ) -> Tensor:
     """The next token of each sequence of a generation: :func:`sample`, or :func:`greedy` unless ``do_sample``.
 
-    On the CPU NaN and +inf are treated as torch's softmax, multinomial and argmax treat them. On a GPU, where looking
-    for them would wait for the device, NaN is never chosen and +inf drawn with certainty.
+    On the CPU, NaN and +inf are treated as in torch's softmax, multinomial and argmax. On a GPU, where checking for
+    them would wait for the device, NaN is never chosen and +inf is always drawn.
 
     Args:
         logits: ``(batch, vocabulary)``, as for :func:`sample`.
-        do_sample: draw with torch's default CPU generator; otherwise take the most probable token, on the CPU the first
-            NaN where there is one.
-        temperature, top_k, top_p, min_p: as for :func:`sample`; only for ``do_sample``.
+        do_sample: draw with torch's default CPU generator; otherwise take the most likely token or, on the CPU, the
+            first NaN if there is one.
+        temperature, top_k, top_p, min_p: as in :func:`sample`; used only with ``do_sample``.
 
     Returns:
         int64 ids ``(batch,)``.
 
     Raises:
-        RuntimeError: as :func:`sample`, or, on the CPU, a row to draw from has NaN or +inf; the message names the row.
+        RuntimeError: as in :func:`sample`; or, on the CPU, a row to draw from has NaN or +inf; the message names it.
     """
     return _next_token(logits, do_sample, temperature, top_k, top_p, min_p)
 
 
 def _split_parameters(op: str, logits: Tensor, temperature, top_k, top_p, min_p):
-    """The four parameters as scalars, or, if one is a tensor, packed for the kernels: a row of four floats a row."""
+    """The four parameters as scalars or, if one is a tensor, packed for the kernels: four floats per row."""
     named = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     if not any(isinstance(value, Tensor) for value in named.values()):
         return (temperature, top_k, top_p, min_p), None

@@ -40,7 +40,7 @@ register(
 
 @torch.library.register_vmap("torch_fused::softmax")
 def _softmax_vmap(info, in_dims, input, *, dtype=None):
-    """A batch is one more leading dimension."""
+    """The batch becomes a leading dimension."""
     input = input.movedim(in_dims[0], 0)
     if input.dim() == 1:  # a batch of scalars
         return _softmax(input.unsqueeze(-1), dtype=dtype).squeeze(-1), 0
@@ -50,17 +50,17 @@ def _softmax_vmap(info, in_dims, input, *, dtype=None):
 def softmax(input: Tensor, dim: int = -1, *, dtype: torch.dtype | None = None) -> Tensor:
     r"""Softmax over one dimension: :math:`\exp(x_i - \max x) / \sum_j \exp(x_j - \max x)`.
 
-    A drop-in for :func:`torch.nn.functional.softmax`, differentiable in ``input``. The arithmetic is in float32 (in
-    float64 for float64), rounded once. A row that is -inf throughout, or holds a NaN or +inf, is NaN throughout.
+    A drop-in replacement for :func:`torch.nn.functional.softmax`, differentiable in ``input``. Computes in float32
+    (float64 for float64) and rounds once. A row with only -inf, or with a NaN or +inf, becomes NaN.
 
     Args:
-        input: any shape; float32, float16 or bfloat16, on the CPU float64 too. Rows with a unit last stride are read in
+        input: any shape; float32, float16 or bfloat16, or float64 on the CPU. Rows with a unit last stride are read in
             place; any other layout is copied once.
-        dim: the dimension whose slices sum to 1. One other than the last costs two copies.
-        dtype: ``input`` is converted to it first, and the result has it; any input dtype is taken then.
+        dim: the dimension along which the result sums to 1. Any dimension but the last costs two copies.
+        dtype: ``input`` is converted to this dtype first, and the result has it; ``input`` may then have any dtype.
 
     Returns:
-        A contiguous tensor of ``input``'s shape, of ``dtype`` or ``input``'s dtype.
+        A contiguous tensor with ``input``'s shape, and ``dtype`` or ``input``'s dtype.
 
     Raises:
         IndexError: ``input`` has no dimension ``dim``.

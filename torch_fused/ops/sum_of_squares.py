@@ -26,21 +26,21 @@ register("sum_of_squares", reference=sum_of_squares_reference, fake=_sum_of_squa
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of the squares of all elements of all tensors, 28 tensors a launch on a GPU, and one launch more.
+    """The sum of the squares of all elements of all tensors, with 28 tensors per launch on a GPU and one final launch.
 
-    Its square root is :func:`torch.nn.utils.get_total_norm`, which in 16 bits rounds where this does not. The order of
-    the summation depends on the sizes only, so the same tensors give the same bits. Not differentiable: call it under
+    Its square root equals :func:`torch.nn.utils.get_total_norm`, except that 16-bit norms are not rounded. The
+    summation order depends only on the sizes, so the same tensors give the same bits. Not differentiable: call it under
     :func:`torch.no_grad`.
 
     Args:
-        tensors: at least one, all on one device; each float32, float16 or bfloat16, on the CPU float64 too, of any
-            shape and strides.
+        tensors: at least one, all on one device, with any shape and strides; each float32, float16 or bfloat16, or
+            float64 on the CPU.
 
     Returns:
         One float32 on the device of the tensors; float64 if all tensors are. The host does not wait for it.
 
     Raises:
-        RuntimeError: an argument is not as above; the message names it.
+        RuntimeError: an argument does not meet the requirements above; the message names it.
 
     Example:
         >>> import torch

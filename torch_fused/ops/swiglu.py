@@ -90,30 +90,30 @@ for _name, _reference, _backward_reference in (
 
 @torch.library.register_vmap("torch_fused::silu_mul")
 def _silu_mul_vmap(info, in_dims, gate, up, **options):
-    """A batch is one more leading dimension."""
+    """The batch becomes a leading dimension."""
     return _silu_mul(leading(info, gate, in_dims[0]), leading(info, up, in_dims[1]), **options), 0
 
 
 @torch.library.register_vmap("torch_fused::gelu_mul")
 def _gelu_mul_vmap(info, in_dims, gate, up, **options):
-    """A batch is one more leading dimension."""
+    """The batch becomes a leading dimension."""
     return _gelu_mul(leading(info, gate, in_dims[0]), leading(info, up, in_dims[1]), **options), 0
 
 
 def silu_mul(gate: Tensor, up: Tensor, *, casting_mode: str = "torch") -> Tensor:
     r"""The activation of SwiGLU: :math:`\mathrm{silu}(gate) \cdot up` with :math:`\mathrm{silu}(g) = g / (1 + e^{-g})`.
 
-    Replaces ``F.silu(gate) * up``; differentiable in both.
+    Replaces ``F.silu(gate) * up``; differentiable in both arguments.
 
     Args:
-        gate: any shape; float32, float16 or bfloat16, on the CPU float64 too. Rows with a unit last stride, such as the
+        gate: any shape; float32, float16 or bfloat16, or float64 on the CPU. Rows with a unit last stride, such as the
             halves of one projection, are read in place; any other layout is copied once.
-        up: as ``gate``: shape and device. Another dtype promotes the result as in torch.
-        casting_mode: ``"torch"`` computes in float32 and rounds once. ``"llama"`` rounds silu first, as Hugging Face's
-            ``LlamaMLP`` does (models/llama/modeling_llama.py).
+        up: same shape and device as ``gate``. If dtypes differ, the result is promoted as in torch.
+        casting_mode: ``"torch"`` computes in float32 and rounds once. ``"llama"`` also rounds silu, like Hugging Face's
+            ``LlamaMLP`` (models/llama/modeling_llama.py).
 
     Returns:
-        A dense tensor of ``gate``'s shape, of the promoted dtype.
+        A dense tensor with ``gate``'s shape and the promoted dtype.
 
     Raises:
         RuntimeError: an argument has the wrong shape, dtype or device; the message names it.
@@ -136,19 +136,19 @@ def silu_mul(gate: Tensor, up: Tensor, *, casting_mode: str = "torch") -> Tensor
 def gelu_mul(gate: Tensor, up: Tensor, *, approximate: str = "none", casting_mode: str = "torch") -> Tensor:
     r"""The activation of GeGLU: :math:`\mathrm{gelu}(gate) \cdot up` with :math:`\mathrm{gelu}(g) = g \cdot \Phi(g)`.
 
-    Replaces ``F.gelu(gate, approximate=approximate) * up``; differentiable in both.
+    Replaces ``F.gelu(gate, approximate=approximate) * up``; differentiable in both arguments.
 
     Args:
-        gate: any shape; float32, float16 or bfloat16, on the CPU float64 too. Rows with a unit last stride, such as the
+        gate: any shape; float32, float16 or bfloat16, or float64 on the CPU. Rows with a unit last stride, such as the
             halves of one projection, are read in place; any other layout is copied once.
-        up: as ``gate``: shape and device. Another dtype promotes the result as in torch.
-        approximate: ``"none"`` takes the normal distribution itself, also far below zero, where
-            ``1 + erf(g / sqrt(2))`` has no digits left. ``"tanh"`` takes tanh in its place, as Gemma does.
-        casting_mode: ``"torch"`` computes in float32 and rounds once. ``"llama"`` rounds gelu first, as Hugging Face's
-            ``Gemma2MLP`` does (models/gemma2/modeling_gemma2.py).
+        up: same shape and device as ``gate``. If dtypes differ, the result is promoted as in torch.
+        approximate: ``"none"`` uses the exact normal distribution, and stays accurate far below zero, where
+            ``1 + erf(g / sqrt(2))`` loses all digits. ``"tanh"`` uses the tanh approximation, as Gemma does.
+        casting_mode: ``"torch"`` computes in float32 and rounds once. ``"llama"`` also rounds gelu, like Hugging Face's
+            ``Gemma2MLP`` (models/gemma2/modeling_gemma2.py).
 
     Returns:
-        A dense tensor of ``gate``'s shape, of the promoted dtype.
+        A dense tensor with ``gate``'s shape and the promoted dtype.
 
     Raises:
         RuntimeError: an argument has the wrong shape, dtype or device; the message names it.
