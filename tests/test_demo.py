@@ -140,7 +140,7 @@ def test_command_prints_text_and_table(capsys):
     assert "SmolLM2-135M-Instruct in 4 and 8 bits, float32" in output
     assert "why the sky is blue" in output and "tokens per second" in output and "the same" in output
     assert "of stock's" in output and "211 matrices packed" in output
-    assert "decode: steps of few tokens are one op" in output and "calls as one op" in output
+    assert "decode: steps of up to 8 tokens run as one op" in output and "calls as one op" in output
 
 
 def test_command_with_dequantised_weights(capsys):

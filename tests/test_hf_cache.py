@@ -134,7 +134,7 @@ def test_full_is_an_error_that_changes_nothing(hybrid):
     cache = FusedKVCache(config(**changes), max_cache_len=6)
     append([cache], 5)
     before = copy.deepcopy(cache)
-    with pytest.raises(ValueError, match="max_cache_len is 6 tokens and 5 are held, got 2 more"):
+    with pytest.raises(ValueError, match="max_cache_len is 6 tokens, 5 are in use, got 2 more"):
         append([cache], 2, seed=1)
     assert_same(cache, before)
     append([cache], 1, seed=1)
@@ -160,7 +160,7 @@ def test_crop_keeps_the_buffers(caches):
     append(caches, 3, seed=7)
     assert_same(*caches)
     assert fused.layers[0].keys.data_ptr() == before
-    with pytest.raises(ValueError, match="crop takes minus the number of tokens to remove, or 0, got 4"):
+    with pytest.raises(ValueError, match="crop takes the negative number of tokens to remove, or 0, got 4"):
         fused.crop(4)
 
 
@@ -284,7 +284,7 @@ def test_sliding_layers_are_cropped_while_they_have_the_window():
     assert cache.get_seq_length(0) == 440
     keys, _ = cache.layers[0].update(states[:, :, 440:441], states[:, :, 440:441])
     assert torch.equal(keys, states[:, :, 433:441])
-    with pytest.raises(RuntimeError, match="crop: 400 tokens are more than a layer with a window of 8 can lose"):
+    with pytest.raises(RuntimeError, match="cannot crop 400 tokens: a layer with a window of 8"):
         cache.layers[0].crop(-400)
     assert cache.get_seq_length(0) == 441
     cache.reset()

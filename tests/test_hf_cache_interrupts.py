@@ -188,7 +188,7 @@ def test_an_interrupted_call_is_told_and_mended(caches, call, reached):
         delattr(fused.layers[reached], call)
     lengths = [layer.get_seq_length() for layer in fused.layers]
     assert len(set(lengths)) == 2
-    message = f"the first layers hold {lengths[0]} tokens and the last {lengths[-1]}"
+    message = f"the first layers have {lengths[0]} tokens, the last has {lengths[-1]}"
     for use in (
         lambda: fused.update(states, states, 0),
         lambda: fused.get_mask_sizes(1, 0),
@@ -223,7 +223,7 @@ def test_an_interrupted_prompt_is_told():
             model(ids, past_key_values=cache)
         stopped.remove()
         for _ in range(2):
-            with pytest.raises(ValueError, match="an earlier prompt was interrupted: the first layers held"):
+            with pytest.raises(ValueError, match="an earlier prompt was interrupted: the first layers have"):
                 model(ids, past_key_values=cache)
         cache.reset()
         logits = model(ids, past_key_values=cache).logits
@@ -307,7 +307,7 @@ def test_linear_attention_cannot_be_mended():
     for index in (0, 2, 0):
         cache.get_mask_sizes(2, 0)
         cache.update(states, states, index)
-    with pytest.raises(ValueError, match="linear attention cannot go back: reset"):
+    with pytest.raises(ValueError, match="linear attention cannot be cropped; reset"):
         cache.crop(0)
 
 

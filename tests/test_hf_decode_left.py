@@ -74,8 +74,8 @@ def float64_norm(model):
 
 
 LEFT_MODELS = {
-    "hook": (lambda m: m.model.layers[0].mlp.register_forward_hook(lambda *_: None), "hooks on model.layers.0.mlp"),
-    "pre-hook": (lambda m: m.model.embed_tokens.register_forward_pre_hook(lambda *_: None), "hooks on model.embed_tok"),
+    "hook": (lambda m: m.model.layers[0].mlp.register_forward_hook(lambda *_: None), "model.layers.0.mlp has hooks"),
+    "pre-hook": (lambda m: m.model.embed_tokens.register_forward_pre_hook(lambda *_: None), "model.embed_tokens has hooks"),
     "accelerate": (
         lambda m: add_hook_to_module(m.model.layers[1], ModelHook()),
         "forward of a layer has been replaced",
@@ -88,7 +88,7 @@ LEFT_MODELS = {
     "other activation": (lambda m: setattr(m.model.layers[0].mlp, "act_fn", nn.Tanh()), "activation is torch.nn.mod"),
     "compiled layer": (lambda m: m.model.layers[0].compile(backend="eager"), "a layer is compiled by torch.compile"),
     "bias": (lambda m: setattr(m.lm_head, "bias", nn.Parameter(torch.ones(128))), "lm_head has a bias"),
-    "epsilon": (lambda m: setattr(m.model.norm, "variance_epsilon", 0.1), "several epsilons of norms"),
+    "epsilon": (lambda m: setattr(m.model.norm, "variance_epsilon", 0.1), "different epsilons of norms"),
 }
 
 
@@ -144,7 +144,7 @@ def test_angles_that_depend_on_the_length():
         assert torch.equal(model.generate(prompt(1, 9), **options), expected)
         taken, left = calls(handle)
         assert taken == 22
-        assert "positions past 30, where this model turns or scales in another way" in left[-1]
+        assert "positions past 30, where this model's rotary tables or queries change" in left[-1]
 
 
 def test_sliding_window():
@@ -176,21 +176,21 @@ def right_padded():
 
 
 LEFT_CALLS = {
-    "attention maps": ({"output_attentions": True}, "output_attentions is on"),
-    "hidden states": ({"output_hidden_states": True}, "output_hidden_states is on"),
-    "embeddings": ({"input_ids": None, "inputs_embeds": torch.ones(2, 1, 64)}, "inputs_embeds instead of input_ids"),
-    "loss": ({"new": 2, "labels": prompt(2, 2)}, "a loss is wanted"),
-    "no cache": ({CACHE: None, "use_cache": False}, "use_cache is off"),
-    "tuple": ({"return_dict": False}, "a tuple is wanted"),
+    "attention maps": ({"output_attentions": True}, "output_attentions is True"),
+    "hidden states": ({"output_hidden_states": True}, "output_hidden_states is True"),
+    "embeddings": ({"input_ids": None, "inputs_embeds": torch.ones(2, 1, 64)}, "inputs_embeds were passed instead of input_ids"),
+    "loss": ({"new": 2, "labels": prompt(2, 2)}, "labels were passed"),
+    "no cache": ({CACHE: None, "use_cache": False}, "use_cache is False"),
+    "tuple": ({"return_dict": False}, "return_dict is False"),
     "mask in four dimensions": (
         {"attention_mask": four_dimensional(torch.arange(10) != 5)},
         "not of shape (batch, tok",
     ),
-    "mask with a hole": ({"attention_mask": with_holes()}, "not left padding alone"),
-    "right padding": ({"attention_mask": right_padded()}, "not left padding alone"),
+    "mask with a hole": ({"attention_mask": with_holes()}, "not just left padding"),
+    "right padding": ({"attention_mask": right_padded()}, "not just left padding"),
     "some logits": ({"logits_to_keep": torch.tensor([0])}, "logits_to_keep is a tensor"),
     "many tokens": ({"new": 9}, "more than 8 new tokens"),
-    "another argument": ({"cu_seq_lens_q": torch.tensor([0, 1])}, "an argument that only transformers knows: cu_seq"),
+    "another argument": ({"cu_seq_lens_q": torch.tensor([0, 1])}, "unsupported arguments: cu_seq"),
 }
 
 

@@ -209,9 +209,9 @@ def test_report(stock):
         assert f"  left{' outside of the decode step' if outside else ''}: {count_of(name)} x {name}: {what}" in report
     if family.experts:
         assert f"x {family.name('experts')}._apply_gate" in report
-    assert ("steps of few tokens are one op" in report) == has_step(stock)
+    assert ("steps of up to 8 tokens run as one op" in report) == has_step(stock)
     if not has_step(stock):
-        assert "left to transformers: layer 0 is linear attention" in report
+        assert "left to transformers: layer 0 has linear attention" in report
 
 
 def test_emulated(with_step):
@@ -285,7 +285,7 @@ def test_a_model_that_sees_with_text_of_no_family():
     model = make_wrapped("Llava")
     model.model.language_model = nn.Identity()
     report = apply_torch_fused(model).report()
-    assert "the text model in it is a torch.nn.modules.linear.Identity, of no known family" in report
+    assert "its text model, torch.nn.modules.linear.Identity, is not of a supported family" in report
 
 
 # ---- particular traits ----------------------------------------------------------------------------------------------
@@ -302,7 +302,7 @@ def test_experts_with_another_gate_are_left(monkeypatch, of):
     model = make_model("qwen3_moe")
     experts = model.model.layers[1].mlp.experts
     with apply_torch_fused(model) as handle:
-        assert "steps of few tokens are one op" in handle.report()
+        assert "steps of up to 8 tokens run as one op" in handle.report()
         with monkeypatch.context() as patches:
             if of == "class":
                 patches.setattr(type(experts), "_apply_gate", clamped)
@@ -388,7 +388,7 @@ def test_an_image_is_placed_in_three_dimensions():
             assert relative_error(logits, expected) < 1e-5
             following[1] -= 1
             model(ids[:, :1], position_ids=following, use_cache=True, **{CACHE: cache})
-            assert "position_ids of an image" in handle.report()
+            assert "position_ids belong to an image" in handle.report()
 
 
 def test_settings_that_change_are_seen():
@@ -451,7 +451,7 @@ def test_forwards_are_compared_by_their_names_and_order():
     assert "uses first" in compare([{"second"}, {"'third'"}], plumbing, names)
     assert "does not use fourth" in compare([{"second", "first", "fourth"}, {"'third'"}], plumbing, names)
     assert "another order" in compare([{"first"}, {"second"}, {"'third'"}], plumbing, names)
-    assert names_of(forward) == ["code that is not transformers'"]
+    assert names_of(forward) == ["code from outside transformers"]
 
 
 CHANGES = {
@@ -470,8 +470,8 @@ def test_a_module_with_unknown_parts_is_left(change):
     CHANGES[change](model.model.layers[1])
     with apply_torch_fused(model) as handle:
         assert torch.equal(model.generate(prompt(1, 9), **GREEDY), expected)
-        lines = [line for line in handle.report().splitlines() if "not known to its row of Mistral" in line]
-        assert any("left: model.layers.1" in line for line in lines)
+        lines = [line for line in handle.report().splitlines() if "not in the row of Mistral" in line]
+        assert any("not patched: model.layers.1" in line for line in lines)
         assert any("decode: left to transformers" in line for line in lines)
         assert steps(handle) == 0
 
@@ -492,7 +492,7 @@ def test_a_class_that_has_learned_something_is_left(monkeypatch):
     expected = model.generate(prompt(1, 9), **GREEDY)
     with apply_torch_fused(model) as handle:
         assert torch.equal(model.generate(prompt(1, 9), **GREEDY), expected)
-        assert "'mixing', not known to its row of Mistral" in handle.report()
+        assert "'mixing', not in the row of Mistral" in handle.report()
         assert "MistralAttention.forward" not in handle.report()
         assert steps(handle) == 0
 

@@ -382,21 +382,21 @@ def test_generate_takes_what_a_tokenizer_returns(stock):
 @pytest.mark.parametrize(
     ("inputs", "error", "message"),
     [
-        ([1, 2, 3], TypeError, r"inputs must be a tensor of token ids or a mapping, got list: tokenizer\(text"),
-        ("Hello", TypeError, r"inputs must be a tensor of token ids or a mapping, got str: tokenizer\(text"),
+        ([1, 2, 3], TypeError, r"inputs must be a tensor of token ids or a mapping, got list; use tokenizer\(text"),
+        ("Hello", TypeError, r"inputs must be a tensor of token ids or a mapping, got str; use tokenizer\(text"),
         ({"input_ids": [[1, 2]]}, TypeError, "input_ids must be a tensor of integers, got list"),
         (torch.ones(1, 3), TypeError, "input_ids must be a tensor of integers, got torch.float32"),
         (
             prompt(3),
             ValueError,
-            r"input_ids must have .* got \(3,\): input_ids\[None\] is a batch of one",
+            r"input_ids must have .* got \(3,\); use input_ids\[None\] for one sequence",
         ),
         (
             prompt(1, 2, 3),
             ValueError,
-            r"input_ids must have .* neither of them 0, got \(1, 2, 3\)$",
+            r"input_ids must have .* both at least 1, got \(1, 2, 3\)$",
         ),
-        (torch.zeros(1, 0, dtype=torch.long), ValueError, r"input_ids must have .* neither of them 0, got \(1, 0\)$"),
+        (torch.zeros(1, 0, dtype=torch.long), ValueError, r"input_ids must have .* both at least 1, got \(1, 0\)$"),
     ],
 )
 def test_generate_names_inputs_that_it_does_not_take(stock, inputs, error, message):
@@ -407,7 +407,7 @@ def test_generate_names_inputs_that_it_does_not_take(stock, inputs, error, messa
     if isinstance(inputs, torch.Tensor):
         with pytest.raises(error, match=f"^generate: {message}"):
             generate(stock, input_ids=inputs, max_new_tokens=2)
-    with pytest.raises(TypeError, match=r"^generate: input_ids is given twice, in inputs and as an argument"):
+    with pytest.raises(TypeError, match=r"^generate: input_ids is passed twice, in inputs and as an argument"):
         generate(stock, prompt(1, 3), input_ids=prompt(1, 3))
     assert [dict(module.__dict__) for module in stock.modules()] == before
 
@@ -428,7 +428,7 @@ def test_a_pipeline_is_its_model(stock):
 @pytest.mark.parametrize(
     ("given", "got"),
     [
-        ("Qwen/Qwen2", r"'Qwen/Qwen2': load it first, AutoModelForCausalLM.from_pretrained\('Qwen/Qwen2'\)"),
+        ("Qwen/Qwen2", r"'Qwen/Qwen2'; load it with AutoModelForCausalLM.from_pretrained\('Qwen/Qwen2'\)"),
         (None, "NoneType"),
         (Qwen2ForCausalLM, "type"),
         ({}, "dict"),
@@ -551,5 +551,5 @@ def test_an_exception_in_the_middle(stock):
             with pytest.raises(KeyboardInterrupt):
                 run(stock, prompt(1, 4), streamer=Failing(), **options)
             assert torch.equal(run(stock, prompt(1, 4), **options), expected)
-        assert "decode: steps of few tokens are one op" in handle.report()
+        assert "decode: steps of up to 8 tokens run as one op" in handle.report()
     assert [dict(module.__dict__) for module in stock.modules()] == before

@@ -55,9 +55,9 @@ def test_wrapped_and_compiled_modules_are_left_and_reported():
         "     1 x Qwen2ForCausalLM.forward",
         "     1 x Linear.forward",
         "     1 x Qwen2ForCausalLM.generate",
-        "  left: model.layers.0.input_layernorm: it is compiled by torch.compile",
-        "  left: model.layers.0.post_attention_layernorm: its forward is already replaced by somebody.logging_forward",
-        "  loss: of a call with labels, without its logits in memory",
+        "  not patched: model.layers.0.input_layernorm: it is compiled by torch.compile",
+        "  not patched: model.layers.0.post_attention_layernorm: its forward is already replaced by somebody.logging_forward",
+        "  loss: computed without the logits in memory",
     ]
     with torch.no_grad():
         assert kernels(layer.post_attention_layernorm.forward, torch.ones(1, 64))["aten::rsqrt"] == 1
@@ -123,7 +123,7 @@ def test_a_replaced_function_is_called(name, when, monkeypatch):
         assert torch.equal(model.generate(ids, **options), expected)
         torch.testing.assert_close(model(ids).logits, logits)
         report = handle.report()
-        assert "decode: left to transformers" in report or "left: Qwen2ForCausalLM: its class's forward" in report
+        assert "decode: left to transformers" in report or "not patched: Qwen2ForCausalLM: its class's forward" in report
         assert "test_hf_left_alone.altered.<locals>.mine" in report
     assert torch.equal(model.generate(ids, **options), stock)
     handle.revert()
@@ -403,9 +403,9 @@ def test_other_architectures_get_the_cache():
     options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
     ids = prompt(1, 5) % 64
     expected = model.generate(ids, **options)
-    with pytest.warns(UserWarning, match="GPT2LMHeadModel is none of the models .* its cache and its sampler"):
+    with pytest.warns(UserWarning, match="GPT2LMHeadModel is not one of the models .* its cache and sampler"):
         handle = apply_torch_fused(model)
-    assert "  left: GPT2LMHeadModel: GPT2LMHeadModel is none of the models that docs" in handle.report()
+    assert "  not patched: GPT2LMHeadModel: GPT2LMHeadModel is not one of the models listed in docs" in handle.report()
     assert "takes one row in torch_fused/hf/families.py" in handle.report()
     assert "1 x GPT2LMHeadModel._prepare_cache_for_generation" in handle.report()
     assert torch.equal(model.generate(ids, **options), expected)
@@ -420,10 +420,10 @@ def test_a_family_that_is_not_known_says_so_once():
     )  # fmt: skip
     model = StableLmForCausalLM(config).eval()
     for whole in (model, nn.Sequential(model)):
-        with pytest.warns(UserWarning, match="StableLmForCausalLM is none of") as warned:
+        with pytest.warns(UserWarning, match="StableLmForCausalLM is not one of") as warned:
             handle = apply_torch_fused(whole)
         assert len(warned) == 1
-        assert handle.report().count("StableLmForCausalLM is none of") == 1
+        assert handle.report().count("StableLmForCausalLM is not one of") == 1
         assert apply_torch_fused(whole) is handle
         handle.revert()
     with warnings.catch_warnings():
@@ -441,7 +441,7 @@ def test_a_subclass_of_a_known_model_is_told():
     """Its modules are patched; the step of the whole model is not, and the report says so."""
     model = make_model()
     model.__class__ = Subclassed
-    with pytest.warns(UserWarning, match="Subclassed is none of .*: its decode step is left to transformers"):
+    with pytest.warns(UserWarning, match="Subclassed is not one of .*: its decode step is left to transformers"):
         report = apply_torch_fused(model).report()
     assert "5 x Qwen2RMSNorm.forward" in report
-    assert "left: Subclassed: its class is test_hf_left_alone.Subclassed, not Qwen2ForCausalLM itself" in report
+    assert "not patched: Subclassed: its class is test_hf_left_alone.Subclassed, not Qwen2ForCausalLM itself" in report

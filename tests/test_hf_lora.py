@@ -158,7 +158,7 @@ def test_an_adapter_that_somebody_has_changed():
     ("options", "reason"),
     [
         ({"use_dora": True}, "not plain LoRA"),
-        ({"lora_bias": True}, "not of plain linear layers without biases"),
+        ({"lora_bias": True}, "other than plain linear layers without biases"),
     ],
     ids=["dora", "biases"],
 )

@@ -160,7 +160,7 @@ def test_logits_are_made_when_they_are_read():
         assert patched(ids, labels=ids).logits.numpy() == pytest.approx(stock(ids, labels=ids).logits.numpy(), abs=1e-4)
     logits = pickle.loads(pickle.dumps(patched(ids, labels=ids).logits.detach()))
     assert type(logits) is torch.Tensor
-    assert "times logits were made, as they were read" in handle.report()
+    assert "times the logits were computed because they were read" in handle.report()
     assert "losses without logits" in handle.report()
 
 
@@ -255,7 +255,7 @@ def test_loss_off():
             assert "loss:" not in handle.report()
         with apply_torch_fused(model, decode=decode) as handle:
             assert type(model(ids, labels=ids).logits) is Logits
-            assert "loss: of a call with labels, without its logits in memory" in handle.report()
+            assert "loss: computed without the logits in memory" in handle.report()
             assert "1 x Linear.forward" in handle.report()
         assert [dict(module.__dict__) for module in model.modules()] == before
 
@@ -418,7 +418,7 @@ def test_the_trainer_trains_and_evaluates(tmp_path):
         loss = trainer.train().training_loss
         if handle:
             report = handle.report()
-            assert "  6 losses without logits" in report and "logits were made" not in report
+            assert "  6 losses without logits" in report and "logits were computed" not in report
         metrics = trainer.evaluate()
         results.append((loss, metrics["eval_loss"], metrics["eval_right"]))
     assert results[1] == pytest.approx(results[0], rel=1e-4)

@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT on packed linear layers."""
+"""PEFT's LoRA adapters on packed linear layers."""
 
 from typing import Any
 
@@ -7,15 +7,15 @@ from torch import nn
 from ..nn import QuantizedLinear
 
 LORA_CLASS = (__name__, "prepare_lora.<locals>.LoraQuantizedLinear")
-"""Where the class is that PEFT's adapters on packed layers have."""
+"""Module and name of the class of PEFT's adapters on packed layers."""
 
 
 def prepare_lora(config: Any) -> Any:
-    """Lets PEFT put its adapters on packed linear layers: the same ``LoraConfig``, to be used as always.
+    """Lets PEFT add LoRA adapters to packed linear layers. Returns the same ``LoraConfig``.
 
-    The packed matrices do not change; they pass gradients on to the adapters before them. Adapters cannot be merged,
-    as the sum would have to be rounded to the codes again: dequantise the model first. Give ``target_modules`` by
-    name, as PEFT's ``"all-linear"`` knows its own classes alone.
+    The packed matrices do not change; gradients pass through them. Adapters cannot be merged, because the sum would
+    have to be quantised again: dequantise the model before adding adapters. List ``target_modules`` by name, because
+    PEFT's ``"all-linear"`` does not include packed layers.
 
     Args:
         config: a ``peft.LoraConfig``, new or from ``LoraConfig.from_pretrained``.
@@ -24,7 +24,7 @@ def prepare_lora(config: Any) -> Any:
         ``config``.
 
     Raises:
-        TypeError: ``config`` is no LoraConfig.
+        TypeError: ``config`` is not a LoraConfig.
 
     Example:
         >>> import peft
@@ -43,8 +43,8 @@ def prepare_lora(config: Any) -> Any:
 
         def merge(self, *args: Any, **kwargs: Any) -> None:
             raise RuntimeError(
-                "merge: the matrix is packed, and adding the adapter would round it again: keep the adapter, or "
-                "dequantise the model before adapters are added to it"
+                "merge: an adapter cannot be merged into a packed matrix, which would have to be quantised again. Keep "
+                "the adapter, or dequantise the model before adding adapters."
             )
 
     config._register_custom_module({QuantizedLinear: LoraQuantizedLinear})

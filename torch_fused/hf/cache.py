@@ -1,4 +1,4 @@
-"""A key / value cache that is written in place, so that a token costs the same however long the sequence is."""
+"""A key/value cache that is updated in place, so that the cost of a token does not depend on the sequence length."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +14,13 @@ from ..ops.kv_cache import kv_append_reference, kv_update_
 from .transformers_private import CACHE as CACHE
 
 SPARE = 64
-"""Tokens before its window that a layer keeps, to be cropped."""
+"""Tokens before its window that a layer keeps, so that tokens can be cropped."""
 
 ALLOCATE_AT_ONCE = 256 * 2**20
-"""Bytes up to which a whole cache is allocated for its final length with the first token; a larger one grows."""
+"""Largest cache in bytes that is allocated for its final length with the first token; a larger one grows."""
 
 
-# Torch's own, not public; of `_storage(tensor)` while the tensor lives.
+# Not public in torch. Takes `_storage(tensor)` of a tensor that is alive.
 _use_count = torch._C._storage_Use_Count
 
 
@@ -30,42 +30,42 @@ def _storage(tensor: Tensor) -> int:
 
 _one = torch.empty(1)
 SOLE = _use_count(_storage(_one))
-"""The use count of a storage that one tensor holds."""
+"""The use count of a storage with a single tensor."""
 
 PLAIN = (Tensor, nn.Parameter)
 
 Pair = tuple[Any, Any]
-"""Of keys and of values."""
+"""Keys and values."""
 
 
 class FusedLayer(DynamicLayer):
-    """The cache of one layer: two buffers, of which the first `get_seq_length()` tokens are in use.
+    """The cache of one layer: two buffers with the first `get_seq_length()` tokens in use.
 
-    ``keys`` and ``values`` are what a `DynamicLayer` has, ``(batch, heads, tokens, head_dim)``: views of the part in
-    use, or the tensors that were assigned. New tokens are written after it in place, but only while nobody else holds
-    a view of the buffers; else the tokens move to new ones first. So no tensor that was handed out or assigned is ever
-    written: a caller may keep or edit it.
+    ``keys`` and ``values`` are as in `DynamicLayer`, ``(batch, heads, tokens, head_dim)``: views of the part in use, or
+    the tensors that were assigned. New tokens are written in place after that part, if nobody else holds a view of the
+    buffers; otherwise the tokens move to new buffers first. Tensors that were returned or assigned are therefore never
+    written, and a caller may keep or edit them.
 
     Args:
-        final_length: tokens the sequence is expected to reach, if known.
+        final_length: the expected length of the sequence in tokens, if known.
         byte_budget: bytes that may be allocated at once for ``final_length`` tokens.
     """
 
-    # The tokens are those of `_held`, or the first `_length` of the buffers if it is None. Keys and values go from one
-    # to the other in one assignment, so that an interrupt leaves them alike.
+    # The tokens are in `_held` or, if it is None, in the first `_length` tokens of the buffers. Keys and values change
+    # place in one assignment, so that an interrupt keeps them consistent.
     _held: Pair | None = (None, None)
     is_initialized = False
-    window = 0  # how many of the last tokens a token attends, its own included; 0 for all
-    dropped = 0  # tokens before those that are held
+    window = 0  # the number of last tokens that a token attends to, including its own; 0 for all
+    dropped = 0  # number of tokens dropped from the start
     edited = False  # whether a caller has chosen the number of tokens
     _keys: Any = None
     _values: Any = None
     _length = 0
-    _room = -1  # the length up to which tokens are written without `_prepare`, which looks first
-    _dtypes: Pair | None = None  # the buffers', if they are the same
+    _room = -1  # up to this length, tokens are written without calling `_prepare`
+    _dtypes: Pair | None = None  # the buffers' dtypes, if keys and values have the same
     _kind: tuple | None = None  # the buffers' dtypes, device and batch size
-    _storages: Pair | None = None  # of the buffers, when they were first counted
-    _locked = False  # the buffers are inference tensors, which torch lets nobody write outside of inference mode
+    _storages: Pair | None = None  # the buffers' storages, for their use counts
+    _locked = False  # the buffers are inference tensors, which cannot be written outside inference mode
 
     def __init__(self, final_length: int | None = None, byte_budget: int = 0):
         self.final_length = final_length
@@ -93,14 +93,14 @@ class FusedLayer(DynamicLayer):
         self._hold(self._hand_out()[0], values)
 
     def _hand_out(self) -> Pair:
-        """Keys and values; the same two tensors until tokens come or go."""
+        """Keys and values; the same two tensors until the number of tokens changes."""
         if self._held is None:
             self._room = -1
             self._held = self._used(self._keys), self._used(self._values)
         return self._held
 
     def _hold(self, keys: Tensor | None, values: Tensor | None) -> None:
-        """Makes these two, which are not ours to write, the keys and values."""
+        """Sets the keys and values to these tensors, which are never written."""
         if self._held is not None and keys is self._held[0] and values is self._held[1]:
             return
         self._room = -1
@@ -108,8 +108,8 @@ class FusedLayer(DynamicLayer):
         self._keys = self._values = None
 
     def _take_back(self) -> None:
-        """Leaves the tokens to the buffers alone, if what was handed out still is the views of them."""
-        # A compiler cannot ask this; there, what was handed out is copied.
+        """Drops the returned views if they still are views of the buffers."""
+        # A compiler cannot check this; there, the returned tensors are copied.
         if self._held is None or self._keys is None or self._values is None or is_dynamo_compiling():
             return
         for view, buffer in zip(self._held, (self._keys, self._values), strict=True):
@@ -125,7 +125,7 @@ class FusedLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Appends ``(batch, heads, tokens, head_dim)`` states and returns all keys and values.
 
-        With gradients enabled and needed, the result is a differentiable concatenation, as `DynamicLayer` makes it.
+        If a gradient is needed, the result is a differentiable concatenation, as in `DynamicLayer`.
         """
         length = self._length + key_states.shape[-2]
         if (
@@ -138,7 +138,7 @@ class FusedLayer(DynamicLayer):
         try:
             views = kv_update_(self._keys, self._values, key_states, value_states, self._length)
         except RuntimeError:
-            if _is_transforming():  # for which the op has no rule
+            if _is_transforming():  # the op has no rule for it
                 return self._update_slowly(key_states, value_states)
             raise
         self._length = length
@@ -167,7 +167,7 @@ class FusedLayer(DynamicLayer):
         return views
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        if key_states.dtype != value_states.dtype:  # what follows from that differs between versions of transformers
+        if key_states.dtype != value_states.dtype:  # handled differently in different versions of transformers
             super().lazy_initialization(key_states, value_states)
             return
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -176,8 +176,8 @@ class FusedLayer(DynamicLayer):
         self.is_initialized = True
 
     def _may_write(self) -> bool:
-        """Whether the buffers may be written: nobody else holds them."""
-        if is_dynamo_compiling():  # a compiler cannot count; `_hand_out` gave them to nobody
+        """Whether the buffers may be written, because nobody else holds them."""
+        if is_dynamo_compiling():  # a compiler cannot count; `_hand_out` has not returned them
             return self._room >= 0
         if self._storages is None:
             self._storages = _storage(self._keys), _storage(self._values)
@@ -187,14 +187,14 @@ class FusedLayer(DynamicLayer):
         return alone and not (self._locked and not torch.is_inference_mode_enabled())
 
     def _prepare(self, new: Pair, tokens: int) -> bool:
-        """Lets buffers that may be written hold the tokens, with room for so many more like `new`.
+        """Makes sure that the tokens are in writable buffers with room for `tokens` more like `new`.
 
-        False where only `torch.cat` does what it does in a `DynamicLayer`: with gradients, for keys and values that
-        were edited apart, for states that do not fit.
+        Returns False if only `torch.cat` gives the result of a `DynamicLayer`: with gradients, for keys and values with
+        different numbers of tokens, or for states that do not fit.
         """
         self._take_back()
         old = (self._keys, self._values) if self._held is None else self._held
-        # `torch.cat` passes over an empty vector, except for its dtype; a `DynamicLayer` begins with two.
+        # `torch.cat` ignores an empty vector, except for its dtype; a `DynamicLayer` starts with two.
         begins = self._held is not None and all(type(t) is Tensor and t.shape == (0,) for t in old)
         if not _match(*new) or not (begins or (_match(old[0], new[0], 3) and _match(old[1], new[1], 3))):
             return False
@@ -216,7 +216,7 @@ class FusedLayer(DynamicLayer):
         return True
 
     def _move(self, length: int, capacity: int, new: Pair, dtypes: Pair) -> None:
-        """Copies the tokens into new buffers, keys before values, so that what the keys leave can be reused."""
+        """Copies the tokens into new buffers, keys first, so that their old memory can be reused for the values."""
         self._room, self._storages = -1, None
         for i, name in enumerate(("_keys", "_values")):
             old = getattr(self, name) if self._held is None else self._held[i]
@@ -231,7 +231,7 @@ class FusedLayer(DynamicLayer):
         self._held = None
 
     def _capacity_for(self, length: int, new: Pair, dtypes: Pair) -> int:
-        """Tokens to allocate when `length` are needed: the final length if small enough, else half as many again."""
+        """Tokens to allocate when `length` are needed: the final length if it is small enough, else 1.5 times."""
         if self.final_length is None or self.final_length < length:
             return length + length // 2
         token_bytes = sum(t.shape[0] * t.shape[1] * t.shape[3] * dt.itemsize for t, dt in zip(new, dtypes, strict=True))
@@ -240,12 +240,12 @@ class FusedLayer(DynamicLayer):
         return min(length + length // 2, self.final_length)
 
     def owns_buffers(self) -> bool:
-        """Whether the tokens are in buffers, or now have been brought there, so that `room_for` gives them."""
+        """Whether the tokens are in our buffers, after moving them there if possible, for `room_for`."""
         self._take_back()
         return self._held is None or (self.is_initialized and self._prepare(self._held, 0))
 
     def room_for(self, tokens: int) -> Pair:
-        """The two buffers, with room for that many tokens after those in use. `advance` makes these count."""
+        """The two buffers, with room for this many new tokens. `advance` then counts the tokens written."""
         if self._length + tokens > self._room or not self._may_write():
             self._prepare((self._keys, self._values), tokens)
         return self._keys, self._values
@@ -261,7 +261,7 @@ class FusedLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(
-                f"FusedKVCache: crop takes minus the number of tokens to remove, or 0, got {tokens_to_remove}"
+                f"FusedKVCache: crop takes the negative number of tokens to remove, or 0, got {tokens_to_remove}"
             )
         if tokens_to_remove == 0 or not self.is_initialized:
             return
@@ -282,7 +282,7 @@ class FusedLayer(DynamicLayer):
         self._take_back()
         reordered = self._changed(lambda states: states.index_select(0, beam_idx.to(states.device)))
         if self._held is None and len(beam_idx) == self._keys.shape[0] and self._may_write():
-            # Back into the same buffers: no reallocation with the next token.
+            # Back into the same buffers, so that the next token needs no reallocation.
             room, self._room, self._held = self._room, -1, reordered
             for buffer, states in zip((self._keys, self._values), reordered, strict=True):
                 self._used(buffer).copy_(states)
@@ -305,22 +305,22 @@ class FusedLayer(DynamicLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the two buffers hold, the unused part included."""
+        """Bytes of the two buffers, including the unused part."""
         return _nbytes(self._held if self._keys is None else (self._keys, self._values))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles hold the tokens in use only."""
+        """Copies and pickles contain only the tokens in use."""
         state = self.__dict__.copy()
         state.update(_held=self._changed(_compact), _keys=None, _values=None, _room=-1, _storages=None)
         return state
 
 
 class FusedSlidingLayer(FusedLayer):
-    """The cache of a layer whose tokens attend the last ``sliding_window`` ones only, their own included.
+    """The cache of a sliding-window layer: a token attends to the last ``sliding_window`` tokens, including itself.
 
-    When its buffers are full, it drops the tokens that no new one attends, except the last `SPARE`, so that a few can
-    still be cropped. With ``record_past``, as assisted generation asks for, it drops none. `update` returns those that
-    the new tokens may attend.
+    When its buffers are full, it drops tokens outside the window of the next token, except the last `SPARE`, so that a
+    few can still be cropped. With ``record_past``, which assisted generation sets, it drops none. `update` returns the
+    tokens that the new ones may attend to.
     """
 
     is_sliding = True
@@ -339,7 +339,7 @@ class FusedSlidingLayer(FusedLayer):
         outside = self._length - (self.window - 1 + SPARE)
         if full and outside > 0 and not self.record_past and not is_dynamo_compiling():
             kept = tuple(self._used(b).narrow(2, outside, self._length - outside) for b in (self._keys, self._values))
-            # In one step, for an interrupt: what is held and how much came before.
+            # In one step, so that an interrupt keeps them consistent.
             self.__dict__.update(_held=kept, _keys=None, _values=None, _room=-1, dropped=self.dropped + outside)
         return super()._prepare(new, tokens)
 
@@ -351,13 +351,13 @@ class FusedSlidingLayer(FusedLayer):
         return self.dropped + super().get_seq_length()
 
     def check_crop(self, tokens_to_remove: int) -> None:
-        """Raises RuntimeError if a window could not be whole after that."""
+        """Raises RuntimeError if the window would be incomplete after this crop."""
         held = self.get_seq_length() - self.dropped
         if tokens_to_remove < 0 < self.dropped and held + tokens_to_remove < self.window - 1:
             raise RuntimeError(
-                f"FusedKVCache: crop: {-tokens_to_remove} tokens are more than a layer with a window of {self.window} "
-                f"can lose once it has dropped others, at most {held - self.window + 1}: call "
-                "activate_past_recording() first, and it drops none"
+                f"FusedKVCache: cannot crop {-tokens_to_remove} tokens: a layer with a window of {self.window} has "
+                f"dropped earlier tokens, so at most {held - self.window + 1} can be cropped. To keep all tokens, call "
+                "activate_past_recording() first."
             )
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -375,13 +375,13 @@ class FusedSlidingLayer(FusedLayer):
         return (keys, values) if first <= 0 else (keys.narrow(2, first, seen), values.narrow(2, first, seen))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The number of tokens that `update` will return, and the place of the first."""
+        """The number of tokens that `update` will return, and the position of the first."""
         first = max(self.get_seq_length() - self.sliding_window + 1, 0)
         return self.get_seq_length() - first + query_length, first
 
 
 def _match(a: Any, b: Any, *dims: int) -> bool:
-    """Whether both are plain tensors of four dimensions on one device, of as many batches, heads and `dims`."""
+    """Whether both are plain 4-D tensors on one device with the same batch size, heads and sizes in `dims`."""
     return (
         type(a) in PLAIN
         and type(b) in PLAIN
@@ -395,13 +395,13 @@ def _match(a: Any, b: Any, *dims: int) -> bool:
 
 
 def _place(tensor: Tensor) -> tuple:
-    """What elements it has, of which memory."""
+    """The memory that the tensor views."""
     return _storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _is_transforming() -> bool:
-    """Whether torch.func or forward-mode differentiation follows what is done, for which nothing may be written."""
-    if is_dynamo_compiling():  # it asks neither
+    """Whether torch.func or forward-mode differentiation is active, where nothing may be written in place."""
+    if is_dynamo_compiling():  # it supports neither check
         return False
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -411,7 +411,7 @@ def _promote(a: Tensor, b: Tensor) -> torch.dtype:
 
 
 def _compact(tensor: Any) -> Any:
-    """The tensor, without what else its storage holds."""
+    """The tensor, without the rest of its storage."""
     if type(tensor) is not Tensor or tensor.requires_grad or tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
@@ -422,37 +422,38 @@ def _nbytes(tensors: Any) -> int:
 
 
 class FusedKVCache(DynamicCache):
-    """A drop-in for :class:`transformers.DynamicCache` in which appending costs O(new tokens), whatever the length.
+    """A drop-in replacement for :class:`transformers.DynamicCache` that appends in O(new tokens).
 
-    It works wherever a ``DynamicCache`` does: greedy search, sampling, beams, left padding, several return sequences,
-    assisted decoding, several turns, copying and pickling. Under grad mode, states that require a gradient are
-    concatenated as in ``DynamicCache``, so training with ``use_cache=True`` stays right.
+    It works everywhere a ``DynamicCache`` does: greedy search, sampling, beam search, left padding, several return
+    sequences, assisted decoding, several turns, copying and pickling. In grad mode, states that require a gradient are
+    concatenated as in ``DynamicCache``, so training with ``use_cache=True`` stays correct.
 
-    Tensors that were taken out of it, or put in, are the caller's: the cache never writes them, and moves its tokens
-    to new memory first where somebody still holds a view of the old. ``layers[i].keys`` and ``values`` may be assigned
-    and edited in any order, as a ``DynamicCache``'s. States of another dtype promote, as ``torch.cat`` does.
+    Tensors that were taken out of the cache or assigned to it are never written: if somebody still holds a view of its
+    buffers, the cache moves its tokens to new memory first. ``layers[i].keys`` and ``values`` may be assigned and
+    edited in any order, as in a ``DynamicCache``. Dtypes are promoted as in ``torch.cat``.
 
-    A layer's buffers are allocated once if the final length is known and the whole cache needs at most 256 MB; else
-    they grow by half, one layer at a time. Layers with a sliding window keep those in it and a few before, of which
-    ``crop`` can take off some; after ``activate_past_recording()`` they keep all. Layers of linear attention are
-    transformers' own.
+    A layer's buffers are allocated once if the final length is known and the whole cache needs at most 256 MB.
+    Otherwise they grow by half, one layer at a time. Layers with a sliding window keep the window and a few tokens
+    before it, so that ``crop`` can remove a few; after ``activate_past_recording()`` they keep all tokens. Layers with
+    linear attention use transformers' own cache.
 
     Args:
         config: the model's configuration.
-        max_cache_len: tokens the cache may hold; more are an error. None for no limit.
-        expected_len: tokens the sequence is expected to reach: a hint for the allocation, not a limit. None if unknown.
+        max_cache_len: the maximum number of tokens; exceeding it is an error. None for no limit.
+        expected_len: the expected length of the sequence in tokens, a hint for the allocation and not a limit. None if
+            unknown.
 
     Raises:
-        ValueError: ``max_cache_len`` is below 1. Later, from ``update``: more tokens than ``max_cache_len`` leaves room
-            for; the cache stays as it was. From a forward: an earlier one was interrupted and left the layers unequal;
-            ``crop(0)`` takes them back to the shorter length.
+        ValueError: ``max_cache_len`` is below 1. In ``update``: the cache has no room for the new tokens; it has not
+            changed then. In a forward: an earlier forward was interrupted, so layers differ in length; ``crop(0)`` cuts
+            them to the shorter length.
 
     Example:
         >>> cache = FusedKVCache(model.config)
         >>> tokens = model.generate(input_ids, cache=cache, max_new_tokens=32)  # past_key_values before 5.24
     """
 
-    is_compileable = False  # as a `DynamicCache` is to `generate`, which asks for that very class
+    is_compileable = False  # like `DynamicCache`, for which `generate` checks the exact class
 
     def __init__(self, config: PreTrainedConfig, *, max_cache_len: int | None = None, expected_len: int | None = None):
         if max_cache_len is not None and max_cache_len < 1:
@@ -460,14 +461,14 @@ class FusedKVCache(DynamicCache):
         super().__init__(config=config)
         self._max_cache_len = max_cache_len
         final_length = expected_len if max_cache_len is None else max_cache_len
-        own = (DynamicLayer, DynamicSlidingWindowLayer)  # another subclass keeps its tokens in another way
+        own = (DynamicLayer, DynamicSlidingWindowLayer)  # other subclasses store tokens differently
         byte_budget = ALLOCATE_AT_ONCE // max(1, sum(type(layer) in own for layer in self.layers))
         self.layers = [_fused(layer, final_length, byte_budget) for layer in self.layers]
         attention = [i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)]
         self._first, self._last = (attention[0], attention[-1]) if attention else (0, 0)
-        self._change = 0  # tokens that the last forward, step or crop adds to one layer after the other
+        self._change = 0  # tokens that the last forward, step or crop adds to each layer
         self._in_forward = False  # whether that was more than an `update` of the first layer
-        self._asked = False  # for the mask, by which a model begins a forward
+        self._asked = False  # whether mask sizes were requested, which starts a forward
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
@@ -476,8 +477,8 @@ class FusedKVCache(DynamicCache):
             held, new = self.get_seq_length(layer_idx), key_states.shape[-2]
             if held + new > self._max_cache_len:
                 raise ValueError(
-                    f"FusedKVCache: full: max_cache_len is {self._max_cache_len} tokens and {held} are held, got {new} "
-                    "more. Make the cache longer, crop() or reset() it."
+                    f"FusedKVCache: the cache is full: max_cache_len is {self._max_cache_len} tokens, {held} are in "
+                    f"use, got {new} more. Use a larger max_cache_len, or call crop() or reset()."
                 )
         layers: list[Any] = self.layers
         if layer_idx == self._first:
@@ -488,24 +489,24 @@ class FusedKVCache(DynamicCache):
         return layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        if layer_idx == self._first:  # a model begins a forward
+        if layer_idx == self._first:  # a forward starts
             self._check_whole()
             self._asked = True
         return super().get_mask_sizes(query_length, layer_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes minus that many tokens off the end; 0 also takes off what an interrupted call left to the first layers.
+        """Removes ``-tokens_to_remove`` tokens from the end.
 
-        In a ``DynamicCache`` 0 does nothing.
+        0 removes tokens that an interrupted call added only to the first layers; in a ``DynamicCache`` it does nothing.
         """
         layers: list[Any] = self.layers
         for layer in layers:
             if isinstance(layer, FusedSlidingLayer):
-                layer.check_crop(tokens_to_remove)  # of all, before any is cropped
+                layer.check_crop(tokens_to_remove)  # all layers, before any is cropped
         torn = self._is_torn()
         if torn and tokens_to_remove == 0:
             if any(self.is_linear):
-                raise ValueError("FusedKVCache: a call was interrupted; linear attention cannot go back: reset() it")
+                raise ValueError("FusedKVCache: a call was interrupted; linear attention cannot be cropped; reset() it")
             shortest = min(self._lengths())
             for layer in layers:
                 if isinstance(layer, DynamicLayer):
@@ -514,13 +515,13 @@ class FusedKVCache(DynamicCache):
             self._change, self._in_forward = max(tokens_to_remove, -layers[self._first].get_seq_length()), True
         super().crop(tokens_to_remove)
 
-    # ---- interrupted calls: the layers that were reached hold more, or fewer, tokens than the others -----------------
+    # ---- interrupted calls: the first layers have more, or fewer, tokens than the others ----------------------------
 
     def _lengths(self) -> list[int]:
         return [layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)]
 
     def _is_torn(self) -> bool:
-        """Whether the last forward, step or crop reached the first layers only."""
+        """Whether the last forward, step or crop reached only the first layers."""
         layers: list[Any] = self.layers
         first, last = layers[self._first].get_seq_length(), layers[self._last].get_seq_length()
         if first == last or first - last != self._change or last == 0:
@@ -537,26 +538,26 @@ class FusedKVCache(DynamicCache):
         if self._is_torn():
             first, *_, last = self._lengths()
             raise ValueError(
-                f"FusedKVCache: an earlier call was interrupted: the first layers hold {first} tokens and the last "
-                f"{last}. crop(0) cuts all layers to the shorter length; reset() empties them."
+                f"FusedKVCache: an earlier call was interrupted: the first layers have {first} tokens, the last has "
+                f"{last}. Call crop(0) to cut all layers to the shorter length, or reset() to empty them."
             )
 
     def _check_prompt(self, layer_idx: int) -> None:
-        """Raises if a layer that was never reached begins where the first goes on."""
+        """Raises if a layer gets its first tokens while the first layer already had some."""
         lengths = self._lengths()
         held = lengths[0] - self._change
         reached = len([layer for layer in self.layers[:layer_idx] if isinstance(layer, CacheLayerMixin)])
         if held > 0 and all(lengths[:reached]) and not any(lengths[reached:]) and not self._any_edited():
             raise ValueError(
-                f"FusedKVCache: an earlier prompt was interrupted: the first layers held {held} tokens, layer "
-                f"{layer_idx} none. reset() the cache."
+                f"FusedKVCache: an earlier prompt was interrupted: the first layers have {held} tokens, layer "
+                f"{layer_idx} has none. Call reset()."
             )
 
     def _any_edited(self) -> bool:
         return any(getattr(layer, "edited", False) for layer in self.layers)
 
     def is_uniform(self, dtype: torch.dtype, device: torch.device, batch: int) -> bool:
-        """Whether every layer holds as many tokens of that dtype, device and batch size, in buffers of ours."""
+        """Whether all layers have the same number of tokens, with this dtype, device and batch size, in our buffers."""
         self._check_whole()
         layers: list[Any] = self.layers
         kind, length = (dtype, dtype, device, batch), layers[0].get_seq_length()
@@ -566,13 +567,13 @@ class FusedKVCache(DynamicCache):
         )
 
     def room_for(self, tokens: int) -> tuple[list[Tensor], list[Tensor]]:
-        """The buffers of all layers' keys and of their values, with room for that many tokens after those in use."""
+        """The key and value buffers of all layers, with room for this many new tokens."""
         layers: list[Any] = self.layers
         buffers = [layer.room_for(tokens) for layer in layers]
         return [keys for keys, _ in buffers], [values for _, values in buffers]
 
     def advance(self, tokens: int) -> None:
-        """Counts that many tokens, which have been written to what `room_for` returned, as held."""
+        """Counts this many tokens, which were written to the buffers from `room_for`."""
         layers: list[Any] = self.layers
         self._change, self._in_forward = tokens, True
         for layer in layers:
@@ -580,7 +581,7 @@ class FusedKVCache(DynamicCache):
 
     @property
     def max_cache_len(self) -> int | None:
-        """Tokens the cache may hold, or None. (Some transformers versions have a deprecated property of this name.)"""
+        """The maximum number of tokens, or None. (Some transformers versions have a deprecated property like this.)"""
         return self._max_cache_len
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -588,7 +589,7 @@ class FusedKVCache(DynamicCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by the buffers of all layers, the unused parts included."""
+        """Bytes of the buffers of all layers, including the unused parts."""
         return sum(_layer_nbytes(layer) for layer in self.layers)
 
 

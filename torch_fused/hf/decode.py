@@ -1,4 +1,4 @@
-"""Steps of a few tokens through a whole model as one op, where that computes what transformers does."""
+"""Runs short steps through a whole model as one op, if that computes the same as transformers."""
 
 import functools
 import inspect
@@ -29,23 +29,23 @@ from .watch import Watch, has_hooks
 MOST_SEQUENCES = MOST_STEPS = 8
 INTEGERS = (torch.int32, torch.int64)
 UNUSED_ARGUMENTS = {"tokenizer", "assistant_tokenizer", "num_items_in_batch"}
-"""What `generate` and trainers hand through a model without a use in it."""
+"""Arguments that `generate` and trainers pass to a model that does not use them."""
 
 DECODER = "_torch_fused_decoder"
 """The attribute of a patched causal language model that holds its `Decoder`."""
 
 LOOK_AGAIN = 0.2
-"""Seconds. A look at all modules of a model can take as long as a step of a small one."""
+"""Seconds. Checking all modules of a model can take as long as a step of a small model."""
 
 CAUSAL_LMS = {family.path("causal_lm") for family in FAMILIES} | WRAPPERS
 
 
 class Decoder:
-    """Runs the steps of one causal language model, from any thread; kept with the model while it is patched.
+    """Runs the decode steps of one causal language model, from any thread. Stored in the model while it is patched.
 
     Args:
         model: the model.
-        gives_cache: whether a call without a cache, but with ``use_cache``, gets a `FusedKVCache`.
+        gives_cache: whether a call with ``use_cache`` but without a cache gets a `FusedKVCache`.
         int8_products: as in :func:`make_decoder`.
     """
 
@@ -56,9 +56,9 @@ class Decoder:
         self.arguments = arguments_of(type(model))
         family = family_of_model(model)
         self._holds_text = family is None or family.text != "model"
-        self.calls: Counter[str] = Counter()  # by the reason why they were left; "" for none
+        self.calls: Counter[str] = Counter()  # by the reason why transformers ran them; "" for the op
         self._read: tuple[Watch, Plan | Left] | None = None
-        self._looked = -math.inf  # when the model was last seen to be the one that was read
+        self._looked = -math.inf  # when the model was last checked for changes
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -76,13 +76,13 @@ class Decoder:
         """The plan for the model as it is now; raises `Left`.
 
         Args:
-            undisturbed: no code of others has run in this thread since the last call. What other threads change is
-                seen within `LOOK_AGAIN` seconds then.
+            undisturbed: no foreign code has run in this thread since the last call. Changes by other threads are then
+                noticed within `LOOK_AGAIN` seconds.
         """
         found, now = self._read, time.monotonic()
         known = undisturbed and now - self._looked < LOOK_AGAIN
         if found is None or not (known or found[0].holds()) or not (isinstance(found[1], Left) or found[1].is_current):
-            found = self._read = None  # the tensors in it may be gone from the model
+            found = self._read = None  # frees tensors that may no longer be in the model
             found = self._read = Watch(self.model), read(self.model, self.int8_products)
         if not known:
             self._looked = now
@@ -92,7 +92,7 @@ class Decoder:
         return plan
 
     def why_not(self) -> str:
-        """Why the model as it is now is left to transformers; empty if it is not."""
+        """Why the model as it is now is left to transformers; empty if it has a decode step."""
         try:
             self.plan()
         except Left as left:
@@ -100,9 +100,10 @@ class Decoder:
         return ""
 
     def report(self) -> list[str]:
-        """Which path the model takes, and what the calls so far took."""
+        """The path of the model's next steps, and those of the calls so far."""
         reason = self.why_not()
-        lines = [f"decode: left to transformers: {reason}" if reason else "decode: steps of few tokens are one op"]
+        one_op = f"decode: steps of up to {MOST_STEPS} tokens run as one op"
+        lines = [f"decode: left to transformers: {reason}" if reason else one_op]
         with self._lock:
             calls = self.calls.copy()
         lines += [f"  {count} calls as one op" for why, count in calls.items() if not why]
@@ -110,7 +111,7 @@ class Decoder:
         return lines
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the class's own forward returns, or the same logits, in float32, from one op."""
+        """The result of the class's own forward, or the same logits, in float32, from one op."""
         own = type(self.model).forward
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         cache = take_cache(given)
@@ -136,7 +137,7 @@ class Decoder:
         cache: FusedKVCache,
         **more: Any,
     ) -> Tensor:
-        """Calls the op `run` for new tokens after those of the cache; `check` has given the plan.
+        """Calls the op `run` for new tokens after those in the cache, with the plan from `check`.
 
         All positions are below `rows`.
         """
@@ -163,26 +164,26 @@ class Decoder:
         return result
 
     def check(self, input_ids: Tensor, cache: Any, *, undisturbed: bool = False) -> Plan:
-        """The plan, if the call is one for the op; raises `Left`."""
+        """The plan, if the op supports this call; raises `Left` otherwise."""
         self._check_cache(input_ids, cache)
         plan = self.plan(undisturbed=undisturbed)
         if [layer.window for layer in cache.layers] != plan.windows:
-            raise Left("the cache has another number of layers, or other windows")
+            raise Left("the cache has a different number of layers, or different windows")
         if input_ids.device != plan.device:
             raise Left(f"the token ids are on {input_ids.device}, the weights on {plan.device}")
         if torch.is_autocast_enabled(plan.device.type):
             _widen(cache, plan.dtype)
         if not cache.is_uniform(plan.dtype, plan.device, input_ids.shape[0]):
-            raise Left("the cache has another dtype, device or another batch size, or layers differ")
+            raise Left("the cache has a different dtype, device or batch size, or its layers differ")
         if self.needs_gradients():
             raise Left("gradients are enabled")
         if any(module.training for module in plan.dropout):
             raise Left("the model is in training mode and has dropout: call model.eval()")
         config = plan.config
         if config.num_hidden_layers != plan.layers:
-            raise Left(f"config.num_hidden_layers has become {config.num_hidden_layers}")
+            raise Left(f"config.num_hidden_layers has changed to {config.num_hidden_layers}")
         if not getattr(config, "is_causal", True):
-            raise Left("config.is_causal is off")
+            raise Left("config.is_causal is False")
         implementation = attention_of(config)
         if implementation not in ("eager", "sdpa"):
             raise Left(f"its attention is {implementation!r}, not 'sdpa' or 'eager'")
@@ -204,14 +205,14 @@ class Decoder:
         )
 
     def is_wrapped(self) -> bool:
-        """Whether somebody's code runs around the model's forward."""
+        """Whether foreign code runs around the model's forward."""
         model = self.model
         replaced = "forward" in model.__dict__ and not is_ours(model.__dict__["forward"], model)
         return replaced or has_hooks(model) or model._compiled_call_impl is not None
 
     @property
     def config(self) -> Any:
-        """Of the text model."""
+        """The configuration of the text model."""
         config = self.model.config
         return config.get_text_config(decoder=True) if self._holds_text else config
 
@@ -224,7 +225,7 @@ class Decoder:
         if type(cache) is not FusedKVCache:
             raise Left(f"the cache is a {class_name(cache)}, not a FusedKVCache")
         if any(type(layer) not in (FusedLayer, FusedSlidingLayer) for layer in cache.layers):
-            raise Left("the cache has layers that are not plain attention")
+            raise Left("the cache has layers other than plain attention")
         layers: Any = cache.layers
         if not all(layer.is_initialized for layer in layers):
             raise Left("the cache is empty (a prompt)")
@@ -239,7 +240,7 @@ class Decoder:
     def _forward(
         self,
         cache: Any,
-        /,  # a call may hand on a `cache` of its own: continuous batching in transformers 5.17 does
+        /,  # kwargs may contain another `cache`, as in continuous batching of transformers 5.17
         input_ids: Any = None,
         attention_mask: Any = None,
         position_ids: Any = None,
@@ -251,23 +252,23 @@ class Decoder:
     ) -> Any:
         config = self.config
         if input_ids is None or inputs_embeds is not None:
-            raise Left("inputs_embeds instead of input_ids")
+            raise Left("inputs_embeds were passed instead of input_ids")
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.dtype not in INTEGERS:
             raise Left("input_ids is not a tensor of integers (batch, tokens)")
         if labels is not None:
-            raise Left("a loss is wanted")
+            raise Left("labels were passed")
         if not (config.use_cache if use_cache is None else use_cache):
-            raise Left("use_cache is off")
+            raise Left("use_cache is False")
         if cache is None:
-            raise Left("no cache was given")
+            raise Left("no cache was passed")
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.pop(name, None) or getattr(config, name, False) or getattr(self.model.config, name, False):
-                raise Left(f"{name} is on")
+                raise Left(f"{name} is True")
         if not kwargs.pop("return_dict", True) or not self.model.config.return_dict:
-            raise Left("a tuple is wanted")
+            raise Left("return_dict is False")
         unknown = [name for name, value in kwargs.items() if name not in UNUSED_ARGUMENTS and not _is_nothing(value)]
         if unknown:
-            raise Left(f"an argument that only transformers knows: {', '.join(unknown)}")
+            raise Left(f"unsupported arguments: {', '.join(unknown)}")
         if not isinstance(logits_to_keep, int):
             raise Left("logits_to_keep is a tensor")
         plan = self.check(input_ids, cache)
@@ -275,7 +276,7 @@ class Decoder:
         starts = left_padding(attention_mask, input_ids, length)
         rows = length + input_ids.shape[1]
         if position_ids is None and plan.family.tables == "sections":
-            raise Left("no position_ids were given, which this model finds itself")
+            raise Left("no position_ids were passed; this model computes its own")
         if position_ids is None:
             position_ids = torch.arange(length, rows, device=input_ids.device)[None].expand(input_ids.shape)
         else:
@@ -314,7 +315,7 @@ _forwards: dict[str, FunctionType] = {}
 
 
 def forward_of(cls: str) -> FunctionType:
-    """`causal_lm_forward` with the signature of a class's own, which `generate` and trainers look at."""
+    """`causal_lm_forward` with the signature of the class's forward, which `generate` and trainers inspect."""
     if cls not in _forwards:
         home = next(home for home, name in CAUSAL_LMS if name == cls)
         name = f"forward_of_{cls}"
@@ -327,7 +328,7 @@ def forward_of(cls: str) -> FunctionType:
 
 
 def __getattr__(name: str) -> Any:
-    """What pickles by its name: the forwards of causal language models."""
+    """The forwards of causal language models, which are pickled by name."""
     cls = name.removeprefix("forward_of_")
     if any(cls == known != name for _, known in CAUSAL_LMS):
         return forward_of(cls)
@@ -335,7 +336,7 @@ def __getattr__(name: str) -> Any:
 
 
 def arguments_of(cls: Any) -> tuple[str, ...]:
-    """Of a class's forward, by position."""
+    """The positional arguments of a class's forward."""
     return _names_by_position(cls.forward)
 
 
@@ -347,17 +348,17 @@ def _names_by_position(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 @functools.cache
 def output_of(cls: Any) -> Any:
-    """The class of what a class's forward returns."""
+    """The class of the result of a class's forward."""
     name = next(name for name in names_of(cls.forward) if name.endswith("CausalLMOutputWithPast"))
     return getattr(home_of(cls), name)
 
 
 def rows_of(position_ids: Any, input_ids: Tensor) -> Tensor:
-    """A position for each token, which is a row of the tables; raises `Left` for anything else."""
+    """The position of each token, which is a row of the tables; raises `Left` for anything else."""
     shape = tuple(position_ids.shape) if isinstance(position_ids, Tensor) else ()
     if len(shape) == 3 and shape[0] in (1, 3, 4) and position_ids.dtype in INTEGERS:  # of time, height and width
         if not (position_ids[-3:] == position_ids[-1]).all():
-            raise Left("position_ids of an image")
+            raise Left("position_ids belong to an image")
         position_ids = position_ids[-1]
         shape = shape[1:]
     if shape not in (tuple(input_ids.shape), (1, input_ids.shape[1])) or position_ids.dtype not in INTEGERS:
@@ -372,7 +373,7 @@ def _is_nothing(argument: Any) -> bool:
 
 
 def _widen(cache: Any, dtype: torch.dtype) -> None:
-    """Gives keys and values the weights' dtype; autocast leaves some of them in its own, after a prompt."""
+    """Converts keys and values to the weights' dtype; after a prompt, autocast leaves some in its own dtype."""
     for layer in cache.layers:
         for name in ("keys", "values"):
             states = getattr(layer, name)
@@ -381,7 +382,7 @@ def _widen(cache: Any, dtype: torch.dtype) -> None:
 
 
 def left_padding(mask: Tensor | None, input_ids: Tensor, length: int) -> Tensor | None:
-    """The first slot that each sequence attends, None if that is the first of all; raises `Left` for other masks."""
+    """The first slot that each sequence attends to, None if all attend to slot 0; raises `Left` for other masks."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.shape != (input_ids.shape[0], length + input_ids.shape[1]):
@@ -391,5 +392,5 @@ def left_padding(mask: Tensor | None, input_ids: Tensor, length: int) -> Tensor 
         return None
     starts = attended.int().argmax(-1)
     if not torch.equal(attended.sum(-1), mask.shape[1] - starts) or int(starts.max()) > length:
-        raise Left("attention_mask is not left padding alone")
+        raise Left("attention_mask is not just left padding")
     return starts

@@ -1,7 +1,7 @@
-"""Whether a class computes what its family's row says, as far as its code and a trial can tell.
+"""Checks whether a class computes what its family's row says, from its code and a small trial.
 
-A forward is compared by the names that it uses, in the order of their first use: what a later version of transformers
-adds, or a row leaves out, is a name too many. What names do not show, roundings, is tried on a few numbers.
+A forward is compared by the names that it uses, in the order of their first use. A feature that a later version of
+transformers adds, or that a row lacks, shows up as an unknown name. Rounding is compared on a few numbers.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from .families import WRAPPED_TEXT, Family, known
 from .origin import class_name, class_of, home_of, innermost
 
 Steps = list[set[str]]
-"""Names in the order in which a forward uses them; of one set, in any order."""
+"""Names in the order in which a forward uses them; names in one set may come in any order."""
 
 
 def _words(text: str) -> set[str]:
@@ -28,7 +28,7 @@ COMMON = _words("""
     config shape size view reshape transpose contiguous training attention_mask position_ids hidden_states
     position_embeddings cache cache_params past_key_values use_cache input_ids inputs_embeds labels kwargs dim
 """)
-"""What any forward may use without computing anything else."""
+"""Names that any forward may use without computing something different."""
 
 PLUMBING = {
     "rotary_embedding": _words("""
@@ -46,7 +46,7 @@ PLUMBING = {
         zeros_like torch no_grad nn functional one_hot num_experts permute greater sum nonzero where linear chunk to
         dtype num_classes
     """),
-    # Bidirectional attention is told by `is_causal`; deepstack is of images.
+    # Bidirectional attention is detected by `is_causal`; deepstack is for images.
     "model": _words("""
         ValueError DynamicCache get_seq_length torch arange device unsqueeze isinstance dict enumerate
         num_hidden_layers set jit is_tracing view expand ndim range len copy full_attention sliding_attention
@@ -62,23 +62,23 @@ PLUMBING = {
         image_hidden_states
     """),
 }
-"""The same for each part."""
+"""The same, per part."""
 
 
 def mismatch(module: nn.Module) -> str:
-    """Why a module of a class that a row names is not what the row describes; empty if it is."""
+    """Why a module does not match the row that names its class; empty if it does."""
     family, part = known(module)
     if family is None:
-        return f"the text model in it is a {class_name(module.get_submodule(WRAPPED_TEXT))}, of no known family"
+        return f"its text model, {class_name(module.get_submodule(WRAPPED_TEXT))}, is not of a supported family"
     return of_class(class_of(module), family, part) or _unknown_parts(module, family, part)
 
 
 _found: dict[type, tuple[Any, str]] = {}
-"""Class -> its forward, and what differs."""
+"""Class -> its forward, and the difference."""
 
 
 def of_class(cls: type, family: Family, part: str) -> str:
-    """What differs between a class and its row."""
+    """The difference between a class and its row."""
     forward: Any = cls.forward  # type: ignore[attr-defined]
     found = _found.get(cls)
     if found is None or found[0] is not forward:
@@ -88,25 +88,25 @@ def of_class(cls: type, family: Family, part: str) -> str:
 
 def _differs(cls: type, family: Family, part: str) -> str:
     if part == "rms_norm":
-        return "" if _norms_alike(cls, family) else f"it computes another norm than its row of {family.prefix} says"
+        return "" if _norms_alike(cls, family) else f"its norm differs from the row of {family.prefix}"
     plumbing = PLUMBING[part] | COMMON | (_of_layers(family) if part == "model" else set())
     differs = compare(steps(family, part), plumbing, names_of(cls.forward))  # type: ignore[attr-defined]
     if differs:
-        return f"{differs} its row of {family.prefix}"
+        return f"{differs} the row of {family.prefix}"
     if part == "attention" and not _rotates_alike(home_of(cls), family):
-        return "its apply_rotary_pos_emb computes something else"
+        return "its apply_rotary_pos_emb gives different results"
     return ""
 
 
 def compare(expected: Steps, plumbing: set[str], used: list[str]) -> str:
-    """How the names that a forward uses differ from those of a row; empty if they do not."""
+    """How the names that a forward uses differ from a row; empty if they are the same."""
     place = {name: i for i, names in enumerate(expected) for name in names}
     unknown = [name for name in used if name not in place and not _is_plumbing(name, plumbing)]
     if unknown:
-        return f"its forward uses {', '.join(unknown)}, not known to"
+        return f"its forward uses {', '.join(unknown)}, not in"
     missing = [name for name in place if name not in used]
     if missing:
-        return f"its forward does not use {', '.join(missing)}, as told by"
+        return f"its forward does not use {', '.join(missing)}, unlike"
     order = [place[name] for name in used if name in place and not _is_constant(name)]
     return "" if order == sorted(order) else "its forward has another order than"
 
@@ -121,10 +121,10 @@ def _is_constant(name: str) -> bool:
 
 
 def names_of(forward: Any) -> list[str]:
-    """The names that a function uses in the order of their first use, then, in quotes, other ones in its constants."""
+    """The names that a function uses in the order of first use, then names in its constants, in quotes."""
     function = innermost(forward)
     if function is None:
-        return ["code that is not transformers'"]
+        return ["code from outside transformers"]
     names = _names(function.__code__)
     return [name for name in names if name.strip("'") not in names or not _is_constant(name)]
 
@@ -141,11 +141,11 @@ def _names(code: CodeType) -> list[str]:
     return list(dict.fromkeys(used + constants))
 
 
-# ---- what a row says of each forward --------------------------------------------------------------------------------
+# ---- the names that a row expects in each forward -------------------------------------------------------------------
 
 
 def steps(family: Family, part: str) -> Steps:
-    """The names by which a forward must compute what the row says."""
+    """The names that a forward must use to compute what the row says."""
     return [names for names in _STEPS[part](family) if names]
 
 
@@ -226,7 +226,7 @@ def _model(family: Family) -> Steps:
 
 
 def _of_layers(family: Family) -> set[str]:
-    """The settings by which a model tells its layers apart; where they are used does not matter."""
+    """The settings that distinguish a model's layers; they may be used anywhere."""
     types = {"layer_types"} if family.windows == "layers" or family.linear_attention else set()
     return types | ({"sliding_window"} if family.windows == "all" or family.tables == "layer types" else set())
 
@@ -253,22 +253,22 @@ def _one(name: str | None) -> set[str]:
     return {name} if name else set()
 
 
-# ---- what a module holds --------------------------------------------------------------------------------------------
+# ---- the contents of a module ---------------------------------------------------------------------------------------
 
 
 def _unknown_parts(module: nn.Module, family: Family, part: str) -> str:
-    """Parameters, buffers and modules that no name of the row stands for."""
+    """Parameters, buffers and modules that are not in the row."""
     known = {name for names in steps(family, part) for name in names} if part != "rms_norm" else {"weight"}
     held: Iterable[str] = (*module._parameters, *module._buffers, *module._modules)
     unknown = [name for name in held if name not in known and not name.endswith("inv_freq")]
-    return f"it has {', '.join(unknown)}, not known to its row of {family.prefix}" if unknown else ""
+    return f"it has {', '.join(unknown)}, not in the row of {family.prefix}" if unknown else ""
 
 
 # ---- trials ---------------------------------------------------------------------------------------------------------
 
 
 def _norms_alike(cls: type, family: Family) -> bool:
-    """Whether a norm of the class gives, bit for bit, what `rms_norm` gives for its row."""
+    """Whether a norm of the class gives the same bits as `rms_norm` for its row."""
     norm = family.norm
     try:
         with torch.device("cpu"), torch.no_grad():
@@ -278,12 +278,12 @@ def _norms_alike(cls: type, family: Family) -> bool:
             eps = getattr(own, norm.eps)
             options: Any = {"casting_mode": norm.casting_mode, "weight_offset": norm.weight_offset}
             return eps == 0.1 and torch.equal(own(x), rms_norm_reference(x, (8,), own.weight, eps, **options))
-    except Exception:  # another signature, or anything that another class may do
+    except Exception:  # a different signature, or any other error of an unknown class
         return False
 
 
 def _rotates_alike(home: Any, family: Family) -> bool:
-    """Whether the function of a family rotates as `apply_rotary_pos_emb` does."""
+    """Whether the rotation of a family gives the same bits as `apply_rotary_pos_emb`."""
     dtype = torch.float32 if family.float32_tables else torch.bfloat16
     try:
         with torch.device("cpu"), torch.no_grad():
@@ -298,6 +298,6 @@ def _rotates_alike(home: Any, family: Family) -> bool:
 
 
 def _numbers(*shape: int) -> Tensor:
-    """Numbers without a pattern, from no generator."""
+    """Irregular numbers, made without a generator."""
     count = torch.Size(shape).numel()
     return torch.arange(1, count + 1, dtype=torch.float32).mul(7.3).sin().mul(2).view(shape)

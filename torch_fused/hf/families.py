@@ -1,6 +1,6 @@
-"""The families of models that are known, a row each: the names of their classes, and what these compute.
+"""The supported model families, one row each: the names of their classes, and what they compute.
 
-A row is not taken on trust: `described.py` compares it with the classes that it names.
+`described.py` compares each row with the classes that it names.
 """
 
 from collections.abc import Mapping
@@ -18,15 +18,15 @@ PARTS = {
     "model": "Model",
     "causal_lm": "ForCausalLM",
 }
-"""The classes of a family, and how their names end."""
+"""The classes of a family, and the endings of their names."""
 
 EXPERT_PARTS = {"experts_block": "SparseMoeBlock", "router": "TopKRouter", "experts": "Experts"}
-"""Those of a family with mixtures of experts."""
+"""The additional classes of a family with mixtures of experts."""
 
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMS norm: the attribute with its epsilon, and its roundings and offset as `rms_norm` takes them."""
+    """An RMS norm: the attribute with its epsilon, and the arguments of `rms_norm`."""
 
     eps: str = "variance_epsilon"
     casting_mode: str = "llama"
@@ -39,42 +39,41 @@ WEIGHT_PLUS_ONE = Norm("eps", "torch", 1.0)
 
 @dataclass(frozen=True)
 class Family:
-    """What a family's classes are called, and how they differ from Llama's.
+    """The names of a family's classes, and their differences from Llama's.
 
     Args:
-        package: they are in ``transformers.models.<package>.modeling_<package>``.
-        prefix: their names begin with it.
-        names: part -> class, for those whose name is another than ``prefix`` and the ending in `PARTS`.
-        norm: what its RMS norms compute.
-        norms_before: the layer's norms of what attention and the feed-forward layers are given; None for none.
-        norms_after: of what they give, before it is added.
-        qkv: the one projection to queries, keys and values; empty if they are three.
-        qk_norm: "head" for norms of each query and key head, "row" for norms of all heads as one.
-        gated: whether ``q_proj`` also gives a gate, whose sigmoid multiplies what the heads attended.
-        use_rotary: the attribute of an attention that says whether it has positions.
-        scaled_queries: whether queries are scaled by their position, past the length of the first training.
+        package: the classes are in ``transformers.models.<package>.modeling_<package>``.
+        prefix: the class names start with it.
+        names: part -> class, for class names other than ``prefix`` plus the ending in `PARTS`.
+        norm: its RMS norm.
+        norms_before: a layer's norms before attention and before the feed-forward layers; None for none.
+        norms_after: a layer's norms after them, before the residual addition.
+        qkv: the joint projection to queries, keys and values; empty if there are three.
+        qk_norm: "head" for norms of each query and key head, "row" for norms over all heads.
+        gated: whether ``q_proj`` also gives a gate; its sigmoid multiplies the output of the heads.
+        use_rotary: the attribute of an attention that says whether it uses rotary positions.
+        scaled_queries: whether queries are scaled by position beyond the original context length.
         softcap: whether attention has a soft cap.
-        window: where an attention has its window from: its own ``sliding_window`` ("layer"), the configuration's
-            ("config"), or it hands none on ("").
-        windows: which layers have one: those that the configuration's ``layer_types`` say ("layers"), all ("all"), or
+        window: where an attention takes its window from: its own ``sliding_window`` ("layer"), the configuration's
+            ("config"), or no window ("").
+        windows: the layers with a window: according to ``layer_types`` of the configuration ("layers"), all ("all"), or
             none ("").
-        gate_up: the one projection to gate and up; empty if they are two.
-        activation: the attribute of the feed-forward layers that holds it.
-        gelu: whether the family's models have gelu; what counts is the module.
+        gate_up: the joint projection to gate and up; empty if there are two.
+        activation: the attribute of the feed-forward layers with the activation.
+        gelu: whether the family's models use gelu; only for documentation, the module decides.
         tables: "one" table of cosines and sines, one for each of the "layer types", or one from three "sections".
-        float32_tables: whether they are float32, whatever the model's dtype, and so is the rotation.
-        residual_scale: the attribute of a layer with the factor of what it adds.
-        dropouts: those of what attention and the feed-forward layers give.
-        embedding: the class of the embedding, if it is one of the family's, with a scale.
-        embedding_scale: the attribute of the model with a factor of the embeddings.
+        float32_tables: whether tables and rotation are float32 for any dtype of the model.
+        residual_scale: the attribute of a layer with the factor of the residual branches.
+        dropouts: the dropouts after attention and after the feed-forward layers.
+        embedding: the class of the embedding, if the family has its own with a scale.
+        embedding_scale: the attribute of the model with the factor of the embeddings.
         logits_divisor: the setting that the logits are divided by.
-        logits_softcap: the setting with a soft cap of the logits.
-        linear_attention: the attribute of a layer with linear attention instead, which stays with transformers.
-        linear_class: its class.
-        experts: whether feed-forward layers may be mixtures of experts: "routed" ones, "shared" if there is also one
-            for all tokens.
-        text: where the text model is in the causal language model.
-        wrapper: the module and the class of that one, if it is one of `WRAPPERS`.
+        logits_softcap: the setting with the soft cap of the logits.
+        linear_attention: the attribute of layers that have linear attention instead, which is left to transformers.
+        linear_class: the class of this attribute.
+        experts: for mixtures of experts: "routed", or "shared" if there is also a shared expert.
+        text: the path of the text model in the causal language model.
+        wrapper: the module and class of the causal language model, if it is one of `WRAPPERS`.
     """
 
     package: str
@@ -123,8 +122,8 @@ class Family:
 
     @property
     def stays(self) -> dict[str, str]:
-        """Classes that stay with transformers in the patch, and what they are."""
-        what = "the choice of experts, their products and their sum"
+        """Classes that are left to transformers, and what they compute."""
+        what = "selecting, multiplying and summing experts"
         experts = {self.name("experts_block"): what} if self.experts else {}
         return experts | ({self.linear_class: "linear attention"} if self.linear_class else {})
 
@@ -148,7 +147,7 @@ ONE_WINDOW: dict[str, Any] = {"window": "config", "windows": "all"}
 
 
 def _vision(prefix: str, **names: str) -> dict[str, Any]:
-    """The text side of a model that sees."""
+    """The text side of a vision-language model."""
     names = {"model": f"{prefix}TextModel", "causal_lm": f"{prefix}ForConditionalGeneration", **names}
     return {"names": names, "tables": "sections", "text": "model.language_model"}
 
@@ -222,16 +221,16 @@ WRAPPERS = {
         ("qwen3_5", "Qwen3_5ForConditionalGeneration"),
     )
 }
-"""Models that see, and whose text model may be of any family: what they add to it is a head alone."""
+"""Vision-language models with a text model of any family; they add only a head to it."""
 
-UNKNOWN = "{} is none of the models that docs/generate.md lists"
-"""Of the name of a class."""
+UNKNOWN = "{} is not one of the models listed in docs/generate.md"
+"""To be formatted with the name of a class."""
 
 _families: dict[type, Family] = {}
 
 
 def family_of(module: Any) -> Family:
-    """The family of a module of a class that is known."""
+    """The family of a module with a known class."""
     family = _families.get(type(module))
     if family is None:
         family = _families[type(module)] = KNOWN[path_of(module)][0]
@@ -239,7 +238,7 @@ def family_of(module: Any) -> Family:
 
 
 def known(module: Any) -> tuple[Family, str] | tuple[None, str]:
-    """The family and the part that a module's class is; of a model that sees, the family of the text model in it."""
+    """The family and the part of a module's class; for a vision-language model, the family of its text model."""
     path = path_of(module)
     if path not in WRAPPERS:
         return KNOWN.get(path, (None, ""))

@@ -1,4 +1,4 @@
-"""`model.generate` with the fused cache, sampler and decoder, for a model that need not be patched."""
+"""`model.generate` with the fused cache, sampler and decode step, for a model that may or may not be patched."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,26 +14,25 @@ from .transformers_private import PREPARE_CACHE
 def generate(
     model, inputs: Tensor | Mapping[str, Tensor] | None = None, *, decode: bool = True, **generate_kwargs: Any
 ):
-    """Calls ``model.generate`` with the fused sampler, and a :class:`FusedKVCache` in place of a ``DynamicCache``.
+    """Calls ``model.generate`` with the fused sampler, and a :class:`FusedKVCache` instead of a ``DynamicCache``.
 
-    The tokens of a greedy or sampled generation with a model of a known family, after those of the prompt, take one op
-    each, which returns nothing but the next token ids; see ``decode`` of :func:`apply_torch_fused`. A model
-    patched by :func:`apply_torch_fused` stays so, and several threads may call this at a time; any other is as before
-    when the call returns, and calls on it wait for each other.
+    In greedy decoding and sampling with a model of a supported family, each token after the prompt takes one op, which
+    returns only the next token ids; see ``decode`` of :func:`apply_torch_fused`. A model patched by
+    :func:`apply_torch_fused` stays patched, and several threads may call this at the same time. Any other model is
+    unchanged when the call returns, and calls on it wait for each other.
 
     Args:
-        model: a transformers model that can generate, or a pipeline, which has one.
-        inputs: token ids ``(batch, tokens)``, integers, one sequence being ``(1, tokens)``; or what a tokenizer
-            returns, a mapping with ``input_ids``; or None, and ``generate_kwargs`` have them: ``generate(model,
-            **tokenizer("Hello", return_tensors="pt"))``.
-        decode: False leaves the steps of a model that is not patched to transformers.
-        generate_kwargs: passed on to ``model.generate``, the streamer included.
+        model: a transformers model that can generate, or a pipeline with one.
+        inputs: integer token ids ``(batch, tokens)``; or a mapping with ``input_ids``, such as a tokenizer's result; or
+            None if ``generate_kwargs`` contain them: ``generate(model, **tokenizer("Hello", return_tensors="pt"))``.
+        decode: False leaves the decode steps of an unpatched model to transformers.
+        generate_kwargs: passed to ``model.generate``, including a streamer.
 
     Returns:
-        What ``model.generate`` returns.
+        The result of ``model.generate``.
 
     Raises:
-        TypeError: ``model`` is no model that can generate, or ``inputs`` are no tensor of integers or mapping with one.
+        TypeError: ``model`` cannot generate, or ``inputs`` are not a tensor of integers or a mapping with one.
         ValueError: the token ids have another shape.
 
     Example:

@@ -1,4 +1,4 @@
-"""Models from the files of llama.cpp, their weights left packed."""
+"""Loads models from llama.cpp's GGUF files, with their weights packed."""
 
 import os
 import warnings
@@ -23,33 +23,33 @@ SIZES = {
     "max_position_embeddings": "context_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
-"""A config's names -> the file's."""
+"""Names in the config -> names in the file."""
 
 
 def load_gguf(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """Loads a GGUF file with its weights packed: ``(model, tokenizer)``.
 
-    Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 are kept exactly: each weight in float32 is that of the ``gguf`` package, to the
-    last bit. Q4_K and Q5_K have their scales rounded to float16; Q6_K is quantised anew, to 8 bits. The error of each
-    is in ``model.hf_quantizer.report.errors``, and a warning tells the largest. Codes of 5 and 6 bits take 8. F32, F16
-    and BF16 matrices stay dense.
+    Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 are converted exactly: in float32, each weight has the same bits as from the
+    ``gguf`` package. For Q4_K and Q5_K the scales are rounded to float16; Q6_K is quantised again, to 8 bits. Their
+    errors are in ``model.hf_quantizer.report.errors``, and a warning gives the largest. 5- and 6-bit codes are stored
+    in 8 bits. F32, F16 and BF16 matrices stay dense.
 
-    Needs the package gguf, which the extra demo brings.
+    Requires the package gguf, which the extra ``demo`` installs.
 
     Args:
-        path: a file of the architecture llama, qwen2 or qwen3.
-        dtype: of the model's other tensors and its results; None is float32.
+        path: a file with the architecture llama, qwen2 or qwen3.
+        dtype: dtype of the model's other tensors and its results; None is float32.
 
     Returns:
         The model, ready to generate, and its tokenizer.
 
     Raises:
         ImportError: the package gguf is not installed.
-        RuntimeError: the file is not whole, it has another architecture, a tensor has a type or a shape that is not
-            supported, is missing or has no place in the model; the message names the tensor.
+        RuntimeError: the file is truncated or has another architecture; or a tensor is missing, is not in the model, or
+            has a type or shape that is not supported. The message names the tensor.
 
     Warns:
-        UserWarning: some tensors were converted with an error.
+        UserWarning: some tensors were not converted exactly.
 
     Example:
         >>> model, tokenizer = load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -64,7 +64,7 @@ def load_gguf(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None)
     for scales_dtype in (torch.float16, torch.float32):
         state, formats, errors = _convert(empty, places, scales_dtype, dtype)
         if all(bool(t.isfinite().all()) for name, t in state.items() if name.endswith((".scales", ".biases"))):
-            break  # else they are too large for float16
+            break  # otherwise they are too large for float16
     others = {name: form for name, form in formats.items() if form != {"bits": 4}}
     quantization = TorchFusedConfig(4, 32, per_module=others, scales_dtype=scales_dtype)
     config.quantization_config = quantization.to_dict()
@@ -74,8 +74,8 @@ def load_gguf(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None)
     if errors:
         worst = max(errors, key=lambda name: errors[name])
         warnings.warn(
-            f"load_gguf: {len(errors)} matrices were converted with a relative error of at most {errors[worst]:.2g} "
-            f"({worst}): their types are not exact here",
+            f"load_gguf: {len(errors)} matrices were not converted exactly; the largest relative error is "
+            f"{errors[worst]:.2g}, of {worst}",
             stacklevel=2,
         )
     return model, tokenizer
@@ -87,20 +87,20 @@ def _read(path: Path) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise ImportError("load_gguf: it needs the package gguf: pip install gguf") from error
+        raise ImportError("load_gguf: the package gguf is not installed: pip install gguf") from error
 
     class Reader(GGUFReader):
         def _get(self, *args: Any, **kwargs: Any) -> Any:
-            # Many small slices, of which those of a memmap are slow.
+            # Many small slices, which are slow with a memmap.
             self.data: Any = self.data.view(numpy.ndarray)
             return super()._get(*args, **kwargs)
 
     if not path.is_file():
-        raise RuntimeError(f"load_gguf: {path}: there is no such file")
+        raise RuntimeError(f"load_gguf: {path}: no such file")
     try:
         return Reader(path)
     except (ValueError, IndexError, KeyError) as error:
-        raise RuntimeError(f"load_gguf: {path}: it is no whole GGUF file: {error}") from error
+        raise RuntimeError(f"load_gguf: {path}: not a complete GGUF file: {error}") from error
 
 
 def _config(path: Path, reader: Any) -> Any:
@@ -117,12 +117,12 @@ def _config(path: Path, reader: Any) -> Any:
     sizes = {name: get(f"{kind}.{key}") for name, key in SIZES.items()}
     absent = [f"{kind}.{SIZES[name]}" for name, size in sizes.items() if size is None]
     if absent or "token_embd.weight" not in tensors:
-        raise RuntimeError(f"load_gguf: {path}: it has no {absent[0] if absent else 'tensor token_embd.weight'}")
+        raise RuntimeError(f"load_gguf: {path}: the file has no {absent[0] if absent else 'tensor token_embd.weight'}")
     heads = sizes["num_attention_heads"]
     head_dim = get(f"{kind}.attention.key_length", sizes["hidden_size"] // heads)
     scaling = get(f"{kind}.rope.scaling.type", "none")
     if scaling != "none" or get(f"{kind}.rope.dimension_count", head_dim) != head_dim:
-        raise RuntimeError(f"load_gguf: {path}: its rotary embedding is scaled ({scaling}) or partial")
+        raise RuntimeError(f"load_gguf: {path}: scaled ({scaling}) or partial rotary embeddings are not supported")
     config = AutoConfig.for_model(
         kind,
         **sizes,
@@ -141,7 +141,7 @@ def _config(path: Path, reader: Any) -> Any:
 
 
 def _llama3_rope(path: Path, config: Any, divisors: Tensor) -> dict[str, Any]:
-    """Transformers' parameters for the divisors of the rotary frequencies that Llama 3's files have."""
+    """Transformers' parameters for the divisors of rotary frequencies in Llama 3's files."""
     plain = config.rope_parameters
     rope = {
         **plain,
@@ -157,12 +157,12 @@ def _llama3_rope(path: Path, config: Any, divisors: Tensor) -> dict[str, Any]:
     if len(divisors) != len(frequencies) or not torch.allclose(
         plain["rope_theta"] ** -steps / divisors, frequencies, rtol=1e-4
     ):
-        raise RuntimeError(f"load_gguf: {path}: rope_freqs.weight has divisors that are not Llama 3's")
+        raise RuntimeError(f"load_gguf: {path}: the divisors in rope_freqs.weight are not those of Llama 3")
     return rope
 
 
 def _places(path: Path, model: PreTrainedModel, tensors: dict[str, Any]) -> dict[str, Any]:
-    """The file's tensor for each of the model's, checked."""
+    """The file's tensor for each tensor of the model, checked."""
     import gguf
 
     from .gguf_blocks import BLOCK_BYTES
@@ -178,24 +178,24 @@ def _places(path: Path, model: PreTrainedModel, tensors: dict[str, Any]) -> dict
         name = f"{names.get_name(module)}.{part}"
         tensor = left.pop(name, None)
         if tensor is None:
-            raise RuntimeError(f"load_gguf: {path}: it has no tensor {name}, for {key}")
+            raise RuntimeError(f"load_gguf: {path}: the file has no tensor {name}, for {key}")
         shape = [int(n) for n in reversed(tensor.shape)]
         if shape != list(place.shape):
             raise RuntimeError(f"load_gguf: {path}: {name} must have the shape {list(place.shape)}, got {shape}")
         kind = tensor.tensor_type
         if kind.name not in ("F32", "F16", "BF16") and not (kind in BLOCK_BYTES and place.dim() == 2):
             types = ", ".join(("F32", "F16", "BF16", *(k.name for k in BLOCK_BYTES)))
-            raise RuntimeError(f"load_gguf: {path}: {name} has the type {kind.name}, supported are {types}")
+            raise RuntimeError(f"load_gguf: {path}: {name} must have one of the types {types}, got {kind.name}")
         found[key] = tensor
     if left:
-        raise RuntimeError(f"load_gguf: {path}: {min(left)} has no place in a {type(model).__name__}")
+        raise RuntimeError(f"load_gguf: {path}: {min(left)} is not a tensor of {type(model).__name__}")
     return found
 
 
 def _convert(
     model: PreTrainedModel, places: dict[str, Any], scales_dtype: torch.dtype, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, float]]:
-    """The state dict; the formats and errors of the modules that are packed, and False for others that could be."""
+    """The state dict; and the formats and errors of packed modules, with False for modules that stay dense."""
     from gguf import dequantize
 
     from .gguf_blocks import BLOCK_BYTES, pack
@@ -227,7 +227,7 @@ def _ties(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
 
 
 def _rows(config: Any, key: str) -> Any:
-    """The order in which rows are taken: llama.cpp has those of Llama's q and k in pairs, transformers in halves."""
+    """The row order: for Llama's q and k, llama.cpp stores rotation pairs together, transformers in halves."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(key.split(".")[-2])
     if heads is None or config.model_type != "llama":
         return slice(None)

@@ -1,4 +1,4 @@
-"""The block formats of GGUF files, taken apart into codes, scales and biases of groups of 32.
+"""Splits the block formats of GGUF files into codes, scales and biases of groups of 32.
 
 Source: https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/quants.py, whose results are the reference.
 """
@@ -15,8 +15,8 @@ from ..functional import dequantize, quantize
 
 GROUP_SIZE = 32
 K_TYPES = (Type.Q4_K, Type.Q5_K, Type.Q6_K)
-"""Whose scales are products that float16 does not hold."""
-_BLOCK = 1 << 21  # bytes of a file taken apart at once: what is needed on the way is several times larger
+"""Types with scales that are products and do not fit float16 exactly."""
+_BLOCK = 1 << 21  # bytes of a file converted at once; the temporary tensors are several times larger
 BLOCK_BYTES = {
     Type.Q4_0: 18,
     Type.Q4_1: 20,
@@ -30,7 +30,7 @@ BLOCK_BYTES = {
 
 
 class Groups(NamedTuple):
-    """A matrix as ``scale * code + bias``: codes ``(rows, blocks, ..., 32)``, scales and biases without the last."""
+    """A matrix as ``scale * code + bias``: codes ``(rows, blocks, ..., 32)``; scales and biases lack the last dim."""
 
     bits: int
     codes: Tensor
@@ -39,7 +39,7 @@ class Groups(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A matrix in our layout. `error`: the root of the mean square over that of the matrix; 0 is exact."""
+    """A matrix in our layout. `error`: root mean square of the error divided by that of the matrix; 0 is exact."""
 
     bits: int
     weight: Tensor
@@ -53,7 +53,7 @@ class Packed(NamedTuple):
 
 
 def pack(data: Tensor, kind: Any, scales_dtype: torch.dtype) -> Packed:
-    """The matrix in a tensor of a file, ``(rows, bytes)``; scales that are not finite are too large for their dtype."""
+    """Packs a tensor of a file, ``(rows, bytes)``. Scales that are too large for their dtype become infinite."""
     parts = [_pack_rows(rows, kind, scales_dtype) for rows in data.split(max(1, _BLOCK // data.shape[1]))]
     weight = torch.cat([packed.weight.view(torch.int32) for packed, _ in parts]).view(torch.uint32)
     scales = torch.cat([packed.scales for packed, _ in parts])
@@ -64,7 +64,7 @@ def pack(data: Tensor, kind: Any, scales_dtype: torch.dtype) -> Packed:
 
 
 def _pack_rows(data: Tensor, kind: Any, scales_dtype: torch.dtype) -> tuple[Packed, float]:
-    """Some rows, and the norm of them if they are not exact."""
+    """Some rows, and their norm if they are not exact."""
     blocks = data.unflatten(-1, (-1, BLOCK_BYTES[kind]))
     if kind == Type.Q6_K:
         exact = _q6_k(blocks)
@@ -101,7 +101,7 @@ def _nibbles(data: Tensor) -> Tensor:
 
 
 def _fifth_bits(data: Tensor) -> Tensor:
-    """32 bits as the fifth, of a code each."""
+    """32 bits as the fifth bit of one code each."""
     bits = data[..., None] >> torch.arange(8, dtype=torch.uint8) & 1
     return bits.flatten(-2) << 4
 
@@ -159,7 +159,7 @@ GROUPS: dict[Any, Callable[[Tensor], Groups]] = {
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
-    """A whole matrix in float32: its groups of 16 have no place here."""
+    """The whole matrix in float32, because our layout has no groups of 16."""
     low = blocks[..., :128].unflatten(-1, (2, 64))
     low = torch.cat([low & 15, low >> 4], -1)  # (..., 2, 128)
     high = blocks[..., 128:192].unflatten(-1, (2, 1, 32)) >> torch.tensor([[0], [2], [4], [6]], dtype=torch.uint8) & 3

@@ -1,4 +1,4 @@
-"""What the functions of `torch_fused.hf` are given: the model in it, and the inputs of `generate`."""
+"""Checks the arguments of functions in `torch_fused.hf`: finds the model, and the inputs of `generate`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,20 +7,20 @@ from torch import Tensor, nn
 
 
 def find_model(function: str, given: Any, can: str = "forward") -> Any:
-    """`given`, or the model that it holds as a pipeline does, which has the method `can`.
+    """`given`, or the model of a pipeline, if it has the method `can`.
 
-    Raises TypeError, in the name of `function`.
+    Raises TypeError in the name of `function` otherwise.
     """
     model = given if isinstance(given, nn.Module) else getattr(given, "model", None)
     if isinstance(model, nn.Module) and callable(getattr(model, can, None)):
         return model
     got = repr(given) if isinstance(given, str) else type(given).__name__
-    hint = f": load it first, AutoModelForCausalLM.from_pretrained({given!r})" if isinstance(given, str) else ""
+    hint = f"; load it with AutoModelForCausalLM.from_pretrained({given!r})" if isinstance(given, str) else ""
     raise TypeError(f"{function}: model must be a transformers model with {can}(), or a pipeline, got {got}{hint}")
 
 
 def merge_inputs(inputs: Any, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ``model.generate``, as tokenizers' results and `generate_kwargs` give them.
+    """The arguments of ``model.generate``, from `inputs` and `generate_kwargs`.
 
     Raises TypeError or ValueError.
     """
@@ -30,12 +30,12 @@ def merge_inputs(inputs: Any, generate_kwargs: dict[str, Any]) -> dict[str, Any]
         inputs = {"input_ids": inputs}
     elif not isinstance(inputs, Mapping):
         raise TypeError(
-            f"generate: inputs must be a tensor of token ids or a mapping, got {type(inputs).__name__}: "
-            'tokenizer(text, return_tensors="pt") makes one'
+            f"generate: inputs must be a tensor of token ids or a mapping, got {type(inputs).__name__}; "
+            'use tokenizer(text, return_tensors="pt")'
         )
     twice = inputs.keys() & generate_kwargs.keys()
     if twice:
-        raise TypeError(f"generate: {min(twice)} is given twice, in inputs and as an argument")
+        raise TypeError(f"generate: {min(twice)} is passed twice, in inputs and as an argument")
     arguments = {**inputs, **generate_kwargs}
     ids = arguments.get("input_ids")
     if ids is None:
@@ -43,12 +43,12 @@ def merge_inputs(inputs: Any, generate_kwargs: dict[str, Any]) -> dict[str, Any]
     if not isinstance(ids, Tensor) or ids.is_floating_point():
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(
-            f"generate: input_ids must be a tensor of integers, got {got}: "
-            'tokenizer(text, return_tensors="pt") makes one'
+            f"generate: input_ids must be a tensor of integers, got {got}; "
+            'use tokenizer(text, return_tensors="pt")'
         )
     if ids.dim() != 2 or ids.numel() == 0:
-        hint = ": input_ids[None] is a batch of one" if ids.dim() == 1 else ""
+        hint = "; use input_ids[None] for one sequence" if ids.dim() == 1 else ""
         raise ValueError(
-            f"generate: input_ids must have shape (batch, tokens), neither of them 0, got {tuple(ids.shape)}{hint}"
+            f"generate: input_ids must have the shape (batch, tokens), both at least 1, got {tuple(ids.shape)}{hint}"
         )
     return arguments

@@ -1,4 +1,4 @@
-"""The loop over new tokens of a patched model: a step is one op where it can be, and nobody waits for the device."""
+"""The generation loop of a patched model: a step runs as one op if possible, and never waits for the device."""
 
 import contextlib
 import copy
@@ -35,17 +35,17 @@ from .transformers_private import CACHE
 
 GENERATE = inspect.signature(GenerationMixin.generate)
 ASK_FOR_ANOTHER = ("assistant_tokenizer", "assistant_model", "synced_gpus", "custom_generate")
-"""Arguments of `generate` that ask for another loop."""
+"""Arguments of `generate` that need another loop."""
 
 LOOK_AT_TOKENS_ALONE = {MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria, StopStringCriteria}
-"""Stopping criteria that may be asked when the next step has begun. A user's own may look at anything."""
+"""Stopping criteria that depend only on the tokens, so that the next step may start first. Custom ones may not."""
 
 HAND_TOKENS_ON = {type(None), TextStreamer, TextIteratorStreamer, AsyncTextIteratorStreamer}
-"""Streamers that do nothing to the model. A user's own may do anything."""
+"""Streamers that do not touch the model. Custom ones may."""
 
 
 def generate_by_loop(self, *args: Any, **kwargs: Any) -> Any:
-    """The class's own `generate`, which calls `token_loop` for the new tokens if that does what is asked."""
+    """Calls the class's own `generate`, with `token_loop` for the new tokens if it supports the request."""
     named = dict(GENERATE.bind(self, *args, **kwargs).arguments)
     del named["self"]
     others = named.pop("kwargs", {})
@@ -55,13 +55,13 @@ def generate_by_loop(self, *args: Any, **kwargs: Any) -> Any:
     mode, tokenizer = config.get_generation_mode(), others.get("tokenizer")
     if (
         mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-        or (config.return_dict_in_generate and config.output_scores)  # of which transformers' own tokens are drawn
+        or (config.return_dict_in_generate and config.output_scores)  # the tokens must be drawn from these
         or config.penalty_alpha is not None  # contrastive search, except for a default of top_k
         or config.token_healing
         or (config.stop_strings is not None and tokenizer is None)
     ):
         return type(self).generate(self, *args, **kwargs)
-    if config.stop_strings is not None:  # `generate` hands no tokenizer on where the loop is not its own
+    if config.stop_strings is not None:  # `generate` does not pass the tokenizer to a custom loop
         stops = StopStringCriteria(tokenizer, config.stop_strings)
         named["stopping_criteria"] = StoppingCriteriaList([*(named.get("stopping_criteria") or ()), stops])
         others = {**others, "stop_strings": None}
@@ -72,12 +72,12 @@ def generate_by_loop(self, *args: Any, **kwargs: Any) -> Any:
     return type(self).generate(self, **named, **others)
 
 
-# Pipelines and wrappers look at it.
+# Pipelines and wrappers inspect it.
 generate_by_loop.__signature__ = GENERATE  # type: ignore[attr-defined]
 
 
 def what_is_asked(model: Any, given: GenerationConfig | None, arguments: dict[str, Any]) -> GenerationConfig:
-    """As `generate` will find it: by its arguments, its config or else the model's. It refuses itself what is wrong."""
+    """The configuration that `generate` will use, from its arguments and the model. `generate` itself checks it."""
     config = copy.copy(model.generation_config)
     if given is not None:
         vars(config).update({name: value for name, value in vars(given).items() if value is not None})
@@ -86,7 +86,7 @@ def what_is_asked(model: Any, given: GenerationConfig | None, arguments: dict[st
 
 
 def has_common_loop(model: Any) -> bool:
-    """Whether the loop over new tokens is that of all decoders, and no other process waits for its steps."""
+    """Whether the model uses transformers' standard loop, and no other process waits for its steps."""
     for name in ("generate", "_sample"):
         own = innermost(getattr(type(model), name))
         if own is None or own.__qualname__ != f"GenerationMixin.{name}":
@@ -105,7 +105,7 @@ def token_loop(
     streamer: Any = None,
     **model_kwargs: Any,
 ):
-    """Greedy or sampled tokens after `input_ids`, as transformers' own loop would give them."""
+    """Greedy or sampled tokens after `input_ids`, as in transformers' own loop."""
     wanted = [
         name
         for name in ("logits", "attentions", "hidden_states")
@@ -145,12 +145,12 @@ def token_loop(
 
 
 def runs_ahead(device: torch.device) -> bool:
-    """Whether a step begins before the host knows if the one before it was the last."""
+    """Whether a step starts before the host knows if the previous one was the last."""
     return device.type != "cpu"
 
 
 class OnItsWay:
-    """A tensor of a device on its way to the host, which waits for nothing until the values are asked for."""
+    """An asynchronous copy of a tensor to the host; waits only when its values are read."""
 
     def __init__(self, tensor: Tensor):
         self._copy = tensor.to("cpu", non_blocking=True)
@@ -167,19 +167,19 @@ class OnItsWay:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the next tokens belong. Only the first of a generation is read from the device."""
+    """The place of the next tokens. Only the first one in a generation is read from the device."""
 
-    length: int  # slots of the cache in use
-    starts: Tensor | None  # the first slot that each sequence attends
+    length: int  # number of cache slots in use
+    starts: Tensor | None  # the first slot that each sequence attends to
     positions: Tensor  # of the tokens, (batch, 1)
-    rows: int  # above all positions
+    rows: int  # larger than all positions
 
 
 class _Loop:
-    """Where a generation stands: what `model.generate` passes from step to step, brought up to date when needed.
+    """The state of a generation: what `model.generate` passes from step to step, updated when needed.
 
     Args:
-        wanted: outputs of each call of the model that are kept.
+        wanted: names of the model's outputs to keep from each call.
     """
 
     def __init__(
@@ -201,8 +201,8 @@ class _Loop:
         self.decoder = None if self.processors else decoder
         self.model_kwargs = model_kwargs
         self.outputs: dict[str, list] = {name: [] for name in wanted}
-        self.pending = 0  # tokens that model_kwargs does not know of
-        self.undisturbed = False  # no code of others runs between two steps
+        self.pending = 0  # tokens that are not in model_kwargs yet
+        self.undisturbed = False  # no foreign code runs between two steps
         self._call: Callable = private.compiled_call(model, config, model_kwargs)
         self._place: Place | None = None
         self._random_state: Tensor | None = None
@@ -216,27 +216,27 @@ class _Loop:
         return self._took(private.prefill(self.model, input_ids, self.config, self.model_kwargs), input_ids)
 
     def runs_ahead(self, input_ids: Tensor) -> bool:
-        """Whether steps may be early; asked once, after the prompt."""
-        limited = getattr(self.cache, "max_cache_len", None) is not None  # a token too many would be an error
+        """Whether steps may start early; called once, after the prompt."""
+        limited = getattr(self.cache, "max_cache_len", None) is not None  # an extra token could be an error
         self._forward_may_be_early = (
             not limited and not self.outputs and private.forward_may_be_early(input_ids, self.config, self.cache)
         )
         return runs_ahead(input_ids.device) and (self.decoder is not None or self._forward_may_be_early)
 
     def early_step(self, input_ids: Tensor) -> Tensor | None:
-        """The tokens that follow, which `take_back` can undo; None if it could not."""
+        """The next tokens, from a step that `take_back` can undo; None if it could not."""
         if self.do_sample:
             self._random_state = torch.get_rng_state()  # the sampler draws from the CPU's generator, on any device
         following = self.decode(input_ids[:, -1:])
         return self.forward(input_ids) if following is None and self._forward_may_be_early else following
 
     def step(self, input_ids: Tensor) -> Tensor:
-        """The tokens that follow."""
+        """The next tokens."""
         following = self.decode(input_ids[:, -1:])
         return self.forward(input_ids) if following is None else following
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """The tokens that follow, from the model's forward."""
+        """The next tokens, from the model's forward."""
         if self.pending:
             outputs = CausalLMOutputWithPast(**{CACHE: self.cache})
             self.model_kwargs = private.after(self.model, outputs, self.model_kwargs, self.pending)
@@ -248,7 +248,7 @@ class _Loop:
         self.model_kwargs = private.after(self.model, outputs, self.model_kwargs)
         self.pending = 0
         self._place = None
-        # Processors may write what they are given.
+        # Processors may write their input.
         logits = outputs.logits[:, -1].to(input_ids.device, torch.float32, copy=bool(self.processors or self.outputs))
         for name, kept in self.outputs.items():
             kept.append(logits if name == "logits" else outputs[name])
@@ -257,7 +257,7 @@ class _Loop:
         return next_token(logits, self.do_sample, **self.filters)
 
     def decode(self, last: Tensor) -> Tensor | None:
-        """The tokens that follow, from one op; None if it cannot give them."""
+        """The next tokens, from one op; None if the op does not support the call."""
         decoder = self.decoder
         if decoder is None or decoder.is_wrapped():
             return None
@@ -268,7 +268,7 @@ class _Loop:
                 place = self._find_place(last, plan)
             plan.check_positions(place.rows)
         except Left:
-            return None  # the model's forward, which is asked then, counts the reason
+            return None  # the model's forward, which runs then, counts the reason
         following = decoder.step(
             plan,
             decode_token_,
@@ -285,7 +285,7 @@ class _Loop:
         return following
 
     def take_back(self) -> None:
-        """Undoes the last step, which was early."""
+        """Undoes the last step, which started early."""
         if self.cache is not None:
             self.cache.crop(-1)
         if self._random_state is not None:
@@ -298,7 +298,7 @@ class _Loop:
             mask = F.pad(mask, (0, self.pending), value=1)
         starts = left_padding(mask, last, length)
         if positions is None and plan.family.tables == "sections":
-            raise Left("no position_ids were given, which this model finds itself")
+            raise Left("no position_ids were passed; this model computes its own")
         if positions is None:
             return Place(length, starts, torch.full(last.shape, length, device=last.device), length + 1)
         positions = rows_of(positions[..., -1:] + self.pending, last)

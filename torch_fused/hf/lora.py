@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT on linear layers, as the decode step takes them."""
+"""PEFT's LoRA adapters on linear layers, for the decode step."""
 
 import sys
 from collections.abc import Callable
@@ -9,12 +9,12 @@ from torch import nn
 
 from .adapters import LORA_CLASS
 
-MERGE = "merge the adapter, as peft's merge_and_unload() does"
+MERGE = "merge the adapter with peft's merge_and_unload()"
 
 
 @dataclass(frozen=True)
 class Low:
-    """What one active adapter adds to a layer: ``scale * b(a(dropout(x)))``."""
+    """An active adapter, which adds ``scale * b(a(dropout(x)))`` to a layer."""
 
     a: nn.Linear
     b: nn.Linear
@@ -23,7 +23,7 @@ class Low:
 
 
 def is_lora(module: nn.Module) -> bool:
-    """Whether a module is a linear layer with PEFT's LoRA around it, and computes what PEFT wrote."""
+    """Whether a module is a linear layer with PEFT's LoRA, with PEFT's original code."""
     layers = sys.modules.get("peft.tuners.lora.layer")
     if layers is None or type(module).__module__ not in (layers.__name__, LORA_CLASS[0]):
         return False
@@ -39,9 +39,9 @@ def _is_peft(function: Any, module: Any) -> bool:
 
 
 def lora_of(module: Any) -> tuple[list[Low], str]:
-    """The active adapters of a layer for which `is_lora` holds, or why they cannot be told."""
-    if module.disable_adapters and module.merged:  # PEFT takes it back in the next call
-        return [], "a merged adapter is disabled: call the model once"
+    """The active adapters of a layer for which `is_lora` holds, or why they are not supported."""
+    if module.disable_adapters and module.merged:  # PEFT unmerges it in the next call
+        return [], "a merged adapter is disabled; call the model once to unmerge it"
     if module.disable_adapters or module.merged:
         return [], ""
     found: list[Low] = []
@@ -52,7 +52,7 @@ def lora_of(module: Any) -> tuple[list[Low], str]:
         if name in module.lora_variant:
             return [], f"adapter {name!r} is a {type(module.lora_variant[name]).__name__}, not plain LoRA: {MERGE}"
         if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None or b.bias is not None:
-            return [], f"adapter {name!r} is not of plain linear layers without biases: {MERGE}"
+            return [], f"adapter {name!r} has matrices other than plain linear layers without biases: {MERGE}"
         if type(dropout) not in (nn.Identity, nn.Dropout):
             return [], f"adapter {name!r} has a {type(dropout).__name__}: {MERGE}"
         found.append(Low(a, b, float(module.scaling[name]), dropout))
@@ -60,7 +60,7 @@ def lora_of(module: Any) -> tuple[list[Low], str]:
 
 
 def settings_of(module: Any) -> list[tuple[Callable[[Any], Any], Any]]:
-    """Functions and arguments whose results are other objects when the adapters of a layer are others."""
+    """Functions and arguments with results that change when the adapters of a layer change."""
     if not is_lora(module):
         return []
     own = module.__dict__.get

@@ -1,4 +1,4 @@
-"""The loss of a model whose head's logits are made only if somebody looks at them."""
+"""The loss of a model, with logits that are computed only when they are read."""
 
 import inspect
 import threading
@@ -24,7 +24,7 @@ _running = threading.local()
 
 
 class HeadLoss:
-    """What a causal language model with labels does with its head: a note for `head_forward`, and counts.
+    """Tells `head_forward` that a causal language model runs with labels, and counts losses and logits.
 
     Args:
         model: the model.
@@ -47,7 +47,7 @@ class HeadLoss:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within it, the model's head gives `Logits` on this thread."""
+        """In this context, the model's head returns `Logits` on this thread."""
         before = getattr(_running, "loss", None)
         _running.loss = self
         try:
@@ -56,20 +56,20 @@ class HeadLoss:
             _running.loss = before
 
     def report(self) -> list[str]:
-        """What the calls with labels so far did."""
-        lines = ["loss: of a call with labels, without its logits in memory"]
+        """Counts of the calls with labels so far."""
+        lines = ["loss: computed without the logits in memory"]
         return lines + [f"  {count} {what}" for what, count in self.calls.items()]
 
 
 def has_labels(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a forward with arguments of these names is asked for a loss."""
+    """Whether a forward with these argument names was called with labels."""
     if args and "labels" in names and len(args) > (place := names.index("labels")):
         return args[place] is not None
     return kwargs.get("labels") is not None
 
 
 def why_no_loss(model: Any, head: Any) -> str:
-    """Why a model's loss needs its logits; empty if it does not."""
+    """Why a model's loss needs all logits; empty if it does not."""
     if type(head) is not nn.Linear:
         return f"its head is {'missing' if head is None else f'a {class_name(head)}'}"
     config = model.config.get_text_config(decoder=True)
@@ -81,7 +81,7 @@ def why_no_loss(model: Any, head: Any) -> str:
 
 
 def head_forward(self, hidden: Tensor) -> Tensor:
-    """The class's own forward, or `Logits` where the model was called with labels."""
+    """Calls the class's own forward, or returns `Logits` if the model was called with labels."""
     loss = getattr(_running, "loss", None)
     if loss is None or not _can_wait(self, hidden):
         return type(self).forward(self, hidden)
@@ -100,18 +100,18 @@ def _can_wait(head: Any, hidden: Any) -> bool:
         and kind in ("cpu", "cuda", "mps")
         and len({operand.device for operand in operands}) == 1
         and hidden.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and function_of(head.__dict__.get("forward")) is head_forward  # nobody stands around it
+        and function_of(head.__dict__.get("forward")) is head_forward  # nothing wraps it
         and home_of(type(head)) is not None
         and not torch.jit.is_tracing()
     )
 
 
 class Logits(Tensor):
-    """Logits that a head has not made yet.
+    """Logits that a head has not computed yet.
 
-    `F.cross_entropy` of them, as transformers calls it, is `linear_cross_entropy` of the hidden states. Anything else
-    that is done with them makes them first, as the head would have: under the autocast and the gradient mode of its
-    call, and never from weights that have changed since.
+    `F.cross_entropy` of them, as transformers calls it, runs `linear_cross_entropy` of the hidden states. Any other use
+    computes them first, in the autocast and gradient mode of the head's call. If the weights have changed since then,
+    it raises an error.
     """
 
     _source: "_Source"
@@ -130,7 +130,7 @@ class Logits(Tensor):
         return self
 
     def made(self) -> Tensor:
-        """The logits themselves."""
+        """The logits, computed now if needed."""
         value = self.__dict__.get("_value")
         if value is None:
             with torch._C.DisableTorchFunctionSubclass():
@@ -161,7 +161,7 @@ class Logits(Tensor):
 
 
 class _Source:
-    """A call of a head: its weights, and how it would have made its logits."""
+    """A call of a head: its weights, and the modes in which it computes logits."""
 
     def __init__(self, loss: HeadLoss, head: nn.Linear, hidden: Tensor):
         self.loss = loss
@@ -171,7 +171,7 @@ class _Source:
         self.dtype = torch.get_autocast_dtype(self.device) if self.autocast else hidden.dtype
         self.gradients = torch.is_grad_enabled()
         self.versions = self._versions()
-        self.stepped = False  # an optimizer has changed the weights, perhaps where torch does not count it
+        self.stepped = False  # an optimizer has changed the weights, possibly without a new version number
         _steps.watch(self)
 
     def _versions(self) -> list[int]:
@@ -183,9 +183,9 @@ class _Source:
         """The modes of the head's call."""
         if self.stepped or self._versions() != self.versions:
             raise RuntimeError(
-                "apply_torch_fused: the logits of a call with labels are made when they are read, but the head's "
-                "weights have changed since that call: read outputs.logits before optimizer.step(), or pass loss=False "
-                "to apply_torch_fused"
+                "apply_torch_fused: the logits of a call with labels are computed when they are read, but the head's "
+                "weights have changed since that call. Read outputs.logits before optimizer.step(), or pass loss=False "
+                "to apply_torch_fused."
             )
         with (
             torch.autocast(self.device, dtype=self.dtype if self.autocast else None, enabled=self.autocast),
@@ -194,7 +194,7 @@ class _Source:
             yield
 
     def logits(self, hidden: Tensor) -> Tensor:
-        self.loss.count("times logits were made, as they were read")
+        self.loss.count("times the logits were computed because they were read")
         with self._then():
             return F.linear(hidden, self.weight, self.bias)
 
@@ -205,7 +205,7 @@ class _Source:
 
 
 class _Steps:
-    """Tells the calls of heads which weights an optimizer has stepped; a hook of torch's while there are such calls."""
+    """Marks the calls of heads whose weights an optimizer has updated, by a torch hook that exists while needed."""
 
     def __init__(self) -> None:
         self._sources: weakref.WeakSet[_Source] = weakref.WeakSet()
@@ -233,7 +233,7 @@ class _Steps:
 _steps = _Steps()
 
 
-# ---- what is done with logits that are not made yet -----------------------------------------------------------------
+# ---- operations on logits that are not computed yet -----------------------------------------------------------------
 
 
 def _float(logits: Logits) -> Any:
@@ -254,7 +254,7 @@ def _contiguous(logits: Logits) -> Any:
 
 
 def _getitem(logits: Logits, index: Any) -> Any:
-    """Of rows: `[..., begin:end, :]`."""
+    """Selects rows: `[..., begin:end, :]`."""
     if not isinstance(index, tuple) or [type(part) for part in index] != [type(...), slice, slice]:
         return NotImplemented
     if index[2] != slice(None):
@@ -298,4 +298,4 @@ _ABOUT = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.element_size),
     *(Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.is_complex),
 }
-"""What is known of logits without making them. Until they are made they require no gradient."""
+"""Properties that do not need the logits' values. Until they are computed, they require no gradient."""

@@ -1,4 +1,4 @@
-"""Checkpoints of MLX, whose layout is ours, with what transformers asks for in their config."""
+"""Loads MLX checkpoints, which have our layout, by adding what transformers needs to their config."""
 
 import os
 from typing import Any
@@ -12,23 +12,22 @@ from .quantization import TorchFusedConfig
 def load_mlx(
     path: str | os.PathLike[str], *, dtype: torch.dtype | str | None = None, **options: Any
 ) -> tuple[Any, Any]:
-    """Loads a quantised checkpoint of MLX, as it is, from a folder or a hub: ``(model, tokenizer)``.
+    """Loads a quantised MLX checkpoint from a folder or the Hugging Face hub: ``(model, tokenizer)``.
 
-    The packed matrices stay as they are in the file. ``from_pretrained`` alone cannot: in their config.json the
-    quantisation has no ``quant_method``, so transformers does not know whom to ask. Once saved with
-    ``save_pretrained``, the model loads with ``from_pretrained``.
+    The packed matrices are loaded unchanged. ``from_pretrained`` alone cannot load them, because MLX's config.json has
+    no ``quant_method``. After ``save_pretrained``, the model loads with ``from_pretrained``.
 
     Args:
         path: a folder, or the id of a repository.
-        dtype: of the model; None is what the checkpoint's config says. The scales keep their own.
+        dtype: dtype of the model; None uses the checkpoint's config. The scales keep their dtype.
         options: further arguments of ``AutoModelForCausalLM.from_pretrained``.
 
     Returns:
         The model, ready to generate, and its tokenizer.
 
     Raises:
-        RuntimeError: the checkpoint is not quantised, or it has bits, a group size or a mode other than affine that
-            are not supported, or its tensors are not whole or do not fit; the message names the module or tensor.
+        RuntimeError: the checkpoint is not quantised; its bits, group size or mode are not supported; or a tensor is
+            truncated or does not fit. The message names the module or tensor.
 
     Example:
         >>> model, tokenizer = load_mlx("mlx-community/Qwen2.5-0.5B-Instruct-4bit")
@@ -36,7 +35,7 @@ def load_mlx(
     config = AutoConfig.from_pretrained(path)
     given = getattr(config, "quantization", None) or getattr(config, "quantization_config", None)
     if not isinstance(given, dict) or "quant_method" in given:
-        raise RuntimeError(f"load_mlx: {path}: its config has no quantization of MLX")
+        raise RuntimeError(f"load_mlx: {path}: the config has no MLX quantization")
     config.quantization_config = config_of_mlx(given).to_dict()
     config.__dict__.pop("quantization", None)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -45,7 +44,7 @@ def load_mlx(
 
 
 def config_of_mlx(quantization: dict[str, Any]) -> TorchFusedConfig:
-    """The config for what MLX has in its own: the format, and modules that have another or none."""
+    """The config for an MLX quantization: its format, and modules with another format or none."""
     per_module = {name: form for name, form in quantization.items() if isinstance(form, dict) or form is False}
     for name, form in {"": quantization, **per_module}.items():
         mode = form.get("mode", "affine") if form else "affine"

@@ -1,4 +1,4 @@
-"""The forwards that replace transformers' own in the models of `families.py`, by what their rows say."""
+"""The forwards that replace transformers' own in the models of `families.py`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ from .transformers_private import APPLY_GATE, CACHE, KWARGS_REACH_CACHE, attenti
 
 
 def activation_of(module: Any) -> str:
-    """What an activation of transformers' or torch's computes: "silu", "gelu", "gelu_tanh", or "" for anything else."""
+    """The activation of a transformers or torch module: "silu", "gelu", "gelu_tanh", or "" for anything else."""
     if type(module) in (nn.SiLU, SiLUActivation):
         return "silu"
     if type(module) is nn.GELU:
@@ -29,11 +29,11 @@ def activation_of(module: Any) -> str:
     return ""
 
 
-# Each forward serves only calls that its class's own, as transformers wrote it, would serve alike.
+# Each forward runs only if its class's forward is transformers' original; otherwise it calls the class's forward.
 
 
 def _is_left(module: nn.Module) -> bool:
-    """Whether a call is the class's own: somebody has replaced it, or a compiler traces it, which fuses better."""
+    """Whether to call the class's forward: it was replaced, or a compiler traces it, which fuses better."""
     return home_of(type(module)) is None or torch.compiler.is_compiling()
 
 
@@ -52,7 +52,7 @@ def _norm_options(norm: Any) -> dict[str, Any]:
 def rotary_embedding_forward(
     self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The tables of cosines and sines in float32, without the steps that change nothing."""
+    """The tables of cosines and sines, computed in float32 with fewer ops."""
     of_type = () if layer_type is None else (layer_type,)
     prefix = "" if layer_type is None else f"{layer_type}_"
     rope_type = self.rope_type if layer_type is None else self.rope_type[layer_type]
@@ -77,8 +77,8 @@ def is_by_length(rope_type: str) -> bool:
 
 
 def attention_forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """What an attention computes, the positions of queries and keys by one kernel."""
-    if args or "position_embeddings" not in kwargs or _is_left(self):  # the order of arguments is the family's
+    """Attention that rotates queries and keys in one kernel."""
+    if args or "position_embeddings" not in kwargs or _is_left(self):  # the argument order differs by family
         return type(self).forward(self, hidden_states, *args, **kwargs)
     return _attention_forward(self, hidden_states, **kwargs)
 
@@ -112,7 +112,7 @@ def _attention_forward(
         beta, length = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
         q = q * home.get_llama_4_attn_scale(kwargs["position_ids"], beta, length).to(q.dtype)
     if held is not None:
-        handed = {"kwargs": kwargs} if KWARGS_REACH_CACHE else {}  # which the cache may change
+        handed = {"kwargs": kwargs} if KWARGS_REACH_CACHE else {}  # the cache may change them
         k, v = held.update(k, v, self.layer_idx, **handed)
     options: dict[str, Any] = {}
     if family.window:
@@ -144,11 +144,11 @@ GATED: dict[str, Callable[..., Tensor]] = {
     "gelu": partial(gelu_mul, casting_mode="llama"),
     "gelu_tanh": partial(gelu_mul, approximate="tanh", casting_mode="llama"),
 }
-"""Activation -> the op that multiplies it by another projection."""
+"""Activation -> the op that computes it and multiplies by the up projection."""
 
 
 def gated_op_of(activation: Any) -> Callable[..., Tensor] | None:
-    """The op with an activation; None if there is none, or something runs around it."""
+    """The op for an activation; None if there is none, or the activation is hooked or replaced."""
     if home_of(type(activation)) is None or "forward" in activation.__dict__ or _hooked(activation):
         return None
     return GATED.get(activation_of(activation))
@@ -169,7 +169,7 @@ def mlp_forward(self, x: Tensor) -> Tensor:
 
 
 def apply_gate(self, gate_up: Tensor) -> Tensor:
-    """What stands between the projections of experts: the rows of all tokens that have chosen one."""
+    """The activation between the projections of an expert, for the rows of its tokens."""
     left = _is_left(self) or not has_own_gate(type(self)) or not _plain(gate_up)
     gated = None if left else gated_op_of(self.act_fn)
     if gated is None:
@@ -184,14 +184,14 @@ def decoder_layer_forward(self, hidden_states: Tensor, *args, **kwargs) -> Tenso
     if args or _is_left(self):
         return type(self).forward(self, hidden_states, *args, **kwargs)
     if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and _checkpoints_forward(type(self)):
-        # A layer that is computed again in backward must not append to a cache again.
+        # A layer that is recomputed in backward must not append to a cache again.
         kwargs |= {name: value for name, value in NO_CACHE.items() if kwargs.get(name) is not None}
         return self._gradient_checkpointing_func(partial(_decoder_layer_forward, self, **kwargs), hidden_states)
     return _decoder_layer_forward(self, hidden_states, **kwargs)
 
 
 def _checkpoints_forward(cls: Any) -> bool:
-    """Whether transformers checkpoints in a layer's forward, which ours replaces; else in its call, around ours."""
+    """Whether transformers checkpoints inside a layer's forward, which ours replaces, and not in its `__call__`."""
     return "_gradient_checkpointing_func" in getattr(cls.forward, "__code__", _decoder_layer_forward.__code__).co_names
 
 
@@ -204,7 +204,7 @@ def _decoder_layer_forward(
     position_embeddings: Any = None,
     **kwargs: Any,
 ) -> Tensor:
-    """A layer's forward, its first addition and the norm that follows as one."""
+    """A layer's forward, with the first addition and the following norm fused."""
     family = family_of(self)
     before, before_mlp = family.norms_before
     after, after_mlp = family.norms_after
@@ -238,7 +238,7 @@ def _decoder_layer_forward(
 
 
 def _through(layer: Any, states: Tensor, *names: str | None) -> Tensor:
-    """What the layer's modules of these names make of states, one after the other."""
+    """Applies the layer's modules with these names, one after the other."""
     for name in names:
         if name is not None:
             states = layer._modules[name](states)
@@ -246,21 +246,21 @@ def _through(layer: Any, states: Tensor, *names: str | None) -> Tensor:
 
 
 def _can_join(norm: nn.Module, hidden_states: Tensor, residual: Tensor) -> bool:
-    """Whether calling `norm` does nothing but `rms_norm`, on tensors that `add_rms_norm` takes."""
+    """Whether `norm` only calls `rms_norm`, and `add_rms_norm` supports the tensors."""
     if (
         function_of(norm.__dict__.get("forward")) is not rms_norm_forward
         or _hooked(norm)
         or home_of(type(norm)) is None
     ):
         return False
-    # Autocast, or a norm kept in float32, mixes dtypes; a model in parts has them on several devices.
+    # Autocast, or a norm kept in float32, mixes dtypes; a split model has tensors on several devices.
     tensors = (hidden_states, residual, norm.weight)
     alike = len({tensor.dtype for tensor in tensors}) == len({tensor.device for tensor in tensors}) == 1
     return alike and _plain(*tensors)
 
 
 def _plain(*tensors: Any) -> bool:
-    """Whether these are torch's own tensors: our ops do not take DTensors, for one."""
+    """Whether these are plain tensors; our ops do not support DTensors, for example."""
     for tensor in tensors:  # noqa: SIM110 (twice as fast as all())
         if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
             return False
@@ -268,7 +268,7 @@ def _plain(*tensors: Any) -> bool:
 
 
 def take_cache(kwargs: dict[str, Any], cache: Any = None) -> Any:
-    """The cache that was given by position, by its name or by the name it had before."""
+    """The cache passed by position, by its name or by its former name."""
     for name in (CACHE, "past_key_values"):
         named = kwargs.pop(name, None)
         cache = named if cache is None else cache
@@ -286,7 +286,7 @@ def _hooked(module: nn.Module) -> bool:
 
 
 Forwards = dict[tuple[str, str], Callable]
-"""(module, class) -> the forward bound on instances of exactly that class."""
+"""(module, class) -> the forward bound to instances of exactly this class."""
 
 RMS_NORMS: Forwards = {family.path("rms_norm"): rms_norm_forward for family in FAMILIES}
 ROTARY: Forwards = {
@@ -295,5 +295,5 @@ ROTARY: Forwards = {
 }
 MLPS: Forwards = {family.path("mlp"): mlp_forward for family in FAMILIES}
 EXPERTS: Forwards = {family.path("experts"): apply_gate for family in FAMILIES if family.experts}
-"""Of these it is `APPLY_GATE` that is replaced."""
+"""For these, `APPLY_GATE` is replaced instead of forward."""
 DECODER_LAYERS: Forwards = {family.path("decoder_layer"): decoder_layer_forward for family in FAMILIES}

@@ -1,4 +1,4 @@
-"""Whose code runs: transformers' and torch's own, ours, or somebody else's."""
+"""Finds out whose code runs: transformers', torch's, ours, or foreign code."""
 
 import inspect
 import os
@@ -14,16 +14,16 @@ from torch import nn
 
 _OURS = os.path.join(os.path.dirname(__file__), "")
 _DECORATORS = (os.path.join(os.path.dirname(transformers.__file__), ""), torch.no_grad.__call__.__code__.co_filename)
-"""Where decorators come from that are part of what they decorate: transformers, and the one file of `torch.no_grad`."""
+"""Files of decorators that count as part of the function: those of transformers, and that of `torch.no_grad`."""
 
 _found: dict[Any, Any] = {}
-"""Class -> (forward, its module), and module -> its functions that rotate, once found to be as they were written."""
+"""Class -> (forward, its module), and module -> its rotation functions, cached once they were found unmodified."""
 
 
 class Bound(partial):
-    """A function bound to a model like a method: accelerate looks for what a method has.
+    """A function bound to a model, with the attributes of a method, which accelerate needs.
 
-    Like a partial, which is bound to the modules inside, and unlike a method, it can be pickled with the model.
+    Unlike a method, it can be pickled with the model.
     """
 
     @property
@@ -36,24 +36,24 @@ class Bound(partial):
 
 
 def function_of(method: Any) -> Any:
-    """The function that is bound, as a method or by us; None if it is neither."""
+    """The function of a method or of one of our partials; None for anything else."""
     return getattr(method, "func", None) or getattr(method, "__func__", None)
 
 
 def is_ours(method: Any, module: nn.Module) -> bool:
-    """Whether `method` is a function of ours bound to `module`, by us or anew by somebody like accelerate."""
+    """Whether `method` is one of our functions bound to `module`, by us or by code like accelerate's."""
     if not _file(function_of(method)).startswith(_OURS):
         return False
     return (method.args[0] if isinstance(method, partial) else method.__self__) is module
 
 
 def class_of(module: Any) -> Any:
-    """The class of a module; the one that FSDP made its own of, if it did."""
+    """The class of a module; for FSDP's subclass, the original class."""
     return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.distributed."))
 
 
 def path_of(module: Any) -> tuple[str, str]:
-    """The module and the name of `class_of`."""
+    """The module and name of `class_of`."""
     cls = class_of(module)
     return cls.__module__, cls.__qualname__
 
@@ -73,30 +73,30 @@ def home_of(cls: type) -> ModuleType | None:
             return None
         found = _found[cls] = forward, sys.modules[own.__module__]
         if hasattr(found[1], "rotate_half"):
-            has_own_rotation(found[1])  # found now, for a compiler too
+            has_own_rotation(found[1])  # cached now, for a compiler
     return found[1]
 
 
 def has_own_rotation(home: Any) -> bool:
-    """Whether a modeling module of transformers still rotates queries and keys as it was written to."""
+    """Whether the rotation functions of a modeling module of transformers are unmodified."""
     functions = home.apply_rotary_pos_emb, home.rotate_half
     if _found.get(home.__name__) != functions:
         if not all(is_own(function, home.__name__) for function in functions):
             return False
-        if not any(isinstance(function, nn.Module) for function in functions):  # those load kernels at any time
+        if not any(isinstance(function, nn.Module) for function in functions):  # these may load kernels later
             _found[home.__name__] = functions
     return True
 
 
 def is_own(function: Any, *modules: str) -> bool:
-    """Whether a function is as transformers defines it, in one of `modules` if any are given."""
+    """Whether a function is transformers' original, defined in one of `modules` if any are given."""
     plain = _function_of_kernel(function)
     own = innermost(plain)
     return own is not None and own.__qualname__ == own.__name__ and (not modules or own.__module__ in modules)
 
 
 def innermost(function: Any) -> FunctionType | None:
-    """What transformers' decorators hold, if a module of transformers, torch or ours defines it; else None."""
+    """The function inside transformers' decorators if transformers, torch or we define it; else None."""
     while hasattr(function, "__wrapped__"):
         if not _file(function).startswith(_DECORATORS):
             return None
@@ -108,7 +108,7 @@ def innermost(function: Any) -> FunctionType | None:
 
 
 def describe(method: Callable | None) -> str:
-    """A name for somebody's function, in reports."""
+    """The name of a function, for reports."""
     if method is None:
         return "the class's own"
     function = getattr(method, "__func__", method)
@@ -122,7 +122,7 @@ def _file(function: Any) -> str:
 
 
 def _function_of_kernel(function: Any) -> Any:
-    """What the package ``kernels`` has put in a module, while it still calls that."""
+    """The original function inside a module that the package ``kernels`` put in its place."""
     if isinstance(function, nn.Module) and type(function).__module__.startswith("kernels."):
         if "forward" in function.__dict__:
             return None

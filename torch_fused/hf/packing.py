@@ -1,4 +1,4 @@
-"""Puts packed modules in the place of a model's linear layers and embeddings, and tells which."""
+"""Replaces a model's linear layers and embeddings by packed modules, and reports them."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from .origin import path_of
 
 PACKED = (QuantizedEmbedding, QuantizedLinear)
 METAL_LINEAR = ("transformers.integrations.metal_quantization", "MetalLinear")
-"""Transformers' own linear layer in the same layout; it calls the biases of the groups ``qbiases``."""
+"""Transformers' own packed linear layer, with the same layout; it calls the groups' biases ``qbiases``."""
 
 
 class Format(NamedTuple):
@@ -28,11 +28,11 @@ class Format(NamedTuple):
 
 
 class TiedLinear(QuantizedLinear):
-    """A head that multiplies with the packed matrix of an embedding: one matrix, in memory and in a checkpoint."""
+    """A head that uses the packed matrix of an embedding: one matrix, in memory and in checkpoints."""
 
     def __init__(self, embedding: QuantizedEmbedding, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)
-        self.__dict__["embedding"] = embedding  # not a module of this one: its tensors have one name
+        self.__dict__["embedding"] = embedding  # not a submodule, so that its tensors have only one name
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.bits, self.group_size = embedding.bits, embedding.group_size
         self.bias = bias
@@ -52,15 +52,15 @@ class TiedLinear(QuantizedLinear):
 
 @dataclass
 class QuantizationReport:
-    """What is packed in a model.
+    """Lists what is packed in a model.
 
     Args:
         packed: module -> its bits and group size.
-        dense: linear layer or embedding that is not packed -> why.
-        errors: module -> the error of its matrix against the file's, the root of the mean square over that of the
-            matrix. Only what was converted with one has an entry.
-        nbytes: of the packed matrices, scales and biases.
-        weights: their number of weights.
+        dense: linear layer or embedding that is not packed -> the reason.
+        errors: module -> the error of its matrix: the root mean square of the difference from the file's matrix,
+            divided by that of the matrix. Only for modules that were not converted exactly.
+        nbytes: bytes of the packed matrices, scales and biases.
+        weights: number of packed weights.
     """
 
     packed: dict[str, Format] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class QuantizationReport:
 
 @dataclass
 class Plan:
-    """What is to be packed: module -> format; what is not, and why; and which head is tied to which embedding."""
+    """Module -> format for modules to pack, module -> reason for dense ones, and head -> embedding for tied heads."""
 
     packed: dict[str, Format]
     dense: dict[str, str]
@@ -92,9 +92,9 @@ class Plan:
 def make_plan(
     model: nn.Module, choose: Callable[[str, nn.Module], Format | str], ties: Mapping[str, str] | None = None
 ) -> Plan:
-    """Asks `choose` for each linear layer and embedding: a format, or why it stays dense.
+    """Calls `choose` for each linear layer and embedding, which returns a format, or why it stays dense.
 
-    `ties` maps modules to those whose matrix they share; None finds what is shared now.
+    `ties` maps modules to the owners of their shared matrices; None uses what is shared now.
     """
     plan = Plan({}, {}, {})
     modules = dict(model.named_modules())
@@ -118,7 +118,7 @@ def make_plan(
             plan.ties[head] = embedding
             continue
         for name, other in ((head, embedding), (embedding, head)):
-            reason = plan.dense.get(name, f"it shares its matrix with {other}, which is not packed like it")
+            reason = plan.dense.get(name, f"it shares its matrix with {other}, which is not packed in the same way")
             plan.packed.pop(name, None)
             plan.dense[name] = reason
     return plan
@@ -153,7 +153,7 @@ def _shared(modules: dict[str, nn.Module]) -> dict[str, str]:
 
 
 def empty_packed(module: Any, form: Format, scales_dtype: torch.dtype | None) -> Any:
-    """A packed module for a dense one, on the meta device, except its bias, which is shared."""
+    """A packed module on the meta device for a dense one, with the same bias."""
     rows, columns = module.weight.shape
     options: dict[str, Any] = {**form._asdict(), "device": "meta", "dtype": scales_dtype}
     packed: Any
@@ -181,7 +181,7 @@ def pack_module(module: Any, form: Format, scales_dtype: torch.dtype | None) -> 
 
 
 def tie(model: nn.Module, ties: Mapping[str, str]) -> None:
-    """Lets heads use the packed matrices of embeddings, and transformers forget that it ties their parameters."""
+    """Makes heads use the packed matrices of embeddings, and removes transformers' ties between them."""
     for head, embedding in ties.items():
         dense: Any = model.get_submodule(head)
         packed: Any = model.get_submodule(embedding)
@@ -190,7 +190,7 @@ def tie(model: nn.Module, ties: Mapping[str, str]) -> None:
 
 
 def forget_ties(model: nn.Module, heads: Any) -> None:
-    """No longer lets transformers tie the parameters of these modules, which are none now."""
+    """Removes transformers' ties for these modules, which no longer have tied parameters."""
     names = {f"{head}.weight" for head in heads}
     for path, part in model.named_modules():
         if isinstance(part, PreTrainedModel):
@@ -202,7 +202,7 @@ def forget_ties(model: nn.Module, heads: Any) -> None:
 
 
 def unpack(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Puts dense modules in the place of packed ones; tied ones are tied as transformers ties them."""
+    """Replaces packed modules by dense ones; tied ones are tied by transformers again."""
     dense: Any
     names = {module: name for name, module in model.named_modules()}
     for name, module in packed_modules(model).items():
@@ -214,7 +214,7 @@ def unpack(model: nn.Module, dtype: torch.dtype | None) -> None:
             dense.bias = module.bias
             model.set_submodule(head, dense)
     for part in model.modules():
-        part.__dict__.pop("_tied_weights_keys", None)  # the class's own shows again
+        part.__dict__.pop("_tied_weights_keys", None)  # restores the class's attribute
         if isinstance(part, PreTrainedModel):
             part.all_tied_weights_keys = part.get_expanded_tied_weights_keys(all_submodels=True)
 

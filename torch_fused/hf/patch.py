@@ -1,4 +1,4 @@
-"""Binds fused forwards on the instances of one model, and takes them back."""
+"""Binds fused forwards to the modules of one model, and removes them again."""
 
 import inspect
 import threading
@@ -34,7 +34,7 @@ _locks_lock = threading.Lock()
 
 
 def lock_of(model: nn.Module) -> threading.RLock:
-    """The lock under which a model is patched and reverted, the same for the model alone and in a wrapper."""
+    """The lock for patching and reverting a model; a wrapper around the model has the same lock."""
     inner = next((module for module in model.modules() if issubclass(type(module), GenerationMixin)), model)
     with _locks_lock:
         return _locks.setdefault(inner, threading.RLock())
@@ -42,7 +42,7 @@ def lock_of(model: nn.Module) -> threading.RLock:
 
 @dataclass(frozen=True)
 class Patch:
-    """One attribute of one module; the class's own, if it is a method, shows again when it is taken away."""
+    """One attribute set on one module; removing it restores the class's own method, if there is one."""
 
     path: str
     module: nn.Module
@@ -55,13 +55,13 @@ class Patch:
 
     @property
     def wrapped(self) -> bool:
-        """Whether this is the forward of a causal language model, in a wrapper that says so, such as accelerate's for
-        mixed precision. It can stay there: without a `Decoder` it hands every call to the class's own."""
+        """Whether this is a causal language model's forward inside a wrapper that declares what it wraps, such as
+        accelerate's for mixed precision. It can stay: without a `Decoder` it calls the class's own forward."""
         return _runs_decoder(self.current) and not is_ours(self.current, self.module)
 
     @property
     def replaced(self) -> bool:
-        """Whether there is something else now. Accelerate binds a function anew when it takes its wrapper off."""
+        """Whether the attribute is something else now. Accelerate rebinds a function when it removes its wrapper."""
         current = self.current
         if current is None or current is self.value or self.wrapped:
             return False
@@ -69,9 +69,9 @@ class Patch:
 
 
 class PatchHandle:
-    """What :func:`apply_torch_fused` did to a model. As a context manager it reverts on exit.
+    """The patches that :func:`apply_torch_fused` applied to a model. As a context manager, it reverts them on exit.
 
-    It is saved and copied with the model; ``apply_torch_fused`` with the same flags returns it again.
+    The handle is saved and copied with the model; ``apply_torch_fused`` with the same flags returns it again.
 
     Example:
         >>> with apply_torch_fused(model, decode=False) as handle:
@@ -85,10 +85,10 @@ class PatchHandle:
         self._flags = flags
         self._patches: list[Patch] = []
         self._left: list[tuple[str, str]] = []  # (path, reason)
-        self._outside: list[tuple[str, str]] = []  # the same of what the decode step computes
+        self._outside: list[tuple[str, str]] = []  # the same, for parts that the decode step does compute
 
     def bind_forwards(self, forwards: Forwards) -> None:
-        """Binds the forward that `forwards` has for a module's class on each such module."""
+        """Binds to each module the forward in `forwards` for its class."""
         for path, module in self._model.named_modules():
             forward = forwards.get(path_of(module))
             if forward is None:
@@ -104,31 +104,31 @@ class PatchHandle:
                 self._bind(path, module, "forward", bind(forward, module))
 
     def bind_gates(self) -> None:
-        """Lets experts multiply their activation and the other projection by one op."""
+        """Fuses the activation of experts with the product that follows."""
         for path, module in self._model.named_modules():
             if path_of(module) in EXPERTS and has_own_gate(type(module)) and not why_left(module):
                 self._bind(path, module, APPLY_GATE, partial(EXPERTS[path_of(module)], module))
 
     def bind_generation(self, method: str, function: Callable) -> None:
-        """Binds a method that `generate` calls, on the model or on the model that a wrapper such as PEFT's holds."""
+        """Binds a method that `generate` calls to the model, or to the model inside a wrapper such as PEFT's."""
         for path, module in self._model.named_modules():
             if issubclass(type(module), GenerationMixin):
                 self._bind(path, module, method, Bound(function, module))
 
     def bind_causal_lms(self) -> None:
-        """Lets each causal language model look at its calls."""
+        """Binds the forwards of causal language models."""
         present = {path_of(module) for module in self._model.modules()} & CAUSAL_LMS
         forwards = {path: forward_of(path[1]) for path in present}
         self.bind_forwards({**dict.fromkeys(CAUSAL_LMS, causal_lm_forward), **forwards})
 
     def bind_decoder(self, gives_cache: bool = False, int8_products: bool = True) -> None:
-        """Lets each of these run steps of few tokens as one op."""
+        """Adds a `Decoder` to each causal language model, which runs short steps as one op."""
         for path, module in self._model.named_modules():
             if _runs_decoder(module.__dict__.get("forward")) and DECODER not in module.__dict__:
                 self._keep(path, module, DECODER, Decoder(module, gives_cache, int8_products))
 
     def bind_loss(self) -> None:
-        """Lets each of these make its loss without its logits."""
+        """Adds a `HeadLoss` to each causal language model, which computes its loss without storing logits."""
         names = {id(module): path for path, module in self._model.named_modules()}
         for path, module in self._model.named_modules():
             if not _runs_decoder(module.__dict__.get("forward")) or LOSS in module.__dict__:
@@ -143,10 +143,10 @@ class PatchHandle:
 
     def _keep(self, path: str, module: nn.Module, name: str, value: Decoder | HeadLoss) -> None:
         self._patches.append(Patch(path or type(module).__name__, module, name, value))
-        module.__dict__[name] = value  # not setattr: it is no part of the model
+        module.__dict__[name] = value  # not setattr: it is not part of the model
 
     def tell_what_stays(self, in_step: bool) -> None:
-        """Reports the parts of known families that no fused op computes, a line for each class."""
+        """Reports the parts of known families that no fused op computes, one line per class."""
         present = Counter(path_of(module) for module in self._model.modules())
         for (home, name), count in present.items():
             for family in FAMILIES:
@@ -155,20 +155,19 @@ class PatchHandle:
                     (self._outside if step else self._left).append((f"{count} x {name}", family.stays[name]))
 
     def _may_step(self, family: Family) -> bool:
-        """Whether there is a model of the family that can have a decode step."""
+        """Whether a model of the family is present and can have a decode step."""
         return family.has_step and any(path_of(module) == family.path("causal_lm") for module in self._model.modules())
 
     def tell_other_families(self) -> None:
-        """Reports, and warns of, models that can generate but are of no family that is known."""
+        """Reports models that can generate but do not belong to a known family, with a warning."""
         for path, module in self._model.named_modules():
             if issubclass(type(module), GenerationMixin) and path_of(module) not in CAUSAL_LMS:
                 inside = tuple(id(part) for part in module.modules())
                 parts = any(patch.name == "forward" and id(patch.module) in inside for patch in self._patches)
+                fused = "its decode step is left to transformers" if parts else "only its cache and sampler are fused"
                 reason = (
-                    f"{UNKNOWN.format(type(module).__name__)}: "
-                    f"{'its decode step is' if parts else 'all but its cache and its sampler is'} left to "
-                    "transformers. If its modules compute what those do, it takes one row in "
-                    "torch_fused/hf/families.py"
+                    f"{UNKNOWN.format(type(module).__name__)}: {fused}. If its modules compute the same as those, add "
+                    "a row to torch_fused/hf/families.py"
                 )
                 self._leave(path, module, reason)
                 warnings.warn(f"apply_torch_fused: {reason}", stacklevel=3)
@@ -178,8 +177,8 @@ class PatchHandle:
         if _runs_decoder(module.__dict__.get(method)):
             kept = DECODER in module.__dict__ or LOSS in module.__dict__
             if kept or not is_ours(module.__dict__[method], module):
-                return False  # another handle's, or in a wrapper
-            del module.__dict__[method]  # accelerate has taken its wrapper off after a revert
+                return False  # belongs to another handle, or is in a wrapper
+            del module.__dict__[method]  # accelerate has removed its wrapper after a revert
         if method in module.__dict__:
             self._leave(path, module, f"its {method} is already replaced by {describe(module.__dict__[method])}")
         elif module._compiled_call_impl is not None:
@@ -194,20 +193,20 @@ class PatchHandle:
         self._left.append((path or type(module).__name__, reason))
 
     def revert(self) -> None:
-        """Takes every patch back; the modules' ``__dict__`` are then as before. A second call does nothing.
+        """Removes every patch; the modules' ``__dict__`` are then as before. A second call does nothing.
 
         Raises:
-            RuntimeError: someone has replaced a patched method since. Nothing is reverted then. A wrapper around the
-                model's forward that says what it wraps, such as accelerate's for mixed precision, may stay.
+            RuntimeError: a patched method has since been replaced. Nothing is reverted then. A wrapper around the
+                model's forward with a ``__wrapped__`` attribute, such as accelerate's for mixed precision, may stay.
         """
         with lock_of(self._model):
             for patch in self._patches:
                 if patch.replaced:
                     raise RuntimeError(
                         f"torch_fused: cannot revert {patch.path}: its {patch.name} has been replaced by "
-                        f"{describe(patch.current)} since apply_torch_fused; remove that first. Nothing was reverted."
+                        f"{describe(patch.current)} after apply_torch_fused; remove that first. Nothing was reverted."
                     )
-            while self._patches:  # one by one: what is interrupted can be reverted again
+            while self._patches:  # one by one, so that an interrupted revert can be repeated
                 patch = self._patches[-1]
                 if not patch.wrapped:
                     patch.module.__dict__.pop(patch.name, None)
@@ -221,15 +220,15 @@ class PatchHandle:
         return bool(self._patches)
 
     def report(self) -> str:
-        """A table of what was patched, and of what was left to transformers with the reason."""
+        """A table of what was patched and what was not, with reasons."""
         lines = [f"torch_fused on {type(self._model).__name__}"]
         methods = [patch for patch in self._patches if isinstance(patch.value, partial)]
         counts = Counter((type(patch.module).__name__, patch.name) for patch in methods)
         lines += [f"  {count:4d} x {name}.{method}" for (name, method), count in counts.items()] or [
             "  nothing patched"
         ]
-        lines += [f"  left: {path}: {reason}" for path, reason in self._left]
-        lines += [f"  left outside of the decode step: {path}: {reason}" for path, reason in self._outside]
+        lines += [f"  not patched: {path}: {reason}" for path, reason in self._left]
+        lines += [f"  not fused outside the decode step: {path}: {reason}" for path, reason in self._outside]
         for patch in self._patches:
             if isinstance(patch.value, (Decoder, HeadLoss)):
                 lines += [f"  {line}" for line in patch.value.report()]
@@ -238,7 +237,7 @@ class PatchHandle:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         for patch in self._patches:
-            home_of(type(patch.module))  # found now: a compiler can look it up, but not find it
+            home_of(type(patch.module))  # cached now, because a compiler cannot compute it
 
     def __enter__(self) -> "PatchHandle":
         return self
@@ -260,55 +259,54 @@ def apply_torch_fused(
     int8_products: bool = True,
     loss: bool = True,
 ) -> PatchHandle:
-    """Makes ``model`` use fused ops: the same greedy tokens in float32, and with ``decode=False`` in any dtype.
+    """Makes ``model`` use fused ops. Greedy tokens stay the same in float32, and in any dtype with ``decode=False``.
 
-    Only this model's instances are touched: methods are bound on them, and no class and no global changes. Modules
-    whose class is not exactly one of a known family's, as docs/generate.md lists them, are left alone, and so are those
-    that hold or use something that is not known of their family, modules that accelerate, torch.compile or anybody else
-    has wrapped, and classes whose forward was replaced; the handle's report lists these.
-    A patched model can be saved, copied and sent to another process with its patches and its handle.
+    Only this model instance is patched; classes, globals and other models do not change. A module is not patched if its
+    class is not exactly one of a supported family (see docs/generate.md), if it contains or uses something unknown in
+    its family, if accelerate, torch.compile or other code has wrapped it, or if its class's forward was replaced. The
+    handle's report lists these modules. A patched model can be saved, copied and sent to another process, with its
+    patches and its handle.
 
     Args:
-        model: a transformers model, any module that holds one, or a pipeline, whose model is patched.
-        norms: RMS norms run as one kernel.
-        residual: in decoder layers, the addition after attention and the norm that follows it run as one kernel;
-            needs ``norms``.
-        rotary: queries and keys are rotated by their positions in one kernel.
-        mlp: the activation between the feed-forward projections, ``silu(gate) * up`` or that with a gelu, runs as one
-            kernel, in experts too.
-        cache: ``generate()`` uses a :class:`FusedKVCache` where it would make a ``DynamicCache``, and so does a call of
-            the model without gradients and without a cache, if ``decode`` can go on from it. Your own cache, another
+        model: a transformers model, a module that contains one, or a pipeline, which has its model patched.
+        norms: run RMS norms as one kernel.
+        residual: in decoder layers, fuse the addition after attention with the norm that follows; requires ``norms``.
+        rotary: rotate queries and keys in one kernel.
+        mlp: run the activation between the feed-forward projections, ``silu(gate) * up`` or the same with gelu, as one
+            kernel, also in experts.
+        cache: ``generate()`` creates a :class:`FusedKVCache` instead of a ``DynamicCache``. So does a call of the model
+            without gradients and without a cache, if ``decode`` can continue from it. Your own cache, another
             ``cache_implementation`` and ``use_cache=False`` are respected.
-        sampler: the loop of ``generate()`` is ours, for greedy and sampled tokens: it picks them with
-            :func:`torch_fused.sampling.greedy` and :func:`torch_fused.sampling.sample`, which take over temperature,
-            top-k, top-p and min-p; other processors run as before. What is drawn follows ``torch.manual_seed`` but is
-            another draw than transformers' from the same probabilities. Beams, assisted generation and
-            ``output_scores`` are transformers' own. Where transformers compiles the model, as for a static cache on a
-            GPU, so does this loop.
-        decode: with a `FusedKVCache`, up to 8 new tokens of up to 8 sequences go through the whole model in one op,
-            several times as fast. The op keeps float32 between the weights, so in float32 the tokens are transformers'
-            own, and in bfloat16, float16 and under autocast the logits, which are then float32, are nearer to the
-            exact ones than transformers' are: set this to False to have its roundings. On a GPU ``generate()`` then
-            starts each step before it knows whether the one before it was the last, and takes back one too many.
-            Whatever the op cannot do, such as hooks or attention maps, runs as before; the report tells why.
-        int8_products: of packed matrices, in that op on the CPU: vectors are rounded to int8 for them, 8
-            values a scale, which is faster. False: as float32.
-        loss: a call with ``labels`` makes its loss by :func:`torch_fused.functional.linear_cross_entropy`, in training
-            and without gradients alike, as transformers counts it: labels shifted, ``ignore_index``,
-            ``num_items_in_batch``. ``outputs.logits`` are made only when they are read, which must be before
-            ``optimizer.step()`` changes the weights: after it, reading them raises. Models that change their logits
-            before the loss (soft caps, scales) and heads that are no plain ``nn.Linear`` keep transformers' way.
+        sampler: ``generate()`` uses torch_fused's loop for greedy decoding and sampling, with
+            :func:`torch_fused.sampling.greedy` and :func:`torch_fused.sampling.sample`. They replace the processors
+            for temperature, top-k, top-p and min-p; other processors run as before. Sampled tokens follow
+            ``torch.manual_seed`` and have the same probabilities as in transformers, but are different draws. Beam
+            search, assisted generation and ``output_scores`` use transformers' loop. Like transformers, this loop
+            compiles the model for a static cache on a GPU.
+        decode: with a `FusedKVCache`, run up to 8 new tokens of up to 8 sequences through the whole model in one op,
+            which is several times faster. Activations stay float32 in the op. In float32 the tokens are the same as in
+            transformers. In bfloat16, float16 and under autocast, the logits are float32 and closer to the exact ones;
+            set this to False for transformers' rounding. On a GPU, ``generate()`` starts each step before it knows
+            whether the last token ended the text, and undoes the extra step. Anything that the op does not support,
+            such as hooks or attention maps, runs as before; the report says why.
+        int8_products: in that op on the CPU, multiply packed matrices by activations rounded to int8, with one scale
+            per 8 values, which is faster. False multiplies in float32.
+        loss: in calls with ``labels``, compute the loss with :func:`torch_fused.functional.linear_cross_entropy`, with
+            or without gradients, and the same shift of labels, ``ignore_index`` and ``num_items_in_batch`` as in
+            transformers. ``outputs.logits`` are computed only when they are read; reading them after
+            ``optimizer.step()`` has changed the weights raises an error. Models that change their logits before the
+            loss (soft caps, scales) and heads other than a plain ``nn.Linear`` use transformers' loss.
 
     Returns:
-        A :class:`PatchHandle` with ``revert()`` and ``report()``, and a context manager that reverts. For a model that
-        is patched with the same flags, the handle that it has; with others it is patched anew.
+        A :class:`PatchHandle` with ``revert()`` and ``report()``, also a context manager that reverts. If the model is
+        already patched with the same flags, its existing handle; with other flags, it is patched again.
 
     Raises:
         TypeError: ``model`` is none of these.
-        RuntimeError: the model is part of one that is patched, or it has nothing that could be patched.
+        RuntimeError: the model is part of a patched model, or nothing in it could be patched.
 
     Warns:
-        UserWarning: a model is of no family that is known: all but its cache and its sampler is left to transformers.
+        UserWarning: a model does not belong to a supported family, so only its cache and sampler are fused.
 
     Example:
         >>> handle = apply_torch_fused(model)
@@ -338,8 +336,8 @@ def apply_torch_fused(
             found = [value for value in module.__dict__.values() if is_ours(value, module) and not _runs_decoder(value)]
             if found or DECODER in module.__dict__ or LOSS in module.__dict__:
                 raise RuntimeError(
-                    f"apply_torch_fused: model is already patched, at {path or 'its root'}, as a part of another: "
-                    "revert() that one's handle"
+                    f"apply_torch_fused: model is already patched, at {path or 'its root'}, as part of another model; "
+                    "revert() the handle of that model first"
                 )
         handle = PatchHandle(model, flags)
         try:
@@ -368,7 +366,7 @@ def apply_torch_fused(
                 handle.tell_other_families()
             if not handle.patched:
                 raise RuntimeError(f"apply_torch_fused: nothing could be patched.\n{handle.report()}")
-            model.__dict__[HANDLE] = handle  # not setattr: it is no part of the model
+            model.__dict__[HANDLE] = handle  # not setattr: it is not part of the model
         except BaseException:
             handle.revert()
             raise
@@ -378,7 +376,7 @@ def apply_torch_fused(
 def prepare_cache_for_generation(
     self, generation_config, model_kwargs: dict, generation_mode, batch_size: int, max_cache_length: int
 ) -> None:
-    """The class's own method; then a `FusedKVCache` instead of the `DynamicCache` that it made, if it made one."""
+    """Calls the class's own method, then replaces a `DynamicCache` that it created by a `FusedKVCache`."""
     user_cache = model_kwargs.get(CACHE)
     prepare_cache(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     cache = model_kwargs.get(CACHE)
@@ -391,17 +389,17 @@ def prepare_cache_for_generation(
 
 
 def why_left(module: nn.Module) -> str:
-    """Why a module of a known class stays with transformers; empty if it does not."""
+    """Why a module of a known class is not patched; empty if it can be."""
     family, part = known(module)
     if family is not None and part in ("mlp", "experts") and not mismatch(module):
         activation = getattr(module, family.activation if part == "mlp" else "act_fn")
         if activation_of(activation) not in GATED:
-            return f"its activation is {class_name(activation)}, neither silu nor gelu"
+            return f"its activation is {class_name(activation)}, not silu or gelu"
     return mismatch(module)
 
 
 def _runs_decoder(method: Any) -> bool:
-    """Whether this is our forward of a causal language model, be it in wrappers that say what they wrap."""
+    """Whether this is our forward of a causal language model, possibly inside wrappers that declare what they wrap."""
     function: Any = inspect.unwrap(method)
     return getattr(function_of(function) or function, "__code__", None) is causal_lm_forward.__code__
 

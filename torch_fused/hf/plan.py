@@ -1,4 +1,4 @@
-"""What the op of a decode step takes of a model, read by the row of its family."""
+"""Reads from a model what the decode op needs, following the row of its family."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ MOST_HEAD_DIM = 256  # on a GPU
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEVICES = ("cpu", "cuda", "mps")
 SHARED_FUNCTIONS = ("transformers.masking_utils", "transformers.modeling_utils")
-"""Where a family's module has functions from that are not its own."""
+"""Modules from which a family's module imports functions."""
 
 LINEAR_LAYERS = (nn.Linear, QuantizedLinear, TiedLinear)
 
@@ -31,12 +31,12 @@ NORMS = ("input_norm", "post_attention_norm"), ("attention_output_norm", "feed_f
 
 
 class Left(Exception):
-    """Why a model, or one call of it, is left to transformers."""
+    """The reason why a model, or one of its calls, is left to transformers."""
 
 
 @dataclass
 class Plan:
-    """What the op takes of a model."""
+    """The arguments of the decode op for a model."""
 
     decoder: Any  # a torch.classes.torch_fused.Decoder
     family: Family
@@ -44,14 +44,14 @@ class Plan:
     dtype: torch.dtype  # of the model's vectors and the cache
     device: torch.device
     rotary: Any
-    table_types: tuple[str | None, ...]  # the layer types that have tables of their own
+    table_types: tuple[str | None, ...]  # the layer types that have their own tables
     windows: list[int]
-    most_positions: int | None  # that the tables and the scale of queries hold for
-    dropout: list[nn.Module]  # that have some
-    attention: str  # the name of its function
+    most_positions: int | None  # the tables and the scale of queries are valid for this many
+    dropout: list[nn.Module]  # modules with dropout
+    attention: str  # the name of the attention function
     types: list[str] | None  # of layers
     tables: tuple[Tensor, Tensor] | None = None
-    frequencies: list = field(default_factory=list)  # those of the tables
+    frequencies: list = field(default_factory=list)  # of the tables
 
     @property
     def layers(self) -> int:
@@ -59,17 +59,17 @@ class Plan:
 
     @property
     def is_current(self) -> bool:
-        """Whether it is one for the model as it is now, if that is still made of the same parts."""
+        """Whether the plan still fits the model, if the model has the same modules and tensors."""
         types = self.types is None or self.types == self.config.layer_types
         softcap = not self.family.softcap or self.attention == attention_of(self.config)
         return self.decoder.is_current() and types and softcap
 
     def check_positions(self, positions: int) -> None:
         if self.most_positions is not None and positions > self.most_positions:
-            raise Left(f"positions past {self.most_positions - 1}, where this model turns or scales in another way")
+            raise Left(f"positions past {self.most_positions - 1}, where this model's rotary tables or queries change")
 
     def cos_and_sin(self, positions: int) -> tuple[Tensor, Tensor]:
-        """The model's own tables for at least that many positions, stacked if it has several."""
+        """The model's own tables for at least this many positions, stacked if it has several."""
         tables = self.tables
         if tables is None or tables[0].shape[-2] < positions or not self._has_frequencies():
             many = max(256, 1 << (positions - 1).bit_length())
@@ -96,8 +96,8 @@ def frequencies_of(rotary: Any, types: Iterable[str | None]) -> list[Tensor]:
 
 
 def _as_they_are(inv_freq: Tensor) -> Any:
-    # Comparing values would wait for a GPU: there, the tensor and torch's count of the writes to it.
-    on_the_host = inv_freq.is_cpu or inv_freq.is_inference()  # which has no count of writes
+    # Comparing values would wait for a GPU; there, the tensor and its version number are compared.
+    on_the_host = inv_freq.is_cpu or inv_freq.is_inference()  # inference tensors have no version number
     return inv_freq.clone() if on_the_host else (inv_freq, inv_freq._version)
 
 
@@ -108,7 +108,7 @@ def _are_still(known: Any, inv_freq: Tensor) -> bool:
 
 
 def read(model: Any, int8_products: bool = True) -> Plan | Left:
-    """The plan for a model of exactly the classes that `FAMILIES` names, or why there is none."""
+    """The plan for a model with exactly the classes in `FAMILIES`, or why there is none."""
     try:
         return _read(model, int8_products)
     except Left as left:
@@ -123,7 +123,7 @@ def _read(model: Any, int8_products: bool) -> Plan:
     family = family_of_model(model)
     if family is None:
         raise Left(UNKNOWN.format(type(model).__name__))
-    # What surrounds the model's forward, and hooks on the model, run around the step too.
+    # Wrappers around the model's forward, and hooks on the model, also run around the step.
     _reject_replaced_class("the model", model)
     _reject_unknown("the model", model)
     base = text_model(model, family)
@@ -132,7 +132,7 @@ def _read(model: Any, int8_products: bool) -> Plan:
         if hasattr(home, name) and not is_own(getattr(home, name), home.__name__, *SHARED_FUNCTIONS):
             raise Left(f"{home.__name__}.{name} has been replaced by {describe(getattr(home, name))}")
     if base is not model.model:
-        _reject_foreign_forward("the model in it", model.model)
+        _reject_foreign_forward("its inner model", model.model)
     reader = _Reader(family, base.config)
     reader.check("model", base, "model")
     layers = list(base.layers[: base.config.num_hidden_layers])
@@ -144,7 +144,7 @@ def _read(model: Any, int8_products: bool) -> Plan:
     found = [reader.layer(layer, i) for i, layer in enumerate(layers)]
     kinds: tuple = tuple(dict.fromkeys(types))
     if any(inv_freq.requires_grad for inv_freq in frequencies_of(rotary, kinds)):
-        raise Left("its rotary frequencies are trained")
+        raise Left("its rotary frequencies require a gradient")
     weights: dict[str, Any] = {
         "embedding": reader.matrix(embedding),
         "layers": [parts[name] for parts in found for name in LAYER_PARTS],
@@ -177,16 +177,16 @@ def _read(model: Any, int8_products: bool) -> Plan:
     if any(tensor.device != device for tensor in reader.packed):
         raise Left(f"not all of its packed matrices are on {device}")
     if isinstance(embedding, QuantizedEmbedding) and (embedding.output_dtype or embedding.scales.dtype) != dtype:
-        raise Left(f"embed_tokens gives another dtype than the norms' {dtype}")
+        raise Left(f"the output of embed_tokens does not have the norms' dtype, {dtype}")
     if dtype not in DTYPES or device.type not in DEVICES:
         raise Left(f"its weights are {dtype} on {device}")
     if device.type != "cpu" and reader.attentions[0].head_dim > MOST_HEAD_DIM:
         raise Left(f"its heads have more than {MOST_HEAD_DIM} dimensions")
     for path, module in model.named_modules():
         if path and has_hooks(module):
-            raise Left(f"hooks on {path}: remove them")
+            raise Left(f"{path} has hooks; remove them")
     if any(GLOBAL_HOOKS):
-        raise Left("hooks on all modules: remove them")
+        raise Left("there are global module hooks; remove them")
     try:
         decoder = make_decoder(**weights)
     except RuntimeError as error:
@@ -210,9 +210,9 @@ def _read(model: Any, int8_products: bool) -> Plan:
 def _reject_hybrid(family: Family, layers: list[Any]) -> None:
     for i, layer in enumerate(layers):
         if family.linear_attention and family.linear_attention in layer._modules:
-            raise Left(f"layer {i} is linear attention, of which the step has none: its other parts are fused")
+            raise Left(f"layer {i} has linear attention, which the decode step does not support; other parts are fused")
     if family.gated:
-        raise Left("its attention has gates, which the step has not: its other parts are fused")
+        raise Left("its attention has gates, which the decode step does not support; other parts are fused")
 
 
 def windows_of(config: Any, family: Family, layers: int) -> list[int]:
@@ -223,17 +223,17 @@ def windows_of(config: Any, family: Family, layers: int) -> list[int]:
     types = config.layer_types[:layers]
     unknown = set(types) - {"full_attention", "sliding_attention"}
     if unknown:
-        raise Left(f"it has layers of the type {', '.join(sorted(unknown))}")
+        raise Left(f"it has layers of unknown type: {', '.join(sorted(unknown))}")
     return [window if kind == "sliding_attention" else 0 for kind in types]
 
 
 def table_types_of(config: Any, family: Family, layers: int) -> list[str | None]:
-    """For each layer the name of its tables of cosines and sines; None if all have the same."""
+    """Per layer, the name of its tables of cosines and sines; None if all use the same."""
     return config.layer_types[:layers] if family.tables == "layer types" else [None] * layers
 
 
 def most_positions_of(config: Any, family: Family, rotary: Any, kinds: tuple) -> int | None:
-    """Up to which length the tables, and the scale of queries, are those of the first positions."""
+    """The length up to which the tables, and the scale of queries, do not change."""
     most = []
     for kind in kinds:
         rope_type = rotary.rope_type if kind is None else rotary.rope_type[kind]
@@ -247,7 +247,7 @@ def most_positions_of(config: Any, family: Family, rotary: Any, kinds: tuple) ->
 
 
 class _Reader:
-    """Takes modules and tensors out of a model, and looks that they are plain."""
+    """Collects modules and tensors from a model, and checks that they are plain."""
 
     def __init__(self, family: Family, config: Any):
         self.family = family
@@ -256,11 +256,11 @@ class _Reader:
         self.activations: list[str] = []
         self.attentions: list[Any] = []
         self.dropouts: list[nn.Module] = []
-        self.routing: list[tuple[int, bool]] = []  # experts a token, and whether their weights sum to 1
+        self.routing: list[tuple[int, bool]] = []  # experts per token, and whether their weights sum to 1
         self.tensors: list[Tensor] = []
         self.packed: list[Tensor] = []  # codes, scales and biases
         self.adapters: list[Adapter] = []
-        self.low: dict[str, list[Adapter]] = {}  # those of a layer, by the op's names, without their places
+        self.low: dict[str, list[Adapter]] = {}  # the adapters of one layer, by the op's names, without places
 
     # ---- modules ----------------------------------------------------------------------------------------------------
 
@@ -327,10 +327,10 @@ class _Reader:
         router = self.child(block, "gate", "router")
         experts = self.child(block, "experts", "experts")
         if experts.is_transposed or experts.has_bias or not experts.has_gate:
-            raise Left("its experts have biases, no gates or transposed matrices")
+            raise Left("its experts have biases, transposed matrices or no gates")
         _reject_replaced("the experts", experts, APPLY_GATE)
         if not has_own_gate(type(experts)):
-            raise Left(f"{APPLY_GATE} of its experts' class is not transformers'")
+            raise Left(f"{APPLY_GATE} of its experts is not transformers' own")
         self.routing.append((router.top_k, bool(router.norm_topk_prob)))
         self.activation(experts.act_fn)
         gate, up = self.tensor(experts, "gate_up_proj").chunk(2, 1)
@@ -390,7 +390,7 @@ class _Reader:
         return float(getattr(layer, self.family.residual_scale)) if self.family.residual_scale else 1.0
 
     def softcap(self, attention: Any) -> float:
-        """That of its scores, which only "eager" attention has: "sdpa" passes over it, or refuses it."""
+        """The soft cap of attention scores. Only "eager" attention has it; "sdpa" ignores or rejects it."""
         has = self.family.softcap and attention_of(self.config) == "eager"
         return float(attention.attn_logit_softcapping or 0) if has else 0.0
 
@@ -405,7 +405,7 @@ class _Reader:
         return self.parameter(norm, "weight")
 
     def linear(self, parent: nn.Module, **names: str) -> dict[str, Matrix | None]:
-        """The weights and biases of linear layers, by the op's name for each."""
+        """The weights and biases of linear layers, by the op's names."""
         found: dict[str, Matrix | None] = {}
         for part, name in names.items():
             layer, low = self.base_of(parent, name)
@@ -417,7 +417,7 @@ class _Reader:
         return found
 
     def split(self, parent: nn.Module, name: str, sizes: dict[str, int]) -> dict[str, Matrix | None]:
-        """The rows of one linear layer that stand for each of the op's matrices."""
+        """Splits the rows of one linear layer into several of the op's matrices."""
         layer, low = self.base_of(parent, name)
         matrix, bias = self.matrix(layer), None if layer.bias is None else self.parameter(layer, "bias")
         found: dict[str, Matrix | None] = {}
@@ -461,7 +461,7 @@ class _Reader:
 
     def tensor(self, module: nn.Module, name: str) -> Tensor:
         tensor = getattr(module, name)
-        # A subclass holds its values in another way: quantised, or sharded over devices.
+        # A subclass stores its values differently, for example quantised or sharded.
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
             raise Left(f"a weight of {class_name(module)} is a {class_name(tensor)}")
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
@@ -470,7 +470,7 @@ class _Reader:
 
 
 def _help(module: nn.Module) -> str:
-    """What would let the step have a module of another class."""
+    """How to make a module of another class work with the step."""
     if hasattr(module, "lora_A") or hasattr(module, "merged_adapters"):
         return f": {MERGE}"
     return ""
@@ -502,5 +502,5 @@ def _reject_replaced_class(what: str, module: nn.Module) -> None:
 
 def _only(what: str, values: Any) -> Any:
     if len(set(values)) != 1:
-        raise Left(f"it has several {what}: {', '.join(map(str, sorted(set(values), key=str)))}")
+        raise Left(f"it has different {what}: {', '.join(map(str, sorted(set(values), key=str)))}")
     return next(iter(values))

@@ -1,4 +1,4 @@
-"""Packed weights in transformers' way: a quantization config for `from_pretrained`, and `quantize_`."""
+"""Packed weights for transformers: a quantization config for `from_pretrained`, and `quantize_`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -41,21 +41,21 @@ SCALES = ("float32", "float16", "bfloat16")
 class TorchFusedConfig(QuantizationConfigMixin):
     """Packs the weights of a model while `from_pretrained` loads it.
 
-    Linear layers and embeddings are packed, a head that is tied to its embedding with it; norms and everything else
-    stay as they are, and so do matrices whose columns are no multiple of the group size. What was packed and what was
-    not is in ``model.hf_quantizer.report``.
+    Linear layers and embeddings are packed; a head that is tied to its embedding shares the packed matrix. Everything
+    else stays dense, and so do matrices with a number of columns that is not a multiple of the group size.
+    ``model.hf_quantizer.report`` lists what was packed and what was not.
 
     Args:
-        bits: 4 or 8, of a weight.
+        bits: bits per weight, 4 or 8.
         group_size: 32, 64 or 128 columns that share a scale and a bias.
-        modules_to_not_convert: names of modules that stay dense, matched as other configs of transformers match them.
-        per_module: exact module names with a format of their own, ``{"bits": ..., "group_size": ...}``, or False: it
-            stays dense.
-        scales_dtype: of scales and biases: float32, float16 or bfloat16; None is the model's.
-        quant_method: by which transformers finds this class for a config.json; not to be given.
+        modules_to_not_convert: names of modules that stay dense, matched as in transformers' other configs.
+        per_module: exact module name -> its own format, ``{"bits": ..., "group_size": ...}``, or False to keep it
+            dense.
+        scales_dtype: dtype of scales and biases: float32, float16 or bfloat16; None uses the model's.
+        quant_method: identifies this class in a config.json; do not pass it.
 
     Raises:
-        RuntimeError: ``bits``, ``group_size`` or ``scales_dtype`` is none of these; the message names the module.
+        RuntimeError: ``bits``, ``group_size`` or ``scales_dtype`` has another value; the message names the module.
 
     Example:
         >>> from transformers import AutoModelForCausalLM
@@ -106,7 +106,7 @@ class TorchFusedConfig(QuantizationConfigMixin):
         return None if self.scales_dtype is None else getattr(torch, self.scales_dtype)
 
     def note_formats(self, model: nn.Module) -> None:
-        """Writes down what is packed in another format than this config's own."""
+        """Records the modules that are packed in another format than this config's default."""
         self.per_module = {name: form for name, form in self.per_module.items() if form is False}
         for name, module in model.named_modules():  # tied heads too, for they have their embedding's
             if isinstance(module, PACKED) and (module.bits, module.group_size) != (self.bits, self.group_size):
@@ -115,7 +115,7 @@ class TorchFusedConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class TorchFusedQuantizer(HfQuantizer):
-    """What transformers asks while it loads a model with a `TorchFusedConfig`."""
+    """Called by transformers while it loads a model with a `TorchFusedConfig`."""
 
     requires_calibration = False
     quantization_config: TorchFusedConfig
@@ -151,7 +151,7 @@ class TorchFusedQuantizer(HfQuantizer):
                 self._check_dense(f"{name}.weight", shape)
                 module.weight = torch.empty(shape, dtype=self.dtype, device="meta")  # as it is read
         tie(model, {head: owner for head, owner in plan.ties.items() if self._is_tied(head)})
-        forget_ties(model, plan.ties)  # those that a checkpoint has twice are compared when they are loaded
+        forget_ties(model, plan.ties)  # matrices that a checkpoint has twice are compared after loading
 
     def _choose(self, model: PreTrainedModel, name: str) -> Format | str:
         chosen = self.quantization_config.format_of(name)
@@ -168,11 +168,11 @@ class TorchFusedQuantizer(HfQuantizer):
         return chosen
 
     def _is_tied(self, name: str) -> bool:
-        """Whether the module has no matrix of its own: it is tied, and the checkpoint has none for it."""
+        """Whether the module is tied and the checkpoint has no separate matrix for it."""
         return name in self._plan.ties and f"{name}.weight" not in (self._stored or {})
 
     def _scales_dtype(self, name: str) -> torch.dtype | None:
-        """As a checkpoint has them; else what is asked for."""
+        """The dtype in the checkpoint, or else the requested one."""
         found = (self._stored or {}).get(f"{name}.scales") if self.pre_quantized else None
         if found is not None and isinstance(found.dtype, torch.dtype):
             return found.dtype
@@ -183,7 +183,7 @@ class TorchFusedQuantizer(HfQuantizer):
         if found is None:
             return
         if found.dtype == torch.uint32:
-            raise RuntimeError(f"{found.name} is packed already; torch_fused.hf.load_mlx loads MLX's checkpoints")
+            raise RuntimeError(f"{found.name} is already packed; use torch_fused.hf.load_mlx for MLX checkpoints")
         if found.shape != shape:
             raise RuntimeError(f"{found.name} must have the shape {list(shape)}, got {list(found.shape)}")
 
@@ -221,7 +221,7 @@ class TorchFusedQuantizer(HfQuantizer):
 
 
 class Pack(ConversionOps):
-    """A weight as it is read -> the three tensors of the packed module that it is for."""
+    """Converts a weight, when it is read, to the three tensors of its packed module."""
 
     def __init__(self, quantizer: TorchFusedQuantizer):
         self._quantizer = quantizer
@@ -244,21 +244,21 @@ def quantize_(
     per_module: dict[str, Any] | None = None,
     scales_dtype: torch.dtype | str | None = None,
 ) -> QuantizationReport:
-    """Packs the weights of a model in place, as `from_pretrained` does with a :class:`TorchFusedConfig`.
+    """Packs the weights of a model in place, like `from_pretrained` with a :class:`TorchFusedConfig`.
 
-    The model can then be saved with ``save_pretrained``. Packed linear layers of transformers' own for Apple GPUs,
-    ``MetalLinear``, become ours as they are. Adapters are added afterwards.
+    The model can then be saved with ``save_pretrained``. ``MetalLinear`` layers, transformers' packed layers for Apple
+    GPUs, are converted without changing their weights. Add adapters afterwards.
 
     Args:
         model: a transformers model, any module, or a pipeline.
         bits, group_size, modules_to_not_convert, per_module, scales_dtype: as in :class:`TorchFusedConfig`.
 
     Returns:
-        What was packed, and what was left dense and why.
+        A report of what was packed, and what stayed dense and why.
 
     Raises:
         TypeError: ``model`` is none of these.
-        RuntimeError: an argument has the wrong value, or the model has adapters or is quantised in another way.
+        RuntimeError: an argument has a wrong value, or the model has adapters or is quantised in another way.
 
     Example:
         >>> print(quantize_(model, bits=8, group_size=32))
@@ -268,9 +268,9 @@ def quantize_(
     config = TorchFusedConfig(bits, group_size, modules_to_not_convert, per_module, scales_dtype)
     method = getattr(model, "quantization_method", None)
     if method not in (None, METHOD, "metal"):
-        raise RuntimeError(f"quantize_: model is quantised already, with {method}")
+        raise RuntimeError(f"quantize_: model is already quantised with {method}")
     if any(hasattr(module, "peft_config") for module in model.modules()):
-        raise RuntimeError("quantize_: model has adapters: quantise it first and add them afterwards")
+        raise RuntimeError("quantize_: model has adapters; quantise it before adding them")
     kept = [name for module in model.modules() for name in kept_in_float32(module)]
 
     def choose(name: str, module: Any) -> Format | str:
@@ -299,7 +299,7 @@ def quantize_(
 
 
 def give_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Lets embeddings whose scales have another dtype give the model's."""
+    """Sets the output dtype of embeddings to the model's if their scales have another dtype."""
     for module in packed_modules(model).values():
         if hasattr(module, "output_dtype") and module.scales.dtype != dtype:
             module.output_dtype = dtype

@@ -1,4 +1,4 @@
-"""Which of transformers' processors of scores the fused sampler stands for."""
+"""Splits transformers' logits processors into those that run as before and those that the fused sampler replaces."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-# In the order that `sample` applies them, which is transformers' order too, with what each passes on.
+# In the order of `sample`, which is also transformers' order, with the arguments each one sets.
 WARPERS: dict[type, Callable[[Any], dict[str, Any]]] = {
     TemperatureLogitsWarper: lambda warper: {"temperature": warper.temperature},
     TopKLogitsWarper: lambda warper: {"top_k": warper.top_k},
@@ -23,7 +23,7 @@ WARPERS: dict[type, Callable[[Any], dict[str, Any]]] = {
 
 
 def split_processors(processors: Sequence[LogitsProcessor]) -> tuple[LogitsProcessorList, dict[str, Any]]:
-    """The processors that run before a draw, and the arguments of `sample` that do the work of the last ones."""
+    """The processors that still run, and the arguments of `sample` that replace the last ones."""
     first = len(processors)
     order = list(WARPERS)
     following = len(order)

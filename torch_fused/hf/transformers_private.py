@@ -1,6 +1,6 @@
-"""All that is taken of transformers beyond its documented interface; each was seen in 5.17 and in 5.24.
+"""All uses of transformers' private interface, checked with 5.17 and 5.24.
 
-A name that a later version drops or changes is mended here.
+If a later version removes or renames something, fix it here.
 """
 
 import functools
@@ -17,22 +17,22 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 CACHE = "cache"
-"""Transformers' name for the cache, as an argument and in its outputs; before 5.24 it was ``past_key_values``."""
+"""Transformers' name for the cache in arguments and outputs; before 5.24 it was ``past_key_values``."""
 if CACHE not in signature(GenerationMixin.prepare_inputs_for_generation).parameters:
     CACHE = "past_key_values"
 
 KWARGS_REACH_CACHE = CACHE == "cache"
-"""Whether attention hands the cache what it got itself besides the states, as it does from 5.24 on."""
+"""Whether attention passes its other arguments on to the cache, as from 5.24 on."""
 
 PREPARE_CACHE = "_prepare_cache_for_generation"
-"""The method by which `generate` makes its cache, or takes the user's."""
+"""The method with which `generate` creates its cache, or takes the user's."""
 
 IDLE_HOOK = ("transformers.utils.output_capturing", "output_capturing_hook")
-"""The hook that a call for hidden states or attentions leaves on the layers; it does nothing in other calls."""
+"""The hook that stays on layers after a call for hidden states or attentions; it does nothing in other calls."""
 
 
 def kept_in_float32(module: Any) -> list[str]:
-    """Names of modules that the class wants in float32 whatever the model's dtype."""
+    """Names of modules that the class keeps in float32 for any dtype of the model."""
     return list(getattr(module, "_keep_in_fp32_modules", None) or ())
 
 
@@ -42,28 +42,28 @@ def attention_of(config: Any) -> str:
 
 
 def mask_function_of(attention: str) -> Any:
-    """What makes the masks for an attention function."""
+    """The function that makes the masks for an attention function."""
     return ALL_MASK_ATTENTION_FUNCTIONS[attention]
 
 
 def experts_function_of(config: Any) -> Any:
-    """What computes the experts of a mixture; None if their class's own forward does."""
+    """The function that computes the experts; None if the class's own forward does."""
     return moe.ALL_EXPERTS_FUNCTIONS.get(getattr(config, "_experts_implementation", None) or "eager", None)
 
 
 APPLY_GATE = "_apply_gate"
-"""The method of experts between their projections, for all ways to compute them but "eager"."""
+"""The method of experts between their projections, in all implementations except "eager"."""
 
 
 def has_own_gate(cls: Any) -> bool:
-    """Whether that of a class is transformers' own: the activation of one half times the other."""
+    """Whether a class has transformers' own method: the activation of one half times the other."""
     own = getattr(moe, "_default_apply_gate", None)
     return own is not None and getattr(cls, APPLY_GATE, None) is own
 
 
 @functools.cache
 def cache_argument(cls: Any) -> str:
-    """The name of the cache among the arguments of a class of linear attention, which differed from `CACHE`."""
+    """The name of the cache argument of a linear attention class, which used to differ from `CACHE`."""
     return CACHE if CACHE in signature(cls.forward).parameters else "cache_params"
 
 
@@ -71,12 +71,12 @@ def cache_argument(cls: Any) -> str:
 
 
 def prepare_cache(model: Any, config: GenerationConfig, model_kwargs: dict[str, Any], *more: Any) -> None:
-    """The class's own method."""
+    """Calls the class's own method."""
     getattr(type(model), PREPARE_CACHE)(model, config, model_kwargs, *more)
 
 
 def is_in_step_with_others(model: Any) -> bool:
-    """Whether all processes must call the model equally often, because it is in parts."""
+    """Whether all processes must call the model equally often, because it is sharded."""
     return is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
 
 
@@ -85,12 +85,12 @@ def pad_token(config: Any, device: torch.device) -> Tensor:
 
 
 def prefill(model: Any, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:
-    """The outputs for the prompt, which may go through the model in chunks."""
+    """The outputs for the prompt, which may be processed in chunks."""
     return model._prefill(input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant)
 
 
 def after(model: Any, outputs: Any, model_kwargs: dict[str, Any], tokens: int = 1) -> dict[str, Any]:
-    """The arguments of the model's next call, after one that `tokens` new ones followed."""
+    """The arguments of the model's next call, after a call that `tokens` new tokens followed."""
     return model._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=tokens)
 
 
@@ -99,7 +99,7 @@ def cache_in(model_kwargs: dict[str, Any]) -> Any:
 
 
 def compiled_call(model: Any, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:
-    """What `generate` calls for a new token: for a static cache on a GPU, the model compiled."""
+    """The function that `generate` calls for a new token: the compiled model for a static cache on a GPU."""
     if model._valid_auto_compile_criteria(model_kwargs, config):
         return model.get_compiled_call(config.compile_config)
     return model
@@ -111,5 +111,5 @@ def optimized_for_decode(model: Any) -> Any:
 
 
 def forward_may_be_early(input_ids: Tensor, config: GenerationConfig, cache: Any) -> bool:
-    """Whether `generate` calls the model before it knows whether the token before was the last."""
+    """Whether `generate` calls the model before it knows whether the previous token was the last."""
     return DeferredStopCheck.is_supported(input_ids.device, cache, True, is_assistant=config.is_assistant)

@@ -1,4 +1,4 @@
-"""Whether a model is still made of the same modules, tensors and functions, cheap enough to ask with every token."""
+"""Checks whether a model still has the same modules, tensors and functions, fast enough to run for every token."""
 
 from operator import is_not
 from typing import Any
@@ -20,21 +20,21 @@ FUNCTIONS = (
     "create_sliding_window_causal_mask",
     "slice_logits_to_keep",
 )
-"""What the classes of a family call by name in their module."""
+"""Functions that the classes of a family call by name in their module."""
 
 _NUMBERS = {
     *("variance_epsilon", "eps", "scaling", "attention_scaling", "rope_type", "attention_dropout", "is_causal", "p"),
     *("use_rope", "attn_logit_softcapping", "residual_multiplier", "embedding_multiplier", "head_dim", "approximate"),
     *("top_k", "norm_topk_prob"),
 }
-"""Attributes of modules that a decode step is made of."""
+"""Attributes of modules that a decode step depends on."""
 
 _SETTINGS = ("sliding_window", "logits_scaling", "final_logit_softcapping")
-"""Of a configuration, the same."""
+"""Settings of a configuration that a decode step depends on."""
 
 
 class Watch:
-    """A model as it was when this was made; changes of values in place do not matter."""
+    """A snapshot of a model's structure; in-place changes of values do not matter."""
 
     def __init__(self, model: nn.Module):
         self._modules = list(model.modules())
@@ -58,7 +58,7 @@ class Watch:
         for home in homes.values():
             functions = [(name, vars(home)[name]) for name in FUNCTIONS if name in vars(home)]
             self._lookups += [(vars(home).get, name) for name, _ in functions]
-            # They are modules, where kernels can be loaded into them.
+            # Functions that can be replaced by kernels are modules.
             self._lookups += [(vars(f).get, "forward") for _, f in functions if isinstance(f, nn.Module)]
         self._found = [get(name) for get, name in self._lookups]
         self._hooked = list(map(len, self._hooks))
@@ -66,7 +66,7 @@ class Watch:
         self._kind = self._present_kind()
 
     def _present_kind(self) -> Any:
-        """What ``model.to()`` changes, which keeps the parameters themselves."""
+        """The dtype and device, which ``model.to()`` changes while it keeps the parameters."""
         return None if self._parameter is None else (self._parameter.dtype, self._parameter.device)
 
     def holds(self) -> bool:
@@ -80,20 +80,20 @@ class Watch:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody's hooks, which may do anything, are around a module's forward."""
+    """Whether a module's forward has hooks that may change anything."""
     return bool(module._forward_pre_hooks) or not all(map(_is_idle, module._forward_hooks.values()))
 
 
 def _is_idle(hook: Any) -> bool:
-    """Whether a hook changes no result of a call without gradients that asks for no more than logits."""
+    """Whether a hook has no effect on a call without gradients that returns only logits."""
     code = getattr(hook, "__code__", None)
     return code is not None and (hook.__module__, code.co_name) in _IDLE
 
 
 _IDLE = {
-    # From the first call that asks for hidden states or attentions on.
+    # Present after the first call that asks for hidden states or attentions.
     IDLE_HOOK,
-    # From enable_input_require_grads, and what trainers of adapters do instead.
+    # From enable_input_require_grads, and the equivalents of adapter trainers.
     ("transformers.modeling_utils", "make_inputs_require_grads"),
     ("peft.peft_model", "make_inputs_require_grad"),
     ("peft.utils.other", "make_inputs_require_grad"),
