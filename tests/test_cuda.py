@@ -585,7 +585,7 @@ def test_cuda_doctor(device, capsys):
     status = main(["doctor", "--device", device])
     output = capsys.readouterr().out
     assert status == 0, output
-    assert f"ops are right on {device}" in output
+    assert f"ops are correct on {device}" in output
     assert "Metal source translated to CUDA" in output and "torch: " not in output
 
 

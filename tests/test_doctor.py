@@ -33,7 +33,7 @@ def test_doctor_reports_and_succeeds(capsys):
     output = capsys.readouterr().out
     assert torch.__version__ in output and "GB/s" in output
     assert all(f"  {op} " in output for op in CHECKS)
-    assert f"all {len(CHECKS)} ops are right on cpu" in output
+    assert f"all {len(CHECKS)} ops are correct on cpu" in output
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "adamw_", "decode_"])
@@ -71,7 +71,7 @@ def test_doctor_uses_no_op_before_its_check(monkeypatch, capsys):
     [
         ("mps", "this machine has no mps"),
         ("cuda:99", "this machine has no cuda:99"),
-        ("gpu", "there is no device 'gpu'"),
+        ("gpu", "unknown device 'gpu'"),
     ],
 )
 @pytest.mark.parametrize("command", ["doctor", "demo"])

@@ -107,9 +107,9 @@ def test_arguments_bind_as_torch_mps_binds_them():
     assert out.tolist() == [0.5, 7.0, 321.0, 1.5, 9.0]
     with pytest.raises(AttributeError, match=r"test.metal has no kernel 'missing'; it has \['bind'\]"):
         library.missing  # noqa: B018
-    with pytest.raises(ValueError, match="a threadgroup has 1 to 1024 threads, got group_size"):
+    with pytest.raises(ValueError, match="group_size must be 1 to 1024 threads in total, got"):
         library.bind(out, threads=2048, group_size=2048)
-    with pytest.raises(TypeError, match="bind: argument 1 is a tensor, a number or a list of numbers, got None"):
+    with pytest.raises(TypeError, match="bind: argument 1 must be a tensor, a number or a list of numbers, got None"):
         library.bind(out, None)
 
 
@@ -473,7 +473,7 @@ def test_libraries_are_kept_for_the_next_process(tmp_path, monkeypatch):
 
 
 def test_settings_that_are_not_there():
-    with pytest.raises(ValueError, match=r"schedule is one of .*, got 'backwards'"), emulate(schedule="backwards"):
+    with pytest.raises(ValueError, match=r"schedule must be one of .*, got 'backwards'"), emulate(schedule="backwards"):
         pass
     with pytest.raises(ValueError, match="no source named 'missing'"), emulate(sources={"missing": ""}):
         pass

@@ -12,22 +12,22 @@ from .metal import check as metal_check
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="torch_fused", description="Fused PyTorch ops: try them on this machine.")
+    parser = Parser(prog="torch_fused", description="Fused PyTorch ops: try and check them on this machine.")
     versions = f"torch_fused {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     parser.add_argument("--version", action="version", version=versions)
     commands = parser.add_subparsers(metavar="COMMAND")
-    command = commands.add_parser("demo", help="a model writes text, stock Hugging Face beside torch_fused")
+    command = commands.add_parser("demo", help="generate text and compare stock Hugging Face with torch_fused")
     demo.add_arguments(command)
     command.set_defaults(run=demo.run, prog=command.prog)
-    command = commands.add_parser("doctor", help="what runs where on this machine, and whether it is right")
+    command = commands.add_parser("doctor", help="check every op on this machine, and show which runtime it uses")
     doctor.add_arguments(command)
     command.set_defaults(run=doctor.run, prog=command.prog)
-    command = commands.add_parser("metal", help="what is in a Metal file, and what is wrong with it")
+    command = commands.add_parser("metal", help="list the kernels of a Metal file, and check it for errors")
     metal_check.add_arguments(command)
     command.set_defaults(run=metal_check.run, prog=command.prog)
     args = parser.parse_args(argv)
     if "run" not in args:
-        print("torch_fused: name a command: demo, doctor or metal (torch_fused --help explains them)", file=sys.stderr)
+        print("torch_fused: give a command: demo, doctor or metal (see torch_fused --help)", file=sys.stderr)
         return USAGE
     try:
         return args.run(args)
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{args.prog}: {error}", file=sys.stderr)
         return getattr(error, "status", 1)
     except KeyboardInterrupt:
-        return 130  # as a shell reports what an interrupt has ended
+        return 130  # the exit status of an interrupted command in a shell
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Arguments of the commands, and their errors: one line on stderr, and an exit status."""
+"""Arguments of the commands, and their errors: one line on stderr and an exit status."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ USAGE = 2
 
 
 class Failure(Exception):
-    """Why a command stops, in one line for its user."""
+    """An error that ends a command, reported in one line."""
 
     def __init__(self, message: object, status: int = 1) -> None:
         super().__init__(" ".join(str(message).split()))
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
     """Reports an error in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"{self.prog}: {message} ({self.prog} --help lists the options)\n")
+        self.exit(USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def device(text: str) -> str:
@@ -35,7 +35,7 @@ def device(text: str) -> str:
     try:
         chosen = torch.device(text)
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"there is no device {text!r}; use one of {', '.join(there)}") from None
+        raise argparse.ArgumentTypeError(f"unknown device {text!r}; use one of {', '.join(there)}") from None
     name = "cuda:0" if text == "cuda" else str(chosen)
     if name not in there:
         raise argparse.ArgumentTypeError(f"this machine has no {text}; use one of {', '.join(there)}")
@@ -43,19 +43,20 @@ def device(text: str) -> str:
 
 
 def prompt(text: str) -> str:
-    """Text for a tokenizer, for argparse. Bytes that are not text arrive as surrogates."""
+    """Text for a tokenizer, for argparse. Bytes that are not valid text arrive as surrogates."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("is empty; give some text, such as --prompt 'Hello'")
+        raise argparse.ArgumentTypeError("the prompt is empty; give some text, such as --prompt 'Hello'")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise argparse.ArgumentTypeError(f"is not text: {error}") from None
+        raise argparse.ArgumentTypeError(f"the prompt is not valid text: {error}") from None
     return text
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
     """An int or a finite float from `low` to `high`, for argparse."""
-    what = f"{'an integer' if kind is int else 'a number'} from {low} " + ("on" if high == math.inf else f"to {high}")
+    what = "an integer" if kind is int else "a number"
+    what += f" of at least {low}" if high == math.inf else f" from {low} to {high}"
 
     def parse(text: str) -> Any:
         try:
@@ -63,7 +64,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
         except ValueError:
             value = math.nan
         if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"takes {what}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
         return value
 
     return parse

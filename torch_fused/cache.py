@@ -1,4 +1,4 @@
-"""What is kept between runs, per user: compiled kernels and converted models."""
+"""The per-user cache of compiled kernels and converted models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _BUILDING = ".building-"
-"""What the names of folders begin with that are not ready yet."""
+"""Prefix of the names of unfinished folders."""
 
 
 class CacheError(RuntimeError):
@@ -23,13 +23,13 @@ class CacheError(RuntimeError):
         name = str(folder).encode(errors="backslashreplace").decode()  # whatever its bytes, it can be printed
         reason = getattr(reason, "strerror", None) or reason
         super().__init__(
-            f"torch_fused: the cache folder {name} cannot be used: {reason}. Set TORCH_FUSED_CACHE to a folder of "
-            "your own that can be written."
+            f"torch_fused: the cache folder {name} cannot be used: {reason}. Set TORCH_FUSED_CACHE to a writable "
+            "folder of your own."
         )
 
 
 def cache_dir(kind: str) -> Path:
-    """The user's cache folder for `kind`, made if need be, readable by nobody else. Raises CacheError.
+    """The user's cache folder for `kind`, created if needed, not readable by other users. Raises CacheError.
 
     ``$TORCH_FUSED_CACHE``, else ``torch_fused`` in ``$XDG_CACHE_HOME``, in ``~/Library/Caches`` on macOS, or in
     ``~/.cache``.
@@ -40,7 +40,7 @@ def cache_dir(kind: str) -> Path:
         owner = folder.stat().st_uid
     except OSError as error:
         raise CacheError(folder, error) from error
-    if owner != os.geteuid():  # what lies there is loaded and run
+    if owner != os.geteuid():  # its files are loaded and run
         raise CacheError(folder, f"it belongs to user {owner}, not to user {os.geteuid()}")
     return folder
 
@@ -59,17 +59,17 @@ def _base() -> Path:
 
 
 def kept(kind: str, key: str, build: Callable[[Path], None]) -> Path:
-    """The folder of the user's cache that `build` fills for `key`, now or in an earlier run. Raises CacheError.
+    """The cache folder for `key`, filled by `build` now or in an earlier run. Raises CacheError.
 
-    Its name holds the digest of what is in it: a folder that has been damaged is removed and built again. It is built
-    beside its place and renamed, so that half a folder is never taken. Of several processes that want the same one
-    builds, where the file system has locks.
+    Its name contains the digest of its contents: a damaged folder is removed and built again. It is built under a
+    temporary name and then renamed, so an unfinished folder is never used. If the file system has locks, only one of
+    several processes builds the same folder.
     """
     folder = cache_dir(kind)
     entry = _intact(folder, key)
     if entry is None:
         with _building(folder) as new, _alone(folder, key):
-            entry = _intact(folder, key)  # another process may have been quicker
+            entry = _intact(folder, key)  # another process may have built it
             if entry is None:
                 build(new)
                 entry = new.rename(folder / f"{key}.{_digest(new)}.{new.name.removeprefix(_BUILDING)}")
@@ -78,7 +78,7 @@ def kept(kind: str, key: str, build: Callable[[Path], None]) -> Path:
 
 @contextlib.contextmanager
 def _alone(folder: Path, key: str) -> Iterator[None]:
-    """Waits for others who are building `key`."""
+    """Waits for other processes that are building `key`."""
     path = folder / f".{key}.lock"
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
@@ -98,7 +98,7 @@ def _intact(folder: Path, key: str) -> Path | None:
 
 
 def _digest(folder: Path) -> str:
-    """Of the names, sizes and bytes of all files; "" if they cannot be read, as while another process removes them."""
+    """Digest of names, sizes and bytes of all files; "" if they cannot be read, for example while being removed."""
     digest = hashlib.sha256()
     try:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -115,12 +115,12 @@ def _digest(folder: Path) -> str:
 def _building(folder: Path) -> Iterator[Path]:
     """A new folder in `folder`, removed at the end if it is still there.
 
-    All who build share a lock. Who gets it alone knows that the folders of others are those of killed processes.
+    Builders share a lock. If one gets it exclusively, all other unfinished folders belong to killed processes.
     """
     with contextlib.ExitStack() as stack:
         try:
             lock = stack.enter_context(open(folder / ".lock", "a"))
-            with contextlib.suppress(OSError):  # somebody else is building, or the file system has no locks
+            with contextlib.suppress(OSError):  # another process is building, or the file system has no locks
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 for leftover in folder.glob(f"{_BUILDING}*"):
                     shutil.rmtree(leftover, ignore_errors=True)

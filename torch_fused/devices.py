@@ -1,4 +1,4 @@
-"""The device a command uses: which is best, its name, and waiting for it."""
+"""Devices for the commands: the best one, its name, and synchronization."""
 
 import platform
 import re
@@ -16,7 +16,7 @@ def best_device() -> str:
 
 
 def device_name(device: str) -> str:
-    """The vendor's name of the chip that `device` is; for a CPU on Linux with the number of its cores."""
+    """The vendor's name of the device; for a CPU on Linux also the number of cores."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     if platform.system() == "Darwin":
@@ -28,7 +28,7 @@ def device_name(device: str) -> str:
 
 
 def synchronize(device: torch.device | str) -> None:
-    """Waits until the device has done all its work."""
+    """Waits until the device has finished all its work."""
     kind = torch.device(device).type
     if kind != "cpu":
         getattr(torch, kind).synchronize()

@@ -1,4 +1,4 @@
-"""What runs where on this machine, and whether it is right: ``python -m torch_fused doctor``."""
+"""Checks every op on this machine and shows its runtime: ``python -m torch_fused doctor``."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device",
         type=arguments.device,
         default=best_device(),
-        help="mps, cuda or cpu (default: the best there is)",
+        help="mps, cuda or cpu (default: the best available)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints one block to paste into an issue. Returns 1 if any op gives a wrong result, else 0."""
+    """Prints a report to paste into an issue. Returns 1 if any op gives a wrong result, else 0."""
     device = args.device
     _print(_machine(device))
-    print("first use: one call, compiling the op's kernels or loading them from the cache included")
+    print("first use: one call, including compiling the op's kernels or loading them from the cache")
     wrong = 0
     for op, check in CHECKS.items():
         first = FirstUse(op, device)
         try:
             with first:
                 check(device)
-            verdict = "right"
+            verdict = "correct"
         except (AssertionError, RuntimeError) as error:
             verdict = f"WRONG: {str(error).splitlines()[0]}"
             wrong += 1
         runtime = status().get(op, {}).get(torch.device(device).type, "")
         print(f"  {op:29} {runtime:30} first use {first.milliseconds:8.2f} ms  {verdict}")
     _print(_speeds(device))
-    print(f"{wrong} of {len(CHECKS)} ops are wrong" if wrong else f"all {len(CHECKS)} ops are right on {device}")
+    print(f"{wrong} of {len(CHECKS)} ops are wrong" if wrong else f"all {len(CHECKS)} ops are correct on {device}")
     return 1 if wrong else 0
 
 
 class FirstUse(TorchDispatchMode):
-    """Times the first call of an op inside a ``with`` block, to its end on the device."""
+    """Times the first call of an op inside a ``with`` block, until the device has finished."""
 
     def __init__(self, op: str, device: str) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def _machine(device: str) -> dict[str, str]:
 
 
 def _speeds(device: str) -> dict[str, str]:
-    """After the checks, so that these time the first use of an op."""
+    """Runs after the checks, so that those time the first use of each op."""
     facts = {}
     x, weight = torch.ones(1, 64, device=device), torch.ones(64, device=device)
     op = torch.ops.torch_fused.rms_norm.default

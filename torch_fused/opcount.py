@@ -1,16 +1,16 @@
-"""Counts the ops that reach a device: what a token costs in launches on MPS or CUDA."""
+"""Counts the ops that reach a device, which is the number of launches per token on MPS or CUDA."""
 
 from collections import Counter
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Views under another name, and bookkeeping: nothing of theirs reaches the device.
+# Ops that are views or bookkeeping, and do not reach the device.
 _FREE = {"aten::_unsafe_view", "aten::_reshape_alias", "aten::lift_fresh", "aten::detach", "aten::alias"}
 
 
 class OpCounter(TorchDispatchMode):
-    """Counts ops by name while it is active, views aside.
+    """Counts ops by name while it is active, except views.
 
     Example:
         >>> with OpCounter() as ops:
@@ -34,7 +34,7 @@ class OpCounter(TorchDispatchMode):
 
 
 def ops_per_token(generate, tokens: int) -> float:
-    """Ops of one decoded token: those of ``generate(tokens + 1)`` less those of ``generate(1)``, over ``tokens``."""
+    """Ops per decoded token: those of ``generate(tokens + 1)`` minus those of ``generate(1)``, over ``tokens``."""
     totals = []
     for count in (1, tokens + 1):
         with torch.no_grad(), OpCounter() as ops:

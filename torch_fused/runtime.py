@@ -2,7 +2,7 @@
 
 import torch
 
-from .ops import decode, kv_cache  # noqa: F401  what no other module of the package's face imports: they register ops
+from .ops import decode, kv_cache  # noqa: F401  imported to register their ops
 from .ops.library import COMPOSED
 
 _RUNTIMES = {"cpu": "vectorised C++", "cuda": "Metal source translated to CUDA", "mps": "Metal"}

@@ -1,6 +1,6 @@
-"""Every op once on a device, on small and awkward shapes that reach every kernel, against float64 on the CPU.
+"""Runs every op on a device, with small and awkward shapes that reach every kernel, and compares with float64.
 
-For the doctor, and for the memory and race checkers of a GPU.
+Used by the doctor, and for GPU memory and race checkers.
 """
 
 from collections.abc import Callable, Iterable
@@ -35,30 +35,30 @@ from .testing import make, relative_error
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 INT8_TOLERANCE = 1.6e-2
-"""Of a CPU's products with vectors rounded to int8, at these sizes."""
+"""For products on a CPU with vectors rounded to int8, at these sizes."""
 
 
 def compare(what: str, actual: Iterable[Tensor], exact: Iterable[Tensor]) -> None:
-    """Raises AssertionError naming `what` if any tensor is further from float64 than its dtype explains."""
+    """Raises AssertionError naming `what` if any tensor differs from float64 by more than its dtype allows."""
     for i, (a, e) in enumerate(zip(actual, exact, strict=True)):
         error = relative_error(a, e)
         assert error < TOLERANCE[a.dtype], f"{what}, {a.dtype}, result {i}: relative error {error:.3g}"
 
 
 def longest_row(dtype: torch.dtype) -> int:
-    """Columns just too many for the registers of the largest threadgroup of a row kernel: 4 packs of 512 threads."""
+    """Slightly more columns than fit in registers of a row kernel's largest threadgroup: 4 packs of 512 threads."""
     return 8200 if dtype == torch.float32 else 16400
 
 
 def row_operands(device: str):
-    """(dtype, cols, tensors on the device, the same in float64): rows of every kernel, aligned and not."""
-    # One pack a thread, two, four, and rows too long for registers; odd lengths; rows misaligned by a view.
+    """(dtype, cols, tensors on the device, the same in float64): rows for every kernel, aligned and misaligned."""
+    # One, two and four packs per thread, and rows too long for registers; odd lengths; rows misaligned by a view.
     for dtype in DTYPES:
         for cols in (5, 896, 3001, 6000, 9000, longest_row(dtype)):
             for start in (0, 3):
                 x, residual = (make(3, cols + start, dtype=dtype, seed=s)[:, start:] for s in range(2))
                 tensors = (x, residual, make(cols, dtype=dtype, seed=2))
-                # A view of the device's copy of the whole rows, so that it is as misaligned there.
+                # A view of whole rows on the device, so that it is misaligned there too.
                 moved = [make(3, cols + start, dtype=dtype, seed=s).to(device)[:, start:] for s in range(2)]
                 yield dtype, cols, [*moved, tensors[2].to(device)], [t.double() for t in tensors]
 
@@ -97,7 +97,7 @@ def check_layer_norm_backward(device: str) -> None:
 
 
 def softmax_operands(device: str):
-    """(what, x and its gradient on the device, the same in float64): many long rows, and few, which share a GPU."""
+    """(what, x and its gradient on the device, the same in float64): many long rows, and few, which are split."""
     for dtype in DTYPES:
         for rows, cols in ((3, 5), (3, 3001), (3, 6000), (3, 9000), (130, longest_row(dtype)), (3, 17001)):
             for start in (0, 3):
@@ -119,7 +119,7 @@ def check_softmax_backward(device: str) -> None:
 
 
 def check_cross_entropy(device: str) -> None:
-    """Losses, and gradients with one scale and with one for each row; a row that is ignored."""
+    """Losses, and gradients with one scale and with one per row; one row is ignored."""
     for _, cols, (x, _, _), (x64, _, _) in row_operands(device):
         target = torch.tensor([cols - 1, -100, cols // 2])
         options: Any
@@ -168,7 +168,7 @@ def check_gelu_mul_backward(device: str) -> None:
 
 
 def rotary_operands(device: str):
-    """(what, q, k, cos and sin on the device, the same in float64): whole and partial rotations, odd halves."""
+    """(what, q, k, cos and sin on the device, the same in float64): full and partial rotations, odd halves."""
     for dtype in DTYPES:
         for head_dim, rotary_dim in ((64, 64), (80, 32), (13, 6)):
             q, k = (make(2, 5, heads, head_dim, dtype=dtype, seed=heads) for heads in (6, 2))
@@ -191,7 +191,7 @@ def check_rotary_backward(device: str) -> None:
 
 
 def adamw_operands(device: str, dtype: torch.dtype, state_dtype: torch.dtype, start: int) -> list[list[Tensor]]:
-    """Parameters, gradients and states of more tensors than a launch takes; views that begin `start` elements in."""
+    """Parameters, gradients and states of more tensors than fit in a launch, as views with offset `start`."""
     sizes = (5, 2049, 2112, 1, 0, 3000, 49, 4096, 130, 64)
     dtypes = (dtype, dtype, state_dtype, state_dtype)
     wholes = [[make(n + start, dtype=d, seed=9 * i + j) for j, n in enumerate(sizes)] for i, d in enumerate(dtypes)]
@@ -226,7 +226,7 @@ ADAMW_NUMBERS = {"lr": 0.02, "beta1": 0.875, "grad_scale": 4.0, "found_inf": 0.0
 def compare_adamw(
     what: str, actual: list[list[Tensor]], steps: list[Tensor], counts: list[Tensor], **options: Any
 ) -> None:
-    """A step over (parameters, gradients, averages, squares, and maybe maxima), against float64."""
+    """A step with (parameters, gradients, averages, squares, and optionally maxima), against float64."""
     exact = [[tensor.cpu().double() for tensor in tensors] for tensors in actual]
     for lists, step, of_step, settings in (
         (exact, adamw_reference, [count.clone() for count in counts], in_reference(options)),
@@ -240,7 +240,7 @@ def compare_adamw(
 
 
 def in_reference(options: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of adamw_ as the reference takes them, in float64."""
+    """The arguments of adamw_ for the reference, in float64."""
     moved = {name: value.cpu().double() if isinstance(value, Tensor) else value for name, value in options.items()}
     numbers = {name for name in ("lr", "beta1", "beta2") if isinstance(moved.get(name), Tensor)}
     return {f"{name}_tensor" if name in numbers else name: value for name, value in moved.items()}
@@ -257,7 +257,7 @@ def check_sum_of_squares(device: str) -> None:
 
 
 def logits(device: str):
-    """(what, logits on the device, the same on the CPU): one slice or several and a tail; equal, rounded, NaN rows."""
+    """(what, logits on the device, the same on the CPU): one or more slices and a tail; equal, rounded, NaN rows."""
     for dtype in DTYPES:
         for vocabulary in (5, 2048, 9001):
             x = make(4, vocabulary, dtype=dtype)
@@ -266,11 +266,11 @@ def logits(device: str):
 
 
 def same(what: str, actual: Tensor, exact: Tensor) -> None:
-    assert torch.equal(actual.cpu(), exact), f"{what}: not the reference's"
+    assert torch.equal(actual.cpu(), exact), f"{what}: differs from the reference"
 
 
 def packed_operands(device: str):
-    """(what, x and a packed matrix on the device, the same on the CPU, options): aligned and not, 1 vector and 5."""
+    """(what, x and a packed matrix on the device, the same on the CPU, options): aligned or not, 1 or 5 vectors."""
     for dtype in DTYPES:
         for bits, group_size, cols in ((4, 32, 96), (4, 64, 2112), (8, 32, 1120), (8, 128, 896)):
             packed = quantize(make(9, cols, dtype=dtype, scale=0.2), bits=bits, group_size=group_size)
@@ -319,7 +319,7 @@ def check_sample(device: str) -> None:
 
 
 def check_kv_append(device: str) -> None:
-    # Rows of whole packs, and of elements of 1 to 8 bytes, into the middle of a buffer; states with the heads behind
+    # Rows of whole packs, and of elements of 1 to 8 bytes, into the middle of a buffer; states with the heads after
     # the tokens.
     for dtype in (*DTYPES, torch.float64, torch.int8):
         for head_dim in (5, 64):
@@ -341,7 +341,7 @@ TRAITS = {
     "logits_softcap": 2.0,
     "activation": "gelu_tanh",
 }
-"""Numbers of a decoder that only some families have."""
+"""Settings of a decoder that only some families use."""
 
 
 def check_decode(device: str) -> None:
@@ -378,9 +378,9 @@ def check_decoder(
     traits: bool = False,
     experts: int = 0,
 ) -> None:
-    """Of dense matrices, or of packed ones with `bits` bits; norms and biases have the dtype `beside`.
+    """With dense matrices, or packed ones of `bits` bits; norms and biases have the dtype `beside`.
 
-    `traits`: with what only some families have. `experts`: beside feed-forward layers that all tokens share.
+    `traits`: with settings that only some families use. `experts`: in addition to a shared expert.
     """
     heads, batch, vocabulary = 4, 1 if steps == 1 else 2, 50
     intermediate = 96 if hidden == 64 else 71
@@ -428,7 +428,7 @@ def check_decoder(
         **(TRAITS if traits else {}),
         **({"experts_per_token": 2, "normalise_experts": True} if experts else {}),
     }
-    if traits:  # the gate's adapter makes gating a step of its own
+    if traits:  # the gate's adapter makes gating a separate step
         shapes = {"gate": (intermediate, hidden), "o": (hidden, queries)}
         model["adapters"] = [
             Adapter(LAYER_PARTS.index(name), scaled(4, cols, seed=27), scaled(rows, 4, seed=28), 0.5)
@@ -452,7 +452,7 @@ def check_decoder(
     moved = on(device, model)
     logits = decode_(make_decoder(**moved, int8_products=False), **on(device, arguments))
     compare(what, [logits.to(dtype)], [exact])
-    if bits:  # on a CPU vectors rounded to int8, elsewhere the same again
+    if bits:  # on a CPU with vectors rounded to int8, elsewhere the same as above
         error = relative_error(decode_(make_decoder(**moved), **on(device, arguments)), exact)
         assert error < INT8_TOLERANCE, f"{what}, as integers: relative error {error:.3g}"
 

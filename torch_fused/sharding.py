@@ -1,4 +1,4 @@
-"""Tensors that are spread over processes, the DTensors of FSDP2, as an optimizer sees them."""
+"""Helpers for optimizers with tensors that are sharded over processes (DTensors, as in FSDP2)."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -9,30 +9,30 @@ from torch import Tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor; without importing what defines it."""
+    """Whether it is a DTensor, without importing torch.distributed."""
     return hasattr(tensor, "to_local")
 
 
 def local(tensor: Any) -> Tensor:
-    """What this process has of it."""
+    """This process's part of the tensor."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def as_parameter(grad: Any, param: Any) -> Any:
-    """The gradient, placed as its parameter.
+    """The gradient, with the placements of its parameter.
 
     Raises:
-        ValueError: the parameter is placed so that its parts cannot be updated one by one.
+        ValueError: the parameter has a placement whose parts cannot be updated separately.
     """
     if not is_sharded(param):
         return grad
     if any(placement.is_partial() for placement in param.placements):
         raise ValueError(
-            f"AdamW: parameters must be sharded or replicated, got a DTensor with placements {param.placements}: a "
-            "step of its summands is not a step of their sum; redistribute it first"
+            f"AdamW: parameters must be sharded or replicated, got a DTensor with placements {param.placements}; "
+            "redistribute it first"
         )
     if not is_sharded(grad) or grad.device_mesh != param.device_mesh:
-        got = f"one on {grad.device_mesh}" if is_sharded(grad) else "one that is no DTensor"
+        got = f"one on {grad.device_mesh}" if is_sharded(grad) else "one that is not a DTensor"
         raise ValueError(f"AdamW: gradients must be on the mesh of their parameters, {param.device_mesh}, got {got}")
     return grad if grad.placements == param.placements else grad.redistribute(placements=param.placements)
 
@@ -40,7 +40,7 @@ def as_parameter(grad: Any, param: Any) -> Any:
 def total_of_shards(pairs: Sequence[tuple[Any, Tensor]], total: Callable[[list[Tensor]], Tensor]) -> Tensor:
     """`total`, a sum over the elements of a list, of (parameter, what this process has of it): over all processes.
 
-    Replicas are counted once. Devices add up on the first one's.
+    Replicas are counted once. The result is on the first device.
     """
     parts: dict[Any, list[Tensor]] = defaultdict(list)
     for param, part in pairs:

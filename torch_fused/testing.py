@@ -1,4 +1,4 @@
-"""Tolerances, tensors and comparisons that the tests, the benchmarks and the self-check share."""
+"""Tolerances, tensors and comparisons for the tests, the benchmarks and the self-check."""
 
 import ctypes
 import mmap
@@ -27,28 +27,28 @@ def make(
     scale: float = 1.0,
     requires_grad: bool = False,
 ) -> Tensor:
-    """A normal random tensor, the same values for a seed whatever the device."""
+    """A normal random tensor; a seed gives the same values on every device."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
     return values.to(dtype).to(device).requires_grad_(requires_grad)
 
 
 def layouts(values: Tensor, *, written: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """A tensor of the shape of `values` in every layout that an op must take: (name, tensor).
+    """Tensors with the shape of `values` in every layout that an op must accept: (name, tensor).
 
-    The tensors hold `values`; those whose elements share memory repeat some of them. What lies between the elements is
-    NaN, or the largest integer.
+    The tensors contain `values`; if their elements share memory, some values repeat. Gaps between elements contain
+    NaN or the largest integer.
 
     Args:
         values: any shape and dtype.
-        written: only layouts that a tensor may have that is written.
+        written: only layouts that are allowed for tensors that are written.
     """
     for name, make_layout in makers_of_layouts(values, written=written):
         yield name, make_layout()
 
 
 def makers_of_layouts(values: Tensor, *, written: bool = False) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """As `layouts`, with functions that make the tensors."""
+    """Like `layouts`, with functions that create the tensors."""
     shape, dims = list(values.shape), range(values.dim())
 
     def view_of(buffer_shape: Sequence[int], view: Callable[[Tensor], Tensor]) -> Tensor:
@@ -58,7 +58,7 @@ def makers_of_layouts(values: Tensor, *, written: bool = False) -> Iterator[tupl
         return view(torch.full(tuple(buffer_shape), gap, dtype=values.dtype, device=values.device)).copy_(values)
 
     def in_order(*order: int) -> Callable[[], Tensor]:
-        """The dimensions in this order in memory, the last one dense."""
+        """The dimensions in this memory order, the last one dense."""
         inverse = [order.index(d) for d in dims]
         return lambda: view_of([shape[d] for d in order], lambda t: t.permute(inverse))
 
@@ -102,7 +102,7 @@ def makers_of_layouts(values: Tensor, *, written: bool = False) -> Iterator[tupl
 
 
 def guarded(tensor: Tensor, *, at_end: bool = True) -> Tensor:
-    """A copy of the CPU tensor, with its strides, in memory that ends (or begins) where no access is allowed.
+    """A copy of the CPU tensor with the same strides, in memory that ends (or begins) at a guard page.
 
     Reading or writing past its last (or before its first) element is a segmentation fault.
     """
@@ -125,7 +125,7 @@ def guarded(tensor: Tensor, *, at_end: bool = True) -> Tensor:
 
 
 def misleading_row(vocabulary: int, scale: float = 1.0) -> Tensor:
-    """Logits ``(1, vocabulary)`` whose tokens in the sampler's sample of a row (sampling.metal) come last."""
+    """Logits ``(1, vocabulary)`` where the tokens that the sampler samples from a row (sampling.metal) rank last."""
     logits = make(1, vocabulary, scale=scale)
     places = torch.arange(1024)
     logits[0, (places << 10 | (places * 2654435761 & 0xFFFFFFFF) >> 22) * vocabulary >> 20] -= 100
@@ -133,7 +133,7 @@ def misleading_row(vocabulary: int, scale: float = 1.0) -> Tensor:
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """``|actual - exact| / |exact|`` in the Euclidean norm, computed in float64; NaN if either holds one."""
+    """``|actual - exact| / |exact|`` in the Euclidean norm, computed in float64; NaN if either contains NaN."""
     actual, exact = actual.detach().cpu().double(), exact.detach().cpu().double()
     return float((actual - exact).norm() / exact.norm().clamp_min(1e-300))
 
@@ -141,13 +141,13 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 def assert_close(actual: Tensor, exact: Tensor, *, roundings: float = 1.0, what: str = "result") -> None:
     """Checks every element of `actual` against the float64 tensor `exact`.
 
-    The error allowed is `roundings` roundings to `actual`'s dtype, of the element itself, plus the error that float32
-    arithmetic leaves relative to the largest element of the row. NaN and infinity must be in the same places.
+    The allowed error is `roundings` roundings of the element to `actual`'s dtype, plus the error of float32
+    arithmetic relative to the largest element of the row. NaN and infinity must be in the same places.
     """
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     dtype = actual.dtype
     actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()
-    # A value past the largest of the dtype rounds to infinity.
+    # A value above the largest of the dtype rounds to infinity.
     exact = torch.where(exact.abs() > torch.finfo(dtype).max, exact.to(dtype).double(), exact)
     special = ~torch.isfinite(exact)
     torch.testing.assert_close(actual[special], exact[special], rtol=0, atol=0, equal_nan=True)
@@ -155,14 +155,14 @@ def assert_close(actual: Tensor, exact: Tensor, *, roundings: float = 1.0, what:
         return
     finite = torch.where(special, torch.zeros_like(exact), exact)
     largest = finite.abs().amax(-1, keepdim=True) if finite.dim() else finite.abs()
-    # The exact values of a float64 result are no more exact than it is.
+    # For float64 results, the exact values have the same precision.
     arithmetic = 2 * HALF_ULP[dtype] if dtype == torch.float64 else HALF_ULP[torch.float32]
     allowed = (roundings * HALF_ULP[dtype] + 4 * arithmetic) * finite.abs() + 8 * arithmetic * largest
     allowed = allowed.clamp_min(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
     excess = torch.where(special, torch.zeros_like(exact), (actual - exact).abs() - allowed)
     worst = int(excess.nan_to_num(nan=torch.inf).argmax())
     assert bool((excess <= 0).all()), (
-        f"{what}: {int((~(excess <= 0)).sum())} of {exact.numel()} elements are off; worst at {worst}: "
+        f"{what}: {int((~(excess <= 0)).sum())} of {exact.numel()} elements are wrong; worst at {worst}: "
         f"{actual.flatten()[worst]:.9g}, exact {exact.flatten()[worst]:.9g}, allowed {allowed.flatten()[worst]:.3g}"
     )
 
@@ -170,7 +170,7 @@ def assert_close(actual: Tensor, exact: Tensor, *, roundings: float = 1.0, what:
 def assert_matches_reference(
     op: Callable[..., Any], reference: Callable[..., Any], *args: Any, roundings: float = 1.0, **kwargs: Any
 ) -> None:
-    """Checks ``op(*args, **kwargs)`` against ``reference`` run on the same tensors in float64 on the CPU."""
+    """Checks ``op(*args, **kwargs)`` against ``reference`` with the same tensors in float64 on the CPU."""
     actual = op(*args, **kwargs)
     wide = [_widen(arg) for arg in args]
     exact = reference(*wide, **{name: _widen(value) for name, value in kwargs.items()})

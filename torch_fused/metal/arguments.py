@@ -1,4 +1,4 @@
-"""The arguments of a kernel function, and the numbers of its buffers."""
+"""The arguments of a kernel function, and the indices of its buffers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NUMBER = re.compile(r"(bool|half|bfloat|float|u?(char|short|int|long)|size_t|uns
 
 
 def arguments(source: Source, start: int, stop: int) -> tuple[Parameter, ...]:
-    """Those of the parameter list between tokens start and stop."""
+    """The arguments in the parameter list between tokens start and stop."""
     parsed = [_argument(source, piece) for piece in source.split(start, stop)]
     for kind in ("buffer", "threadgroup"):
         parsed = _number(source, source.tokens[start].file, parsed, kind)
@@ -23,7 +23,7 @@ def arguments(source: Source, start: int, stop: int) -> tuple[Parameter, ...]:
 
 
 def _number(source: Source, file: str, parsed: list[Parameter], kind: str) -> list[Parameter]:
-    """Gives those arguments of a kind that have no index the free ones."""
+    """Assigns free indices to arguments of this kind that have none."""
     explicit: set[int] = set()
     for p in parsed:
         if p.kind == kind and p.index in explicit and not p.condition:
@@ -34,7 +34,7 @@ def _number(source: Source, file: str, parsed: list[Parameter], kind: str) -> li
     numbered = [replace(p, index=next(free)) if p.kind == kind and p.index < 0 else p for p in parsed]
     for p in numbered:
         if p.kind == kind and p.index >= MAX_BUFFERS:
-            message = f"{kind} index {p.index} of '{p.name}': Metal has 0 to {MAX_BUFFERS - 1}"
+            message = f"{kind} index of '{p.name}' must be 0 to {MAX_BUFFERS - 1}, got {p.index}"
             source.diagnostics.error(file, p.line, message)
     return numbered
 

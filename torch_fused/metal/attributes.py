@@ -1,4 +1,4 @@
-"""Attributes, [[...]]: what they are, and where they may stand."""
+"""Attributes, [[...]]: their names, and where they are allowed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .source import Source
 IGNORED = ("likely", "unlikely", "maybe_unused", "nodiscard", "fallthrough", "clang", "gnu", "unroll")
 STAGES = ("vertex", "fragment", "object", "mesh", "visible", "intersection", "stage_in", "stitchable", "patch")
 OF_KERNELS = ("kernel", "host_name", "max_total_threads_per_threadgroup", *IGNORED)
-# Those of arguments say nothing on a helper function's.
+# Attributes of arguments have no effect on a helper function.
 OF_OTHERS = (*IGNORED, *BUILTINS, "buffer", "threadgroup", "function_constant", "host_name")
 
 
@@ -17,7 +17,7 @@ def at_attribute(source: Source, i: int) -> bool:
 
 
 def read_attribute(source: Source, i: int) -> tuple[dict[str, str], int]:
-    """({name: argument}, index after it) of the [[...]] at token i, which no dialect keeps."""
+    """({name: argument}, index after it) of the [[...]] at token i, which is removed in every dialect."""
     close = source.match(i)
     source.dropped.update(range(i, close + 1))
     found = {}
@@ -28,7 +28,7 @@ def read_attribute(source: Source, i: int) -> tuple[dict[str, str], int]:
 
 
 def read_attributes(source: Source, i: int) -> tuple[dict[str, str], int]:
-    """Those of all attributes from token i on."""
+    """The same for all attributes from token i on."""
     attributes: dict[str, str] = {}
     while at_attribute(source, i):
         found, i = read_attribute(source, i)
@@ -37,7 +37,7 @@ def read_attributes(source: Source, i: int) -> tuple[dict[str, str], int]:
 
 
 def read_specifiers(source: Source, i: int) -> tuple[dict[str, str], int]:
-    """Attributes from token i on, and `kernel` among them, in any order."""
+    """Attributes from token i on, with `kernel` anywhere among them."""
     attributes: dict[str, str] = {}
     while True:
         if source.tokens[i].text == "kernel":
@@ -55,12 +55,12 @@ def read_specifiers(source: Source, i: int) -> tuple[dict[str, str], int]:
 
 
 def check_specifiers(source: Source, i: int, attributes: dict[str, str]) -> None:
-    """Adds an error for each attribute of the declaration at token i that may not stand there."""
+    """Adds an error for each attribute that is not allowed in the declaration at token i."""
     known = OF_KERNELS if "kernel" in attributes else OF_OTHERS
     for name in attributes:
         if name in STAGES:
             source.error(i, f"[[{name}]] is not supported: the emulator runs compute kernels")
         elif name == "id":
-            source.error(i, "argument buffers, with [[id]], are not supported: bind every buffer")
+            source.error(i, "argument buffers ([[id]]) are not supported: bind every buffer")
         elif name not in known:
             source.error(i, f"unknown attribute [[{name}]]")

@@ -1,4 +1,4 @@
-"""``python -m torch_fused metal FILE.metal...``: what is in a Metal file, and what is wrong with it."""
+"""``python -m torch_fused metal FILE.metal...``: lists the kernels of Metal files, and checks them for errors."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from .program import Kernel, Program
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("files", nargs="+", type=Path, metavar="FILE.metal")
-    command.add_argument("-I", dest="include_dirs", action="append", type=Path, default=[], help="where headers are")
+    command.add_argument("-I", dest="include_dirs", action="append", type=Path, default=[], help="a folder of headers")
     command.add_argument("-D", dest="defines", action="append", default=[], metavar="NAME=VALUE", help="define a macro")
     command.add_argument("--no-lint", action="store_true", help=f"do not type-check with {CLANG}")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the kernels of each file and its faults; 1 if there is one."""
+    """Prints the kernels and faults of each file. Returns 1 if there are faults, else 0."""
     for path in args.files:
         if not path.is_file():
-            raise Failure(f"{path}: there is no such file; give a .metal file")
+            raise Failure(f"{path}: no such file; give a .metal file")
     defines = "".join(f"#define {' '.join(define.partition('=')[::2])}\n" for define in args.defines)
     faults = [fault for path in args.files for fault in check(path, args.include_dirs, defines, not args.no_lint)]
     return 1 if faults else 0
 
 
 def check(path: Path, include_dirs: list[Path], defines: str = "", with_lint: bool = True) -> list[str]:
-    """Prints what one file holds, and returns its faults."""
+    """Prints the contents of one file, and returns its faults."""
     try:
         text = defines + flatten(path, include_dirs)
         program = parse(text, path.name)
@@ -51,12 +51,12 @@ def check(path: Path, include_dirs: list[Path], defines: str = "", with_lint: bo
     if with_lint and shutil.which(CLANG):
         faults += lint(text, path.name, own=False)
     elif with_lint:
-        print(f"  not type-checked: there is no {CLANG}")
+        print(f"  not type-checked: {CLANG} is not installed")
     return _report(path, faults)
 
 
 def describe(program: Program) -> list[str]:
-    """A line for each kernel and function constant."""
+    """One line per kernel and function constant."""
     lines = [f"{c.type} {c.name}: function constant {c.index}" for c in program.constants]
     return lines + [_kernel(kernel) for kernel in program.kernels]
 

@@ -42,7 +42,7 @@ def emit_cuda(program: Program) -> str:
 
 
 def _check(program: Program) -> None:
-    """Refuses what the emulator has and the translation does not."""
+    """Raises an error for features that the emulator supports and the translation does not."""
     for kernel in program.kernels:
         for p in kernel.params:
             if p.kind == "threadgroup" or p.condition or (p.kind == "builtin" and p.index >= CUDA_BUILTINS):

@@ -1,4 +1,4 @@
-"""The functions and constants that a source declares outside of functions, and in which scope."""
+"""The functions and constants that a source declares outside functions, with their scopes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ CLASSES = ("struct", "class", "union")
 
 @dataclass(frozen=True)
 class Declaration:
-    """What stands between two declarations: tokens `start` to `stop`, of which `head` is what precedes a body."""
+    """A declaration: tokens `start` to `stop`; the tokens up to `head` come before its body."""
 
-    scope: tuple[str, ...]  # the namespaces and classes it is in
+    scope: tuple[str, ...]  # its namespaces and classes
     start: int
     head: int  # the index of the `{`, or `stop`
     stop: int
@@ -31,7 +31,7 @@ class Declaration:
 
 
 def declarations(source: Tokens) -> Iterator[Declaration]:
-    """Every declaration of namespaces and classes; bodies of functions are not looked into."""
+    """All declarations in namespaces and classes; function bodies are skipped."""
     yield from _scope(source, 0, len(source.tokens) - 1, ())
 
 
@@ -51,10 +51,10 @@ def _scope(source: Tokens, i: int, stop: int, scope: tuple[str, ...]) -> Iterato
                 yield from _scope(source, i + 1, close, (*scope, *name.split("::")) if name else scope)
                 start = i = close + 1
             elif any(word in head for word in CLASSES) and "(" not in head and "=" not in head:
-                if "<" in head:  # a specialisation, which may be of an address space
+                if "<" in head:  # a specialisation, possibly for an address space
                     yield Declaration(scope, start, i, close + 1)
                 yield from _scope(source, i + 1, close, (*scope, " ".join(source.words(range(start, i)))))
-                i = close + 1  # what follows, up to the semicolon, belongs to it
+                i = close + 1  # everything up to the semicolon belongs to it
             elif "(" in head and ("=" not in head or "operator" in head) and head[0] != "enum":
                 if source.tokens[i - 1].text in (",", ":"):  # of a constructor's initialisers
                     i = close + 1
@@ -70,7 +70,7 @@ def _scope(source: Tokens, i: int, stop: int, scope: tuple[str, ...]) -> Iterato
 
 
 def _outside_brackets(source: Tokens, start: int, stop: int) -> Iterator[int]:
-    """The tokens from start to stop that are in no brackets, an opening one itself included, nor template arguments."""
+    """The tokens from start to stop outside brackets and template arguments, including opening brackets."""
     i = start
     while i < stop:
         yield i
@@ -92,13 +92,13 @@ def constants(source: Tokens, found: list[Declaration]) -> dict[str, str]:
         elif "=" in words and not declaration.has_body and {"constant", "constexpr", "const"} & set(words):
             equals = words.index("=")
             if "{" in words[:equals]:
-                continue  # a class, whose members come one by one
+                continue  # a class; its members come one by one
             values[words[equals - 1]] = " ".join(words[equals + 1 :])
     return values
 
 
 def _enumerators(source: Tokens, opening: int) -> dict[str, str]:
-    """Those in the braces at token `opening`; one without a value follows the one before."""
+    """The enumerators in the braces at token `opening`; one without a value continues from the previous one."""
     values: dict[str, str] = {}
     following = "0"
     for piece in source.split(opening + 1, source.match(opening)):
@@ -109,7 +109,7 @@ def _enumerators(source: Tokens, opening: int) -> dict[str, str]:
 
 
 def erased(source: Tokens, span: range, attributes: set[int]) -> list[str]:
-    """The words of a span without address spaces and attributes, as C++ sees them."""
+    """The words of a span without address spaces and attributes, as in C++."""
     words = []
     for i in span:
         text = source.tokens[i].text
@@ -124,7 +124,7 @@ def erased(source: Tokens, span: range, attributes: set[int]) -> list[str]:
 
 
 def overloads(source: Tokens, found: list[Declaration], attributes: set[int]) -> list[range]:
-    """The definitions that differ from an earlier one in address spaces only: C++ has one function for them.
+    """The definitions that differ from an earlier one only in address spaces: C++ has one function for them.
 
     An error for those whose bodies are not the same.
     """
@@ -153,7 +153,7 @@ def overloads(source: Tokens, found: list[Declaration], attributes: set[int]) ->
 
 
 def constructor_spaces(source: Tokens, declaration: Declaration) -> list[int]:
-    """The address spaces after a constructor's parameters: C++ has one constructor for all."""
+    """The address spaces after a constructor's parameters; C++ has one constructor for all."""
     if not declaration.of_class or not re.search(
         rf"\b(struct|class|union) {_name(source, declaration)}\b", declaration.scope[-1]
     ):
@@ -173,7 +173,7 @@ def _name(source: Tokens, declaration: Declaration) -> str:
 
 
 def _signature(source: Tokens, declaration: Declaration, attributes: set[int]) -> Iterator[str]:
-    """What distinguishes a function from its overloads, except address spaces."""
+    """What distinguishes a function from its overloads, apart from address spaces."""
     i = declaration.start
     while i < declaration.head:
         if source.tokens[i].text == "__attribute__":

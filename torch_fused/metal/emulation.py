@@ -18,7 +18,7 @@ SCHEDULES = ("sequential", "reversed", "random", "preemptive")
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes between a launch and one of its buffers; all 0 in an unchecked emulation."""
+    """Bytes that a launch read from and wrote to one of its buffers; all 0 in an unchecked emulation."""
 
     read: int
     written: int
@@ -28,20 +28,20 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch. Of buffers that share memory, the first has the traffic."""
+    """One kernel launch. If buffers share memory, the traffic is counted for the first one."""
 
     kernel: str
     threadgroups: int
-    threads: int  # in a threadgroup
-    buffers: list[Traffic]  # by Metal's buffer index, the parameters included
+    threads: int  # per threadgroup
+    buffers: list[Traffic]  # by Metal's buffer index, including the parameters
 
 
 class Emulation:
-    """What :func:`emulate` yields: the launches inside the block."""
+    """The result of :func:`emulate`, with the launches inside the block."""
 
     def __init__(self, libraries: Mapping[str, Path], checked: bool, schedule: str, seed: int) -> None:
         if schedule not in SCHEDULES:
-            raise ValueError(f"emulate: schedule is one of {SCHEDULES}, got {schedule!r}")
+            raise ValueError(f"emulate: schedule must be one of {SCHEDULES}, got {schedule!r}")
         self.checked = checked
         paths = [os.fsencode(path) for path in libraries.values()]
         self._number = torch.ops.torch_fused._emulator_begin(list(libraries), paths, checked, schedule, seed)
@@ -49,14 +49,14 @@ class Emulation:
 
     @property
     def launches(self) -> list[Launch]:
-        """The launches so far, in order, on all threads; once the block is closed, those of the block."""
+        """The launches so far, in order, from all threads; after the block, all launches of the block."""
         if self._launches is not None:
             return self._launches
         kernels, numbers = torch.ops.torch_fused._emulator_launches(self._number)
         return [_launch(*launch) for launch in zip(kernels, numbers, strict=True)]
 
     def clear(self) -> None:
-        """Forgets the launches so far."""
+        """Clears the list of launches."""
         if self._launches is None:
             torch.ops.torch_fused._emulator_clear(self._number)
         else:
@@ -76,12 +76,12 @@ _open: list[Emulation] = []
 
 
 def active() -> bool:
-    """Whether the kernels that run now are emulated."""
+    """Whether an :func:`emulate` block is active."""
     return bool(_open)
 
 
 def checking() -> bool:
-    """Whether a kernel that runs now, inside the innermost block or outside of all, is checked."""
+    """Whether kernels are checked now, in the innermost block or outside any block."""
     return _open[-1].checked if _open else True
 
 
@@ -92,27 +92,27 @@ def emulate(
     seed: int = 0,
     sources: Mapping[str, str] | None = None,
 ) -> Iterator[Emulation]:
-    """Has CPU tensors of every op run the op's Metal kernels, on all threads, for a ``with`` block or a function.
+    """Runs the Metal kernels of every op on CPU tensors, in a ``with`` block or as a decorator, on all threads.
 
-    All sources are compiled by the host's C++ compiler on entry and cached per user.
+    On entry, all sources are compiled by the host's C++ compiler and cached per user.
 
     Args:
-        checked: stop at data races within and across threadgroups, waits of one thread for another, accesses outside a
+        checked: stop at data races within and across threadgroups, one thread waiting for another, accesses outside a
             tensor's elements, misaligned accesses, reads of uninitialised threadgroup memory and divergent barriers.
             False is several times faster.
-        schedule: the order threads run in: ``"sequential"``, ``"reversed"``, ``"random"``, or ``"preemptive"``: random,
-            and threads are interrupted at memory accesses. A correct kernel gives the same result in every one.
-        seed: of the random schedules.
-        sources: ``{name of an op's .metal file: Metal text}``, to run in place of what is built in.
+        schedule: the thread order: ``"sequential"``, ``"reversed"``, ``"random"``, or ``"preemptive"``, which is random
+            and also interrupts threads at memory accesses. A correct kernel gives the same result with each.
+        seed: seed of the random schedules.
+        sources: ``{name of an op's .metal file: Metal source}``, to use instead of the built-in sources.
 
     Yields:
-        An :class:`Emulation`, whose ``launches`` lists every launch and, if checked, its memory traffic.
+        An :class:`Emulation`; its ``launches`` lists every launch and, if checked, its memory traffic.
 
     Raises:
         MetalError: a source does not compile.
         ValueError: an unknown schedule or source.
-        RuntimeError: the cache folder cannot be used; the message names it. Or, raised by the op whose kernel does
-            something wrong, with kernel, file and line.
+        RuntimeError: the cache folder cannot be used; the message names it. An op also raises it if its kernel fails a
+            check, with kernel, file and line.
 
     Example:
         >>> with torch_fused.metal.emulate(schedule="random", seed=1) as run:

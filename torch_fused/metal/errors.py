@@ -1,12 +1,12 @@
-"""The error every tool of this package raises for a Metal source it cannot accept."""
+"""The error that this package raises for an invalid Metal source."""
 
 
 class MetalError(RuntimeError):
-    """Everything wrong with a Metal source, one `file.metal:line: error: what` a line."""
+    """All errors in a Metal source, one `file.metal:line: error: message` per line."""
 
 
 class Diagnostics:
-    """Collects errors, so that one run names all of them."""
+    """Collects errors, so that one run reports all of them."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []

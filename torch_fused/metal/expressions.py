@@ -1,4 +1,4 @@
-"""The value of an integer expression that an attribute holds, as far as it can be told without a compiler."""
+"""Evaluates the integer expression of an attribute, as far as possible without a compiler."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 TOKEN = re.compile(
     r"\s*(?:(0[xX][\da-fA-F]+|\d+)[uUlL]*|([A-Za-z_]\w*)|(<<|>>|<=|>=|==|!=|&&|\|\||::|[-+*/%&|^~!<>?:(),]))"
 )
-# From the weakest to the strongest; a division by zero has no value, nor has what is not in here.
+# In increasing precedence; division by zero and other operators have no value.
 OPERATORS: list[dict[str, Callable[[int, int], int]]] = [
     {"||": lambda a, b: int(bool(a) or bool(b))},
     {"&&": lambda a, b: int(bool(a) and bool(b))},
@@ -31,11 +31,11 @@ BYTES = {
     "int16_t": 2, "uint16_t": 2, "int": 4, "uint": 4, "unsigned": 4, "float": 4, "int32_t": 4, "uint32_t": 4, "long": 8,
     "ulong": 8, "size_t": 8, "ptrdiff_t": 8, "int64_t": 8, "uint64_t": 8,
 }  # fmt: skip
-MAX_DEPTH = 8  # of names that stand for names
+MAX_DEPTH = 8  # of names defined by other names
 
 
 def integer(expression: str, names: Mapping[str, str]) -> int | None:
-    """The value of `expression`, in which `names` stand for other expressions, or None."""
+    """The value of `expression`, where `names` are defined by other expressions, or None."""
     try:
         return _Expression(expression, names, 0).value()
     except (ValueError, ArithmeticError, IndexError):
@@ -43,7 +43,7 @@ def integer(expression: str, names: Mapping[str, str]) -> int | None:
 
 
 def size_of(type_name: str) -> int | None:
-    """The bytes of a number or vector of a type, or None."""
+    """The size in bytes of a scalar or vector type, or None."""
     if type_name in BYTES:
         return BYTES[type_name]
     element, width = type_name[:-1], type_name[-1:]
@@ -56,7 +56,7 @@ def quotient(a: int, b: int) -> int:
 
 
 class _Expression:
-    """Descends through the strengths of C++'s operators. Raises ValueError where there is no value."""
+    """A recursive descent over C++'s operator precedences. Raises ValueError if there is no value."""
 
     def __init__(self, text: str, names: Mapping[str, str], depth: int) -> None:
         self.tokens: list[str] = []

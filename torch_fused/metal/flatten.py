@@ -1,4 +1,4 @@
-"""Makes one text of a Metal file and the headers it includes: the text that is embedded and given to compilers."""
+"""Inlines the headers that a Metal file includes; the result is embedded and passed to compilers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def flatten(path: str | Path, include_dirs: Sequence[str | Path] = ()) -> str:
 
 
 def expand(text: str, name: str, include_dirs: Sequence[Path] = (), seen: set[Path] | None = None) -> str:
-    """`text` with its headers, looked for in `include_dirs` and, those of c10/metal, where torch has them."""
+    """`text` with its headers, searched in `include_dirs` and, for c10/metal, in torch's include folder."""
     seen = set() if seen is None else seen
     out = [f'#line 1 "{name}"\n']
     for number, line in enumerate(text.rstrip("\n").split("\n"), 1):
@@ -34,7 +34,7 @@ def expand(text: str, name: str, include_dirs: Sequence[Path] = (), seen: set[Pa
         if include and not METAL_HEADER.fullmatch(include[1] or include[2]):
             header = _find(include[1] or include[2], include_dirs)
             if header is None and include[2]:
-                out.append(line + "\n")  # of the system, where there may be none
+                out.append(line + "\n")  # a system header
                 continue
             if header is None:
                 out.append(f'#error no file "{include[1] or include[2]}" to include\n')

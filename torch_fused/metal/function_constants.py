@@ -1,4 +1,4 @@
-"""Function constants: declarations whose value is given when a kernel is made."""
+"""Function constants: declarations with a value that is set when a kernel is created."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SPECIFIERS = ("constant", "const", "constexpr", "static", "inline")
 
 
 def read_function_constant(source: Source, attribute: int, argument: str) -> FunctionConstant | None:
-    """`constant T name [[function_constant(n)]];`, its attribute at token `attribute`; None of an argument's."""
+    """`constant T name [[function_constant(n)]];` with its attribute at token `attribute`; None for an argument."""
     name = attribute - 1
     start = name
     while source.tokens[start - 1].text not in (";", "}", "{", "") and source.tokens[start].text != "constant":
@@ -19,7 +19,7 @@ def read_function_constant(source: Source, attribute: int, argument: str) -> Fun
         return None
     index = integer(argument, source.known)
     if index is None:
-        source.error(attribute, f"function_constant takes an integer, got '{argument}'")
+        source.error(attribute, f"function_constant must be an integer, got '{argument}'")
         return None
     asked = any(
         token.text == "is_function_constant_defined" and source.tokens[i + 2].text == source.tokens[name].text

@@ -1,4 +1,4 @@
-"""Initialisers that C++ does not have: `uint4 v = {a, b}` leaves zeros, `T a[n] = {[0 ... n - 1] = x}` fills."""
+"""Initialisers that C++ lacks: `uint4 v = {a, b}` leaves zeros, `T a[n] = {[0 ... n - 1] = x}` fills."""
 
 from __future__ import annotations
 

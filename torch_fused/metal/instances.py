@@ -1,4 +1,4 @@
-"""Which definition each kernel instance means, and how many threads it takes."""
+"""Finds the definition and the maximum number of threads of each kernel instance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .source import Source
 
 
 def resolve(source: Source, functions: dict[str, list[Definition]], instances: list[Instance]) -> list[Kernel]:
-    """The kernels that the host can launch, with the arguments of their functions."""
+    """The kernels that the host can launch, with their arguments."""
     kernels: dict[str, Kernel] = {}
     for instance in instances:
         kernel = instance.kernel
@@ -37,7 +37,7 @@ def resolve(source: Source, functions: dict[str, list[Definition]], instances: l
 
 
 def _overload(instance: Instance, functions: list[Definition]) -> Definition:
-    """The definition that an instance means: its own, else the one with as many and such parameters."""
+    """The definition of an instance: its own, or else the one with matching parameters."""
 
     def likeness(function: Definition) -> tuple[bool, bool, int]:
         types = instance.types or ()
@@ -58,6 +58,6 @@ def _max_threads(source: Source, instance: Instance, definition: Definition) -> 
     names = source.known | dict(params) | {name: arg for (name, _), arg in zip(params, args, strict=False)}
     value = integer(expression, names)
     if value is None or not 1 <= value <= 1024:
-        message = f"max_total_threads_per_threadgroup takes an integer from 1 to 1024, got '{expression}'"
+        message = f"max_total_threads_per_threadgroup must be an integer from 1 to 1024, got '{expression}'"
         source.error(instance.token, message)
     return value

@@ -25,10 +25,10 @@ class Definition:
 
 @dataclass(frozen=True)
 class Instance:
-    """A kernel whose function may still be to come."""
+    """A kernel; its function may be defined later."""
 
     kernel: Kernel
-    names: tuple[str, ...]  # the functions it may mean, the nearest first
+    names: tuple[str, ...]  # the functions it may refer to, the nearest first
     types: tuple[str, ...] | None  # of its parameters, if they are written
     max_threads: str | None
     token: int
@@ -36,7 +36,7 @@ class Instance:
 
 @dataclass
 class Kernels:
-    """What a source has of them so far."""
+    """The kernels found so far."""
 
     source: Source
     functions: dict[str, list[Definition]] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Kernels:
     body: range = range(0)  # of the last definition
 
     def read(self, start: int, i: int, attributes: dict[str, str], scopes: list[str]) -> int:
-        """The one whose attributes begin at token `start` and whose return type is token i; returns where to go on."""
+        """Parses a kernel with attributes from token `start` and return type at token i; returns the index after it."""
         source = self.source
         before = source.tokens[start - 1].text
         return_type = i
@@ -123,7 +123,7 @@ def _template_params(source: Source, closing: int) -> tuple[tuple[str, str], ...
 
 
 def _type(source: Source, piece: range) -> str:
-    """The type of a parameter, without its name and as C++ sees it."""
+    """The type of a parameter in C++, without its name."""
     stop = next((i for i in piece if at_attribute(source, i) or source.tokens[i].text == "="), piece.stop)
     words = [source.tokens[i].text for i in range(piece.start, stop)]
     last = len(words) - 1

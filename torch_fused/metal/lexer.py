@@ -1,4 +1,4 @@
-"""Tokens of preprocessed Metal source, each knowing the file and line it was written on."""
+"""Tokens of preprocessed Metal source, each with its file and line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Token:
     line: int
 
     def float_literal(self) -> tuple[str, str] | None:
-        """(digits, suffix) of a floating-point literal. An integer with Metal's suffix h or bf is one too."""
+        """(digits, suffix) of a floating-point literal, or of an integer with Metal's suffix h or bf."""
         if self.kind != "number":
             return None
         match = HEX_FLOAT_LITERAL.fullmatch(self.text)
@@ -49,7 +49,7 @@ class Token:
 
 
 def tokenize(text: str) -> list[Token]:
-    """Split what `c++ -E` printed. The last token, of kind "end" and no text, spares look-aheads a bounds check."""
+    """Splits the output of `c++ -E`. The last token has kind "end" and no text, so look-ahead needs no bounds check."""
     tokens = []
     file, line, space = "", 1, ""
     for match in PATTERN.finditer(text):

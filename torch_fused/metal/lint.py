@@ -38,9 +38,9 @@ CAST_NODES = {"CStyleCastExpr", "CXXReinterpretCastExpr"}
 
 
 def lint(text: str, name: str = "shader.metal", own: bool = True) -> list[str]:
-    """What is wrong with flattened Metal source: `file.metal:line: error: ...` each, none if it is clean.
+    """The errors in flattened Metal source, each `file.metal:line: error: ...`; empty if there are none.
 
-    `own` asks for this project's rules and clang's type check too; without it address spaces, recursion, lambda
+    `own` also checks this project's rules and clang's types; without it, only address spaces, recursion, lambda
     expressions and static variables are checked. Raises MetalError if clang-19 is missing.
     """
     try:
@@ -54,14 +54,14 @@ def lint(text: str, name: str = "shader.metal", own: bool = True) -> list[str]:
     tree = _type_check(emit_lint(program), typed)
     if tree:
         _check_tree(tree, diagnostics)
-    if not own:  # clang's dialect is Metal as far as our kernels go: of others only what is no matter of the dialect
+    if not own:  # other code may use Metal that clang's dialect lacks: keep only errors about address spaces
         diagnostics.lines += [line for line in typed.lines if "address space" in line and "initialized" not in line]
     in_metal = (ADDRESS_SPACE.sub(lambda word: METAL_NAMES[word[1]], line) for line in diagnostics.lines)
     return list(dict.fromkeys(in_metal))
 
 
 def _check_literals(program: Program, diagnostics: Diagnostics) -> None:
-    """An unsuffixed literal is a float in Metal and a double in C++: overloads of the two would disagree."""
+    """An unsuffixed literal is a float in Metal and a double in C++, which selects other overloads."""
     for token in program.tokens:
         literal = token.float_literal()
         if literal and not literal[1]:
@@ -82,7 +82,7 @@ def _type_check(source: str, diagnostics: Diagnostics) -> dict[str, Any] | None:
     return json.loads(result.stdout) if result.stdout else None
 
 
-# Rules that clang's dialect does not have, checked on its tree
+# Rules that clang's dialect lacks, checked on its tree
 
 
 def _check_tree(tree: dict[str, Any], diagnostics: Diagnostics) -> None:
@@ -118,7 +118,7 @@ def _wrong_type(node: dict[str, Any]) -> str | None:
 
 
 def _lacks_address_space(type_name: str) -> bool:
-    """Of `__global float *__private`, what precedes each * or & names the space that it points to."""
+    """In `__global float *__private`, the words before each * or & name the space that it points to."""
     without_arguments = type_name
     while "<" in without_arguments:
         shorter = re.sub(r"<[^<>]*>", "", without_arguments)
@@ -141,7 +141,7 @@ def _reachable(calls: dict[str, set[str]], start: str) -> set[str]:
 
 
 class _Walk:
-    """The nodes of clang's tree with their place. Clang writes a file or line only where it differs from the last."""
+    """The nodes of clang's tree with their locations. Clang writes a file or line only if it changes."""
 
     def __init__(self) -> None:
         self.file, self.line = "", 0
@@ -149,7 +149,7 @@ class _Walk:
     def nodes(
         self, node: dict[str, Any], function: str | None = None, written: bool = True
     ) -> Iterator[tuple[dict[str, Any], str | None, str, int]]:
-        """(node, id of the function it is in, file, line) of what the source wrote, depth first."""
+        """(node, id of its function, file, line) of explicit nodes, depth first."""
         place = self.locate(node)
         kind = node.get("kind", "")
         written = written and not (node.get("isImplicit") and kind.startswith("CXX"))

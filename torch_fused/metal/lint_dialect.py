@@ -10,7 +10,7 @@ VECTOR_TYPES = {f"{element}{width}" for element in ELEMENTS for width in (2, 3, 
 
 
 def emit_lint(program: Program) -> str:
-    """C++ for OpenCL, whose address spaces are Metal's under other names: for type-checking only."""
+    """C++ for OpenCL, which has Metal's address spaces under other names; only for type checks."""
     return header("lint.h") + rewrite(program, _make_vectors(program) | set_function_constants(program, {}))
 
 

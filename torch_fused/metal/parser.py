@@ -30,7 +30,7 @@ def parse(text: str, name: str = "shader.metal", own: bool = False) -> Program:
     check_words(source.tokens, source.diagnostics)
     if own:
         check_project_rules(source.tokens, source.diagnostics)
-    source.diagnostics.raise_if_any()  # what is not there is not parsed either
+    source.diagnostics.raise_if_any()  # unsupported features are not parsed
     found = list(declarations(source))
     source.known = constants(source, found)
     for declaration in found:
@@ -56,7 +56,7 @@ def parse(text: str, name: str = "shader.metal", own: bool = False) -> Program:
 
 
 class _Parser:
-    """Walks over a source, in and out of namespaces, from one declaration to the next."""
+    """Walks over the declarations of a source, including namespaces."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -71,7 +71,7 @@ class _Parser:
             position = self.step(position)
 
     def step(self, i: int) -> int:
-        """Parse what starts at token i; returns where to go on."""
+        """Parses the declaration at token i; returns the index after it."""
         before, token, after = (self.source.tokens[j] for j in (i - 1, i, i + 1))
         while self.scopes and i > self.scopes[-1][1]:
             self.scopes.pop()
@@ -95,7 +95,7 @@ class _Parser:
         return opening + 1
 
     def attributed(self, start: int) -> int:
-        """`kernel` and attributes in any order; if they make a kernel, its head too."""
+        """Parses `kernel` and attributes in any order, and the head of a kernel that follows."""
         attributes, i = read_specifiers(self.source, start)
         check_specifiers(self.source, start, attributes)
         if "kernel" in attributes:

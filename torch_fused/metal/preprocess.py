@@ -1,4 +1,4 @@
-"""Runs the C preprocessor, and nothing else of a compiler, over Metal source."""
+"""Runs only the C preprocessor on Metal source."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEFINES = {
     "__METAL_PRECISE_MATH__": "0",
 }
 LINE_MARKER = re.compile(r'# (\d+) "([^"]*)"')
-NON_ASCII = re.compile(r"(\\[uU][\da-f]{4,8})|[^\x00-\x7f]")  # as the preprocessor spells it in a name
+NON_ASCII = re.compile(r"(\\[uU][\da-f]{4,8})|[^\x00-\x7f]")  # as printed by the preprocessor
 MESSAGE = re.compile(r"(.*?):(\d+):(?:\d+:)? (?:fatal )?error: (?:#error )?(.*)")
 
 
@@ -34,7 +34,7 @@ def compiler() -> list[str]:
 
 
 def preprocess(text: str, name: str) -> str:
-    """Expand macros and conditionals of `text`, whose includes are flattened except <metal_stdlib>.
+    """Expands macros and conditionals of `text`, which has its includes inlined except <metal_stdlib>.
 
     `name` is the file that lines are numbered in until a #line directive says otherwise. The shims stand in for Metal's
     own headers later, so those includes are dropped here.
@@ -46,7 +46,7 @@ def preprocess(text: str, name: str) -> str:
     try:
         result = subprocess.run(command, input=source.encode(), capture_output=True, check=False)
     except OSError as error:
-        raise MetalError(f"{name}: error: no C++ compiler to preprocess with: {error}") from None
+        raise MetalError(f"{name}: error: no C++ compiler found to preprocess it: {error}") from None
     messages = result.stderr.decode(errors="replace")
     diagnostics = Diagnostics()
     if result.returncode:
@@ -62,7 +62,7 @@ def preprocess(text: str, name: str) -> str:
 
 
 def _reject_non_ascii(output: str, name: str, diagnostics: Diagnostics) -> None:
-    """Outside of comments, which are gone, Metal has ASCII only."""
+    """Metal allows only ASCII outside comments, which are already removed."""
     number = 0
     for line in output.split("\n"):
         number += 1

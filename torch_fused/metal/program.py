@@ -1,4 +1,4 @@
-"""What the parser finds in a Metal source."""
+"""The result of parsing a Metal source."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from .lexer import Token
 
-# Kernel arguments the hardware supplies. The numbers are those of the emulator's argument table.
+# Kernel arguments supplied by the hardware, with their numbers in the emulator's argument table.
 BUILTINS = {
     "thread_position_in_grid": 0,
     "thread_position_in_threadgroup": 1,
@@ -29,14 +29,14 @@ BUILTINS = {
     "grid_origin": 17,
     "grid_size": 7,
 }
-CUDA_BUILTINS = 13  # those that CUDA's translation knows
+CUDA_BUILTINS = 13  # the ones that the CUDA translation supports
 MAX_BUFFERS = 31
 ELEMENTS = ("float", "half", "bfloat", "int", "uint", "short", "ushort", "char", "uchar", "long", "ulong", "bool")
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One argument of a kernel function, in the order of its declaration."""
+    """One argument of a kernel function, in declaration order."""
 
     name: str
     kind: str  # "buffer", "threadgroup" or "builtin"
@@ -45,7 +45,7 @@ class Parameter:
     is_pointer: bool
     is_reference: bool
     line: int
-    condition: str = ""  # the function constant without which the argument does not exist
+    condition: str = ""  # the function constant that enables the argument
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class Kernel:
 
     @property
     def buffers(self) -> list[Parameter]:
-        """The buffer arguments in increasing buffer index."""
+        """The buffer arguments, sorted by index."""
         return sorted((p for p in self.params if p.kind == "buffer"), key=lambda p: p.index)
 
     @property
     def symbol(self) -> str:
-        """The name as an identifier, as csrc_mps/runtime/emulator/library.cpp spells it too."""
+        """The name as an identifier, the same as in csrc_mps/runtime/emulator/library.cpp."""
         return "".join(c if c.isascii() and (c.isalnum() or c == "_") else f"${ord(c):02x}" for c in self.name)
 
 
@@ -90,7 +90,7 @@ class FunctionConstant:
     type: str
     index: int
     token: int  # the index of the name
-    optional: bool  # the source asks whether it has a value
+    optional: bool  # the source checks whether it has a value
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,6 @@ class Program:
     attributes: set[int]  # indices of the tokens of [[...]] and of `kernel`
     definitions: list[int]  # index of the return type of each kernel function's definition
     instantiations: list[range]  # tokens of each explicit instantiation of a kernel template
-    overloads: list[range] = field(default_factory=list)  # definitions that C++ cannot tell from another
+    overloads: list[range] = field(default_factory=list)  # definitions that C++ cannot distinguish from others
     constants: list[FunctionConstant] = field(default_factory=list)
     member_specialisations: list[int] = field(default_factory=list)  # indices of `template <>` in classes

@@ -1,4 +1,4 @@
-"""The text of a program with some of its tokens replaced: what every dialect has in common.
+"""The text of a program with some tokens replaced; shared by all dialects.
 
 A dialect keeps the program's text, line for line, with #line directives: what a compiler, debugger or profiler says of
 it names the .metal file. Only what the target cannot express is rewritten, token by token: {token index: text}.
@@ -20,7 +20,7 @@ SPECIFIERS = ("static", "constexpr", "inline", "volatile", "const", "constant")
 
 
 def rewrite(program: Program, replaced: dict[int, str]) -> str:
-    """`replaced` is what this dialect asks for beside what all do."""
+    """`replaced` has this dialect's replacements in addition to the common ones."""
     replaced = (
         _literals(program)
         | complete_initialisers(program)
@@ -38,7 +38,7 @@ def line_directive(kernel: Kernel) -> str:
 
 
 def header(name: str) -> str:
-    """The text of one of our headers, whose includes come before it."""
+    """The text of one of our headers, after the headers that it includes."""
     text = (INCLUDE / name).read_text(encoding="ascii")
     kept = (line for line in text.splitlines() if line != "#pragma once" and not line.startswith('#include "'))
     return f'#line 1 "{name}"\n' + "\n".join(kept) + "\n"
@@ -56,7 +56,7 @@ def _literals(program: Program) -> dict[int, str]:
 
 
 def _members(program: Program) -> dict[int, str]:
-    """A member's `template <>` goes: it is as good an overload, and not every compiler has it in a class."""
+    """Removes a member's `template <>`: an overload does the same, and not every compiler allows it in a class."""
     return {i: "" for start in program.member_specialisations for i in range(start, start + 3)}
 
 
@@ -74,7 +74,7 @@ def _threadgroup_variable(variable: ThreadgroupVariable, number: int, line: int)
     """MSL_TG_VAR(number, line, name, type, dimensions) for each name; the semicolon stays in the text."""
     declarations = []
     type_name = variable.type
-    if "," in type_name:  # a macro would take vec<float, 4> for two arguments
+    if "," in type_name:  # a macro would split vec<float, 4> into two arguments
         type_name = f"msl_type_{number}"
         declarations.append(f"using {type_name} = {variable.type}")
     for offset, (name, dimensions) in enumerate(variable.declarators):
@@ -88,13 +88,13 @@ def erase_address_spaces(program: Program) -> dict[int, str]:
     for i, token in enumerate(tokens):
         if token.text in ERASED_ADDRESS_SPACES and token.kind == "name":
             replaced[i] = ERASED_ADDRESS_SPACES[token.text]
-            if replaced[i] and _is_const(tokens, i):  # C++ takes no second const
+            if replaced[i] and _is_const(tokens, i):  # C++ does not allow const twice
                 replaced[i] = ""
     return replaced
 
 
 def _is_const(tokens: list[Token], i: int) -> bool:
-    """Whether `const` stands among the specifiers around token i."""
+    """Whether `const` is among the specifiers around token i."""
     for step in (-1, 1):
         j = i + step
         while tokens[j].text in SPECIFIERS:
@@ -105,7 +105,7 @@ def _is_const(tokens: list[Token], i: int) -> bool:
 
 
 def drop_repetitions(program: Program) -> dict[int, str]:
-    """The entries instantiate what they call; of overloads that C++ cannot tell apart the first is enough."""
+    """Entries instantiate the functions they call; of overloads that C++ cannot distinguish, the first is kept."""
     return {i: "" for span in [*program.instantiations, *program.overloads] for i in span}
 
 

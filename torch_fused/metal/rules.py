@@ -1,4 +1,4 @@
-"""What Metal or the emulator does not have, and this project's own rules for kernels, where one word tells."""
+"""Words that Metal, the emulator or this project's rules for kernels do not allow."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from .errors import Diagnostics
 from .lexer import Token
 
 NO_TEXTURES = "textures and samplers are not supported: the emulator runs compute kernels on buffers"
-NO_FENCES = "a value written by one threadgroup is read by another only in a later launch: no fences, no device scope"
-NO_EXIT = "a kernel ends no process"
+NO_FENCES = "fences and device scope are not supported: only a later launch can read another threadgroup's values"
+NO_EXIT = "a kernel cannot end the process"
 NO_OTHER_LANGUAGE = "functions of other languages are not available in Metal"
 NO_PACKING = "packing of normalised numbers is not supported"
 NO_EXCEPTIONS = "exceptions are not supported in Metal"
@@ -53,7 +53,7 @@ FORBIDDEN = {
 PACKING = re.compile(r"(un)?pack_\w*(norm|srgb)\w*")
 TEXTURE = re.compile(r"(texture|depth)(1d|2d|3d|cube|_buffer)(_ms)?(_array)?")
 LINE = re.compile(r'#line (\d+) "(.*)"')
-# What our kernels do without, and CUDA's translation lacks
+# Not used by our kernels, and not supported by the CUDA translation
 PROJECT_RULES = {
     "float": "float atomics are not deterministic: reduce in a fixed order",
     "long": "64-bit atomics are not supported",
@@ -62,7 +62,7 @@ PROJECT_RULES = {
 
 
 def check_words(tokens: list[Token], diagnostics: Diagnostics) -> None:
-    """Add an error for each forbidden word and literal. The last token is the end of the source."""
+    """Adds an error for each forbidden word and literal. The last token is the end of the source."""
     for i, token in enumerate(tokens):
         before, after = tokens[i - 1].text, tokens[min(i + 1, len(tokens) - 1)]
         message = None
@@ -84,7 +84,7 @@ def check_words(tokens: list[Token], diagnostics: Diagnostics) -> None:
 
 
 def check_ascii(text: str, name: str, diagnostics: Diagnostics) -> None:
-    """Add an error for each line that is not ASCII, comments included: the build embeds the text in C++."""
+    """Adds an error for each line that is not ASCII, including comments: the build embeds the text in C++."""
     number = 0
     for line in text.split("\n"):
         number += 1
@@ -95,7 +95,7 @@ def check_ascii(text: str, name: str, diagnostics: Diagnostics) -> None:
 
 
 def check_project_rules(tokens: list[Token], diagnostics: Diagnostics) -> None:
-    """Add an error for each word that Metal has and this project's kernels must not use."""
+    """Adds an error for each word that Metal allows and this project's kernels must not use."""
     for i, token in enumerate(tokens):
         element = token.text[len("atomic_") :] if token.text.startswith("atomic_") else None
         if token.text == "atomic" and tokens[i + 1].text == "<":

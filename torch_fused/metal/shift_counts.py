@@ -1,4 +1,4 @@
-"""Shifts whose count may be as large as the number: C++ leaves those undefined, Metal does not."""
+"""Shifts by at least the width of the number, which are undefined in C++ but not in Metal."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SHIFTS = {
 
 
 def define_shifts(program: Program) -> dict[int, str]:
-    """Has shifts.h take the counts. A `>>` after two `<` may close templates, and stays."""
+    """Lets shifts.h handle the counts. A `>>` after two `<` may close templates, and is kept."""
     tokens = program.tokens
     replaced: dict[int, str] = {}
-    opened = [0]  # `<` not closed, in each of the brackets around
+    opened = [0]  # unclosed `<` in each enclosing bracket
     for i, token in enumerate(tokens):
         if token.kind != "symbol":
             continue

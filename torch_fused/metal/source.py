@@ -1,4 +1,4 @@
-"""A source while it is parsed: its tokens, and what all parts of the parser learn of them."""
+"""A source while it is parsed: its tokens, and what the parser has found so far."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from .tokens import Tokens
 class Source(Tokens):
     def __init__(self, tokens: list[Token]) -> None:
         super().__init__(tokens, Diagnostics())
-        self.dropped: set[int] = set()  # indices of the tokens of attributes and of what else no dialect keeps
+        self.dropped: set[int] = set()  # indices of tokens that every dialect drops, such as attributes
         self.known: dict[str, str] = {}  # {name: expression} of constants

@@ -1,4 +1,4 @@
-"""Swizzles, such as `v.xz`: those of a source, the possible ones being too many to compile."""
+"""Swizzles, such as `v.xz`: only those a source uses, because all possible ones take too long to compile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ LETTERS = ("xyzw", "rgba")
 
 
 def define_swizzles(program: Program) -> str:
-    """vector.h's macros of those that a source uses."""
+    """The macros of vector.h for the swizzles that a source uses."""
     used = {token.text for i, token in enumerate(program.tokens) if _is_member(program, i)}
     used |= set(join_swizzles(program).values())
     lines = []
@@ -25,7 +25,7 @@ def define_swizzles(program: Program) -> str:
 
 
 def join_swizzles(program: Program) -> dict[int, str]:
-    """Swizzles of swizzles in one: `v.wzyx.yz` becomes `v.zy`. A name that is declared is no swizzle."""
+    """Merges swizzles of swizzles: `v.wzyx.yz` becomes `v.zy`. Declared names are not swizzles."""
     tokens = program.tokens
     declared = {token.text for i, token in enumerate(tokens) if not _is_member(program, i)}
     replaced: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""Variables in threadgroup memory, which a kernel declares and its threads share."""
+"""Variables in threadgroup memory, which the threads of a threadgroup share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def starts_threadgroup_variable(source: Source, i: int) -> bool:
 
 
 def _is_aligned(source: Source, i: int) -> bool:
-    """Whether `alignas(...)` stands before token i; the emulator aligns enough, so it is dropped."""
+    """Whether `alignas(...)` comes before token i; the emulator aligns enough, so it is dropped."""
     if source.tokens[i - 1].text != ")":
         return False
     opening = next((a for a, b in source.closing.items() if b == i - 1), 0)
@@ -24,7 +24,7 @@ def _is_aligned(source: Source, i: int) -> bool:
 
 
 def read_threadgroup_variable(source: Source, start: int) -> tuple[ThreadgroupVariable | None, int]:
-    """`threadgroup T a[n], b;` and where to go on. A pointer into threadgroup memory is left as it is, and is None."""
+    """`threadgroup T a[n], b;` and the index after it. For a pointer into threadgroup memory, None."""
     i = start + 1
     while source.tokens[i + 1].text not in ("[", ",", ";", "=", "{", "("):
         if source.tokens[i].text in ("*", "&") or source.tokens[i + 1].kind == "end":
@@ -41,7 +41,7 @@ def read_threadgroup_variable(source: Source, start: int) -> tuple[ThreadgroupVa
         while source.tokens[i].text == "[":
             i = source.match(i) + 1
         declarators.append((name, source.text(dimensions, i)))
-        while source.tokens[i].text not in (",", ";") and source.tokens[i].kind != "end":  # an initialiser sets nothing
+        while source.tokens[i].text not in (",", ";") and source.tokens[i].kind != "end":  # without effect
             i = source.match(i) + 1 if source.tokens[i].text in BRACKETS else i + 1
         if source.tokens[i].text != ",":
             return ThreadgroupVariable(start, i, type_name, tuple(declarators)), i

@@ -1,4 +1,4 @@
-"""Finding one's way in a list of tokens: brackets, template arguments, pieces between commas."""
+"""Navigation in a list of tokens: brackets, template arguments, comma-separated pieces."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def token_text(tokens: list[Token]) -> str:
 
 
 class Tokens:
-    """A source's tokens. The last one, of kind "end", spares look-aheads a bounds check."""
+    """A source's tokens. The last one has kind "end", so look-ahead needs no bounds check."""
 
     def __init__(self, tokens: list[Token], diagnostics: Diagnostics) -> None:
         self.tokens = tokens
@@ -55,7 +55,7 @@ class Tokens:
         return i
 
     def after_name(self, i: int) -> int:
-        """Index after the name at token i and what qualifies it, `a::b`."""
+        """Index after the qualified name at token i, `a::b`."""
         while self.tokens[i + 1].text == "::":
             i += 2
         return i + 1
