@@ -424,8 +424,6 @@ def test_sparse_gradients_are_refused():
     table = torch.nn.Embedding(5, 2, sparse=True)
     table(torch.tensor([1])).sum().backward()
     optimizer = AdamW(table.parameters())
-    with pytest.raises(
-        ValueError, match=r"gradients must be dense, got a sparse_coo one; use torch\.optim\.Sparse"
-    ):
+    with pytest.raises(ValueError, match=r"gradients must be dense, got a sparse_coo one; use torch\.optim\.Sparse"):
         optimizer.step()
     assert not optimizer.state

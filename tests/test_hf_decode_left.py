@@ -75,7 +75,7 @@ def float64_norm(model):
 
 LEFT_MODELS = {
     "hook": (lambda m: m.model.layers[0].mlp.register_forward_hook(lambda *_: None), "model.layers.0.mlp has hooks"),
-    "pre-hook": (lambda m: m.model.embed_tokens.register_forward_pre_hook(lambda *_: None), "model.embed_tokens has hooks"),
+    "pre-hook": (lambda m: m.model.embed_tokens.register_forward_pre_hook(lambda *_: None), "embed_tokens has hooks"),
     "accelerate": (
         lambda m: add_hook_to_module(m.model.layers[1], ModelHook()),
         "forward of a layer has been replaced",
@@ -178,7 +178,7 @@ def right_padded():
 LEFT_CALLS = {
     "attention maps": ({"output_attentions": True}, "output_attentions is True"),
     "hidden states": ({"output_hidden_states": True}, "output_hidden_states is True"),
-    "embeddings": ({"input_ids": None, "inputs_embeds": torch.ones(2, 1, 64)}, "inputs_embeds were passed instead of input_ids"),
+    "embeddings": ({"input_ids": None, "inputs_embeds": torch.ones(2, 1, 64)}, "inputs_embeds were passed"),
     "loss": ({"new": 2, "labels": prompt(2, 2)}, "labels were passed"),
     "no cache": ({CACHE: None, "use_cache": False}, "use_cache is False"),
     "tuple": ({"return_dict": False}, "return_dict is False"),

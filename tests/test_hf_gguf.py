@@ -141,7 +141,7 @@ def test_rotary_divisors(tmp_path):
     ("types", "changes", "message"),
     [
         ({LAYERS[1]: Type.Q2_K}, {}, r"blk.0.attn_k.weight must have one of the types F32, .*Q6_K, got Q2_K"),
-        ({}, {"block_count": 3}, r"the file has no tensor blk.2.attn_q.weight, for model.layers.2.self_attn.q_proj.weight"),
+        ({}, {"block_count": 3}, r"the file has no tensor blk.2.attn_q.weight, for model.layers.2.self_attn.q_proj"),
         ({}, {"block_count": 1}, r"blk.1.attn_k.weight is not a tensor of LlamaForCausalLM"),
         ({}, {"feed_forward_length": 128}, r"blk.0.ffn_gate.weight must have the shape \[128, 256\], got \[512, 256\]"),
         ({}, {"architecture": "gemma2"}, r"the architecture must be one of llama, qwen2, qwen3, got 'gemma2'"),

@@ -267,9 +267,7 @@ def _source(model: str) -> tuple[str, dict[str, str]]:
             raise Failure(f"--model {model!r}: not a .gguf file; give the folder of a Hugging Face model")
         return str(path.parent), {"gguf_file": path.name}
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or path.suffix == ".gguf":
-        raise Failure(
-            f"--model {model!r}: no such file or folder; give a model's folder, a .gguf file or a hub id"
-        )
+        raise Failure(f"--model {model!r}: no such file or folder; give a model's folder, a .gguf file or a hub id")
     return model if _reaches_hub() else _kept_by_hub(model), {}
 
 
@@ -330,9 +328,7 @@ def _failing(model: str | None) -> Iterator[None]:
 def _check_length(args: argparse.Namespace, model, inputs) -> None:
     length = inputs["input_ids"].shape[1]
     if length == 0:
-        raise Failure(
-            f"--prompt {args.prompt!r}: the model's tokenizer gives no tokens; use another text", USAGE
-        )
+        raise Failure(f"--prompt {args.prompt!r}: the model's tokenizer gives no tokens; use another text", USAGE)
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit and length + args.max_new_tokens > limit:
         raise Failure(

@@ -43,8 +43,7 @@ def merge_inputs(inputs: Any, generate_kwargs: dict[str, Any]) -> dict[str, Any]
     if not isinstance(ids, Tensor) or ids.is_floating_point():
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(
-            f"generate: input_ids must be a tensor of integers, got {got}; "
-            'use tokenizer(text, return_tensors="pt")'
+            f'generate: input_ids must be a tensor of integers, got {got}; use tokenizer(text, return_tensors="pt")'
         )
     if ids.dim() != 2 or ids.numel() == 0:
         hint = "; use input_ids[None] for one sequence" if ids.dim() == 1 else ""
