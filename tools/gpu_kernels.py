@@ -1,4 +1,4 @@
-"""Runs every GPU kernel on small, awkward shapes, for compute-sanitizer; checks results, and that none was left out."""
+"""Runs every GPU kernel on small, awkward shapes, for compute-sanitizer; checks results, and that none is missing."""
 
 import sys
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from torch_fused.selfcheck import CHECKS
 
 
 def built_in() -> set[str]:
-    """Every kernel of every Metal source, each instantiation of a template by its own name."""
+    """The names of all kernels of all Metal sources, including template instantiations."""
     names, texts = torch.ops.torch_fused._metal_sources()
     return {kernel.name for name, text in zip(names, texts, strict=True) for kernel in parse(text, name).kernels}
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the sdist, builds a wheel from it in a fresh environment outside of the tree, and runs the sdist's tests there.
+# Makes the sdist, builds a wheel from it in a fresh environment outside the tree, and runs the sdist's tests there.
 # Arguments go to pytest. Needs Python, a C++ compiler and the package registry.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,4 +1,4 @@
-"""Checks what rounding vectors to int8 costs a packed model on the CPU, in logits and perplexity.
+"""Measures the effect of rounding vectors to int8 on a packed model on the CPU, in logits and perplexity.
 
     python tools/packed_perplexity.py [--tokens 4096] [--bits 4|8]
 
@@ -32,7 +32,7 @@ MOST_PERPLEXITY, MOST_ERROR = 0.005, 0.01
 
 
 def docstrings() -> Iterator[str]:
-    """Those of the standard library that are more than a line."""
+    """The standard library's docstrings of more than one line."""
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
@@ -42,7 +42,7 @@ def docstrings() -> Iterator[str]:
 
 
 def make_texts(tokenizer: Any, tokens: int) -> Tensor:
-    """Docstrings one after the other, cut into ``(texts, CONTEXT)``."""
+    """Concatenated docstrings, cut into ``(texts, CONTEXT)``."""
     ids: list[int] = []
     found = docstrings()
     while len(ids) < tokens:
@@ -59,7 +59,7 @@ def packed_model(bits: int) -> tuple[Any, Any]:
 
 
 def runner(decoder: Any, plan: Plan, config: Any, batch: int) -> Callable[[Tensor, int], Tensor]:
-    """Given tokens ``(batch, steps)`` and how many went before, gives their logits."""
+    """Takes tokens ``(batch, steps)`` and the number of tokens before them, and returns logits."""
     head_dim = config.hidden_size // config.num_attention_heads
     shape = (batch, config.num_key_value_heads, CONTEXT, head_dim)
     keys, values = ([torch.empty(shape) for _ in range(config.num_hidden_layers)] for _ in range(2))

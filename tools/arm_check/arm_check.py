@@ -54,12 +54,12 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
 
 
 class CheckError(Exception):
-    """The check failed; the message says what and why."""
+    """The check failed; the message says why."""
 
 
 @dataclass(frozen=True)
 class Builder:
-    """Builds programs from `sources`, a folder such as csrc_mps, each object again only when its text changes."""
+    """Builds programs from `sources`, a folder like csrc_mps; rebuilds an object only if its source changes."""
 
     compiler: list[str]
     sources: Path
@@ -87,7 +87,7 @@ class Builder:
 
 
 def run(command: list[str]) -> str:
-    """What the command prints. Raises CheckError with its messages."""
+    """The output of the command. Raises CheckError with its messages."""
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise CheckError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
@@ -110,7 +110,7 @@ def check_target(target: str, program: str) -> str:
 
 
 def check_bug(bug: Bug) -> None:
-    """Plants the mistake in a copy of the sources: the program must fail, by a comparison and not by a crash."""
+    """Plants the bug in a copy of the sources: the program must fail with a comparison, not a crash."""
     copy = BUILD / "planted" / str(BUGS.index(bug))
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(SOURCES, copy)
@@ -122,7 +122,7 @@ def check_bug(bug: Bug) -> None:
     result = subprocess.run([QEMU, str(program)], capture_output=True, text=True)
     if result.returncode != 1 or " failed" not in result.stdout:
         raise CheckError(f"planted: {bug.name}: {bug.program} does not notice\n{result.stdout}{result.stderr}")
-    print(f"planted: {bug.name}: {bug.program} fails, as it must", flush=True)
+    print(f"planted: {bug.name}: {bug.program} fails, as expected", flush=True)
 
 
 def main() -> int:
@@ -157,7 +157,7 @@ def main() -> int:
     except CheckError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"arm-check: all well in {time.monotonic() - started:.0f} s")
+    print(f"arm-check: passed in {time.monotonic() - started:.0f} s")
     return 0
 
 

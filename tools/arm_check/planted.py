@@ -1,4 +1,4 @@
-"""Mistakes planted in the CPU kernels, each with the program that must notice it."""
+"""Bugs planted in the CPU kernels, each with the program that must detect it."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ PLAIN, DOTS = "armv8-a", "armv8.2-a+dotprod"
 
 @dataclass(frozen=True)
 class Bug:
-    """`old` becomes `new` in a file of csrc_mps."""
+    """Replaces `old` by `new` in a file of csrc_mps."""
 
     name: str
     file: str

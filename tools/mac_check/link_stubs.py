@@ -1,4 +1,4 @@
-"""Writes .tbd files: macOS libraries as a linker needs them, a list of exported names.
+"""Writes .tbd files: macOS libraries as lists of exported names, for the linker.
 
 A macOS binary names the library of every symbol it imports, so torch's libraries tell a good part of what libc++,
 libobjc and Foundation export. system_symbols.txt adds what torch happens not to use. libSystem comes with ziglang.
@@ -37,7 +37,7 @@ def read_system_symbols() -> dict[str, set[str]]:
 
 
 def read_imports(library: Path) -> dict[str, set[str]]:
-    """The names that a macOS binary imports, by the library it takes them from."""
+    """The names that a macOS binary imports, by library."""
     command = ["llvm-nm-19", "-m", "-u", str(library)]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     names: dict[str, set[str]] = defaultdict(set)
@@ -57,7 +57,7 @@ def write_link_stubs(directory: Path, torch_libraries: list[Path], zig: Path) ->
         file.parent.mkdir(parents=True, exist_ok=True)
         symbols = ", ".join(f"'{symbol}'" for symbol in sorted(exports[name]))
         file.write_text(TBD.format(path=path, symbols=symbols))
-    # ziglang lists libSystem for arm64e, whose names are those of arm64, and for a variant that lld-19 does not know.
+    # ziglang lists libSystem for arm64e, which has the same names as arm64, and for a variant that lld-19 lacks.
     system = (zig / "lib/libc/darwin/libSystem.tbd").read_text()
     system = re.sub(r",\s*arm64e\.x1-\w+", "", system).replace("arm64e-macos", "arm64-macos")
     (directory / "libSystem.tbd").write_text(system)

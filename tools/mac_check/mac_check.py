@@ -34,14 +34,14 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wundeclared-selector",
 
 
 class CheckError(Exception):
-    """The check failed; the message says what and why."""
+    """The check failed; the message says why."""
 
 
 class Compiler:
-    """Compiles for arm64 macOS against one version of torch, each file again only when it or its headers change."""
+    """Compiles for arm64 macOS against one version of torch; recompiles a file only if it or its headers change."""
 
     def __init__(self, zig: Path, torch: Torch, objects: Path):
-        # Python's headers are this machine's: but for pyconfig.h, of which PyInit uses nothing, all systems share them.
+        # Python's headers are from this machine: all systems share them except pyconfig.h, which PyInit does not use.
         headers = [HERE / "stub", *torch.include, Path(sysconfig.get_path("include"))]
         target = ["-target", f"aarch64-macos.{MACOS}", f"-std={torch.standard}"]
         includes = [f"-I{SOURCES}", *(f"-isystem{path}" for path in headers)]
@@ -65,7 +65,7 @@ class Compiler:
         return target
 
     def compile_all(self, sources: list[Path], jobs: int) -> list[Path]:
-        """The object files of all sources. Raises CheckError with the messages of every one that does not compile."""
+        """The object files of all sources. Raises CheckError with the messages for all files that do not compile."""
         with ThreadPoolExecutor(jobs) as pool:
             results = [pool.submit(self.compile, source) for source in sources]
         if errors := [str(result.exception()) for result in results if result.exception()]:
@@ -74,7 +74,7 @@ class Compiler:
 
 
 def fingerprint(command: list[str], dependencies: Path) -> str:
-    """A hash of all that decides an object file: the command, the files named in its .d file, and the stub headers."""
+    """A hash of everything that affects an object file: the command, the files in its .d file, the stub headers."""
     files = shlex.split(dependencies.read_text().replace("\\\n", " "))[1:] + sorted(map(str, HERE.glob("stub/*/*.h")))
     digest = hashlib.sha256(shlex.join(command).encode())
     for file in files:
@@ -83,7 +83,7 @@ def fingerprint(command: list[str], dependencies: Path) -> str:
 
 
 def link(objects: list[Path], output: Path, torch: Torch, stubs: Path) -> str:
-    """Links the module as a Mac would, but with every symbol resolved. Returns the linker's errors, empty if none."""
+    """Links the module as on a Mac, but with every symbol resolved. Returns the linker's errors, empty if none."""
     command = ["ld64.lld-19", "-arch", "arm64", "-platform_version", "macos", MACOS, MACOS, "-bundle"]
     command += ["-demangle", "--error-limit=0", "-o", str(output), *map(str, objects)]
     command += [f"-L{torch.lib}", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10"]
@@ -101,14 +101,14 @@ def sent_messages(binary: Path) -> set[str]:
 
 
 def check_messages(module: Path, torch: Torch) -> None:
-    """The stub headers are ours, so they prove little: each message must be one that torch sends too, or be listed."""
+    """Our own stub headers prove little, so each message must also be sent by torch, or be listed."""
     known = sent_messages(torch.lib / "libtorch_cpu.dylib") | read_system_symbols()["selector"]
     if unknown := sent_messages(module) - known:
         raise CheckError(f"messages that torch does not send and system_symbols.txt does not list: {sorted(unknown)}")
 
 
 def check_controls(compiler: Compiler, objects: list[Path], torch: Torch, stubs: Path) -> None:
-    """Two mistakes that must be found, else the check proves nothing."""
+    """Plants two bugs that the check must find."""
     try:
         compiler.compile(HERE / "controls/unknown_selector.mm")
     except CheckError as error:
@@ -123,7 +123,7 @@ def check_controls(compiler: Compiler, objects: list[Path], torch: Torch, stubs:
 
 
 def check(version: str, jobs: int) -> str:
-    """Runs the whole check; returns a line that sums it up."""
+    """Runs the whole check; returns a one-line summary."""
     if missing := [tool for tool in TOOLS if not shutil.which(tool)]:
         raise CheckError(f"{', '.join(missing)} not found: apt-get install lld-19 llvm-19")
     zig, torch = fetch_zig(), fetch_torch(version)
@@ -146,7 +146,7 @@ def check(version: str, jobs: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--torch", default="2.13.0", metavar="VERSION", help="torch's version (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel compiler jobs (default: %(default)s)")
     arguments = parser.parse_args()
     try:
         print("mac-check:", check(arguments.torch, arguments.jobs))

@@ -1,4 +1,4 @@
-"""What the check downloads once, from PyPI: clang with macOS's C headers (ziglang), and torch's macOS wheel."""
+"""Downloads the tools once from PyPI: clang with macOS's C headers (ziglang), and torch's macOS wheel."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ LIBRARIES = ("libtorch.dylib", "libtorch_cpu.dylib", "libtorch_python.dylib", "l
 
 @dataclass(frozen=True)
 class Torch:
-    """Torch's macOS wheel, as far as an extension's build needs it."""
+    """The parts of torch's macOS wheel that an extension's build needs."""
 
     version: str
     root: Path
@@ -31,12 +31,12 @@ class Torch:
 
     @property
     def standard(self) -> str:
-        """The oldest C++ that torch's headers accept: c++17, or c++20 from torch 2.14 on."""
+        """The oldest C++ version for torch's headers: c++17, or c++20 from torch 2.14 on."""
         return "c++20" if "202002L" in (self.root / "include/ATen/ATen.h").read_text() else "c++17"
 
 
 def cache_directory() -> Path:
-    """Where downloads are kept: mac_check in $TORCH_FUSED_CACHE, else in torch_fused in the user's cache directory."""
+    """The folder for downloads: mac_check in $TORCH_FUSED_CACHE, or in torch_fused in the user's cache folder."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("TORCH_FUSED_CACHE") or user / "torch_fused") / "mac_check"
 
@@ -70,7 +70,7 @@ def fetch_torch(version: str) -> Torch:
 
 @contextmanager
 def unfinished(target: Path) -> Iterator[Path]:
-    """A folder beside the target to prepare it in: a download that breaks off leaves no target."""
+    """A temporary folder next to the target, so that an interrupted download leaves no target."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as directory:
         yield Path(directory)
