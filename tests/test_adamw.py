@@ -286,7 +286,7 @@ def changed(place, new):
     ],
 )
 def test_bad_arguments(backend, call, message):
-    """A bad argument raises before anything is written, naming the argument, what it got and what it takes."""
+    """A bad argument raises before anything is written; the error names the argument."""
     lists = operands(device=backend.device, shapes=[(9,), (4, 4)])
     before = cloned(lists)
     with pytest.raises(RuntimeError, match=rf"adamw_: {message}"):
@@ -359,7 +359,7 @@ def test_parts_of_one_buffer(backend):
 
 
 def test_a_refused_call_is_no_change_for_autograd():
-    """What autograd has saved is still good after a step that raised."""
+    """Tensors that autograd saved are still valid after a step that raised."""
     lists = operands(shapes=[(8,)])
     weight = torch.ones(8, requires_grad=True)
     product = (lists[0][0] * weight).sum()

@@ -10,7 +10,7 @@ from torch_fused.metal import emulate
 from torch_fused.ops.cross_entropy import cross_entropy_
 from torch_fused.testing import HALF_ULP, make, relative_error
 
-# One class, under a pack, a pack and a tail, one block of the CPU and a tail, more than the threads take at once.
+# One class, under a pack, a pack and a tail, one block of the CPU and a tail, more than threads handle at once.
 CLASSES = [1, 3, 13, 64, 1025, 9000]
 OPTIONS = [{}, {"label_smoothing": 0.1}, {"z_loss": 1e-2}, {"label_smoothing": 0.3, "z_loss": 0.1}]
 
@@ -35,7 +35,7 @@ def in_torch(logits, target, scale=None, *, z_loss=0.0, **options):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("classes", CLASSES)
 def test_matches_float64(backend, classes, options):
-    """Losses to float32's arithmetic, gradients to one rounding; a row that is ignored has neither."""
+    """Losses to float32's precision, gradients to one rounding; an ignored row has neither."""
     for dtype in backend.dtypes:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         logits, target = make(7, classes, dtype=dtype, scale=4.0), targets(7, classes)
@@ -45,11 +45,11 @@ def test_matches_float64(backend, classes, options):
             exact, gradient = in_torch(logits, target, scale.expand(7), **options)
             assert losses.dtype == wide
             torch.testing.assert_close(losses.cpu().double(), exact, rtol=1e-5, atol=1e-5)
-            # A probability less the shares of the targets: those may cancel.
+            # A probability minus the targets' shares: these may cancel.
             smoothing = options.get("label_smoothing", 0.0)
             shares = smoothing / classes + (1 - smoothing) * F.one_hot(target.clamp(0), classes).double()
             terms = gradient.abs() + scale.abs().view(-1, 1) * shares
-            roundings = 1024 if dtype == torch.float64 else 64  # torch's own gradient is no more exact in float64
+            roundings = 1024 if dtype == torch.float64 else 64  # torch's own gradient is not more exact in float64
             allowed = HALF_ULP[dtype] * gradient.abs() + roundings * HALF_ULP[wide] * terms + smallest(dtype)
             assert ((x.cpu().double() - gradient).abs() <= allowed).all(), dtype
             assert not losses[3] and not x[3].any()
@@ -71,7 +71,7 @@ def test_a_vocabulary_of_logits(backend):
 
 
 def test_far_logits(backend):
-    """Nothing overflows, and what is small beside the largest is right."""
+    """Nothing overflows, and values much smaller than the largest are right."""
     logits = torch.tensor([[3e38, -3e38, 0.0], [1e4, 1e4, -1e4], [-1e4, -1e4 + 1, -1e4 - 3], [0.0, -80.0, -100.0]])
     target = torch.tensor([0, 1, 2, 1])
     x = logits.to(backend.device, copy=True)
@@ -83,7 +83,7 @@ def test_far_logits(backend):
 
 @pytest.mark.parametrize("classes", [40, 3000])
 def test_nan_and_inf(backend, classes):
-    """NaN, infinities, masked classes and a row masked throughout give what torch gives."""
+    """NaN, infinities, masked classes and a fully masked row give the same as torch."""
     logits = make(6, classes)
     logits[0], logits[1, 3], logits[2, 5], logits[3, 7], logits[4, 1:] = (
         -torch.inf,
@@ -102,8 +102,8 @@ def test_nan_and_inf(backend, classes):
     torch.testing.assert_close(x.cpu(), own.grad, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-def test_ignored_rows_are_not_looked_at(backend):
-    """Whatever they hold, their losses and gradients are 0, whichever index says so."""
+def test_ignored_rows_are_not_read(backend):
+    """Their losses and gradients are 0 for any contents and any ignore_index."""
     for index in (-100, 2, 2**40):
         x = torch.full((2, 9), torch.nan, device=backend.device)
         target = torch.full((2,), index, device=backend.device)
@@ -111,8 +111,8 @@ def test_ignored_rows_are_not_looked_at(backend):
         assert not losses.any() and not x.any()
 
 
-def test_targets_that_are_no_class(backend):
-    """An error on the CPU, before anything is written; NaN where kernels find them, and nowhere else."""
+def test_targets_that_are_not_a_class(backend):
+    """An error on the CPU, before anything is written; NaN only in their rows in kernels."""
     for wrong in (-1, 9, 2**40, -(2**40)):
         logits = make(3, 9)
         x = logits.to(backend.device, copy=True)
@@ -135,7 +135,7 @@ def test_no_rows(backend):
 
 
 def test_rows_of_a_larger_buffer(backend):
-    """Rows apart, and misaligned, are written in place; what lies between them stays."""
+    """Separated and misaligned rows are written in place; the gaps between them do not change."""
     for start in (0, 1):
         for dtype in (torch.float32, torch.bfloat16):
             whole = make(4, 40, dtype=dtype).to(backend.device)
@@ -169,7 +169,7 @@ def test_every_schedule_gives_the_same_bits(schedule, seed):
 
 
 def test_traffic():
-    """A row is read once for a loss, and once more and written once for a gradient."""
+    """A row is read once for a loss; for a gradient it is read again and written once."""
     for scale, passes in ((None, 1), (torch.ones(()), 3)):
         x = make(2, 20000)
         with emulate() as run:

@@ -20,7 +20,7 @@ def test_selfcheck_passes_on_every_backend(backend, op):
 
 
 def test_selfcheck_reaches_every_row_kernel():
-    """One, two and four packs a thread, and the loop, in each dtype: nothing escapes compute-sanitizer."""
+    """One, two and four packs per thread, and the loop, in each dtype: nothing escapes compute-sanitizer."""
     with emulate() as run:
         CHECKS["add_rms_norm"]("cpu")
     kernels = {launch.kernel for launch in run.launches}

@@ -1,4 +1,4 @@
-"""FusedKVCache holds what DynamicCache holds, in fewer copies."""
+"""FusedKVCache contains the same as DynamicCache, with fewer copies."""
 
 import copy
 import io
@@ -39,7 +39,7 @@ def append(caches, tokens, batch=2, seed=0):
     return results
 
 
-# An older transformers' DynamicCache keeps its tokens in a reset, writes zeros over them, and crops no empty cache.
+# DynamicCache in older transformers keeps its tokens in a reset, writes zeros over them, and crops no empty cache.
 OLD = "reset" not in vars(DynamicLayer)
 
 
@@ -75,7 +75,7 @@ def caches():
 
 
 def test_append_through_several_growths(caches):
-    """A prompt, then single tokens past the 1.5x boundary several times: every result is DynamicCache's."""
+    """A prompt, then single tokens past the 1.5x boundary several times: every result is the same as DynamicCache's."""
     for step, tokens in enumerate([5, *[1] * 30, 7, 0, 40, 1]):
         (keys, values), (stock_keys, stock_values) = append(caches, tokens, seed=100 * step)
         assert torch.equal(keys, stock_keys)
@@ -84,7 +84,7 @@ def test_append_through_several_growths(caches):
 
 
 def test_appending_moves_nothing_while_there_is_room(caches):
-    """The buffers stay where they are, so a token costs its own size only."""
+    """The buffers do not move, so the cost of a token depends only on its own size."""
     fused, _ = caches
     append([fused], 64)
     before = fused.layers[0].keys.data_ptr()
@@ -97,7 +97,7 @@ def test_appending_moves_nothing_while_there_is_room(caches):
 
 @pytest.mark.parametrize("argument", ["max_cache_len", "expected_len"])
 def test_known_length_is_allocated_once(argument):
-    """With the final length known, nothing is ever moved, and nbytes is that length exactly."""
+    """If the final length is known, nothing is ever moved, and nbytes corresponds exactly to that length."""
     cache = FusedKVCache(config(), **{argument: 100})
     append([cache], 3)
     before = [layer.keys.data_ptr() for layer in cache.layers]
@@ -108,7 +108,7 @@ def test_known_length_is_allocated_once(argument):
 
 
 def test_too_large_a_length_is_not_allocated_at_once(monkeypatch):
-    """Past the limit for the whole cache it grows instead, and never beyond the known length."""
+    """Above the limit for the whole cache it grows instead, but never beyond the known length."""
     token_bytes = LAYERS * 2 * 2 * HEADS * HEAD_DIM * 4
     monkeypatch.setattr(torch_fused.hf.cache, "ALLOCATE_AT_ONCE", 100 * token_bytes - 1)
     cache = FusedKVCache(config(), max_cache_len=100)
@@ -120,7 +120,7 @@ def test_too_large_a_length_is_not_allocated_at_once(monkeypatch):
 
 
 def test_a_hint_is_not_a_limit():
-    """More tokens than expected_len are taken."""
+    """More tokens than expected_len are accepted."""
     cache, stock = FusedKVCache(config(), expected_len=4), DynamicCache(config=config())
     append([cache, stock], 3)
     append([cache, stock], 9, seed=1)
@@ -129,7 +129,7 @@ def test_a_hint_is_not_a_limit():
 
 @pytest.mark.parametrize("hybrid", [False, True])
 def test_full_is_an_error_that_changes_nothing(hybrid):
-    """One token too many raises at the first layer, sliding ones included, and every layer is as it was."""
+    """One token too many raises at the first layer, also a sliding one, and no layer has changed."""
     changes = hybrid_changes() if hybrid else {}
     cache = FusedKVCache(config(**changes), max_cache_len=6)
     append([cache], 5)
@@ -142,14 +142,14 @@ def test_full_is_an_error_that_changes_nothing(hybrid):
     assert cache.get_max_length() == 6
 
 
-def test_refuses_a_length_of_nothing():
-    """max_cache_len=0 would be a cache that holds no token."""
+def test_a_max_cache_len_of_zero_is_an_error():
+    """max_cache_len=0 would be a cache without tokens."""
     with pytest.raises(ValueError, match="max_cache_len must be at least 1 or None, got 0"):
         FusedKVCache(config(), max_cache_len=0)
 
 
 def test_crop_keeps_the_buffers(caches):
-    """Tokens taken back are overwritten in place by the next ones."""
+    """Cropped tokens are overwritten in place by the next ones."""
     fused = caches[0]
     append(caches, 10)
     before = fused.layers[0].keys.data_ptr()
@@ -166,7 +166,7 @@ def test_crop_keeps_the_buffers(caches):
 
 @pytest.mark.parametrize("use", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave"])
 def test_batch_operations(caches, use):
-    """What beam search and its relatives do to a cache, repeated and followed by more tokens."""
+    """The operations of beam search and similar algorithms, repeated and followed by more tokens."""
     argument = (3,) if use == "batch_repeat_interleave" else (torch.tensor([1, 1]),)
     batch = 2
     for cache in caches:
@@ -181,8 +181,8 @@ def test_batch_operations(caches, use):
         assert_same(*caches)
 
 
-def test_a_tensor_of_the_users_is_never_written(caches):
-    """Keys assigned from outside are copied before the first write, also after a crop or a reordering."""
+def test_a_users_tensor_is_never_written(caches):
+    """Assigned keys are copied before the first write, also after a crop or a reordering."""
     fused, _ = caches
     append([fused], 4)
     theirs = torch.ones(2, HEADS, 6, HEAD_DIM)
@@ -196,7 +196,7 @@ def test_a_tensor_of_the_users_is_never_written(caches):
 
 
 def test_reuse_after_reset_with_another_batch(caches):
-    """A reset cache takes states of any batch size and dtype."""
+    """A reset cache accepts states of any batch size and dtype."""
     fused, _ = caches
     append([fused], 4)
     fused.reset()
@@ -215,7 +215,7 @@ def pickled(cache):
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, lambda cache: pickle.loads(pickle.dumps(cache))])
 def test_copies_are_independent_and_hold_the_used_part_only(duplicate):
-    """A copy equals the original, both can go on by themselves, and the spare room is not copied."""
+    """A copy equals the original, both continue independently, and unused space is not copied."""
     cache, stock = FusedKVCache(config(), max_cache_len=50), DynamicCache(config=config())
     append([cache, stock], 10)
     other = duplicate(cache)
@@ -228,7 +228,7 @@ def test_copies_are_independent_and_hold_the_used_part_only(duplicate):
 
 
 def test_iterates_like_dynamic_cache(caches):
-    """The legacy view: (keys, values, window) a layer."""
+    """The legacy view: (keys, values, window) per layer."""
     append(caches, 4)
     for (keys, values, _), (stock_keys, stock_values, _) in zip(*caches, strict=True):
         assert torch.equal(keys, stock_keys)
@@ -241,8 +241,8 @@ def hybrid_changes():
 
 
 @pytest.mark.parametrize("spare", [0, 2, 64])
-def test_sliding_layers_hand_out_what_is_in_the_window(monkeypatch, spare):
-    """What `update` returns and the mask is made for are transformers' own, whatever has been dropped."""
+def test_sliding_layers_return_what_is_in_the_window(monkeypatch, spare):
+    """The result of `update` and the mask sizes are the same as transformers', also after dropping tokens."""
     monkeypatch.setattr(torch_fused.hf.cache, "SPARE", spare)
     fused, stock = FusedKVCache(config(**hybrid_changes())), DynamicCache(config=config(**hybrid_changes()))
     assert fused.is_sliding == stock.is_sliding == [True, False, False]
@@ -258,7 +258,7 @@ def test_sliding_layers_hand_out_what_is_in_the_window(monkeypatch, spare):
 
 
 def sliding_cache(tokens, chunk=1, **options):
-    """A cache of one sliding and two full layers that has got so many tokens, and all of their keys."""
+    """A cache of one sliding and two full layers with this many tokens, and all of their keys."""
     cache = FusedKVCache(config(**hybrid_changes()), **options)
     states = make(2, tokens, HEADS, HEAD_DIM).transpose(1, 2)
     for part in states.split(chunk, 2):
@@ -269,7 +269,7 @@ def sliding_cache(tokens, chunk=1, **options):
 
 @pytest.mark.parametrize("options", [{}, {"expected_len": 3000}, {"max_cache_len": 3000}])
 def test_sliding_layers_keep_little_more_than_the_window(options):
-    """However long the sequence is; after a long prompt from the next token on."""
+    """For any length of the sequence; after a long prompt, from the next token on."""
     for chunk in (1, 7, 2000):
         cache, states = sliding_cache(2001, chunk, **options)
         sliding, full = cache.layers[:2]
@@ -297,8 +297,8 @@ def test_sliding_layers_are_cropped_while_they_have_the_window():
     assert torch.equal(recording.layers[0].keys, states[:, :, :10])
 
 
-def test_a_crop_that_one_layer_refuses_changes_none():
-    """Also where the layers before it could be cropped."""
+def test_a_crop_that_fails_in_one_layer_changes_none():
+    """Also if the layers before it could be cropped."""
     types = ["full_attention", "full_attention", "sliding_attention"]
     cache = FusedKVCache(config(**{**hybrid_changes(), "layer_types": types}))
     states = make(2, 501, HEADS, HEAD_DIM).transpose(1, 2)
@@ -314,7 +314,7 @@ def test_a_crop_that_one_layer_refuses_changes_none():
 
 
 def test_leaves_inference_mode():
-    """A cache filled in inference mode goes on outside of it, as DynamicCache does."""
+    """A cache filled in inference mode continues outside it, like DynamicCache."""
     cache, stock = FusedKVCache(config(), max_cache_len=20), DynamicCache(config=config())
     with torch.inference_mode():
         append([cache, stock], 4)
@@ -326,7 +326,7 @@ def test_leaves_inference_mode():
 
 
 def test_gradients_flow_through_the_cache():
-    """States that require grad are concatenated: gradients reach the tokens of both calls, and of earlier ones."""
+    """States that require grad are concatenated: gradients reach the tokens of both calls, and earlier ones."""
     gradients = []
     for cache in (FusedKVCache(config()), DynamicCache(config=config())):
         first = make(2, HEADS, 3, HEAD_DIM, requires_grad=True)
@@ -336,14 +336,14 @@ def test_gradients_flow_through_the_cache():
         loss = (keys.square() * values).sum()
         with torch.no_grad():
             cache.layers[0].crop(-1)
-            cache.update(second[:, :, :1], second[:, :, :1], 0)  # must not write into what backward needs
+            cache.update(second[:, :, :1], second[:, :, :1], 0)  # must not overwrite what backward needs
         loss.backward()
         gradients.append((first.grad, second.grad))
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def test_is_like_dynamic_cache_to_generate():
-    """The flags by which generate() chooses its paths: can be cropped, is not compiled."""
+    """The flags with which generate() selects its path: croppable, not compileable."""
     cache = FusedKVCache(config())
     assert cache.is_croppable
     assert not cache.is_compileable
@@ -370,7 +370,7 @@ HALF, WIDE = torch.bfloat16, torch.float32
     ],
 )
 def test_dtypes_promote(dtypes, spare):
-    """States of another dtype than the cache's, keys and values each: all tokens get the dtype of torch.cat."""
+    """States with another dtype than the cache, for keys and values each: all tokens get the dtype of torch.cat."""
     caches = FusedKVCache(config(1), expected_len=spare), DynamicCache(config=config(1))
     for step, (key_dtype, value_dtype) in enumerate(dtypes):
         for tokens in (3, 1, 2):
@@ -387,7 +387,7 @@ def test_dtypes_promote(dtypes, spare):
 
 
 def test_a_promoted_cache_stays_in_place():
-    """One move for the new dtype, none for the tokens after it."""
+    """One move for the new dtype, none for later tokens."""
     cache = FusedKVCache(config(1), max_cache_len=40)
     half, wide = make(2, HEADS, 2, HEAD_DIM, dtype=HALF), make(2, HEADS, 2, HEAD_DIM)
     cache.update(half, half, 0)
@@ -402,8 +402,8 @@ def test_a_promoted_cache_stays_in_place():
 
 
 @pytest.mark.parametrize("arguments", [{"kwargs": {"seq": 1}}, {"cache_kwargs": {"cos": 1}}, {"sin": 2}])
-def test_what_transformers_hands_to_update_arrives(caches, arguments):
-    """Layers take what they do not know, and a caller's own layer gets it."""
+def test_further_arguments_reach_update(caches, arguments):
+    """Layers accept unknown arguments, and a caller's own layer receives them."""
     got = []
 
     class Layer(DynamicLayer):
@@ -420,7 +420,7 @@ def test_what_transformers_hands_to_update_arrives(caches, arguments):
 
 
 def test_compiles_without_graph_breaks():
-    """One graph; what was kept stays there too."""
+    """One graph; tensors that the caller kept do not change there either."""
     cache, stock = FusedKVCache(config(), max_cache_len=40), DynamicCache(config=config())
 
     def step(cache, states):
@@ -457,7 +457,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("filled", [False, True])
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_function_transforms(transform, filled, grad):
-    """torch.func through the cache, behind tokens that were there before or not: DynamicCache's values."""
+    """torch.func through the cache, with and without earlier tokens: DynamicCache's values."""
     results = []
     for cache in (FusedKVCache(config(1), max_cache_len=40), DynamicCache(config=config(1))):
         if filled:

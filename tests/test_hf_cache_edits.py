@@ -1,4 +1,4 @@
-"""A caller may edit and keep a FusedKVCache's keys and values, as a DynamicCache's."""
+"""A caller may edit and keep a FusedKVCache's keys and values, like a DynamicCache's."""
 # ruff: noqa: F811 (a fixture is imported)
 
 import pytest
@@ -43,7 +43,7 @@ EDITS = {
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
 @pytest.mark.parametrize("spare", [None, 40])
 def test_layers_are_edited_one_tensor_after_the_other(edit, order, spare):
-    """Every edit, in both orders: the cache goes on with what was assigned, as DynamicCache does."""
+    """Every edit, in both orders: the cache continues with what was assigned, like DynamicCache."""
     caches = FusedKVCache(config(), expected_len=spare), DynamicCache(config=config())
     append(caches, 6)
     append(caches, 1, seed=50)
@@ -66,7 +66,7 @@ def test_layers_are_edited_one_tensor_after_the_other(edit, order, spare):
 @pytest.mark.parametrize("name", ["keys", "values"])
 @pytest.mark.parametrize("edit", ["the last tokens", "a prefix", "another dtype", "itself"])
 def test_only_one_tensor_is_edited(caches, name, edit):
-    """The two go on with lengths and dtypes of their own; edited alike later, they are one again."""
+    """Keys and values continue with different lengths and dtypes; a later edit can make them equal again."""
     append(caches, 6)
     for cache in caches:
         for layer in cache.layers:
@@ -81,7 +81,7 @@ def test_only_one_tensor_is_edited(caches, name, edit):
     assert_same(*caches)
 
 
-def test_an_edit_that_does_not_fit_is_the_next_updates_error(caches):
+def test_an_edit_that_does_not_fit_is_an_error_in_the_next_update(caches):
     """Keys of another batch size: torch.cat's error, and neither tensor has changed."""
     append(caches, 6)
     layer = caches[0].layers[0]
@@ -94,7 +94,7 @@ def test_an_edit_that_does_not_fit_is_the_next_updates_error(caches):
 
 
 def test_a_prefix_is_trained(caches):
-    """Keys and values that were made to require a gradient, in place or by assignment, get it."""
+    """Keys and values that require a gradient, in place or by assignment, get it."""
     gradients = []
     for cache in caches:
         append([cache], 4)
@@ -110,7 +110,7 @@ def test_a_prefix_is_trained(caches):
 
 
 def test_data_of_a_view_is_replaced(caches):
-    """`.data` of what was handed out, as DynamicCache's."""
+    """`.data` of the returned tensors, as in DynamicCache."""
     append(caches, 6)
     for cache in caches:
         for layer in cache.layers:
@@ -167,8 +167,8 @@ def test_the_cache_takes_its_own_states(caches):
     assert_same(*caches)
 
 
-def test_copies_only_where_somebody_holds_a_view():
-    """Reading costs no copy, nor do crops and reorderings, once the readers are gone."""
+def test_copies_only_while_a_view_exists():
+    """Reading, crops and reorderings do not copy once the readers' tensors are gone."""
     cache = FusedKVCache(config(), max_cache_len=40)
     append([cache], 8)
 
@@ -187,7 +187,7 @@ def test_copies_only_where_somebody_holds_a_view():
     append([cache], 1)
     assert [a != b for a, b in zip(places(), before, strict=True)] == [False, False, True, True, False, False]
     before = places()
-    append([cache], 1)  # kept is of no buffer any more
+    append([cache], 1)  # kept is no longer a view of a buffer
     assert places() == before
     assert kept.shape[2] == 16
 
@@ -208,7 +208,7 @@ class Allocations(TorchDispatchMode):
 
 
 def test_speculative_decoding_copies_nothing():
-    """Append candidates, look at all keys, take some back: what assisted and prompt lookup decoding do each step."""
+    """Append candidates, read all keys, crop some: a step of assisted and prompt lookup decoding."""
     cache = FusedKVCache(config(), max_cache_len=200)
     append([cache], 100)
     with Allocations(least=100 * HEAD_DIM) as allocations:
@@ -222,7 +222,7 @@ def test_speculative_decoding_copies_nothing():
 
 
 def test_backward_after_more_tokens():
-    """Keys that were saved for the queries' gradient stay as they were while the cache goes on and is cropped."""
+    """Keys that were saved for the queries' gradient do not change while the cache continues and is cropped."""
     gradients = []
     for cache in (FusedKVCache(config(1), max_cache_len=40), DynamicCache(config=config(1))):
         states = make(2, HEADS, 3, HEAD_DIM)

@@ -1,4 +1,4 @@
-"""What a FusedKVCache refuses, and what an interrupted call leaves of it."""
+"""Errors of a FusedKVCache, and its state after an interrupted call."""
 # ruff: noqa: F811 (a fixture is imported)
 
 import contextlib
@@ -50,7 +50,7 @@ BAD_STATES = {
 @pytest.mark.parametrize("states", BAD_STATES.values(), ids=BAD_STATES)
 @pytest.mark.parametrize("spare", [None, 40])
 def test_states_that_do_not_fit_change_nothing(states, spare):
-    """An error, whether there is room for them or not; the cache goes on as if it had not been called."""
+    """An error, with or without room for them; the cache continues as if it had not been called."""
     caches = FusedKVCache(config(), expected_len=spare), DynamicCache(config=config())
     append(caches, 4)
     append(caches, 4 if spare is None else 2, seed=50)
@@ -64,7 +64,7 @@ def test_states_that_do_not_fit_change_nothing(states, spare):
 
 @pytest.mark.parametrize("fails", [1, 2])
 def test_out_of_memory_changes_nothing(monkeypatch, caches, fails):
-    """The allocation of either buffer fails: in growing, in moving away from what is kept, in promoting."""
+    """The allocation of either buffer fails: when growing, when moving away from kept tensors, when promoting."""
 
     def allocate(*args, **kwargs):
         nonlocal fails
@@ -94,7 +94,7 @@ def test_out_of_memory_changes_nothing(monkeypatch, caches, fails):
 
 
 class Interrupt:
-    """Raises KeyboardInterrupt before the `at`-th line that is run of the cache's own code."""
+    """Raises KeyboardInterrupt before the `at`-th executed line of the cache's code."""
 
     def __init__(self, at):
         self.left = at
@@ -125,7 +125,7 @@ INTERRUPTED = {
 @pytest.mark.parametrize("held", ["buffers", "kept", "edited"])
 @pytest.mark.parametrize("call", INTERRUPTED.values(), ids=INTERRUPTED)
 def test_an_interrupt_anywhere(call, held):
-    """After an interrupt at any line each layer is as before the call or as after it, keys and values alike."""
+    """After an interrupt at any line, each layer is as before or after the call, for keys and values alike."""
 
     def start():
         cache = FusedKVCache(config(), expected_len=8)
@@ -167,8 +167,8 @@ def is_same(layer, keys, values):
 
 @pytest.mark.parametrize("call", ["append", "crop", "advance"])
 @pytest.mark.parametrize("reached", range(1, LAYERS))
-def test_an_interrupted_call_is_told_and_mended(caches, call, reached):
-    """Layers of unequal length: the next forward, update or step says so and changes nothing; crop(0) mends it."""
+def test_an_interrupted_call_is_reported_and_repaired(caches, call, reached):
+    """Layers of unequal length: the next forward, update or step raises and changes nothing; crop(0) repairs it."""
     fused, stock = caches
     append(caches, 6)
     append(caches, 1, seed=50)
@@ -212,8 +212,8 @@ def test_an_interrupted_call_is_told_and_mended(caches, call, reached):
     append([again], 2)
 
 
-def test_an_interrupted_prompt_is_told():
-    """The first layers hold the prompt, the others nothing: a model's next forward says so."""
+def test_an_interrupted_prompt_is_reported():
+    """The first layers have the prompt, the others nothing: the model's next forward raises."""
     model = Qwen2ForCausalLM(config()).eval()
     ids = torch.arange(6)[None]
     stopped = model.model.layers[1].register_forward_pre_hook(lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
@@ -232,8 +232,8 @@ def test_an_interrupted_prompt_is_told():
 
 @pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.parametrize("layer", range(1, LAYERS))
-def test_an_interrupted_generation_goes_on(patched, layer):
-    """Interrupted between two layers in generate(): told, mended, and the tokens are those of a new cache."""
+def test_an_interrupted_generation_can_continue(patched, layer):
+    """Interrupted between two layers in generate(): reported, repaired, and the tokens are those of a new cache."""
     model = Qwen2ForCausalLM(config()).eval()
     ids = torch.arange(6)[None]
     expected = model.generate(ids, max_new_tokens=8, do_sample=False)
@@ -259,7 +259,7 @@ def test_an_interrupted_generation_goes_on(patched, layer):
 
 
 def test_layers_that_a_caller_made_unequal_are_not_an_interrupt(caches):
-    """A budget of its own for each layer, one token apart, as compression leaves it."""
+    """Each layer has its own budget, one token apart, as after compression."""
     append(caches, 6)
     append(caches, 1, seed=50)
     for cache in caches:
@@ -276,7 +276,7 @@ def test_layers_that_a_caller_made_unequal_are_not_an_interrupt(caches):
 
 @pytest.mark.parametrize("filled", [False, True])
 def test_one_layer_may_be_used_alone(caches, filled):
-    """A caller who fills the first layer, then the second, is not taken for an interrupt."""
+    """A caller who fills the first layer, then the second, is not mistaken for an interrupt."""
     states = make(2, HEADS, 2, HEAD_DIM)
     if filled:
         append(caches, 4)
@@ -288,7 +288,7 @@ def test_one_layer_may_be_used_alone(caches, filled):
 
 
 def test_layers_that_a_model_does_not_have():
-    """A model without its last layers goes on with a cache for all of them."""
+    """A model without its last layers can use a cache for all of them."""
     model = Qwen2ForCausalLM(config()).eval()
     del model.model.layers[1:]
     ids = torch.arange(6)[None]
@@ -299,8 +299,8 @@ def test_layers_that_a_model_does_not_have():
         torch.testing.assert_close(*logits)
 
 
-def test_linear_attention_cannot_be_mended():
-    """A hybrid model's state is past the token that crop would take back."""
+def test_linear_attention_cannot_be_repaired():
+    """A hybrid model's state has already advanced past the token that crop would remove."""
     cache = FusedKVCache(config(3))
     cache.layers[1] = LinearAttentionLayer()
     states = make(2, HEADS, 2, HEAD_DIM)
@@ -312,7 +312,7 @@ def test_linear_attention_cannot_be_mended():
 
 
 def test_an_interrupted_drop_loses_nothing(monkeypatch):
-    """Whatever line of it is the last: the tokens that are held are those after the dropped ones."""
+    """After an interrupt at any line, the tokens in the cache are those after the dropped ones."""
     monkeypatch.setattr(torch_fused.hf.cache, "SPARE", 1)
     for line in itertools.count():
         cache, states = sliding_cache(9)

@@ -1,4 +1,4 @@
-"""Random calls do to a FusedKVCache what they do to a DynamicCache."""
+"""Random calls have the same effect on a FusedKVCache as on a DynamicCache."""
 
 import copy
 import random
@@ -188,7 +188,7 @@ class Walk:
                 setattr(layer, name, getattr(layer, name).to(dtype))
 
     def duplicate(self):
-        if not self.leaves:  # torch copies no tensor with a history
+        if not self.leaves:  # torch cannot copy a tensor with a history
             self.caches = list(map(self.random.choice([copy.deepcopy, pickled]), self.caches))
 
     def offload(self):

@@ -1,4 +1,4 @@
-"""A patched model under torch.compile: whole graphs, as stock's, also where `generate` compiles by itself."""
+"""A patched model under torch.compile: whole graphs, as with stock, also if `generate` compiles automatically."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ class Counting:
 
 
 def compiling(backend):
-    """What makes `generate` compile on the CPU as it does on a GPU by itself; a graph break is an error."""
+    """Makes `generate` compile on the CPU as it does on a GPU; a graph break is an error."""
     config = CompileConfig(fullgraph=True, backend=backend)
     config._compile_all_devices = True
     return config
@@ -41,7 +41,7 @@ def nothing_compiled():
 
 
 def compiled(run, model, **options):
-    """What a call of generate returns, and the graphs that it made and ran."""
+    """The result of generate, and the graphs that it compiled and ran."""
     torch.manual_seed(0)
     backend = Counting()
     result = run(model, prompt(2, 7), max_new_tokens=12, compile_config=compiling(backend), **options)
@@ -66,7 +66,7 @@ def own(model, ids, **options):
     ids=str,
 )
 def test_generate_compiles_what_stocks_does(family, given, flags):
-    """With a cache that transformers compiles a model for, by name or a user's, every token is a call of one graph."""
+    """With a cache that makes transformers compile, by name or a user's, every token is a call of one graph."""
     model = make_model(family)
 
     def options():
@@ -83,7 +83,7 @@ def test_generate_compiles_what_stocks_does(family, given, flags):
 
 @pytest.mark.parametrize("sliding", [False, True])
 def test_hf_generate_compiles_too(sliding):
-    """For windows as well, whose static cache is another; drawn tokens still come from the fused sampler."""
+    """Also for windows, which have another static cache; drawn tokens still come from the fused sampler."""
     windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0} if sliding else {}
     model = make_model(**windows)
     static = {"cache_implementation": "static"}
@@ -98,7 +98,7 @@ def test_hf_generate_compiles_too(sliding):
 
 
 def test_what_is_not_compiled():
-    """The fused cache, as a DynamicCache; and what stock is told not to compile."""
+    """The fused cache, as with a DynamicCache; and models that stock does not compile."""
     model = make_model()
     with apply_torch_fused(model) as handle:
         for options in ({}, {"cache_implementation": "static", "disable_compile": True}):

@@ -1,4 +1,4 @@
-"""A model's steps as one op: stock's tokens where it applies, and where it does not, with the reason in the report."""
+"""A model's steps as one op: stock's tokens if the op supports them, and if not, with the reason in the report."""
 
 import copy
 import re
@@ -21,7 +21,7 @@ from torch_fused.testing import relative_error
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Models this small lose more to waking threads than they gain."""
+    """For models this small, waking threads costs more than it gains."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -38,14 +38,14 @@ def padded(batch, tokens, seed=0):
 
 
 def calls(handle):
-    """How many calls ran as one op, and the reasons why others did not."""
+    """The number of calls that ran as one op, and the reasons why others did not."""
     lines = handle.report().splitlines()
     ours = [int(found[1]) for line in lines if (found := re.match(r" +(\d+) calls as one op", line))]
     return sum(ours), [line.split(": ", 1)[1] for line in lines if "calls left" in line]
 
 
 def one_step(model, new=1, held=None, **kwargs):
-    """Logits of `new` tokens behind nine that two sequences hold already."""
+    """Logits of `new` tokens after nine tokens in the cache, for two sequences."""
     cache = FusedKVCache(model.config) if held is None else held
     with torch.no_grad():
         model(prompt(2, 9), **{CACHE: cache})
@@ -60,7 +60,7 @@ def one_step(model, new=1, held=None, **kwargs):
 @pytest.mark.parametrize("tokens", [1, 7, 128, 2048])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_stocks(family, tokens, batch):
-    """256 tokens in float32, behind prompts of every length, padded on the left: the patched model and hf.generate."""
+    """256 tokens in float32, after prompts of every length, left-padded: the patched model and hf.generate."""
     model = make_model(family, seed=3)
     inputs = padded(batch, tokens)
     options = {"do_sample": False, "max_new_tokens": 256}
@@ -74,7 +74,7 @@ def test_greedy_tokens_are_stocks(family, tokens, batch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_against_float64(family, dtype):
-    """Ten tokens one by one and three at once, by the weights as they are: 1e-4 in float32, else stock's own error."""
+    """Ten tokens one by one and three at once, with the exact weights: 1e-4 in float32, else stock's own error."""
     model = make_model(family, dtype=dtype, layers=4)
     exact_model = copy.deepcopy(model).double()
     inputs, more = padded(4, 20), prompt(4, 13, seed=9)
@@ -119,7 +119,7 @@ def test_logits_against_float64(family, dtype):
     ids=str,
 )
 def test_configurations(changes):
-    """Tied embeddings, numbers of heads, rotary types, biases, eager attention: one op a token, stock's tokens."""
+    """Tied embeddings, numbers of heads, rotary types, biases, eager attention: one op per token, stock's tokens."""
     model = make_model("qwen3" if "head_dim" in changes else "llama", **changes)
     inputs, options = padded(2, 30), {"do_sample": False, "max_new_tokens": 60}
     expected = model.generate(**inputs, **options)
@@ -129,7 +129,7 @@ def test_configurations(changes):
 
 
 def test_long_context():
-    """Behind 5000 tokens of context, filled in parts."""
+    """After 5000 tokens of context, filled in parts."""
     model = make_model(max_position_embeddings=8192)
     options = {"do_sample": False, "max_new_tokens": 20, "prefill_chunk_size": 1000}
     expected = model.generate(prompt(1, 5000), **options)
@@ -137,7 +137,7 @@ def test_long_context():
 
 
 def test_no_copy_of_the_weights():
-    """What a step allocates is the size of activations, whatever the size of the weights."""
+    """A step's allocations have the size of activations, for any size of the weights."""
     model = make_model(hidden_size=256, intermediate_size=1024, vocab_size=4096, tie_word_embeddings=True)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     apply_torch_fused(model)
@@ -155,7 +155,7 @@ def test_no_copy_of_the_weights():
 
 
 def test_hooks_that_transformers_leaves():
-    """One call for hidden states or attentions leaves hooks on the layers: they are idle, and a user's are not."""
+    """A call for hidden states or attentions leaves idle hooks on the layers; a user's hooks are not idle."""
     model = make_model(attn_implementation="eager")
     options = {"do_sample": False, "max_new_tokens": 10}
     expected = model.generate(prompt(1, 9), **options)
@@ -182,7 +182,7 @@ def test_hooks_that_transformers_leaves():
 
 
 def test_embeddings_that_require_gradients():
-    """enable_input_require_grads leaves a hook, which matters where gradients are enabled."""
+    """enable_input_require_grads leaves a hook, which matters only if gradients are enabled."""
     model = make_model().requires_grad_(False)
     model.enable_input_require_grads()
     with apply_torch_fused(model) as handle:
@@ -195,7 +195,7 @@ def test_embeddings_that_require_gradients():
 
 @pytest.mark.parametrize("way", ["argument", "config", "the model's config"])
 def test_stop_strings(way):
-    """Wherever they come from: the loop is ours, a step behind on a GPU, and the tokens are stock's."""
+    """From any source: the loop is ours, one step ahead on a GPU, and the tokens are stock's."""
     model = make_model()
     tokens = model.generate(prompt(1, 9), max_new_tokens=30, do_sample=False)[0].tolist()
     stop = ["".join(chr(0x21 + token) for token in tokens[20:22])]
@@ -225,8 +225,8 @@ def test_stop_strings(way):
 
 
 @pytest.mark.parametrize("use_cache", [True, None])
-def test_a_loop_by_hand(use_cache):
-    """The caller gives no cache at first, and hands back what the model returns: one op a token, stock's logits."""
+def test_a_handwritten_loop(use_cache):
+    """The caller passes no cache at first, then the returned one: one op per token, stock's logits."""
 
     def loop(model):
         ids, cache, logits = prompt(2, 9), None, []
@@ -245,7 +245,7 @@ def test_a_loop_by_hand(use_cache):
             assert type(cache) is FusedKVCache
             assert calls(handle) == (11, ["the cache is empty (a prompt)"])
             torch.testing.assert_close(logits, expected)
-            # A prompt alone takes no more memory than in a DynamicCache.
+            # A prompt takes no more memory than in a DynamicCache.
             assert model(prompt(2, 9))[CACHE].nbytes == 2 * 2 * 2 * 2 * 9 * 16 * 4
             assert model(prompt(2, 9), use_cache=False).get(CACHE) is None
         with apply_torch_fused(model, cache=False) as handle:
@@ -261,7 +261,7 @@ def test_a_loop_by_hand(use_cache):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_kinds_of_integers(dtype):
-    """Token ids, masks and positions as int32: as stock takes them."""
+    """Token ids, masks and positions may be int32, as in stock."""
     model = make_model()
     mask = torch.ones(2, 10, dtype=dtype)
     mask[1, :2] = 0
@@ -290,7 +290,7 @@ def test_kinds_of_integers(dtype):
     ],
     ids=lambda arguments: f"{next(iter(arguments))} {tuple(next(iter(arguments.values())).shape)}",
 )
-def test_arguments_that_are_transformers_to_judge(arguments):
+def test_arguments_that_transformers_checks(arguments):
     """The same logits, or the same exception."""
     model = make_model()
     results = []
@@ -309,7 +309,7 @@ def test_arguments_that_are_transformers_to_judge(arguments):
 
 
 def test_more_than_eight_sequences():
-    """Told apart from a prompt."""
+    """Distinguished from a prompt."""
     model = make_model()
     expected = model.generate(prompt(9, 5), max_new_tokens=6, do_sample=False)
     with apply_torch_fused(model) as handle:
@@ -320,7 +320,7 @@ def test_more_than_eight_sequences():
 @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "under accelerate"])
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "frozen base"])
 def test_rollouts_of_a_trainer(wrapped, adapter):
-    """What TRL's trainers do between steps of training: generate under no_grad, in training mode, with parameters that
+    """Like TRL's trainers between training steps: generate under no_grad, in training mode, with parameters that
     require gradients, checkpointing turned off and on again, in accelerate's wrapper for mixed precision."""
     model = make_model().train()
     stock = copy.deepcopy(model)
@@ -351,7 +351,7 @@ def test_rollouts_of_a_trainer(wrapped, adapter):
 
 
 def test_a_wrapper_of_the_models_forward():
-    """Somebody's function around the model's forward is called for every token, and the step runs inside of it."""
+    """A function around the model's forward is called for every token, and the step runs inside it."""
     stock, patched = make_model(), make_model()
     options = {"do_sample": False, "max_new_tokens": 12}
     with apply_torch_fused(patched) as handle:

@@ -1,4 +1,4 @@
-"""Models and calls whose steps are transformers' own, with the reason in the report."""
+"""Models and calls that are left to transformers, with the reason in the report."""
 
 import contextlib
 import copy
@@ -23,7 +23,7 @@ from torch_fused.testing import relative_error
 
 
 class Lora(nn.Module):
-    """What an adapter that is not merged makes of a linear layer."""
+    """A linear layer with an unmerged adapter."""
 
     def __init__(self, base: nn.Linear):
         super().__init__()
@@ -94,7 +94,7 @@ LEFT_MODELS = {
 
 @pytest.mark.parametrize(
     ("case", "when"),
-    # To compile a layer that the op stands for changes nothing.
+    # Compiling a layer that the op replaces changes nothing.
     [
         (case, when)
         for case in LEFT_MODELS
@@ -135,7 +135,7 @@ def test_dropout_in_training_mode():
 
 
 def test_angles_that_depend_on_the_length():
-    """Up to the length from which they change, a step is one op."""
+    """A step is one op up to the length at which they change."""
     parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     model = make_model(rope_parameters=parameters, max_position_embeddings=32)
     options = {"do_sample": False, "max_new_tokens": 60}
@@ -211,7 +211,7 @@ def test_a_call_that_is_left(case):
 
 @pytest.mark.parametrize("cache_class", [DynamicCache, None], ids=["dynamic", "wrong batch"])
 def test_other_caches(cache_class):
-    """A cache of another kind is left; one of another batch size is transformers' to refuse."""
+    """Another kind of cache is left to transformers; for another batch size, transformers raises an error."""
     model = make_model()
     with apply_torch_fused(model) as handle:
         if cache_class is not None:
@@ -246,7 +246,7 @@ EDITS = {
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_a_cache_that_was_edited(edit):
-    """The op runs behind what the caller left there, or the call is transformers'; the logits are the same."""
+    """The op continues after the edited tokens, or transformers runs the call; the logits are the same."""
     change, reason = EDITS[edit]
     model = make_model()
     with torch.no_grad(), contextlib.ExitStack() as stack:
@@ -257,7 +257,7 @@ def test_a_cache_that_was_edited(edit):
             change(cache)
             try:
                 outcomes.append([model(prompt(2, 1, seed=step), **{CACHE: cache}).logits for step in range(3)])
-            except RuntimeError as error:  # float64 behind float32 weights, say
+            except RuntimeError as error:  # for example float64 tokens with float32 weights
                 outcomes.append(type(error))
         if isinstance(outcomes[0], list):
             torch.testing.assert_close(outcomes[1], outcomes[0])
@@ -268,7 +268,7 @@ def test_a_cache_that_was_edited(edit):
 
 
 def test_what_was_kept_stays():
-    """The op writes into no tensor that a caller took out of the cache, and moves nothing once they are gone."""
+    """The op does not write tensors that a caller took from the cache, and moves nothing once they are gone."""
     model = make_model()
     with torch.no_grad(), apply_torch_fused(model) as handle:
         cache = FusedKVCache(model.config, expected_len=64)
@@ -287,7 +287,7 @@ def test_what_was_kept_stays():
 
 
 def test_a_step_after_an_interrupt():
-    """A step behind layers of unequal length is an error that says how to go on, in the model and in generate()."""
+    """A step after layers of unequal length is an error that says what to do, in the model and in generate()."""
     model = make_model()
     with torch.no_grad(), apply_torch_fused(model) as handle:
         cache = FusedKVCache(model.config)
@@ -308,7 +308,7 @@ def test_a_step_after_an_interrupt():
 
 @pytest.mark.parametrize("decode", [True, False])
 def test_the_cache_by_either_name(decode):
-    """Old code calls it past_key_values, code for a newer transformers cache."""
+    """Older code calls it past_key_values, code for newer transformers cache."""
     model = make_model()
     with torch.no_grad():
         expected = one_step(model, held=DynamicCache(config=model.config)).logits
@@ -323,10 +323,10 @@ def test_the_cache_by_either_name(decode):
 
 
 def test_gradients_and_emulation():
-    """What surrounds a call; the op runs again when it is over."""
+    """The op does not run in these contexts, and runs again after them."""
     model = make_model()
     with apply_torch_fused(model) as handle:
-        logits = one_step(model).logits  # gradients are on outside of the prompt
+        logits = one_step(model).logits  # gradients are enabled outside the prompt
         assert logits.requires_grad
         assert "gradients are enabled" in calls(handle)[1][-1]
         with torch.no_grad():
@@ -342,7 +342,7 @@ def test_gradients_and_emulation():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
-    """A step computes with the weights' own dtype under autocast too: nearer to the exact logits than stock is."""
+    """A step uses the weights' own dtype under autocast too: closer to the exact logits than stock."""
     model = make_model()
     exact = one_step(copy.deepcopy(model).double().requires_grad_(False), held=DynamicCache(config=model.config)).logits
     with torch.no_grad(), torch.autocast("cpu", dtype):
@@ -355,7 +355,7 @@ def test_autocast(dtype):
 
 
 def test_frozen_weights_need_no_no_grad():
-    """With nothing to differentiate, gradients may stay enabled."""
+    """With nothing to differentiate, grad mode may stay on."""
     model = make_model().requires_grad_(False)
     with apply_torch_fused(model) as handle:
         assert not one_step(model).logits.requires_grad
@@ -373,7 +373,7 @@ def test_compiled_whole_model():
 
 
 def test_weights_may_change():
-    """In place, by a new state dict, to another dtype: the op sees the model as it is."""
+    """In place, by a new state dict, to another dtype: the op uses the current model."""
     model = make_model()
     with apply_torch_fused(model) as handle, torch.no_grad():
         one_step(model)
@@ -393,8 +393,8 @@ def test_weights_may_change():
             assert relative_error(fused, one_step(stock).logits) < (1e-5 if model.dtype == torch.float32 else 3e-2)
 
 
-def test_goes_on_with_either():
-    """The cache of a generation is continued with and without the op."""
+def test_continues_with_and_without_the_op():
+    """A generation's cache can be used with or without the op."""
     model = make_model()
     options = {"do_sample": False, "return_dict_in_generate": True}
     expected = model.generate(prompt(1, 9), max_new_tokens=60, **options).sequences

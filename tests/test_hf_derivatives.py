@@ -60,7 +60,7 @@ def flat(value):
 
 def assert_alike(models, derivative):
     expected, actual = (flat(derivative(model)) for model in models)
-    # transformers' rotary tables and norms are in float32 even here
+    # transformers' rotary tables and norms use float32 even here
     assert relative_error(actual, expected) < 1e-5
 
 

@@ -1,4 +1,4 @@
-"""End to end: every family generates, and Qwen2 trains, through the Metal kernels, emulated and checked, as stock."""
+"""End to end in the emulator, checked: every family generates, and Qwen2 trains, with the same results as stock."""
 
 import copy
 
@@ -14,7 +14,7 @@ VOCABULARY = 320
 
 
 def launched(run) -> set[str]:
-    """The Metal sources that were launched."""
+    """The Metal sources with launched kernels."""
     return {launch.kernel.split("_f32")[0].rstrip("_0123456789") for launch in run.launches}
 
 

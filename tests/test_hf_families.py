@@ -1,4 +1,4 @@
-"""Every family that is known: stock's tokens and gradients, whichever traits it has.
+"""Every supported family: stock's tokens and gradients, with all its traits.
 
 A new family is one row in `torch_fused/hf/families.py` and, if its row has traits, one entry in `families.SETTINGS`.
 """
@@ -51,7 +51,7 @@ def one_thread():
 
 @pytest.fixture(scope="module", params=ALL)
 def stock(request):
-    """A model that the tests of this file share, and so leave as it was."""
+    """A model shared by the tests of this file, which do not change it."""
     return make_model(request.param)
 
 
@@ -61,7 +61,7 @@ def with_step(request):
 
 
 def steps(handle):
-    """How many calls were one op."""
+    """The number of calls that ran as one op."""
     return sum(int(line.split()[0]) for line in handle.report().splitlines() if line.endswith("calls as one op"))
 
 
@@ -85,7 +85,7 @@ def inputs_of(way):
 
 @pytest.mark.parametrize("way", ["batch of 1", "batch of 4", "left padding", "beams"])
 def test_tokens_are_stocks(stock, way):
-    """In float32; every step is one op where the family has one."""
+    """In float32; every step is one op if the family has a decode step."""
     expected = stock.generate(**inputs_of(way))
     with apply_torch_fused(stock) as handle:
         assert torch.equal(stock.generate(**inputs_of(way)), expected)
@@ -100,8 +100,8 @@ def has_window(name):
 
 @pytest.mark.parametrize("name", [name for name in ROWS if has_window(name)])
 @pytest.mark.parametrize("decode", [True, False], ids=["step", "layers"])
-def test_what_leaves_the_window_is_dropped(monkeypatch, name, decode):
-    """Stock's tokens, left-padded too, from a cache whose sliding layers have dropped most of them."""
+def test_tokens_outside_the_window_are_dropped(monkeypatch, name, decode):
+    """Stock's tokens, also left-padded, from a cache with sliding layers that have dropped most tokens."""
     monkeypatch.setattr(torch_fused.hf.cache, "SPARE", 1)
     model = make_model(name)
     for inputs in ({"input_ids": prompt(1, 20)}, left_padded(3)):
@@ -116,7 +116,7 @@ def test_what_leaves_the_window_is_dropped(monkeypatch, name, decode):
 
 
 def test_logits_of_a_step(with_step):
-    """Of several tokens behind a prompt, past the window; against stock's without a cache."""
+    """For several tokens after a prompt, past the window; compared with stock without a cache."""
     ids = prompt(2, 2 * WINDOW + 7)
     more = {"position_ids": torch.arange(ids.shape[1]).expand(2, -1)}
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_logits_of_a_step(with_step):
 
 
 def test_second_turn(stock):
-    """Goes on from the cache of the first, and once more after some of it was cropped."""
+    """Continues from the cache of the first turn, and again after cropping some tokens."""
 
     def go_on(ids, cache):  # with a mask: token 0 would be taken for padding
         mask = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
@@ -150,7 +150,7 @@ def test_second_turn(stock):
 
 
 def test_gradients_of_a_training_step(stock):
-    """Relative to each parameter's own size, or to the largest for those that get next to nothing."""
+    """Relative to each parameter's gradient, or to the largest one for very small gradients."""
     stock = copy.deepcopy(stock).train()
     ids = prompt(2, 2 * WINDOW)
 
@@ -170,7 +170,7 @@ def test_gradients_of_a_training_step(stock):
 
 
 def test_bfloat16_rounds_as_stock(stock):
-    """Without the step every rounding of norms and rotation is the model's own; silu may differ in the last place."""
+    """Without the step, norms and rotation round like the model; silu may differ in the last place."""
     model = copy.deepcopy(stock).to(torch.bfloat16)
     with torch.no_grad():
         expected = model(prompt(2, 17)).logits
@@ -187,7 +187,7 @@ def test_revert_is_exact(stock):
 
 
 def test_report(stock):
-    """Every module of a known class is counted, and whatever stays is told."""
+    """Every module of a known class is counted, and unsupported parts are reported."""
     family = KNOWN[path_of(stock)][0]
     count = {part: 0 for part in family.parts}
     for module in stock.modules():
@@ -215,7 +215,7 @@ def test_report(stock):
 
 
 def test_emulated(with_step):
-    """A step by the kernels of a GPU, under the emulator."""
+    """A step with the GPU kernels in the emulator."""
     ids, positions = prompt(1, 9), torch.arange(9)[None]
     with torch.no_grad(), apply_torch_fused(with_step):
         logits = []
@@ -245,7 +245,7 @@ def heads_of(row):
 
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, row in ROWS.items() for kind in heads_of(row)])
 def test_models_without_a_language_head(name, kind):
-    """Their parts are patched, and they compute what they did."""
+    """Their parts are patched, and their results do not change."""
     row = ROWS[name]
     model = make_model(name, kind, num_labels=3)
     with torch.no_grad():
@@ -269,8 +269,8 @@ def test_text_of_a_model_that_sees(prefix):
 
 
 @pytest.mark.parametrize("prefix", WRAPPED)
-def test_text_behind_an_image(prefix):
-    """The prompt with the image is transformers', and the tokens behind it take the step."""
+def test_text_after_an_image(prefix):
+    """The prompt with the image runs in transformers, and the tokens after it use the step."""
     model, inputs = make_wrapped(prefix), image_prompt(prefix)
     expected = model.generate(**inputs, **GREEDY)
     with torch.no_grad():
@@ -281,7 +281,7 @@ def test_text_behind_an_image(prefix):
         assert steps(handle) == 23
 
 
-def test_a_model_that_sees_with_text_of_no_family():
+def test_a_vision_model_with_text_of_an_unsupported_family():
     model = make_wrapped("Llava")
     model.model.language_model = nn.Identity()
     report = apply_torch_fused(model).report()
@@ -293,7 +293,7 @@ def test_a_model_that_sees_with_text_of_no_family():
 
 @pytest.mark.parametrize("of", ["module", "class"])
 def test_experts_with_another_gate_are_left(monkeypatch, of):
-    """Before and after it is put there, on one module or on the class."""
+    """Replaced before or after patching, on one module or on the class."""
 
     def clamped(experts, gate_up):
         gate, up = gate_up.chunk(2, -1)
@@ -319,7 +319,7 @@ def test_experts_with_another_gate_are_left(monkeypatch, of):
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "phi3"])
 def test_positions_past_a_training_length(name):
-    """Tables that change with the length are the op's up to there, and transformers' from there on."""
+    """If tables change with the length, the op runs up to that length, and transformers beyond it."""
     factors = [1.0] * 8
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": [2.0] * 8}
     rope |= {"original_max_position_embeddings": 20, "factor": 2.0}
@@ -343,7 +343,7 @@ def test_queries_that_are_scaled_by_their_position():
 
 
 def test_adapters_of_fused_projections():
-    """Each of the op's matrices takes its rows of an adapter."""
+    """Each of the op's matrices gets its rows of an adapter."""
     peft = pytest.importorskip("peft")
     targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
     model = peft.get_peft_model(make_model("phi3"), peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets)).eval()
@@ -361,7 +361,7 @@ def test_adapters_of_fused_projections():
 
 @pytest.mark.parametrize("name", ["phi3", "granite", "olmo2", "qwen3_vl"])
 def test_packed(name):
-    """Packed linear layers, fused ones too."""
+    """Packed linear layers, including fused ones."""
     model = make_model(name)
     quantize_(model, bits=4, group_size=32)
     expected = model.generate(prompt(2, 9), **GREEDY)
@@ -371,7 +371,7 @@ def test_packed(name):
 
 
 def test_an_image_is_placed_in_three_dimensions():
-    """Positions of time, height and width that differ are transformers'; a step behind them is one op."""
+    """Different positions of time, height and width run in transformers; the step after them is one op."""
     model = make_model("qwen2_vl")
     ids = prompt(1, 9)
     places = torch.arange(9).expand(3, 1, 9).clone()
@@ -392,7 +392,7 @@ def test_an_image_is_placed_in_three_dimensions():
 
 
 def test_settings_that_change_are_seen():
-    """A window and a cap of the logits, between two calls."""
+    """A window and a soft cap of the logits, changed between two calls."""
     model = make_model("gemma2")
     with apply_torch_fused(model):
         model.generate(prompt(1, 9), **GREEDY)
@@ -416,7 +416,7 @@ def test_settings_that_change_are_seen():
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_rows_are_what_their_classes_compute(name):
+def test_rows_match_their_classes(name):
     row = ROWS[name]
     module = importlib.import_module(row.home)
     for part in row.parts:
@@ -428,7 +428,7 @@ PREFIXES = {"hunyuan_v1_dense": "HunYuanDenseV1", "ernie4_5": "Ernie4_5", "coher
 
 
 @pytest.mark.parametrize("package", BARE)
-def test_a_row_that_leaves_something_out_is_refused(package):
+def test_an_incomplete_row_does_not_match(package):
     """Llama's row with the names of another family's classes."""
     prefix = ROWS[package].prefix if package in ROWS else PREFIXES.get(package, "Glm4")
     row = Family(package, prefix)
@@ -437,14 +437,14 @@ def test_a_row_that_leaves_something_out_is_refused(package):
 
 
 def _differs(cls, row, part):
-    return cls is not None and described._differs(cls, row, part)  # a class's own row is kept
+    return cls is not None and described._differs(cls, row, part)  # the class's own row stays
 
 
 def test_forwards_are_compared_by_their_names_and_order():
     def forward(self, x):
         return self.second(self.first(x)) if x.shape else getattr(self, "third")  # noqa: B009
 
-    forward.__module__ = "torch_fused.hf.described"  # names_of reads no code but transformers' and ours
+    forward.__module__ = "torch_fused.hf.described"  # names_of reads only transformers' code and ours
     names = [*forward.__code__.co_names, "'third'"]
     plumbing = {"shape", "getattr"}
     assert compare([{"second", "first"}, {"'third'"}], plumbing, names) == ""
@@ -464,7 +464,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_module_with_unknown_parts_is_left(change):
-    """Whatever it is, the row does not know of it."""
+    """Any part that is not in the row."""
     model = make_model("mistral")
     expected = model.generate(prompt(1, 9), **GREEDY)
     CHANGES[change](model.model.layers[1])
@@ -476,8 +476,8 @@ def test_a_module_with_unknown_parts_is_left(change):
         assert steps(handle) == 0
 
 
-def test_a_class_that_has_learned_something_is_left(monkeypatch):
-    """A later version of a class that looks at one more setting: its modules and the step are transformers'."""
+def test_a_class_with_a_new_setting_is_left(monkeypatch):
+    """A later version of a class reads one more setting: its modules and the step are left to transformers."""
     from transformers.models.mistral import modeling_mistral as home
 
     source = Path(home.__file__).read_text(encoding="utf-8")
@@ -498,7 +498,7 @@ def test_a_class_that_has_learned_something_is_left(monkeypatch):
 
 
 def test_every_setting_of_these_models_is_used():
-    """Transformers keeps what a configuration does not know, so a misspelt setting would test nothing."""
+    """Transformers accepts unknown settings, so a misspelt one would test nothing."""
     for name in ALL:
         config = make_config(name)
         text = config.get_text_config()
@@ -507,6 +507,6 @@ def test_every_setting_of_these_models_is_used():
 
 
 def test_table_of_families_is_current():
-    """docs/generate.md has what `python tools/families_table.py` writes."""
+    """docs/generate.md has the output of `python tools/families_table.py`."""
     page = (Path(__file__).parents[1] / "docs" / "generate.md").read_text(encoding="utf-8")
     assert page.split(BEGIN)[1].split(END)[0].strip() == table().strip()

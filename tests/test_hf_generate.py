@@ -40,7 +40,7 @@ VOCABULARY = 128
 
 
 def make_model(family="qwen2", *, seed=0, dtype=torch.float32, layers=2, **changes):
-    """A small model with random weights; large enough ones that its greedy tokens do not just repeat."""
+    """A small model with random weights, large enough that greedy tokens do not just repeat."""
     make_config, make_causal_lm = FAMILIES[family]
     config = make_config(
         **{
@@ -72,7 +72,7 @@ def prompt(*shape, seed=0):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Models this small lose more to waking threads than they gain."""
+    """For models this small, waking threads costs more than it gains."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -98,12 +98,12 @@ def fused(stock):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_stocks(family, seed, dtype):
-    """200 greedy tokens; in bfloat16 too, where every rounding is the model's own unless the decoder does less."""
+    """200 greedy tokens; also in bfloat16, with the model's own rounding except in the decode step."""
     model = make_model(family, seed=seed, dtype=dtype, layers=2 + seed)
     expected = model.generate(prompt(1, 9), max_new_tokens=200, do_sample=False)
     with apply_torch_fused(model, decode=dtype == torch.float32):
         tokens = model.generate(prompt(1, 9), max_new_tokens=200, do_sample=False)
-    assert len(set(expected[0].tolist())) > 20  # the comparison would mean little for a loop of a few tokens
+    assert len(set(expected[0].tolist())) > 20  # a loop of a few tokens would prove little
     assert torch.equal(tokens, expected)
 
 
@@ -114,7 +114,7 @@ def test_logits_are_stocks_bit_for_bit(family, attention):
     model = make_model(family, dtype=torch.bfloat16, attn_implementation=attention)
     with torch.no_grad():
         expected = model(prompt(2, 17)).logits
-        # Silu is within a unit in the last place of torch's, which most often, but not always, rounds alike.
+        # Silu is within one unit in the last place of torch's, which usually, but not always, rounds the same.
         with apply_torch_fused(model, mlp=False):
             assert torch.equal(model(prompt(2, 17)).logits, expected)
         with apply_torch_fused(model):
@@ -174,7 +174,7 @@ def test_prompt_lookup(stock, fused):
 
 
 def test_assisted_by_a_second_model(stock, fused):
-    """The assistant, itself patched, keeps a fused cache of its own from call to call."""
+    """The assistant, also patched, keeps its own fused cache between calls."""
     assistant = make_model(seed=5, layers=2)
     options = {"do_sample": False, "max_new_tokens": 40}
     expected = stock.generate(prompt(1, 6), assistant_model=assistant, **options)
@@ -183,7 +183,7 @@ def test_assisted_by_a_second_model(stock, fused):
 
 
 def test_several_turns_with_one_cache(stock, fused):
-    """A conversation: each turn hands in everything so far and the cache of the turns before."""
+    """A conversation: each turn passes all tokens so far and the cache of the earlier turns."""
     conversations = []
     for model, cache in ((stock, DynamicCache(config=stock.config)), (fused, FusedKVCache(fused.config))):
         tokens = prompt(1, 5)
@@ -196,7 +196,7 @@ def test_several_turns_with_one_cache(stock, fused):
 
 
 def test_stops_at_the_end_token(stock, fused):
-    """Rows end at different steps and are padded from there."""
+    """Rows end at different steps and are padded after that."""
     end = stock.generate(prompt(4, 6), max_new_tokens=40, do_sample=False)[:, 15].tolist()
     options = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": end}
     expected = stock.generate(prompt(4, 6), **options)
@@ -204,7 +204,7 @@ def test_stops_at_the_end_token(stock, fused):
 
 
 def test_returns_scores_and_the_cache(stock, fused):
-    """return_dict_in_generate: equal scores and logits, hidden states, and a FusedKVCache one can go on with."""
+    """return_dict_in_generate: equal scores, logits and hidden states, and a FusedKVCache that can be used further."""
     options = {
         "do_sample": False,
         "max_new_tokens": 10,
@@ -233,7 +233,7 @@ def cache_made_by(model, **options):
 
 
 def test_a_choice_of_cache_is_respected(stock, fused):
-    """Only the default is replaced: no cache, a named one, and one handed in stay what was asked for."""
+    """Only the default is replaced: no cache, a named cache, and a passed cache are respected."""
     mine = DynamicCache(config=fused.config)
     assert cache_made_by(fused, **{CACHE: mine}) is mine
     assert cache_made_by(fused, use_cache=False) is None
@@ -242,13 +242,13 @@ def test_a_choice_of_cache_is_respected(stock, fused):
 
 
 def test_buffers_are_allocated_for_the_final_length(fused):
-    """generate() says how long the sequence can get, so nothing is moved on the way."""
+    """generate() knows the maximum length, so nothing is moved."""
     cache = cache_made_by(fused)
     assert cache.nbytes == 2 * 2 * (6 + 4 - 1) * 2 * 16 * 4
 
 
 def test_a_full_cache_stops_generation(fused):
-    """max_cache_len too small for what is asked: the error of the cache, not a wrong result."""
+    """If max_cache_len is too small, the cache raises an error; there is no wrong result."""
     cache = FusedKVCache(fused.config, max_cache_len=8)
     with pytest.raises(ValueError, match="max_cache_len is 8 tokens"):
         fused.generate(prompt(1, 6), **{CACHE: cache}, max_new_tokens=10, do_sample=False)
@@ -258,7 +258,7 @@ def test_a_full_cache_stops_generation(fused):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ONE_FAMILY)
 def test_continuous_batching(family, attention):
-    """generate_batch hands a paged cache and its indices through every forward: stock's tokens."""
+    """generate_batch passes a paged cache and its indices through every forward: stock's tokens."""
     model = make_model(family, attn_implementation=attention)
     prompts = [prompt(length, seed=length).tolist() for length in (5, 9, 3)]
 
@@ -276,7 +276,7 @@ def test_continuous_batching(family, attention):
 
 
 class Recording(DynamicCache):
-    """A user's cache that looks at what attention hands it."""
+    """A user's cache that records the arguments from attention."""
 
     def __init__(self, config):
         super().__init__(config=config)
@@ -292,8 +292,8 @@ class Recording(DynamicCache):
 
 @pytest.mark.parametrize("decode", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_users_cache_gets_what_attention_was_given(family, decode):
-    """And what it changes in that reaches the attention function, as without the patch."""
+def test_a_users_cache_gets_the_arguments_of_attention(family, decode):
+    """Its changes to them reach the attention function, as without the patch."""
     model = make_model(family)
     seen, logits = [], []
     for patch in (False, True):
@@ -313,7 +313,7 @@ def test_a_users_cache_gets_what_attention_was_given(family, decode):
 
 
 def test_positional_arguments(stock, fused):
-    """Every forward takes its arguments by position as transformers' own do."""
+    """Every forward accepts positional arguments like transformers' own."""
     ids, mask, positions = prompt(1, 5), torch.ones(1, 5), torch.arange(5)[None]
     layer, states = stock.model.layers[0], torch.randn(1, 5, 64)
     angles = stock.model.rotary_emb(states, positions)
@@ -368,7 +368,7 @@ def test_generate_streams_and_leaves_the_model_as_it_was(stock, patch):
 
 
 def test_generate_takes_what_a_tokenizer_returns(stock):
-    """A mapping with a mask, as a tensor of ids; nothing else."""
+    """A mapping with a mask, or a tensor of ids; nothing else."""
     inputs = {"input_ids": prompt(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
     expected = stock.generate(**inputs, max_new_tokens=5, do_sample=False)
     assert torch.equal(generate(stock, inputs, max_new_tokens=5, do_sample=False), expected)
@@ -399,8 +399,8 @@ def test_generate_takes_what_a_tokenizer_returns(stock):
         (torch.zeros(1, 0, dtype=torch.long), ValueError, r"input_ids must have .* both at least 1, got \(1, 0\)$"),
     ],
 )
-def test_generate_names_inputs_that_it_does_not_take(stock, inputs, error, message):
-    """As the one positional argument or by name; the model is not touched."""
+def test_bad_inputs_of_generate(stock, inputs, error, message):
+    """As the positional argument or by name; the model does not change."""
     before = [dict(module.__dict__) for module in stock.modules()]
     with pytest.raises(error, match=f"^generate: {message}"):
         generate(stock, inputs, max_new_tokens=2)
@@ -412,8 +412,8 @@ def test_generate_names_inputs_that_it_does_not_take(stock, inputs, error, messa
     assert [dict(module.__dict__) for module in stock.modules()] == before
 
 
-def test_a_pipeline_is_its_model(stock):
-    """Patching one accelerates its calls; what holds no model is named, with what to do."""
+def test_pipelines(stock):
+    """Patching a pipeline patches its model; other objects raise an error that says what to do."""
     pipe = TextGenerationPipeline(model=stock, tokenizer=small_tokenizer(), device="cpu")
     expected = pipe("the sky is", max_new_tokens=5, do_sample=False)
     tokens = stock.generate(prompt(1, 4), max_new_tokens=5, do_sample=False)
@@ -434,19 +434,19 @@ def test_a_pipeline_is_its_model(stock):
         ({}, "dict"),
     ],
 )
-def test_what_is_no_model_is_named(given, got):
+def test_something_that_is_not_a_model(given, got):
     with pytest.raises(TypeError, match=rf"^apply_torch_fused: model must be .* or a pipeline, got {got}$"):
         apply_torch_fused(given)
     with pytest.raises(TypeError, match=rf"^generate: model must be .* with generate\(\), or a pipeline, got {got}$"):
         generate(given, prompt(1, 3))
 
 
-def test_a_model_that_cannot_generate_is_named(stock):
+def test_a_model_that_cannot_generate(stock):
     with pytest.raises(TypeError, match=r"with generate\(\), or a pipeline, got Qwen2Model$"):
         generate(stock.model, prompt(1, 3))
 
 
-def test_is_reached_from_the_package():
+def test_is_available_from_the_package():
     """`torch_fused.hf` loads on first use."""
     assert torch_fused.hf.generate is generate
 
@@ -455,7 +455,7 @@ def test_is_reached_from_the_package():
 
 
 def in_threads(*jobs, times=15):
-    """Runs each job that often in a thread of its own, all at once, threads switching as often as they can."""
+    """Runs each job this many times in its own thread, all at once, with frequent thread switches."""
     errors = []
 
     def run(job):
@@ -479,7 +479,7 @@ def in_threads(*jobs, times=15):
 
 
 def answers(model, batch=1, run=None):
-    """A job that generates and looks at the tokens."""
+    """A job that generates and checks the tokens."""
     options = {"max_new_tokens": 5, "do_sample": False}
     ids = prompt(batch, 4, seed=batch)
     expected = make_model().generate(ids, **options)
@@ -492,7 +492,7 @@ def answers(model, batch=1, run=None):
 
 
 def test_threads_with_one_model_that_is_not_patched(stock):
-    """hf.generate patches for a call: one call after the other, and model.generate beside them."""
+    """hf.generate patches during a call: one call after the other, with model.generate running at the same time."""
     before = [dict(module.__dict__) for module in stock.modules()]
     without = partial(generate, decode=False)
     jobs = [answers(stock, batch, run) for batch in (1, 2) for run in (generate, without)]
@@ -504,7 +504,7 @@ def test_threads_with_one_patched_model(fused):
     """Calls run at the same time, each with its own cache, and all of them are counted."""
     handle = apply_torch_fused(fused)
     in_threads(*(answers(fused, batch, run) for batch in (1, 2) for run in (generate, None)))
-    assert "240 calls as one op" in handle.report()  # 4 threads, 15 calls, 4 tokens behind the first
+    assert "240 calls as one op" in handle.report()  # 4 threads, 15 calls, 4 tokens after the first
     fused.model.rotary_emb.inv_freq.mul_(1)
     in_threads(*(answers(fused, 1, run) for run in (generate, None)), lambda: handle.report())
 
@@ -518,7 +518,7 @@ def test_threads_that_patch_and_revert(stock):
 
 
 def test_generate_inside_generate(stock):
-    """A stopping criterion that asks the same model something does not wait for itself."""
+    """A stopping criterion that calls the same model does not deadlock."""
 
     class Asking(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
@@ -532,7 +532,7 @@ def test_generate_inside_generate(stock):
 
 
 def test_an_exception_in_the_middle(stock):
-    """From a streamer, after some tokens: the model is as before, and a handle and its model go on working."""
+    """From a streamer, after some tokens: the model is as before, and a handle and its model continue to work."""
 
     class Failing(Streamer):
         def put(self, value):

@@ -1,4 +1,4 @@
-"""The loop of hf.generate does what transformers' own loops do."""
+"""The loop of hf.generate gives the same results as transformers' own loops."""
 
 import pytest
 import torch
@@ -44,8 +44,8 @@ LOOPS = {
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_loop_does_what_transformers_does(loop):
-    """The same result as `model.generate` of the patched model, whose draws the seed fixes; for the greedy ones stock's
+def test_the_loop_gives_the_results_of_transformers(loop):
+    """The same result as `model.generate` of the patched model with the same seed; for greedy tokens also stock's
     too."""
     model = make_model(attn_implementation="eager")
     inputs = padded(2 if loop != "lookup" else 1, 12)
@@ -68,7 +68,7 @@ def test_loop_does_what_transformers_does(loop):
 
 
 def test_only_token_ids_leave_the_op():
-    """A greedy or sampled token costs the op and the bookkeeping of the loop; no logits reach Python."""
+    """A greedy or sampled token takes the op and the loop's bookkeeping; no logits reach Python."""
     model = make_model()
     for options in ({"do_sample": False}, {"do_sample": True, "top_k": 10}):
         with torch.profiler.profile() as profile:
@@ -86,7 +86,7 @@ def test_assistant():
 
 
 def test_a_hook_in_the_middle():
-    """Somebody registers a hook while tokens are streamed: from then on it is called, and the tokens stay right."""
+    """A hook that is registered while tokens are streamed is called from then on, and the tokens stay right."""
     model = make_model()
     expected = model.generate(**padded(2, 9), max_new_tokens=40, do_sample=False)
     seen = []

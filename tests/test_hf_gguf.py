@@ -1,4 +1,4 @@
-"""load_gguf: the weights of llama.cpp's files, packed as they are, in the models that transformers makes of them."""
+"""load_gguf: the weights of llama.cpp's files, kept packed, in transformers' models."""
 
 import warnings
 
@@ -37,7 +37,7 @@ def close(logits, expected):
 
 
 def matrices(model):
-    """Every weight as the model has it, unpacked in float32."""
+    """All weights of the model, unpacked to float32."""
     found = {key: value for key, value in model.state_dict().items() if not key.endswith((".scales", ".biases"))}
     for name, m in packed_modules(model).items():
         form = {"bits": m.bits, "group_size": m.group_size}
@@ -48,7 +48,7 @@ def matrices(model):
 @pytest.mark.parametrize("kind", EXACT, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exact(family, kind, tmp_path):
-    """Each weight is that of the gguf package's dequantisation to the last bit of float32, and takes 4 or 8 bits."""
+    """Each weight has the same float32 bits as from the gguf package, and takes 4 or 8 bits."""
     tied = kind in (Type.Q4_1, Type.Q8_0)
     stock = gguf_model(family, tie_word_embeddings=tied)
     held = write_gguf(tmp_path / "m.gguf", stock, dict.fromkeys(["token_embd.weight", "output.weight", *LAYERS], kind))
@@ -66,7 +66,7 @@ def test_exact(family, kind, tmp_path):
 
 @pytest.mark.parametrize("kind", CONVERTED, ids=lambda kind: kind.name)
 def test_converted(kind, tmp_path, monkeypatch):
-    """The error of what is not exact is told, and as small as it is said to be; also taken apart in several blocks."""
+    """Inexact conversions report their error, which is the actual one; also if converted in several blocks."""
     monkeypatch.setattr(gguf_blocks, "_BLOCK", 20_000)
     bits, most = CONVERTED[kind]
     held = write_gguf(tmp_path / "m.gguf", gguf_model(), dict.fromkeys(["token_embd.weight", *LAYERS], kind))
@@ -82,7 +82,7 @@ def test_converted(kind, tmp_path, monkeypatch):
 
 
 def test_mixed_types(tmp_path):
-    """Types differ from tensor to tensor; halves stay dense; saved, all loads again as it was."""
+    """Tensors of different types; half types stay dense; a saved model loads unchanged."""
     types = {
         "token_embd.weight": Type.Q8_0,
         "output.weight": Type.F16,
@@ -116,7 +116,7 @@ def test_scales_too_large_for_float16(tmp_path):
 
 
 def test_rotary_divisors(tmp_path):
-    """Llama 3's divisors of the frequencies, which a file has as a tensor, become transformers' parameters."""
+    """Llama 3's frequency divisors, a tensor in the file, become transformers' parameters."""
     rope = {
         "rope_type": "llama3",
         "rope_theta": 500000.0,
@@ -150,13 +150,13 @@ def test_rotary_divisors(tmp_path):
     ],
 )
 def test_refused(types, changes, message, tmp_path):
-    """What is not supported, does not fit or is not there is refused by name."""
+    """Anything that is unsupported, does not fit or is missing raises an error that names it."""
     write_gguf(tmp_path / "m.gguf", gguf_model(), types, **changes)
     with pytest.raises(RuntimeError, match=message):
         load_gguf(tmp_path / "m.gguf")
 
 
-def test_no_whole_file(tmp_path):
+def test_missing_and_truncated_files(tmp_path):
     with pytest.raises(RuntimeError, match=r"none\.gguf: no such file"):
         load_gguf(tmp_path / "none.gguf")
     path = tmp_path / "m.gguf"
@@ -169,7 +169,7 @@ def test_no_whole_file(tmp_path):
 
 
 def test_patched(tmp_path):
-    """A patched model writes the same tokens; whatever is left to transformers is in the report."""
+    """A patched model generates the same tokens; the report lists what is left to transformers."""
     kinds = {"token_embd.weight": Type.Q8_0, **dict.fromkeys(LAYERS, Type.Q4_0)}
     write_gguf(tmp_path / "m.gguf", gguf_model(tie_word_embeddings=True), kinds)
     model, _ = load_gguf(tmp_path / "m.gguf")
@@ -181,7 +181,7 @@ def test_patched(tmp_path):
 
 
 def test_real_file():
-    """SmolLM2's Q4_1 file: packed, it writes English."""
+    """SmolLM2's Q4_1 file: packed, it generates English."""
     model, tokenizer = load_gguf(demo._demo_file())
     report = model.hf_quantizer.report
     assert not report.errors and not report.dense
@@ -194,7 +194,7 @@ def test_real_file():
 
 @pytest.mark.full
 def test_real_file_is_stocks():
-    """Every weight, the logits and the tokenizer are those of the model that transformers dequantises."""
+    """All weights, the logits and the tokenizer are the same as of transformers' dequantised model."""
     path = demo._demo_file()
     model, tokenizer = load_gguf(path)
     options = {"gguf_file": path.name}

@@ -1,4 +1,4 @@
-"""Gradients of whole patched models are the stock models', whatever computes the attention."""
+"""Gradients of whole patched models are the same as stock's, for every attention implementation."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ LAYOUTS = [name for name, _ in layouts(torch.zeros(2, 3, 4, 5), written=True)]
 
 
 class LaidOut(torch.autograd.Function):
-    """Its argument, whose gradient comes in another layout."""
+    """Returns its argument; the gradient comes in another layout."""
 
     @staticmethod
     def forward(ctx, x, layout):
@@ -30,7 +30,7 @@ class LaidOut(torch.autograd.Function):
 
 @pytest.fixture(params=LAYOUTS)
 def attention(request):
-    """The name of an attention function of a user, which hands on gradients in one layout."""
+    """The name of a user's attention function, which returns gradients in one layout."""
 
     def attend(module, query, key, value, attention_mask, **kwargs):
         query, key, value = (LaidOut.apply(states, request.param) for states in (query, key, value))
@@ -50,7 +50,7 @@ def gradients(model, ids, **inputs):
 
 
 def check(model, ids, tolerance=2e-5, **inputs):
-    """Every parameter's gradient, relative to its own size or, if that is next to nothing, to the largest."""
+    """Every parameter's gradient, relative to its own size or, if that is very small, to the largest."""
     expected = gradients(model, ids, **inputs)
     with apply_torch_fused(model):
         actual = gradients(model, ids, **inputs)
@@ -84,7 +84,7 @@ def test_an_attention_of_the_users(family, attention):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_in_the_emulator(implementation):
-    """The Metal kernels' gradients, in the layouts that attention hands on."""
+    """The Metal kernels' gradients, in the layouts that attention returns."""
     model = make_model("qwen3", num_key_value_heads=4, attn_implementation=implementation).train()
     expected = gradients(model, prompt(2, 5))
     with emulate(), apply_torch_fused(model):
@@ -96,7 +96,7 @@ def test_in_the_emulator(implementation):
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_bfloat16(family, implementation):
-    """As near to float32's gradients as the stock model's own are."""
+    """As close to float32's gradients as stock's."""
     exact = gradients(
         make_model(family, num_key_value_heads=4, attn_implementation=implementation).train(), prompt(2, 7)
     )

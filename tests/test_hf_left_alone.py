@@ -1,4 +1,4 @@
-"""What apply_torch_fused leaves to transformers and to whoever wrapped a module."""
+"""What apply_torch_fused leaves to transformers and to foreign code around modules."""
 
 import operator
 import warnings
@@ -26,7 +26,7 @@ class HalvedRMSNorm(Qwen2RMSNorm):
 
 
 def test_a_subclass_is_left_alone():
-    """A norm or a layer that is not exactly the expected class keeps its own forward, and the result its value."""
+    """A norm or layer that is not exactly the expected class keeps its own forward, and the result does not change."""
     model = make_model()
     model.model.layers[0].post_attention_layernorm.__class__ = HalvedRMSNorm
     model.model.norm.__class__ = HalvedRMSNorm
@@ -65,7 +65,7 @@ def test_wrapped_and_compiled_modules_are_left_and_reported():
 
 
 def altered(function):
-    """A function in somebody's place for another: its result is not the same."""
+    """A replacement for a function, with a different result."""
 
     def change(result):
         if isinstance(result, tuple):
@@ -132,8 +132,8 @@ def test_a_replaced_function_is_called(name, when, monkeypatch):
 
 @pytest.mark.parametrize("by", ["registered", "for one module"])
 @pytest.mark.parametrize("interface", ["attention", "mask"])
-def test_an_attention_registered_anew_is_called(interface, by, monkeypatch):
-    """For the name that the model's configuration has, before and after the patch, in one's own interface or in all."""
+def test_a_replaced_attention_is_called(interface, by, monkeypatch):
+    """Registered under the name in the configuration, before and after the patch, for the model or for all."""
     all_of_them = ALL_ATTENTION_FUNCTIONS if interface == "attention" else ALL_MASK_ATTENTION_FUNCTIONS
     mapping = all_of_them._global_mapping if by == "registered" else all_of_them._local_mapping
     model = make_model(attn_implementation="sdpa")
@@ -159,8 +159,8 @@ def test_an_attention_registered_anew_is_called(interface, by, monkeypatch):
         monkeypatch.undo()
 
 
-def test_an_attention_of_ones_own_name():
-    """Registered and chosen: the patched attention calls it."""
+def test_a_users_attention_is_called():
+    """Registered under a new name: the patched attention calls it."""
     called = []
 
     def mine(module, query, *args, **kwargs):
@@ -182,7 +182,7 @@ def test_an_attention_of_ones_own_name():
 
 
 def test_a_kernel_in_place_of_a_function(monkeypatch):
-    """Where the package ``kernels`` is installed, transformers' function is a module that holds it: the same as the
+    """If the package ``kernels`` is installed, transformers' function is inside a module: the same as the
     function until a kernel is loaded into it."""
 
     class Func(nn.Module):
@@ -253,8 +253,8 @@ def test_rotary_tables_follow_the_module(change):
 
 
 @pytest.mark.parametrize("own", [SiLUActivation, nn.SiLU])
-def test_an_activation_of_somebody_else(own, monkeypatch):
-    """A class registered for silu before the model is made, or one activation's own forward: called."""
+def test_a_users_activation_is_called(own, monkeypatch):
+    """A class registered for silu before the model is created, or one activation's own forward."""
 
     class Mine(own):
         def forward(self, x):
@@ -276,7 +276,7 @@ def test_an_activation_of_somebody_else(own, monkeypatch):
 
 
 def test_a_norm_wrapped_or_hooked_later_is_called():
-    """The joined addition and norm step aside for hooks and wrappers that come after the patch."""
+    """The fused addition and norm is not used with hooks and wrappers that are added after the patch."""
     model = make_model()
     apply_torch_fused(model)
     seen = []
@@ -288,8 +288,8 @@ def test_a_norm_wrapped_or_hooked_later_is_called():
     assert seen == ["hook", "wrapper"]
 
 
-def test_a_layer_result_that_is_changed_is_normed_anew():
-    """A hook that steers a layer's result, in place or not, is seen by the next layer and by the last norm."""
+def test_a_changed_layer_result_is_normed_again():
+    """A hook that changes a layer's result, in place or not, affects the next layer and the last norm."""
 
     def in_place(module, args, output):
         output += 1.0
@@ -309,7 +309,7 @@ def test_a_layer_result_that_is_changed_is_normed_anew():
 
 
 def test_hooks_that_write_through_data():
-    """A write that no version counts, before and after each norm: the values are stock's."""
+    """A write without a new version number, before and after each norm: the values are stock's."""
 
     def hook(module, args, output):
         (output[0] if isinstance(output, tuple) else output).data.mul_(1.5)
@@ -331,7 +331,7 @@ def test_hooks_that_write_through_data():
 
 
 def test_hooks_on_all_modules_see_every_norm():
-    """A global hook is called as often as without the patch."""
+    """A global hook is called the same number of times as without the patch."""
     counts = []
     for patch in (False, True):
         model = make_model()
@@ -351,7 +351,7 @@ def test_hooks_on_all_modules_see_every_norm():
 
 
 def test_hidden_states_are_stocks():
-    """output_hidden_states gives every layer's result as before."""
+    """output_hidden_states returns every layer's result as before."""
     stock, patched = make_model(), make_model()
     apply_torch_fused(patched)
     with torch.no_grad():
@@ -364,7 +364,7 @@ def test_hidden_states_are_stocks():
     ("activation", "op"), [("gelu", "gelu_mul"), ("gelu_pytorch_tanh", "gelu_mul"), ("gelu_new", None), ("relu", None)]
 )
 def test_another_activation(activation, op):
-    """Gelu has an op too; others are left alone."""
+    """Gelu has an op too; others are left to transformers."""
     stock, patched = (make_model(hidden_act=activation) for _ in range(2))
     handle = apply_torch_fused(patched)
     assert ("neither silu nor gelu" in handle.report()) == (op is None)
@@ -391,13 +391,13 @@ def test_scaled_positions(rope_type):
 
 
 def test_a_model_with_nothing_to_patch_is_an_error():
-    """No silent success: the message holds the report."""
+    """The error message contains the report."""
     with pytest.raises(RuntimeError, match="nothing could be patched"):
         apply_torch_fused(nn.Linear(2, 2))
 
 
 def test_other_architectures_get_the_cache():
-    """A model of no known family still generates its own tokens with a FusedKVCache."""
+    """A model of an unsupported family still generates its own tokens with a FusedKVCache."""
     torch.manual_seed(0)
     config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, bos_token_id=None, eos_token_id=None)
     model = GPT2LMHeadModel(config).eval()
@@ -412,7 +412,7 @@ def test_other_architectures_get_the_cache():
     assert torch.equal(model.generate(ids, **options), expected)
 
 
-def test_a_family_that_is_not_known_says_so_once():
+def test_an_unsupported_family_warns_once():
     """A StableLM, alone and as a part; not where nothing but the cache and the sampler was asked for, nor for a model
     that is known in a wrapper that is not."""
     config = StableLmConfig(
@@ -438,8 +438,8 @@ class Subclassed(transformers.Qwen2ForCausalLM):
     pass
 
 
-def test_a_subclass_of_a_known_model_is_told():
-    """Its modules are patched; the step of the whole model is not, and the report says so."""
+def test_a_subclass_of_a_known_model_is_reported():
+    """Its modules are patched; it has no decode step, and the report says so."""
     model = make_model()
     model.__class__ = Subclassed
     with pytest.warns(UserWarning, match="Subclassed is not one of .*: its decode step is left to transformers"):

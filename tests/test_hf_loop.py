@@ -1,4 +1,4 @@
-"""The loop of generate(): a step that began too early leaves no trace. A GPU works so; here the CPU does."""
+"""The loop of generate(): a step that started too early leaves no trace. Used on GPUs; tested here on the CPU."""
 
 import contextlib
 
@@ -30,7 +30,7 @@ class Kept(BaseStreamer):
 
 
 class Asked(StoppingCriteria):
-    """A user's own, which counts the tokens that it has seen."""
+    """A user's criterion, which counts the tokens that it has seen."""
 
     def __init__(self, most):
         self.seen, self.most = [], most
@@ -41,7 +41,7 @@ class Asked(StoppingCriteria):
 
 
 def outcome(model, rows, **options):
-    """Everything that a generation leaves behind."""
+    """All results of a generation."""
     torch.manual_seed(3)
     streamer = Kept() if rows == 1 else None
     given = {"pad_token_id": 0, "max_new_tokens": 40, "streamer": streamer, **options}
@@ -53,7 +53,7 @@ def outcome(model, rows, **options):
 
 
 def ends_of(model, rows, **options):
-    """A token that some sequence has first in the middle, and one that none has at all."""
+    """A token that first occurs in the middle of a sequence, and one that never occurs."""
     free = torch.tensor(outcome(model, rows, eos_token_id=None, **options)[0])[:, 7:]
     return [int(free[0, 17]), int(free[-1, 3]), 126 if 126 not in free else 125]
 
@@ -61,7 +61,7 @@ def ends_of(model, rows, **options):
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_end_that_is_seen_late(family, rows, options, monkeypatch):
+def test_an_end_that_is_noticed_late(family, rows, options, monkeypatch):
     """Tokens, what was streamed, the cache and the generator are those of a loop that waits for each step."""
     model = make_model(family)
     with apply_torch_fused(model):
@@ -75,8 +75,8 @@ def test_an_end_that_is_seen_late(family, rows, options, monkeypatch):
             assert torch.equal(actual[3], expected[3])
 
 
-def test_a_step_too_many_is_taken(monkeypatch):
-    """The loop does run ahead: one step more than there are tokens, but none past the length asked for."""
+def test_one_extra_step_runs(monkeypatch):
+    """The loop runs ahead: one step more than there are tokens, but none past the requested length."""
     model = make_model("qwen2")
     with apply_torch_fused(model) as handle:
         end = ends_of(model, 1, **GREEDY)[0]
@@ -88,8 +88,8 @@ def test_a_step_too_many_is_taken(monkeypatch):
             assert f"{tokens + more} calls as one op" in handle.report()
 
 
-def test_a_users_own_criteria_are_asked_in_time(monkeypatch):
-    """They see every length once, and no step begins before they have answered."""
+def test_a_users_criteria_run_in_time(monkeypatch):
+    """They see every length once, and no step starts before they return."""
     monkeypatch.setattr(torch_fused.hf.loop, "runs_ahead", lambda device: True)
     model = make_model("llama")
     with apply_torch_fused(model) as handle:
@@ -101,7 +101,7 @@ def test_a_users_own_criteria_are_asked_in_time(monkeypatch):
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_a_forward_that_was_too_early(options, monkeypatch):
-    """Where transformers' own loop calls the model before it knows the end, so does ours, without the decode step."""
+    """If transformers' own loop calls the model before it knows the end, so does ours, without the decode step."""
     model, calls = make_model(), []
     with apply_torch_fused(model, decode=False):
         end = ends_of(model, 1, **options)[0]
@@ -150,7 +150,7 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", ONE_FAMILY)
 def test_256_tokens_are_stocks_in_other_modes(family, mode):
-    """Steps of several tokens that are cropped again, and sequences that change places, with a cache that grows."""
+    """Steps of several tokens that are cropped again, and sequences that are reordered, with a growing cache."""
     options = {"eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 256, **GREEDY, **MODES[mode]}
     model = make_model(family)
     rows = options.pop("rows", 1)
@@ -195,7 +195,7 @@ OURS = {
 @pytest.mark.filterwarnings("ignore:apply_torch_fused")
 @pytest.mark.parametrize("case", OURS)
 def test_the_fused_sampler_draws(case):
-    """Whatever the model's steps are: no multinomial of torch's, and greedy tokens, and all else, are stock's."""
+    """With any kind of step: torch's multinomial does not run, and greedy tokens and all other results are stock's."""
     flags, options = OURS[case]
     model = small_gpt2() if case == "another family" else make_model()
     options = {"pad_token_id": 0, "max_new_tokens": 12, **options}
@@ -217,8 +217,8 @@ sample_of_transformers = GenerationMixin._sample
 
 
 @pytest.mark.parametrize("where", ["the class", "the mixin"])
-def test_a_loop_that_somebody_replaced_runs(where, monkeypatch):
-    """In the place of transformers' own: it is called, not ours."""
+def test_a_replaced_loop_runs(where, monkeypatch):
+    """A replacement of transformers' loop is called, not ours."""
     model, seen = make_model(), []
     expected = model.generate(prompt(2, 7), max_new_tokens=12, **GREEDY)
 
@@ -234,7 +234,7 @@ def test_a_loop_that_somebody_replaced_runs(where, monkeypatch):
 
 
 def test_errors_of_generate_are_its_own():
-    """An argument too many, or twice, or one that nobody takes; a streamer with beams: as from stock."""
+    """Too many, duplicate or unknown arguments; a streamer with beams: the same errors as stock."""
     model = make_model()
     cases = [
         ((prompt(1, 7), *[None] * 20), {}),
@@ -260,9 +260,9 @@ def test_errors_of_generate_are_its_own():
     [({}, 60, 2), ({}, 0, 40), ({"streamer": Kept()}, 60, 40), ({"stopping_criteria": Asked(100)}, 60, 40)],
     ids=["undisturbed", "after a while", "a streamer", "a criterion"],
 )
-def test_how_often_a_model_is_looked_at(monkeypatch, options, seconds, looks):
-    """With every token if code of others may have run between two, or after a while: before the prompt, then for each
-    of 39 steps. Else before the prompt and at the first step."""
+def test_how_often_a_model_is_checked(monkeypatch, options, seconds, looks):
+    """For every token if foreign code may have run in between, or after some time: before the prompt, then for each
+    of 39 steps. Otherwise before the prompt and at the first step."""
     counted, holds = [], Watch.holds
     monkeypatch.setattr(Watch, "holds", lambda self: counted.append(1) or holds(self))
     monkeypatch.setattr(torch_fused.hf.decode, "LOOK_AGAIN", seconds)
@@ -276,7 +276,7 @@ def test_how_often_a_model_is_looked_at(monkeypatch, options, seconds, looks):
 
 
 def test_a_change_in_the_middle_is_seen():
-    """A streamer that changes a module: the next token is computed with it."""
+    """A streamer that changes a module: the next token uses the change."""
 
     class Changing(Kept):
         def put(self, value):

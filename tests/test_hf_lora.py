@@ -1,4 +1,4 @@
-"""Unmerged LoRA adapters of PEFT stay in the decode step: stock's tokens, whatever is switched."""
+"""Unmerged PEFT LoRA adapters in the decode step: stock's tokens after any change."""
 
 import warnings
 
@@ -15,7 +15,7 @@ EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 
 def with_lora(family: str = "qwen2", names=("first",), targets=EVERY, **options):
-    """A model with adapters whose effect is large."""
+    """A model with adapters that have a large effect."""
     model = make_model(family)
     for i, name in enumerate(names):
         config = peft.LoraConfig(r=4 + i, lora_alpha=16, target_modules=list(targets), **options)
@@ -39,7 +39,7 @@ def decoder_of(model):
 
 
 def check(model) -> None:
-    """The same tokens patched, every step but the prompt's through the op."""
+    """The same tokens when patched, with every step after the prompt in the op."""
     expected = tokens(model)
     with apply_torch_fused(model) as handle:
         assert tokens(model) == expected
@@ -60,7 +60,7 @@ def test_the_adapter_matters():
 
 
 def test_adapters_are_switched():
-    """Each adapter, none, and one after its scale has changed, in one patch."""
+    """Each adapter, none, and one with a changed scale, in one patch."""
     model = with_lora(names=("first", "second"))
 
     def change_scale():
@@ -134,7 +134,7 @@ def test_dropout_only_in_training():
 
 
 def test_base_in_bfloat16():
-    """PEFT keeps adapters in float32 beside it."""
+    """PEFT keeps adapters in float32."""
     model = make_model("qwen2").bfloat16()
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=EVERY)).eval()
     with apply_torch_fused(model):
@@ -142,8 +142,8 @@ def test_base_in_bfloat16():
         assert decoder_of(model).calls[""] >= 11
 
 
-def test_an_adapter_that_somebody_has_changed():
-    """A forward of its own, or a weight that is held in another way, is not the step's to compute."""
+def test_a_changed_adapter():
+    """With its own forward, or a weight of another type, the step is left to transformers."""
     for change in (
         lambda layer: setattr(layer, "forward", lambda x: x[..., :4] * 0),
         lambda layer: setattr(layer, "weight", torch.nn.Parameter(layer.weight.data.to_sparse_csr(), False)),
@@ -162,7 +162,7 @@ def test_an_adapter_that_somebody_has_changed():
     ],
     ids=["dora", "biases"],
 )
-def test_other_adapters_are_left_with_what_helps(options, reason):
+def test_other_adapters_are_left_with_advice(options, reason):
     model = with_lora(**options)
     expected = tokens(model)
     with apply_torch_fused(model) as handle:

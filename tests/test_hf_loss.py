@@ -1,4 +1,4 @@
-"""A patched model makes its loss without its logits, as transformers counts it, and logits when they are read."""
+"""A patched model computes transformers' loss without logits, and the logits only when they are read."""
 
 import copy
 import inspect
@@ -22,7 +22,7 @@ LOSS_OP = "_linear_cross_entropy_gradients"
 
 
 def labels_of(ids):
-    """Some of them ignored, a whole sequence among them."""
+    """Some labels are ignored, including a whole sequence."""
     labels = ids.clone()
     labels[0, : ids.shape[1] // 2] = -100
     labels[-1] = -100
@@ -41,7 +41,7 @@ def gradients(model, loss):
 
 
 def assert_same_steps(stock, patched, **inputs):
-    """The loss and every gradient; the patched one's by the fused op."""
+    """The loss and every gradient; the patched model's come from the fused op."""
     expected, actual = stock(**inputs), patched(**inputs)
     assert type(actual.logits) is Logits
     torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-5, atol=1e-6, equal_nan=True)
@@ -63,7 +63,7 @@ COUNTS = {
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients(family, counts):
-    """As transformers shifts the labels and counts them, with tied and with untied heads."""
+    """With transformers' shift and count of labels, with tied and untied heads."""
     for tied in (False, True):
         stock, patched, _ = pair(family, tie_word_embeddings=tied)
         ids = prompt(3, 9)
@@ -92,7 +92,7 @@ def test_labels_that_are_shifted_already():
 
 
 def test_all_labels_ignored():
-    """NaN, as transformers' mean; 0 of a number of items."""
+    """NaN, like transformers' mean; 0 with a given number of items."""
     stock, patched, _ = pair()
     ids = prompt(2, 5)
     nothing = torch.full_like(ids, -100)
@@ -102,7 +102,7 @@ def test_all_labels_ignored():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_types(dtype):
-    """As near to float32 as stock, and the loss is float32, as stock's."""
+    """As close to float32 as stock, and the loss is float32, as in stock."""
     exact = make_model().train()
     stock, patched, _ = pair(dtype=dtype)
     ids = prompt(2, 9)
@@ -116,7 +116,7 @@ def test_half_types(dtype):
 
 
 def test_autocast():
-    """In float32 weights under bfloat16, as the Trainer trains."""
+    """With float32 weights and bfloat16 autocast, as in the Trainer."""
     stock, patched, _ = pair()
     ids = prompt(2, 9)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -139,8 +139,8 @@ def test_in_the_emulator():
 # ---- logits ---------------------------------------------------------------------------------------------------------
 
 
-def test_logits_are_made_when_they_are_read():
-    """In training and in evaluation, by whatever reads them; what is known without them makes none."""
+def test_logits_are_computed_when_they_are_read():
+    """In training and evaluation, by any kind of use; reading shape and dtype does not compute them."""
     stock, patched, handle = pair()
     ids = prompt(2, 6)
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
@@ -165,7 +165,7 @@ def test_logits_are_made_when_they_are_read():
 
 
 def test_a_loss_of_the_users_from_the_logits():
-    """Gradients flow through logits that are read, alone and beside the loss."""
+    """Gradients flow through logits that are read, alone and together with the loss."""
     stock, patched, _ = pair()
     ids = prompt(2, 6)
 
@@ -178,8 +178,8 @@ def test_a_loss_of_the_users_from_the_logits():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5)
 
 
-def test_logits_of_old_weights_are_refused():
-    """After the optimizer's step they would be those of other weights."""
+def test_logits_of_old_weights_are_an_error():
+    """After the optimizer's step they would belong to other weights."""
     _, patched, _ = pair()
     ids = prompt(2, 6)
     optimizer = torch.optim.SGD(patched.parameters(), lr=0.1)
@@ -193,7 +193,7 @@ def test_logits_of_old_weights_are_refused():
 
 
 class WritesData(torch.optim.Optimizer):
-    """Whose writes torch does not count."""
+    """An optimizer whose writes do not change version numbers."""
 
     def step(self):
         for param in self.param_groups[0]["params"]:
@@ -201,7 +201,7 @@ class WritesData(torch.optim.Optimizer):
 
 
 def test_logits_of_weights_that_an_optimizer_has_stepped_uncounted():
-    """They are not made of other weights in silence; those of a model that was not stepped are."""
+    """They are not silently computed from other weights; those of a model without a step are computed."""
     models = [make_model().train() for _ in range(2)]
     outputs = []
     for model in models:
@@ -215,7 +215,7 @@ def test_logits_of_weights_that_an_optimizer_has_stepped_uncounted():
 
 
 def test_a_cross_entropy_that_is_not_transformers():
-    """The older way to shift, class weights, probabilities and label smoothing."""
+    """The older way to shift labels, class weights, probabilities and label smoothing."""
     stock, patched, handle = pair()
     ids = prompt(2, 6)
 
@@ -237,7 +237,7 @@ def test_a_cross_entropy_that_is_not_transformers():
 
 
 def test_calls_without_labels_have_logits():
-    """Only a call with labels waits with them."""
+    """Only calls with labels defer them."""
     _, patched, _ = pair()
     assert type(patched(prompt(1, 4)).logits) is torch.Tensor
     with torch.no_grad():
@@ -245,7 +245,7 @@ def test_calls_without_labels_have_logits():
 
 
 def test_loss_off():
-    """A flag of its own; it works without the decode step as well."""
+    """The flag also works without the decode step."""
     ids = prompt(2, 6)
     for decode in (False, True):
         model = make_model().train()
@@ -274,7 +274,7 @@ def changed_logits(family):
     [("gemma2", "final_logit_softcapping is 30.0"), ("granite", "logits_scaling is 3.0")],
 )
 def test_logits_that_are_changed_before_the_loss(family, reason):
-    """Soft caps and scales: transformers makes these losses; the report says why."""
+    """Soft caps and scales: transformers computes these losses; the report says why."""
     stock, patched = changed_logits(family), changed_logits(family)
     report = apply_torch_fused(patched).report()
     assert f"its loss: config.{reason}" in report
@@ -304,7 +304,7 @@ def wrapped(model):
 
 @pytest.mark.parametrize("change", [doubled, hooked, wrapped])
 @pytest.mark.parametrize("patch_first", [False, True])
-def test_heads_of_others(change, patch_first):
+def test_other_heads(change, patch_first):
     """A head of another class, with a hook, or with a wrapper, before the patch or after: the loss is stock's."""
     stock, patched = make_model().train(), make_model().train()
     change(stock)
@@ -319,7 +319,7 @@ def test_heads_of_others(change, patch_first):
 
 
 def test_an_adapter_on_the_head():
-    """PEFT's, whose part is added to the head's logits."""
+    """A PEFT adapter, which adds to the head's logits."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
     models = []
@@ -339,7 +339,7 @@ def test_an_adapter_on_the_head():
 
 
 def test_a_frozen_head():
-    """No gradient of its weight is made, and the layers' are stock's."""
+    """No gradient of its weight is computed, and those of the layers are stock's."""
     stock, patched, _ = pair()
     for model in (stock, patched):
         model.lm_head.requires_grad_(False)
@@ -351,7 +351,7 @@ def test_a_frozen_head():
 
 
 def test_a_copy_and_a_pickle_have_their_own():
-    """A copied model makes its own loss, and counts for itself."""
+    """A copied model computes its own loss, and has its own counts."""
     _, patched, handle = pair()
     ids = prompt(2, 6)
     expected = patched(ids, labels=ids).loss
@@ -378,7 +378,7 @@ def test_transforms():
 
 
 def test_compile():
-    """The compiled model makes its loss in transformers' way, in one graph."""
+    """The compiled model computes transformers' loss, in one graph."""
     torch._dynamo.reset()
     stock, patched, _ = pair()
     ids = prompt(2, 6)
@@ -392,7 +392,7 @@ def test_compile():
 
 
 def test_the_trainer_trains_and_evaluates(tmp_path):
-    """Steps use the fused loss and make no logits; compute_metrics gets those that it asks for."""
+    """Steps use the fused loss without logits; compute_metrics gets logits."""
     rows = [{"input_ids": row, "labels": row} for row in prompt(4, 8)]
     results = []
     for patch in (False, True):
@@ -443,7 +443,7 @@ def train_losses(model, steps):
 @pytest.mark.parametrize(
     ("steps", "tolerance"), [(50, 1e-4), pytest.param(300, 2e-3, marks=pytest.mark.full)], ids=["50", "300"]
 )
-def test_training_stays_with_stocks(steps, tolerance):
+def test_training_follows_stocks(steps, tolerance):
     """The losses of a small Qwen2 in float32, step by step."""
     stock, patched, _ = pair(initializer_range=0.05)
     expected, actual = train_losses(stock, steps), train_losses(patched, steps)

@@ -1,4 +1,4 @@
-"""apply_torch_fused touches the instances of one model, and revert leaves no trace."""
+"""apply_torch_fused changes only one model instance, and revert leaves no trace."""
 
 import copy
 import functools
@@ -29,7 +29,7 @@ def dicts(model):
 
 
 def kernels(function, *args):
-    """How often each torch_fused op runs in one call."""
+    """The number of runs of each torch_fused op in one call."""
     with torch.profiler.profile() as profile:
         function(*args)
     return {
@@ -42,7 +42,7 @@ def kernels(function, *args):
 
 @pytest.mark.parametrize(("family", "norms"), [("llama", 5), ("qwen2", 5), ("qwen3", 9)])
 def test_every_norm_runs_fused(family, norms):
-    """Two layers: in each the first addition with the norm that follows it, other norms alone; torch computes none."""
+    """Two layers: the first addition is fused with its norm, other norms run alone; torch computes none."""
     model = make_model(family)
     apply_torch_fused(model)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_every_norm_runs_fused(family, norms):
     ids=["Qwen2.5-0.5B", "Qwen3-0.6B"],
 )
 def test_ops_of_a_decoded_token(family, shape, most):
-    """In bfloat16, with the layers and heads of the real models: what reaches the device each token, views aside."""
+    """In bfloat16, with the layers and heads of the real models: ops per token that reach the device, without views."""
     model = make_model(family, dtype=torch.bfloat16, hidden_size=16 * shape["num_attention_heads"], **shape)
 
     def generate(tokens):
@@ -98,7 +98,7 @@ def test_flags():
 
 
 def test_another_model_in_the_process_is_unchanged():
-    """No class and no global is patched: a stock model made before or after runs no fused op."""
+    """No class or global is patched: a stock model created before or after runs no fused op."""
     before, patched = make_model(), make_model()
     state = dicts(before)
     forwards = Qwen2RMSNorm.forward, Qwen2DecoderLayer.forward
@@ -114,7 +114,7 @@ def test_another_model_in_the_process_is_unchanged():
 
 
 def test_weights_are_saved_and_copied_as_before():
-    """The state dict has the same keys; a deep copy is patched itself and does not reach back to the original."""
+    """The state dict has the same keys; a deep copy is patched and does not refer to the original."""
     model = make_model()
     keys = list(model.state_dict())
     apply_torch_fused(model)
@@ -149,7 +149,7 @@ def test_context_manager_reverts_after_an_error():
 
 
 def wrap(module):
-    """What accelerate and others do: keep the forward, put a wrapper in its place."""
+    """Like accelerate and others: keep the forward, and put a wrapper in its place."""
     original = module.forward
 
     @functools.wraps(original)
@@ -161,8 +161,8 @@ def wrap(module):
     module.forward = logging_forward
 
 
-def test_revert_refuses_when_somebody_wrapped_a_forward_since():
-    """The error names the module and the wrapper, and nothing is reverted; without the wrapper all is."""
+def test_revert_fails_if_a_forward_was_wrapped_later():
+    """The error names the module and the wrapper, and nothing is reverted; without the wrapper everything is."""
     model = make_model()
     before = dicts(model)
     handle = apply_torch_fused(model)
@@ -181,7 +181,7 @@ def test_revert_refuses_when_somebody_wrapped_a_forward_since():
 
 
 def test_applying_twice():
-    """The same flags hand out the same handle, as in a notebook; others patch anew, and either handle reverts."""
+    """The same flags return the same handle, as in a notebook; others patch again, and either handle reverts."""
     model = make_model()
     before = dicts(model)
     handle = apply_torch_fused(model)
@@ -189,14 +189,14 @@ def test_applying_twice():
     other = apply_torch_fused(model, mlp=False)
     assert other is not handle
     assert "Qwen2MLP" not in other.report()
-    handle.revert()  # which has nothing in place any more
+    handle.revert()  # which has no patches any more
     assert apply_torch_fused(model, mlp=False) is other
     with pytest.raises(RuntimeError, match=r"already patched, at .* as a part of another"):
         apply_torch_fused(model.model)
     other.revert()
     assert dicts(model) == before
     inner = apply_torch_fused(model.model)
-    outer = apply_torch_fused(model)  # takes the inner one back first
+    outer = apply_torch_fused(model)  # reverts the inner one first
     assert not inner.patched
     outer.revert()
     assert dicts(model) == before
@@ -227,7 +227,7 @@ def answer(model):
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_copy_is_patched_and_reverts(family, how, flags):
-    """Saved whole and loaded, pickled or copied, before and after it ran: patched, on its own, with its own handle."""
+    """Saved whole, pickled or copied, before and after running: patched, independent, with its own handle."""
     model = make_model(family)
     clean = [set(part) for part in dicts(model)]
     expected = answer(model)
@@ -274,7 +274,7 @@ def test_a_patched_model_goes_to_another_process():
 
 
 def test_a_loaded_model_compiles(tmp_path):
-    """At once, without a call before; a process that has not patched anything yet."""
+    """Directly, without an earlier call; in a process that has not patched anything yet."""
     model = make_model()
     apply_torch_fused(model)
     torch.save(model, tmp_path / "model")
@@ -291,7 +291,7 @@ def test_a_loaded_model_compiles(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_signatures_are_the_classes_own(family):
-    """What generate, Trainer and PEFT look at, through a wrapper too."""
+    """As inspected by generate, Trainer and PEFT, also through a wrapper."""
     stock, patched = make_model(family), make_model(family)
     apply_torch_fused(patched)
     expected = list(inspect.signature(stock.forward).parameters)
@@ -322,7 +322,7 @@ def train(model, folder, **options):
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_checkpointing": True, "bf16": True}], ids=str)
 def test_trainer(options, tmp_path):
     """Trained twice by transformers while patched: the weights of stock's training, rollouts take the decode step, and
-    the handle reverts whatever accelerate has put around the model and taken off again."""
+    the handle reverts after accelerate has wrapped and unwrapped the model."""
     stock, patched = make_model(), make_model()
     tolerance = 3e-2 if options.get("bf16") else 1e-5  # accelerate leaves autocast around the forward
     for _ in range(2):
@@ -343,8 +343,8 @@ def test_trainer(options, tmp_path):
     assert relative_error(actual, expected) < 1e-4
 
 
-def test_accelerate_takes_its_wrapper_off(tmp_path):
-    """It then binds our function anew."""
+def test_accelerate_removes_its_wrapper(tmp_path):
+    """It then rebinds our function."""
     model = make_model()
     before = dicts(model)
     for wrapped_at_revert in (False, True):
@@ -370,7 +370,7 @@ def make_model_like(model):
 
 
 def test_patching_that_is_interrupted_leaves_no_trace(monkeypatch):
-    """Whatever raises in the middle: the model is as before, and can be patched; a revert can be called again."""
+    """An exception at any point: the model is as before, and can be patched; a revert can be repeated."""
     model = make_model()
     before = dicts(model)
 
@@ -383,6 +383,6 @@ def test_patching_that_is_interrupted_leaves_no_trace(monkeypatch):
             apply_torch_fused(model)
     assert dicts(model) == before
     handle = apply_torch_fused(model)
-    del model.model.norm.forward  # as far as an interrupted revert may have come
+    del model.model.norm.forward  # the progress of an interrupted revert
     handle.revert()
     assert dicts(model) == before

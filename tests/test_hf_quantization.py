@@ -1,4 +1,4 @@
-"""Packed weights in transformers models: loaded, packed at hand, saved, trained with adapters, patched."""
+"""Packed weights in transformers models: loading, packing in place, saving, training adapters, patching."""
 
 import copy
 import gc
@@ -67,7 +67,7 @@ def load(folder, **options):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip(family, tied, dtype, tmp_path):
-    """`from_pretrained` packs as `quantize_` does; what is saved loads again bit for bit."""
+    """`from_pretrained` packs like `quantize_`; a saved model loads again bit for bit."""
     dense = make_model(family, tie_word_embeddings=tied)
     dense.save_pretrained(tmp_path / "dense")
     config = TorchFusedConfig(bits=8 if tied else 4, group_size=32)
@@ -89,7 +89,7 @@ def test_round_trip(family, tied, dtype, tmp_path):
 
 
 def test_other_files(folder, tmp_path):
-    """Pickled checkpoints, which hold a tied head twice; several files; a part of the model."""
+    """Pickled checkpoints, which contain a tied head twice; several files; a part of the model."""
     config = TorchFusedConfig(group_size=32)
     model = load(folder, quantization_config=config)
     (folder / "model.safetensors").unlink()
@@ -108,7 +108,7 @@ def test_other_files(folder, tmp_path):
 
 
 def test_values(folder):
-    """The codes, scales and biases are `quantize`'s; the model computes with what they stand for."""
+    """The codes, scales and biases are those of `quantize`; the model computes with their values."""
     stock = load(folder)
     model = load(folder, quantization_config=TorchFusedConfig(bits=4, group_size=32))
     for name, packed in packed_modules(model).items():
@@ -122,7 +122,7 @@ def test_values(folder):
 
 
 def test_one_tied_matrix(folder):
-    """The head multiplies with the embedding's matrix: one in memory, in the state dict and in a copy."""
+    """The head uses the embedding's matrix: one in memory, in the state dict and in a copy."""
     model = load(folder, quantization_config=TorchFusedConfig(group_size=32))
     model.tie_weights()  # as trainers do
     for each in (model, copy.deepcopy(model), copy.deepcopy(model).to(torch.bfloat16)):
@@ -133,7 +133,7 @@ def test_one_tied_matrix(folder):
 
 
 def test_head_that_differs_is_not_tied(folder):
-    """A config may say that the head is tied where the checkpoint has another matrix for it."""
+    """The config may tie the head although the checkpoint has another matrix for it."""
     tensors = load_file(folder / "model.safetensors")
     twice = dict(tensors, **{"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
     for change in (0.0, 1.0):
@@ -145,7 +145,7 @@ def test_head_that_differs_is_not_tied(folder):
 
 
 def test_what_stays_dense(folder, tmp_path):
-    """Columns that no group divides, modules by name, norms; the report says why, and a saved model remembers."""
+    """Columns that groups do not divide, excluded modules, norms; reported, and the same after saving."""
     model = load(folder, quantization_config=TorchFusedConfig(
         group_size=64, modules_to_not_convert=["o_proj"], per_module={
             "model.layers.0.mlp.up_proj": False,
@@ -173,7 +173,7 @@ def test_what_stays_dense(folder, tmp_path):
 
 
 def test_scales_dtype(folder, tmp_path):
-    """Scales may have a dtype of their own; the embedding then gives the model's."""
+    """Scales may have their own dtype; the embedding's output then has the model's."""
     config = TorchFusedConfig(group_size=32, scales_dtype=torch.float16)
     model = load(folder, quantization_config=config, dtype=torch.bfloat16)
     other = load(folder, dtype=torch.bfloat16)
@@ -187,7 +187,7 @@ def test_scales_dtype(folder, tmp_path):
 
 
 def test_dequantize(folder):
-    """transformers' own way back gives the stock model with the values of the packed one, its head tied again."""
+    """transformers' dequantize gives the stock model with the packed values, with its head tied again."""
     model = load(folder, quantization_config=TorchFusedConfig(group_size=32))
     logits = model(prompt(1, 5)).logits
     plain = model.dequantize()
@@ -199,7 +199,7 @@ def test_dequantize(folder):
 
 
 def test_other_models(tmp_path):
-    """Any model's linear layers; classes that compute something else, and ties that cannot be packed, stay dense."""
+    """Linear layers of any model are packed; other classes, and ties that cannot be packed, stay dense."""
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=2, n_positions=16)).eval()
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=64, d_kv=32, d_ff=64, num_layers=1, num_heads=2))
     for model, packed in ((gpt2, {"transformer.wte", "transformer.wpe"}), (t5.eval(), None)):
@@ -217,7 +217,7 @@ def test_other_models(tmp_path):
 
 
 def test_new_head(folder):
-    """A head that the checkpoint has not stays dense, to be trained."""
+    """A head that is not in the checkpoint stays dense, to be trained."""
     config = TorchFusedConfig(group_size=32)
     model = AutoModelForSequenceClassification.from_pretrained(folder, quantization_config=config, num_labels=3)
     assert model.hf_quantizer.report.dense == {"score": "its weight is not in the checkpoint"}
@@ -225,7 +225,7 @@ def test_new_head(folder):
 
 
 def test_peak_memory(tmp_path):
-    """Loading takes little more than the packed size and the largest matrix; the whole model would be far above."""
+    """Loading takes little more than the packed size plus the largest matrix, far less than the whole model."""
     make_model(
         hidden_size=512, intermediate_size=2048, num_attention_heads=8, head_dim=64, vocab_size=16000, layers=8
     ).save_pretrained(tmp_path)
@@ -283,7 +283,7 @@ def test_progress(folder, capfd):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mlx_checkpoint(family, tied, twice, tmp_path):
-    """A folder as mlx-lm writes it: each tensor is kept, the model generates, and saved it loads as any other."""
+    """A folder like mlx-lm's: tensors are unchanged, the model generates, and a saved one loads like any other."""
     stock = make_model(family, tie_word_embeddings=tied, dtype=torch.bfloat16)
     other = {"group_size": 32, "bits": 8}
     quantization = {"group_size": 64, "bits": 4, "mode": "affine", "model.layers.0.self_attn.v_proj": other}
@@ -308,7 +308,7 @@ def test_mlx_checkpoint(family, tied, twice, tmp_path):
 
 
 def test_mlx_in_another_dtype(tmp_path):
-    """The scales keep the file's; the model has what is asked for."""
+    """The scales keep the file's dtype; the model has the requested one."""
     quantization = {"group_size": 32, "bits": 4}
     write_mlx(tmp_path, make_model(tie_word_embeddings=True, dtype=torch.bfloat16), quantization)
     small_tokenizer().save_pretrained(tmp_path)
@@ -329,7 +329,7 @@ def test_mlx_in_another_dtype(tmp_path):
     ],
 )
 def test_mlx_refused(changes, message, tmp_path):
-    """Formats that there are not here are refused by name."""
+    """Unsupported formats raise an error that names them."""
     quantization = {"group_size": 32, "bits": 4}
     write_mlx(tmp_path, make_model(), quantization)
     small_tokenizer().save_pretrained(tmp_path)
@@ -347,7 +347,7 @@ def test_no_mlx_checkpoint(folder):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_metal_linear(bits):
-    """Transformers' packed linear layers for Apple GPUs become ours as they are."""
+    """Transformers' packed linear layers for Apple GPUs are converted unchanged."""
     model = make_model("qwen2")
     weights = {}
     for name, linear in list(model.named_modules()):
@@ -445,7 +445,7 @@ BAD_FILES = {
 
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_bad_files(name, tmp_path):
-    """Refused before anything is loaded; the message names the tensor."""
+    """An error before anything is loaded; the message names the tensor."""
     model = make_model()
     quantize_(model, group_size=32)
     model.save_pretrained(tmp_path)
@@ -456,7 +456,7 @@ def test_bad_files(name, tmp_path):
 
 
 def test_bad_dense_files(folder):
-    """So are those that are to be packed."""
+    """The same for files that are packed while loading."""
     path = folder / "model.safetensors"
     config = TorchFusedConfig(group_size=32)
     whole = path.read_bytes()
@@ -491,13 +491,13 @@ def test_saved_names_are_mlxs(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patched(family, dtype, late):
-    """A patched model writes the packed model's own tokens, and says which way it went."""
+    """A patched model generates the packed model's own tokens, and reports its path."""
     model = make_model(family, tie_word_embeddings=True).to(dtype)
     packed = copy.deepcopy(model)
     quantize_(packed, group_size=32)
     stock = packed.generate(prompt(2, 5), **GREEDY)
     patched = model if late else packed
-    # Products of int8 would choose other tokens.
+    # int8 products would give other tokens.
     with apply_torch_fused(patched, decode=dtype == torch.float32, int8_products=False) as handle:
         if late:
             patched.generate(prompt(2, 5), **GREEDY)
@@ -526,7 +526,7 @@ def train(model, steps=10):
 @pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora(family, patched, tmp_path):
-    """PEFT's adapters learn, on every packed linear layer and the tied head; the packed tensors stay as they are."""
+    """PEFT's adapters learn on every packed linear layer and the tied head; the packed tensors do not change."""
     model = make_model(family, tie_word_embeddings=True)
     quantize_(model, group_size=32)
     before = copy.deepcopy(model)
@@ -554,7 +554,7 @@ def test_lora(family, patched, tmp_path):
 
 
 def test_nothing_keeps_the_dense_weights():
-    """Packing at hand lets go of each matrix."""
+    """Packing in place frees each matrix."""
     model = make_model(tie_word_embeddings=True)
     matrices = [weakref.ref(parameter) for parameter in model.parameters() if parameter.dim() == 2]
     quantize_(model, group_size=32)

@@ -1,4 +1,4 @@
-"""`generate` picks its tokens with the fused sampler, from the probabilities that transformers' processors give."""
+"""`generate` draws tokens with the fused sampler, with the probabilities of transformers' processors."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ TEMPERATURE, TOP_K, TOP_P, MIN_P = (
 )
 PENALTY, TYPICAL, NORMALIZE = RepetitionPenaltyLogitsProcessor(1.3), TypicalLogitsWarper(0.9), LogitNormalization()
 
-# (processors, how many of the last the sampler takes over)
+# (processors, how many of the last ones the sampler replaces)
 LISTS = {
     "none": ([], 0),
     "all": ([TEMPERATURE, TOP_K, TOP_P, MIN_P], 4),
@@ -43,8 +43,8 @@ LISTS = {
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_what_the_sampler_takes_over(name):
-    """The last processors in the sampler's own order; the others run before."""
+def test_processors_that_the_sampler_replaces(name):
+    """The last processors in the sampler's order; the others run before."""
     processors, count = LISTS[name]
     before, filters = split_processors(LogitsProcessorList(processors))
     assert type(before) is LogitsProcessorList
@@ -53,14 +53,14 @@ def test_what_the_sampler_takes_over(name):
 
 
 def draw(processors, scores):
-    """A token for each row, as the loop draws it."""
+    """A token per row, drawn like in the loop."""
     before, filters = split_processors(processors)
     return next_token(before(prompt(1, 5).expand(len(scores), 5), scores), True, **filters)
 
 
 @pytest.mark.parametrize("name", LISTS)
 def test_draws_follow_the_processed_probabilities(name):
-    """20,000 draws a row: chi-square against transformers' softmax."""
+    """20,000 draws per row: chi-square against transformers' softmax."""
     processors, _ = LISTS[name]
     scores = make(1, VOCABULARY, scale=2.0)
     expected = LogitsProcessorList(processors)(prompt(1, 5), scores.clone()).softmax(-1)[0].double()
@@ -97,7 +97,7 @@ def test_generate_runs_the_fused_sampler(way):
 
 
 def test_draws_are_reproducible():
-    """`torch.manual_seed` decides the tokens, in a batch and one by one in later calls."""
+    """`torch.manual_seed` determines the tokens, in a batch and one by one in later calls."""
     model = make_model()
     apply_torch_fused(model)
 
@@ -111,7 +111,7 @@ def test_draws_are_reproducible():
 
 
 def test_scores_and_logits_are_stocks():
-    """Asked for scores, generate returns what transformers' processors make of the tokens that were drawn."""
+    """If scores are requested, generate returns those of transformers' processors for the drawn tokens."""
     model = make_model()
     options = {"do_sample": True, "temperature": 0.8, "top_k": 20, "max_new_tokens": 6}
     wanted = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
@@ -130,7 +130,7 @@ def test_scores_and_logits_are_stocks():
 
 
 def test_other_modes_are_stocks():
-    """Beams, sampled beams and assisted decoding look at the scores and get transformers' own."""
+    """Beams, sampled beams and assisted decoding use transformers' own scores."""
     model, assistant = make_model(), make_model(layers=1)
     cases = [{"num_beams": 3, "do_sample": False}, {"num_beams": 3, "do_sample": True, "top_k": 20}]
     cases += [{"assistant_model": assistant, "do_sample": sampled} for sampled in (False, True)]
@@ -146,7 +146,7 @@ def test_other_modes_are_stocks():
 
 
 class Filling:
-    """A processor that fills a column, of all sequences or of the last one alone, once there are enough tokens."""
+    """A processor that fills a column, for all sequences or only the last one, once there are enough tokens."""
 
     def __init__(self, value: float, length: int, rows: slice):
         self.value, self.length, self.rows = value, length, rows
@@ -220,7 +220,7 @@ def test_a_weight_that_becomes_nan(do_sample):
 
 
 def test_an_error_moves_no_generator():
-    """What is drawn after an error is what would have been drawn."""
+    """The next draw after an error is the same as without the error."""
     scores = make(2, VOCABULARY)
     scores[1, 3] = torch.nan
     state = torch.get_rng_state()

@@ -43,7 +43,7 @@ def assert_steps_match(stock, patched):
 @pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_training_step_is_stocks(family, use_cache):
-    """Loss and every parameter's gradient, also with the cache that transformers makes by default."""
+    """Loss and every parameter's gradient, also with transformers' default cache."""
     stock, patched = make_model(family).train(), make_model(family).train()
     apply_torch_fused(patched)
     assert_steps_match(train_step(stock, use_cache=use_cache), train_step(patched, use_cache=use_cache))
@@ -52,14 +52,14 @@ def test_a_training_step_is_stocks(family, use_cache):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("heads", [2, 4], ids=["grouped", "full"])
 def test_gradients_under_every_attention(attention, heads):
-    """With grouped heads and with as many key / value heads as heads, whose gradients come in other layouts."""
+    """With grouped heads and with equal numbers of heads, where gradients come in other layouts."""
     stock, patched = (make_model(attn_implementation=attention, num_key_value_heads=heads).train() for _ in range(2))
     apply_torch_fused(patched)
     assert_steps_match(train_step(stock), train_step(patched))
 
 
 def test_flex_attention():
-    """Which has no backward on the CPU."""
+    """It has no backward on the CPU."""
     stock, patched = (make_model(attn_implementation="flex_attention") for _ in range(2))
     apply_torch_fused(patched)
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_flex_attention():
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_still_works(family, reentrant):
-    """Each layer is recomputed in backward: the patched forward keeps that, and the gradients."""
+    """Each layer is recomputed in backward, also when patched, and the gradients are right."""
     stock, patched = make_model(family).train(), make_model(family).train()
     apply_torch_fused(patched)
     patched.enable_input_require_grads()
@@ -98,7 +98,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_addition_before_a_norm_stays_fused_when_checkpointed(family, reentrant):
-    """In forward and again in backward; a cache that is given is left out, as transformers does."""
+    """In forward and again in backward; a passed cache is dropped, as in transformers."""
     stock, patched = make_model(family).train(), make_model(family).train()
     apply_torch_fused(patched)
     patched.enable_input_require_grads()
@@ -122,7 +122,7 @@ def checkpoint_layers(model, reentrant):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpointing_from_outside(family, reentrant, patch_first):
-    """Layers in torch's own wrapper, patched before or after: every gradient, and each layer is computed twice."""
+    """Layers in torch's own wrapper, patched before or after: every gradient is right, and each layer runs twice."""
     stock, patched = make_model(family).train(), make_model(family).train()
     steps = [lambda: apply_torch_fused(patched), lambda: checkpoint_layers(patched, reentrant)]
     for step in steps if patch_first else steps[::-1]:
@@ -139,7 +139,7 @@ def test_checkpointing_from_outside(family, reentrant, patch_first):
 
 
 def parallel_step(rank, family, how):
-    """One rank's training step on its half of a batch: the gradients are the whole batch's."""
+    """One rank's training step on its half of a batch: the gradients are those of the whole batch."""
     ids = prompt(4, 12)
     stock, model = make_model(family).train(), make_model(family).train()
     stock(ids, labels=ids, use_cache=False).loss.backward()
@@ -192,7 +192,7 @@ def test_autocast():
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_step_under_autocast(checkpointed):
-    """Loss and gradients are as near to float32's as stock's are; also when the layers are computed again."""
+    """Loss and gradients are as close to float32's as stock's, also when layers are recomputed."""
     exact = train_step(make_model().train())
     steps = []
     for patch in (False, True):
@@ -212,7 +212,7 @@ def test_a_step_under_autocast(checkpointed):
 
 
 def adapted(patch, dropout=0.0):
-    """A model with adapters that are not merged and have an effect, in training."""
+    """A model in training with unmerged adapters that have an effect."""
     config = peft.LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", lora_dropout=dropout)
     model = peft.get_peft_model(make_model(), config).train()
     torch.manual_seed(0)
@@ -227,7 +227,7 @@ def adapted(patch, dropout=0.0):
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_adapters_that_are_not_merged(dropout, checkpointed):
-    """The adapters' gradients are stock's, with the same dropout, and no other weight has one."""
+    """The adapters' gradients are stock's, with the same dropout; other weights have none."""
     steps = []
     for patch in (False, True):
         model = adapted(patch, dropout)

@@ -1,4 +1,4 @@
-"""What a training step keeps for its backward: a patched model holds no more than stock."""
+"""A patched model saves no more for backward in a training step than stock."""
 
 import peft
 import pytest
@@ -9,7 +9,7 @@ from torch_fused.hf import apply_torch_fused
 
 
 def kept_bytes(model, **options):
-    """Bytes of what autograd keeps, each storage once; the weights, which are there anyway, left out."""
+    """Bytes that autograd saves, each storage once, without the weights."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     storages = {}
 
@@ -29,7 +29,7 @@ def kept_bytes(model, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_more_than_stock(family, dtype):
-    """Of every family, in both dtypes; in bfloat16, where stock keeps float32 copies for its norms, less."""
+    """For every family, in both dtypes; less in bfloat16, where stock keeps float32 copies for its norms."""
     stock, patched = (make_model(family).to(dtype).train() for _ in range(2))
     apply_torch_fused(patched)
     kept, stocks = kept_bytes(patched), kept_bytes(stock)
@@ -49,7 +49,7 @@ def test_with_adapters():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpointed(family):
-    """Gradient checkpointing keeps what stock keeps, and that is little."""
+    """Gradient checkpointing saves the same as stock, which is little."""
     plain, stock, patched = (make_model(family).train() for _ in range(3))
     for model in (stock, patched):
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -59,7 +59,7 @@ def test_checkpointed(family):
 
 
 def test_autocast():
-    """Under autocast, where weights are float32 and products bfloat16."""
+    """Under autocast, with float32 weights and bfloat16 products."""
     stock, patched = make_model().train(), make_model().train()
     apply_torch_fused(patched)
     with torch.autocast("cpu", dtype=torch.bfloat16):

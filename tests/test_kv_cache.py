@@ -1,4 +1,4 @@
-"""kv_append_: where it writes, what it refuses, and how it behaves under autograd, inference mode and compile."""
+"""kv_append_: values, errors, and its behaviour under autograd, inference mode and compile."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_writes_only_the_tokens_at_position(backend, position):
 
 
 def test_any_strides(backend):
-    """Attention hands in transposed states; the buffers may be views, of which nothing outside is touched."""
+    """Attention passes transposed states; the buffers may be views, and nothing outside them is written."""
     new_keys = make(2, 2, 3, 5, device=backend.device).transpose(1, 2)  # tokens before heads in memory
     new_values = make(2, 3, 4, 2, seed=3, device=backend.device).transpose(2, 3)  # head_dim not innermost
     around = torch.zeros(2, 3, 9, 16, device=backend.device)
@@ -49,7 +49,7 @@ def test_any_strides(backend):
 
 
 def test_update_appends_and_views_what_is_in_use():
-    """kv_update_ writes what kv_append_ writes; the results are views of the buffers, not copies."""
+    """kv_update_ writes the same as kv_append_; the results are views of the buffers, not copies."""
     keys, values = buffers()
     new_keys, new_values = states()
     used_keys, used_values = kv_update_(keys, values, new_keys, new_values, 3)
@@ -62,7 +62,7 @@ def test_update_appends_and_views_what_is_in_use():
 
 
 def test_many_tokens_are_copied_by_several_threads():
-    """A long prompt is past the size from which the copy is split, with two threads in the middle of a head."""
+    """A long prompt is copied by several threads; two of them meet in the middle of a head."""
     keys, values = buffers(batch=1, heads=3, capacity=3000, head_dim=64, value_dim=64)
     new_keys, new_values = states(tokens=2999, batch=1, heads=3, head_dim=64, value_dim=64)
     kv_append_(keys, values, new_keys, new_values, 1)
@@ -71,7 +71,7 @@ def test_many_tokens_are_copied_by_several_threads():
 
 
 def test_no_tokens(backend):
-    """Nothing to append is no error, even at the end of the buffers."""
+    """Appending no tokens is not an error, even at the end of the buffers."""
     keys, values = buffers(device=backend.device)
     kv_append_(keys, values, *states(tokens=0, device=backend.device), 9)
     assert keys.count_nonzero() == values.count_nonzero() == 0
@@ -108,7 +108,7 @@ BAD_ARGUMENTS = {
 
 @pytest.mark.parametrize("message", BAD_ARGUMENTS)
 def test_refuses_bad_arguments_before_writing(backend, message):
-    """The message names the op and the argument; neither buffer is written, whichever argument is bad."""
+    """The message names the op and the argument; neither buffer is written."""
     keys, values = buffers(device=backend.device)
     arguments = BAD_ARGUMENTS[message](keys, values, *states(device=backend.device))
     with pytest.raises(RuntimeError, match=f"kv_append_: {message}"):
@@ -117,7 +117,7 @@ def test_refuses_bad_arguments_before_writing(backend, message):
 
 
 def test_buffers_side_by_side(backend):
-    """Views of one buffer that have no element in common are no aliases, interleaved or not."""
+    """Views of one buffer without common elements are allowed, interleaved or not."""
     whole = torch.zeros(2, 3, 9, 18, device=backend.device)
     for keys, values in ((whole[..., :5], whole[..., 5:9]), (whole[..., :10:2], whole[..., 1:9:2])):
         new_keys, new_values = states(device=backend.device)
@@ -172,7 +172,7 @@ def test_refuses_to_lose_a_gradient():
 
 
 def test_refuses_vmap():
-    """Torch has no rule for a write in place of this kind, and the error says so."""
+    """Torch cannot batch this in-place write, and the error says so."""
     tensors = [torch.stack([t, t]) for t in (*buffers(), *states())]
     for op in (kv_append_, kv_update_):
         with pytest.raises(
@@ -192,7 +192,7 @@ def test_autograd_sees_the_write():
 
 
 def test_a_refused_call_is_no_change_for_autograd():
-    """What autograd has saved is still good after an append that raised."""
+    """Tensors that autograd saved are still valid after an append that raised."""
     keys, values = buffers()
     weight = torch.ones(2, 3, 9, 5, requires_grad=True)
     product = (keys * weight).sum()
@@ -203,7 +203,7 @@ def test_a_refused_call_is_no_change_for_autograd():
 
 
 def test_inference_tensors():
-    """Torch's rule for in-place writes holds: an inference tensor may be written in inference mode only."""
+    """As for torch's in-place ops, an inference tensor can be written only in inference mode."""
     with torch.inference_mode():
         keys, values = buffers()
         kv_append_(keys, values, *states(), 0)

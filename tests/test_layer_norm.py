@@ -15,8 +15,8 @@ from torch_fused.ops.layer_norm import layer_norm_backward_reference, layer_norm
 from torch_fused.selfcheck import longest_row
 from torch_fused.testing import assert_close, assert_matches_reference, make, relative_error
 
-# One column, under one pack, a pack, a pack and a tail, whole packs, odd, two and four packs a thread; then rows past a
-# threadgroup's registers.
+# One column, under one pack, a pack, a pack and a tail, whole packs, odd, two and four packs per thread; then rows past
+# a threadgroup's registers.
 COLS = [1, 3, 8, 13, 64, 128, 896, 1000, 1537, 3001, 8192]
 LONG_COLS = [16385, 33000]
 
@@ -50,7 +50,7 @@ def test_long_rows(backend, cols):
 @pytest.mark.parametrize("cols", [40, 896, 5000, 20000])
 def test_large_mean_and_small_variance(backend, cols):
     """The mean is exact to more than one float32: of 30000 +- 1, and of rows whose first values are far from
-    the rest, every element is right; eager's float32 mean leaves an error of a thousandth."""
+    the rest, every element is right; eager's float32 mean causes an error of a thousandth."""
     x = make(3, cols) + 30000
     x[1, 0] = -30000
     x[2, : cols // 8] = 0
@@ -98,7 +98,7 @@ def test_strides(backend):
 
 
 def test_gradients_of_strided_operands(backend):
-    """A misaligned x and an expanded gradient give what dense ones give."""
+    """A misaligned x and an expanded gradient give the same results as dense ones."""
     x = make(5, 67, device=backend.device)[:, 3:]
     grad = make(64, seed=1, device=backend.device).expand(5, 64)
     rest = ((64,), make(64, seed=2).to(backend.device), 1e-5, True, True)
@@ -143,7 +143,7 @@ def test_nan_and_inf(backend, cols):
 
 @pytest.mark.parametrize("cols", [1, 3, 40, 4096, 9000, 20000])
 def test_huge_values(backend, cols):
-    """Sums, squares and distances that overflow leave the values and gradients right: torch gives NaN, or the bias."""
+    """Values and gradients are right if sums, squares or distances overflow; torch gives NaN, or the bias."""
     for dtype in backend.dtypes:
         largest = torch.finfo(dtype).max
         _, weight, bias = operands(1, cols, dtype, backend.device)
@@ -176,7 +176,7 @@ def test_huge_values(backend, cols):
 
 
 def test_inputs_are_not_written(backend):
-    """An op without a trailing underscore leaves its inputs alone."""
+    """An op without a trailing underscore does not change its inputs."""
     tensors = operands(6, 64, device=backend.device)
     before = [t.clone() for t in tensors]
     layer_norm(tensors[0], (64,), *tensors[1:])
@@ -208,7 +208,7 @@ def test_mixed_dtypes_promote_as_torch_does(backend):
 
 
 def test_autocast(backend):
-    """Autocast does what it does for F.layer_norm on that device, for parameters of either dtype."""
+    """Autocast behaves as for F.layer_norm on that device, for parameters of either dtype."""
     x, weight, bias = operands(5, 64, torch.bfloat16, backend.device)
     for dtype in (torch.bfloat16, torch.float32):
         with torch.autocast(backend.device, dtype=torch.bfloat16):
@@ -237,7 +237,7 @@ def test_gradients_match_float64(backend, cols):
                 wide = [None if t is None else t.double() for t in (grad, x, w)]
                 exact = layer_norm_backward_reference(*wide[:2], (cols,), wide[2], 1e-5, *needs)
                 assert actual[1].shape == (sum(needs), cols)
-                # Of one column nothing is left but rounding errors, of the size of what cancelled.
+                # With one column, only rounding errors of the cancelled terms are left.
                 scale = exact[0].norm() if cols > 1 else grad.double().norm() * 300
                 assert (actual[0].double().cpu() - exact[0]).norm() <= tolerance * scale
                 for a, e in zip(actual[1], exact[1], strict=True):
@@ -245,7 +245,7 @@ def test_gradients_match_float64(backend, cols):
 
 
 def test_more_rows_than_threadgroups(backend):
-    """Rows that share a threadgroup's partial sums of the parameters' gradients, in registers and looped."""
+    """Rows that share a threadgroup's partial sums of parameter gradients, in registers and looped."""
     for rows, cols in ((600, 33), (260, 8200)):
         x, weight, _ = operands(rows, cols)
         grad = make(rows, cols, seed=3)
@@ -268,7 +268,7 @@ def test_gradcheck():
 
 
 def test_backward_through_autograd(backend):
-    """loss.backward() reaches the kernels of the backend; what needs no gradient gets none."""
+    """loss.backward() reaches the kernels of the backend; only tensors that require a gradient get one."""
     tensors = operands(9, 64)
     grad = make(9, 64, seed=3)
     for needs in [
@@ -290,7 +290,7 @@ def test_backward_through_autograd(backend):
 
 
 def test_parameter_gradients_are_deterministic(backend):
-    """The same inputs give the same bits, and on the CPU whatever the number of threads."""
+    """The same inputs give the same bits, and on the CPU with any number of threads."""
     x, weight, _ = operands(500, 64, device=backend.device)
     args = (x, x, (64,), weight, 1e-5, True, True)
     first = torch.ops.torch_fused.layer_norm_backward(*args)
@@ -424,7 +424,7 @@ def test_inference_mode_and_no_grad(backend):
     ],
 )
 def test_bad_arguments(backend, call, message):
-    """A bad argument raises before anything runs, naming the op, the argument, what it got and what it takes."""
+    """A bad argument raises before anything runs; the error names the op and the argument."""
     x, weight = make(4, 8, device=backend.device), make(8, seed=1).to(backend.device)
     with pytest.raises(RuntimeError, match=message):
         call(x, weight)
@@ -473,7 +473,7 @@ def test_kernels_are_clean_of_long_rows(schedule, seed):
 
 @pytest.mark.parametrize("cols", [64, 896, 1000, 4096, 8192])
 def test_forward_moves_the_least_bytes(cols):
-    """Each row is read once and written once: at most 1.05 of that, weight and bias counted once."""
+    """Each row is read once and written once: at most 1.05 times that, counting weight and bias once."""
     for dtype in (torch.float32, torch.bfloat16):
         x, weight, bias = operands(4, cols, dtype)
         with emulate() as run:
@@ -504,7 +504,7 @@ def test_long_rows_and_gradients_move_few_bytes():
 
 
 def test_module_is_a_drop_in(backend):
-    """nn.LayerNorm has torch's arguments, parameters and state dict, both ways, and its values."""
+    """nn.LayerNorm has torch's arguments, parameters and values, and exchanges state dicts both ways."""
     ours, theirs = torch_fused.nn.LayerNorm(32, eps=1e-4), torch.nn.LayerNorm(32, eps=1e-4)
     with torch.no_grad():
         theirs.weight.copy_(make(32))

@@ -74,7 +74,7 @@ def test_matches_float64(backend, shape, options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
 def test_errors_of_half_types_are_not_above_torchs(dtype, scale):
-    """In chunks whose sums are in float32, and with a scaled loss, as a GradScaler scales it: against float64."""
+    """In chunks with float32 sums, and with a loss scaled by a GradScaler: against float64."""
     *tensors, target = operands(300, 16, 2048, dtype, ignored=0.0)
     tensors[1] = tensors[1] / 4
     grad = torch.tensor(scale)
@@ -82,13 +82,13 @@ def test_errors_of_half_types_are_not_above_torchs(dtype, scale):
     stock = gradients(lambda h, w, b: F.cross_entropy(F.linear(h, w, b).float(), target), tensors, grad)
     actual = gradients(ours(target), tensors, grad)
     for name, a, s, e in zip(("loss", "hidden", "weight", "bias"), actual, stock, exact, strict=True):
-        # A scale of the loss in bfloat16 multiplies gradients that are there already: they are rounded once more.
+        # A loss scale in bfloat16 multiplies gradients that are already rounded: they are rounded once more.
         limit = 1.05 if scale == 1.0 or dtype == torch.float16 else 1.5
         assert relative_error(a, e) <= limit * relative_error(s, e) + 1e-6, name
 
 
 def test_float16_keeps_small_gradients():
-    """Of 65,536 classes each has a probability that float16 would lose, divided by the number of rows."""
+    """With 65,536 classes, each probability divided by the number of rows would underflow in float16."""
     hidden, weight, bias, target = operands(64, 8, 65536, torch.float16, ignored=0.0)
     tensors, grad = [hidden, weight / 64, bias * 0], torch.tensor(2.0**14)
     exact = gradients(torchs(target), [t.double() for t in tensors], grad)
@@ -100,7 +100,7 @@ def test_float16_keeps_small_gradients():
 
 
 def test_all_ignored(backend):
-    """The mean of nothing is NaN and a sum 0, as in torch; gradients are 0."""
+    """The mean of nothing is NaN and the sum 0, as in torch; gradients are 0."""
     *tensors, target = operands(5, 4, 9)
     target = torch.full_like(target, -100)
     for reduction in ("mean", "sum", "none"):
@@ -111,7 +111,7 @@ def test_all_ignored(backend):
 
 
 def test_no_rows_and_no_features(backend):
-    """Nothing to multiply: the losses of logits that are 0, gradients of the right shapes."""
+    """With nothing to multiply, losses are those of zero logits, and gradients have the right shapes."""
     for rows, features in ((0, 4), (3, 0), (0, 0)):
         *tensors, _ = operands(max(rows, 1), features, 9)
         tensors[0] = tensors[0][:rows]
@@ -123,7 +123,7 @@ def test_no_rows_and_no_features(backend):
 
 
 def test_only_what_is_needed():
-    """A tensor without a gradient costs no product; without any, the logits' gradient is not made."""
+    """Products for gradients that are not required are skipped; without any, so is the logits' gradient."""
     hidden, weight, bias, target = operands(300, 8, 70)
     all_of_them = gradients(ours(target), (hidden, weight, bias))
     for needed in (0, 1, 2):
@@ -142,7 +142,7 @@ def test_only_what_is_needed():
 
 
 def test_backward_more_than_once():
-    """With retain_graph the second pass makes the gradients anew, for another incoming gradient too."""
+    """With retain_graph, the second pass computes the gradients again, also for another incoming gradient."""
     *tensors, target = operands(300, 8, 70)
     inputs = [t.requires_grad_() for t in tensors]
     loss = ours(target)(*inputs)
@@ -154,8 +154,8 @@ def test_backward_more_than_once():
     torch.testing.assert_close(third[0], second[1])
 
 
-def test_a_gradient_becomes_the_parameters_own():
-    """The weight's gradient is handed on, not copied: a step holds it once."""
+def test_the_weights_gradient_is_not_copied():
+    """A step holds it only once."""
     *tensors, target = operands(300, 8, 70)
     inputs = [t.requires_grad_() for t in tensors]
     calls = []
@@ -173,7 +173,7 @@ def test_same_bits_again(backend):
 
 
 def test_autocast(backend):
-    """The products have autocast's dtype, the loss is float32; gradients have the dtype of what they are of."""
+    """The products have autocast's dtype, the loss is float32; gradients have the dtype of their tensors."""
     *tensors, target = operands(40, 8, 70)
     tensors = [t.to(backend.device) for t in tensors]
     expected = gradients(torchs(target), tensors)
@@ -197,7 +197,7 @@ def test_leading_dimensions(backend):
     torch.testing.assert_close(alone, losses[0])
 
 
-# The targets of the calls below, whatever they are differentiated in.
+# The targets of the calls below.
 TARGET = torch.tensor([2, -100, 0, 3, 1])
 
 
@@ -242,7 +242,7 @@ def test_bad_arguments(changes, message):
         linear_cross_entropy(**arguments)
 
 
-def test_a_target_that_is_no_class():
+def test_a_target_that_is_not_a_class():
     """As in torch, an IndexError on the CPU."""
     for wrong in (-1, 3):
         with pytest.raises(IndexError, match=rf"linear_cross_entropy: target must be from 0 to 2 .*, got {wrong}"):
@@ -262,7 +262,7 @@ def test_opcheck(backend):
 
 
 def test_compile(backend):
-    """One graph, forward and backward; the op is opaque in it."""
+    """One graph for forward and backward; the op is opaque in it."""
     torch._dynamo.reset()
     *tensors, target = operands(300, 8, 70)
     tensors = [t.to(backend.device) for t in tensors]
@@ -276,7 +276,7 @@ def test_compile(backend):
 
 
 def test_logits_come_in_chunks():
-    """The logits in memory are an eighth of all, or 128 rows of them: no larger product has results."""
+    """At most an eighth of the logits, or 128 rows, are in memory: no product has a larger result."""
     largest = []
     seen = torch.profiler.profile(profile_memory=True)
     hidden, weight, _, target = operands(2048, 4, 5000, ignored=0.0)

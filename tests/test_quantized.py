@@ -37,7 +37,7 @@ MATRICES = {
 
 
 def bit_level(packed, scales, biases, bits, group_size, wide=np.float32):
-    """The matrix of a packed one, a weight at a time out of the bytes of its row."""
+    """Unpacks a matrix weight by weight from the bytes of its rows."""
     rows = np.ascontiguousarray(packed.cpu().view(torch.int32).numpy()).view(np.uint8)
     scales, biases = (t.cpu().float().numpy().astype(wide) for t in (scales, biases))
     columns = rows.shape[-1] * 8 // bits
@@ -88,7 +88,7 @@ def test_quantize_is_mlx(name, bits, group_size):
 @pytest.mark.parametrize(("bits", "group_size"), FORMATS)
 @pytest.mark.parametrize("name", MATRICES)
 def test_quantize_by_hand(name, bits, group_size):
-    """Codes, scales and biases from the rule, a group at a time in numpy."""
+    """Codes, scales and biases computed group by group in numpy."""
     for dtype in DTYPES:
         weight = MATRICES[name]()[:4].to(dtype)
         packed, scales, biases = quantize(weight, bits=bits, group_size=group_size)
@@ -111,7 +111,7 @@ def test_quantize_by_hand(name, bits, group_size):
 
 @pytest.mark.parametrize(("bits", "group_size"), FORMATS)
 def test_layout(backend, bits, group_size):
-    """Any codes and any scales unpack to what the bytes say, to the last bit, in every dtype of scale and result."""
+    """Any codes and scales unpack exactly to the values in the bytes, in every dtype of scales and result."""
     words = torch.randint(-(2**31), 2**31, (5, 3 * group_size * bits // 32)).to(torch.int32).view(torch.uint32)
     for dtype in DTYPES:
         scales, biases = (make(5, 3, dtype=dtype, seed=seed) for seed in range(2))
@@ -127,7 +127,7 @@ def test_layout(backend, bits, group_size):
 
 
 def test_quantize_in_blocks(monkeypatch):
-    """Blocks of rows, to bound the memory on the way, and leading dimensions change nothing."""
+    """Processing in blocks of rows, which limits memory, and leading dimensions do not change the result."""
     weight = make(7, 3, 64, dtype=torch.bfloat16)
     expected = [quantize(row) for row in weight.flatten(0, 1)]
     monkeypatch.setattr(torch_fused.ops.quantized, "_BLOCK", 256)
@@ -157,7 +157,7 @@ def test_quantize_not_finite():
 
 # ---- products -------------------------------------------------------------------------------------------------------
 
-# One group; a tail behind whole registers and blocks; models' sizes; more groups than are read at once.
+# One group; a tail after whole registers and blocks; models' sizes; more groups than are read at once.
 COLUMNS = {32: [32, 96, 576, 896, 2144], 64: [64, 192, 576, 896, 4864], 128: [128, 384, 896, 8320]}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
 
@@ -175,7 +175,7 @@ def exact_product(x, packed, bias=None, *, bits=4, group_size=64):
 
 @pytest.mark.parametrize(("bits", "group_size"), FORMATS)
 def test_matches_float64(backend, bits, group_size):
-    """Every dtype, numbers of columns that fill nothing, few vectors and many, with a bias and without."""
+    """Every dtype, odd numbers of columns, few and many vectors, with and without a bias."""
     for columns in COLUMNS[group_size]:
         for dtype in backend.dtypes:
             scale_dtype = torch.float32 if dtype == torch.float64 else dtype
@@ -191,7 +191,7 @@ def test_matches_float64(backend, bits, group_size):
 
 @pytest.mark.parametrize("scale_dtype", DTYPES)
 def test_scales_of_another_dtype(backend, scale_dtype):
-    """Files have float16 scales, whatever the model computes in."""
+    """Files have float16 scales, for any dtype of the model."""
     packed = matrix(7, 192, dtype=scale_dtype, device=backend.device)
     for dtype in backend.dtypes:
         for vectors in (1, 8, 9):
@@ -202,7 +202,7 @@ def test_scales_of_another_dtype(backend, scale_dtype):
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 8195])
 def test_rows(backend, rows):
-    """Fewer rows than a threadgroup has, tails, and so many that simdgroups do not share them."""
+    """Fewer rows than a threadgroup handles, tails, and so many that simdgroups do not share them."""
     packed = matrix(rows, 64, device=backend.device)
     for vectors in (1, 2, 8):
         x = make(vectors, 64, device=backend.device, seed=1)
@@ -216,7 +216,7 @@ def check_int8(seed=0):
             packed = matrix(9, columns, bits, group_size, torch.bfloat16)
             for vectors in (1, 2, 3, 4, 7, 8):
                 x = make(vectors, columns, seed=seed + vectors)
-                # The same in plain torch, but for the order of sums: the vector as it is rounded.
+                # The same in plain torch with the rounded vector, except for the order of sums.
                 blocks = x.view(vectors, -1, 8)
                 step = blocks.abs().amax(-1, keepdim=True) / 127
                 rounded = (torch.round(blocks / step) * step).view(x.shape)
@@ -238,7 +238,7 @@ def test_instruction_sets(capability):
 
 
 def test_int8_of_special_values():
-    """Zeros give the bias of the sum, tiny vectors nothing, and what is not finite gives NaN."""
+    """Zeros give the bias of the sum, tiny vectors nothing, and NaN or infinity gives NaN."""
     packed = matrix(5, 192)
     run = lambda x: torch.ops.torch_fused._quantized_linear_int8(x, *packed, bits=4, group_size=64)  # noqa: E731
     assert torch.equal(run(torch.zeros(192)), torch.zeros(5))
@@ -268,7 +268,7 @@ def test_extreme_codes(backend):
 
 
 def test_nan_and_inf(backend):
-    """NaN and infinities of x, and values whose sums overflow on the way, give what the unpacked matrix gives."""
+    """NaN and infinities in x, and sums that overflow, give the same as the unpacked matrix."""
     for bits in (4, 8):
         packed = matrix(9, 128, bits, device=backend.device)
         for value in (torch.nan, torch.inf, -torch.inf, 3e38, -3e38):
@@ -299,7 +299,7 @@ def test_empty(backend):
 
 
 def test_large_matrices_are_unpacked_in_blocks():
-    """Blocks of rows, so that an unpacked head takes little memory, give what the whole matrix gives."""
+    """Unpacking in blocks of rows, which saves memory for a head, gives the same as the whole matrix."""
     rows, columns = (1 << 26) // 8192 + 3, 8192
     packed = [torch.zeros(1, columns // 8, dtype=torch.int32).view(torch.uint32).expand(rows, -1)]
     packed += [
@@ -355,7 +355,7 @@ def linear_of(bits, group_size):
     return op, lambda x, bias: F.linear(x, dense.to(x.dtype), bias), [(3, 64), (5,)]
 
 
-DIFFERENTIATED = {"4 bits": linear_of(4, 64)}  # of any bits the derivatives are the same code
+DIFFERENTIATED = {"4 bits": linear_of(4, 64)}  # the derivatives' code is the same for any bits
 
 PACKED = matrix(5, 64)
 
@@ -378,7 +378,7 @@ SCHEDULES = [("sequential", 0), ("reversed", 0), ("preemptive", 0), ("random", 0
 
 @pytest.mark.parametrize(("schedule", "seed"), SCHEDULES)
 def test_kernels_are_clean_in_every_schedule(schedule, seed):
-    """No check fires and no bit changes, whatever the order of threads and threadgroups."""
+    """No check fires, and no bit depends on the order of threads and threadgroups."""
 
     def run():
         for bits in (4, 8):
@@ -450,7 +450,7 @@ def test_compile_fullgraph(backend):
 
 
 def test_autocast(backend):
-    """Under autocast it computes in the dtype that torch's linear does."""
+    """Under autocast it computes in the same dtype as torch's linear."""
     device = torch.device(backend.device).type
     packed = matrix(5, 64, device=backend.device)
     x, bias = make(3, 64, device=backend.device), make(5, device=backend.device)
@@ -480,7 +480,7 @@ def test_vmap(backend):
 
 
 def test_a_packed_matrix_has_no_gradient(backend):
-    """Scales that require a gradient are refused, by name, rather than left without one."""
+    """Scales that require a gradient raise an error that names them, instead of getting none."""
     weight, scales, biases = matrix(5, 64, device=backend.device)
     x = make(2, 64, device=backend.device)
     with pytest.raises(RuntimeError, match=r"quantized_linear: scales is differentiated.*pass scales.detach\(\)"):
@@ -529,7 +529,7 @@ def wrong(**other):
     ],
 )
 def test_bad_arguments(backend, call, message):
-    """A bad argument raises before anything runs, naming the op, the argument, what it got and what it takes."""
+    """A bad argument raises before anything runs; the error names the op and the argument."""
     with pytest.raises(RuntimeError, match=message):
         call(backend.device)
 
@@ -539,7 +539,7 @@ def test_bad_arguments(backend, call, message):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_module(dtype):
-    """A packed linear layer has MLX's names, the values of the unpacked one, and a state dict that loads."""
+    """A packed linear layer has MLX's tensor names, the values of the unpacked one, and a state dict that loads."""
     linear = torch.nn.Linear(64, 5, dtype=dtype).eval()
     packed = torch_fused.nn.QuantizedLinear.from_linear(linear, bits=8, group_size=32)
     assert not packed.training and packed.bias is linear.bias
@@ -578,7 +578,7 @@ def test_embedding_module(dtype):
 
 
 def test_modules_on_meta():
-    """A module that has no memory yet, as loaders make it."""
+    """A module without memory, as loaders create it."""
     module = torch_fused.nn.QuantizedLinear(64, 5, device="meta", dtype=torch.bfloat16)
     assert module.weight.is_meta and module(torch.ones(2, 64, device="meta")).shape == (2, 5)
     module.to_empty(device="cpu")
@@ -598,6 +598,6 @@ def test_modules_on_meta():
     ],
 )
 def test_bad_matrices(call, message):
-    """What cannot be packed is refused by name."""
+    """Matrices that cannot be packed raise an error that names the problem."""
     with pytest.raises(RuntimeError, match=message):
         call()

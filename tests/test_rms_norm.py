@@ -101,7 +101,7 @@ def test_bit_equal_to_torch_and_hugging_face(cols, dtype):
 
 
 def test_every_half_value_converts_as_torch_does():
-    """All 65,536 bit patterns of a half type come through the CPU's conversions as through torch's."""
+    """The CPU's conversions of all 65,536 bit patterns of a half type are the same as torch's."""
     for dtype in (torch.float16, torch.bfloat16):
         values = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 1)
         actual, expected = rms_norm(values, (1,)), F.rms_norm(values, (1,))
@@ -112,13 +112,13 @@ def test_every_half_value_converts_as_torch_does():
 
 
 def test_llama_rounds_before_the_weight(backend):
-    """Given the same scale, both modes make exactly their roundings: an error of one unit would show."""
+    """With the same scale, both modes round exactly as specified: an error of one unit would show."""
     for dtype in (torch.float16, torch.bfloat16):
         x = make(40, 256, dtype=dtype, device=backend.device)
         weight = make(256, dtype=dtype, seed=1).to(backend.device)
         rounded = rms_norm_reference(x, (256,), None, 1e-6).double().cpu() * weight.double().cpu()
         actual = rms_norm(x, (256,), weight, 1e-6, casting_mode="llama")
-        # The scale's last float32 bit may move a value across a rounding edge once in 2^13 or so.
+        # The scale's last float32 bit changes the rounding of about one value in 2^13.
         assert (actual.cpu() != rounded.to(dtype)).float().mean() < 1e-3
         assert (rms_norm(x, (256,), weight, 1e-6).cpu() != rounded.to(dtype)).float().mean() > 0.01
 
@@ -203,7 +203,7 @@ def test_nan_and_inf(backend):
 
 
 def test_inputs_are_not_written(backend):
-    """An op without a trailing underscore leaves its inputs alone."""
+    """An op without a trailing underscore does not change its inputs."""
     tensors = [make(6, 64, device=backend.device), make(6, 64, device=backend.device, seed=1)]
     weight = make(64, seed=2).to(backend.device)
     before = [t.clone() for t in (*tensors, weight)]
@@ -240,7 +240,7 @@ def test_mixed_dtypes_promote_as_torch_does(backend):
 
 
 def test_autocast(backend):
-    """Autocast does what it does for F.rms_norm on that device."""
+    """Autocast behaves as for F.rms_norm on that device."""
     x, weight = make(5, 64, dtype=torch.bfloat16, device=backend.device), make(64, dtype=torch.bfloat16, seed=1)
     weight = weight.to(backend.device)
     with torch.autocast(backend.device, dtype=torch.bfloat16):
@@ -279,7 +279,7 @@ def test_gradients_match_float64(backend, cols):
 
 @pytest.mark.parametrize("cols", [1, 40, 9000])
 def test_gradients_of_huge_values(backend, cols):
-    """Where products or squares overflow, what is finite in torch is finite here: a norm's gradient does not grow."""
+    """If products or squares overflow, results that are finite in torch are finite here."""
     weight = make(cols, seed=3).to(backend.device)
     for x_scale, grad_scale in ((1e37, 1.0), (1e37, 1e3), (1e15, 1e30), (1e18, 1e22)):
         x, grad = make(6, cols) * x_scale, make(6, cols, seed=1) * grad_scale
@@ -306,7 +306,7 @@ def test_gradcheck(casting_mode):
 
 
 def test_backward_through_autograd(backend):
-    """loss.backward() reaches the kernels of the backend, frozen weights get no gradient, a detached x none."""
+    """loss.backward() reaches the kernels of the backend; frozen weights and a detached x get no gradient."""
     x, weight = make(9, 64, device=backend.device), make(64, seed=1).to(backend.device)
     grad = make(9, 64, seed=2, device=backend.device)
     for x_grad, w_grad in ((True, True), (True, False), (False, True)):
@@ -322,7 +322,7 @@ def test_backward_through_autograd(backend):
 
 
 def test_weight_gradient_is_deterministic(backend):
-    """The same inputs give the same bits, and on the CPU whatever the number of threads."""
+    """The same inputs give the same bits, and on the CPU with any number of threads."""
     x, weight = make(500, 64, device=backend.device), make(64, seed=1).to(backend.device)
     args = (x, None, x, (64,), weight, 1e-6, "torch", 0.0, True)
     first = torch.ops.torch_fused.rms_norm_backward(*args)
@@ -422,7 +422,7 @@ def test_vmap(backend):
 
 
 def test_vmap_of_weights_rounds_as_the_op(backend, casting_mode):
-    """A batched weight, its offset included, is rounded as one weight is; an empty batch works."""
+    """A batched weight, with its offset, is rounded like a single weight; an empty batch works."""
     for dtype in (torch.float16, torch.bfloat16):
         x, weights = (make(3, 512, dtype=dtype, device=backend.device, seed=s) for s in range(2))
 
@@ -446,7 +446,7 @@ def test_inference_mode_and_no_grad(backend):
 
 
 def backward(grad=lambda x: x, grad_sum=lambda x: x):
-    """A call of the backward op with another gradient."""
+    """Calls the backward op with another gradient."""
     return lambda x, w: torch.ops.torch_fused.rms_norm_backward(
         grad(x), grad_sum(x), x, (8,), w, 1e-6, "torch", 0.0, True
     )
@@ -491,7 +491,7 @@ def backward(grad=lambda x: x, grad_sum=lambda x: x):
     ],
 )
 def test_bad_arguments(backend, call, message):
-    """A bad argument raises before anything runs, naming the op, the argument, what it got and what it takes."""
+    """A bad argument raises before anything runs; the error names the op and the argument."""
     x, weight = make(4, 8, device=backend.device), make(8, seed=1).to(backend.device)
     with pytest.raises(RuntimeError, match=message):
         call(x, weight)
@@ -503,7 +503,7 @@ SCHEDULES = [("sequential", 0), ("reversed", 0), ("preemptive", 0), ("random", 0
 
 
 def run_all(rows, cols, dtype):
-    """Forward and backward, with a residual and without, of one shape."""
+    """Forward and backward for one shape, with and without a residual."""
     x, residual, weight = (make(*s, dtype=dtype, seed=i) for i, s in enumerate([(rows, cols), (rows, cols), (cols,)]))
     return [
         rms_norm(x, (cols,), weight, 1e-6),
@@ -543,7 +543,7 @@ def test_kernels_are_clean_of_long_rows(schedule, seed):
 
 @pytest.mark.parametrize("cols", [64, 896, 1000, 4096, 8192])
 def test_forward_moves_the_least_bytes(cols):
-    """Each row is read once and written once: at most 1.05 of that, the shared weight counted once."""
+    """Each row is read once and written once: at most 1.05 times that, counting the shared weight once."""
     for dtype in (torch.float32, torch.bfloat16):
         x, residual, weight = make(4, cols, dtype=dtype), make(4, cols, dtype=dtype, seed=1), make(cols, dtype=dtype)
         for call, tensors in (
@@ -564,7 +564,7 @@ def test_forward_moves_the_least_bytes(cols):
 
 
 def test_module_is_a_drop_in(backend):
-    """nn.RMSNorm has torch's parameters and state dict, both ways, and its values."""
+    """nn.RMSNorm has torch's parameters and values, and exchanges state dicts both ways."""
     ours, theirs = torch_fused.nn.RMSNorm(32, eps=1e-5), torch.nn.RMSNorm(32, eps=1e-5)
     with torch.no_grad():
         theirs.weight.copy_(make(32))

@@ -95,7 +95,7 @@ def test_strides_and_broadcast_tables(backend):
 
 
 def test_last_dimension_without_a_unit_stride(backend):
-    """The result is dense in its last dimension, whatever the argument is; so are the gradients."""
+    """The result is dense in its last dimension for any argument; so are the gradients."""
     q, k = make(2, 3, 6, 5, device=backend.device).transpose(2, 3), make(6, 2, 3, 5, device=backend.device)
     k = k.permute(1, 2, 3, 0)
     cos, sin = make(2, 5, 4, device=backend.device), make(2, 4, 5, seed=1, device=backend.device).transpose(1, 2)
@@ -112,7 +112,7 @@ def test_last_dimension_without_a_unit_stride(backend):
 
 
 def test_transposed_views_are_read_in_place(backend):
-    """What a model passes is not copied."""
+    """The views that a model passes are not copied."""
     tensors = operands(device=backend.device)
     with torch.profiler.profile() as profile:
         apply_rotary_pos_emb(*tensors)
@@ -129,7 +129,7 @@ def test_empty(backend):
 
 
 def test_nan_and_inf(backend):
-    """NaN and infinities spread as in eager, and only within their pair."""
+    """NaN and infinities spread as in eager mode, and only within their pair."""
     q, k, cos, sin = operands()
     q[0, 0, 0, 3], q[0, 1, 2, 5], k[1, 0, 1, 40] = torch.nan, torch.inf, -torch.inf
     expected = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
@@ -139,7 +139,7 @@ def test_nan_and_inf(backend):
 
 
 def test_inputs_are_not_written(backend):
-    """The op leaves its inputs alone."""
+    """The op does not change its inputs."""
     tensors = operands(device=backend.device)
     before = [x.clone() for x in tensors]
     apply_rotary_pos_emb(*tensors)
@@ -157,7 +157,7 @@ def test_more_than_two_to_the_31_elements():
 
 
 def test_mixed_dtypes_promote_as_torch_does(backend, casting_mode):
-    """Tables of another dtype give the dtypes that transformers' function gives."""
+    """Tables of another dtype give the same dtypes as transformers' function."""
     q, k, cos, sin = operands(dtype=torch.bfloat16, device=backend.device)
     for call in ((q, k, cos.float(), sin.float()), (q.float(), k, cos, sin)):
         expected = modeling_llama.apply_rotary_pos_emb(*call)
@@ -243,7 +243,7 @@ SCHEDULES = [("sequential", 0), ("reversed", 0), ("preemptive", 0), ("random", 0
 
 @pytest.mark.parametrize(("schedule", "seed"), SCHEDULES)
 def test_kernels_are_clean_in_every_schedule(schedule, seed):
-    """No check fires and no bit changes, whatever the order of threads and threadgroups."""
+    """No check fires, and no bit depends on the order of threads and threadgroups."""
 
     def run():
         results = []
@@ -261,7 +261,7 @@ def test_kernels_are_clean_in_every_schedule(schedule, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_traffic(dtype):
-    """q and k go through one launch, each read once and written once; the tables, shared by heads, count once."""
+    """One launch reads and writes q and k once; the tables, shared by heads, count once."""
     q, k, cos, sin = operands(7, 128, heads=(14, 2), dtype=dtype)
     with emulate() as run:
         apply_rotary_pos_emb(q, k, cos, sin)
@@ -327,6 +327,6 @@ def op(q, k, cos, sin, **kwargs):
     ],
 )
 def test_bad_arguments(backend, call, message):
-    """A bad argument raises before anything runs, naming the op, the argument, what it got and what it takes."""
+    """A bad argument raises before anything runs; the error names the op and the argument."""
     with pytest.raises(RuntimeError, match=f"apply_rotary_pos_emb: .*{message}"):
         call(*operands(head_dim=8, device=backend.device))

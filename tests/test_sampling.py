@@ -43,7 +43,7 @@ FILTERS = [
 
 
 def rows_of_every_kind(vocabulary: int) -> torch.Tensor:
-    """Normal, peaked, flat, tied, masked, special, and adversarial rows: an outlier far above nearly equal values."""
+    """Normal, peaked, flat, tied, masked, special and adversarial rows (an outlier far above nearly equal values)."""
     x = make(8, vocabulary, scale=3.0)
     x[1] *= 20
     x[2] = 1.5
@@ -87,7 +87,7 @@ def test_whole_vocabulary(backend):
 
 @pytest.mark.parametrize("scale", [1.0, 0.0])
 def test_a_sample_that_misleads(backend, scale):
-    """A row whose sampled tokens are the least probable ones: one bucket holds all others; also if these tie."""
+    """A row whose sampled tokens are the least likely ones, so that one bucket has all others; also with ties."""
     x = misleading_row(7000, scale)
     for kwargs in ({}, {"top_k": 3000}, {"top_p": 0.6}, {"top_k": 5000, "top_p": 0.3}):
         expected = filter_logits_reference(x, **kwargs)
@@ -98,7 +98,7 @@ def test_a_sample_that_misleads(backend, scale):
 
 
 def test_every_dtype(backend):
-    """Half types rank as the float32 they stand for, float64 as rounded to float32."""
+    """Half types rank by their value in float32, float64 after rounding to float32."""
     for dtype in backend.dtypes:
         x = make(3, 300, dtype=dtype, scale=4.0)
         moved, kwargs = x.to(backend.device), {"temperature": 0.8, "top_p": 0.7}
@@ -111,7 +111,7 @@ def test_every_dtype(backend):
 
 @pytest.mark.parametrize("scale", [0.5, 2.0, 8.0])
 def test_kept_set_is_hugging_faces(scale):
-    """Temperature, top-k, top-p and min-p in Hugging Face's order keep its tokens, but for 3 at a rounding edge."""
+    """Temperature, top-k, top-p and min-p keep Hugging Face's tokens, except for 3 at a rounding edge."""
     x = make(3, 8000, scale=scale)
     x[1] = x[1].bfloat16().float()  # ties
     for temperature, top_k, top_p, min_p in itertools.product((1.0, 0.6, 1.7), (None, 50), (None, 0.9), (None, 0.03)):
@@ -120,7 +120,7 @@ def test_kept_set_is_hugging_faces(scale):
         scores = TopPLogitsWarper(top_p)(None, scores) if top_p else scores
         scores = MinPLogitsWarper(min_p)(None, scores) if min_p else scores
         ours = filter_logits(x, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        # Where top_p ends among equal tokens, Hugging Face's sort may take others of them: compare how many.
+        # If top_p ends among equal tokens, Hugging Face's sort may keep other ones: compare their number.
         kept, expected = ours > -INF, scores > -INF
         values = ours.masked_fill(~kept, 0).sort(-1).values, scores.masked_fill(~expected, 0).sort(-1).values
         assert ((kept.sum(-1) - expected.sum(-1)).abs() <= 3).all()
@@ -129,7 +129,7 @@ def test_kept_set_is_hugging_faces(scale):
 
 
 def test_kept_set_of_a_whole_vocabulary_is_exact():
-    """Of 151,936 logits top_p keeps what float64 keeps, though many tokens are near its edge."""
+    """Of 151,936 logits, top_p keeps the same as in float64, although many tokens are near its edge."""
     for scale, top_p in itertools.product((1.0, 2.0, 5.0), (0.3, 0.9, 0.95)):
         x = make(4, 151936, scale=scale)
         running = x.double().softmax(-1).sort(-1, descending=True).values.cumsum(-1)
@@ -138,7 +138,7 @@ def test_kept_set_of_a_whole_vocabulary_is_exact():
 
 
 def test_kept_set_of_a_whole_vocabulary_is_hugging_faces():
-    """151,936 logits, from flat to peaked: the same tokens, but for 3 at a rounding edge."""
+    """151,936 logits, from flat to peaked: the same tokens, except for 3 at a rounding edge."""
     for scale, temperature, top_k in itertools.product((1.0, 2.0, 5.0), (1.0, 0.7), (None, 50)):
         x = make(1, 151936, scale=scale)
         scores = TemperatureLogitsWarper(temperature)(None, x)
@@ -177,7 +177,7 @@ def exact_top_p(row, top_p: Fraction) -> list[int]:
 
 
 def test_top_p_that_is_reached_exactly(backend):
-    """Hugging Face's regression case, and a top_p that is as large as the first tokens together, or between two."""
+    """Hugging Face's regression case, and a top_p that the first tokens reach exactly, or between two tokens."""
     x = torch.tensor([0.3, 0.1, 0.1, 0.5]).log()
     assert kept(x, backend, top_p=0.8) == [0, 3]
     assert kept(x, backend, top_p=torch.tensor(0.8)) == [0, 3]
@@ -234,7 +234,7 @@ def test_min_p_and_top_k_of_decimal_rows(offset, temperature, dtype):
 
 
 def test_decimal_rows_on_every_device(backend):
-    """The kernels decide as the reference does, where the last token is left out too: the first index, equal ones."""
+    """The kernels keep the same tokens as the reference, also if the last token is dropped: first index, equal ones."""
     cases = list(decimal_rows(40 if backend.name == "emulated" else 300, seed=5))
     cases += [([Fraction(1, 4)] * 4, Fraction(3, 4)), ([Fraction(1)], Fraction(1, 2))]
     cases += [([Fraction(1, 5), Fraction(3, 10), Fraction(1, 2)], Fraction(4, 5))]
@@ -255,7 +255,7 @@ def test_decimal_rows_on_every_device(backend):
 
 
 def test_equal_tokens_reach_top_p(backend):
-    """k equal tokens of V reach k / V and not more, however large V and their logit."""
+    """k equal tokens of V reach k / V and not more, for any V and any logit."""
     for vocabulary, value in ((1000, 0.0), (1000, 300.0), (1000, -1e4), (9001, 20.0)):
         x = torch.full((vocabulary,), value)
         for k in (1, 7, vocabulary // 3, vocabulary - 1):
@@ -310,12 +310,12 @@ def test_frequencies(backend):
 
 @pytest.mark.full
 def test_frequencies_of_many_draws():
-    """The same with ten times the draws."""
+    """The same with ten times as many draws."""
     chi_square(200_000, "cpu")
 
 
 def test_frequencies_of_a_whole_vocabulary():
-    """200,000 draws from 151,936 logits: none outside of the kept set, the others as softmax has them."""
+    """200,000 draws from 151,936 logits: none outside the kept set, the others follow the softmax."""
     x, draws, kwargs = make(1, 151936, scale=2.0), 200_000, {"temperature": 0.7, "top_k": 20}
     ids = sample(x.expand(draws, -1), seed=11, **kwargs)
     expected = filter_logits_reference(x, **kwargs)[0].double().softmax(-1) * draws
@@ -348,7 +348,7 @@ def test_edges_of_the_filters(backend):
 
 
 def test_temperature_zero_is_greedy(backend):
-    """The lowest index of the maximum, whatever the seed and the filters; it alone is kept, as it is."""
+    """The lowest index of the maximum, for any seed and filters; only its logit is kept, unchanged."""
     x = torch.tensor([1.0, 3.0, 2.0, 3.0]).to(backend.device)
     for filters in ({}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.5}):
         assert {int(sample(x, temperature=0.0, seed=seed, **filters)) for seed in range(4)} == {1}
@@ -356,7 +356,7 @@ def test_temperature_zero_is_greedy(backend):
 
 
 def test_filtered_logits_are_divided(backend):
-    """By the temperature, in one rounding of the result's dtype, as Hugging Face's chain does; one for each row too."""
+    """By the temperature, rounded once to the result's dtype, like Hugging Face's processors; also per row."""
     for dtype in backend.dtypes:
         x = make(3, 300, dtype=dtype, scale=4.0)
         for temperature in (0.7, 1.0, 3.0):
@@ -371,7 +371,7 @@ def test_filtered_logits_are_divided(backend):
 
 
 def test_special_values(backend):
-    """+inf is drawn with certainty, NaN and -inf never; a row with nothing to draw is invalid and gives 0."""
+    """+inf is always drawn, NaN and -inf never; a row with nothing to draw is invalid and gives 0."""
     nan = torch.nan
     x = torch.tensor([[0.0, INF, 5.0, nan], [nan, -INF, 1.0, -INF], [nan, -INF, nan, -INF], [-INF] * 4])
     for kwargs in ({}, {"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.5}):
@@ -391,7 +391,7 @@ def test_a_row_with_nothing_to_draw_is_an_error_on_the_cpu():
 
 
 def test_an_error_moves_no_generator(backend):
-    """A row without tokens, and each bad argument: the next draw is what it would have been."""
+    """A row without tokens, and each bad argument: the next draw is the same as without the error."""
     x, bad = make(3, 200, device=backend.device), make(3, 200)
     bad[1] = torch.where(torch.arange(200) % 2 == 0, -INF, torch.nan)
     calls = [lambda g: sample(x, top_k=0, generator=g), lambda g: sample(x, top_p=torch.tensor(2.0), generator=g)]
@@ -413,7 +413,7 @@ def test_an_error_moves_no_generator(backend):
 
 
 def test_an_error_of_a_decode_step_moves_no_generator():
-    """decode_token_ looks at its filters before it writes the cache; NaN logits leave the slots in use as they are."""
+    """decode_token_ checks its filters before it writes the cache; NaN logits do not change the slots in use."""
     step = Step()
     args = {name: value for name, value in step.args.items() if name != "logits_to_keep"}
     args["model"] = make_decoder(**step.model)
@@ -457,7 +457,7 @@ def test_greedy(backend):
 
 
 def test_parameters_of_each_row(backend):
-    """(batch,) tensors give each row what a scalar call gives it; scalars and tensors mix."""
+    """(batch,) tensors give each row the same as a scalar call; scalars and tensors can be mixed."""
     x = make(4, 500, scale=2.0, device=backend.device)
     temperature, top_k = torch.tensor([0.0, 0.7, 1.0, 1.9]), torch.tensor([0, 5, 50, 1000])
     top_p, min_p = torch.tensor([0.9, 1.0, 0.5, 0.95]), torch.tensor([0.0, 0.1, 0.0, 0.01])
@@ -474,7 +474,7 @@ def test_parameters_of_each_row(backend):
 
 
 def test_seeds(backend):
-    """A seed and an offset fix the draw, as numbers or as tensors on the device; rows and offsets draw apart."""
+    """A seed and an offset determine the draw, as numbers or tensors; rows and offsets draw independently."""
     x = torch.zeros(12, 1000, device=backend.device)
     first = sample(x, seed=2**40 + 5, offset=9)
     as_tensor = [torch.tensor(value, device=backend.device) for value in (2**40 + 5, 9)]
@@ -486,7 +486,7 @@ def test_seeds(backend):
 
 
 def test_generators(backend):
-    """Without a seed one is drawn from the generator: reproducible, and another the next time."""
+    """Without a seed, one is drawn from the generator: reproducible, and different the next time."""
     x = torch.zeros(12, 1000, device=backend.device)
     for device in {"cpu", backend.device}:
         generator = torch.Generator(device).manual_seed(1)
@@ -516,7 +516,7 @@ def test_generators(backend):
     ],
 )
 def test_bad_arguments(backend, call, message):
-    """A bad argument raises before anything runs, naming the op, the argument, what it got and what it takes."""
+    """A bad argument raises before anything runs; the error names the op and the argument."""
     with pytest.raises(RuntimeError, match=message):
         call(make(4, 8, device=backend.device))
 
@@ -531,7 +531,7 @@ def test_bad_arguments(backend, call, message):
     ],
 )
 def test_bad_values_in_parameter_tensors(backend, name, bad, message):
-    """Tensors on the CPU are checked as numbers are, in their own dtype, wherever the logits are; the row is named."""
+    """Tensors on the CPU are checked like numbers, in their own dtype, for logits on any device; the row is named."""
     good = {"temperature": 1.0, "top_k": 5, "top_p": 0.5, "min_p": 0.1}[name]
     message = rf": {name} {message}, got .* in row"
     one, each = torch.tensor(bad, dtype=torch.float64), torch.tensor([good, bad], dtype=torch.float64)
@@ -548,8 +548,8 @@ def test_bad_values_in_parameter_tensors(backend, name, bad, message):
         sample(make(2, 8), **{name: torch.ones(2, dtype=torch.complex64)})
 
 
-def test_bad_numbers_beside_tensors(backend):
-    """A number is checked where another parameter is a tensor."""
+def test_bad_numbers_next_to_tensors(backend):
+    """A number is also checked if another parameter is a tensor."""
     x, tensor = make(2, 8, device=backend.device), torch.tensor(0.5)
     for name, bad in (("temperature", INF), ("temperature", -1.0), ("top_k", -1), ("min_p", 1.5)):
         with pytest.raises(RuntimeError, match=f"sample: {name} must be"):
@@ -559,7 +559,7 @@ def test_bad_numbers_beside_tensors(backend):
 
 
 def test_parameters_the_op_is_given():
-    """What reaches torch.ops is checked there."""
+    """Arguments passed directly to torch.ops are checked."""
     for column, bad, name in ((0, INF, "temperature"), (1, -1.0, "top_k"), (2, 2.0, "top_p"), (3, torch.nan, "min_p")):
         parameters = torch.tensor([[1.0, 0.0, 1.0, 0.0]]).repeat(3, 1)
         parameters[2, column] = bad
@@ -576,7 +576,7 @@ def test_parameters_the_op_is_given():
     [("sequential", 0), ("reversed", 0), ("random", 0), ("random", 1), ("random", 2), ("preemptive", 0)],
 )
 def test_every_schedule_gives_the_same_bits(schedule, seed):
-    """No order of the threads changes a token or a kept set, and none races."""
+    """No thread order changes a token or a kept set, and there are no races."""
     x = rows_of_every_kind(2500)[3:7]
     kwargs = {"top_k": 900, "top_p": 0.9, "min_p": 0.001}
     with torch_fused.metal.emulate(schedule=schedule, seed=seed):
@@ -587,7 +587,7 @@ def test_every_schedule_gives_the_same_bits(schedule, seed):
 
 
 def test_launches_and_traffic():
-    """Greedy takes two launches, sampling and filtering three whatever the row; the logits are read twice to sample."""
+    """Greedy takes two launches, sampling and filtering three for any row; sampling reads the logits twice."""
     nbytes = 2 * 5000 * 4
     for x in (make(2, 5000), torch.zeros(2, 5000)):
         with torch_fused.metal.emulate() as run:
@@ -629,7 +629,7 @@ def test_compile_fullgraph(backend):
 
 
 def test_derivatives_of_filter_logits(backend):
-    """The logits that are kept pass a derivative on, in either mode and order, as torch's masked_fill lets them."""
+    """Kept logits have derivatives, in both modes and orders, as with torch's masked_fill."""
     x = make(3, 20, device=backend.device)
 
     def exact(logits):

@@ -11,7 +11,7 @@ from torch_fused.metal import emulate
 from torch_fused.ops.softmax import softmax_backward_reference, softmax_reference
 from torch_fused.testing import assert_close, make, relative_error
 
-# One column, under a pack, a pack, a pack and a tail, whole packs, odd, two and four packs a thread.
+# One column, under a pack, a pack, a pack and a tail, whole packs, odd, two and four packs per thread.
 COLS = [1, 3, 8, 13, 64, 1000, 1537, 6000, 8192]
 # Past the registers of a threadgroup: one threadgroup per row, and several.
 LONG = [(130, 16400), (2, 33001)]
@@ -41,7 +41,7 @@ def test_long_rows(backend, rows, cols):
 
 
 def test_a_vocabulary_of_logits(backend):
-    """One row of 151,936 columns, the first of its chunks masked throughout."""
+    """One row of 151,936 columns, with its first chunk completely masked."""
     x = make(1, 151936, scale=3.0)
     x[:, :50000] = -torch.inf
     assert_close(softmax(x.to(backend.device)), softmax_reference(x.double()))
@@ -57,7 +57,7 @@ def test_error_is_not_above_eager(backend):
 
 @pytest.mark.parametrize("cols", [40, 9000, 20000])
 def test_nan_and_inf(backend, cols):
-    """NaN, infinities, masked values and a fully masked row give what torch gives."""
+    """NaN, infinities, masked values and a fully masked row give the same results as torch."""
     for rows in (7, 140):
         x = make(rows, cols)
         x[0], x[1, 3], x[2, 5], x[3, 7], x[4, : cols // 2] = -torch.inf, torch.nan, torch.inf, -torch.inf, -torch.inf
@@ -110,7 +110,7 @@ def test_more_than_two_to_the_31_elements():
 
 
 def test_dtype_argument(backend):
-    """The input is converted first, an integer one too; the gradient has the input's dtype."""
+    """The input is converted first, also from integers; the gradient has the input's dtype."""
     x = make(5, 64, dtype=torch.bfloat16, device=backend.device, requires_grad=True)
     result = softmax(x, dtype=torch.float32)
     assert_close(result, torch.softmax(x.detach().double().cpu(), -1))
@@ -122,7 +122,7 @@ def test_dtype_argument(backend):
 
 
 def test_autocast(backend):
-    """Autocast does what it does for torch.softmax on that device, with and without a dtype."""
+    """Autocast behaves as for torch.softmax on that device, with and without a dtype."""
     x = make(5, 64, dtype=torch.bfloat16, device=backend.device)
     with torch.autocast(backend.device, dtype=torch.bfloat16):
         for dtype in (None, torch.float16, torch.float32):
@@ -132,7 +132,7 @@ def test_autocast(backend):
 
 
 def test_autocast_in_transforms(backend):
-    """The dtypes are those of torch.softmax, there or, where a transform takes it past autocast, outside of one."""
+    """The dtypes are those of torch.softmax, inside a transform or, if a transform bypasses autocast, outside."""
     x = make(5, 64, dtype=torch.bfloat16, device=backend.device)
 
     def derivatives(op):
@@ -215,7 +215,7 @@ SCHEDULES = [("sequential", 0), ("reversed", 0), ("random", 0), ("random", 1), (
 
 @pytest.mark.parametrize(("schedule", "seed"), SCHEDULES)
 def test_every_schedule_gives_the_same_bits(schedule, seed):
-    """No result depends on the order that threads run in: short, long and shared rows, and the gradient."""
+    """No result depends on the thread order: short, long and split rows, and the gradient."""
 
     def run():
         results = []
@@ -301,7 +301,7 @@ def test_vmap(backend):
     ],
 )
 def test_bad_arguments(backend, call, message):
-    """A bad argument raises before anything runs, naming the op, the argument, what it got and what it takes."""
+    """A bad argument raises before anything runs; the error names the op and the argument."""
     with pytest.raises((RuntimeError, IndexError), match=message):
         call(make(4, 8, device=backend.device))
 

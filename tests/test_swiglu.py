@@ -38,7 +38,7 @@ class Gated:
     backward: Callable[..., Any]
     backward_reference: Callable[..., Any]
     activation: Callable[..., Any]
-    is_silu: bool = False  # it keeps its digits far below zero, where torch's gelu loses them and ours costs some
+    is_silu: bool = False  # it keeps its digits far below zero, where torch's gelu loses them and ours loses some
 
 
 def gelu(approximate):
@@ -95,7 +95,7 @@ def test_matches_float64(backend, gated, cols, casting_mode):
 
 
 def test_gradients_near_the_largest_float(backend, gated):
-    """A huge gradient times a tiny up is no infinity, whichever factor comes next."""
+    """A huge gradient times a tiny up is finite, in any order of the factors."""
     grad, up, gate = (torch.full((1, 8), value, device=backend.device) for value in (3e38, 3e-38, 1.28))
     actual = gated.backward(grad, gate, up)
     exact = gated.backward_reference(grad.double().cpu(), gate.double().cpu(), up.double().cpu())
@@ -127,7 +127,7 @@ def check_float16_of_every_length():
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_instruction_sets(capability):
-    """Machines without an instruction that converts float16, and those that have one, give the same bits."""
+    """Machines with and without float16 conversion instructions give the same bits."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
     script = "import test_swiglu; test_swiglu.check_float16_of_every_length()"
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, cwd=os.path.dirname(__file__))
@@ -185,7 +185,7 @@ def test_empty(backend, gated):
 
 
 def test_nan_and_inf(backend, gated):
-    """NaN and infinities give what torch gives in float64; in float32 its gelu(inf) is NaN on some CPUs."""
+    """NaN and infinities give the same as torch in float64; in float32 its gelu(inf) is NaN on some CPUs."""
     values = torch.tensor([0.0, -0.0, 1.0, -1.0, 88.0, -88.0, -200.0, 1e30, -1e30, torch.inf, -torch.inf, torch.nan])
     gate, up = (x.contiguous() for x in torch.meshgrid(values, values, indexing="ij"))
     actual = gated.mul(gate.to(backend.device), up.to(backend.device)).cpu()
@@ -194,7 +194,7 @@ def test_nan_and_inf(backend, gated):
 
 
 def test_inputs_are_not_written(backend, gated):
-    """The op leaves its inputs alone."""
+    """The op does not change its inputs."""
     gate, up = pair(6, 64, device=backend.device)
     before = gate.clone(), up.clone()
     gated.mul(gate, up)
@@ -297,7 +297,7 @@ SCHEDULES = [("sequential", 0), ("reversed", 0), ("preemptive", 0), ("random", 0
 
 @pytest.mark.parametrize(("schedule", "seed"), SCHEDULES)
 def test_kernels_are_clean_in_every_schedule(gated, schedule, seed):
-    """No check fires and no bit changes, whatever the order of threads and threadgroups."""
+    """No check fires, and no bit depends on the order of threads and threadgroups."""
 
     def run():
         gate, up = pair(3, 3001)
@@ -385,7 +385,7 @@ def test_vmap(backend, gated):
     ],
 )
 def test_bad_arguments(backend, call, message):
-    """A bad argument raises before anything runs, naming the op, the argument, what it got and what it takes."""
+    """A bad argument raises before anything runs; the error names the op and the argument."""
     with pytest.raises(RuntimeError, match=message):
         call(make(4, 8, device=backend.device))
 
