@@ -624,7 +624,7 @@ def test_a_checkpoint_that_is_not_supported():
     state = theirs.state_dict()
     state["param_groups"][0]["differentiable"] = True
     optimizer = AdamW([one_param()])
-    with pytest.raises(ValueError, match=r"AdamW: differentiable must be False, got True: use torch\.optim\.AdamW"):
+    with pytest.raises(ValueError, match=r"AdamW: differentiable must be False, got True; use torch\.optim\.AdamW"):
         optimizer.load_state_dict(state)
     assert not optimizer.state and optimizer.param_groups[0]["lr"] == 1e-3
 

@@ -305,7 +305,7 @@ def test_a_crop_that_fails_in_one_layer_changes_none():
     for part in states[:, :, :500].split(1, 2):
         for layer in range(3):
             cache.update(part, part, layer)
-    with pytest.raises(RuntimeError, match="crop: 400 tokens"):
+    with pytest.raises(RuntimeError, match="cannot crop 400 tokens"):
         cache.crop(-400)
     assert [cache.get_seq_length(layer) for layer in range(3)] == [500] * 3
     for layer in range(3):

@@ -222,7 +222,7 @@ def test_other_caches(cache_class):
         else:
             with pytest.raises(RuntimeError):
                 one_step(model, input_ids=prompt(3, 1))
-            assert "another batch size" in calls(handle)[1][-1]
+            assert "different dtype, device or batch size" in calls(handle)[1][-1]
 
 
 def last_tokens(layer, tokens):
@@ -236,7 +236,7 @@ EDITS = {
     "cropped": (lambda cache: cache.crop(-3), ""),
     "reordered": (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), ""),
     "one layer longer": (lambda cache: [last_tokens(layer, 5) for layer in cache.layers[1:]], "layers differ"),
-    "one tensor": (lambda cache: setattr(cache.layers[0], "keys", cache.layers[0].keys.double()), "another dtype"),
+    "one tensor": (lambda cache: setattr(cache.layers[0], "keys", cache.layers[0].keys.double()), "different dtype"),
     "dtype of a late layer": (
         lambda cache: cache.layers[-1].update(*[torch.zeros(2, 2, 1, 16).double()] * 2),
         "differ",

@@ -206,7 +206,8 @@ def test_report(stock):
     assert (f"x {family.name('mlp')}.forward" in report) == (count["mlp"] > 0)
     for name, what in family.stays.items():
         outside = has_step(stock) and name != family.linear_class
-        assert f"  left{' outside of the decode step' if outside else ''}: {count_of(name)} x {name}: {what}" in report
+        left = "not fused outside the decode step" if outside else "not patched"
+        assert f"  {left}: {count_of(name)} x {name}: {what}" in report
     if family.experts:
         assert f"x {family.name('experts')}._apply_gate" in report
     assert ("steps of up to 8 tokens run as one op" in report) == has_step(stock)

@@ -188,7 +188,7 @@ def test_logits_of_old_weights_are_an_error():
     outputs.loss.backward()
     optimizer.step()
     assert torch.equal(kept.logits.argmax(-1), before)
-    with pytest.raises(RuntimeError, match=r"weights have changed .* read outputs.logits before optimizer.step"):
+    with pytest.raises(RuntimeError, match=r"weights have changed .* Read outputs.logits before optimizer.step"):
         outputs.logits.argmax(-1)
 
 

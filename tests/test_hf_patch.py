@@ -191,7 +191,7 @@ def test_applying_twice():
     assert "Qwen2MLP" not in other.report()
     handle.revert()  # which has no patches any more
     assert apply_torch_fused(model, mlp=False) is other
-    with pytest.raises(RuntimeError, match=r"already patched, at .* as a part of another"):
+    with pytest.raises(RuntimeError, match=r"already patched, at .* as part of another"):
         apply_torch_fused(model.model)
     other.revert()
     assert dicts(model) == before
