@@ -1,4 +1,4 @@
-"""A valid call of every op in `torch.ops.torch_fused`, of any sizes and values, and what it must give.
+"""A valid call of every op in `torch.ops.torch_fused`, with any sizes and values, and the expected result.
 
 `CALLS` is where an op's test begins: test_layouts.py, test_arguments.py and test_fuzz.py run every op that is in it,
 and test_layouts.py fails for an op that is not.
@@ -21,7 +21,7 @@ Arguments = dict[str, Any]
 
 
 class Maker:
-    """Makes the arguments of a call: here always the same ones. The fuzz draws them."""
+    """Makes the arguments of a call: always the same ones here; the fuzz test draws them."""
 
     def __init__(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         self.dtype, self.device, self.seed = dtype, device, 0
@@ -50,7 +50,7 @@ class Maker:
         return torch.randint(end, shape, generator=generator).to(device or self.device)
 
 
-# The arguments of make_decoder, which the calls of a decoder have among their own.
+# The arguments of make_decoder, which are part of the calls of a decoder.
 MODEL = {
     "embedding": "Tensor",
     "layers": "Tensor?[]",
@@ -78,14 +78,14 @@ class Call:
     op: str
     arguments: Callable[[Maker], Arguments]
     exact: Callable[..., Any] | None = None
-    in_float64: bool = True  # whether the plain form is exact in float64 only, or already as it is
-    cancels: Callable[..., Tensor | float] = lambda **_: 0.0  # how large what cancels in the results is, at most
-    loose: float = 0.0  # a relative error, of results that are whole networks
-    only_dense: frozenset[str] = frozenset()  # arguments that may be refused for their layout
+    in_float64: bool = True  # whether the plain form is exact only in float64, or in any dtype
+    cancels: Callable[..., Tensor | float] = lambda **_: 0.0  # the largest terms that cancel in the results
+    loose: float = 0.0  # a relative error, for results of whole networks
+    only_dense: frozenset[str] = frozenset()  # arguments that may not support all layouts
     model: Callable[..., Any] | None = None  # makes the op's first argument from those of `MODEL`
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     differentiable: tuple[str, ...] = ()  # arguments that have a gradient
-    says: tuple[str, ...] = ()  # names other than `op` that its errors begin with
+    says: tuple[str, ...] = ()  # other names at the start of its errors
 
     def refuses(self, error: Exception, name: str) -> bool:
         """Whether the error names the op and the argument."""
@@ -104,7 +104,7 @@ class Call:
 
     @property
     def parameters(self) -> dict[str, str]:
-        """The type of each argument by its name, as a schema has it."""
+        """The type of each argument in the schema, by name."""
         found = {argument.name: str(argument.type) for argument in self.overload._schema.arguments}
         if self.model:
             del found["model"]
@@ -125,7 +125,7 @@ class Call:
         return self.arguments(Maker(dtype, backend.device))
 
     def run(self, arguments: Arguments) -> list[Tensor]:
-        """The op's results, and behind them what it has written."""
+        """The op's results, followed by the arguments that it has written."""
         return self._outcome(arguments, self(**arguments))
 
     def plain(self, arguments: Arguments, dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -144,7 +144,7 @@ class Call:
         return results + [tensor for name in sorted(self.written) for tensor in as_list(arguments[name])]
 
     def check(self, arguments: Arguments) -> None:
-        """Runs the op, and checks its results and what it has written: every element, to its roundings."""
+        """Runs the op, and checks every element of its results and written arguments, up to rounding."""
         given = {
             name: map_tensors(torch.clone, {name: value})[name] if name in self.written else value
             for name, value in arguments.items()
@@ -170,7 +170,7 @@ class Call:
             assert exact.isnan().any() or narrow.isnan().any() or right, f"{what}: off by {min(errors):.3g}"
             return
         right = _near(actual, exact, cancels) | _near(actual, narrow, cancels)
-        if self.op.endswith(("_backward", "_linear")):  # infinities sum to NaN in one order and are infinite in another
+        if self.op.endswith(("_backward", "_linear")):  # infinities may sum to NaN or infinity, depending on the order
             overflows = torch.as_tensor(cancels) > torch.finfo(torch.float32).max
             right |= ~actual.isfinite() & (~exact.to(actual.dtype).isfinite() | overflows)
         assert bool(right.all()), (
@@ -198,7 +198,7 @@ def _near(actual: Tensor, exact: Tensor, cancels: Tensor | float) -> Tensor:
 
 
 def smallest(dtype: torch.dtype) -> float:
-    """The smallest number above 0, a denormal one."""
+    """The smallest denormal number above 0."""
     return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
 
@@ -207,7 +207,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def map_tensors(function: Callable[[Tensor], Any], arguments: Arguments) -> Arguments:
-    """The arguments with `function` of every tensor in its place; those of a list too."""
+    """The arguments, with `function` applied to every tensor, also in lists."""
 
     def mapped(value: Any) -> Any:
         if isinstance(value, list):
@@ -353,7 +353,7 @@ def gelu_mul_backward(m: Maker) -> Arguments:
 
 
 def gelu_cancels(gate: Tensor, up: Tensor, grad: Tensor | None = None, **_: Any) -> float:
-    """Far below zero gelu is next to nothing, and its slope a difference."""
+    """Far below zero gelu is close to 0, and its slope is a difference."""
     if gate.numel() == 0:
         return 0.0
     largest = [float(torch.where(t.isfinite(), t, 0.0).abs().amax()) for t in (gate, up)]
@@ -471,7 +471,7 @@ def decode_(m: Maker) -> Arguments:
         if name.endswith("norm"):
             return m.tensor(hidden) if (norms_after if "output" in name else norms_before) else None
         if name not in rows and not name.endswith("bias"):
-            return None  # experts: of equal logits any may be chosen
+            return None  # experts: any of equal logits may be chosen
         if name.endswith("bias"):
             return m.tensor(rows[name[0]]) if biases else None
         return m.tensor(rows[name], cols.get(name, hidden), scale=0.3)
@@ -596,7 +596,7 @@ def dequantize(m: Maker) -> Arguments:
 
 
 def dequantize_cancels(scales: Tensor, biases: Tensor, bits: int, **_: Any) -> float:
-    """The bias, which the scaled code meets with the other sign."""
+    """The bias, which has the opposite sign of the scaled code."""
     finite = lambda t: torch.where(t.isfinite(), t, 0.0).abs()  # noqa: E731
     return float((finite(scales) * 2**bits + finite(biases)).amax()) if scales.numel() else 0.0
 
@@ -618,7 +618,7 @@ def quantized_linear(m: Maker) -> Arguments:
 def quantized_cancels(
     x: Tensor, scales: Tensor, biases: Tensor, bits: int, bias: Tensor | None = None, **_: Any
 ) -> Tensor | float:
-    """The terms of the sums; many vectors meet weights that are rounded to x's dtype."""
+    """The terms of the sums; many vectors are multiplied by weights rounded to x's dtype."""
     if x.numel() == 0 or scales.numel() == 0:
         return 0.0
     finite = lambda t: torch.where(t.isfinite(), t, 0.0).abs()  # noqa: E731
@@ -645,7 +645,7 @@ CALLS = {
         Call(
             "linear_cross_entropy",
             linear_cross_entropy,
-            cancels=lambda **_: 1.0,  # of one class, or where the target's is far above all, the loss is a difference
+            cancels=lambda **_: 1.0,  # the loss of one class, or far above all others, is a difference
             loose=3e-2,  # the logits are rounded
             differentiable=("hidden", "weight", "bias"),
         ),

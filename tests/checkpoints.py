@@ -1,4 +1,4 @@
-"""Small checkpoints in the formats of others: files of llama.cpp, folders of MLX."""
+"""Small checkpoints in other formats: llama.cpp files, MLX folders."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ HALVES = {Type.Q4_K: (0, 2), Type.Q5_K: (0, 2), Type.Q6_K: (208,), Type.Q2_K: (8
 
 
 def encode(matrix: torch.Tensor, kind, seed: int = 0) -> np.ndarray:
-    """The matrix in a type of GGUF; for the types of which the gguf package only reads, random blocks of that size."""
+    """The matrix in a GGUF type; random blocks for types that the gguf package can only read."""
     if kind not in HALVES:
         return gguf.quantize(matrix.float().numpy(), kind)
     rng = np.random.default_rng(seed)
@@ -30,9 +30,9 @@ def encode(matrix: torch.Tensor, kind, seed: int = 0) -> np.ndarray:
 
 
 def write_gguf(path: Path, model, types=None, rope_freqs=None, **changes) -> dict[str, torch.Tensor]:
-    """Writes the model with tensors in `types`, by gguf's name; others are F32. Returns what it holds, in float32.
+    """Writes the model with tensors in `types`, by gguf's name; others are F32. Returns their values in float32.
 
-    `changes` are fields in the place of the right ones.
+    `changes` replaces fields.
     """
     config, types = model.config, types or {}
     arch = config.model_type
@@ -83,9 +83,9 @@ def write_gguf(path: Path, model, types=None, rope_freqs=None, **changes) -> dic
 
 
 def write_mlx(folder: Path, model, quantization: dict, dense=(), twice: bool = True) -> dict[str, torch.Tensor]:
-    """Writes the model as mlx-lm does, packed by MLX itself where it is installed. Returns the tensors.
+    """Writes the model like mlx-lm, packed by MLX itself if it is installed. Returns the tensors.
 
-    `quantization` is as in its config; `twice`: also as ``quantization_config``, as newer versions write it.
+    `quantization` is as in its config; `twice`: also as ``quantization_config``, like newer versions.
     """
     model.config.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())

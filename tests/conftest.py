@@ -1,4 +1,4 @@
-"""Every op test runs on each backend of this machine: the CPU, the emulated Metal kernels, a GPU if there is one."""
+"""Every op test runs on each backend of this machine: the CPU, the emulated Metal kernels, a GPU if available."""
 
 import contextlib
 import shutil
@@ -11,7 +11,7 @@ import torch_fused.metal
 
 # The lint needs Debian's clang-19; .ci/run installs it.
 collect_ignore = [] if shutil.which("clang-19") else ["test_metal_lint.py"]
-# `make gpu-check` runs these where there is a GPU.
+# `make gpu-check` runs these on a machine with a GPU.
 collect_ignore += [] if torch.cuda.is_available() else ["test_cuda.py"]
 
 
@@ -43,7 +43,7 @@ def available_backends() -> list[Backend]:
 
 @contextlib.contextmanager
 def poisoned_memory():
-    """New tensors hold NaN until they are written, so that an element an op forgets shows."""
+    """New tensors contain NaN until they are written, so that an element that an op misses is visible."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -63,5 +63,5 @@ def backend(request):
 
 @pytest.fixture(autouse=True)
 def strict(monkeypatch):
-    """A GPU kernel that cannot be built is an error here, never a quiet fallback to torch."""
+    """A GPU kernel that cannot be built is an error in tests, not a silent fallback to torch."""
     monkeypatch.setenv("TORCH_FUSED_STRICT", "1")

@@ -1,4 +1,4 @@
-"""Every op as a function of tensors alone, and what the tests on CUDA run in processes of their own."""
+"""Every op as a function of tensors, and code that the CUDA tests run in separate processes."""
 
 import sys
 import threading
@@ -33,7 +33,7 @@ THREADS = 8
 
 @dataclass(frozen=True)
 class Case:
-    """One op. `run` takes what `operands` makes, on any device, and returns all results, those in place included."""
+    """One op. `run` takes the result of `operands`, on any device, and returns all results, including in-place ones."""
 
     operands: Callable[[int], list[Tensor]]  # of a seed; on the CPU
     run: Callable[..., list[Tensor]]
@@ -47,10 +47,10 @@ def tensors(*shapes: tuple[int, ...]) -> Callable[[int], list[Tensor]]:
 
 
 def differentiated(op: Callable, inputs: int) -> Callable[..., list[Tensor]]:
-    """The op's results and its gradients; the first `inputs` operands are its own, the rest its results' gradients."""
+    """The op's results and gradients; the first `inputs` operands are its inputs, the rest its results' gradients."""
 
     def run(*operands: Tensor) -> list[Tensor]:
-        # Leaves of this call's own: their nodes in the graph belong to the stream it runs on.
+        # New leaves for each call: their graph nodes belong to its stream.
         leaves = [operand.detach().requires_grad_() for operand in operands[:inputs]]
         results = op(*leaves)
         results = [results] if isinstance(results, Tensor) else list(results)
@@ -165,7 +165,7 @@ def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor], what: str)
 
 
 def assert_close_to_the_cpus(actual: Sequence[Tensor], name: str, seed: int) -> None:
-    """float32 but for the order of sums; integers and filtered logits to the bit."""
+    """float32 except for the order of sums; integers and filtered logits exactly."""
     expected = CASES[name](CASES[name].operands(seed))
     exact = name in ("greedy", "filter_logits", "sample", "sample_by_row", "kv_append_")
     tolerance = 0.0 if exact else 1e-4
@@ -176,13 +176,13 @@ def assert_close_to_the_cpus(actual: Sequence[Tensor], name: str, seed: int) -> 
 
 
 def start_torch() -> None:
-    """What torch makes at first use, and cannot while it captures: threads of the backward pass, handles of cuBLAS."""
+    """Initialises what torch cannot create during a capture: backward threads, cuBLAS handles."""
     x = torch.ones(2, 2, device="cuda", requires_grad=True)
     (x @ x).sum().backward()
 
 
 def assert_replays(name: str) -> None:
-    """Captures the op, then replays it with other values in the captured tensors: what the op gives for these."""
+    """Captures the op, then replays it with other values in the captured tensors and checks the results."""
     start_torch()
     case = CASES[name]
     static = operands_on("cuda", case, 0)
@@ -200,7 +200,7 @@ def assert_replays(name: str) -> None:
 
 
 def first_use_in_captures() -> None:
-    """Every op meets its kernels for the first time inside a capture, in the backward pass too."""
+    """Every op uses its kernels for the first time inside a capture, also in the backward pass."""
     start_torch()
     assert torch.ops.torch_fused._cuda_kernels() == []
     for name in CASES:
@@ -209,7 +209,7 @@ def first_use_in_captures() -> None:
 
 
 def threads_on_streams(device: str = "cuda") -> None:
-    """Eight threads, each on its own stream, begin at once with different ops, whose kernels none has loaded."""
+    """Eight threads, each on its own stream, start at once with different ops; no kernels are loaded yet."""
     operands = {name: case.operands(0) for name, case in CASES.items()}
     start = threading.Barrier(THREADS)
 

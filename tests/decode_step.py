@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Shape:
     """A decoder's sizes; `qwen2` has biases on q, k and v, `qwen3` norms of queries and keys, `biased` all biases.
 
-    `qwen3_moe` has experts in place of feed-forward layers, `qwen2_moe` beside them.
+    `qwen3_moe` has experts instead of feed-forward layers, `qwen2_moe` in addition to them.
     `olmo2` norms all heads as one, and what is added; `gemma` has norms before and after, and `TRAITS` more numbers.
     """
 
@@ -147,7 +147,7 @@ class Step:
         return (around + make(*size, seed=self.seed) * size[-1] ** -0.5).to(self.dtype)
 
     def run(self, **changes) -> torch.Tensor:
-        """The logits on the CPU; the caches in `args` are written wherever the step runs."""
+        """The logits on the CPU; the caches in `args` are written on the step's device."""
         model = on_device(self.device, {name: changes.pop(name, value) for name, value in self.model.items()})
         args = on_device(self.device, {**self.args, **changes})
         logits = decode_(make_decoder(**model), **args)
@@ -158,7 +158,7 @@ class Step:
         return logits.cpu()
 
     def exact(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The logits in float64, and the caches that the reference has written."""
+        """The logits in float64, and the caches written by the reference."""
         args = {name: _double(value) for name, value in self.args.items()}
         model = WideDecoder(*decoder_arguments(**{name: _double(value) for name, value in self.model.items()}))
         return decode_reference(model, *args.values()), [*args["keys"], *args["values"]]
@@ -169,7 +169,7 @@ class Step:
         logits = self.run(**changes)
         assert logits.dtype == torch.float32
         assert logits.shape == exact.shape
-        # All is float32 but the new keys and values, which are rounded to the cache's dtype.
+        # Everything is float32 except the new keys and values, which are rounded to the cache's dtype.
         assert relative_error(logits, exact) < 1e-5 + (0 if self.dtype == torch.float32 else HALF_ULP[self.dtype])
         for cache, expected in zip([*self.args["keys"], *self.args["values"]], caches, strict=True):
             new = slice(self.length, self.length + self.steps)
@@ -180,7 +180,7 @@ class Step:
 
 
 class PackedDense(Packed):
-    """A packed matrix that knows what it holds, in float64."""
+    """A packed matrix with its exact values in float64."""
 
     dense: torch.Tensor
 
@@ -198,7 +198,7 @@ def pack(matrix: torch.Tensor, bits: int, group_size: int) -> PackedDense:
 
 
 class WideDecoder(DecoderParts):
-    """A model in float64, which the op does not take."""
+    """A model in float64, which the op does not support."""
 
 
 def on_device(device, value):
@@ -224,7 +224,7 @@ def _double(value):
 
 
 def adapters(step: Step, rank: int, names=("q", "k", "v", "o", "gate", "up", "down"), dtype=None) -> list[Adapter]:
-    """One for each matrix of those names."""
+    """One adapter per matrix in `names`."""
     shapes = step.shape.parts()
     made = []
     for place, name in enumerate(LAYER_PARTS * step.shape.layers):

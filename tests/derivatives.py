@@ -1,4 +1,4 @@
-"""The ways torch has to differentiate a function, for the tests of the differentiable ops.
+"""Torch's ways to differentiate a function, for the tests of differentiable ops.
 
 Each of `DERIVATIVES` takes a function of tensors and the tensors, and returns tensors. The same of an op and of torch
 code in float64 must agree: `assert_derivatives`.
@@ -23,7 +23,7 @@ Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 def scalar(function: Function) -> Callable[..., Tensor]:
-    """A scalar in which every element counts differently: the squares of a normalised row alone add up to its size."""
+    """A scalar with a different weight per element; the squares of a normalised row always sum to its size."""
 
     def weigh(*tensors: Tensor) -> Tensor:
         results = results_of(function(*tensors))
@@ -37,7 +37,7 @@ def results_of(value: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def directions(tensors: Sequence[Tensor], seed: int = 1) -> tuple[Tensor, ...]:
-    """A tensor like each, of multiples of 1/4, which every dtype holds. No random numbers: Dynamo traces it."""
+    """A tensor like each, of multiples of 1/4, which every dtype represents. Not random, because Dynamo traces it."""
     return tuple(
         ((torch.arange(t.numel(), device=t.device) * (2 * seed + 1) + i) % 7 - 3).div(4).to(t.dtype).view(t.shape)
         for i, t in enumerate(tensors)
@@ -104,7 +104,7 @@ def reverse_jacobian(function, *tensors):
 
 
 def batched_backward(function, *tensors):
-    """One backward pass for several gradients, as torch.autograd.functional.jacobian(vectorize=True) makes it."""
+    """One backward pass for several gradients, like torch.autograd.functional.jacobian(vectorize=True)."""
     tensors = leaves(tensors)
     results = results_of(function(*tensors))
     batches = [torch.stack(rows) for rows in zip(directions(results), directions(results, 2), strict=True)]
@@ -115,7 +115,7 @@ def batched_backward(function, *tensors):
 
 
 def double_backward(function, *tensors):
-    """Of a sum of squares of gradients, as gradient penalties are; the first order too, with a graph."""
+    """For a sum of squared gradients, like a gradient penalty; also the first order, with a graph."""
     tensors = leaves(tensors)
     first = torch.autograd.grad(scalar(function)(*tensors), tensors, create_graph=True)
     return first, torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
@@ -130,7 +130,7 @@ def triple_backward(function, *tensors):
 
 
 def gradient_of_the_incoming_gradient(function, *tensors):
-    """The double-backward trick: the gradient is linear in the incoming one, whose gradient is a jvp."""
+    """The double-backward trick: the gradient is linear in the incoming one, and its gradient is a jvp."""
     tensors = leaves(tensors)
     results = results_of(function(*tensors))
     incoming = leaves(directions(results))
@@ -160,7 +160,7 @@ def forward_over_forward(function, *tensors):
 
 
 def dual_tensors_through_backward(function, *tensors):
-    """Tangents of the tensors, and of the incoming gradients alone."""
+    """Tangents of the tensors, and of only the incoming gradients."""
     found = []
     for dual_inputs in (True, False):
         given = leaves(tensors)
@@ -179,7 +179,7 @@ def dual_tensors_through_backward(function, *tensors):
 
 
 def batches(tensors: Sequence[Tensor]) -> list[tuple[tuple[int | None, ...], tuple[Tensor, ...]]]:
-    """All tensors batched, and each alone, along a dimension that is not the first."""
+    """All tensors batched, and each alone, along a dimension other than the first."""
     stacked = [torch.stack([t, *directions([t])], min(1, t.dim())) for t in tensors]
     dims = [min(1, t.dim()) for t in tensors]
     cases = [(tuple(dims), tuple(stacked))]
@@ -256,7 +256,7 @@ def assert_derivatives(
     derivative: Callable, op: Function, exact: Function, *shapes: tuple[int, ...], backend, compiled: bool = False
 ) -> None:
     """Checks a derivative of `op`, in every dtype, against that of `exact`, torch code, in float64."""
-    # The emulator takes long, and the ops' own tests have every dtype of their kernels.
+    # The emulator is slow, and the ops' own tests cover every dtype.
     for dtype in (torch.float32,) if compiled or backend.name == "emulated" else backend.dtypes:
         tensors = [make(*shape, dtype=dtype, device=backend.device, seed=i) for i, shape in enumerate(shapes)]
         wanted = derivative(exact, *(t.double().cpu() for t in tensors))
@@ -279,7 +279,7 @@ def assert_gradcheck(op: Function, *shapes: tuple[int, ...]) -> None:
 
 
 def assert_checks_arguments(call: Callable[[Tensor], object], tensor: Tensor, message: str) -> None:
-    """A bad argument is the op's own error where torch differentiates or batches it, too."""
+    """A bad argument also gives the op's own error when torch differentiates or batches it."""
     ways = [
         lambda: call(tensor.clone().requires_grad_()),
         lambda: jvp(call, (tensor,), (tensor,)),
@@ -292,7 +292,7 @@ def assert_checks_arguments(call: Callable[[Tensor], object], tensor: Tensor, me
 
 
 def assert_kernels(op: Function, *shapes: tuple[int, ...]) -> None:
-    """The op and its gradient of the first order are kernels."""
+    """The op and its first-order gradient run kernels."""
     with emulate() as run:
         inputs = leaves([make(*shape, seed=i) for i, shape in enumerate(shapes)])
         results = results_of(op(*inputs))

@@ -56,7 +56,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_next": {**EXPERTS, **LINEAR_HEADS, "shared_expert_intermediate_size": 48, "layer_types": LINEAR},
     "qwen3_5": {**LINEAR_HEADS, "layer_types": LINEAR, "rope_parameters": {**ROPE, "mrope_section": [1, 1, 0]}},
 }
-"""What shows a family's traits, beside the shape that all have."""
+"""Settings that show a family's traits, in addition to the common shape."""
 
 VISION = {
     "depth": 1,
@@ -129,7 +129,7 @@ def make_wrapped(prefix: str) -> Any:
     config = getattr(config_of, f"{prefix}Config")(text_config=text, vision_config=vision, **image)
     torch.manual_seed(0)
     model = getattr(models, f"{prefix}ForConditionalGeneration")(config).eval()
-    if prefix == "Gemma3":  # it begins as zeros, and an image would change nothing
+    if prefix == "Gemma3":  # it is initialised to zeros, so an image would change nothing
         torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)
     return model
 

@@ -1,4 +1,4 @@
-"""The fuzz of the ops, a process of its own: `python tests/fuzz.py cpu 200`, or emulated; 200 calls of each op.
+"""The fuzz test of the ops, run as a process: `python tests/fuzz.py cpu 200`, or emulated; 200 calls per op.
 
 Sizes, layouts, places, values and options are drawn by hypothesis, which also finds the smallest call that fails. The
 call that runs is written to the file that the third argument names: after a crash it says which one it was.
@@ -24,7 +24,7 @@ VALUES = ("ordinary", "constant", "nan", "inf", "huge", "large", "tiny", "mixed"
 
 
 class Drawn(Maker):
-    """Draws what `Maker` only names."""
+    """A `Maker` that draws its values."""
 
     def __init__(self, draw, dtype: torch.dtype, most_elements: tuple[int, ...]) -> None:
         super().__init__(dtype)
@@ -64,7 +64,7 @@ class Drawn(Maker):
 
 
 def spoil(values: torch.Tensor, how: str, seed: int, limits: torch.finfo) -> None:
-    """Puts what is rare into some places of the values, or all."""
+    """Puts special values into some places of the values, or all."""
     # In float64 nothing is exact where float64's own squares overflow.
     largest = min(limits.max, 1e100)
     generator = torch.Generator().manual_seed(seed)
@@ -118,7 +118,7 @@ def fuzz(call: Call, backend: str, calls: int, log: Path) -> None:
 
 
 def at_guard_pages(call: Call, backend: str, log: Path) -> None:
-    """Each tensor ends, or begins, where no access is allowed."""
+    """Each tensor ends, or begins, at a guard page."""
     for dtype in dtypes_of(call, backend):
         for layout in ("contiguous", "rows apart", "step 2 in dimension 0", "last two dimensions transposed"):
             for at_end in (True, False):
@@ -139,7 +139,7 @@ def dtypes_of(call: Call, backend: str) -> list[torch.dtype]:
 
 
 def check(call: Call, arguments: Arguments) -> None:
-    """Right; or refused for a layout that an argument says it does not take, or for written elements in one place."""
+    """Right; or an error for a layout that the argument does not support, or for overlapping written elements."""
     try:
         call.check(arguments)
     except RuntimeError as error:

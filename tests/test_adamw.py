@@ -74,14 +74,14 @@ def check(lists, roundings=1.0, **settings):
 
 @pytest.mark.parametrize("misaligned", [False, True])
 def test_matches_float64(backend, misaligned):
-    """Every dtype, size and alignment, each tensor at a step of its own, is right to one rounding of each result."""
+    """Every dtype, size and alignment, with a different step per tensor, is right to one rounding of each result."""
     for dtype in backend.dtypes:
         check(operands(dtype, device=backend.device, misaligned=misaligned), **SETTINGS)
 
 
 @pytest.mark.parametrize("misaligned", [False, True])
 def test_float32_states_of_half_parameters(backend, misaligned):
-    """The running averages may be float32, whatever the parameter."""
+    """The running averages may be float32 for any dtype of the parameter."""
     for dtype in (torch.float16, torch.bfloat16):
         lists = operands(dtype, device=backend.device, state_dtype=torch.float32, misaligned=misaligned)
         check(lists, **SETTINGS)
@@ -89,13 +89,13 @@ def test_float32_states_of_half_parameters(backend, misaligned):
 
 
 def test_settings(backend):
-    """Maximising, no decay, no momentum, and a beta1 below a half, where exp_avg comes from the gradient's end."""
+    """Maximising, no decay, no momentum, and a beta1 below 0.5, where exp_avg interpolates from the gradient."""
     for settings in ({"maximize": True}, {"weight_decay": 0.0}, {"beta1": 0.0, "beta2": 0.0}, {"beta1": 0.3}):
         check(operands(device=backend.device, shapes=[(33,), (64,)]), **(SETTINGS | settings))
 
 
 def test_mixed_dtypes(backend):
-    """One call takes parameters of every dtype, with states of theirs or of float32, in any order."""
+    """One call supports parameters of every dtype, with states in their dtype or float32, in any order."""
     lists = [[] for _ in range(5)]
     for round in range(3):
         for dtype in backend.dtypes:
@@ -112,7 +112,7 @@ def test_mixed_dtypes(backend):
 
 
 def test_bits_of_torch_fused_on_the_cpu():
-    """On the CPU torch's fused AdamW gives the same bits, but for an ulp where it leaves its vectors."""
+    """On the CPU torch's fused AdamW gives the same bits, except for one ulp in its scalar tails."""
     ours, theirs = operands(shapes=[(64, 65), (4096,)]), operands(shapes=[(64, 65), (4096,)])
     for _ in range(5):
         adamw_(*ours, lr=1e-3)
@@ -136,7 +136,7 @@ def test_bits_of_torch_fused_on_the_cpu():
 
 
 def test_nan_and_inf(backend):
-    """NaN and infinity in any operand give what torch gives, and stay where they are."""
+    """NaN and infinity in any operand give the same as torch, and do not spread."""
     lists = [[make(40, seed=i).to(backend.device)] for i in range(4)]
     lists[3][0].abs_()
     for i, tensors in enumerate(lists):
@@ -153,7 +153,7 @@ def test_nan_and_inf(backend):
 
 
 def test_transposed_parameters_are_updated_in_place(backend):
-    """A dense parameter in another order of dimensions, with states like it and a gradient that is not."""
+    """A dense parameter with another dimension order, with states like it and a gradient in another layout."""
     lists = operands(device=backend.device, shapes=[(12, 20), (3, 4, 5)])
     for tensors in (lists[0], lists[2], lists[3]):
         tensors[:] = [tensors[0].t().contiguous().t(), tensors[1].permute(2, 0, 1).contiguous().permute(1, 2, 0)]
@@ -163,7 +163,7 @@ def test_transposed_parameters_are_updated_in_place(backend):
 
 
 def test_states_and_gradients_in_other_orders(backend):
-    """States of another layout than the parameter's, and an expanded gradient, still meet their elements."""
+    """States with another layout than the parameter, and an expanded gradient, are matched by element."""
     lists = operands(device=backend.device, shapes=[(12, 20)])
     lists[1][0] = make(1, 20, device=backend.device).expand(12, 20)
     lists[2][0] = lists[2][0].t().contiguous().t()
@@ -171,7 +171,7 @@ def test_states_and_gradients_in_other_orders(backend):
 
 
 def test_parameters_with_gaps(backend):
-    """A strided view is updated, and nothing of its storage between the elements."""
+    """A strided view is updated, but not the gaps between its elements."""
     lists = operands(device=backend.device, shapes=[(12, 10)])
     around = torch.full((12, 20), 7.0, device=backend.device)
     around[:, ::2] = lists[0][0]
@@ -181,7 +181,7 @@ def test_parameters_with_gaps(backend):
 
 
 def test_empty_only(backend):
-    """Nothing to update: the steps are counted all the same."""
+    """Nothing to update, but the steps are counted."""
     lists = operands(device=backend.device, shapes=[(0,), (3, 0)])
     adamw_(*lists)
     assert [step.item() for step in lists[4]] == [1, 2]
@@ -195,7 +195,7 @@ SCHEDULES = [("sequential", 0), ("reversed", 0), ("random", 0), ("random", 1), (
 
 @pytest.mark.parametrize(("schedule", "seed"), SCHEDULES)
 def test_every_schedule_gives_the_same_bits(schedule, seed):
-    """No result depends on the order that threads run in, and they are the CPU's."""
+    """No result depends on the thread order, and all are the same as on the CPU."""
     for dtype in (torch.float32, torch.bfloat16):
         expected, actual = operands(dtype), operands(dtype)
         adamw_(*expected)
@@ -206,7 +206,7 @@ def test_every_schedule_gives_the_same_bits(schedule, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_traffic(dtype):
-    """Seven tensors a launch; every operand is read once and, but for the gradient, written once."""
+    """Seven tensors per launch; every operand is read once and, except the gradient, written once."""
     lists = operands(dtype, shapes=[(4096,), (1000,), (64, 64)] * 3)
     with emulate() as run:
         adamw_(*lists)
@@ -219,7 +219,7 @@ def test_traffic(dtype):
 
 
 def test_opcheck(backend):
-    """The schema tells which lists are written; fake tensors and AOT dispatch agree."""
+    """The schema says which lists are written; fake tensors and AOT dispatch agree."""
     for dtype in (torch.float32, torch.bfloat16):
         opcheck(
             torch.ops.torch_fused.adamw_.default,
@@ -237,7 +237,7 @@ def test_compile_fullgraph(backend):
 
 
 def test_versions_and_gradients(backend):
-    """Autograd sees that the tensors have changed, and refuses a step that it would have to differentiate."""
+    """Autograd notices that the tensors have changed; a step that would need a gradient is an error."""
     lists = operands(device=backend.device, shapes=[(4,)])
     param = lists[0][0]
     saved = (param.clone().requires_grad_() * param).sum()  # keeps param for its backward
@@ -256,7 +256,7 @@ def test_versions_and_gradients(backend):
 
 
 def changed(place, new):
-    """A call whose operand at `place`, (list, index), is `new` of the right one."""
+    """A call with the operand at `place`, (list, index), replaced by `new` of it."""
 
     def call(lists):
         lists[place[0]][place[1]] = new(lists[place[0]][place[1]])
@@ -295,7 +295,7 @@ def test_bad_arguments(backend, call, message):
 
 
 def one_buffer(*views):
-    """Views of one buffer of 64 float32 in the places (list, index) that they are given for."""
+    """Views of one buffer of 64 float32, for the given places (list, index)."""
     buffer = make(64, scale=1.0).abs()
     lists = operands(shapes=[(8,), (8,)])
     for (kind, index), view in views:
@@ -325,8 +325,8 @@ ALIASES = {
 
 
 @pytest.mark.parametrize("message", ALIASES)
-def test_shared_memory_is_refused(message):
-    """What is written may be nowhere else: one parameter twice, states of others, parts of a buffer that overlap."""
+def test_shared_memory_is_an_error(message):
+    """Written tensors must not overlap: one parameter twice, states of others, overlapping parts of a buffer."""
     lists = one_buffer(*ALIASES[message])
     before = cloned(lists)
     with pytest.raises(RuntimeError, match=re.escape(f"adamw_: {message}")):
@@ -335,7 +335,7 @@ def test_shared_memory_is_refused(message):
 
 
 def test_parts_of_one_buffer(backend):
-    """Flat buffers, columns, interleaved and empty parts that have no element in common are updated as copies are."""
+    """Flat buffers, columns, interleaved and empty parts without common elements are updated like copies."""
     views = {
         "flat": lambda b: (b[:24], b[24:48], b[48:48], b[48:]),
         "columns": lambda b: b.view(8, 8).split((3, 3, 2), 1),
@@ -352,13 +352,13 @@ def test_parts_of_one_buffer(backend):
         lists = [list(view(buffer)) for buffer in buffers]
         lists.append([torch.tensor(3.0) for _ in lists[0]])
         check(lists, **SETTINGS)
-    # A gradient may serve two parameters: it is read only.
+    # Two parameters may share a gradient, which is only read.
     lists = operands(device=backend.device, shapes=[(8,), (8,)])
     lists[1][1] = lists[1][0]
     check(lists, **SETTINGS)
 
 
-def test_a_refused_call_is_no_change_for_autograd():
+def test_a_failed_call_is_no_change_for_autograd():
     """Tensors that autograd saved are still valid after a step that raised."""
     lists = operands(shapes=[(8,)])
     weight = torch.ones(8, requires_grad=True)
@@ -373,7 +373,7 @@ def test_a_refused_call_is_no_change_for_autograd():
 
 
 def model(device="cpu", dtype=torch.float32):
-    """A small network, the same weights every time; one of its parameters never gets a gradient."""
+    """A small network with the same weights every time; one parameter never gets a gradient."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(6, 33), torch.nn.GELU(), torch.nn.LayerNorm(33), torch.nn.Linear(33, 1))
     net.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
@@ -381,7 +381,7 @@ def model(device="cpu", dtype=torch.float32):
 
 
 def train(net, optimizer, steps, first=0, scheduler=None):
-    """The losses of some steps on data that depends on the step only."""
+    """The losses of some steps, with data that depends only on the step."""
     losses = []
     parameter = next(net.parameters())
     for step in range(first, first + steps):
@@ -407,7 +407,7 @@ def distance(ours, theirs):
 
 
 def test_training_follows_float64(backend):
-    """50 steps with a scheduler, groups and a closure end where torch's AdamW in float64 ends."""
+    """50 steps with a scheduler, groups and a closure give the result of torch's AdamW in float64."""
     nets = model(backend.device), model(dtype=torch.float64)
     losses = []
     for net, kind in zip(nets, (AdamW, torch.optim.AdamW), strict=True):
@@ -426,7 +426,7 @@ def test_training_follows_float64(backend):
 
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
 def test_checkpoints_go_both_ways(backend, options):
-    """A training moves from torch to us and back, and ends where one that stayed in torch ends."""
+    """A training that moves from torch to us and back gives the same result as one in torch."""
     nets = model(backend.device), model(backend.device)
     stayed = torch.optim.AdamW(nets[1].parameters(), lr=0.01, weight_decay=0.1, **options)
     train(nets[1], stayed, 15)
@@ -447,7 +447,7 @@ def test_checkpoints_go_both_ways(backend, options):
 
 
 def test_own_checkpoint_resumes_bit_for_bit(backend):
-    """Saved and loaded, float32 states of bfloat16 parameters included, a training goes on as if never stopped."""
+    """Saved and loaded, with float32 states of bfloat16 parameters, training continues as if never stopped."""
     for state_dtype in (None, torch.float32):
         nets = model(backend.device, torch.bfloat16), model(backend.device, torch.bfloat16)
         optimizers = [AdamW(net.parameters(), lr=0.01, state_dtype=state_dtype) for net in nets]
@@ -475,7 +475,7 @@ def test_copies_and_pickles(backend):
 
 
 def test_gradient_scaler(backend):
-    """torch.amp.GradScaler unscales the gradients before a step, and leaves out a step with an infinite one."""
+    """torch.amp.GradScaler unscales the gradients before a step, and skips a step with an infinite one."""
     param = torch.nn.Parameter(make(8, device=backend.device))
     expected = param.detach().clone().requires_grad_()
     scaler = torch.amp.GradScaler(backend.device, init_scale=1024.0)
@@ -505,7 +505,7 @@ def test_gradients_of_another_dtype(backend):
 
 
 def test_no_gradients(backend):
-    """A step without any gradient does nothing and makes no state."""
+    """A step without gradients does nothing and creates no state."""
     param = torch.nn.Parameter(make(4, device=backend.device))
     optimizer = AdamW([param])
     assert optimizer.step() is None
@@ -545,14 +545,14 @@ def one_param(value=1.0):
 
 
 def test_the_arguments_are_torchs():
-    """Every one of torch's, in its order and with its default; ours come after them."""
+    """All of torch's arguments, in the same order and with the same defaults; ours come after them."""
     ours = inspect.signature(AdamW).parameters
     assert list(ours)[: len(TORCHS)] == list(TORCHS)
     for name, theirs in TORCHS.items():
         assert (ours[name].default, ours[name].kind) == (theirs.default, theirs.kind), name
 
 
-def test_every_default_is_taken():
+def test_every_default_can_be_passed():
     """Each default alone, all of them, torch's `defaults`, and the positional ones: the same groups as torch's."""
     expected = torch.optim.AdamW([one_param()]).state_dict()["param_groups"]
     given = {name: parameter.default for name, parameter in TORCHS.items() if name != "params"}
@@ -567,7 +567,7 @@ def test_every_default_is_taken():
 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": False}])
 def test_foreach_and_fused_change_nothing(backend, options):
-    """They are taken, kept in the groups, and the training is the same; a gradient scaler unscales as ever."""
+    """They are accepted and kept in the groups, and training is the same; a gradient scaler unscales as usual."""
     nets = model(backend.device), model(backend.device)
     optimizers = AdamW(nets[0].parameters(), lr=0.01), AdamW(nets[1].parameters(), lr=0.01, **options)
     for net, optimizer in zip(nets, optimizers, strict=True):
@@ -587,7 +587,7 @@ def test_foreach_and_fused_change_nothing(backend, options):
 
 
 def test_tensors_as_numbers(backend):
-    """A learning rate and betas that are tensors, as torch takes them, are the numbers they hold."""
+    """A learning rate and betas in tensors, as in torch, count as their values."""
     params = [torch.nn.Parameter(make(9, device=backend.device)) for _ in range(2)]
     betas = torch.tensor(0.5, dtype=torch.float64), torch.tensor(0.75, dtype=torch.float64)
     for param, lr, pair in ((params[0], 0.25, (0.5, 0.75)), (params[1], torch.tensor(0.25), betas)):
@@ -618,7 +618,7 @@ def test_what_is_not_supported(name, value):
 
 
 def test_a_checkpoint_that_is_not_supported():
-    """A checkpoint of torch's that asks for what the op does not do is refused, and nothing of it is loaded."""
+    """A torch checkpoint with an unsupported setting raises an error, and nothing of it is loaded."""
     theirs = torch.optim.AdamW([one_param()], lr=0.3)
     theirs.step()
     state = theirs.state_dict()
@@ -630,7 +630,7 @@ def test_a_checkpoint_that_is_not_supported():
 
 
 def test_older_checkpoints():
-    """Groups that lack torch's newer keys, and those of torch.optim.Adam, load as in torch's AdamW."""
+    """Groups without torch's newer keys, and those of torch.optim.Adam, load as in torch's AdamW."""
     theirs = torch.optim.Adam([one_param()], weight_decay=0.1)
     theirs.step()
     for missing in ("foreach", "fused", "capturable", "differentiable", "maximize", "decoupled_weight_decay"):
@@ -668,7 +668,7 @@ def trained(folder, kind, options, **arguments):
 
 
 def test_trainer(tmp_path):
-    """transformers' Trainer takes the class with the arguments of its own AdamW; it accumulates and clips."""
+    """transformers' Trainer works with the class and the arguments of its own AdamW; it accumulates and clips."""
     options = {"lr": 0.05, "betas": (0.9, 0.99), "eps": 1e-8, "fused": True}
     for arguments in ({}, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.3}):
         losses = [trained(tmp_path, kind, options, **arguments) for kind in (AdamW, torch.optim.AdamW)]
@@ -678,7 +678,7 @@ def test_trainer(tmp_path):
 
 
 def test_bad_options():
-    """Arguments out of range, and gradients that the op does not take: nothing is changed."""
+    """Arguments out of range, and unsupported gradients: nothing changes."""
     params = [one_param(), one_param()]
     with pytest.raises(ValueError, match=r"state_dtype must be None or torch\.float32, got torch\.float16"):
         AdamW(params, state_dtype=torch.float16)
@@ -700,7 +700,7 @@ def test_bad_options():
 
 
 def test_a_parameter_twice():
-    """Refused at once, where torch only warns; nothing is added. Groups that share memory are refused by the step."""
+    """An error at once, where torch only warns; nothing is added. The step rejects groups that share memory."""
     weight, bias = (torch.nn.Parameter(make(4, seed=i)) for i in range(2))
     with pytest.raises(ValueError, match="AdamW: params 0 and 2 of a group are the same parameter"):
         AdamW([weight, bias, weight])
@@ -723,7 +723,7 @@ def test_a_parameter_twice():
 
 
 def test_a_step_that_raises_has_changed_no_group():
-    """A gradient that cannot be used, in the last group, is found before the first one is updated."""
+    """An unsupported gradient in the last group is found before the first group is updated."""
     first, second = (torch.nn.Parameter(make(4, seed=i)) for i in range(2))
     optimizer = AdamW([{"params": [first]}, {"params": [second]}])
     first.grad, second.grad = torch.ones(4), torch.ones(4).to_sparse()

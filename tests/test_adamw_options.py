@@ -1,4 +1,4 @@
-"""AdamW for real work: amsgrad, numbers in tensors, gradient scalers, clipping, steps counted on the device."""
+"""AdamW's options: amsgrad, numbers in tensors, gradient scalers, clipping, steps counted on the device."""
 
 import copy
 import math
@@ -74,7 +74,7 @@ def check(lists, options):
 
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_every_number_in_a_tensor(backend, amsgrad):
-    """Learning rate, betas, scale and norm that only the device knows, steps that it counts: right in every dtype."""
+    """Learning rate, betas, scale, norm and steps on the device: right in every dtype."""
     for dtype in backend.dtypes:
         for state_dtype in {dtype, torch.float32 if dtype.itemsize == 2 else dtype}:
             for misaligned in (False, True):
@@ -86,7 +86,7 @@ def test_every_number_in_a_tensor(backend, amsgrad):
 
 
 def test_each_option_alone(backend):
-    """Any may be given without the others, and as a number."""
+    """Each option works without the others, and as a number."""
     for name in ("lr", "beta1", "beta2", "grad_scale", "clip", "amsgrad", "capturable"):
         lists, options = with_options(
             torch.float32, backend.device, amsgrad=name == "amsgrad", capturable=name == "capturable"
@@ -100,13 +100,13 @@ def test_each_option_alone(backend):
 
 
 def test_more_tensors_than_a_launch_has_steps(backend):
-    """Twenty-one steps a launch; each parameter keeps its own."""
+    """Twenty-one steps per launch; each parameter has its own."""
     check(*with_options(torch.float32, backend.device, shapes=[(n % 7,) for n in range(50)]))
 
 
 @pytest.mark.parametrize(("found", "changes"), [(0.0, True), (1.0, False), (2.0, False)])
 def test_found_inf(backend, found, changes):
-    """A step that the scaler rules out writes nothing and is not counted."""
+    """A step that the scaler skips writes nothing and is not counted."""
     lists, options = with_options(torch.float32, backend.device)
     before = [[tensor.clone() for tensor in tensors] for tensors in lists]
     check(lists, options | {"found_inf": torch.tensor(found, device=backend.device)})
@@ -125,7 +125,7 @@ def test_clipping_at_its_edges(backend):
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 9, 1000, 123457, 2**24 - 2])
-def test_bias_corrections_that_the_device_makes(backend, count):
+def test_bias_corrections_on_the_device(backend, count):
     """They are right to float32's last bits at every step: 1 - beta^t of a float32 power would be 1e-5 off."""
     for beta1, beta2 in ((0.9, 0.999), (0.0, 0.9999), (0.99, 0.5)):
         for as_tensor in (False, True):
@@ -154,7 +154,7 @@ def test_every_schedule_gives_the_same_bits(dtype):
 
 
 def test_traffic():
-    """Five tensors a launch with amsgrad, every operand read once; the numbers are a launch more."""
+    """Five tensors per launch with amsgrad, every operand read once; the numbers take one more launch."""
     lists, options = with_options(torch.float32, "cpu", shapes=[(4096,), (1000,)] * 4)
     with emulate() as run:
         adamw_(*lists, **options)
@@ -177,7 +177,7 @@ def test_traffic():
     ],
 )
 def test_bad_options(options, message):
-    """Each is refused by name before anything is written."""
+    """Each raises an error that names it, before anything is written."""
     lists = operands(shapes=[(4,)])
     before = lists[0][0].clone()
     with pytest.raises(RuntimeError, match=f"adamw_: {message}"):
@@ -186,7 +186,7 @@ def test_bad_options(options, message):
 
 
 def test_bad_lists():
-    """The maxima are as many and as large as the parameters, and no memory of theirs."""
+    """The maxima must match the parameters in number and size, and must not share their memory."""
     lists = operands(shapes=[(4,), (5,)])
     for maxima, message in (
         ([lists[3][0].clone()], "max_exp_avg_sqs must have as many tensors as params, 2, got 1"),
@@ -202,7 +202,7 @@ def test_bad_lists():
 
 
 def follow_torch(seed, steps):
-    """Random shapes, groups and options: torch's AdamW, clipped by torch, and ours end in the same place."""
+    """Random shapes, groups and options: torch's AdamW, clipped by torch, and ours give the same result."""
     draw = random.Random(seed)
     options = {
         "amsgrad": draw.random() < 0.5,
@@ -267,7 +267,7 @@ def test_follows_torch_on_the_device(backend, amsgrad):
 
 @pytest.mark.parametrize("options", [{"amsgrad": True}, {"amsgrad": True, "fused": True}, {"maximize": True}])
 def test_checkpoints_go_both_ways(backend, options):
-    """A training with each option moves from torch to us and back, and ends where one that stayed ends."""
+    """A training with each option moves from torch to us and back, and gives the same result as one without."""
     nets = model(backend.device), model(backend.device)
     stayed = torch.optim.AdamW(nets[1].parameters(), lr=0.01, **options)
     train(nets[1], stayed, 12)
@@ -286,7 +286,7 @@ def test_checkpoints_go_both_ways(backend, options):
 
 
 def test_amsgrad_with_float32_states(backend):
-    """Saved and loaded, the maxima of bfloat16 parameters stay float32, and a training goes on bit for bit."""
+    """Saved and loaded, the maxima of bfloat16 parameters stay float32, and training continues bit for bit."""
     nets = model(backend.device, torch.bfloat16), model(backend.device, torch.bfloat16)
     options = {"lr": 0.01, "state_dtype": torch.float32, "amsgrad": True}
     optimizers = [AdamW(net.parameters(), **options) for net in nets]
@@ -300,7 +300,7 @@ def test_amsgrad_with_float32_states(backend):
 
 
 def test_amsgrad_that_is_turned_on_later():
-    """The maxima begin where they are turned on."""
+    """The maxima start when amsgrad is turned on."""
     net = model()
     optimizer = AdamW(net.parameters())
     train(net, optimizer, 1)
@@ -311,7 +311,7 @@ def test_amsgrad_that_is_turned_on_later():
 
 
 class NoHostReads(TorchDispatchMode):
-    """Raises where a tensor is read on the host."""
+    """Raises if a tensor is read on the host."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert "local_scalar_dense" not in str(func) and "is_nonzero" not in str(func), func
@@ -319,7 +319,7 @@ class NoHostReads(TorchDispatchMode):
 
 
 def test_a_step_reads_nothing_on_the_host(backend):
-    """Whatever is in tensors, a gradient scaler's verdict included."""
+    """With every number in a tensor, including a gradient scaler's inf check."""
     net = model(backend.device)
     numbers = {"lr": torch.tensor(0.01, device=backend.device), "max_grad_norm": 1.0, "amsgrad": True}
     numbers["betas"] = tuple(torch.tensor(beta, device=backend.device) for beta in (0.75, 0.875))
@@ -335,7 +335,7 @@ def test_a_step_reads_nothing_on_the_host(backend):
 
 
 def scaled_training(kind, device, unscale, limit, **options):
-    """Parameters and scales of a training in which the third gradient overflows."""
+    """Parameters and scales of a training where the third gradient overflows."""
     net = model(device)
     optimizer = kind(net.parameters(), lr=0.05, **options)
     scaler = torch.amp.GradScaler(device, init_scale=256.0, growth_interval=2)
@@ -359,7 +359,7 @@ def scaled_training(kind, device, unscale, limit, **options):
 @pytest.mark.parametrize("limit", [None, 0.05])
 @pytest.mark.parametrize("unscale", [False, True])
 def test_gradient_scaler(backend, unscale, limit):
-    """Scaled by torch.amp, with an overflow on the way, unscaled by the step or before, clipped: as torch's."""
+    """Scaled by torch.amp, with an overflow, unscaled by the step or before, clipped: the same as torch's."""
     net, scales = scaled_training(AdamW, backend.device, unscale, limit, max_grad_norm=limit)
     expected, same = scaled_training(torch.optim.AdamW, backend.device, unscale or limit is not None, limit)
     assert scales == same and 512.0 in scales
@@ -367,7 +367,7 @@ def test_gradient_scaler(backend, unscale, limit):
 
 
 def test_clipping_leaves_the_gradients(backend):
-    """The step is that of torch's clipped gradients; the gradients are as they were, and the norm is told."""
+    """The step is that of torch's clipped gradients; the gradients do not change, and grad_norm is set."""
     nets = model(backend.device), model(backend.device)
     ours = AdamW(nets[0].parameters(), lr=0.1, max_grad_norm=0.01)
     theirs = torch.optim.AdamW(nets[1].parameters(), lr=0.1)
@@ -396,7 +396,7 @@ def test_clipping_of_half_types(backend):
 
 
 def test_max_grad_norm_is_kept():
-    """By copies and pickles; it is checked."""
+    """In copies and pickles; its value is checked."""
     optimizer = AdamW(model().parameters(), max_grad_norm=0.5)
     assert copy.deepcopy(optimizer).max_grad_norm == 0.5
     for bad in (-1.0, math.nan, math.inf):
@@ -405,7 +405,7 @@ def test_max_grad_norm_is_kept():
 
 
 def test_compiled_step(backend):
-    """torch.compile takes a step, with a learning rate that is a tensor, and gives the same numbers."""
+    """torch.compile supports a step with a tensor as learning rate, and gives the same numbers."""
     torch._dynamo.reset()
     nets = model(backend.device), model(backend.device)
     rate = torch.tensor(0.01, device=backend.device)
@@ -420,7 +420,7 @@ def test_compiled_step(backend):
 
 
 def test_sparse_gradients_are_refused():
-    """The message says what to use instead; nothing is changed."""
+    """The message says what to use instead; nothing changes."""
     table = torch.nn.Embedding(5, 2, sparse=True)
     table(torch.tensor([1])).sum().backward()
     optimizer = AdamW(table.parameters())

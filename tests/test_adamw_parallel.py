@@ -1,4 +1,4 @@
-"""AdamW over two processes: DDP and FSDP2 end where one process ends, and checkpoints move between them and torch."""
+"""AdamW on two processes: DDP and FSDP2 give the result of one process, and exchange checkpoints with torch."""
 
 import copy
 
@@ -116,7 +116,7 @@ def placements(rank, mesh):
         assert relative_error(optimizer.grad_norm, grads.double().norm()) < 1e-6
         assert relative_error(whole(param), plain.detach().double()) < 1e-6
 
-    # A gradient of summands becomes their sum, where its parameter is.
+    # A Partial gradient becomes a sum with the placement of its parameter.
     param = nn.Parameter(distribute_tensor(values.clone(), mesh, [Shard(0)]))
     param.grad = distribute_tensor(grads.clone(), mesh, [Shard(0)])
     half = DTensor.from_local(grads / 2, mesh, [Partial()])
@@ -146,7 +146,7 @@ def placements(rank, mesh):
 
 
 def scaled(rank, mesh):
-    """A gradient that is infinite in one process's shard leaves the step out in both."""
+    """If a gradient is infinite in one process's shard, both skip the step."""
     net = sharded(mesh)
     optimizer = AdamW(net.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)

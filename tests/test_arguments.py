@@ -1,4 +1,4 @@
-"""Every op checks every argument: what it does not take is refused, by name, and nothing is written."""
+"""Every op checks every argument: bad ones raise an error that names them, and nothing is written."""
 
 import math
 import re
@@ -45,7 +45,7 @@ def other_shapes(tensor):
 
 
 def right_or_refused(call, given, what):
-    """The op gives what plain torch gives, or raises an error that names it, and then has written nothing."""
+    """The op gives the same as plain torch, or raises an error that names the argument and writes nothing."""
     before = map_tensors(lambda t: t.detach().clone() if t.numel() < 2**20 else t, given)
     try:
         call(**map_tensors(lambda t: t, given))
@@ -69,7 +69,7 @@ def same(a, b):
 
 
 def test_every_tensor_of_another_shape(call, backend):
-    """Sizes that fit together otherwise are right; all others are refused."""
+    """Other sizes that fit together are right; all others raise an error."""
     arguments = call.made(backend)
     for name, place, tensor in tensors_of(arguments):
         for what, other in other_shapes(tensor):
@@ -79,7 +79,7 @@ def test_every_tensor_of_another_shape(call, backend):
             right_or_refused(call, given, f"{name} {place}, {what}: {list(other.shape)}")
 
 
-# Arguments that may be of any shape: a huge one is not wrong, and takes too much memory.
+# Arguments that may have any shape: a huge one is valid, but takes too much memory.
 UNBOUNDED = {
     "softmax": {"input"},
     "sum_of_squares": {"tensors"},
@@ -87,7 +87,7 @@ UNBOUNDED = {
 
 
 def test_every_tensor_of_another_dtype(call, backend):
-    """Each argument has the dtypes that it says; integers, bools and complex numbers are no floating ones."""
+    """Each argument accepts only its documented dtypes; integers, bools and complex numbers are not floating point."""
     arguments = call.made(backend)
     for name, place, tensor in tensors_of(arguments):
         for dtype in DTYPES:
@@ -100,7 +100,7 @@ def test_every_tensor_of_another_dtype(call, backend):
 
 
 def test_every_tensor_on_another_device(call, backend):
-    """A tensor on "meta" among others never gives results that are memory as it was."""
+    """A tensor on "meta" among others never gives uninitialised results."""
     arguments = call.made(backend)
     alone = len(list(tensors_of(arguments))) == 1
     for name, place, tensor in tensors_of(arguments):
@@ -111,7 +111,7 @@ def test_every_tensor_on_another_device(call, backend):
 
 
 def test_every_number_out_of_range(call, backend):
-    """Integers up to the limits of int64, numbers that are none, texts that mean nothing, lists of other lengths."""
+    """Integers up to the limits of int64, NaN, invalid strings, lists of other lengths."""
     arguments = call.made(backend)
     for name, kind in call.parameters.items():
         value = arguments.get(name)

@@ -1,4 +1,4 @@
-"""`make arm-check` runs the kernels' NEON versions; here, that its planted mistakes still fit the sources."""
+"""Checks that the bugs planted by `make arm-check`, which runs the NEON kernels, still fit the sources."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ PROGRAMS = {path.stem for path in (SOURCES.parent / "tools/arm_check").glob("*.c
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
-def test_a_planted_mistake_has_its_place(bug):
+def test_a_planted_bug_fits_the_sources(bug):
     assert (SOURCES / bug.file).read_text().count(bug.old) == 1 and bug.new != bug.old
 
 
-def test_every_program_has_a_planted_mistake():
+def test_every_program_has_a_planted_bug():
     assert {bug.program for bug in BUGS} == PROGRAMS

@@ -1,4 +1,4 @@
-"""What only an NVIDIA GPU shows: graphs, streams, threads, processes, devices, no waiting, and whole models."""
+"""Tests that need an NVIDIA GPU: graphs, streams, threads, processes, devices, no waiting, and whole models."""
 
 import contextlib
 import copy
@@ -42,7 +42,7 @@ each_op = pytest.mark.parametrize("op", CASES)
 
 @each_op
 def test_cuda_graph_replays_with_new_values(op):
-    """A captured op, forward and backward, gives for other values in its operands what it gives outside of a graph.
+    """A captured op, forward and backward, gives the same for other operand values as outside a graph.
 
     Of AdamW the update is captured with the steps as they are then: they are numbers of the host, and so are the bias
     corrections that come of them. Of `sample` the seed and the offset are tensors of the device, read by each replay.
@@ -51,7 +51,7 @@ def test_cuda_graph_replays_with_new_values(op):
 
 
 def start(function: str, cache: Path) -> subprocess.Popen:
-    """Runs a function of cuda_ops in a new process, with compiled kernels kept in `cache`."""
+    """Runs a function of cuda_ops in a new process, with compiled kernels in `cache`."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]),
@@ -69,7 +69,7 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def test_cuda_first_use_inside_a_capture(tmp_path):
-    """Modules load while a graph is captured: compiled then and there, and, in a second process, from the cache."""
+    """Modules load while a graph is captured: compiled during capture, and, in a second process, from the cache."""
     finish(start("first_use_in_captures", tmp_path))
     compiled = {path: path.stat().st_mtime_ns for path in (tmp_path / "cubin").iterdir()}
     assert compiled
@@ -78,7 +78,7 @@ def test_cuda_first_use_inside_a_capture(tmp_path):
 
 
 def steps_of_one_decoder(lengths) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Logits of steps by one decoder on a GPU and by another on the CPU, each with other tokens, context and cache."""
+    """Logits of steps by one decoder on a GPU and another on the CPU, each with different tokens, context and cache."""
     step = Step(Shape("qwen3", kv_heads=1), batch=2, length=max(lengths), dtype=torch.bfloat16)
     decoders = {device: make_decoder(**on_device(device, step.model)) for device in ("cpu", "cuda")}
     found: dict[str, list[torch.Tensor]] = {"cpu": [], "cuda": []}
@@ -97,12 +97,12 @@ def assert_near(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None
         assert relative_error(mine, other) < 2e-2
 
 
-def test_cuda_steps_that_are_made_again():
-    """From the second step on the launches are a graph, whose arguments, grids and number of chunks change."""
+def test_cuda_repeated_steps():
+    """From the second step on, the launches are a graph with changing arguments, grids and number of chunks."""
     assert_near(*steps_of_one_decoder([20, 21, 22, 300, 301, 40, 23, 302]))
 
 
-def test_cuda_steps_on_streams_of_their_own():
+def test_cuda_steps_on_separate_streams():
     """Threads that share a decoder each get their own logits."""
     step = Step(Shape("qwen2", layers=8), length=50)
     model = make_decoder(**on_device("cuda", step.model))
@@ -140,13 +140,13 @@ def test_cuda_step_in_a_graph_of_torch():
 # ---- threads and processes ------------------------------------------------------------------------------------------
 
 
-def test_cuda_threads_on_streams_of_their_own(tmp_path):
-    """Eight threads at once, the first use of every kernel included: all get the bits that one thread gets."""
+def test_cuda_threads_on_separate_streams(tmp_path):
+    """Eight threads at once, including the first use of every kernel: all get the same bits as one thread."""
     finish(start("threads_on_streams", tmp_path))
 
 
 def test_cuda_first_call_of_a_thread_is_an_op():
-    """A thread that has not called CUDA before has no context of it yet."""
+    """A thread that has not called CUDA before has no CUDA context yet."""
     x = make(3, 896, device="cuda")
     results = []
     thread = threading.Thread(target=lambda: results.append(rms_norm(x, (896,))))
@@ -156,7 +156,7 @@ def test_cuda_first_call_of_a_thread_is_an_op():
 
 
 def is_whole(kept: bytes) -> bool:
-    """Whether what follows the digest is ELF and holds all sections that its header promises."""
+    """Whether the data after the digest is ELF and has all sections that its header lists."""
     cubin = kept[16:]
 
     def number(start: int, size: int) -> int:
@@ -167,7 +167,7 @@ def is_whole(kept: bytes) -> bool:
 
 
 def test_cuda_several_processes_start_with_one_empty_cache(tmp_path):
-    """All are right; the cache holds whole files and nothing else, and the next process takes these."""
+    """All are right; the cache has only complete files, and the next process uses these."""
     processes = [start("one_of_several_processes", tmp_path) for _ in range(4)]
     for process in processes:
         assert process.stdout.readline() == "ready\n", process.stderr.read()
@@ -218,7 +218,7 @@ def test_cuda_last_device_trains():
 
 
 def test_cuda_last_device_draws_with_its_own_generator():
-    """The generator of that GPU: its seed, an offset that moves on, and a draw that can be repeated."""
+    """The generator of that GPU: its seed, an offset that advances, and a repeatable draw."""
     logits = make(4, 5000, device=LAST)
     generator = torch.Generator(LAST)
     runs = []
@@ -231,7 +231,7 @@ def test_cuda_last_device_draws_with_its_own_generator():
     assert_same(runs[0][:1], [sample(logits.cpu(), seed=3).to(LAST)], "sample with its seed")
 
 
-def test_cuda_tensors_on_several_devices_are_refused():
+def test_cuda_tensors_on_several_devices_are_an_error():
     """The message names both, before anything is launched."""
     x, weight = make(3, 896, device=LAST), make(896)
     with pytest.raises(RuntimeError, match=r"cuda:\d+.*cpu|cpu.*cuda:\d+"):
@@ -239,14 +239,14 @@ def test_cuda_tensors_on_several_devices_are_refused():
 
 
 @each_op
-def test_cuda_stream_keeps_the_order_and_nobody_waits(op):
-    """On a busy stream: the op sees what was queued there before it, and returns while the stream still works."""
+def test_cuda_stream_order_without_waiting(op):
+    """On a busy stream: the op sees the results of earlier work, and returns while the stream is still busy."""
     case = CASES[op]
     static, fresh = (operands_on("cuda", case, seed) for seed in (0, 1))
     expected = case(operands_on("cuda", case, 1))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        case(operands_on("cuda", case, 0))  # loads the kernels, and leaves memory for the results to this stream
+        case(operands_on("cuda", case, 0))  # loads the kernels, and reserves memory for the results on this stream
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(1_000_000_000)  # cycles: half a second
@@ -270,14 +270,14 @@ def synchronisation_is_an_error():
 
 @each_op
 def test_cuda_ops_do_not_synchronise(op):
-    """Nothing in an op, forward and backward, makes torch wait for the device or copy to the host."""
+    """No op, forward or backward, makes torch wait for the device or copy to the host."""
     operands = operands_on("cuda", CASES[op], 0)
     with synchronisation_is_an_error():
         CASES[op](operands)
 
 
 def test_cuda_random_draws_and_optimizer_do_not_synchronise():
-    """Seeds from either generator, scalar parameters, and AdamW's step with the states it makes at first."""
+    """Seeds from either generator, scalar parameters, and AdamW's step including its first states."""
     logits, generator = make(4, 5000, device="cuda"), torch.Generator("cuda")
     weight = make(64, 64, device="cuda", requires_grad=True)
     weight.grad = make(64, 64, device="cuda", seed=1)
@@ -292,7 +292,7 @@ def test_cuda_random_draws_and_optimizer_do_not_synchronise():
 
 
 def test_cuda_wait_for_the_device_would_show():
-    """The control of the test above: a copy to the host raises in this mode."""
+    """A control for the test above: a copy to the host raises in this mode."""
     x = make(3, device="cuda")
     with synchronisation_is_an_error(), pytest.raises(RuntimeError, match="synchronizing"):
         x.sum().item()
@@ -398,7 +398,7 @@ SEEDS = ((0, 0), (1, 5), (2**40 + 7, 2**33))
 
 
 def tokens_of(logits: torch.Tensor, filters: dict, seeds=SEEDS) -> list[torch.Tensor]:
-    """What is kept, what is drawn for every seed and offset, and whether there was something to draw; on the CPU."""
+    """The kept set, the draws for every seed and offset, and whether there was something to draw; on the CPU."""
     filters = {
         name: value.to(logits.device) if isinstance(value, torch.Tensor) else value for name, value in filters.items()
     }
@@ -411,7 +411,7 @@ def tokens_of(logits: torch.Tensor, filters: dict, seeds=SEEDS) -> list[torch.Te
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("vocabulary", [151936, 300000])
 def test_cuda_draws_the_cpus_tokens(vocabulary, dtype):
-    """Every kind of row under every filter, scalar and by row: kept set, tokens and validity, bit for bit."""
+    """Every kind of row with every filter, scalar and per row: kept set, tokens and validity, bit for bit."""
     logits = logits_of_every_kind(vocabulary).to(dtype)
     moved = logits.cuda()
     assert_same([greedy(moved).cpu()], [greedy(logits)], "greedy")
@@ -426,7 +426,7 @@ def test_cuda_draws_the_cpus_tokens(vocabulary, dtype):
 
 
 def test_cuda_draws_the_emulators_tokens():
-    """The same kernels under the checking host, over a whole vocabulary; two filters, as that is slow."""
+    """The same kernels in the emulator, with a whole vocabulary; only two filters, because it is slow."""
     logits = logits_of_every_kind(151936)
     moved = logits.cuda()
     on_cuda = [greedy(moved).cpu()]
@@ -477,7 +477,7 @@ def test_cuda_generates_stocks_greedy_tokens(model, rows):
 
 
 def test_cuda_sampled_tokens_are_the_cpus_for_the_same_logits(model):
-    """The tokens of a seed are those that the CPU draws from the logits that the GPU had.
+    """The tokens of a seed are those that the CPU draws from the GPU's logits.
 
     These are, for the tokens so far, the CPU model's to float32's tolerance. They are not its bits, so a draw at the
     very edge between two tokens might go either way: the tokens of the two models are not compared.
@@ -500,8 +500,8 @@ def test_cuda_sampled_tokens_are_the_cpus_for_the_same_logits(model):
 
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_cuda_generation_waits_for_nothing(model, options, monkeypatch):
-    """From the third token on, torch raises where the host would wait for the device."""
+def test_cuda_generation_does_not_wait(model, options, monkeypatch):
+    """From the third token on, torch raises if the host waits for the device."""
     decode, steps = loop._Loop.decode, []
 
     def watched(self, tokens, **early):
@@ -521,8 +521,8 @@ def test_cuda_generation_waits_for_nothing(model, options, monkeypatch):
     assert expected is None or torch.equal(tokens, expected)
 
 
-def test_cuda_an_end_that_is_seen_late(model, monkeypatch):
-    """A sampled step too many leaves no trace: tokens, cache and generator are those of a loop that waits."""
+def test_cuda_an_end_that_is_noticed_late(model, monkeypatch):
+    """An extra sampled step leaves no trace: tokens, cache and generator are those of a loop that waits."""
 
     def run(**options):
         torch.manual_seed(3)
@@ -538,7 +538,7 @@ def test_cuda_an_end_that_is_seen_late(model, monkeypatch):
 
 
 def test_cuda_static_cache_is_compiled():
-    """As many calls of a compiled model as stock makes, and its tokens."""
+    """The same number of calls of a compiled model as with stock, and the same tokens."""
     model, counts = make_model("qwen2").to("cuda"), []
     options = {**GREEDY, "cache_implementation": "static"}
     for patched in (False, True):
@@ -554,7 +554,7 @@ def test_cuda_static_cache_is_compiled():
 
 
 def test_cuda_training_gives_stocks_losses():
-    """Ten steps of a patched Qwen2 with our AdamW beside stock with torch's."""
+    """Ten steps of a patched Qwen2 with our AdamW, compared with stock and torch's AdamW."""
     stock = make_model("qwen2", initializer_range=0.02).to("cuda").train()
     fused = copy.deepcopy(stock)
     apply_torch_fused(fused)
@@ -581,7 +581,7 @@ def test_cuda_training_gives_stocks_losses():
 
 @pytest.mark.parametrize("device", ["cuda", LAST])
 def test_cuda_doctor(device, capsys):
-    """Every op right, none in plain torch."""
+    """Every op is correct, and none runs in plain torch."""
     status = main(["doctor", "--device", device])
     output = capsys.readouterr().out
     assert status == 0, output
@@ -598,14 +598,14 @@ def test_cuda_demo_with_random_weights(capsys):
 
 
 def test_cuda_status_lists_the_kernels():
-    """status(): every op that has kernels runs the translated Metal source; none has fallen back to torch."""
+    """status(): every op with kernels runs the translated Metal source; none has fallen back to torch."""
     status = torch_fused.status()
     for op in CHECKS.keys() | {"kv_update_", "decode_token_"}:
         assert status[op]["cuda"] == "Metal source translated to CUDA"
 
 
 def test_cuda_damaged_cubins_are_compiled_again(tmp_path):
-    """Truncated, empty and foreign files, each in a new process: the kernel runs, and the file is whole again."""
+    """Truncated, empty and foreign files, each in a new process: the kernel runs, and the file is complete again."""
     script = "import torch, torch_fused\nx = torch.ones(3, device='cuda')\nprint(torch_fused.functional.softmax(x))"
     environment = {**os.environ, "TORCH_FUSED_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
 

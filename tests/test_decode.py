@@ -1,4 +1,4 @@
-"""decode_: a step of a whole decoder computes what plain torch does, whatever the model, the cache and the CPU."""
+"""decode_: a step of a whole decoder gives the same as plain torch, for any model, cache and CPU."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ from torch_fused.testing import make, relative_error
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("steps", [1, 3, 8])
 def test_tokens_at_once(backend, batch, steps):
-    """Every number of vectors that a row of a weight is multiplied with; a new token sees those before it only."""
+    """Every number of vectors per row of a weight; a new token attends only to earlier ones."""
     Step(batch=batch, steps=steps, device=backend.device).check()
     Step(batch=batch, steps=steps, length=0, device=backend.device).check()
 
@@ -39,7 +39,7 @@ def test_tokens_at_once(backend, batch, steps):
     ids=str,
 )
 def test_sizes(backend, shape):
-    """Tiny and odd sizes, parts of a head without positions, one key head for all queries and one for each."""
+    """Tiny and odd sizes, partly rotated heads, one key head for all queries and one per query."""
     large = backend.name == "emulated" and shape.hidden > 500
     for dtype in DTYPES[-1:] if large else DTYPES:
         Step(shape, batch=2, steps=2, dtype=dtype, device=backend.device).check()
@@ -61,7 +61,7 @@ def test_long_contexts(length, threads):
 @pytest.mark.parametrize("window", [1, 2, 8, 70, 300, 10_000])
 @pytest.mark.parametrize("length", [0, 5, 400])
 def test_windows(backend, window, length):
-    """A layer may attend the last slots only, beside one that attends all; padding and several new tokens with it."""
+    """Layers with a window next to layers without, with padding and several new tokens."""
     windows = [window, 0]
     Step(length=length, windows=windows, device=backend.device).check()
     starts = [0, length // 2, length]
@@ -70,7 +70,7 @@ def test_windows(backend, window, length):
 
 @pytest.mark.parametrize(("steps", "starts"), [(1, None), (4, [0, 60, 115])])
 def test_dropped_slots(backend, steps, starts):
-    """Layers with a window go on without the slots that no new token attends."""
+    """Layers with a window work without the slots that no new token attends to."""
     options = {"batch": 3, "steps": steps, "length": 130, "starts": starts, "device": backend.device}
     for window, dropped in ((70, 61), (70, 60), (70, 1), (1, 130), (2, 129)):
         whole, step = (Step(windows=[window, 0], **options) for _ in range(2))
@@ -93,14 +93,14 @@ def test_dropped_slots_of_the_reference():
 
 @pytest.mark.parametrize("length", [127, 128, 129, 255, 256, 257, 511, 1100])
 def test_chunk_edges(backend, length):
-    """The context is split into chunks that are put together again."""
+    """The context is split into chunks that are combined afterwards."""
     for dtype in (torch.float32, torch.bfloat16):
         Step(length=length, dtype=dtype, device=backend.device).check()
     Step(batch=3, steps=4, length=length, starts=[0, length // 2, length], device=backend.device).check()
 
 
-def test_dtypes_of_their_own(backend):
-    """Matrices, vectors, tables and cache each have a dtype of their own."""
+def test_mixed_dtypes(backend):
+    """Matrices, vectors, tables and cache with different dtypes."""
     step = Step(Shape("biased"), batch=2, steps=2, device=backend.device)
     dtypes = dict(zip(LAYER_PARTS, cycle((torch.float16, torch.bfloat16, torch.float32))))
     dtypes["up"] = dtypes["gate"]
@@ -114,7 +114,7 @@ def test_dtypes_of_their_own(backend):
 
 
 def test_large_scores(backend):
-    """Scores far apart: the softmax does not overflow, and forgets what it must."""
+    """Scores that are far apart: the softmax does not overflow, and small weights vanish."""
     step = Step(length=600, device=backend.device)
     for keys in step.args["keys"]:
         keys.mul_(300)
@@ -122,7 +122,7 @@ def test_large_scores(backend):
     step.check()
 
 
-def test_what_is_not_attended_may_hold_anything(backend):
+def test_masked_slots_may_contain_anything(backend):
     """Slots before a sequence's start and past its new tokens are never read."""
     step = Step(batch=2, steps=2, length=300, starts=[0, 270], device=backend.device)
     expected = step.run()
@@ -141,7 +141,7 @@ def test_nan_stays_in_its_sequence(backend):
 
 
 def test_layouts(backend):
-    """Caches with tokens before heads in memory, and weights that are parts of larger ones, are used in place."""
+    """Caches with tokens before heads in memory, and weights that are parts of larger tensors, are used in place."""
     step = Step(Shape("qwen2_moe", experts=5), batch=2, steps=3, device=backend.device)
     for name in ("keys", "values"):
         step.args[name] = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in step.args[name]]
@@ -181,7 +181,7 @@ BEST = torch.backends.cpu.get_cpu_capability().lower()
 
 @pytest.mark.parametrize("capability", CAPABILITIES[: CAPABILITIES.index(BEST) + 1 if BEST in CAPABILITIES else 1])
 def test_instruction_sets(capability):
-    """Each is compiled in; the environment variable that torch obeys chooses among those that the machine has."""
+    """All are compiled in; torch's environment variable selects one of those that the machine supports."""
     script = "import conftest, test_decode_families as t\nfor family in ('qwen2', 'qwen3'):\n"
     script += "  for dtype in t.DTYPES: t.test_families(conftest.Backend('cpu'), family, dtype)"
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -192,7 +192,7 @@ def test_instruction_sets(capability):
     "limit", [{"OMP_THREAD_LIMIT": "1"}, {"OMP_THREAD_LIMIT": "2"}, {"OMP_DYNAMIC": "true"}], ids=str
 )
 def test_fewer_threads_than_asked_for(limit):
-    """OpenMP may give a team fewer threads than torch is set to: those that came do all of the work, and none waits."""
+    """OpenMP may give a team fewer threads than torch's setting: these do all the work, and none waits."""
     script = "import torch, test_decode as t\ntorch.set_num_threads(4)\nt.Step(batch=3, steps=2, length=600).check()"
     environment = {**os.environ, **limit, "PYTHONPATH": os.pathsep.join(sys.path)}
     folder = os.path.dirname(__file__)
@@ -211,7 +211,7 @@ class Checked(torch.utils.data.Dataset):
 
 
 def test_worker_of_a_data_loader():
-    """A process forked from one whose threads have run a step: torch gives it one thread."""
+    """A process forked after a step has run on several threads: torch gives it one thread."""
     Step(length=600).check()
     loader = torch.utils.data.DataLoader(Checked(), num_workers=2, multiprocessing_context="fork", timeout=300)
     assert [int(item) for item in loader] == [0, 1, 2]
@@ -233,7 +233,7 @@ def _tensors(args):
 
 def test_opcheck():
     step = Step(batch=2, steps=2, starts=[0, 3], logits_to_keep=1)
-    # Torch's test of the schema takes no objects; test_inputs_are_not_written is in its place.
+    # Torch's schema test does not support objects; test_inputs_are_not_written replaces it.
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     arguments = make_decoder(**step.model), *step.args.values()
     opcheck(torch.ops.torch_fused.decode_.default, arguments, test_utils=checks)
@@ -247,7 +247,7 @@ def test_compiles_without_graph_breaks():
 
 
 def test_autograd():
-    """No gradient is lost silently, and a cache that autograd has saved is known to have changed."""
+    """No gradient is lost silently, and autograd notices that a saved cache has changed."""
     step = Step()
     step.model["layers"][1].requires_grad_()
     with pytest.raises(RuntimeError, match=r"decode_: q of layer 0 requires grad.*torch\.no_grad"):
@@ -265,7 +265,7 @@ def test_autograd():
 
 
 def _parts(step: Step, **changes) -> list:
-    """The layers with some parts of the last one exchanged."""
+    """The layers, with some parts of the last one replaced."""
     layers = list(step.model["layers"])
     for name, value in changes.items():
         layers[len(layers) - len(LAYER_PARTS) + LAYER_PARTS.index(name)] = value
@@ -451,7 +451,7 @@ def test_bad_arguments(changes, error, message):
     ],
 )
 def test_no_token_no_change(changes, message):
-    """What cannot be drawn from is refused before the cache is written, and the generator has not moved."""
+    """Logits without a valid token raise before the cache is written, and the generator has not advanced."""
     step = Step(batch=2)
     before = [t.clone() for t in (*step.args["keys"], *step.args["values"])]
     versions = [t._version for t in step.args["keys"]]
@@ -464,7 +464,7 @@ def test_no_token_no_change(changes, message):
 
 
 def test_caches_side_by_side():
-    """Caches that are parts of one buffer, of keys and values or of all layers, are no aliases."""
+    """Caches that are separate parts of one buffer, for keys and values or for all layers, are allowed."""
     expected = Step(batch=2, steps=2).run()
     for at in range(4):  # the dimension of the buffer that tells them apart; the last one stays dense
         step = Step(batch=2, steps=2)
@@ -482,7 +482,7 @@ def test_caches_side_by_side():
     ],
 )
 def test_a_model_that_has_changed(change, name):
-    """Values written in place are read; a tensor that has other memory or another shape is refused by its name."""
+    """Values written in place are used; a tensor with other memory or another shape raises an error that names it."""
     step = Step()
     model = make_decoder(**step.model)
     step.model["head"].mul_(2)
@@ -499,8 +499,8 @@ def test_a_model_that_has_changed(change, name):
 
 @pytest.mark.parametrize("length", [0, 1000, 5000])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_launches_of_atoken(batch, length):
-    """Five a layer, and six for the embedding, the head and the choice of the token, whatever the context."""
+def test_launches_per_token(batch, length):
+    """Five per layer, and six for the embedding, the head and choosing the token, for any context."""
     step = Step(Shape("qwen3", layers=3), batch=batch, length=length)
     with emulate(checked=False) as run:
         token(step)
@@ -508,7 +508,7 @@ def test_launches_of_atoken(batch, length):
 
 
 def test_a_step_reads_the_least_bytes():
-    """Weights and the context are read once: at most 1.05 of them, all that is in between included."""
+    """Weights and the context are read once: at most 1.05 times their size, including intermediate results."""
     shape = Shape("qwen3", 1, 512, 8, 2, 64, 64, intermediate=1024, vocabulary=2000)
     step = Step(shape, length=1000, dtype=torch.bfloat16)
     with emulate() as run:

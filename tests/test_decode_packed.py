@@ -1,4 +1,4 @@
-"""decode_ with packed matrices computes what it does with the matrices that they hold."""
+"""decode_ with packed matrices gives the same as with the unpacked matrices."""
 
 import pytest
 import torch
@@ -14,14 +14,14 @@ MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def shape_for(family: str = "qwen2", group_size: int = 32) -> Shape:
-    """Sizes that groups divide; neither hidden nor intermediate is a whole block of a kernel."""
+    """Sizes that are multiples of the group size; neither hidden nor intermediate is a whole block of a kernel."""
     return Shape(
         family, hidden=3 * group_size, heads=4, head_dim=group_size, intermediate=5 * group_size, rotary_dim=16
     )
 
 
 def packed_step(bits=4, group_size=32, only=(*MATRICES, "embedding", "head"), family="qwen2", **options) -> Step:
-    """A step of a model whose matrices named by `only` are packed."""
+    """A step of a model with the matrices in `only` packed."""
     step = Step(shape_for(family, group_size), **options)
     names = LAYER_PARTS * step.shape.layers
     step.model["layers"] = [
@@ -53,7 +53,7 @@ def test_some_packed(backend, only):
     packed_step(8, only=only, length=100, device=backend.device).check()
 
 
-def test_formats_of_their_own(backend):
+def test_mixed_formats(backend):
     """Bits, groups and dtypes of scales differ from matrix to matrix, and from the norms' dtype."""
     step = packed_step(only=(), group_size=128, length=100, device=backend.device)
     sizes = {"q": (4, 32), "k": (8, 64), "v": (4, 128), "o": (8, 32), "gate": (4, 64), "up": (4, 64), "down": (8, 128)}
@@ -74,7 +74,7 @@ def test_tied_head(backend):
 
 
 def test_parts_of_larger_tensors(backend):
-    """Rows that lie apart, and start anywhere, are read in place."""
+    """Rows with gaps between them, starting anywhere, are read in place."""
     step = packed_step(device=backend.device, length=100)
     for i, part in enumerate(step.model["layers"]):
         if isinstance(part, Packed):
@@ -88,15 +88,15 @@ def test_parts_of_larger_tensors(backend):
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 64), (8, 64), (8, 128)])
 @pytest.mark.parametrize(("batch", "steps"), [(1, 1), (3, 4)])
 def test_int8_products(bits, group_size, batch, steps):
-    """Vectors are rounded to int8 on a CPU: of random weights, two layers and the head, one hundredth at most."""
+    """Vectors are rounded to int8 on a CPU: an error of at most 1 % with random weights, two layers and the head."""
     step = packed_step(bits, group_size, batch=batch, steps=steps)
     exact, _ = step.exact()
     assert 1e-5 < relative_error(step.run(int8_products=True), exact) < 1e-2
 
 
 @pytest.mark.parametrize(("bits", "group_size", "only"), [(8, 32, (*MATRICES, "head")), (4, 64, ("v", "embedding"))])
-def test_float_products_all_the_same(bits, group_size, only):
-    """Where int8 gains nothing or costs too much, products are of floats."""
+def test_float_products_where_int8_does_not_pay(bits, group_size, only):
+    """If int8 is not faster or too inexact, products use floats."""
     step = packed_step(bits, group_size, only=only)
     exact, _ = step.exact()
     assert relative_error(step.run(int8_products=True), exact) < 1e-5
@@ -104,7 +104,7 @@ def test_float_products_all_the_same(bits, group_size, only):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_adapters(backend, bits):
-    """Low-rank adapters beside packed matrices."""
+    """Low-rank adapters with packed matrices."""
     step = packed_step(bits, batch=2, steps=2, device=backend.device)
     step.model["adapters"] = adapters(step, 8)
     step.check()
@@ -146,7 +146,7 @@ def test_bad_matrices(change, message):
         make_decoder(**step.model)
 
 
-def test_gate_and_up_are_alike():
+def test_gate_and_up_have_the_same_format():
     step = packed_step()
     at = LAYER_PARTS.index("up")
     step.model["layers"][at] = pack(step.model["layers"][at].dense.float(), 8, 32)
@@ -168,7 +168,7 @@ def test_groups_of_no_matrix():
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_step_reads_the_least_bytes(bits):
-    """Codes, scales, biases and the context are read once: at most 1.05 of them, all that is in between included."""
+    """Codes, scales, biases and the context are read once: at most 1.05 times, including intermediate results."""
     shape = Shape("qwen3", 1, 1024, 8, 2, 64, 64, intermediate=2048, vocabulary=2000)
     step = Step(shape, length=1000, dtype=torch.bfloat16)
     named = zip(LAYER_PARTS, step.model["layers"], strict=True)

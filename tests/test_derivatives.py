@@ -1,4 +1,4 @@
-"""Every way of torch to differentiate and to batch, of every order, through every op that has a gradient."""
+"""All of torch's ways to differentiate and batch, of every order, for every op with a gradient."""
 
 import pytest
 import test_layer_norm
@@ -20,7 +20,7 @@ from derivatives import (
 
 from torch_fused.testing import make
 
-# Each has the op's calls, the same in torch code and the operands' shapes; and what it does not take.
+# Each has the op's calls, the same in torch code, the operands' shapes, and what is not supported.
 MODULES = (
     test_layer_norm,
     test_linear_cross_entropy,
@@ -39,7 +39,7 @@ def name_of(module):
 CASES = {f"{name_of(m)}: {name}": case for m in MODULES for name, case in m.DIFFERENTIATED.items()}
 # The gradients of a sum and of rotary tables are torch code.
 IN_TORCH = {"rms_norm: add_rms_norm's sum", "rope: apply_rotary_pos_emb", "rope: part of a head, shared tables"}
-# The gradients of one loss come with it.
+# The gradients of a single loss are computed with it.
 WITH_FORWARD = {"linear_cross_entropy: mean"}
 FIRST_CASES = {name_of(m): next(iter(m.DIFFERENTIATED.values())) for m in MODULES}
 BAD_ARGUMENTS = [
@@ -62,26 +62,26 @@ def test_derivatives(backend, derivative, case):
 @pytest.mark.parametrize("op", FIRST_CASES)
 @pytest.mark.parametrize("derivative", COMPILED)
 def test_compiled_derivatives(backend, derivative, op):
-    """The same where torch.compile traces the differentiation."""
+    """The same with torch.compile tracing the differentiation."""
     function, exact, shapes = FIRST_CASES[op]
     assert_derivatives(derivative, function, exact, *shapes, backend=backend, compiled=True)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradcheck_of_every_order(case):
-    """Numeric derivatives in float64: both modes, batched, and of the second order."""
+    """Against numeric derivatives in float64: both modes, batched, and second order."""
     op, _, shapes = CASES[case]
     assert_gradcheck(op, *shapes)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in IN_TORCH | WITH_FORWARD])
-def test_the_first_order_is_kernels(case):
-    """An ordinary gradient takes the op's kernels, forward and backward."""
+def test_the_first_order_uses_kernels(case):
+    """An ordinary gradient uses the op's kernels, forward and backward."""
     op, _, shapes = CASES[case]
     assert_kernels(op, *shapes)
 
 
 @pytest.mark.parametrize(("call", "shape", "message"), BAD_ARGUMENTS)
 def test_bad_arguments_in_transforms(backend, call, shape, message):
-    """A bad argument raises where torch differentiates or batches the op, too."""
+    """A bad argument also raises when torch differentiates or batches the op."""
     assert_checks_arguments(call, make(*shape, device=backend.device), message)

@@ -1,4 +1,4 @@
-"""The documentation: its code runs and prints what it says, its links lead somewhere, its reference is whole."""
+"""The documentation: its code runs and prints what it says, its links work, its reference is complete."""
 
 import doctest
 import inspect
@@ -21,7 +21,7 @@ from torch_fused.hf.cache import CACHE
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SIGNATURES = ROOT / "docs" / "api.md"  # its Python blocks are no programs
+SIGNATURES = ROOT / "docs" / "api.md"  # its Python blocks are not programs
 
 ENTRIES = [entry for _, entries in api_reference.public_api() for entry in entries]
 
@@ -30,7 +30,7 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def small_model(name="", *_, dtype=torch.float32, quantization_config=None, **options):
-    """Two layers with random weights, whatever name is asked for; a folder is loaded."""
+    """Two layers with random weights, for any name; a folder is loaded."""
     if name and Path(name).is_dir():
         return FROM_PRETRAINED(name, dtype=dtype, **options)
     torch.manual_seed(0)
@@ -54,24 +54,24 @@ def small_model(name="", *_, dtype=torch.float32, quantization_config=None, **op
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """What a page would download is small and made here; what it writes goes elsewhere."""
-    demo_model_folder()  # converted before what reads models is replaced
+    """Replaces downloads by small models, and runs in a temporary folder."""
+    demo_model_folder()  # converted before the loading functions are replaced
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", small_model)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", small_tokenizer)
     monkeypatch.chdir(tmp_path)
     folder = Path("mlx-community", "Qwen2.5-0.5B-Instruct-4bit")
-    dense = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]  # whose columns no group divides
+    dense = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]  # columns that groups do not divide
     write_mlx(folder, small_model(), {"group_size": 64, "bits": 4}, dense)
     small_tokenizer().save_pretrained(folder)
     write_gguf(Path("SmolLM2-135M-Instruct.Q4_1.gguf"), small_model(), {"token_embd.weight": Type.Q8_0})
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small lose more to waking threads than they gain
+    torch.set_num_threads(1)  # faster for models this small
     yield
     torch.set_num_threads(threads)
 
 
 def for_this_transformers(text: str) -> str:
-    """With the argument that was renamed in transformers 5.24 as it was, where it was; the pages say so."""
+    """With the old name of the argument that transformers 5.24 renamed, if needed; the pages mention it."""
     return text.replace("cache=cache", f"{CACHE}=cache")
 
 
@@ -92,8 +92,8 @@ def blocks(page: Path) -> list[tuple[str, str, int]]:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page != SIGNATURES and "```python" in page.read_text()], ids=lambda p: p.name
 )
-def test_the_pages_code_runs(page, offline, capsys):
-    """A page's Python blocks, one after the other, are a program; a text block behind one is what that prints."""
+def test_the_code_of_pages_runs(page, offline, capsys):
+    """A page's Python blocks form one program; a text block after one is its expected output."""
     namespace = {"__name__": page.stem}
     page_blocks = blocks(page)
     for i, (language, text, line) in enumerate(page_blocks):
@@ -118,7 +118,7 @@ def headings(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+def test_links_work(page):
     """Files and headings exist; addresses are well-formed."""
     # Images too; the text may hold code.
     for target in re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", page.read_text())):
@@ -134,7 +134,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_page_is_reached_from_the_readme():
-    """A page that no other names is one that nobody finds."""
+    """Every page is linked from another."""
     reached, new = set(), [ROOT / "README.md"]
     while new:
         page = new.pop()
@@ -147,7 +147,7 @@ def test_every_page_is_reached_from_the_readme():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_and_targets_named_in_code_exist(page):
-    """`tests/test_x.py`, `make target`: what a page tells to look at or to run is there."""
+    """`tests/test_x.py`, `make target`: the files and targets that a page names exist."""
     literals = re.findall(r"`([^`\n]+)`", FENCED.sub("", page.read_text()))
     commands = [*literals, *re.findall(r"^    (.*)$", page.read_text(), re.MULTILINE)]
     makefile = (ROOT / "Makefile").read_text()
@@ -162,7 +162,7 @@ def test_files_and_targets_named_in_code_exist(page):
 
 
 def test_api_reference_is_up_to_date():
-    """docs/api.md is what `python tools/api_reference.py` writes."""
+    """docs/api.md is the output of `python tools/api_reference.py`."""
     assert SIGNATURES.read_text() == api_reference.render()
 
 
@@ -173,8 +173,8 @@ def test_public_api_is_the_packages():
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-def test_docstring_says_what_a_caller_must_know(entry):
-    """A summary; each parameter; what is returned, raised and an example, for what is called; shapes and dtypes."""
+def test_docstring_is_complete(entry):
+    """A summary; each parameter; results, errors and an example for functions; shapes and dtypes."""
     docstring = inspect.getdoc(entry.value) or ""
     assert re.match(r"\S.*[.:]", docstring), "no summary"
     sections = api_reference.sections(docstring)
@@ -197,7 +197,7 @@ def test_docstring_says_what_a_caller_must_know(entry):
     "entry", [entry for entry in ENTRIES if ">>>" in (inspect.getdoc(entry.value) or "")], ids=lambda entry: entry.name
 )
 def test_docstring_example_runs(entry, offline):
-    """And shows what it says it shows."""
+    """And prints what it shows."""
     model = small_model()
     input_ids = torch.tensor([[2, 3, 4, 5]])
     names = {"torch": torch, "torch_fused": torch_fused, "model": model, "tokenizer": small_tokenizer()}

@@ -1,4 +1,4 @@
-"""The doctor and its self-check: every op on a device, an exit status that tells."""
+"""The doctor and its self-check: every op on a device, and the exit status."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch_fused.opcount import OpCounter
 from torch_fused.selfcheck import CHECKS, compare
 
 
-# In the emulator all of them run in test_gpu_kernels.py.
+# test_gpu_kernels.py runs all of them in the emulator.
 @pytest.mark.parametrize("backend", [b for b in available_backends() if b.name != "emulated"], ids=str, indirect=True)
 @pytest.mark.parametrize("op", CHECKS)
 def test_selfcheck_passes_on_every_backend(backend, op):
@@ -20,7 +20,7 @@ def test_selfcheck_passes_on_every_backend(backend, op):
 
 
 def test_selfcheck_reaches_every_row_kernel():
-    """One, two and four packs per thread, and the loop, in each dtype: nothing escapes compute-sanitizer."""
+    """One, two and four packs per thread, and the loop, in each dtype, so that compute-sanitizer sees all."""
     with emulate() as run:
         CHECKS["add_rms_norm"]("cpu")
     kernels = {launch.kernel for launch in run.launches}
@@ -28,7 +28,7 @@ def test_selfcheck_reaches_every_row_kernel():
 
 
 def test_doctor_reports_and_succeeds(capsys):
-    """Versions, chip, speeds and one line an op; exit status 0."""
+    """Versions, chip, speeds and one line per op; exit status 0."""
     assert main(["doctor", "--device", "cpu"]) == 0
     output = capsys.readouterr().out
     assert torch.__version__ in output and "GB/s" in output
@@ -37,8 +37,8 @@ def test_doctor_reports_and_succeeds(capsys):
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "adamw_", "decode_"])
-def test_doctor_times_the_first_use_alone(monkeypatch, op):
-    """One call, the op's first, to its end on the device: not the rest of the sweep, nor its references."""
+def test_doctor_times_only_the_first_use(monkeypatch, op):
+    """The op's first call until the device has finished, without the rest of the check."""
     timed = []
 
     def milliseconds(call, device):
@@ -55,7 +55,7 @@ def test_doctor_times_the_first_use_alone(monkeypatch, op):
 
 
 def test_doctor_uses_no_op_before_its_check(monkeypatch, capsys):
-    """What it measures besides, the cost of a call of rms_norm, comes after the checks."""
+    """Its other measurement, the cost of an rms_norm call, runs after the checks."""
     order = []
     monkeypatch.setattr(doctor, "CHECKS", {"rms_norm": lambda device: order.append("check")})
     monkeypatch.setattr(doctor, "_speeds", lambda device: order.append("speeds") or {})
@@ -75,8 +75,8 @@ def test_doctor_uses_no_op_before_its_check(monkeypatch, capsys):
     ],
 )
 @pytest.mark.parametrize("command", ["doctor", "demo"])
-def test_a_device_that_is_not_there(command, device, reason, capsys):
-    """One line, which names those that are, and exit status 2."""
+def test_a_missing_device(command, device, reason, capsys):
+    """One line that names the available devices, and exit status 2."""
     if device == "mps" and torch.backends.mps.is_available():
         device, reason = "mps:7", "this machine has no mps:7"
     with pytest.raises(SystemExit) as exit:

@@ -1,4 +1,4 @@
-"""The emulator: correct kernels run and give torch's numbers, and every kind of wrong kernel is caught, at its line."""
+"""The emulator: correct kernels give torch's results, and every kind of wrong kernel is caught at its line."""
 
 import threading
 
@@ -16,7 +16,7 @@ def shader(body: str):
 
 
 def bug_lines(body: str) -> list[str]:
-    """The places in test.metal marked // BUG; a race is seen at whichever of its two sides comes second."""
+    """The places in test.metal marked // BUG; a race is found at the second of its two accesses."""
     lines = (HEADER + body).split("\n")
     return [f"[test.metal:{number}]" for number, line in enumerate(lines, 1) if "// BUG" in line]
 
@@ -73,7 +73,7 @@ def test_correct_kernels_give_the_same_result_in_every_schedule(schedule, checke
 
 
 def test_builtins_of_a_grid_with_partial_threadgroups():
-    """A 5 x 3 grid in 4 x 2 groups: those at the edge are smaller, as Metal's dispatchThreads makes them."""
+    """A 5 x 3 grid in 4 x 2 groups: groups at the edge are smaller, as with Metal's dispatchThreads."""
     library = shader("""
     kernel void everything(device uint* o [[buffer(0)]], uint2 g [[thread_position_in_grid]],
                     ushort2 t [[thread_position_in_threadgroup]], uint index [[thread_index_in_threadgroup]],
@@ -364,8 +364,8 @@ def test_threadgroups_may_not_see_each_others_writes():
 
 
 @pytest.mark.parametrize("reader", [0, 1])
-def test_threadgroups_may_count_together_but_not_look_at_the_count(reader):
-    """Atomic updates commute, so all threadgroups may make them; what a load gives depends on who has run."""
+def test_threadgroups_may_count_together_but_not_read_the_count(reader):
+    """Atomic updates commute, so all threadgroups may do them; the result of a load depends on their order."""
     library = shader("""
     kernel void k(device atomic_uint* count, device uint* o, constant uint& reader,
                   uint g [[threadgroup_position_in_grid]]) {
@@ -411,7 +411,7 @@ def test_a_view_ends_where_its_elements_end():
 
 @pytest.mark.parametrize("distance", [-64, 64])
 def test_a_neighbour_in_memory_is_another_buffer(distance):
-    """What lies past a buffer's end is out of bounds, even if it is another buffer of the kernel."""
+    """Memory past a buffer's end is out of bounds, even if it is another buffer of the kernel."""
     library = shader("""
     kernel void copy(device float* o, device const float* x, constant int& distance,
                      uint i [[thread_position_in_grid]]) {
@@ -452,10 +452,10 @@ def test_a_source_that_does_not_compile_names_its_line():
 
 
 def test_libraries_are_kept_for_the_next_process(tmp_path, monkeypatch):
-    """One folder for each source and mode, that nobody else can read, and nothing half-made beside it."""
+    """One folder per source and mode, not readable by other users, and no unfinished folders."""
     for checked in (True, False):
         with emulate(checked=checked):
-            pass  # this process has the project's own kernels before it looks in the folder
+            pass  # this process has the project's own kernels already in memory
     monkeypatch.setenv("TORCH_FUSED_CACHE", str(tmp_path))
     library = shader("kernel void cached(device float* o) { o[0] = 2.0f; }")
     for _ in range(2):
@@ -472,7 +472,7 @@ def test_libraries_are_kept_for_the_next_process(tmp_path, monkeypatch):
     )
 
 
-def test_settings_that_are_not_there():
+def test_unknown_settings():
     with pytest.raises(ValueError, match=r"schedule must be one of .*, got 'backwards'"), emulate(schedule="backwards"):
         pass
     with pytest.raises(ValueError, match="no source named 'missing'"), emulate(sources={"missing": ""}):

@@ -1,4 +1,4 @@
-"""Kernels that would end the process: each ends with a Python exception that names kernel, thread and line."""
+"""Kernels that would crash the process: each raises a Python exception that names kernel, thread and line."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from torch_fused.metal.host import compile_host
 
 HEADER = "#include <metal_stdlib>\nusing namespace metal;\n"
 INDEX = "uint i [[thread_position_in_grid]]"
-# The kernel's text, the tensors' sizes, and what the message says after the kernel's name. // BUG marks the line.
+# The kernel's source, the tensors' sizes, and the message after the kernel's name. // BUG marks the line.
 FAULTS = {
     "division by zero": (
         f"kernel void k(device int* o, {INDEX}) {{\n  o[i] = 7 / o[i];  // BUG\n}}",
@@ -121,7 +121,7 @@ for name, checked, text, sizes, threads in json.load(sys.stdin):
 
 @pytest.fixture(scope="module")
 def messages():
-    """What a process of its own says to each fault, in turn: it lives to the end."""
+    """The messages of a separate process for each fault; the process survives them all."""
     cases = [
         (name, checked, HEADER + FAULTS[name][0], FAULTS[name][1], [1 << 31] * 3 if "grid" in name else [4])
         for checked, names in ((True, FAULTS), (False, UNCHECKED))
@@ -145,7 +145,7 @@ def test_a_fault_is_an_exception(messages, name):
 
 @pytest.mark.parametrize("checked", [True, False])
 def test_an_initialiser_is_computed_apart(checked):
-    """It runs as the library is loaded, where no fault can be caught."""
+    """It runs when the library is loaded, where no fault can be caught."""
     kernel = "kernel void k(device float4* o) {{ o[0] = value; }}"
     good = HEADER + "constant float4 value = float4(1, 2, 3, 4) * 2;\n" + kernel.format()
     bad = HEADER + "constant int zero = 0;\nconstant float4 value = float4(1 / zero);\n" + kernel.format()

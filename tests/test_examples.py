@@ -1,4 +1,4 @@
-"""Every example runs as a user would run it; those that train, on little."""
+"""Every example runs like for a user; training examples use small settings."""
 
 import os
 import re
@@ -29,15 +29,15 @@ def test_example_runs(path):
 
 
 def losses(name, output):
-    """What the last line of an example that trains says."""
+    """The losses in the last line of a training example."""
     found = re.findall(r"\b(?:loss|before|after) ([\d.]+)", output.splitlines()[-1])
     assert found, f"{name}: {output}"
     return [float(loss) for loss in found]
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_training_goes_on_from_a_checkpoint(name, tmp_path):
-    """In two runs it ends where it ends in one; each leaves a plot."""
+def test_training_resumes_from_a_checkpoint(name, tmp_path):
+    """Two runs give the same result as one; each saves a plot."""
     options = [*LITTLE, *TINY[name]]
     run(name, *options, "--output", tmp_path / "two", "--steps", 2)
     resumed = run(name, *options, "--output", tmp_path / "two", "--steps", 4)
@@ -48,7 +48,7 @@ def test_training_goes_on_from_a_checkpoint(name, tmp_path):
 
 @pytest.mark.full  # test_adamw_parallel.py has two processes, and FSDP2
 def test_two_processes_train_as_one(tmp_path):
-    """The FSDP2 example under torchrun: the same losses, and its checkpoint goes on in one process."""
+    """The FSDP2 example under torchrun: the same losses, and its checkpoint can be resumed in one process."""
     name = "05_train_fsdp.py"
     options = [*LITTLE, *TINY[name], "--checkpoint"]
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -64,7 +64,7 @@ def test_two_processes_train_as_one(tmp_path):
     ["torch.OutOfMemoryError('CUDA out of memory')", "MemoryError()", 'RuntimeError("... can\'t allocate memory ...")'],
 )
 def test_a_message_when_memory_runs_out(error):
-    """It says what to change, in place of a traceback; other errors keep theirs."""
+    """It says what to change, instead of a traceback; other errors keep theirs."""
     code = "import torch, helpers\nwith helpers.advice_if_out_of_memory('use less'): raise "
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FOLDER), *sys.path])}
     results = [
@@ -77,7 +77,7 @@ def test_a_message_when_memory_runs_out(error):
 
 @pytest.mark.full
 def test_finetuning_the_demos_model(tmp_path):
-    """The held-out loss of a real model falls, as far as it falls with stock."""
+    """The held-out loss of a real model falls by the same amount as with stock."""
     options = ["--steps", 20, "--length", 64, "--batch-size", 1, "--accumulate", 1]
     ends = [
         losses("04", run("04_finetune_lora.py", *options, *more, "--output", tmp_path / str(len(more))))

@@ -1,4 +1,4 @@
-"""What happens where the GPU kernels cannot be built: one warning and plain torch, or an error if that is asked for."""
+"""If GPU kernels cannot be built, there is one warning and plain torch runs; or an error if requested."""
 
 import os
 import subprocess
@@ -13,8 +13,8 @@ from torch_fused.ops.decoder import LAYER_PARTS, make_decoder
 from torch_fused.ops.library import COMPOSED
 from torch_fused.runtime import _runtime
 
-# An emulation without a single source stands for a GPU whose compiler rejects them all. In a process of its own, since
-# an op that has fallen back says so until the process ends.
+# An emulation without sources stands for a GPU whose compiler rejects them all. It runs in a separate process, because
+# an op that has fallen back reports so until the process ends.
 SCRIPT = """
 import torch
 import torch_fused
@@ -36,7 +36,7 @@ print("fell back")
 
 
 def run(strict: str, folder) -> subprocess.CompletedProcess:
-    """In another folder: beside unpacked sources that are not built, Python would find these."""
+    """Runs in another folder, because Python would import unbuilt sources in the current one."""
     environment = {**os.environ, "TORCH_FUSED_STRICT": strict, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", SCRIPT]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
@@ -59,7 +59,7 @@ def test_strict_makes_it_an_error(tmp_path):
 
 
 def test_every_op_has_a_reference_of_the_same_schema():
-    """The fallback is torch_fused_reference::<op>, whose schema is the op's own."""
+    """The fallback is torch_fused_reference::<op>, with the same schema as the op."""
     status = torch_fused.status()
     assert {"rms_norm", "add_rms_norm", "rms_norm_backward"} <= status.keys()
     for op in ("rms_norm", "add_rms_norm", "rms_norm_backward"):
@@ -69,7 +69,7 @@ def test_every_op_has_a_reference_of_the_same_schema():
 
 
 def test_status_lists_each_op_on_each_device():
-    """status(): op -> device -> runtime, without the private ops. On the CPU every op runs ours."""
+    """status(): op -> device -> runtime, without private ops. On the CPU every op runs our kernels."""
     status = torch_fused.status()
     assert not any(op.startswith("_") for op in status)
     assert {"rms_norm", "sample", "kv_append_", "kv_update_", "decode_", "decode_token_"} <= status.keys()
@@ -77,7 +77,7 @@ def test_status_lists_each_op_on_each_device():
 
 
 def decode_arguments() -> dict:
-    """A decoder of one layer, two dimensions and three words."""
+    """A decoder with one layer, two dimensions and three tokens."""
     shapes = {"gate": (3, 2), "up": (3, 2), "down": (2, 3), "input_norm": (2,), "post_attention_norm": (2,)}
     shapes |= {name: (2, 2) for name in "qkvo"}
     zero = torch.zeros(1, 1, dtype=torch.long)
@@ -98,7 +98,7 @@ def decode_arguments() -> dict:
 
 
 def test_status_knows_what_the_composed_ops_call():
-    """What `kv_update_` and `decode_token_` run is what their runtime is told by; no other op calls ops of ours."""
+    """The runtime of `kv_update_` and `decode_token_` is that of the ops they call; no other op calls our ops."""
 
     def has_kernel(op, key):
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"torch_fused::{op}", key)
@@ -116,13 +116,13 @@ def test_status_knows_what_the_composed_ops_call():
         with OpCounter() as ops, torch.no_grad():
             decode_token_(**decode_arguments(), do_sample=do_sample)
         called |= {name.removeprefix("torch_fused::") for name in ops.counts if name.startswith("torch_fused::")}
-    # What is private is not in the table: _next_token calls one of these two.
+    # Private ops are not in the table: _next_token calls one of these two.
     assert called == {"decode_", "_next_token"}
     assert set(COMPOSED["decode_token_"]) == {"decode_", "greedy", "sample"}
 
 
-def test_status_of_what_is_on_no_device(monkeypatch):
-    """Where an op has no kernel, and where its kernels could not be built, as on a machine with a GPU."""
+def test_status_without_a_kernel(monkeypatch):
+    """If an op has no kernel, and if its kernels could not be built, as on a machine with a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     status = torch_fused.status()

@@ -1,4 +1,4 @@
-"""Calls of every op that nobody thought of, in a process of its own, so that a crash is a failure like another."""
+"""Random calls of every op, in a separate process, so that a crash is an ordinary failure."""
 
 import os
 import subprocess
@@ -29,6 +29,6 @@ def test_fuzz(backend, tmp_path):
 
 @pytest.mark.full
 @pytest.mark.parametrize("backend", PER_OP_FULL)
-def test_fuzz_at_length(backend, tmp_path):
+def test_fuzz_200000_calls(backend, tmp_path):
     """The same, 200,000 calls."""
     run(backend, PER_OP_FULL[backend], tmp_path)

@@ -1,4 +1,4 @@
-"""What compute-sanitizer sees on a GPU is every kernel there is: tools/gpu_kernels.py, here in the emulator."""
+"""compute-sanitizer sees every kernel on a GPU: tools/gpu_kernels.py, here in the emulator."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is kept between runs: it is checked, damage is mended, and what cannot be used is named."""
+"""The cache between runs: it is checked, damage is repaired, and unusable folders are named."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ from torch_fused.metal.preprocess import compiler
 ROOT = Path(__file__).parents[1]
 KERNEL = "#include <metal_stdlib>\nkernel void k(device float* x, uint i [[thread_position_in_grid]]) { x[i] *= %s; }"
 
-# What the children run first. `twice(source)` compiles a kernel, or takes it from the cache, and uses it.
+# The start of the child processes. `twice(source)` compiles a kernel, or loads it from the cache, and uses it.
 PRELUDE = f"""
 import os, sys, time
 from pathlib import Path
@@ -43,7 +43,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def start(script: str, **environment) -> subprocess.Popen:
-    """In another folder: beside unpacked sources that are not built, Python would find these."""
+    """Runs in another folder, because Python would import unbuilt sources in the current one."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(
         [sys.executable, "-c", PRELUDE + script],
@@ -98,7 +98,7 @@ for name, damage in DAMAGES.items():
 
 
 def test_damaged_library_is_rebuilt(folder):
-    """Each kind of damage in a child, which a damaged library would end: the kernel runs, and nothing is left over."""
+    """Each kind of damage, in a child, which a damaged library could crash: the kernel runs, and nothing is left over."""
     output = finish(start(f"DAMAGES = {DAMAGES}\n{DAMAGE}"))
     assert output.splitlines() == [f"{name} True" for name in DAMAGES]
     assert len(list((folder / "emulator").glob("*/kernels.so"))) == 1
@@ -135,8 +135,8 @@ def test_kept_builds_once_and_again_after_damage(folder):
     assert [path.name for path in (folder / "models").iterdir() if path.name != ".lock"] == [entry.name]
 
 
-def test_what_others_put_there_stays(folder):
-    """A cache folder that holds other things too, of a user or an older release."""
+def test_other_files_stay(folder):
+    """A cache folder with other files, from a user or an older release."""
     mine = folder / "models" / "tmp" / "weights"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
@@ -158,7 +158,7 @@ def test_a_failed_build_leaves_nothing(folder):
 
 
 def test_several_processes_compile_at_once(folder):
-    """From an empty cache: each gets its kernel, and no half of anything is left."""
+    """From an empty cache: each gets its kernel, and nothing unfinished is left."""
     children = [start("print(twice())") for _ in range(3)]
     assert [finish(child).strip() for child in children] == ["True"] * 3
     names = {path.name for path in (folder / "emulator").iterdir()} - {".lock"}
@@ -180,7 +180,7 @@ def test_of_several_who_want_the_same_one_builds(folder):
 
 
 def test_a_killed_compilation_is_cleaned_up(folder, tmp_path):
-    """But not while another process compiles, whose folder looks the same."""
+    """But not while another process compiles, because its folder looks the same."""
     end, slow = tmp_path / "end", tmp_path / "slow"
     call = " ".join(compiler())
     slow.write_text(
@@ -209,7 +209,7 @@ def test_a_killed_compilation_is_cleaned_up(folder, tmp_path):
         """
         live = start("\n".join(line[8:] for line in script.splitlines()))
         wait_for(lambda: half() and half() != [left])
-        # The live process, being alone at its start, has removed what the killed one left; now it is not alone.
+        # The live process, alone at its start, has removed the killed one's folder; now it is not alone.
         (theirs,) = half()
         dead = folder / "emulator" / ".building-dead"
         dead.mkdir()
@@ -233,7 +233,7 @@ def unusable(request, tmp_path) -> Path:
     return {
         "a file": tmp_path / "cache",
         "below a file": tmp_path / "file",
-        "not writable": Path("/sys/torch_fused"),  # to nobody, root included
+        "not writable": Path("/sys/torch_fused"),  # not even for root
     }[request.param]
 
 
@@ -244,8 +244,8 @@ def test_unusable_folder_is_named(unusable, monkeypatch):
         compile_shader(KERNEL % f"{id(unusable)}.0f").k(torch.ones(1))
 
 
-def test_another_users_folder_is_refused(folder, monkeypatch):
-    """What lies there would be run."""
+def test_another_users_folder_is_an_error(folder, monkeypatch):
+    """Its files would be run."""
     kept("emulator", "key", write("a"))
     user = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: user + 1)
@@ -254,7 +254,7 @@ def test_another_users_folder_is_refused(folder, monkeypatch):
 
 
 def test_no_home_folder(monkeypatch):
-    """A user without one, as in a container, is told what to set."""
+    """A user without one, as in a container: the error says what to set."""
 
     def home():
         raise RuntimeError("Could not determine home directory.")
@@ -266,8 +266,8 @@ def test_no_home_folder(monkeypatch):
         cache_dir("emulator")
 
 
-def test_a_relative_folder_is_found_from_elsewhere(tmp_path, monkeypatch):
-    """The path that was made absolute is where the library is loaded from after chdir."""
+def test_a_relative_folder_after_chdir(tmp_path, monkeypatch):
+    """The library is loaded from the absolute path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_FUSED_CACHE", "here")
     library = compile_shader(KERNEL % "3.0f")
@@ -281,22 +281,22 @@ def test_a_relative_folder_is_found_from_elsewhere(tmp_path, monkeypatch):
     assert (tmp_path / "here" / "emulator").is_dir() or (tmp_path / "elsewhere" / "here").is_dir()
 
 
-# Bytes that are not UTF-8 are no file names on macOS.
+# Bytes that are not UTF-8 are not valid file names on macOS.
 NAMES = ["caf\u00e9".encode()] + ([] if sys.platform == "darwin" else [b"caf\xe9"])
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
 def test_a_folder_that_the_locale_cannot_name_works(tmp_path, name, locale):
-    """The path goes to the loader as the bytes that the system has."""
+    """The loader gets the path as the system's bytes."""
     path = os.fsdecode(os.fsencode(tmp_path) + b"/" + name)
     settings = {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     assert finish(start("print(twice())", TORCH_FUSED_CACHE=path, **settings)) == "True\n"
     assert len(list((Path(path) / "emulator").glob("*/kernels.so"))) == 1
 
 
-def test_a_read_only_folder_serves_what_is_in_it():
-    """And is named for what is not."""
+def test_a_read_only_folder_can_be_read():
+    """The error for a missing file names it."""
     script = """
     folder = Path(os.environ["TORCH_FUSED_CACHE"])
     assert twice()
@@ -321,7 +321,7 @@ def test_a_read_only_folder_serves_what_is_in_it():
 
 # ---- cubins ---------------------------------------------------------------------------------------------------------
 
-# Where the code of CUDA kernels is kept, with a main() of its own: no GPU is needed to keep a file.
+# The file store of CUDA kernels with its own main(): no GPU is needed to store a file.
 KEEPER = """
 #include <iostream>
 #include "runtime/kept_file.h"
@@ -351,7 +351,7 @@ def keeper(tmp_path_factory):
     return call
 
 
-def test_damaged_cubin_is_not_loaded_and_is_written_anew(keeper, tmp_path):
+def test_damaged_cubin_is_not_loaded_and_is_written_again(keeper, tmp_path):
     path = tmp_path / "cubin" / "op-1.cubin"
     assert keeper("load", path) == ""
     keeper("save", path, "machine code")
@@ -367,8 +367,8 @@ def test_damaged_cubin_is_not_loaded_and_is_written_anew(keeper, tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_what_killed_processes_left_of_cubins_is_removed(keeper, tmp_path):
-    """A process that runs keeps its file."""
+def test_unfinished_cubins_of_killed_processes_are_removed(keeper, tmp_path):
+    """A running process keeps its file."""
     path = tmp_path / "cubin" / "op-1.cubin"
     path.parent.mkdir()
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
@@ -381,7 +381,7 @@ def test_what_killed_processes_left_of_cubins_is_removed(keeper, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["file/cubin/op.cubin", "/sys/torch_fused/cubin/op.cubin", "folder/op.cubin"])
-def test_a_folder_that_cannot_keep_cubins_costs_time_only(keeper, tmp_path, path):
+def test_an_unusable_folder_for_cubins_only_costs_time(keeper, tmp_path, path):
     (tmp_path / "file").touch()
     (tmp_path / "folder" / "op.cubin" / "full").mkdir(parents=True)
     keeper("save", tmp_path / path, "machine code")
@@ -389,7 +389,7 @@ def test_a_folder_that_cannot_keep_cubins_costs_time_only(keeper, tmp_path, path
     assert not list((tmp_path / "folder").glob("*.partial"))
 
 
-def test_cubins_lie_beside_the_rest(keeper, tmp_path):
+def test_cubins_are_in_the_same_cache_folder(keeper, tmp_path):
     assert keeper("folder", TORCH_FUSED_CACHE=str(tmp_path)) == f"{tmp_path}/cubin"
     empty = {"TORCH_FUSED_CACHE": "", "XDG_CACHE_HOME": ""}
     assert keeper("folder", **(empty | {"XDG_CACHE_HOME": "/x"})) == "/x/torch_fused/cubin"

@@ -191,7 +191,7 @@ def test_autograd_sees_the_write():
         product.backward()
 
 
-def test_a_refused_call_is_no_change_for_autograd():
+def test_a_failed_call_is_no_change_for_autograd():
     """Tensors that autograd saved are still valid after an append that raised."""
     keys, values = buffers()
     weight = torch.ones(2, 3, 9, 5, requires_grad=True)

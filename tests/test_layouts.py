@@ -1,4 +1,4 @@
-"""Every op takes every argument, and every incoming gradient, in every layout, on every backend."""
+"""Every op accepts every argument and incoming gradient in every layout, on every backend."""
 
 import pytest
 import torch
@@ -6,12 +6,12 @@ from calls import CALLS, as_list, map_tensors, replaced, tensors_of
 
 from torch_fused.testing import layouts, make
 
-# Ops of the emulator and of the loader, which take no tensors of the user's.
+# Ops of the emulator and the loader, which do not take user tensors.
 PRIVATE = "_"
 
 
-def test_every_op_is_here():
-    """An op that has no call in calls.py would be in no test of layouts, of bad arguments, and in no fuzz."""
+def test_every_op_has_a_call():
+    """An op without a call in calls.py would miss the tests of layouts and bad arguments, and the fuzz test."""
     names = {
         name.partition("::")[2].partition(".")[0]
         for name in torch._C._dispatch_get_all_op_names()
@@ -26,7 +26,7 @@ def call(request, backend):
 
 
 def test_every_argument_in_every_layout(call, backend):
-    """The results, to their roundings; a tensor that the op writes changes only where its elements are."""
+    """The results, up to rounding; in a tensor that the op writes, only its elements change."""
     for dtype in {torch.float32, torch.bfloat16} & set(call.dtypes):
         arguments = call.made(backend, dtype)
         call.check(arguments)
@@ -52,7 +52,7 @@ def test_every_argument_in_every_layout(call, backend):
 
 
 def memory_around(view):
-    """All of the storage of a tensor, as it is in memory."""
+    """The whole storage of a tensor, as in memory."""
     plain = torch._neg_view(view) if view.is_neg() else view
     return plain.as_strided((plain.untyped_storage().nbytes() // plain.element_size(),), (1,), 0)
 
@@ -63,7 +63,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("layout", [name for name, _ in layouts(torch.zeros(2, 3, 4, 5), written=True)])
 def test_all_arguments_in_one_layout(call, backend, layout):
-    """Copies are made, and places counted, for each argument on its own."""
+    """Copies and offsets are handled per argument."""
 
     def laid_out(tensor):
         return dict(layouts(tensor, written=True)).get(layout, tensor)
@@ -78,7 +78,7 @@ DIFFERENTIABLE = {name: call for name, call in CALLS.items() if call.differentia
 
 @pytest.mark.parametrize("call", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE)
 def test_every_incoming_gradient_in_every_layout(call, backend):
-    """Autograd hands on gradients as they come: of each result, alone and with the others, in every layout."""
+    """Autograd passes gradients unchanged: for each result, alone and with the others, in every layout."""
     arguments = call.made(backend)
 
     def gradients(incoming):
@@ -103,8 +103,8 @@ def test_every_incoming_gradient_in_every_layout(call, backend):
                         torch.testing.assert_close(a, e, msg=lambda m, at=(i, layout): f"gradient {at}: {m}")
 
 
-def test_what_cannot_be_written_is_refused(call, backend):
-    """Elements that share memory, and views that are negated when read: the error names the op and the argument."""
+def test_unwritable_layouts_are_an_error(call, backend):
+    """Overlapping elements, and views with the negative bit: the error names the op and the argument."""
     arguments = call.made(backend)
     for name, place, tensor in tensors_of(arguments):
         if name not in call.written:

@@ -1,4 +1,4 @@
-"""The Metal front end: what it finds in a source, what it rejects and where, and what it makes of it."""
+"""The Metal front end: parsing, errors with their lines, and the translated sources."""
 
 import re
 
@@ -79,7 +79,7 @@ def place_of(word, text):
 # flatten
 
 
-def test_flatten_takes_a_header_once_and_leaves_apples_headers(source):
+def test_flatten_inlines_a_header_once_and_keeps_apples_headers(source):
     assert source.count("inline float twice") == 1
     assert "#include <metal_stdlib>" in source
     assert '#include "' not in source and "#pragma once" not in source
@@ -123,12 +123,12 @@ def test_buffers_have_their_index_and_address_space(program):
     assert [(name, index) for name, index, *_ in buffers["fill"]] == [("y", 0), ("values", 1), ("n", 2)]
 
 
-def test_buffers_without_an_index_take_the_free_ones():
+def test_buffers_without_an_index_get_free_ones():
     program = parse("kernel void k(device float* a, device float* b [[buffer(0)]], device float* c) {}")
     assert [p.index for p in program.kernels[0].params] == [1, 0, 2]
 
 
-def test_only_threadgroup_variables_are_taken_for_such(program):
+def test_only_threadgroup_variables_are_found(program):
     assert [(v.type, v.declarators) for v in program.threadgroup_variables] == [
         ("float", (("part", "[WIDTH * N]"), ("last", ""))),
         ("vec<float, 4>", (("rows", "[2]"),)),
@@ -148,7 +148,7 @@ def test_only_threadgroup_variables_are_taken_for_such(program):
         ("0xdeadbeef", None),
     ],
 )
-def test_floating_point_literals_are_told_from_integers(text, literal):
+def test_floating_point_literals_are_distinguished_from_integers(text, literal):
     assert tokenize(text)[0].float_literal() == literal
 
 
@@ -221,7 +221,7 @@ KERNEL = "kernel void k(device float* x [[buffer(0)]], uint i [[thread_position_
         ("#if 1\n", "1: error: "),
     ],
 )
-def test_what_is_forbidden_is_rejected_on_its_line(text, message):
+def test_forbidden_words_are_errors_on_their_line(text, message):
     assert errors(text)[0].startswith("bad.metal:" + message)
 
 
@@ -232,7 +232,7 @@ def test_what_is_forbidden_is_rejected_on_its_line(text, message):
         ("kernel void k(device atomic<ulong>* x) {}", "1: error: 64-bit atomics"),
     ],
 )
-def test_what_our_own_kernels_do_without(text, message):
+def test_rules_for_our_own_kernels(text, message):
     assert len(parse(text, "bad.metal").kernels) == 1
     with pytest.raises(MetalError, match=f"^bad.metal:{message}"):
         parse(text, "bad.metal", own=True)
@@ -251,11 +251,11 @@ def test_all_errors_are_reported_at_once():
     ("word", "place"),
     [("in_header", ("twice.metal.h", 2)), ("WIDTH", ("scale.metal", 6)), ("in_main", ("scale.metal", 13))],
 )
-def test_every_dialect_keeps_the_place_of_what_was_written(program, emit, word, place):
+def test_every_dialect_keeps_lines(program, emit, word, place):
     assert place_of(word, emit(program)) == place
 
 
-def test_host_entries_name_the_place_of_each_argument(program):
+def test_host_entries_have_the_index_of_each_argument(program):
     host = emit_host(program)
     assert '\n#include "metal_stdlib"\n' in host
     assert (
@@ -264,7 +264,7 @@ def test_host_entries_name_the_place_of_each_argument(program):
     assert "void msl_k_fill(const msl_args* a) { msl_bind::call<0, 1, 2, 1000>(&fill, *a); }" in host
 
 
-def test_host_has_plain_cpp_in_place_of_metal(program):
+def test_host_has_plain_cpp_instead_of_metal(program):
     host = emit_host(program)
     assert "MSL_TG_VAR(0, 11, part, float, [WIDTH * N]); MSL_TG_VAR(1, 11, last, float, )" in host
     assert "using msl_type_2 = vec<float, 4>; MSL_TG_VAR(2, 12, rows, msl_type_2, [2])" in host

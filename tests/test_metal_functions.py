@@ -1,4 +1,4 @@
-"""Metal's functions: each gives, for every type and width it takes, what its definition says, computed with numpy."""
+"""Metal's functions: each matches its definition in numpy, for every type and width it supports."""
 
 from fractions import Fraction
 
@@ -72,8 +72,8 @@ def nextafter(f, x, y):
     return np.where(np.isnan(x) | np.isnan(y), NAN, np.where(x == y, y, moved))
 
 
-# {name: (arguments, definition over float64, units in the last place it may be off)}. Definitions that name the format,
-# f, compute in it.
+# {name: (arguments, definition in float64, allowed error in units in the last place)}. Definitions with the format,
+# f, compute in that format.
 EXACT, CLOSE, LOOSE = 0.0, 2.0, 5.0
 FLOAT_FUNCTIONS = {
     "acos": (1, np.arccos, CLOSE), "acosh": (1, np.arccosh, CLOSE), "asin": (1, np.arcsin, CLOSE),
@@ -111,7 +111,7 @@ RELATIONS = {
 
 def call(name, arity, type_name, vector):
     arguments = ["x[i]", "y[i]", "z[i]"][:arity]
-    if vector:  # three elements, one argument of which is a number
+    if vector:  # three elements, with one number as argument
         arguments = [f"{type_name}3({a})" if n == 0 else a for n, a in enumerate(arguments)]
     return f"{name}({', '.join(arguments)})" + (".y" if vector else "")
 
@@ -133,7 +133,7 @@ def run_functions(type_name, functions, out_type, inputs, out_dtype, vectors=Tru
 
 @pytest.fixture(scope="module", params=FLOATS, ids=lambda f: f.metal)
 def floats(request):
-    """A format and three arguments of it: all pairs of what is special, and numbers of every size."""
+    """A format and three arguments of it: all pairs of special values, and numbers of every size."""
     special = [0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, 300.0, -300.0, 65504.0, 1e-7, 3e38, INF, -INF, NAN]
     generator = np.random.default_rng(0)
     x, y = (a.ravel() for a in np.meshgrid(special, special))
@@ -145,7 +145,7 @@ def floats(request):
 
 
 def result_of(f):
-    """The format of a function's result: that of a bfloat, which Metal takes for a float, is a float."""
+    """The format of a function's result; for a bfloat, which Metal converts to float, it is a float."""
     return FLOATS[0] if f.metal == "bfloat" else f
 
 
@@ -161,7 +161,7 @@ def test_functions_of_floats(floats):
             of_format = {"mix": [f], "nextafter": [argument]}.get(name, [])
             expected = f.round(definition(*of_format, *values[:arity]).astype(np.float64))
             near = np.abs(numbers - expected) <= allowed * f.ulp(expected)
-            # What overflows to one may round to the largest number in the other.
+            # A value that overflows in one may round to the largest number in the other.
             near |= (
                 (np.abs(numbers) >= 2.0**f.highest * 0.99) & (np.abs(expected) >= 2.0**f.highest * 0.99) & (allowed > 0)
             )
@@ -486,8 +486,8 @@ def test_atomics_of_every_type():
         ("o[0] = pack_float_to_unorm4x8(float4(1));", "packing of normalised numbers is not supported"),
     ],
 )  # fmt: skip
-def test_what_metal_does_not_have_is_refused_by_name(statement, message):
-    """In its line, also where one of the emulator's headers finds it."""
+def test_unsupported_functions_are_named(statement, message):
+    """With their line, also if a header of the emulator detects them."""
     with pytest.raises(MetalError, match=f"(?s)test.metal:4: error: [^\n]*{message}"):
         compile_shader(HEADER + f"kernel void k(device float* o) {{\n{statement} }}", "test.metal").k(torch.zeros(4))
 
@@ -560,7 +560,7 @@ def test_simdgroup_matrices_multiply():
 
 
 def test_integers_convert_to_bfloat_in_one_rounding():
-    """Through a float, this one would round twice: up to a tie, then away from the nearest."""
+    """Via float, this would round twice: up to a tie, then away from the nearest."""
     x = torch.tensor([(1 << 40) + (1 << 32) + 1, (1 << 25) + (1 << 17) + 1, -((1 << 40) + (1 << 32) + 1)])
     out = torch.zeros(3, dtype=torch.bfloat16)
     body = """

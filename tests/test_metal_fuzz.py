@@ -1,4 +1,4 @@
-"""Generated kernels, arithmetic over all types, against numpy: not one result may differ by a bit."""
+"""Generated kernels with arithmetic of all types, against numpy: all results must have the same bits."""
 
 import random
 
@@ -33,7 +33,7 @@ def to_bfloat(x):
 
 
 def convert(x, source, target):
-    """A conversion that both define: of numbers to floats, and of integers to integers."""
+    """A conversion that both define: numbers to floats, and integers to integers."""
     with np.errstate(all="ignore"):
         if target == "bfloat":
             return x if source == "bfloat" else to_bfloat(x)
@@ -43,7 +43,7 @@ def convert(x, source, target):
 
 
 def common(a, b):
-    """The type of arithmetic on two scalars, or None where Metal has none."""
+    """The type of arithmetic on two scalars, or None if Metal has none."""
     if a in FLOATS or b in FLOATS:
         floats = {t for t in (a, b) if t in FLOATS}
         return None if floats == {"half", "bfloat"} else "float" if "float" in floats else floats.pop()
@@ -57,7 +57,7 @@ def arithmetic(operator, a, b, type_name):
 
 
 def quotient(a, b):
-    """Division towards zero, as in C; no operand is such that it overflows."""
+    """Division towards zero, as in C; the operands do not overflow."""
     return ((a - np.fmod(a, b)) // b).astype(a.dtype)
 
 
@@ -128,14 +128,14 @@ class Generator:
         name = name if name in RANKS else "int"
         values = values.astype(INTEGERS[name])
         by, _, counts = self.integer(0)
-        counts = counts.astype(np.int64) & (8 * values.dtype.itemsize - 1)  # as Metal takes them
+        counts = counts.astype(np.int64) & (8 * values.dtype.itemsize - 1)  # as in Metal
         operator, function = self.random.choice([("<<", np.left_shift), (">>", np.right_shift)])
         return f"({text} {operator} {by})", name, function(values, counts.astype(values.dtype))
 
     def choice(self, depth):
         a, b, _, x, y = self.operands(depth)
         c, d, name, u, v = self.operands(depth)
-        if "bfloat" in (c[1], d[1]) and c[1] != d[1]:  # not every compiler has the mixture
+        if "bfloat" in (c[1], d[1]) and c[1] != d[1]:  # not every compiler supports the mixture
             return a
         operator, function = self.random.choice([("<", np.less), (">=", np.greater_equal), ("==", np.equal)])
         return f"({a[0]} {operator} {b[0]} ? {c[0]} : {d[0]})", name, np.where(function(x, y), u, v)
@@ -144,7 +144,9 @@ class Generator:
         a, b, name, x, y = self.operands(depth)
         text = f"{name}({a[0]}), {name}({b[0]})"
         name_of, function = self.random.choice([("max", np.fmax), ("min", np.fmin)])
-        result = "float" if name == "bfloat" else name  # to which a bfloat converts: Metal has no such function of it
+        result = (
+            "float" if name == "bfloat" else name
+        )  # bfloats convert to it, because Metal has no such function for them
         return f"{name_of}({text})", result, function(x, y)
 
     def cast(self, depth):
@@ -154,7 +156,7 @@ class Generator:
         return f"{target}({text})", target, convert(values, name, target)
 
     def vector(self, depth, name):
-        """An expression of four elements, which stay what they are: no promotion, no mixture."""
+        """An expression of four elements without promotion or mixed types."""
         if depth == 0 or self.random.random() < 0.15:
             shift = self.random.randrange(4)
             swizzle = "".join("xyzw"[(k + shift) % 4] for k in range(4))
@@ -167,7 +169,7 @@ class Generator:
 
 
 def kernels(count, seed):
-    """The text of `count` kernels, their names, result types and expected results."""
+    """The source of `count` kernels, their names, result types and expected results."""
     generator = Generator(seed)
     parameters = ", ".join(f"device const {name}* {name}_in" for name in generator.inputs)
     text, expected = [HEADER], []

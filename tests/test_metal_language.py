@@ -1,4 +1,4 @@
-"""What Metal that is in use needs of the front end: it runs, and gives what Metal gives."""
+"""Metal features in common use: they run in the emulator with Metal's results."""
 
 import shutil
 import subprocess
@@ -110,7 +110,7 @@ def test_kernels_in_namespaces_overloaded_and_through_typedefs():
         ("min(N, 100 % 64 / -3 + 20)", 8),
     ],
 )
-def test_attributes_hold_expressions(expression, value):
+def test_attributes_may_contain_expressions(expression, value):
     library = shader(f"""
     constant constexpr int N = 0x10;
     struct Sizes {{ static constant constexpr int wide = 64; }};
@@ -192,7 +192,7 @@ def test_torchs_headers():
     torch.testing.assert_close(out, x.erf(), rtol=1e-4, atol=1e-5)
 
 
-def test_the_command_prints_what_a_file_holds(tmp_path):
+def test_the_command_prints_the_contents_of_a_file(tmp_path):
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "twice.h").write_text("inline float twice(float x) { return FACTOR * x; }\n")
     text = (
@@ -238,7 +238,7 @@ def test_positions_are_unsigned(declaration):
         )
 
 
-def test_a_number_is_no_buffer():
+def test_a_number_is_not_a_buffer():
     for declaration in ("uint n [[buffer(2)]]", "Number n [[buffer(2)]]"):
         with pytest.raises(MetalError, match=r"with \[\[buffer\]\] (must be|is) a pointer or a reference"):
             shader(f"typedef uint Number;\nkernel void k(device uint* o, {declaration}) {{ o[0] = n; }}").k(

@@ -1,4 +1,4 @@
-"""The Metal lint: each mistake Apple's compiler would reject is reported on its line, and good kernels are clean."""
+"""The Metal lint: it reports errors that Apple's compiler would reject, with lines, and accepts good kernels."""
 
 import subprocess
 import sys
@@ -71,7 +71,7 @@ def test_a_good_kernel_is_clean():
     assert lint(ROW_SUM, "good.metal") == []
 
 
-def test_a_vector_as_the_argument_of_a_template_is_no_constructor():
+def test_a_vector_as_template_argument_is_not_a_constructor():
     cast = "in.data + 4 * i)) * factor"
     assert cast in ROW_SUM
     text = ROW_SUM.replace(cast, "in.data + 4 * i)) * as_type<vec<float, 4>>(uint4(1u, 2u, 3u, 4u))")
@@ -94,7 +94,7 @@ def test_a_vector_as_the_argument_of_a_template_is_no_constructor():
         ("float sum = 0.0f;", "double sum = 0.0f;", "type 'double' is not supported in Metal"),
     ],
 )
-def test_a_mistake_is_reported_on_its_line(old, new, message):
+def test_an_error_is_reported_on_its_line(old, new, message):
     assert ROW_SUM.count(old) == 1
     found = lint(ROW_SUM.replace(old, new), "bad.metal")
     assert any(error.startswith(f"bad.metal:{line_of(old)}: error: ") and message in error for error in found), found
@@ -169,13 +169,13 @@ def test_messages_use_metals_words():
     assert "threadgroup float *" in found[0] and "__" not in found[0]
 
 
-def test_a_missing_clang_is_said_with_its_remedy(monkeypatch):
+def test_a_missing_clang_says_what_to_install(monkeypatch):
     monkeypatch.setattr(metal_lint, "CLANG", "clang-of-nowhere")
     with pytest.raises(MetalError, match="the lint needs clang-of-nowhere: apt-get install"):
         lint(ROW_SUM)
 
 
-def test_the_command_needs_no_torch_and_finds_headers_beside_the_folder(tmp_path):
+def test_the_command_needs_no_torch_and_finds_headers(tmp_path):
     (tmp_path / "common").mkdir()
     (tmp_path / "op").mkdir()
     (tmp_path / "common" / "f.metal.h").write_text("inline float f(float a) {\n  return a * 2.0;\n}\n")
@@ -193,7 +193,7 @@ def test_the_command_needs_no_torch_and_finds_headers_beside_the_folder(tmp_path
     assert result.returncode == 1
 
 
-# Mistakes planted in a copy of a real kernel that only the lint can see: (old, new, file, message).
+# Bugs planted in a copy of a real kernel that only the lint can find: (old, new, file, message).
 PLANTED = [
     (
         "void load(device const T* row,",

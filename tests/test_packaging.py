@@ -1,4 +1,4 @@
-"""The sdist holds the whole source tree and is made without torch; `make package-check` builds and tests it."""
+"""The sdist contains the whole source tree and is made without torch; `make package-check` builds and tests it."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A copy of the source tree, without what .gitignore names, so that nothing is written beside the sources."""
+    """A copy of the source tree without ignored files, so that nothing is written next to the sources."""
     ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
     copy = tmp_path_factory.mktemp("packaging") / "tree"
     return shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", *ignored))
@@ -38,7 +38,7 @@ def files_in(folder: Path) -> set[str]:
 
 
 def sources(tree: Path) -> set[str]:
-    """The files under version control; where there is none, as in an unpacked sdist, all files."""
+    """The files under version control; without it, as in an unpacked sdist, all files."""
     if (ROOT / ".git").exists() and shutil.which("git"):
         git = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True)
         if git.returncode == 0:
@@ -46,8 +46,8 @@ def sources(tree: Path) -> set[str]:
     return files_in(tree)
 
 
-def test_sdist_holds_every_source_and_needs_no_torch(tree, without_torch):
-    """Nothing that is under version control is missing, and no build product is in it."""
+def test_sdist_has_every_source_and_needs_no_torch(tree, without_torch):
+    """No file under version control is missing, and there are no build products."""
     expected = sources(tree)
     assert {"setup.py", "csrc_mps/module.cpp", "csrc_mps/runtime/metal.mm", "tests/conftest.py"} <= expected
     result = setup(tree, "sdist", env=without_torch)
@@ -71,7 +71,7 @@ def test_build_without_torch_says_what_to_install(tree, without_torch, command):
 
 
 def test_unbuilt_sources_say_so_when_imported(tree):
-    """Python finds what is in its folder before what is installed. -S: an editable install would help out."""
+    """Python imports from its folder before installed packages. -S: an editable install would hide the error."""
     command = [sys.executable, "-B", "-S", "-c", "import torch_fused"]
     packages = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
     result = subprocess.run(
@@ -80,8 +80,8 @@ def test_unbuilt_sources_say_so_when_imported(tree):
     assert "torch_fused holds sources whose extension is not built" in result.stderr
 
 
-def test_wheel_holds_every_module_and_the_emulators_headers(tree, tmp_path):
-    """What is installed beside the extension is all of torch_fused/."""
+def test_wheel_has_every_module_and_the_emulators_headers(tree, tmp_path):
+    """All of torch_fused/ is installed with the extension."""
     result = setup(tree, "build_py", "--build-lib", str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert files_in(tmp_path) == {f"torch_fused/{name}" for name in files_in(tree / "torch_fused")}

@@ -1,4 +1,4 @@
-"""Mistakes planted in copies of the ops' kernels: each is caught, and on the right line.
+"""Bugs planted in copies of the ops' kernels: each is caught, on the right line.
 
 What only the clang lint can see is in test_metal_lint.py.
 """
@@ -29,7 +29,7 @@ def lines_with(file: str, part: str) -> set[int]:
 
 
 def planted(source: str, old: str, new: str, launches: list[Launch]) -> str:
-    """The source with the bug, and its kernels for the types that are launched: the compiler's time is for those."""
+    """The source with the bug, with kernels only for the launched types, to save compile time."""
     text = metal_text(source)
     assert old in text
     launched = {dtype for dtype in ("f32", "f16", "bf16") for launch in launches if f"_{dtype}" in launch.kernel}
@@ -39,7 +39,7 @@ def planted(source: str, old: str, new: str, launches: list[Launch]) -> str:
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_bug_is_caught_at_its_line(bug):
-    """The planted bug raises the expected error, naming the file and line at fault; without it nothing is raised."""
+    """The planted bug raises the expected error with file and line; without it nothing is raised."""
     with emulate() as clean:
         bug.run()
     text = planted(bug.source, bug.old, bug.new, clean.launches)
@@ -56,7 +56,7 @@ def test_bug_is_caught_at_its_line(bug):
     ids=[f"{source}: {name}" for name, source, *_ in ONLY_NUMBERS],
 )
 def test_bug_shows_in_the_numbers_only(source, old, new, run):
-    """No check fires; the results are off by far more than rounding, so the op's tests against float64 would fail."""
+    """No check fires, but the results are wrong by far more than rounding, so tests against float64 would fail."""
     with emulate() as clean:
         expected = tensors(run())
     with emulate(sources={source: planted(source, old, new, clean.launches)}):

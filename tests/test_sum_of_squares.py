@@ -34,7 +34,7 @@ def test_matches_float64(backend):
 
 
 def test_layouts(backend):
-    """Any order of dimensions is summed where it is; gaps and expanded dimensions count their elements once each."""
+    """Any order of dimensions is summed in place; gaps are skipped, expanded elements count each time."""
     base = make(12, 20, device=backend.device)
     for view in (base.t(), base[:, ::2], base[:1].expand(5, 20), base[2:, 3:], base.as_strided((5, 4), (2, 1))):
         assert relative_error(sum_of_squares([view, base]).cpu(), exact([view, base])) < 1e-6
@@ -46,7 +46,7 @@ def test_nothing_to_sum(backend):
 
 
 def test_nan_and_inf(backend):
-    """They reach the sum, wherever they are."""
+    """They reach the sum from any place."""
     for value in (torch.nan, torch.inf, -torch.inf):
         x = make(9000, device=backend.device)
         x[8999] = value
@@ -65,7 +65,7 @@ def test_every_schedule_gives_the_same_bits(schedule, seed):
 
 
 def test_traffic():
-    """Every element is read once; 28 tensors a launch and one launch for the total."""
+    """Every element is read once; 28 tensors per launch, and one launch for the total."""
     tensors = [make(5000, seed=i) for i in range(30)]
     with emulate() as run:
         sum_of_squares(tensors)
@@ -104,6 +104,6 @@ def test_opcheck_and_compile(backend):
     ],
 )
 def test_bad_arguments(tensors, message):
-    """Each is refused by name."""
+    """Each raises an error that names it."""
     with pytest.raises(RuntimeError, match=f"sum_of_squares: (.* )?{message}"):
         sum_of_squares(tensors)

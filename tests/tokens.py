@@ -1,4 +1,4 @@
-"""A tokenizer of a few words."""
+"""A tokenizer with a few words."""
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""Mistakes to plant in copies of the ops' kernels; test_planted_bugs.py plants them."""
+"""Bugs to plant in copies of the ops' kernels; test_planted_bugs.py plants them."""
 
 from . import cross_entropy, decode, elementwise, norms, quantized, sampling
 

@@ -1,4 +1,4 @@
-"""What a planted mistake is, and what several of them share."""
+"""The class of planted bugs, and shared helpers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Bug:
-    """`old` becomes `new`, once, in the flattened source; running then fails with `message` at the line with `at`."""
+    """Replaces `old` by `new` once in the flattened source; running then fails with `message` at the line with `at`."""
 
     name: str
     source: str
@@ -20,4 +20,4 @@ class Bug:
 
 BARRIER = "  threadgroup_barrier(mem_flags::mem_threadgroup);\n"
 RACE = r"data race|uninitialised"
-OUTSIDE = r"out-of-bounds|data race|read-only buffer"  # what lies outside may be another buffer
+OUTSIDE = r"out-of-bounds|data race|read-only buffer"  # memory outside may belong to another buffer

@@ -1,4 +1,4 @@
-"""Mistakes in the kernel of the cross entropy."""
+"""Bugs in the cross entropy kernel."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from .bug import Bug
 
 
 def losses(classes: int = 300, start: int = 0, per_row: bool = False) -> Callable[[], object]:
-    """Of three rows, one of them ignored; each row of logits begins `start` elements into a longer one."""
+    """The losses of three rows, one of them ignored; rows of logits are views with offset `start`."""
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
         logits = make(3, classes + start, scale=3.0)[:, start:]
@@ -44,7 +44,7 @@ BUGS = [
         "",
     ),
     Bug(
-        "rows packed whatever their alignment",
+        "packs for misaligned rows",
         "cross_entropy",
         "load_columns<W>(in, column, p.cols, p.aligned, x, -INFINITY);",
         "load_columns<W>(in, column, p.cols, true, x, -INFINITY);",
@@ -82,7 +82,7 @@ ONLY_NUMBERS = [
     ("a thread's own sum of the logits", "cross_entropy",
      "if (p.smoothing > 0.0f) total = threadgroup_sum(total, scratch_total, place);", "", losses()),
     ("the target after the right one", "cross_entropy", "uint(index) : 0u", "uint(index) + 1u : 0u", losses()),
-    ("the target's share whatever the smoothing", "cross_entropy", "by * (1.0f - p.smoothing)", "by", losses()),
+    ("the target's share ignores the smoothing", "cross_entropy", "by * (1.0f - p.smoothing)", "by", losses()),
     ("no smoothing in the gradient", "cross_entropy", "factor - uniform -", "factor -", losses()),
     ("half of the gradient of a square", "cross_entropy", "2.0f * p.z_loss", "p.z_loss", losses()),
     ("ignored rows count", "cross_entropy", "index == p.ignore_index", "false", losses()),

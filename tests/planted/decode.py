@@ -1,4 +1,4 @@
-"""Mistakes in the kernels of the decode step."""
+"""Bugs in the kernels of the decode step."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from .bug import BARRIER, RACE, Bug
 def step(
     head_dim: int = 64, intermediate: int = 504, family: str = "qwen3", adapters: bool = False, **options
 ) -> Callable[[], list[torch.Tensor]]:
-    """Two new tokens of two sequences after a context of two chunks, through the kernels for whole packs."""
+    """Two new tokens of two sequences after a context of two chunks, with the kernels for whole packs."""
     shape = Shape(family, 1, 128, 8, 2, head_dim, head_dim, intermediate, vocabulary=101, experts=6)
 
     def run() -> list[torch.Tensor]:
@@ -26,7 +26,7 @@ def step(
 
 
 def packed(bits: int = 4) -> Callable[[], list[torch.Tensor]]:
-    """A step of a model whose matrices are all packed."""
+    """A step of a model with all matrices packed."""
 
     def run() -> list[torch.Tensor]:
         call = packed_step(bits, length=100)

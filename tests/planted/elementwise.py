@@ -1,4 +1,4 @@
-"""Mistakes in the kernels of softmax, SwiGLU, rotary embeddings, the KV cache and AdamW."""
+"""Bugs in the kernels of softmax, SwiGLU, rotary embeddings, the KV cache and AdamW."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from .bug import BARRIER, RACE, Bug
 
 
 def adamw_step(*sizes: int) -> Callable[[], list[torch.Tensor]]:
-    """A step over tensors of these sizes in a call of its own."""
+    """A step over tensors of these sizes in a separate call."""
 
     def run() -> list[torch.Tensor]:
         """The parameters and both averages; a tensor's step is its index."""
@@ -71,7 +71,7 @@ def rotated(rotary_dim: int = 16) -> Callable[[], object]:
 
 
 def appended() -> Callable[[], object]:
-    """Three tokens into a cache that has room for no more."""
+    """Three tokens into a cache with room for exactly these."""
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = make(2, 2, 5, 8), make(2, 2, 5, 8, seed=1)
@@ -245,7 +245,7 @@ BUGS = [
         "const float2 part = partial[row * p.chunks + thread_id];",
     ),
     Bug(
-        "the gradient's rows packed whatever their alignment",
+        "packs for misaligned rows of the gradient",
         "softmax",
         "grad_packs[i].load(grads, first + i * step, p.cols, p.aligned);",
         "grad_packs[i].load(grads, first + i * step, p.cols, true);",
@@ -386,7 +386,7 @@ ONLY_NUMBERS = [
     ("the sine's sign", "rope", "!transposed, llama, y", "transposed, llama, y", rotated()),
     ("both halves with the first half's cosine", "rope", "rotate<T, W>(b, a, cos_b,", "rotate<T, W>(b, a, cos_a,",
      rotated()),
-    ("dimensions behind the tables from the start of the head", "rope",
+    ("dimensions after the tables from the start of the head", "rope",
      "load_columns<W>(from + 2 * p.half_dim,", "load_columns<W>(from,", rotated()),
     ("keys in the place of values", "kv_append", "copy_unit(values, new_values,", "copy_unit(values, new_keys,",
      appended()),

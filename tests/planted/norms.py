@@ -1,4 +1,4 @@
-"""Mistakes in the kernels of the norms and their gradients."""
+"""Bugs in the kernels of the norms and their gradients."""
 
 from collections.abc import Callable
 
@@ -30,7 +30,7 @@ def layer_norm_forward(rows: int = 3, cols: int = 896) -> Callable[[], torch.Ten
 
 
 def layer_norm_backward(rows: int = 4, cols: int = 896, width: int = 896) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """Of a gradient that is the last `cols` columns of a tensor of `width`."""
+    """For a gradient that is the last `cols` columns of a tensor of `width`."""
     return lambda: torch.ops.torch_fused.layer_norm_backward(
         make(rows, width, seed=1)[:, width - cols :], make(rows, cols), (cols,), make(cols, seed=2), 1e-5, True, True
     )
@@ -108,7 +108,7 @@ BUGS = [
         "column + j < cols ? row[column + j]",
     ),
     Bug(
-        "misaligned stride: packs whatever the rows' alignment",
+        "misaligned stride: packs for misaligned rows",
         "rms_norm",
         "packs[0].load(input, column, cols, flags & ALIGNED);",
         "packs[0].load(input, column, cols, true);",
@@ -218,7 +218,7 @@ BUGS = [
         "const uint4 raw = from[i];",
     ),
     Bug(
-        "packs of the gradient whatever its rows' alignment",
+        "packs for misaligned rows of the gradient",
         "layer_norm_backward",
         "packs[0].load(grad, column, cols, flags & ALIGNED);",
         "packs[0].load(grad, column, cols, true);",

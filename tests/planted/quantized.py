@@ -1,4 +1,4 @@
-"""Mistakes in the kernels of packed matrices."""
+"""Bugs in the kernels of packed matrices."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from .bug import BARRIER, OUTSIDE, RACE, Bug
 def multiplied(
     vectors: int = 1, rows: int = 8, columns: int = 1056, bits: int = 4, start: int = 0
 ) -> Callable[[], object]:
-    """Groups of 32: rows that two simdgroups share, and whose last block is a lane or two."""
+    """Groups of 32: rows that two simdgroups share, with a last block of one or two lanes."""
     packed = quantize(make(rows, columns), bits=bits, group_size=32)
     x = make(vectors, columns + start, seed=1)[:, start:]
     return lambda: quantized_linear(x, *packed, bits=bits, group_size=32)
@@ -84,7 +84,7 @@ BUGS = [
         "",
     ),
     Bug(
-        "vectors packed whatever their alignment",
+        "packs for misaligned vectors",
         "quantized",
         "load_pack<T, WHOLE>(x",
         "load_pack<T, true>(x",

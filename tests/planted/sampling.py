@@ -1,4 +1,4 @@
-"""Mistakes in the kernels of sampling."""
+"""Bugs in the sampling kernels."""
 
 import torch
 
@@ -11,7 +11,7 @@ SECOND_MAXIMUM = "  value = simd_max(place.lane < place.simdgroups ? scratch[pla
 
 
 def draws(rows: int = 2, vocabulary: int = 5000, **filters: float) -> torch.Tensor:
-    """A draw from each row, with the logits so flat that another place in the order is another token."""
+    """A draw from each row, with logits so flat that another position in the order is another token."""
     return sample(make(rows, vocabulary) * 0.1, seed=1, **filters).float()
 
 
