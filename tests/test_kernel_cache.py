@@ -98,7 +98,7 @@ for name, damage in DAMAGES.items():
 
 
 def test_damaged_library_is_rebuilt(folder):
-    """Each kind of damage, in a child, which a damaged library could crash: the kernel runs, and nothing is left over."""
+    """Each kind of damage, in a child, which could crash: the kernel runs, and nothing is left over."""
     output = finish(start(f"DAMAGES = {DAMAGES}\n{DAMAGE}"))
     assert output.splitlines() == [f"{name} True" for name in DAMAGES]
     assert len(list((folder / "emulator").glob("*/kernels.so"))) == 1
