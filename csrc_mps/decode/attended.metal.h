@@ -1,5 +1,5 @@
-// The product after attention, for dense and packed rows. A threadgroup puts the chunks of the context together,
-// some columns at a time, and multiplies its rows with the result.
+// The product after attention, for dense and packed rows. A threadgroup combines the chunks of the context,
+// some columns at a time, and multiplies its rows by the result.
 #pragma once
 #include <metal_stdlib>
 #include "common/pack.metal.h"

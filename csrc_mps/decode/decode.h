@@ -20,7 +20,7 @@ struct DecodeCall {
   int64_t rotary_dim;
   at::IntArrayRef dropped;
 
-  // How many of the cache's first slots a layer with a window has no more.
+  // How many of the cache's first slots a layer with a window has dropped.
   int64_t dropped_of(size_t layer) const { return dropped.empty() ? 0 : dropped[layer]; }
 
   // A layer's tables of angles (positions, rotary_dim), any if it has none.
@@ -33,8 +33,8 @@ struct DecodeCall {
   int64_t projected() const { return (model.heads + 2 * model.kv_heads) * model.head_dim; }  // of q, k and v of a token
 };
 
-// A message names the argument, what it got and what it takes. On a GPU the indices are not looked at: the kernels stay
-// within the tables whatever they are.
+// Error messages name the argument. On a GPU the indices are not checked: the kernels stay
+// within the tables for any indices.
 DecodeCall check_decode(const DecoderPtr& model, const at::Tensor& token_ids, const at::Tensor& positions,
                         const OptionalTensor& starts, const at::Tensor& cos, const at::Tensor& sin, at::TensorList keys,
                         at::TensorList values, int64_t length, int64_t logits_to_keep, at::IntArrayRef dropped);

@@ -1,4 +1,4 @@
-// A decode step on the CPU: the model as the loops of step/ see it, their memory, and the instruction set.
+// A decode step on the CPU: the model for the loops of step/, their memory, and the instruction set.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
@@ -19,7 +19,7 @@ using at::TensorList;
 
 namespace {
 
-constexpr int64_t kChunk = 64;  // slots that a chunk of the context should at least have
+constexpr int64_t kChunk = 64;  // minimum number of slots in a chunk of the context
 
 Vector vector_of(const OptionalTensor& tensor) {
   return tensor ? Vector{tensor->const_data_ptr(), format_of(*tensor)} : Vector{nullptr, 0};
@@ -57,7 +57,7 @@ CacheStates<void> states_of(const Tensor& buffer, int64_t first) {
   return {buffer.mutable_data_ptr(), buffer.stride(0), buffer.stride(1), buffer.stride(2), first};
 }
 
-// The projection of the values is multiplied as floats: it is small, and its errors come through attention unweakened.
+// The value projection is multiplied as floats: it is small, and attention does not reduce its errors.
 Experts experts_of(const Tensor& all) {
   if (!all.defined()) return {};
   return {{all.const_data_ptr(), format_of(all), all.size(1), all.size(2), all.stride(1), {}, {}, false, {}},
@@ -97,7 +97,7 @@ StepLayer layer_of(const DecodeCall& call, size_t index) {
   return l;
 }
 
-// So many chunks that all threads have as much to do, if the context is long enough to be worth it.
+// Enough chunks to give all threads equal work, if the context is long enough.
 int64_t count_chunks(const StepShape& s) {
   const int64_t heads = s.batch * s.kv_heads, even = s.threads / std::gcd(heads, s.threads);
   const int64_t wanted = (4 * s.threads + heads - 1) / heads, most = s.length / kChunk;
@@ -105,7 +105,7 @@ int64_t count_chunks(const StepShape& s) {
   return chunks >= even ? chunks / even * even : std::max<int64_t>(1, chunks);
 }
 
-// With the best instructions that the machine has, or that ATEN_CPU_CAPABILITY allows torch.
+// With the best instructions that the machine has, or that ATEN_CPU_CAPABILITY allows.
 void run_step(const CpuStep& step, const Team& team) {
 #ifdef TORCH_FUSED_X86_DISPATCH
   static const std::string allowed = at::get_cpu_capability();

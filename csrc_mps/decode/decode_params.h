@@ -1,22 +1,22 @@
-// What the host code and the kernels of the decode step share.
+// Shared by the host code and the kernels of the decode step.
 #pragma once
 #include "common/activation_params.h"
 #include "common/shared.h"
 
 namespace torch_fused {
 
-// How a matrix, a vector or a cache holds its numbers.
+// The number format of a matrix, a vector or a cache.
 SHARED_CONSTANT uint32_t kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2;
 
 SHARED_CONSTANT uint32_t kLaneColumns = 8;                   // columns that a lane takes at once
 SHARED_CONSTANT uint32_t kBlockColumns = 32 * kLaneColumns;  // and a simdgroup
 SHARED_CONSTANT uint32_t kMostHeadDim = 256;
 SHARED_CONSTANT uint32_t kAttentionSimdgroups = 8;
-SHARED_CONSTANT uint32_t kTeamQueries = 2;  // that a simdgroup of attention has at once
+SHARED_CONSTANT uint32_t kTeamQueries = 2;  // per simdgroup of attention
 
 SHARED_CONSTANT uint32_t kMostRank = 256;  // of an adapter
 
-// One row of the embedding a token, times `scale`.
+// One row of the embedding per token, times `scale`.
 struct EmbedParams {
   int64_t stride;  // elements from row to row
   uint32_t hidden, vocabulary;
@@ -113,7 +113,7 @@ struct StepNormParams {
   float eps, norm_offset, scale;
 };
 
-// Attention of the new tokens over one chunk of the context, a threadgroup a key/value head and chunk.
+// Attention of the new tokens over one chunk of the context, one threadgroup per key/value head and chunk.
 struct AttentionParams {
   int64_t keys_batch, keys_head, keys_slot, values_batch, values_head, values_slot;  // strides
   int64_t length, window;  // slots in use; the last slots that a token sees, its own included, 0 for all

@@ -23,7 +23,7 @@ void decode_product(device const T* w0 [[buffer(0)]], device const T* w1 [[buffe
                                                    simdgroup, simdgroups);
 }
 
-// A row of the embedding a token; a token that is not in it has NaN.
+// One row of the embedding per token; NaN for a token that is not in it.
 template <typename T>
 [[kernel, max_total_threads_per_threadgroup(256)]]
 void decode_embed(device const T* embedding [[buffer(0)]], device const long* token_ids [[buffer(1)]],
@@ -60,7 +60,7 @@ void decode_norm(device const float* from [[buffer(0)]], device const ushort* no
   }
 }
 
-// What the gated products do at their end, where adapters come before it.
+// The end of the gated products, if adapters come before it.
 [[kernel, max_total_threads_per_threadgroup(256)]]
 void decode_gate(device float* gates [[buffer(0)]], device const float* ups [[buffer(1)]],
                  constant GateParams& p [[buffer(2)]], uint group [[threadgroup_position_in_grid]],

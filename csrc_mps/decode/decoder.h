@@ -1,4 +1,4 @@
-// The model of a decode step, as it was read.
+// The model of a decode step.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,7 +24,7 @@ inline uint32_t format_of(const at::Tensor& tensor) {
 
 struct Adapter;
 
-// A linear layer: results are rows * x + bias, and what its adapters add. Its rows are dense, of its own dtype, or
+// A linear layer: rows * x + bias, plus its adapters. Its rows are dense, with their own dtype, or
 // packed: uint32 words of codes with a scale and a bias for each group of columns.
 struct Linear {
   at::Tensor weight;
@@ -50,16 +50,16 @@ struct DecoderLayer {
   bool has_feed_forward() const { return gate.rows() > 0; }
   int64_t experts() const { return router.rows(); }
 
-  // Norms before attention and the feed-forward layers, and of what these give before it is added.
+  // Norms before attention and the feed-forward layers, and of their outputs before the residual addition.
   OptionalTensor input_norm, attention_output_norm, post_attention_norm, feed_forward_output_norm;
   Linear q, k, v, o, gate, up, down;
   OptionalTensor q_norm, k_norm;  // of each head, or of all as one
-  // A mixture of experts: a router chooses some of them for each token. gate, up and down, if there, are then those of
+  // A mixture of experts: a router selects some for each token. gate, up and down, if present, are then those of
   // an expert that all tokens share, times the sigmoid of `shared_gate`.
   Linear router, shared_gate;
   at::Tensor experts_gate, experts_up, experts_down;  // (experts, rows, cols)
-  int64_t window;  // the last slots that a token attends, its own included; 0 for all
-  int64_t table;   // which of the stacked tables of angles it has, -1 for none
+  int64_t window;  // the last slots that a token attends to, including its own; 0 for all
+  int64_t table;   // the index of its stacked table of angles, -1 for none
 };
 
 // A decoder's numbers, in the order of `Numbers` in ops/decoder.py.
@@ -70,7 +70,7 @@ struct DecoderNumbers {
   int64_t chosen() const { return static_cast<int64_t>(experts_per_token); }
 };
 
-// A decoder's tensors and numbers, checked when it is made and not again: a step reads them as they are.
+// A decoder's tensors and numbers, checked only when it is created.
 struct Decoder : torch::CustomClassHolder {
   // `layers` has, one layer after the other, what LAYER_PARTS in ops/decoder.py names.
   // `adapters` has an a and a b for each of `adapter_places`, which are matrices' places in `layers`.
@@ -81,19 +81,19 @@ struct Decoder : torch::CustomClassHolder {
           const std::vector<int64_t>& tables, bool int8_products, const std::vector<at::Tensor>& adapters,
           const std::vector<int64_t>& adapter_places, const std::vector<double>& adapter_scales);
 
-  // A tensor of the model, and what it was when it was checked: its owner can give it other memory at any time, as
+  // A tensor of the model, and its state when it was checked: its owner can give it other memory at any time, as
   // `parameter.data = tensor` does.
   struct Taken {
     std::string name;
     at::Tensor original, tensor;
     const void* data;
   };
-  // What this was made from, in the order of the constructor, for the reference and for torch.compile.
+  // The constructor's arguments, in order, for the reference and for torch.compile.
   using Arguments = std::tuple<at::Tensor, std::vector<OptionalTensor>, at::Tensor, at::Tensor, std::vector<at::Tensor>,
                                int64_t, std::vector<double>, std::string, std::vector<int64_t>, std::vector<int64_t>,
                                bool, std::vector<at::Tensor>, std::vector<int64_t>, std::vector<double>>;
   Arguments arguments() const;
-  // One that is not what it was, or null.
+  // A tensor that has changed since, or null.
   const Taken* changed() const;
 
   Linear embedding, head;

@@ -16,7 +16,7 @@ struct ExpertsProduct {
   const Tensor& from;
   const OptionalTensor& norm;
   const Tensor& to;
-  int64_t shared_by;  // experts that take the same vector
+  int64_t shared_by;  // experts that use the same vector
 };
 
 // Of each token's experts, given by `experts` (tokens, chosen).

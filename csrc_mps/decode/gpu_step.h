@@ -1,4 +1,4 @@
-// A decode step on a GPU as its launches are gathered.
+// A decode step on a GPU while its launches are collected.
 #pragma once
 
 #include <initializer_list>
@@ -17,7 +17,7 @@ struct GpuStep {
   LaunchList launches;
 };
 
-// What a product reads and writes besides its matrices.
+// The operands of a product besides its matrices.
 struct StepVectors {
   const at::Tensor& from;
   const at::Tensor& to;
@@ -34,9 +34,9 @@ void multiply_attended(GpuStep& step, const Linear& o, const at::Tensor& to, boo
 void embed(GpuStep& step);
 // activation(gate) * up, where adapters come before it.
 void gate(GpuStep& step, const at::Tensor& gates, const at::Tensor& ups);
-// What the feed-forward layers give, to `to`, times `scale`; without their norms of outputs.
+// The output of the feed-forward layers, to `to`, times `scale`; without output norms.
 void feed_forward(GpuStep& step, const DecoderLayer& layer, const at::Tensor& to, bool add, double scale);
-// What the experts give, to the states.
+// The output of the experts, added to the states.
 void feed_forward_of_experts(GpuStep& step, const DecoderLayer& layer);
 // RMS norm of each token's row, in place or added to `to`.
 void norm_rows(GpuStep& step, const at::Tensor& from, const at::Tensor& norm, const at::Tensor& to, bool add,

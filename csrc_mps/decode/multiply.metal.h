@@ -1,8 +1,8 @@
-// Products of a matrix's rows with a few vectors, a simdgroup or several a row, whatever the rows hold. A norm before a
-// product, and what comes after it (bias, residual, activation), are part of it.
+// Products of a matrix's rows with a few vectors, with one or more simdgroups per row, for any format. A norm before a
+// product, and operations after it (bias, residual, activation), are fused.
 //
-// A lane takes N columns of every block of 32 N. It holds them of the rows and of a vector in registers, so no lane
-// waits for another before the sums at the end, and all rows are under way before the first vector is needed.
+// A lane handles N columns of every block of 32 N. It holds those of the rows and of a vector in registers, so no lane
+// waits for another before the sums at the end, and all rows are being loaded before the first vector is needed.
 #pragma once
 #include <metal_stdlib>
 #include "common/activation.metal.h"
@@ -46,14 +46,14 @@ inline void sum_squares(device const float* vectors, constant ProductParams& p, 
   }
 }
 
-// What the simdgroups of a threadgroup share, for up to C vectors.
+// Shared by the simdgroups of a threadgroup, for up to C vectors.
 template <int C>
 struct Shared {
   float2 sums[kMostSplitSimdgroups * 32];
   float squares[C];
 };
 
-// R rows at once with C vectors, U blocks of columns at once. `rows` finds and loads rows, N columns a lane; T is the type
+// R rows at once with C vectors, U blocks of columns at once. `rows` loads rows, N columns per lane; T is the type
 // of norms and biases. GATED: the rows are pairs of a gate's and an up's, and the result is activation(gate) * up.
 template <typename T, int C, int R, int U, int N, bool GATED, bool WHOLE, typename MatrixRows>
 inline void multiply(thread MatrixRows& rows, device const ushort* b0, device const ushort* b1, device const ushort* b2,
@@ -89,7 +89,7 @@ inline void multiply(thread MatrixRows& rows, device const ushort* b0, device co
                                p.bias_format, matrix == 0 ? row : row - p.ends[matrix - 1]);
   }
 
-  // The first rows are under way before the vectors are there.
+  // The first rows are loaded before the vectors are ready.
   const bool normed = p.flags & kNormed;
   const uint step = p.splits * U * 32 * N;
   uint column = split * U * 32 * N + lane * N;

@@ -1,4 +1,4 @@
-// Products of packed matrices' rows with the vectors of a step, and the rows of a packed embedding. A source for each
+// Products of packed matrices' rows with the vectors of a step, and the rows of a packed embedding. One source per
 // number of bits instantiates them.
 #pragma once
 #include <metal_stdlib>
@@ -99,7 +99,7 @@ void decode_packed_attended(device const uint* matrix [[buffer(0)]], device cons
                                        simdgroup);
 }
 
-// A row of the embedding a token; a token that is not in it has NaN.
+// One row of the embedding per token; NaN for a token that is not in it.
 template <int BITS>
 [[kernel, max_total_threads_per_threadgroup(256)]]
 void decode_packed_embed(device const uint* words [[buffer(0)]], device const ushort* scales [[buffer(1)]],

@@ -3,7 +3,7 @@
 #include <metal_stdlib>
 using namespace metal;
 
-// A lane hands half of its N values on and takes over the other half of another's, until it has one.
+// Lanes exchange half of their N values and add, until each has one.
 template <int N>
 inline void share_sums(thread float* values, uint lane) {
   constexpr int HALF = N / 2;

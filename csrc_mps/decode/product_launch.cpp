@@ -27,7 +27,7 @@ Width width_for(int64_t vectors, bool whole, bool gated, bool packed) {
   return gated ? Width{1, 1, 4, 2 * kBlockColumns} : Width{1, 1, 2, 4 * kBlockColumns};
 }
 
-// Simdgroups that share a row: as many as fill a GPU, each with as many columns.
+// Simdgroups that share a row: enough to fill a GPU, each with the same number of columns.
 int64_t splits_for(const Width& width, int64_t rows, int64_t outputs, int64_t cols, bool packed) {
   int64_t enough = rows <= kFewRows ? kMostSplits : 1;
   if (packed) enough = kPackedSimdgroups * outputs / rows;
@@ -57,7 +57,7 @@ PackedFormat packed_format(std::initializer_list<const Linear*> matrices) {
   return format;
 }
 
-// The dtype of what is read beside a matrix: norms and biases. A fast kernel takes them in this one only.
+// The dtype of norms and biases that are read with a matrix. A fast kernel supports only this one.
 at::ScalarType dtype_beside(const Linear& matrix) {
   return (matrix.is_packed() ? matrix.scales : matrix.weight).scalar_type();
 }

@@ -1,4 +1,4 @@
-// Threads that stay together for a whole step and meet between its phases.
+// Threads that run a whole step together, with barriers between its phases.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -24,7 +24,7 @@ struct Range {
   }
 };
 
-// Where `size` threads wait for each other. A thread that has waited for long sleeps: on a busy machine the one it
+// A barrier of `size` threads. A thread that has waited for long sleeps: on a busy machine the thread it
 // waits for may need its processor. OpenMP's own barrier spins for milliseconds, and a step has hundreds of barriers.
 class Barrier {
  public:
@@ -70,7 +70,7 @@ class Team {
     return {count * member_ / size_, count * (member_ + 1) / size_};
   }
 
-  // Returns when all members have come; what they wrote before can be read after.
+  // Returns when all members have arrived; their earlier writes can be read afterwards.
   TORCH_FUSED_INLINE void meet() const {
     if (size_ > 1) barrier_->wait();
   }
@@ -80,7 +80,7 @@ class Team {
   Barrier* barrier_;
 };
 
-// How many threads a team may have here: one inside of another parallel region.
+// The maximum number of threads of a team here: one inside another parallel region.
 inline int64_t team_size() {
 #ifdef _OPENMP
   return at::in_parallel_region() ? 1 : at::get_num_threads();

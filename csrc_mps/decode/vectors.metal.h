@@ -1,4 +1,4 @@
-// How the kernels of the decode step read: fast where everything is of one type and aligned (WHOLE), else anything.
+// Loads of the decode step's kernels: fast if everything has one type and is aligned (WHOLE), else generic.
 #pragma once
 #include <metal_stdlib>
 #include "common/pack.metal.h"

@@ -1,5 +1,5 @@
-// Copies the keys and values of new tokens into a cache, a unit a thread. A unit is a pack of 16 bytes where every
-// operand's layout allows it, else an element; the copy is of bytes, so one kernel serves all dtypes of a size.
+// Copies the keys and values of new tokens into a cache, one unit per thread. A unit is a pack of 16 bytes if every
+// operand's layout allows it, else an element. Bytes are copied, so one kernel serves all dtypes of a size.
 #include <metal_stdlib>
 #include "kv_cache/kv_append_params.h"
 using namespace metal;

@@ -1,4 +1,4 @@
-// What a launch of kv_append is told.
+// The parameters of a kv_append launch.
 #pragma once
 #include "common/shared.h"
 
@@ -11,7 +11,7 @@ struct KvStrides {
 struct KvCopy {
   KvStrides to, from;
   uint32_t units;  // of the whole copy
-  uint32_t width;  // units a token of a head
+  uint32_t width;  // units per token of a head
 };
 
 struct KvAppendParams {

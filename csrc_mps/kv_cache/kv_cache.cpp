@@ -26,7 +26,7 @@ using at::Tensor;
 
 // ---- checks ---------------------------------------------------------------------------------------------------------
 
-// `fresh` must fit into `buffer` at `position`; their names are those of the op's arguments.
+// `fresh` must fit into `buffer` at `position`; the names are those of the op's arguments.
 void check_pair(const char* buffer_name, const Tensor& buffer, const char* fresh_name, const Tensor& fresh,
                 int64_t position) {
   TORCH_CHECK(buffer.dim() == 4, "kv_append_: ", buffer_name, " must be (batch, heads, capacity, head_dim), got shape ",
@@ -67,10 +67,10 @@ void check_kv_append(const Tensor& keys, const Tensor& values, const Tensor& new
 
 namespace {
 
-// Bytes a thread should at least copy: below that, waking one costs more than it saves.
+// The minimum number of bytes per thread: below that, waking a thread costs more than it saves.
 constexpr int64_t kGrainBytes = 65536;
 
-// Copies `from` to tokens `position` and on of `to`: tokens of a head that follow each other in one memcpy, else
+// Copies `from` to `to` from token `position` on: consecutive tokens of a head in one memcpy, else
 // token by token, else element by element.
 void copy_tokens(const Tensor& to, const Tensor& from, int64_t position) {
   if (from.numel() == 0) return;
@@ -135,7 +135,7 @@ void kv_append_autograd(const Tensor& keys, const Tensor& values, const Tensor& 
 
 // ---- append and view ------------------------------------------------------------------------------------------------
 
-// Every device and autograd see kv_append_ and two views: this only saves the way from Python and back for each.
+// The same as kv_append_ and two views on every device and in autograd, with one call from Python instead of three.
 std::tuple<Tensor, Tensor> kv_update(const Tensor& keys, const Tensor& values, const Tensor& new_keys,
                                      const Tensor& new_values, c10::SymInt position) {
   call_kv_append(keys, values, new_keys, new_values, position);

@@ -1,4 +1,4 @@
-// What kv_cache.cpp (CPU) and kv_cache_launch.cpp (GPU) share: the kernels' signatures and the checks of a call.
+// Shared by kv_cache.cpp (CPU) and kv_cache_launch.cpp (GPU): the kernels' signatures and the checks of a call.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -6,7 +6,7 @@
 
 namespace torch_fused {
 
-// Checks the operands of kv_append_; the message names the argument, what it got and what it takes.
+// Checks the operands of kv_append_; the message names the argument.
 void check_kv_append(const at::Tensor& keys, const at::Tensor& values, const at::Tensor& new_keys,
                      const at::Tensor& new_values, int64_t position);
 

@@ -17,7 +17,7 @@ using at::Tensor;
 constexpr int64_t kThreads = 256;
 constexpr int64_t kPack = 16;  // bytes
 
-// Whether packs reach every byte: each row of head_dim elements is dense, and starts and ends at a multiple of a pack.
+// Whether packs can be used: each row of head_dim elements is dense, and starts and ends at a multiple of a pack.
 bool takes_packs(const Tensor& tensor) {
   const bool dense = tensor.stride(3) == 1 && tensor.size(3) * tensor.element_size() % kPack == 0;
   return dense && rows_aligned(tensor, tensor.stride(0)) && rows_aligned(tensor, tensor.stride(1)) &&

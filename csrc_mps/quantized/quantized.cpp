@@ -27,7 +27,7 @@ TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def(
       "quantized_linear(Tensor x, Tensor weight, Tensor scales, Tensor biases, Tensor? bias=None, *, int bits, "
       "int group_size) -> Tensor");
-  // For the tests: as quantized_linear on the CPU, with x rounded to int8 as the decode step's is.
+  // For the tests: quantized_linear on the CPU, with x rounded to int8 as in the decode step.
   m.def(
       "_quantized_linear_int8(Tensor x, Tensor weight, Tensor scales, Tensor biases, *, int bits, int group_size) "
       "-> Tensor");
@@ -278,7 +278,7 @@ struct QuantizedLinearFunction : torch::autograd::Function<QuantizedLinearFuncti
     return call_quantized_linear(x, weight, scales, biases, bias, bits, group_size);
   }
 
-  // In torch's ops, which it differentiates again.
+  // In torch's ops, so that it can be differentiated again.
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
     const Tensor& grad = grads[0];
@@ -305,7 +305,7 @@ Tensor quantized_linear_autograd(const Tensor& x, const Tensor& weight, const Te
                                                                                        bits, group_size);
 }
 
-// As torch's own linear: in autocast's dtype.
+// Like torch's own linear: in autocast's dtype.
 template <c10::DispatchKey key, c10::DeviceType device>
 Tensor quantized_linear_autocast(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& biases,
                                  const OptionalTensor& bias, int64_t bits, int64_t group_size) {

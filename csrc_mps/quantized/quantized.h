@@ -1,4 +1,4 @@
-// What quantized.cpp (CPU) and quantized_launch.cpp (GPU) share: the kernels' signatures and the checked call.
+// Shared by quantized.cpp (CPU) and quantized_launch.cpp (GPU): the kernels' signatures and the checked call.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,7 +14,7 @@ constexpr int64_t kMostPackedVectors = 8;  // with more, a matrix is unpacked fo
 // A packed matrix as rows, of any leading dimensions.
 struct Packed {
   int64_t rows, cols, bits, group_size;
-  Rows weight, scales, biases;  // 32-bit words; a scale and a bias a group
+  Rows weight, scales, biases;  // 32-bit words; a scale and a bias per group
 };
 
 Packed check_packed(const char* op, const at::Tensor& weight, const at::Tensor& scales, const at::Tensor& biases,
@@ -26,7 +26,7 @@ struct QuantizedCall {
   int64_t vectors;
   std::vector<int64_t> result_sizes;
 
-  // Whether the packed rows are multiplied as they are.
+  // Whether the packed rows are multiplied directly.
   bool is_small() const { return vectors <= kMostPackedVectors && vectors > 0 && matrix.rows > 0 && matrix.cols > 0; }
 };
 

@@ -1,4 +1,4 @@
-// What a launch of the kernels for packed matrices is told.
+// The parameters of a launch of the kernels for packed matrices.
 #pragma once
 #include "common/shared.h"
 
@@ -19,7 +19,7 @@ struct QuantizedParams {
   uint32_t unused;
 };
 
-SHARED_CONSTANT uint32_t kUnpackedColumns = 8;  // a thread
+SHARED_CONSTANT uint32_t kUnpackedColumns = 8;  // per thread
 
 struct UnpackParams {
   int64_t weight_stride, scales_stride, biases_stride;

@@ -32,7 +32,7 @@ std::string torch_library_folder() {
 
 const Nvrtc& nvrtc() {
   static const Nvrtc api = [] {
-    // torch's stub library knows where the NVRTC of this torch is; the plain names serve builds without it.
+    // torch's stub library finds this torch's NVRTC; the plain names are for builds without it.
     void* library = open_library({torch_library_folder() + "libcaffe2_nvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"});
     Nvrtc n;
     bind(library, n.version, "nvrtcVersion");
@@ -55,7 +55,7 @@ std::string compile(const Source& source, const std::string& arch) {
   if (api.create(&program, source.cuda, file.c_str(), 0, nullptr, nullptr)) {
     throw LibraryUnavailable("NVRTC could not create a program for " + file);
   }
-  // No contraction unless the kernel says fma: the same bits as the emulator's.
+  // No contraction except explicit fma: the same bits as in the emulator.
   const char* options[] = {arch.c_str(), "--std=c++17", "--device-as-default-execution-space", "--fmad=false",
                            "--generate-line-info"};
   const int status = api.compile(program, std::size(options), options);

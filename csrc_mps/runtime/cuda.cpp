@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kFirstWithEarlyLaunches = 9;  // compute capability
 
-// A thread that has not called the CUDA runtime yet has no context, which the driver API needs.
+// A thread that has not called the CUDA runtime yet has no context for the driver API.
 void ensure_context(const Launch& launch, int device) {
   const Driver& api = driver();
   void* context = nullptr;
@@ -32,7 +32,7 @@ void ensure_context(const Launch& launch, int device) {
 // One op's kernels on one device, kept for the life of the process.
 struct Module {
   void* handle = nullptr;
-  std::string unavailable;  // why it could not be built, so that it is tried once
+  std::string unavailable;  // why it could not be built; it is tried only once
   std::map<std::string, void*> functions;
 };
 

@@ -20,7 +20,7 @@ namespace fs = std::filesystem;
 
 constexpr char kPartial[] = ".partial";
 
-// What lies there runs on the GPU.
+// Its files run on the GPU.
 bool is_ours(const fs::path& folder) {
   struct stat status;
   return stat(folder.c_str(), &status) == 0 && status.st_uid == geteuid();

@@ -1,4 +1,4 @@
-// Files kept between runs in the user's cache folder.
+// Files in the user's cache folder.
 #pragma once
 
 #include <filesystem>
@@ -15,8 +15,8 @@ std::filesystem::path cache_folder(const std::string& kind);
 // The bytes given to save_kept, or "" if there is no such file, it was damaged, or its folder is another user's.
 std::string load_kept(const std::filesystem::path& path);
 
-// Makes the folder, readable by nobody else, and the file in one step, so that processes starting at once never read
-// half of it. Removes what killed processes have left. A folder that cannot be written costs time, nothing else.
+// Creates the folder, not readable by other users, and the file in one step, so that other processes never read
+// half of it. Removes files of killed processes. If the folder cannot be written, only time is lost.
 void save_kept(const std::filesystem::path& path, const std::string& bytes);
 
 }  // namespace torch_fused

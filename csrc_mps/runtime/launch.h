@@ -1,5 +1,5 @@
-// The launch seam: the one call an op makes to run GPU kernels. It knows nothing of Metal or CUDA; the tensors' device
-// picks the runtime: metal.mm (mps), cuda.cpp (cuda) or emulator.cpp (cpu, inside torch_fused.metal.emulate()).
+// The launch interface: the one call an op makes to run GPU kernels. It is independent of Metal and CUDA; the tensors'
+// device selects the runtime: metal.mm (mps), cuda.cpp (cuda) or emulator.cpp (cpu, in torch_fused.metal.emulate()).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,8 +25,8 @@ constexpr size_t kMaxParamBytes = 4096;  // Metal's limit for setBytes
 constexpr int64_t kMaxThreads = 1024;    // threads in one threadgroup
 constexpr size_t kMaxDevices = 64;
 
-// A kernel of a source by its name. Each is made once and lives as long as the process, with what the runtimes know of
-// it.
+// A kernel of a source by its name. Each is created once and lives as long as the process, with the runtimes' data
+// for it.
 struct Kernel {
   Kernel(const Source& source, std::string name) : source(source), name(std::move(name)) {}
   const Source& source;
@@ -35,7 +35,7 @@ struct Kernel {
 };
 const Kernel& find_kernel(const std::string& source, const std::string& name);
 
-// The kernels of one name for each dtype and variant, so that a launch makes no name: "rms_norm_f32_4".
+// The kernels of one name for each dtype and variant, so that a launch does not build names: "rms_norm_f32_4".
 class KernelSet {
  public:
   KernelSet(const char* source, const char* prefix) : source_(source), prefix_(prefix) {}
@@ -66,7 +66,7 @@ struct LibraryUnavailable : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// What a runtime keeps for an owner that makes the same launches again and again, with other arguments each time.
+// A runtime's data for an owner that repeats the same launches with different arguments.
 struct Repeats {
   struct Kept {
     virtual ~Kept() = default;
@@ -75,7 +75,7 @@ struct Repeats {
   std::vector<std::unique_ptr<Kept>> kept;
 };
 
-// Checks the launches, then hands them, in order and at once, to the runtime of the tensors' device. Asynchronous on a
+// Checks the launches, then passes them, in order and at once, to the runtime of the tensors' device. Asynchronous on a
 // GPU. No threadgroups is no launch. An absent tensor is bound to any present one and flagged in the parameters.
 void launch(c10::ArrayRef<Launch> launches, Repeats* repeats = nullptr);
 
@@ -92,7 +92,7 @@ void launch(const Kernel& kernel, int64_t threadgroups, int64_t threads_per_thre
   launch(Launch{kernel, threadgroups, threads_per_threadgroup, tensors, &params, params_size<Params>()});
 }
 
-// Launches that are gathered, then handed over at once. After the first, each may begin early.
+// Launches that are collected, then passed to the runtime at once. After the first, each may begin early.
 class LaunchList {
  public:
   template <class Params>

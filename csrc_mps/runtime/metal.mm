@@ -25,7 +25,7 @@ struct Library {
   std::string error;
 };
 
-// The kernel's pipeline, owned by its library. The first failure condemns the whole source: it is not compiled again.
+// The kernel's pipeline, owned by its library. After a first failure the source is not compiled again.
 id<MTLComputePipelineState> find_pipeline(const Kernel& kernel) {
   std::atomic<void*>& known = kernel.functions[0];
   if (void* pipeline = known.load(std::memory_order_acquire)) {
@@ -67,7 +67,7 @@ bool use_debug_groups() {
   return enabled;
 }
 
-// All that the dispatch block needs of a launch: inside of it there are encoder calls only.
+// Everything that the dispatch block needs for a launch: it contains only encoder calls.
 struct Encoding {
   id<MTLComputePipelineState> pipeline;
   std::array<Binding, kMaxBuffers> buffers;
@@ -75,7 +75,7 @@ struct Encoding {
   MTLSize grid, group;
   const void* params;
   size_t params_size;
-  NSString* name;  // nil outside of a capture
+  NSString* name;  // nil outside a capture
 };
 
 Encoding prepare(const Launch& launch) {
@@ -87,7 +87,7 @@ Encoding prepare(const Launch& launch) {
   TORCH_CHECK(threads <= max_threads, "torch_fused::", launch.kernel.source.name, ": kernel ", launch.kernel.name,
               " was launched with ", threads, " threads per threadgroup, this Apple GPU runs at most ", max_threads,
               " of them");
-  // Metal takes neither a null buffer nor an offset at a buffer's end, so an empty tensor, which no kernel reads, is
+  // Metal allows neither a null buffer nor an offset at a buffer's end, so an empty tensor, which no kernel reads, is
   // bound to a tensor that has elements.
   const auto has_elements = [](const at::Tensor& tensor) { return tensor.numel() > 0; };
   const auto present = std::find_if(launch.tensors.begin(), launch.tensors.end(), has_elements);

@@ -1,4 +1,4 @@
-// The texts of one op's kernels. It needs no header of torch: setup.py makes a file that includes it for each source.
+// The sources of one op's kernels. It needs no torch headers: setup.py makes a file that includes it for each source.
 #pragma once
 
 #include <string>

@@ -51,7 +51,7 @@ inline float row_maximum(device const uint* maxima, uint slices, uint lane) {
   return as_type<float>(key_bits(simd_max(largest)));
 }
 
-// Values in a buffer nobody could check without waiting for the device: they are clamped.
+// Values in a buffer cannot be checked without waiting for the device, so they are clamped.
 inline TokenFilter row_filter(constant SamplingParams& p, device const float* row_parameters, uint row, float maximum) {
   RowParameters parameters = {p.temperature, p.top_k, p.min_p, p.top_p};
   if (p.flags & ROW_PARAMETERS) {

@@ -45,7 +45,7 @@ std::vector<Tensor> check_sum_of_squares(TensorList tensors) {
 
 namespace {
 
-constexpr int64_t kChunk = 16384;  // elements a thread takes at a time
+constexpr int64_t kChunk = 16384;  // elements per thread at a time
 
 // Blocks of a row are summed in the type of the arithmetic, the blocks in double.
 template <class T>
@@ -91,7 +91,7 @@ Tensor sum_of_squares_cpu(TensorList tensors) {
                                       [&] { sums[i] = squares(elements<const scalar_t>(tensor) + begin, count); });
     }
   });
-  double total = 0;  // in one order, whatever the number of threads
+  double total = 0;  // in one order, for any number of threads
   for (const double sum : sums) total += sum;
   const bool wide =
       std::all_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.scalar_type() == at::kDouble; });
@@ -109,7 +109,7 @@ Tensor sum_of_squares_autograd(TensorList tensors) {
   return op.call(tensors);
 }
 
-// Without a tensor torch knows no device, and calls this.
+// Without tensors, torch cannot find a device and calls this.
 Tensor sum_of_squares_of_none(TensorList tensors) {
   check_sum_of_squares(tensors);
   TORCH_CHECK_NOT_IMPLEMENTED(false, "sum_of_squares: tensors must be on the CPU, an Apple GPU or an NVIDIA GPU, got ",

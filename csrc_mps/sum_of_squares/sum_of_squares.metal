@@ -1,4 +1,4 @@
-// The sum of the squares of many tensors: of each stretch, then of the stretches.
+// The sum of the squares of many tensors: of each section, then of all sections.
 #include <metal_stdlib>
 #include "common/pack.metal.h"
 #include "common/reduce.metal.h"

@@ -1,4 +1,4 @@
-// The sum of squares on a GPU: 28 tensors a launch, then one launch for the total.
+// The sum of squares on a GPU: 28 tensors per launch, then one launch for the total.
 #include "sum_of_squares.h"
 
 #include <ATen/ops/empty.h>

@@ -1,4 +1,4 @@
-// What a launch of sum_of_squares is told: up to 28 tensors of a buffer each; 30 buffers in all.
+// The parameters of a sum_of_squares launch: up to 28 tensors with a buffer each; 30 buffers in total.
 #pragma once
 #include "common/shared.h"
 

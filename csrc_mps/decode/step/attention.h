@@ -69,7 +69,7 @@ TORCH_FUSED_INLINE void append(const CpuStep& s, const Context<T>& context, int6
   }
 }
 
-// What the queries that share a key have seen of the context: weighted sums of values, to be divided by `sums`.
+// The attention state of the queries that share a key: weighted sums of values, to be divided by `sums`.
 struct Attended {
   float* queries;  // (queries, head_dim), scaled
   float* values;   // (queries, head_dim)
@@ -204,7 +204,7 @@ TORCH_FUSED_INLINE float sum_of_block(const float* scores) {
   return sum_of(sum);
 }
 
-// Adds the slots begin .. end - 1, at most kKeyBlock, that a query at slot s.length + step may see.
+// Adds the slots begin .. end - 1, at most kKeyBlock, that a query at slot s.length + step may attend to.
 template <class T>
 TORCH_FUSED_INLINE void attend_block(const CpuStep& s, const Context<T>& context, int64_t batch, int64_t kv_head,
                                      int64_t begin, int64_t end, const Attended& seen) {

@@ -1,4 +1,4 @@
-// A step for the instruction set that the build has anyway: SSE2, or NEON.
+// A step for the build's default instruction set: SSE2, or NEON.
 #include "instruction_set.h"
 
 #define TORCH_FUSED_TARGET baseline

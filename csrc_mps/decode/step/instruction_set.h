@@ -1,4 +1,4 @@
-// What the sources of a step include before they choose an instruction set: the choice must not reach the functions of
+// Included by the sources of a step before they select an instruction set: the selection must not affect functions of
 // other headers, which the linker shares between all sources.
 #pragma once
 

@@ -1,5 +1,5 @@
-// A few floats as one value: a register of AVX2, which g++ would take larger ones apart for in memory, else sixteen, of
-// which the compiler makes one register or four.
+// A few floats as one value: one AVX2 register, because g++ splits larger ones through memory, else sixteen, which
+// the compiler puts into one or four registers.
 #pragma once
 
 #include <c10/util/BFloat16.h>

@@ -1,5 +1,5 @@
-// Products of matrix rows with a few vectors. A row is read once, from front to back: one sequential stream a thread is
-// the fastest way through memory.
+// Products of matrix rows with a few vectors. A row is read once from start to end: one sequential stream per thread is
+// the fastest way to read memory.
 #pragma once
 
 #include <cstdint>

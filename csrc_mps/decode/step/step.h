@@ -1,6 +1,6 @@
-// The phases of a step, compiled once for each instruction set, in a namespace of its own. Each member of the team runs
-// all of them and takes its share of each; small work, such as a norm, every member does for itself, which is faster
-// than to meet.
+// The phases of a step, compiled once per instruction set, in separate namespaces. Each member of the team runs
+// its share of each. Small work, such as a norm, is done by every member itself, which is faster
+// than a barrier.
 #pragma once
 
 #include <algorithm>
@@ -27,7 +27,7 @@ struct Results {
   float scale = 1;
 };
 
-// Vectors (count, cols) that a member multiplies with rows of some matrices. For packed rows it makes them ready once.
+// Vectors (count, cols) that a member multiplies by rows of some matrices. For packed rows it prepares them once.
 class Inputs {
  public:
   Inputs(const CpuStep& s, const Team& team, const float* x, int64_t count)
@@ -114,7 +114,7 @@ TORCH_FUSED_INLINE void add_low_rank(const Matrix& b, const T* weight, Range row
   }
 }
 
-// What an adapter adds to some rows. Every member that has rows makes a * x for itself: it is small.
+// What an adapter adds to some rows. Every member with rows computes a * x itself, because it is small.
 inline void add_adapter(const MatrixAdapter& adapter, Range rows, const Inputs& x, const Results& to) {
   if (rows.begin >= rows.end) return;
   float thin[kMostVectors * kMostRank];
@@ -181,7 +181,7 @@ TORCH_FUSED_INLINE void normed_states(const CpuStep& s, const Vector& norm, floa
   }
 }
 
-// Adds a product to the states; with a norm, when all of it is there.
+// Adds a product to the states; with a norm, after the whole product is computed.
 TORCH_FUSED_INLINE void add_output(const CpuStep& s, const Matrix& matrix, const Vector& norm, const Team& team,
                                    Inputs& x, float* own) {
   const Range rows = team.share(s.hidden);

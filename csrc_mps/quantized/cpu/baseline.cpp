@@ -1,4 +1,4 @@
-// Packed rows for the instruction set that the build has anyway: SSE2, or NEON.
+// Packed rows for the build's default instruction set: SSE2, or NEON.
 #include "instruction_set.h"
 
 #define TORCH_FUSED_TARGET baseline

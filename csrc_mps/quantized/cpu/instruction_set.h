@@ -1,4 +1,4 @@
-// What the sources of these loops include before they choose an instruction set: the choice must not reach the
+// Included by the sources of these loops before they select an instruction set: the selection must not affect the
 // functions of other headers, which the linker shares between all sources.
 #pragma once
 

@@ -1,4 +1,4 @@
-// The loops over packed rows, compiled once for each instruction set, in a namespace of its own.
+// The loops over packed rows, compiled once per instruction set, in separate namespaces.
 #pragma once
 
 #include <type_traits>
@@ -9,7 +9,7 @@
 
 namespace torch_fused::TORCH_FUSED_TARGET {
 
-// `count` scales or biases, and zeros to the end of a register. `beyond`: what lies behind them may be read.
+// `count` scales or biases, and zeros to the end of a register. `beyond`: the memory after them may be read.
 template <class S>
 TORCH_FUSED_INLINE void load_some(const S* from, int64_t count, bool beyond, float* to) {
   static constexpr uint32_t kIndex[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -30,7 +30,7 @@ TORCH_FUSED_INLINE void load_some(const S* from, int64_t count, bool beyond, flo
   }
 }
 
-// Groups of a row, kGroupsAtOnce or what is left, from groups.first on. `centre`: what the codes lack.
+// Groups of a row, kGroupsAtOnce or fewer, from groups.first on. `centre`: what was subtracted from the codes.
 template <class S>
 TORCH_FUSED_INLINE void load_groups(const PackedMatrix& m, const S* scales, int64_t row, float centre,
                                     PackedGroups& groups) {

@@ -14,7 +14,7 @@ struct Loops {
   void (*multiply_codes)(const PackedMatrix&, const IntegerVectors&, int64_t, int64_t, float*, int64_t);
 };
 
-// With the best instructions that the machine has, or that ATEN_CPU_CAPABILITY allows torch.
+// With the best instructions that the machine has, or that ATEN_CPU_CAPABILITY allows.
 const Loops& loops() {
 #define TORCH_FUSED_LOOPS(target)                                        \
   Loops {                                                                \

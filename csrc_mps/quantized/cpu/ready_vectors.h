@@ -7,7 +7,7 @@ namespace torch_fused {
 
 class ReadyVectors {
  public:
-  // Floats of memory for `count` vectors of at most so many columns.
+  // Floats of memory for `count` vectors of at most this many columns.
   static int64_t size(int64_t cols, int64_t count) { return count * (2 * cols + 4 * kCodeUnit); }
 
   // Makes `x`, (count, cols), ready for the rows of a matrix. `integers`: the values are rounded to int8.

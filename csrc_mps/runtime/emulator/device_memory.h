@@ -1,5 +1,5 @@
 // The buffers bound to one dispatch: their bounds, the races on them and the traffic to them. The kernel gets copies
-// that lie far apart: beside its neighbour in memory, a buffer's end would hide that a kernel goes past it.
+// with large gaps between them: next to another buffer, an access past a buffer's end would not be noticed.
 #pragma once
 
 #include <cstdint>

@@ -5,17 +5,17 @@
 
 namespace torch_fused::emulator {
 
-// What may take a fault of the calling thread.
+// The handler of faults of the calling thread.
 class FaultHandler {
  public:
-  // Whether the fault is the handler's; if so the thread goes on in `abandon`, on the stack whose end is `*stack`.
+  // Whether the handler takes the fault; if so, the thread continues in `abandon`, on the stack that ends at `*stack`.
   virtual bool take_fault(int signal, uintptr_t address, uintptr_t pc, char** stack) = 0;
 
  protected:
   ~FaultHandler() = default;
 };
 
-// Catches the signals of faults from here on. A fault that `handler_of_thread` does not take goes where it went before.
+// Catches the signals of faults from here on. A fault that `handler_of_thread` does not take has its earlier effect.
 // `abandon` must not return.
 void catch_faults(FaultHandler* (*handler_of_thread)(), void (*abandon)());
 

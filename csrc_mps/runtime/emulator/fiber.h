@@ -7,7 +7,7 @@ namespace torch_fused::emulator {
 
 constexpr size_t kStackBytes = 256 << 10;
 
-// Saves the running context in *from and continues at `to`, until someone switches back.
+// Saves the running context in *from and continues at `to`, until another fiber switches back.
 void switch_context(void** from, void* to);
 
 // The end of the stack that starts at `stack`, where a first frame may begin.

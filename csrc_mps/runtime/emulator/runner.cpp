@@ -19,7 +19,7 @@ constexpr size_t kArgumentAlignment = 16;
 constexpr uintptr_t kPage = 4096;
 constexpr uint32_t kMostAtomicLoads = 1 << 20;  // of a thread that does not spin
 
-// What a thread that launches keeps, because mapping it costs more than a small launch.
+// Memory that a launching thread keeps, because mapping it costs more than a small launch.
 struct Workspace {
   Stacks stacks;
   ThreadgroupMemory threadgroup_memory;
@@ -234,7 +234,7 @@ void Runner::fiber_main() {
   const msl_args args{pointers, values[0]};
   runner->dispatch_.kernel(&args);
   runner->wait(Fiber::kDone, 0, {});
-  std::abort();  // a fiber that is done is never resumed
+  std::abort();  // a finished fiber is never resumed
 }
 
 void Runner::builtins(uint32_t thread, unsigned (&values)[kBuiltins][3]) const {

@@ -1,4 +1,4 @@
-// Which fiber runs next, and who may go on from where it waits.
+// Selects the fiber that runs next, and the fibers that may continue after waiting.
 #include <algorithm>
 #include <utility>
 
@@ -56,7 +56,7 @@ void Runner::make_ready(std::vector<uint32_t> threads) {
   }
 }
 
-// Lets a simdgroup go on once all its living lanes wait at the same place for the same thing.
+// Lets a simdgroup continue once all its running lanes wait at the same place for the same thing.
 void Runner::release_simdgroup(Simdgroup& simdgroup, uint32_t first) {
   const uint32_t living = simdgroup.lanes & ~simdgroup.done;
   if (!living || (simdgroup.arrived & living) != living) return;
@@ -80,8 +80,8 @@ void Runner::release_simdgroup(Simdgroup& simdgroup, uint32_t first) {
   make_ready(std::move(threads));
 }
 
-// Nobody can run: either all threads wait at one threadgroup barrier, or the kernel is wrong. Returns whether they go
-// on.
+// No fiber can run: either all threads wait at one threadgroup barrier, or the kernel is wrong. Returns whether they
+// continue.
 bool Runner::release_barrier() {
   std::vector<uint32_t> waiting;
   for (const Fiber& fiber : fibers_) {
@@ -113,7 +113,7 @@ bool Runner::release_barrier() {
   return true;
 }
 
-// For a fiber that waits in vain for the other lanes of its simdgroup.
+// For a fiber that waits forever for the other lanes of its simdgroup.
 std::string Runner::divergence(const Fiber& fiber) const {
   std::string message = "divergent simdgroup operation: " + name(fiber) + " waits at " + fiber.place.text();
   for (const Fiber& other : fibers_) {

@@ -53,7 +53,7 @@ bool conflict(uint64_t recorded, uint64_t now) {
   return !in_one_threadgroup(recorded, now) && ((recorded | now) & kAtomicLoad);
 }
 
-// Reads are kept as one: the newest, with marks for what it stands for besides itself.
+// Reads are stored as one: the newest, with marks for the others that it represents.
 uint64_t merge_reads(uint64_t recorded, uint64_t now) {
   if (!recorded) return now;
   const bool one_threadgroup = in_one_threadgroup(recorded, now);

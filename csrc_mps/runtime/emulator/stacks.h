@@ -1,4 +1,4 @@
-// The stacks of the fibers of one thread that launches. Below each lies a page that nobody may touch: a kernel that
+// The stacks of the fibers of one launching thread. Below each is a guard page: a kernel that
 // needs more memory than its stack has faults there.
 #pragma once
 
