@@ -2,7 +2,7 @@
 
     python tools/packed_perplexity.py [--tokens 4096] [--bits 4|8]
 
-The model is the demo's: the 4 bits of its file, or 8 bits packed anew. The text is the standard library's docstrings.
+The model is the demo's, with the 4 bits of its file or repacked to 8. The text is the standard library's docstrings.
 The exit status is 1 if the perplexities differ by more than half a percent, or the root mean square of the logits by
 more than one.
 """
@@ -26,7 +26,7 @@ from torch_fused.hf.plan import Plan, read
 from torch_fused.ops.decode import decode_
 from torch_fused.ops.decoder import DECODER_PARTS
 
-BATCH, STEPS = 8, 8  # texts at once and tokens of a call, the most that the op takes
+BATCH, STEPS = 8, 8  # texts at once and tokens per call, the maximum of the op
 CONTEXT = 512  # tokens of a text
 MOST_PERPLEXITY, MOST_ERROR = 0.005, 0.01
 

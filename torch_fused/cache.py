@@ -20,7 +20,7 @@ class CacheError(RuntimeError):
     """The cache folder cannot be used; the message names it, the reason, and what to do."""
 
     def __init__(self, folder: Path | str, reason: Exception | str) -> None:
-        name = str(folder).encode(errors="backslashreplace").decode()  # whatever its bytes, it can be printed
+        name = str(folder).encode(errors="backslashreplace").decode()  # printable for any bytes
         reason = getattr(reason, "strerror", None) or reason
         super().__init__(
             f"torch_fused: the cache folder {name} cannot be used: {reason}. Set TORCH_FUSED_CACHE to a writable "

@@ -1,17 +1,17 @@
-"""Runs the CPU kernels' NEON versions on Linux x86-64: built for aarch64 by a cross compiler, run under qemu.
+"""Runs the CPU kernels' NEON versions on Linux x86-64: cross-compiled for aarch64 and run under qemu.
 
     python tools/arm_check/arm_check.py [--jobs 2]
 
-The programs beside this file compare the kernels with references in double: conversions of half types, products of
-packed rows, the decode step, and the ranking of tokens. The target has no torch: of its headers the programs use the
-half types, and stub/ stands in for the rest. Every program is built
+The programs in this folder compare the kernels with references in double: conversions of half types, products of
+packed rows, the decode step, and the ranking of tokens. The target has no torch: the programs use only the half types
+of its headers, and stub/ replaces the rest. Every program is built
 
-- for plain armv8-a, which has no instruction for dot products of bytes,
-- for armv8.2-a with that instruction, as Apple's processors and most servers have it, and
+- for plain armv8-a, which has no byte dot product instructions,
+- for armv8.2-a with these instructions, like Apple's processors and most servers, and
 - with clang, a Mac's compiler, for an Apple M1.
 
-The tokens drawn must be those that the same program draws on this machine. Then mistakes are planted in the sources
-one by one, and the program that covers each must fail.
+The drawn tokens must be the same as on this machine. Then bugs are planted in the sources one by one, and the program
+that covers each must fail.
 
 Needs Debian's g++-aarch64-linux-gnu and qemu-user-static, and clang-19. Objects stay in build/arm_check.
 """
@@ -97,7 +97,7 @@ def run(command: list[str]) -> str:
 def torch_headers() -> str:
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
-        raise CheckError("torch is not installed here, whose headers have the half types: make arm-check installs it")
+        raise CheckError("torch is not installed; its headers define the half types. make arm-check installs it")
     return str(Path(spec.submodule_search_locations[0]) / "include")
 
 

@@ -126,7 +126,7 @@ def erased(source: Tokens, span: range, attributes: set[int]) -> list[str]:
 def overloads(source: Tokens, found: list[Declaration], attributes: set[int]) -> list[range]:
     """The definitions that differ from an earlier one only in address spaces: C++ has one function for them.
 
-    An error for those whose bodies are not the same.
+    Adds an error if their bodies differ.
     """
     first: dict[tuple[str, ...], Declaration] = {}
     repeated = []

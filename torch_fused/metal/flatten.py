@@ -13,7 +13,7 @@ PRAGMA_ONCE = re.compile(r"[ \t]*#[ \t]*pragma[ \t]+once\b")
 
 
 def flatten(path: str | Path, include_dirs: Sequence[str | Path] = ()) -> str:
-    """The text of `path` with every #include "x.metal.h" resolved, beside the including file or in `include_dirs`.
+    """The text of `path` with every #include "x.metal.h" resolved, next to the including file or in `include_dirs`.
 
     Each header is taken once, as if it said #pragma once; <metal_stdlib> is left to Apple's compiler. #line directives
     keep base names, so any compiler's message names the original file and line. A header that is not found becomes an

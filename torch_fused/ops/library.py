@@ -33,7 +33,7 @@ def register(
     _references.impl(name, reference, "CompositeImplicitAutograd")
 
     def on_one_device(*args: Any, **kwargs: Any) -> Any:
-        # If one tensor is on "meta", torch calls the fake whatever the devices of the others, unchecked.
+        # If one tensor is on "meta", torch calls the fake without checking the devices of the others.
         named = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
         first = None
         for argument, value in named.items():
