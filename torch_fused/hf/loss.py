@@ -5,16 +5,19 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import _pytree as pytree
 
 from ..functional import linear_cross_entropy
+from .models import is_hooked
 from .origin import class_name, function_of, home_of
 
 LOSS = "_torch_fused_loss"
@@ -85,7 +88,8 @@ def head_forward(self, hidden: Tensor) -> Tensor:
     loss = getattr(_running, "loss", None)
     if loss is None or not _can_wait(self, hidden):
         return type(self).forward(self, hidden)
-    return Logits(loss, self, hidden)
+    source = _Source(loss, self, hidden)
+    return Logits.of(source, hidden, source.dtype)
 
 
 def _can_wait(head: Any, hidden: Any) -> bool:
@@ -102,7 +106,10 @@ def _can_wait(head: Any, hidden: Any) -> bool:
         and hidden.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and function_of(head.__dict__.get("forward")) is head_forward  # nobody stands around it
         and home_of(type(head)) is not None
+        and not is_hooked(head)
         and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and not any(forward_ad.unpack_dual(operand).tangent is not None for operand in operands)
     )
 
 
@@ -111,21 +118,16 @@ class Logits(Tensor):
 
     `F.cross_entropy` of them, as transformers calls it, is `linear_cross_entropy` of the hidden states. Anything else
     that is done with them makes them first, as the head would have: under the autocast and the gradient mode of its
-    call, and never from weights that have changed since.
+    call, and never from weights that have changed since. For autograd they are what `_Head` returned.
     """
 
     _source: "_Source"
     _hidden: Tensor
 
-    @staticmethod
-    def __new__(cls, loss: HeadLoss, head: nn.Linear, hidden: Tensor) -> "Logits":
-        source = _Source(loss, head, hidden)
-        return cls._of(source, hidden, source.dtype)
-
     @classmethod
-    def _of(cls, source: "_Source", hidden: Tensor, dtype: torch.dtype) -> "Logits":
-        shape = (*hidden.shape[:-1], source.weight.shape[0])
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
+    def of(cls, source: "_Source", hidden: Tensor, dtype: torch.dtype) -> "Logits":
+        """Those of hidden states, in a dtype."""
+        self = _Head.apply(source, dtype, hidden, source.weight, source.bias)
         self._source, self._hidden = source, hidden
         return self
 
@@ -138,9 +140,6 @@ class Logits(Tensor):
             self.__dict__["_value"] = value
         return value
 
-    def __init__(self, *args: Any) -> None:
-        pass
-
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -151,13 +150,42 @@ class Logits(Tensor):
             result = _LATER[func](*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        if func in _OF_GRADIENTS:
+            pytree.tree_map_only(cls, cls._check_gradient, (args, kwargs))
         args, kwargs = pytree.tree_map_only(cls, cls.made, (args, kwargs))
         return func(*args, **kwargs)
+
+    def _check_gradient(self) -> None:
+        if self._source.has_loss:
+            raise RuntimeError(
+                "apply_torch_fused: the loss of this call was made without its logits, so that it gives them no "
+                "gradient: pass loss=False to apply_torch_fused"
+            )
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         args, kwargs = pytree.tree_map_only(cls, cls.made, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+class _Head(torch.autograd.Function):
+    """For autograd, a head's call: what is given `Logits` where no `__torch_function__` sees it, such as an
+    `autograd.Function`, sends their gradient here."""
+
+    @staticmethod
+    def forward(ctx, source, dtype, hidden, weight, bias):  # type: ignore[override]
+        ctx.save_for_backward(hidden, weight)
+        ctx.dtype, ctx.bias = source.dtype, bias is not None
+        shape = (*hidden.shape[:-1], weight.shape[0])
+        return Tensor._make_wrapper_subclass(Logits, shape, dtype=dtype, device=hidden.device)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        hidden, weight = ctx.saved_tensors
+        rows = grad.to(ctx.dtype).flatten(0, -2)
+        of_hidden = (rows @ weight.to(ctx.dtype)).view(hidden.shape).to(hidden.dtype)
+        of_weight = (rows.T @ hidden.flatten(0, -2).to(ctx.dtype)).to(weight.dtype)
+        return None, None, of_hidden, of_weight, rows.sum(0).to(weight.dtype) if ctx.bias else None
 
 
 class _Source:
@@ -172,6 +200,7 @@ class _Source:
         self.gradients = torch.is_grad_enabled()
         self.versions = self._versions()
         self.stepped = False  # an optimizer has changed the weights, perhaps where torch does not count it
+        self.has_loss = False
         _steps.watch(self)
 
     def _versions(self) -> list[int]:
@@ -195,13 +224,20 @@ class _Source:
 
     def logits(self, hidden: Tensor) -> Tensor:
         self.loss.count("times logits were made, as they were read")
-        with self._then():
+        # Checkpointing, whose hooks count what is saved, would find them made when it computes again.
+        hooked = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+        with self._then(), saved_tensors_hooks(_same, _same) if hooked else nullcontext():
             return F.linear(hidden, self.weight, self.bias)
 
     def cross_entropy(self, hidden: Tensor, target: Tensor, **options: Any) -> Tensor:
         self.loss.count("losses without logits")
+        self.has_loss = True
         with self._then():
             return linear_cross_entropy(hidden, self.weight, target, bias=self.bias, **options)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _Steps:
@@ -237,7 +273,7 @@ _steps = _Steps()
 
 
 def _float(logits: Logits) -> Any:
-    return Logits._of(logits._source, logits._hidden, torch.float32)
+    return Logits.of(logits._source, logits._hidden, torch.float32)
 
 
 def _view(logits: Logits, *shape: Any) -> Any:
@@ -246,7 +282,7 @@ def _view(logits: Logits, *shape: Any) -> Any:
     if shape != (-1, logits.shape[-1]):
         return NotImplemented
     hidden = logits._hidden
-    return Logits._of(logits._source, hidden.reshape(-1, hidden.shape[-1]), logits.dtype)
+    return Logits.of(logits._source, hidden.reshape(-1, hidden.shape[-1]), logits.dtype)
 
 
 def _contiguous(logits: Logits) -> Any:
@@ -259,7 +295,7 @@ def _getitem(logits: Logits, index: Any) -> Any:
         return NotImplemented
     if index[2] != slice(None):
         return NotImplemented
-    return Logits._of(logits._source, logits._hidden[index], logits.dtype)
+    return Logits.of(logits._source, logits._hidden[index], logits.dtype)
 
 
 def _cross_entropy(*args: Any, **kwargs: Any) -> Any:
@@ -298,4 +334,5 @@ _ABOUT = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.element_size),
     *(Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.is_complex),
 }
-"""What is known of logits without making them. Until they are made they require no gradient."""
+"""What is known of logits without making them."""
+_OF_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad}

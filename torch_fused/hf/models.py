@@ -149,7 +149,7 @@ GATED: dict[str, Callable[..., Tensor]] = {
 
 def gated_op_of(activation: Any) -> Callable[..., Tensor] | None:
     """The op with an activation; None if there is none, or something runs around it."""
-    if home_of(type(activation)) is None or "forward" in activation.__dict__ or _hooked(activation):
+    if home_of(type(activation)) is None or "forward" in activation.__dict__ or is_hooked(activation):
         return None
     return GATED.get(activation_of(activation))
 
@@ -249,7 +249,7 @@ def _can_join(norm: nn.Module, hidden_states: Tensor, residual: Tensor) -> bool:
     """Whether calling `norm` does nothing but `rms_norm`, on tensors that `add_rms_norm` takes."""
     if (
         function_of(norm.__dict__.get("forward")) is not rms_norm_forward
-        or _hooked(norm)
+        or is_hooked(norm)
         or home_of(type(norm)) is None
     ):
         return False
@@ -275,7 +275,8 @@ def take_cache(kwargs: dict[str, Any], cache: Any = None) -> Any:
     return cache
 
 
-def _hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module runs more than its forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
