@@ -293,6 +293,36 @@ def test_logits_of_old_weights_are_refused():
         outputs.logits.argmax(-1)
 
 
+def test_logits_of_weights_that_are_replaced():
+    """Assigned to `.data`, which torch does not count, or converted."""
+    for change in (
+        lambda weight: setattr(weight, "data", weight.data * 2),
+        lambda weight: setattr(weight, "data", weight.data.bfloat16()),
+    ):
+        _, patched, _ = pair()
+        outputs = patched(prompt(2, 6), labels=prompt(2, 6))
+        change(patched.lm_head.weight)
+        with pytest.raises(RuntimeError, match="weights have changed"):
+            outputs.logits.argmax(-1)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_logits_that_are_read_first_without_gradients(mode):
+    """A gradient flows through them all the same, as they were asked for with one."""
+    stock, patched, _ = pair()
+    ids = prompt(2, 6)
+
+    def loss_of(model):
+        outputs = model(ids, labels=ids)
+        with mode():
+            right = (outputs.logits.argmax(-1) == ids).float().mean().item()
+        return outputs.logits.square().mean() + right
+
+    wanted = gradients(stock, loss_of(stock))
+    for name, gradient in gradients(patched, loss_of(patched)).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5)
+
+
 class WritesData(torch.optim.Optimizer):
     """Whose writes torch does not count."""
 

@@ -5,18 +5,18 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.graph import saved_tensors_hooks
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import _pytree as pytree
 
 from ..functional import linear_cross_entropy
+from ..sharding import is_sharded
 from .models import is_hooked
 from .origin import class_name, function_of, home_of
 
@@ -135,9 +135,10 @@ class Logits(Tensor):
         """The logits themselves."""
         value = self.__dict__.get("_value")
         if value is None:
-            with torch._C.DisableTorchFunctionSubclass():
-                value = self._source.logits(self._hidden).to(self.dtype)
-            self.__dict__["_value"] = value
+            with torch._C.DisableTorchFunctionSubclass(), self._source.then():
+                # Transforms of torch.func do not take such a function.
+                make = _make if torch._C._are_functorch_transforms_active() else _Made.apply
+                value = self.__dict__["_value"] = make(self)
         return value
 
     @classmethod
@@ -151,6 +152,9 @@ class Logits(Tensor):
             if result is not NotImplemented:
                 return result
         if func in _OF_GRADIENTS:
+            if func is Tensor.register_hook and _is_fsdps(args[1]):
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args)
             pytree.tree_map_only(cls, cls._check_gradient, (args, kwargs))
         args, kwargs = pytree.tree_map_only(cls, cls.made, (args, kwargs))
         return func(*args, **kwargs)
@@ -169,8 +173,8 @@ class Logits(Tensor):
 
 
 class _Head(torch.autograd.Function):
-    """For autograd, a head's call: what is given `Logits` where no `__torch_function__` sees it, such as an
-    `autograd.Function`, sends their gradient here."""
+    """For autograd, a head's call. The gradient of `Logits` comes here, of those that are made and of those that are
+    given to somebody's `autograd.Function`, which no `__torch_function__` sees."""
 
     @staticmethod
     def forward(ctx, source, dtype, hidden, weight, bias):  # type: ignore[override]
@@ -188,6 +192,27 @@ class _Head(torch.autograd.Function):
         return None, None, of_hidden, of_weight, rows.sum(0).to(weight.dtype) if ctx.bias else None
 
 
+class _Made(torch.autograd.Function):
+    """`Logits` as a plain tensor, whose gradient is theirs."""
+
+    @staticmethod
+    def forward(ctx, logits):  # type: ignore[override]
+        return _make(logits)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        return grad
+
+
+def _make(logits: Logits) -> Tensor:
+    return logits._source.logits(logits._hidden).to(logits.dtype)
+
+
+def _is_fsdps(hook: Any) -> bool:
+    """Whether a hook is to tell FSDP that a backward pass begins: the loss, which has one too, tells it as well."""
+    return getattr(getattr(hook, "func", hook), "__module__", "").startswith("torch.distributed.")
+
+
 class _Source:
     """A call of a head: its weights, and how it would have made its logits."""
 
@@ -197,26 +222,28 @@ class _Source:
         self.device = hidden.device.type
         self.autocast = torch.is_autocast_enabled(self.device)
         self.dtype = torch.get_autocast_dtype(self.device) if self.autocast else hidden.dtype
-        self.gradients = torch.is_grad_enabled()
+        self.gradients, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self.versions = self._versions()
         self.stepped = False  # an optimizer has changed the weights, perhaps where torch does not count it
         self.has_loss = False
         _steps.watch(self)
 
-    def _versions(self) -> list[int]:
+    def _versions(self) -> list[tuple[int, int]]:
+        """And where the weights are: assigned to `.data`, others are elsewhere."""
         tensors = (self.weight,) if self.bias is None else (self.weight, self.bias)
-        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        return [(0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for tensor in tensors]
 
     @contextmanager
-    def _then(self) -> Iterator[None]:
+    def then(self) -> Iterator[None]:
         """The modes of the head's call."""
         if self.stepped or self._versions() != self.versions:
             raise RuntimeError(
                 "apply_torch_fused: the logits of a call with labels are made when they are read, but the head's "
-                "weights have changed since that call: read outputs.logits before optimizer.step(), or pass loss=False "
-                "to apply_torch_fused"
+                "weights have changed since that call, or FSDP has freed them: read outputs.logits before "
+                "optimizer.step(), with FSDP before loss.backward(), or pass loss=False to apply_torch_fused"
             )
         with (
+            torch.inference_mode(self.inference),
             torch.autocast(self.device, dtype=self.dtype if self.autocast else None, enabled=self.autocast),
             torch.set_grad_enabled(self.gradients),
         ):
@@ -224,20 +251,13 @@ class _Source:
 
     def logits(self, hidden: Tensor) -> Tensor:
         self.loss.count("times logits were made, as they were read")
-        # Checkpointing, whose hooks count what is saved, would find them made when it computes again.
-        hooked = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
-        with self._then(), saved_tensors_hooks(_same, _same) if hooked else nullcontext():
-            return F.linear(hidden, self.weight, self.bias)
+        return F.linear(hidden, self.weight, self.bias)
 
     def cross_entropy(self, hidden: Tensor, target: Tensor, **options: Any) -> Tensor:
         self.loss.count("losses without logits")
         self.has_loss = True
-        with self._then():
+        with self.then():
             return linear_cross_entropy(hidden, self.weight, target, bias=self.bias, **options)
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 class _Steps:
@@ -255,10 +275,13 @@ class _Steps:
                 self._hook = register_optimizer_step_post_hook(self._stepped)
 
     def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        stepped = {id(param) for param in params}
+        # A head has the whole of a weight while it is called, the optimizer what this process keeps of it.
+        shapes = {param.shape for param in params if is_sharded(param)}
         with self._lock:
             for source in list(self._sources):
-                if stepped & {id(source.weight), id(source.bias)}:
+                if stepped & {id(source.weight), id(source.bias)} or source.weight.shape in shapes:
                     source.stepped = True
                     self._sources.discard(source)
             if not self._sources and self._hook is not None:
@@ -274,6 +297,14 @@ _steps = _Steps()
 
 def _float(logits: Logits) -> Any:
     return Logits.of(logits._source, logits._hidden, torch.float32)
+
+
+def _to(logits: Logits, *args: Any, **kwargs: Any) -> Any:
+    return _float(logits) if args == (torch.float32,) and not kwargs else NotImplemented
+
+
+def _clone(logits: Logits, **kwargs: Any) -> Any:
+    return Logits.of(logits._source, logits._hidden, logits.dtype)
 
 
 def _view(logits: Logits, *shape: Any) -> Any:
@@ -320,6 +351,8 @@ def _cross_entropy(*args: Any, **kwargs: Any) -> Any:
 _SIGNATURE = inspect.signature(F.cross_entropy)
 _LATER: dict[Any, Callable[..., Any]] = {
     Tensor.float: _float,
+    Tensor.to: _to,
+    Tensor.clone: _clone,
     Tensor.view: _view,
     Tensor.reshape: _view,
     Tensor.contiguous: _contiguous,
@@ -327,7 +360,19 @@ _LATER: dict[Any, Callable[..., Any]] = {
     F.cross_entropy: _cross_entropy,
 }
 _PROPERTIES = (
-    *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "grad_fn", "is_leaf", "itemsize", "nbytes"),
+    *(
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "layout",
+        "requires_grad",
+        "grad_fn",
+        "is_leaf",
+        "_base",
+        "itemsize",
+        "nbytes",
+    ),
     *("is_cpu", "is_cuda", "is_mps", "is_xla", "is_meta", "is_sparse", "is_quantized", "is_nested"),
 )
 _ABOUT = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {
