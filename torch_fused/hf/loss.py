@@ -11,13 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import _pytree as pytree
 
 from ..functional import linear_cross_entropy
 from ..sharding import is_sharded
-from .models import is_hooked
+from .models import is_hooked, is_transformed
 from .origin import class_name, function_of, home_of
 
 LOSS = "_torch_fused_loss"
@@ -108,8 +107,7 @@ def _can_wait(head: Any, hidden: Any) -> bool:
         and home_of(type(head)) is not None
         and not is_hooked(head)
         and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and not any(forward_ad.unpack_dual(operand).tangent is not None for operand in operands)
+        and not is_transformed(*operands)
     )
 
 

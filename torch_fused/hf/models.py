@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
@@ -38,7 +39,7 @@ def _is_left(module: nn.Module) -> bool:
 
 
 def rms_norm_forward(self, hidden_states: Tensor) -> Tensor:
-    if _is_left(self) or not _plain(hidden_states, self.weight):
+    if _is_left(self) or not is_plain(hidden_states, self.weight):
         return type(self).forward(self, hidden_states)
     return rms_norm(hidden_states, self.weight.shape, self.weight, **_norm_options(self))
 
@@ -132,7 +133,7 @@ def _attention_forward(
 
 
 def _rotated(home: Any, q: Tensor, k: Tensor, tables: Any, float32: bool) -> tuple[Tensor, Tensor]:
-    if not has_own_rotation(home) or not _plain(q, k, *tables):
+    if not has_own_rotation(home) or not is_plain(q, k, *tables):
         return home.apply_rotary_pos_emb(q, k, *tables)
     dtypes = q.dtype, k.dtype
     q, k = apply_rotary_pos_emb(q, k, *tables, casting_mode="llama")
@@ -163,14 +164,14 @@ def mlp_forward(self, x: Tensor) -> Tensor:
         gate, up = getattr(self, family.gate_up)(x).chunk(2, -1)
     else:
         gate, up = self.gate_proj(x), self.up_proj(x)
-    if _plain(gate, up):
+    if is_plain(gate, up):
         return self.down_proj(gated(gate, up))
     return self.down_proj(getattr(self, family.activation)(gate) * up)
 
 
 def apply_gate(self, gate_up: Tensor) -> Tensor:
     """What stands between the projections of experts: the rows of all tokens that have chosen one."""
-    left = _is_left(self) or not has_own_gate(type(self)) or not _plain(gate_up)
+    left = _is_left(self) or not has_own_gate(type(self)) or not is_plain(gate_up)
     gated = None if left else gated_op_of(self.act_fn)
     if gated is None:
         return getattr(type(self), APPLY_GATE)(self, gate_up)
@@ -256,10 +257,10 @@ def _can_join(norm: nn.Module, hidden_states: Tensor, residual: Tensor) -> bool:
     # Autocast, or a norm kept in float32, mixes dtypes; a model in parts has them on several devices.
     tensors = (hidden_states, residual, norm.weight)
     alike = len({tensor.dtype for tensor in tensors}) == len({tensor.device for tensor in tensors}) == 1
-    return alike and _plain(*tensors)
+    return alike and is_plain(*tensors)
 
 
-def _plain(*tensors: Any) -> bool:
+def is_plain(*tensors: Any) -> bool:
     """Whether these are torch's own tensors: our ops do not take DTensors, for one."""
     for tensor in tensors:  # noqa: SIM110 (twice as fast as all())
         if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
@@ -284,6 +285,12 @@ def is_hooked(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or _has_any_global_hook()
     )
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether torch.func or forward mode goes through them, which an `autograd.Function` of ours does not serve."""
+    active = torch._C._are_functorch_transforms_active()
+    return active or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 Forwards = dict[tuple[str, str], Callable]
