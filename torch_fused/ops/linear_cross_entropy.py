@@ -142,11 +142,11 @@ def linear_cross_entropy(
 ) -> Tensor:
     r"""``F.cross_entropy(F.linear(hidden, weight, bias), target)`` without the logits in memory.
 
-    The logits are made for a chunk of rows at a time, an eighth of them or 128 rows (512 on a GPU), and become their
-    gradient in place, from which the gradients of ``hidden``, ``weight`` and ``bias`` are added up at once: only of
-    those that require one, and in the forward pass. The backward pass multiplies them by the incoming gradient. With
-    ``reduction="none"`` and in float16, where the scale of the loss keeps small gradients from becoming 0, it makes
-    the logits once more instead. On the CPU, rows without a loss cost nothing.
+    The logits are made for a chunk of rows at a time, an eighth of them or 128 rows (256 of up to 65,536 classes, 512
+    on a GPU), and become their gradient in place, from which the gradients of ``hidden``, ``weight`` and ``bias`` are
+    added up at once: only of those that require one, and in the forward pass. The backward pass multiplies them by
+    the incoming gradient. With ``reduction="none"`` and in float16, where the scale of the loss keeps small gradients
+    from becoming 0, it makes the logits once more instead. On the CPU, rows without a loss cost nothing.
 
     Differentiable in ``hidden``, ``weight`` and ``bias``. Second derivatives, forward mode and :mod:`torch.func` go
     through torch's own ops, with all logits.
