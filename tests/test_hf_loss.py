@@ -11,6 +11,7 @@ from test_hf_generate import FAMILIES, make_model, one_thread, prompt  # noqa: F
 from test_hf_patch import kernels
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, Trainer, TrainingArguments
 
 from torch_fused.hf import apply_torch_fused
@@ -178,6 +179,106 @@ def test_a_loss_of_the_users_from_the_logits():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5)
 
 
+class CrossEntropy(torch.autograd.Function):
+    """A loss of a user's, with a backward of its own: torch hands it its arguments as they are."""
+
+    @staticmethod
+    def forward(ctx, logits, target):
+        ctx.save_for_backward(logits, target)
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, target = ctx.saved_tensors
+        of_logits = (logits.softmax(-1) - F.one_hot(target, logits.shape[-1])) / target.numel()
+        return grad * of_logits, None
+
+
+def checkpointed(reentrant):
+    return lambda logits, target: checkpoint(CrossEntropy.apply, logits, target, use_reentrant=reentrant)
+
+
+USERS = {"function": CrossEntropy.apply, "reentrant": checkpointed(True), "checkpointed": checkpointed(False)}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("user", USERS)
+def test_gradients_of_logits_that_an_autograd_function_takes(user, bias):
+    """Alone, beside the loss, and of logits that were read before; a part of them, in float32."""
+    models = [make_model(tie_word_embeddings=not bias).train() for _ in range(2)]
+    if bias:
+        for model in models:
+            model.lm_head = nn.Linear(64, 128)
+            model.lm_head.load_state_dict({"weight": torch.ones(128, 64).cumsum(0) / 512, "bias": torch.ones(128)})
+    apply_torch_fused(models[1])
+    ids = prompt(3, 9)
+    for read in (False, True):
+        for beside in (False, True):
+
+            def loss_of(model, read=read, beside=beside):
+                outputs = model(ids, labels=ids)
+                logits = outputs.logits.float()[..., :-1, :].contiguous()
+                assert logits.requires_grad and not logits.is_leaf and outputs.logits.grad_fn is not None
+                if read:
+                    logits.argmax(-1)
+                loss = USERS[user](logits, ids[:, 1:])
+                return loss + outputs.loss if beside else loss
+
+            stock, patched = models
+            wanted = gradients(stock, loss_of(stock))
+            found = gradients(patched, loss_of(patched))
+            assert found.keys() == wanted.keys()
+            for name, gradient in found.items():
+                torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def test_an_autograd_function_under_autocast():
+    stock, patched, _ = pair()
+    ids = prompt(2, 9)
+    found = []
+    for model in (stock, patched):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(ids, labels=ids).logits
+        found.append(gradients(model, CrossEntropy.apply(logits, ids)))
+    for name, gradient in found[1].items():
+        assert gradient.dtype == torch.float32
+        assert relative_error(gradient, found[0][name]) < 5e-2, name
+
+
+def test_a_checkpointed_loss():
+    """What is computed again keeps as many tensors as before, also where it makes the logits."""
+    stock, patched, _ = pair()
+    ids = prompt(2, 9)
+
+    def loss_of(model):
+        logits = model(ids, labels=ids).logits
+        return checkpoint(lambda logits: logits.logsumexp(-1).square().sum(), logits, use_reentrant=False)
+
+    wanted = gradients(stock, loss_of(stock))
+    for name, gradient in gradients(patched, loss_of(patched)).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda outputs: outputs.logits.register_hook(print),
+        lambda outputs: outputs.logits.retain_grad(),
+        lambda outputs: torch.autograd.grad(outputs.loss, [outputs.logits], allow_unused=True),
+    ],
+    ids=["hook", "retain", "grad"],
+)
+def test_a_gradient_that_the_loss_does_not_give(ask):
+    """It is refused, as it would be missing in silence."""
+    _, patched, handle = pair()
+    ids = prompt(2, 6)
+    with pytest.raises(RuntimeError, match="gives them no gradient: pass loss=False to apply_torch_fused"):
+        ask(patched(ids, labels=ids))
+    handle.revert()
+    apply_torch_fused(patched, loss=False)
+    ask(patched(ids, labels=ids))
+
+
 def test_logits_of_old_weights_are_an_error():
     """After the optimizer's step they would belong to other weights."""
     _, patched, _ = pair()
@@ -190,6 +291,36 @@ def test_logits_of_old_weights_are_an_error():
     assert torch.equal(kept.logits.argmax(-1), before)
     with pytest.raises(RuntimeError, match=r"weights have changed .* Read outputs.logits before optimizer.step"):
         outputs.logits.argmax(-1)
+
+
+def test_logits_of_weights_that_are_replaced():
+    """Assigned to `.data`, which torch does not count, or converted."""
+    for change in (
+        lambda weight: setattr(weight, "data", weight.data * 2),
+        lambda weight: setattr(weight, "data", weight.data.bfloat16()),
+    ):
+        _, patched, _ = pair()
+        outputs = patched(prompt(2, 6), labels=prompt(2, 6))
+        change(patched.lm_head.weight)
+        with pytest.raises(RuntimeError, match="weights have changed"):
+            outputs.logits.argmax(-1)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_logits_that_are_read_first_without_gradients(mode):
+    """A gradient flows through them all the same, as they were asked for with one."""
+    stock, patched, _ = pair()
+    ids = prompt(2, 6)
+
+    def loss_of(model):
+        outputs = model(ids, labels=ids)
+        with mode():
+            right = (outputs.logits.argmax(-1) == ids).float().mean().item()
+        return outputs.logits.square().mean() + right
+
+    wanted = gradients(stock, loss_of(stock))
+    for name, gradient in gradients(patched, loss_of(patched)).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5)
 
 
 class WritesData(torch.optim.Optimizer):
@@ -302,7 +433,17 @@ def wrapped(model):
     model.lm_head.forward = lambda x: own(x) * 2
 
 
-@pytest.mark.parametrize("change", [doubled, hooked, wrapped])
+def hooked_gradient(model):
+    model.lm_head.register_full_backward_hook(lambda module, of_input, of_output: (2 * of_input[0],))
+
+
+def hooked_output(model):
+    model.lm_head.register_forward_hook(
+        lambda module, args, logits: logits.register_hook(lambda grad: grad * 2) and None
+    )
+
+
+@pytest.mark.parametrize("change", [doubled, hooked, hooked_gradient, hooked_output, wrapped])
 @pytest.mark.parametrize("patch_first", [False, True])
 def test_other_heads(change, patch_first):
     """A head of another class, with a hook, or with a wrapper, before the patch or after: the loss is stock's."""

@@ -145,9 +145,10 @@ def parallel_step(rank, family, how):
     stock(ids, labels=ids, use_cache=False).loss.backward()
     expected = {name: weight.grad for name, weight in stock.named_parameters()}
     mesh = init_device_mesh("cpu", (2,))
-    if how == "ddp":
+    patched = model
+    if how.startswith("ddp"):
         apply_torch_fused(model)
-        model = nn.parallel.DistributedDataParallel(model)
+        model = nn.parallel.DistributedDataParallel(model, find_unused_parameters="searched" in how)
     if how == "patched, then sharded":
         apply_torch_fused(model)
     if "sharded" in how:
@@ -161,19 +162,52 @@ def parallel_step(rank, family, how):
         apply_torch_fused(model)
         model.gradient_checkpointing_enable({"use_reentrant": False})
     half = ids[2 * rank : 2 * rank + 2]
-    model(half, labels=half, use_cache=False).loss.backward()
+    outputs = model(half, labels=half, use_cache=False)
+    outputs.loss.backward()
+    assert "logits were made" not in apply_torch_fused(patched).report()
+    if "sharded" in how:
+        with pytest.raises(RuntimeError, match="FSDP has freed them"):
+            outputs.logits.argmax(-1)
     for name, weight in model.named_parameters():
         grad = weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad
         name = name.removeprefix("module.")
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{how} {n}: {m}")
 
 
+DDP = "ddp", "ddp, unused parameters searched"
+
+
+def sharded_logits(rank, sharded, reshard):
+    """One rank's gradients of the loss and of logits that are read, in a model whose head may be sharded alone."""
+    ids = prompt(4, 12)
+    stock, model = make_model().train(), make_model().train()
+    mesh = init_device_mesh("cpu", (2,))
+    apply_torch_fused(model)
+    for layer in (*model.model.layers, *([model.lm_head] if sharded == "head" else [])):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+    for step_model, rows in ((stock, ids), (model, ids[2 * rank : 2 * rank + 2])):
+        outputs = step_model(rows, labels=rows, use_cache=False)
+        (outputs.loss + outputs.logits.square().mean()).backward()
+    for (name, weight), expected in zip(model.named_parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(weight.grad.full_tensor(), expected.grad, rtol=1e-4, atol=1e-5, msg=name)
+    if sharded == "model":  # logits of weights that are whole again, after a step
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        old = model(ids, labels=ids, use_cache=False)
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        model(ids, labels=ids, use_cache=False)
+        with pytest.raises(RuntimeError, match="weights have changed"):
+            old.logits.argmax(-1)
+
+
 def parallel_steps(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for family in FAMILIES:
-        for how in ("ddp", "patched, then sharded", "sharded, then patched", "sharded, then patched, checkpointed"):
+        for how in (*DDP, "patched, then sharded", "sharded, then patched", "sharded, then patched, checkpointed"):
             parallel_step(rank, family, how)
+    sharded_logits(rank, "model", None)
+    sharded_logits(rank, "head", True)
     dist.destroy_process_group()
 
 

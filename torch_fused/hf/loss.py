@@ -15,6 +15,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import _pytree as pytree
 
 from ..functional import linear_cross_entropy
+from ..sharding import is_sharded
+from .models import is_hooked, is_transformed
 from .origin import class_name, function_of, home_of
 
 LOSS = "_torch_fused_loss"
@@ -85,7 +87,8 @@ def head_forward(self, hidden: Tensor) -> Tensor:
     loss = getattr(_running, "loss", None)
     if loss is None or not _can_wait(self, hidden):
         return type(self).forward(self, hidden)
-    return Logits(loss, self, hidden)
+    source = _Source(loss, self, hidden)
+    return Logits.of(source, hidden, source.dtype)
 
 
 def _can_wait(head: Any, hidden: Any) -> bool:
@@ -102,7 +105,9 @@ def _can_wait(head: Any, hidden: Any) -> bool:
         and hidden.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and function_of(head.__dict__.get("forward")) is head_forward  # nothing wraps it
         and home_of(type(head)) is not None
+        and not is_hooked(head)
         and not torch.jit.is_tracing()
+        and not is_transformed(*operands)
     )
 
 
@@ -111,21 +116,16 @@ class Logits(Tensor):
 
     `F.cross_entropy` of them, as transformers calls it, runs `linear_cross_entropy` of the hidden states. Any other use
     computes them first, in the autocast and gradient mode of the head's call. If the weights have changed since then,
-    it raises an error.
+    it raises an error. For autograd they are the result of `_Head`.
     """
 
     _source: "_Source"
     _hidden: Tensor
 
-    @staticmethod
-    def __new__(cls, loss: HeadLoss, head: nn.Linear, hidden: Tensor) -> "Logits":
-        source = _Source(loss, head, hidden)
-        return cls._of(source, hidden, source.dtype)
-
     @classmethod
-    def _of(cls, source: "_Source", hidden: Tensor, dtype: torch.dtype) -> "Logits":
-        shape = (*hidden.shape[:-1], source.weight.shape[0])
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
+    def of(cls, source: "_Source", hidden: Tensor, dtype: torch.dtype) -> "Logits":
+        """Those of hidden states, in a dtype."""
+        self = _Head.apply(source, dtype, hidden, source.weight, source.bias)
         self._source, self._hidden = source, hidden
         return self
 
@@ -133,13 +133,11 @@ class Logits(Tensor):
         """The logits, computed now if needed."""
         value = self.__dict__.get("_value")
         if value is None:
-            with torch._C.DisableTorchFunctionSubclass():
-                value = self._source.logits(self._hidden).to(self.dtype)
-            self.__dict__["_value"] = value
+            with torch._C.DisableTorchFunctionSubclass(), self._source.then():
+                # Transforms of torch.func do not take such a function.
+                make = _make if torch._C._are_functorch_transforms_active() else _Made.apply
+                value = self.__dict__["_value"] = make(self)
         return value
-
-    def __init__(self, *args: Any) -> None:
-        pass
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -151,13 +149,66 @@ class Logits(Tensor):
             result = _LATER[func](*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        if func in _OF_GRADIENTS:
+            if func is Tensor.register_hook and _is_fsdps(args[1]):
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args)
+            pytree.tree_map_only(cls, cls._check_gradient, (args, kwargs))
         args, kwargs = pytree.tree_map_only(cls, cls.made, (args, kwargs))
         return func(*args, **kwargs)
+
+    def _check_gradient(self) -> None:
+        if self._source.has_loss:
+            raise RuntimeError(
+                "apply_torch_fused: the loss of this call was made without its logits, so that it gives them no "
+                "gradient: pass loss=False to apply_torch_fused"
+            )
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         args, kwargs = pytree.tree_map_only(cls, cls.made, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+class _Head(torch.autograd.Function):
+    """A head's call, for autograd. It gets the gradient of `Logits`, both of computed ones and of those that are
+    given to somebody's `autograd.Function`, which no `__torch_function__` sees."""
+
+    @staticmethod
+    def forward(ctx, source, dtype, hidden, weight, bias):  # type: ignore[override]
+        ctx.save_for_backward(hidden, weight)
+        ctx.dtype, ctx.bias = source.dtype, bias is not None
+        shape = (*hidden.shape[:-1], weight.shape[0])
+        return Tensor._make_wrapper_subclass(Logits, shape, dtype=dtype, device=hidden.device)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        hidden, weight = ctx.saved_tensors
+        rows = grad.to(ctx.dtype).flatten(0, -2)
+        of_hidden = (rows @ weight.to(ctx.dtype)).view(hidden.shape).to(hidden.dtype)
+        of_weight = (rows.T @ hidden.flatten(0, -2).to(ctx.dtype)).to(weight.dtype)
+        return None, None, of_hidden, of_weight, rows.sum(0).to(weight.dtype) if ctx.bias else None
+
+
+class _Made(torch.autograd.Function):
+    """`Logits` as a plain tensor, whose gradient is theirs."""
+
+    @staticmethod
+    def forward(ctx, logits):  # type: ignore[override]
+        return _make(logits)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        return grad
+
+
+def _make(logits: Logits) -> Tensor:
+    return logits._source.logits(logits._hidden).to(logits.dtype)
+
+
+def _is_fsdps(hook: Any) -> bool:
+    """Whether a hook is to tell FSDP that a backward pass begins: the loss, which has one too, tells it as well."""
+    return getattr(getattr(hook, "func", hook), "__module__", "").startswith("torch.distributed.")
 
 
 class _Source:
@@ -169,25 +220,28 @@ class _Source:
         self.device = hidden.device.type
         self.autocast = torch.is_autocast_enabled(self.device)
         self.dtype = torch.get_autocast_dtype(self.device) if self.autocast else hidden.dtype
-        self.gradients = torch.is_grad_enabled()
+        self.gradients, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self.versions = self._versions()
         self.stepped = False  # an optimizer has changed the weights, possibly without a new version number
+        self.has_loss = False
         _steps.watch(self)
 
-    def _versions(self) -> list[int]:
+    def _versions(self) -> list[tuple[int, int]]:
+        """And where the weights are: assigned to `.data`, others are elsewhere."""
         tensors = (self.weight,) if self.bias is None else (self.weight, self.bias)
-        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        return [(0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for tensor in tensors]
 
     @contextmanager
-    def _then(self) -> Iterator[None]:
+    def then(self) -> Iterator[None]:
         """The modes of the head's call."""
         if self.stepped or self._versions() != self.versions:
             raise RuntimeError(
                 "apply_torch_fused: the logits of a call with labels are computed when they are read, but the head's "
-                "weights have changed since that call. Read outputs.logits before optimizer.step(), or pass loss=False "
-                "to apply_torch_fused."
+                "weights have changed since that call, or FSDP has freed them. Read outputs.logits before "
+                "optimizer.step(), with FSDP before loss.backward(), or pass loss=False to apply_torch_fused."
             )
         with (
+            torch.inference_mode(self.inference),
             torch.autocast(self.device, dtype=self.dtype if self.autocast else None, enabled=self.autocast),
             torch.set_grad_enabled(self.gradients),
         ):
@@ -195,12 +249,12 @@ class _Source:
 
     def logits(self, hidden: Tensor) -> Tensor:
         self.loss.count("times the logits were computed because they were read")
-        with self._then():
-            return F.linear(hidden, self.weight, self.bias)
+        return F.linear(hidden, self.weight, self.bias)
 
     def cross_entropy(self, hidden: Tensor, target: Tensor, **options: Any) -> Tensor:
         self.loss.count("losses without logits")
-        with self._then():
+        self.has_loss = True
+        with self.then():
             return linear_cross_entropy(hidden, self.weight, target, bias=self.bias, **options)
 
 
@@ -219,10 +273,13 @@ class _Steps:
                 self._hook = register_optimizer_step_post_hook(self._stepped)
 
     def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        stepped = {id(param) for param in params}
+        # A head has the whole of a weight while it is called, the optimizer what this process keeps of it.
+        shapes = {param.shape for param in params if is_sharded(param)}
         with self._lock:
             for source in list(self._sources):
-                if stepped & {id(source.weight), id(source.bias)}:
+                if stepped & {id(source.weight), id(source.bias)} or source.weight.shape in shapes:
                     source.stepped = True
                     self._sources.discard(source)
             if not self._sources and self._hook is not None:
@@ -237,7 +294,15 @@ _steps = _Steps()
 
 
 def _float(logits: Logits) -> Any:
-    return Logits._of(logits._source, logits._hidden, torch.float32)
+    return Logits.of(logits._source, logits._hidden, torch.float32)
+
+
+def _to(logits: Logits, *args: Any, **kwargs: Any) -> Any:
+    return _float(logits) if args == (torch.float32,) and not kwargs else NotImplemented
+
+
+def _clone(logits: Logits, **kwargs: Any) -> Any:
+    return Logits.of(logits._source, logits._hidden, logits.dtype)
 
 
 def _view(logits: Logits, *shape: Any) -> Any:
@@ -246,7 +311,7 @@ def _view(logits: Logits, *shape: Any) -> Any:
     if shape != (-1, logits.shape[-1]):
         return NotImplemented
     hidden = logits._hidden
-    return Logits._of(logits._source, hidden.reshape(-1, hidden.shape[-1]), logits.dtype)
+    return Logits.of(logits._source, hidden.reshape(-1, hidden.shape[-1]), logits.dtype)
 
 
 def _contiguous(logits: Logits) -> Any:
@@ -259,7 +324,7 @@ def _getitem(logits: Logits, index: Any) -> Any:
         return NotImplemented
     if index[2] != slice(None):
         return NotImplemented
-    return Logits._of(logits._source, logits._hidden[index], logits.dtype)
+    return Logits.of(logits._source, logits._hidden[index], logits.dtype)
 
 
 def _cross_entropy(*args: Any, **kwargs: Any) -> Any:
@@ -284,6 +349,8 @@ def _cross_entropy(*args: Any, **kwargs: Any) -> Any:
 _SIGNATURE = inspect.signature(F.cross_entropy)
 _LATER: dict[Any, Callable[..., Any]] = {
     Tensor.float: _float,
+    Tensor.to: _to,
+    Tensor.clone: _clone,
     Tensor.view: _view,
     Tensor.reshape: _view,
     Tensor.contiguous: _contiguous,
@@ -291,11 +358,24 @@ _LATER: dict[Any, Callable[..., Any]] = {
     F.cross_entropy: _cross_entropy,
 }
 _PROPERTIES = (
-    *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "grad_fn", "is_leaf", "itemsize", "nbytes"),
+    *(
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "layout",
+        "requires_grad",
+        "grad_fn",
+        "is_leaf",
+        "_base",
+        "itemsize",
+        "nbytes",
+    ),
     *("is_cpu", "is_cuda", "is_mps", "is_xla", "is_meta", "is_sparse", "is_quantized", "is_nested"),
 )
 _ABOUT = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.element_size),
     *(Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.is_complex),
 }
-"""Properties that do not need the logits' values. Until they are computed, they require no gradient."""
+"""Properties that do not need the logits' values."""
+_OF_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad}

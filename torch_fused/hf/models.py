@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
@@ -38,7 +39,7 @@ def _is_left(module: nn.Module) -> bool:
 
 
 def rms_norm_forward(self, hidden_states: Tensor) -> Tensor:
-    if _is_left(self) or not _plain(hidden_states, self.weight):
+    if _is_left(self) or not is_plain(hidden_states, self.weight):
         return type(self).forward(self, hidden_states)
     return rms_norm(hidden_states, self.weight.shape, self.weight, **_norm_options(self))
 
@@ -132,7 +133,7 @@ def _attention_forward(
 
 
 def _rotated(home: Any, q: Tensor, k: Tensor, tables: Any, float32: bool) -> tuple[Tensor, Tensor]:
-    if not has_own_rotation(home) or not _plain(q, k, *tables):
+    if not has_own_rotation(home) or not is_plain(q, k, *tables):
         return home.apply_rotary_pos_emb(q, k, *tables)
     dtypes = q.dtype, k.dtype
     q, k = apply_rotary_pos_emb(q, k, *tables, casting_mode="llama")
@@ -149,7 +150,7 @@ GATED: dict[str, Callable[..., Tensor]] = {
 
 def gated_op_of(activation: Any) -> Callable[..., Tensor] | None:
     """The op for an activation; None if there is none, or the activation is hooked or replaced."""
-    if home_of(type(activation)) is None or "forward" in activation.__dict__ or _hooked(activation):
+    if home_of(type(activation)) is None or "forward" in activation.__dict__ or is_hooked(activation):
         return None
     return GATED.get(activation_of(activation))
 
@@ -163,14 +164,14 @@ def mlp_forward(self, x: Tensor) -> Tensor:
         gate, up = getattr(self, family.gate_up)(x).chunk(2, -1)
     else:
         gate, up = self.gate_proj(x), self.up_proj(x)
-    if _plain(gate, up):
+    if is_plain(gate, up):
         return self.down_proj(gated(gate, up))
     return self.down_proj(getattr(self, family.activation)(gate) * up)
 
 
 def apply_gate(self, gate_up: Tensor) -> Tensor:
     """The activation between the projections of an expert, for the rows of its tokens."""
-    left = _is_left(self) or not has_own_gate(type(self)) or not _plain(gate_up)
+    left = _is_left(self) or not has_own_gate(type(self)) or not is_plain(gate_up)
     gated = None if left else gated_op_of(self.act_fn)
     if gated is None:
         return getattr(type(self), APPLY_GATE)(self, gate_up)
@@ -249,17 +250,17 @@ def _can_join(norm: nn.Module, hidden_states: Tensor, residual: Tensor) -> bool:
     """Whether `norm` only calls `rms_norm`, and `add_rms_norm` supports the tensors."""
     if (
         function_of(norm.__dict__.get("forward")) is not rms_norm_forward
-        or _hooked(norm)
+        or is_hooked(norm)
         or home_of(type(norm)) is None
     ):
         return False
     # Autocast, or a norm kept in float32, mixes dtypes; a split model has tensors on several devices.
     tensors = (hidden_states, residual, norm.weight)
     alike = len({tensor.dtype for tensor in tensors}) == len({tensor.device for tensor in tensors}) == 1
-    return alike and _plain(*tensors)
+    return alike and is_plain(*tensors)
 
 
-def _plain(*tensors: Any) -> bool:
+def is_plain(*tensors: Any) -> bool:
     """Whether these are plain tensors; our ops do not support DTensors, for example."""
     for tensor in tensors:  # noqa: SIM110 (twice as fast as all())
         if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
@@ -275,7 +276,8 @@ def take_cache(kwargs: dict[str, Any], cache: Any = None) -> Any:
     return cache
 
 
-def _hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module runs more than its forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -283,6 +285,12 @@ def _hooked(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or _has_any_global_hook()
     )
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether torch.func or forward mode goes through them, which an `autograd.Function` of ours does not serve."""
+    active = torch._C._are_functorch_transforms_active()
+    return active or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 Forwards = dict[tuple[str, str], Callable]

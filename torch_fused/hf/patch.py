@@ -21,6 +21,8 @@ from .described import mismatch
 from .families import FAMILIES, UNKNOWN, Family, known
 from .inputs import find_model
 from .loop import generate_by_loop
+from .lora import is_lora
+from .lora_linear import lora_forward
 from .loss import LOSS, HeadLoss, head_forward, why_no_loss
 from .models import DECODER_LAYERS, EXPERTS, GATED, MLPS, RMS_NORMS, ROTARY, Forwards, activation_of
 from .origin import Bound, class_name, describe, function_of, home_of, is_ours, path_of
@@ -108,6 +110,12 @@ class PatchHandle:
         for path, module in self._model.named_modules():
             if path_of(module) in EXPERTS and has_own_gate(type(module)) and not why_left(module):
                 self._bind(path, module, APPLY_GATE, partial(EXPERTS[path_of(module)], module))
+
+    def bind_adapters(self) -> None:
+        """Lets LoRA adapters of PEFT be added by their products in training."""
+        for path, module in self._model.named_modules():
+            if is_lora(module) and type(module.base_layer) is nn.Linear:
+                self._bind(path, module, "forward", partial(lora_forward, module))
 
     def bind_generation(self, method: str, function: Callable) -> None:
         """Binds a method that `generate` calls to the model, or to the model inside a wrapper such as PEFT's."""
@@ -253,6 +261,7 @@ def apply_torch_fused(
     residual: bool = True,
     rotary: bool = True,
     mlp: bool = True,
+    adapters: bool = True,
     cache: bool = True,
     sampler: bool = True,
     decode: bool = True,
@@ -274,6 +283,8 @@ def apply_torch_fused(
         rotary: rotate queries and keys in one kernel.
         mlp: run the activation between the feed-forward projections, ``silu(gate) * up`` or the same with gelu, as one
             kernel, also in experts.
+        adapters: in training, add the output of PEFT's LoRA adapters to their frozen linear layer's output in the
+            adapter's own matrix product. Applies to the adapters that the model has now.
         cache: ``generate()`` creates a :class:`FusedKVCache` instead of a ``DynamicCache``. So does a call of the model
             without gradients and without a cache, if ``decode`` can continue from it. Your own cache, another
             ``cache_implementation`` and ``use_cache=False`` are respected.
@@ -319,6 +330,7 @@ def apply_torch_fused(
         "residual": residual,
         "rotary": rotary,
         "mlp": mlp,
+        "adapters": adapters,
         "cache": cache,
         "sampler": sampler,
         "decode": decode,
@@ -350,6 +362,8 @@ def apply_torch_fused(
             if mlp:
                 handle.bind_forwards(MLPS)
                 handle.bind_gates()
+            if adapters:
+                handle.bind_adapters()
             if cache:
                 handle.bind_generation(PREPARE_CACHE, prepare_cache_for_generation)
             if decode or loss:
