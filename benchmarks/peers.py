@@ -92,32 +92,22 @@ def llama_cpp(weights: str, room: int) -> Run:
 
 
 def llama_file(weights: str) -> Path:
-    """The demo's file for 4 bits; else its weights, rounded to bfloat16, in a file that is written once."""
-    import gguf
+    """The demo's file for 4 bits, else a file that llama.cpp converts from it once."""
+    import llama_cpp
 
     if weights == "4 bits":
         return demo._demo_file()
-    types = gguf.GGMLQuantizationType
-    kind = {"bf16": types.BF16, "f32": types.F32, "8 bits": types.Q8_0}[weights]
-    path = cache_dir("models") / f"SmolLM2-135M-Instruct.{kind.name}.gguf"
-    if path.exists():
-        return path
-    reader = gguf.GGUFReader(demo._demo_file())
+    kind = {"bf16": "MOSTLY_BF16", "f32": "ALL_F32", "8 bits": "MOSTLY_Q8_0"}[weights]
+    path = cache_dir("models") / f"SmolLM2-135M-Instruct.{kind}.gguf"
     partial = path.with_suffix(".part")
-    writer = gguf.GGUFWriter(partial, reader.fields["general.architecture"].contents())
-    for field in reader.fields.values():
-        if not field.name.startswith("GGUF.") and field.name not in ("general.architecture", "general.file_type"):
-            sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub_type)
-    for tensor in reader.tensors:
-        values = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)).bfloat16().float().numpy()
-        stored = kind if values.ndim > 1 else types.F32
-        writer.add_tensor(tensor.name, gguf.quantize(values, stored), raw_dtype=stored)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return partial.rename(path)
+    if not path.exists():
+        options = llama_cpp.llama_model_quantize_default_params()
+        options.ftype, options.allow_requantize = getattr(llama_cpp, f"LLAMA_FTYPE_{kind}"), True
+        files = (bytes(file) for file in (demo._demo_file(), partial))
+        if llama_cpp.llama_model_quantize(*files, options):
+            raise RuntimeError(f"llama.cpp cannot write {partial}")
+        partial.rename(path)
+    return path
 
 
 def mlx_lm(weights: str, room: int) -> Run:
