@@ -1,5 +1,6 @@
 // Layer norm of rows: y = (x - mean) * rsqrt(variance + eps) * weight + bias.
 #include <metal_stdlib>
+#include "common/kernel.metal.h"
 #include "common/pack.metal.h"
 #include "common/reduce.metal.h"
 #include "layer_norm/layer_norm.metal.h"
@@ -93,14 +94,10 @@ void layer_norm(device const T* input [[buffer(0)]], device const T* weight [[bu
   }
 }
 
-#define LAYER_NORM(name, T, W, N)                                                                                   \
-  template [[host_name("layer_norm_" #name "_" #N)]] [[kernel]] void layer_norm<T, W, N>(                            \
-      device const T*, device const T*, device const T*, device T*, constant LayerNormParams&, uint, uint, uint,     \
-      uint, uint, uint);
-#define LAYER_NORM_ALL(name, T, W) \
-  LAYER_NORM(name, T, W, 0)        \
-  LAYER_NORM(name, T, W, 2)        \
-  LAYER_NORM(name, T, W, 4)
-LAYER_NORM_ALL(f32, float, 4)
-LAYER_NORM_ALL(f16, half, 8)
-LAYER_NORM_ALL(bf16, bfloat, 8)
+#define LAYER_NORM(name, T, W)                          \
+  KERNEL("layer_norm_" #name "_0", layer_norm<T, W, 0>) \
+  KERNEL("layer_norm_" #name "_2", layer_norm<T, W, 2>) \
+  KERNEL("layer_norm_" #name "_4", layer_norm<T, W, 4>)
+LAYER_NORM(f32, float, 4)
+LAYER_NORM(f16, half, 8)
+LAYER_NORM(bf16, bfloat, 8)

@@ -1,5 +1,6 @@
 // Gradients of the layer norm of rows (layer_norm.metal). Mean and variance are found again from x, which is read anyway.
 #include <metal_stdlib>
+#include "common/kernel.metal.h"
 #include "common/pack.metal.h"
 #include "common/reduce.metal.h"
 #include "layer_norm/layer_norm.metal.h"
@@ -200,15 +201,11 @@ void layer_norm_backward(device const T* grad [[buffer(0)]], device const T* x [
   }
 }
 
-#define LAYER_NORM_BACKWARD(name, T, W, N)                                                                          \
-  template [[host_name("layer_norm_backward_" #name "_" #N)]] [[kernel]] void layer_norm_backward<T, W, N>(          \
-      device const T*, device const T*, device const T*, device T*, device float*,                                   \
-      constant LayerNormBackwardParams&, uint, uint, uint, uint, uint, uint, uint);
-#define LAYER_NORM_BACKWARD_ALL(name, T, W) \
-  LAYER_NORM_BACKWARD(name, T, W, 0)        \
-  LAYER_NORM_BACKWARD(name, T, W, 1)        \
-  LAYER_NORM_BACKWARD(name, T, W, 2)        \
-  LAYER_NORM_BACKWARD(name, T, W, 4)
-LAYER_NORM_BACKWARD_ALL(f32, float, 4)
-LAYER_NORM_BACKWARD_ALL(f16, half, 8)
-LAYER_NORM_BACKWARD_ALL(bf16, bfloat, 8)
+#define LAYER_NORM_BACKWARD(name, T, W)                                   \
+  KERNEL("layer_norm_backward_" #name "_0", layer_norm_backward<T, W, 0>) \
+  KERNEL("layer_norm_backward_" #name "_1", layer_norm_backward<T, W, 1>) \
+  KERNEL("layer_norm_backward_" #name "_2", layer_norm_backward<T, W, 2>) \
+  KERNEL("layer_norm_backward_" #name "_4", layer_norm_backward<T, W, 4>)
+LAYER_NORM_BACKWARD(f32, float, 4)
+LAYER_NORM_BACKWARD(f16, half, 8)
+LAYER_NORM_BACKWARD(bf16, bfloat, 8)

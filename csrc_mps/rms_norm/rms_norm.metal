@@ -1,5 +1,6 @@
 // RMS norm of rows: y = x * rsqrt(mean(x^2) + eps) * weight, with x = input (+ residual).
 #include <metal_stdlib>
+#include "common/kernel.metal.h"
 #include "common/pack.metal.h"
 #include "common/reduce.metal.h"
 #include "rms_norm/rms_norm_params.h"
@@ -112,15 +113,11 @@ void rms_norm(device const T* input [[buffer(0)]], device const T* residual [[bu
   }
 }
 
-#define RMS_NORM(name, T, W, N)                                                                                     \
-  template [[host_name("rms_norm_" #name "_" #N)]] [[kernel]] void rms_norm<T, W, N>(                                \
-      device const T*, device const T*, device const T*, device T*, device T*, constant RmsNormParams&, uint, uint,  \
-      uint, uint, uint, uint);
-#define RMS_NORM_ALL(name, T, W) \
-  RMS_NORM(name, T, W, 0)        \
-  RMS_NORM(name, T, W, 1)        \
-  RMS_NORM(name, T, W, 2)        \
-  RMS_NORM(name, T, W, 4)
-RMS_NORM_ALL(f32, float, 4)
-RMS_NORM_ALL(f16, half, 8)
-RMS_NORM_ALL(bf16, bfloat, 8)
+#define RMS_NORM(name, T, W)                        \
+  KERNEL("rms_norm_" #name "_0", rms_norm<T, W, 0>) \
+  KERNEL("rms_norm_" #name "_1", rms_norm<T, W, 1>) \
+  KERNEL("rms_norm_" #name "_2", rms_norm<T, W, 2>) \
+  KERNEL("rms_norm_" #name "_4", rms_norm<T, W, 4>)
+RMS_NORM(f32, float, 4)
+RMS_NORM(f16, half, 8)
+RMS_NORM(bf16, bfloat, 8)

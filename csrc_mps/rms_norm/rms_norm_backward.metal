@@ -1,5 +1,6 @@
 // Gradients of the RMS norm of rows (rms_norm.metal).
 #include <metal_stdlib>
+#include "common/kernel.metal.h"
 #include "common/pack.metal.h"
 #include "common/reduce.metal.h"
 #include "rms_norm/rms_norm_params.h"
@@ -148,15 +149,11 @@ void rms_norm_backward(device const T* grad [[buffer(0)]], device const T* grad_
   }
 }
 
-#define RMS_NORM_BACKWARD(name, T, W, N)                                                                            \
-  template [[host_name("rms_norm_backward_" #name "_" #N)]] [[kernel]] void rms_norm_backward<T, W, N>(              \
-      device const T*, device const T*, device const T*, device const T*, device T*, device float*,                  \
-      constant RmsNormBackwardParams&, uint, uint, uint, uint, uint, uint, uint);
-#define RMS_NORM_BACKWARD_ALL(name, T, W) \
-  RMS_NORM_BACKWARD(name, T, W, 0)        \
-  RMS_NORM_BACKWARD(name, T, W, 1)        \
-  RMS_NORM_BACKWARD(name, T, W, 2)        \
-  RMS_NORM_BACKWARD(name, T, W, 4)
-RMS_NORM_BACKWARD_ALL(f32, float, 4)
-RMS_NORM_BACKWARD_ALL(f16, half, 8)
-RMS_NORM_BACKWARD_ALL(bf16, bfloat, 8)
+#define RMS_NORM_BACKWARD(name, T, W)                                 \
+  KERNEL("rms_norm_backward_" #name "_0", rms_norm_backward<T, W, 0>) \
+  KERNEL("rms_norm_backward_" #name "_1", rms_norm_backward<T, W, 1>) \
+  KERNEL("rms_norm_backward_" #name "_2", rms_norm_backward<T, W, 2>) \
+  KERNEL("rms_norm_backward_" #name "_4", rms_norm_backward<T, W, 4>)
+RMS_NORM_BACKWARD(f32, float, 4)
+RMS_NORM_BACKWARD(f16, half, 8)
+RMS_NORM_BACKWARD(bf16, bfloat, 8)

@@ -1,5 +1,6 @@
 // Softmax of rows, y = exp(x - max) / sum(exp(x - max)), and its gradient, dx = y * (dy - sum(dy * y)).
 #include <metal_stdlib>
+#include "common/kernel.metal.h"
 #include "common/online.metal.h"
 #include "common/pack.metal.h"
 #include "common/reduce.metal.h"
@@ -197,23 +198,15 @@ void softmax_backward(device const T* grad [[buffer(0)]], device const T* output
   }
 }
 
-#define SOFTMAX(name, T, W, N)                                                                                       \
-  template [[host_name("softmax_" #name "_" #N)]] [[kernel]] void softmax<T, W, N>(                                  \
-      device const T*, device T*, constant SoftmaxParams&, uint, uint, uint, uint, uint, uint);
-#define SOFTMAX_BACKWARD(name, T, W, N)                                                                              \
-  template [[host_name("softmax_backward_" #name "_" #N)]] [[kernel]] void softmax_backward<T, W, N>(                \
-      device const T*, device const T*, device T*, constant SoftmaxParams&, uint, uint, uint, uint, uint, uint);
-#define SOFTMAX_ALL(name, T, W)                                                                                      \
-  SOFTMAX(name, T, W, 0)                                                                                             \
-  SOFTMAX(name, T, W, 4)                                                                                             \
-  SOFTMAX_BACKWARD(name, T, W, 0)                                                                                    \
-  SOFTMAX_BACKWARD(name, T, W, 1)                                                                                    \
-  SOFTMAX_BACKWARD(name, T, W, 2)                                                                                    \
-  SOFTMAX_BACKWARD(name, T, W, 4)                                                                                    \
-  template [[host_name("softmax_chunk_" #name)]] [[kernel]] void softmax_chunk<T, W>(                                \
-      device const T*, device float2*, constant SoftmaxParams&, uint, uint, uint, uint, uint, uint);                 \
-  template [[host_name("softmax_finish_" #name)]] [[kernel]] void softmax_finish<T, W>(                              \
-      device const T*, device const float2*, device T*, constant SoftmaxParams&, uint, uint, uint, uint, uint, uint);
-SOFTMAX_ALL(f32, float, 4)
-SOFTMAX_ALL(f16, half, 8)
-SOFTMAX_ALL(bf16, bfloat, 8)
+#define SOFTMAX(name, T, W)                                         \
+  KERNEL("softmax_" #name "_0", softmax<T, W, 0>)                   \
+  KERNEL("softmax_" #name "_4", softmax<T, W, 4>)                   \
+  KERNEL("softmax_backward_" #name "_0", softmax_backward<T, W, 0>) \
+  KERNEL("softmax_backward_" #name "_1", softmax_backward<T, W, 1>) \
+  KERNEL("softmax_backward_" #name "_2", softmax_backward<T, W, 2>) \
+  KERNEL("softmax_backward_" #name "_4", softmax_backward<T, W, 4>) \
+  KERNEL("softmax_chunk_" #name, softmax_chunk<T, W>)               \
+  KERNEL("softmax_finish_" #name, softmax_finish<T, W>)
+SOFTMAX(f32, float, 4)
+SOFTMAX(f16, half, 8)
+SOFTMAX(bf16, bfloat, 8)
