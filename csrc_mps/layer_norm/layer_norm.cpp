@@ -111,7 +111,8 @@ struct Moments {
 template <class W>
 constexpr W kSmallUnit = std::is_same_v<W, float> ? W(0x1p-80) : W(0x1p-600);
 
-// Calls find(values, unit) for the row's moments, once more with smaller values if sums have overflowed.
+// Calls find(values, unit) for the row's moments, once more with smaller values if sums have overflowed. `find` has to
+// be inlined: as a function of its own it would be compiled for plain x86-64 only.
 template <class W, class Find>
 TORCH_FUSED_INLINE auto in_range(const W* x, int64_t n, const Find& find) {
   static thread_local std::vector<W> small;
@@ -148,7 +149,7 @@ TORCH_FUSED_INLINE Moments<W> moments_of(W unit, W shift, W sum, W squares, cons
 // One pass over memory, about a shift that is near the mean, so that little cancels.
 template <class W>
 TORCH_FUSED_INLINE Moments<W> row_moments(const W* row, const LayerNorm& norm) {
-  return in_range(row, norm.cols, [&](const W* x, W unit) {
+  return in_range(row, norm.cols, [&](const W* x, W unit) __attribute__((always_inline)) {
     const W shift = rough_mean(x, norm.cols);
     const auto [sum, squares] = row_sums<2, W>(norm.cols, [=](int64_t i, int64_t j, W(*sums)[kRowStreams]) {
       const W centred = x[i] - shift;
@@ -167,7 +168,7 @@ struct Slopes : Moments<W> {
 
 template <class W>
 TORCH_FUSED_INLINE Slopes<W> row_slopes(const W* dy, const W* row, const W* weight, const LayerNorm& norm) {
-  return in_range(row, norm.cols, [&](const W* x, W unit) {
+  return in_range(row, norm.cols, [&](const W* x, W unit) __attribute__((always_inline)) {
     const W shift = rough_mean(x, norm.cols);
     const auto [sum, squares, g, gc] = row_sums<4, W>(norm.cols, [=](int64_t i, int64_t j, W(*sums)[kRowStreams]) {
       const W centred = x[i] - shift, g = dy[i] * weight[i];
