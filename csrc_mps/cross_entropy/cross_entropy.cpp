@@ -7,7 +7,6 @@
 #include "cross_entropy.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -23,10 +22,9 @@
 #include "../common/half_runs.h"
 #include "../common/lazy_views.h"
 #include "../common/memory.h"
+#include "../common/row_loops.h"
 #include "../common/row_max.h"
 #include "../common/row_sums.h"
-#include "../common/rows.h"
-#include "../common/simd.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def(
@@ -178,14 +176,7 @@ TORCH_FUSED_INLINE void run_rows(const CrossEntropy<at::Half>& a, int64_t begin,
   }
 }
 
-#define CROSS_ENTROPY_LOOP(T)                                                       \
-  TORCH_FUSED_SIMD void run(const CrossEntropy<T>& a, int64_t begin, int64_t end) { \
-    run_rows(a, begin, end);                                                        \
-  }
-CROSS_ENTROPY_LOOP(float)
-CROSS_ENTROPY_LOOP(double)
-CROSS_ENTROPY_LOOP(at::Half)
-CROSS_ENTROPY_LOOP(at::BFloat16)
+TORCH_FUSED_LOOPS(CrossEntropy, run_rows)
 
 }  // namespace
 
@@ -211,7 +202,7 @@ Tensor cross_entropy_cpu(const Tensor& logits, const Tensor& target, const Optio
                                       ignore_index,
                                       static_cast<W>(label_smoothing),
                                       static_cast<W>(z_loss)};
-    at::parallel_for(0, rows, row_grain(cols), [&](int64_t begin, int64_t end) { run(args, begin, end); });
+    run_parallel(args, rows, cols);
   });
   if (scale && !x.tensor.is_same(logits)) logits.copy_(x.tensor);
   return losses;

@@ -2,7 +2,6 @@
 #include "layer_norm.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -17,9 +16,8 @@
 #include "../common/convert.h"
 #include "../common/half_runs.h"
 #include "../common/prefetch.h"
+#include "../common/row_loops.h"
 #include "../common/row_sums.h"
-#include "../common/rows.h"
-#include "../common/simd.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def(
@@ -271,22 +269,8 @@ TORCH_FUSED_INLINE void backward_blocks(const Backward<T>& a, int64_t begin, int
   }
 }
 
-#define LAYER_NORM_LOOPS(T)                                                     \
-  TORCH_FUSED_SIMD void run(const Forward<T>& a, int64_t begin, int64_t end) {  \
-    forward_rows(a, begin, end);                                                \
-  }                                                                             \
-  TORCH_FUSED_SIMD void run(const Backward<T>& a, int64_t begin, int64_t end) { \
-    backward_blocks(a, begin, end);                                             \
-  }
-LAYER_NORM_LOOPS(float)
-LAYER_NORM_LOOPS(double)
-LAYER_NORM_LOOPS(at::Half)
-LAYER_NORM_LOOPS(at::BFloat16)
-
-template <class Args>
-void run_parallel(const Args& args, int64_t count, int64_t elements_each) {
-  at::parallel_for(0, count, row_grain(elements_each), [&](int64_t begin, int64_t end) { run(args, begin, end); });
-}
+TORCH_FUSED_LOOPS(Forward, forward_rows)
+TORCH_FUSED_LOOPS(Backward, backward_blocks)
 
 }  // namespace
 

@@ -2,7 +2,6 @@
 #include "rms_norm.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -18,8 +17,7 @@
 #include "../common/checks.h"
 #include "../common/half_runs.h"
 #include "../common/pairs.h"
-#include "../common/rows.h"
-#include "../common/simd.h"
+#include "../common/row_loops.h"
 #include "../common/sum.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
@@ -273,22 +271,13 @@ TORCH_FUSED_INLINE void backward_blocks(const Backward<T>& a, int64_t begin, int
   }
 }
 
-#define RMS_NORM_LOOPS(T)                                                                  \
-  TORCH_FUSED_SIMD void run(const Forward<T>& a, int64_t begin, int64_t end) {             \
-    a.norm.llama ? forward_rows<true>(a, begin, end) : forward_rows<false>(a, begin, end); \
-  }                                                                                        \
-  TORCH_FUSED_SIMD void run(const Backward<T>& a, int64_t begin, int64_t end) {            \
-    backward_blocks(a, begin, end);                                                        \
-  }
-RMS_NORM_LOOPS(float)
-RMS_NORM_LOOPS(double)
-RMS_NORM_LOOPS(at::Half)
-RMS_NORM_LOOPS(at::BFloat16)
-
-template <class Args>
-void run_parallel(const Args& args, int64_t count, int64_t elements_each) {
-  at::parallel_for(0, count, row_grain(elements_each), [&](int64_t begin, int64_t end) { run(args, begin, end); });
+template <class T>
+TORCH_FUSED_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t end) {
+  a.norm.llama ? forward_rows<true>(a, begin, end) : forward_rows<false>(a, begin, end);
 }
+
+TORCH_FUSED_LOOPS(Forward, forward_rows)
+TORCH_FUSED_LOOPS(Backward, backward_blocks)
 
 std::tuple<Tensor, Tensor> forward_cpu(const RmsNorm& norm, const Tensor& input, const OptionalTensor& residual,
                                        const OptionalTensor& weight) {

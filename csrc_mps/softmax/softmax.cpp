@@ -7,7 +7,6 @@
 #include "softmax.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -18,10 +17,9 @@
 #include "../common/convert.h"
 #include "../common/exp.h"
 #include "../common/half_runs.h"
+#include "../common/row_loops.h"
 #include "../common/row_max.h"
 #include "../common/row_sums.h"
-#include "../common/rows.h"
-#include "../common/simd.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def("softmax(Tensor input, *, ScalarType? dtype=None) -> Tensor");
@@ -117,22 +115,8 @@ TORCH_FUSED_INLINE void backward_rows(const Backward<T>& a, int64_t begin, int64
   }
 }
 
-#define SOFTMAX_LOOPS(T)                                                        \
-  TORCH_FUSED_SIMD void run(const Forward<T>& a, int64_t begin, int64_t end) {  \
-    forward_rows(a, begin, end);                                                \
-  }                                                                             \
-  TORCH_FUSED_SIMD void run(const Backward<T>& a, int64_t begin, int64_t end) { \
-    backward_rows(a, begin, end);                                               \
-  }
-SOFTMAX_LOOPS(float)
-SOFTMAX_LOOPS(double)
-SOFTMAX_LOOPS(at::Half)
-SOFTMAX_LOOPS(at::BFloat16)
-
-template <class Args>
-void run_parallel(const Args& args, const SoftmaxShape& shape) {
-  at::parallel_for(0, shape.rows, row_grain(shape.cols), [&](int64_t begin, int64_t end) { run(args, begin, end); });
-}
+TORCH_FUSED_LOOPS(Forward, forward_rows)
+TORCH_FUSED_LOOPS(Backward, backward_rows)
 
 }  // namespace
 
@@ -144,7 +128,8 @@ Tensor softmax_cpu(const Tensor& input, OptionalDtype dtype) {
   const Rows x = as_rows(values, shape.rows, shape.cols);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, output.scalar_type(), "softmax", [&] {
     run_parallel(
-        Forward<scalar_t>{elements<const scalar_t>(x.tensor), elements<scalar_t>(output), x.stride, shape.cols}, shape);
+        Forward<scalar_t>{elements<const scalar_t>(x.tensor), elements<scalar_t>(output), x.stride, shape.cols},
+        shape.rows, shape.cols);
   });
   return output;
 }
@@ -161,7 +146,7 @@ Tensor softmax_backward_cpu(const Tensor& grad, const Tensor& output) {
                                   dy.stride,
                                   y.stride,
                                   shape.cols};
-    run_parallel(args, shape);
+    run_parallel(args, shape.rows, shape.cols);
   });
   return grad_input;
 }
