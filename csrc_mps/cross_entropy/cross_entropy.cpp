@@ -132,15 +132,16 @@ TORCH_FUSED_INLINE RowSums<wide_t<T>> read_row(const T* x, int64_t n) {
 }
 
 template <class T>
-TORCH_FUSED_INLINE void run_row(const CrossEntropy<T>& a, int64_t row) {
+TORCH_FUSED_INLINE void run_row(const CrossEntropy<T>& a, int64_t row, wide_t<T>* room) {
   using W = wide_t<T>;
-  T* x = a.logits + row * a.stride;
+  T* logits = a.logits + row * a.stride;
   const int64_t n = a.cols, target = a.target[row];
   if (target == a.ignore_index) {
     a.losses[row] = 0;
-    if (a.scale) std::fill(x, x + n, T(0));
+    if (a.scale) std::fill(logits, logits + n, T(0));
     return;
   }
+  const auto* x = readable(logits, n, room);
   const RowSums<W> sums = read_row(x, n);
   const W of_target = widen(x[target]), log_sum = std::log(sums.sum), lse = sums.largest + log_sum;
   W loss = log_sum + (1 - a.smoothing) * (sums.largest - of_target);
@@ -151,29 +152,14 @@ TORCH_FUSED_INLINE void run_row(const CrossEntropy<T>& a, int64_t row) {
   const W scale = a.scale[row * a.scale_step];
   const W factor = scale * (1 + (a.z_loss != 0 ? 2 * a.z_loss * lse : 0)) / sums.sum;
   const W uniform = scale * a.smoothing / static_cast<W>(n);
-  for (int64_t i = 0; i < n; ++i) {
-    x[i] = narrow<T>(exp_nonpositive(widen(x[i]) - sums.largest) * factor - uniform);
-  }
-  x[target] = narrow<T>(exp_nonpositive(of_target - sums.largest) * factor - uniform - scale * (1 - a.smoothing));
+  write_run(logits, n, room, [=](int64_t i) { return exp_nonpositive(widen(x[i]) - sums.largest) * factor - uniform; });
+  logits[target] = narrow<T>(exp_nonpositive(of_target - sums.largest) * factor - uniform - scale * (1 - a.smoothing));
 }
 
 template <class T>
 TORCH_FUSED_INLINE void run_rows(const CrossEntropy<T>& a, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) run_row(a, row);
-}
-
-TORCH_FUSED_INLINE void run_rows(const CrossEntropy<at::Half>& a, int64_t begin, int64_t end) {
-  static thread_local std::vector<float> buffer;
-  buffer.resize(a.cols);
-  for (int64_t row = begin; row < end; ++row) {
-    at::Half* x = a.logits + row * a.stride;
-    widen_run(x, buffer.data(), a.cols);
-    const float* scale = a.scale ? a.scale + row * a.scale_step : nullptr;
-    run_row(CrossEntropy<float>{buffer.data(), a.target + row, scale, a.losses + row, 0, a.cols, 0, a.ignore_index,
-                                a.smoothing, a.z_loss},
-            0);
-    if (a.scale) narrow_run(buffer.data(), x, a.cols);
-  }
+  wide_t<T>* const room = row_room<T>(a.cols);
+  for (int64_t row = begin; row < end; ++row) run_row(a, row, room);
 }
 
 TORCH_FUSED_LOOPS(CrossEntropy, run_rows)

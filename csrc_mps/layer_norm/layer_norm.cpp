@@ -87,13 +87,12 @@ TORCH_FUSED_INLINE const wide_t<T>* widened(const T* values, int64_t n, wide_t<T
   }
   buffer.resize(n);
   wide_t<T>* wide = buffer.data();
-  if constexpr (std::is_same_v<T, at::Half>) {
-    if (values) {
-      widen_run(values, wide, n);
-      return wide;
-    }
+  if (!values) {
+    std::fill_n(wide, n, absent);
+    return wide;
   }
-  for (int64_t i = 0; i < n; ++i) wide[i] = values ? widen(values[i]) : absent;
+  const auto* from = readable(values, n, wide);
+  for (int64_t i = 0; i < n; ++i) wide[i] = widen(from[i]);
   return wide;
 }
 
@@ -201,18 +200,13 @@ TORCH_FUSED_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t
     const wide_t<T>* x = widened(a.input + row * a.stride, n, wide_t<T>(0), row_buffer);
     T* y = a.output + row * n;
     const Moments<wide_t<T>> m = row_moments(x, a.norm);
-    if constexpr (std::is_same_v<T, at::Half>) {
-      float* results = row_buffer.data();  // in the place of x
-      for (int64_t i = 0; i < n; ++i) results[i] = std::fma(m.normed(results[i]), w[i], b[i]);
-      narrow_run(results, y, n);
-    } else {
-      const bool ahead = n > kRowBlock && row + 1 < end && std::is_same_v<T, at::BFloat16>;
-      const int64_t step = ahead ? kPrefetchRun : n;
-      for (int64_t first = 0; first < n; first += step) {
-        const int64_t past = std::min(n, first + step);
-        if (ahead) prefetch(a.input + (row + 1) * a.stride + first, past - first);
-        for (int64_t i = first; i < past; ++i) y[i] = narrow<T>(std::fma(m.normed(x[i]), w[i], b[i]));
-      }
+    const bool ahead = n > kRowBlock && row + 1 < end && std::is_same_v<T, at::BFloat16>;
+    const int64_t step = ahead ? kPrefetchRun : n;
+    for (int64_t first = 0; first < n; first += step) {
+      const int64_t count = std::min(n - first, step);
+      if (ahead) prefetch(a.input + (row + 1) * a.stride + first, count);
+      write_run(y + first, count, row_buffer.data() + first,  // in the place of x
+                [=](int64_t i) { return std::fma(m.normed(x[first + i]), w[first + i], b[first + i]); });
     }
   }
 }
@@ -255,9 +249,11 @@ TORCH_FUSED_INLINE void backward_blocks(const Backward<T>& a, int64_t begin, int
           prefetch(a.grad + (row + 1) * a.grad_stride + first, past - first);
           prefetch(a.x + (row + 1) * a.x_stride + first, past - first);
         }
-        for (int64_t i = first; i < past; ++i) {
-          dx[i] = narrow<T>(rstd * (dy[i] * w[i] - m.mean_g - m.normed(x[i]) * m.mean_gn));
-        }
+        W room[kRowBlock];
+        write_run(dx + first, past - first, room, [=](int64_t j) {
+          const int64_t i = first + j;
+          return rstd * (dy[i] * w[i] - m.mean_g - m.normed(x[i]) * m.mean_gn);
+        });
         if (a.need_weight_grad) {
           for (int64_t i = first; i < past; ++i) grad_weight[i] += dy[i] * m.normed(x[i]);
         }

@@ -98,10 +98,9 @@ TORCH_FUSED_INLINE const wide_t<T>* effective_weight(const T* weight, const RmsN
   wide_t<T>* w = buffer.data();
   if (!weight) {
     std::fill_n(w, norm.cols, wide_t<T>(1));
-  } else if constexpr (std::is_same_v<T, at::Half>) {
-    widen_run(weight, w, norm.cols);
   } else {
-    for (int64_t i = 0; i < norm.cols; ++i) w[i] = widen(weight[i]);
+    const auto* from = readable(weight, norm.cols, w);
+    for (int64_t i = 0; i < norm.cols; ++i) w[i] = widen(from[i]);
   }
   if (weight && offset != 0) {
     for (int64_t i = 0; i < norm.cols; ++i) w[i] = norm.llama ? round_to<T>(w[i] + offset) : w[i] + offset;
