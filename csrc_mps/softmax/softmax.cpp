@@ -9,8 +9,8 @@
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 
-#include <algorithm>
-#include <vector>
+#include <cmath>
+#include <type_traits>
 
 #include "../common/autograd.h"
 #include "../common/checks.h"
