@@ -90,18 +90,18 @@ void check_like_param(const char* name, const Tensor& tensor, const Tensor& para
               "], ", param.device(), ", got ", tensor.device());
 }
 
-void check_dtypes(const AdamwLists& lists, size_t i) {
-  const at::ScalarType dtype = lists.params[i].scalar_type(), state = lists.exp_avgs[i].scalar_type();
-  TORCH_CHECK(lists.grads[i].scalar_type() == dtype, "adamw_: grads[", i, "] must have the dtype of params[", i, "], ",
-              dtype, ", got ", lists.grads[i].scalar_type());
+void check_dtypes(const AdamwArguments& a, size_t i) {
+  const at::ScalarType dtype = a.params[i].scalar_type(), state = a.exp_avgs[i].scalar_type();
+  TORCH_CHECK(a.grads[i].scalar_type() == dtype, "adamw_: grads[", i, "] must have the dtype of params[", i, "], ",
+              dtype, ", got ", a.grads[i].scalar_type());
   TORCH_CHECK(state == dtype || (state == at::kFloat && dtype != at::kDouble), "adamw_: exp_avgs[", i,
               "] must have the dtype of params[", i, "], ", dtype, ", or be float32, got ", state);
   const auto check_state = [&](const char* name, const Tensor& tensor) {
     TORCH_CHECK(tensor.scalar_type() == state, "adamw_: ", name, "[", i, "] must have the dtype of exp_avgs[", i, "], ",
                 state, ", got ", tensor.scalar_type());
   };
-  check_state("exp_avg_sqs", lists.exp_avg_sqs[i]);
-  if (!lists.max_exp_avg_sqs.empty()) check_state("max_exp_avg_sqs", lists.max_exp_avg_sqs[i]);
+  check_state("exp_avg_sqs", a.exp_avg_sqs[i]);
+  if (!a.max_exp_avg_sqs.empty()) check_state("max_exp_avg_sqs", a.max_exp_avg_sqs[i]);
 }
 
 void check_step(const Tensor& step, at::Device device, size_t i) {
@@ -144,39 +144,49 @@ double next_step(const Tensor& step) {
   return *elements<const float>(step) + 1.0;
 }
 
-AdamwCall::AdamwCall(const AdamwLists& lists, AdamwOptions options, bool on_gpu)
-    : lists_(lists), options_(std::move(options)) {
-  const auto& [params, grads, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs] = lists_;
-  check_length("grads", grads, params);
-  check_length("exp_avgs", exp_avgs, params);
-  check_length("exp_avg_sqs", exp_avg_sqs, params);
-  check_length("steps", steps, params);
-  if (amsgrad()) check_length("max_exp_avg_sqs", max_exp_avg_sqs, params);
+AdamwCall::AdamwCall(const AdamwArguments& a, bool on_gpu)
+    : arguments_(a),
+      options_{{a.lr, a.lr_tensor},
+               {a.beta1, a.beta1_tensor},
+               {a.beta2, a.beta2_tensor},
+               a.eps,
+               a.weight_decay,
+               a.maximize,
+               a.capturable,
+               {1, a.grad_scale},
+               {0, a.found_inf},
+               {0, a.grad_squares},
+               a.max_grad_norm} {
+  const TensorList params = a.params;
+  check_length("grads", a.grads, params);
+  check_length("exp_avgs", a.exp_avgs, params);
+  check_length("exp_avg_sqs", a.exp_avg_sqs, params);
+  check_length("steps", a.steps, params);
+  if (amsgrad()) check_length("max_exp_avg_sqs", a.max_exp_avg_sqs, params);
   if (!params.empty()) check_numbers(options_, params[0]);
   const std::pair<const char*, AdamwNumber*> numbers[] = {
       {"lr_tensor", &options_.lr},        {"beta1_tensor", &options_.beta1},
       {"beta2_tensor", &options_.beta2},  {"grad_scale", &options_.grad_scale},
       {"found_inf", &options_.found_inf}, {"grad_squares", &options_.grad_squares}};
-  const AdamwOptions given = options_;  // keeps what is checked below
   MemoryCheck memory("adamw_");
   for (const auto& [name, number] : numbers) {
     if (number->tensor) memory.reads(name, *number->tensor);
   }
   for (size_t i = 0; i < params.size(); ++i) {
     check_param(params[i], params[0], i);
-    check_like_param("grads", grads[i], params[i], i);
-    check_like_param("exp_avgs", exp_avgs[i], params[i], i);
-    check_like_param("exp_avg_sqs", exp_avg_sqs[i], params[i], i);
-    if (amsgrad()) check_like_param("max_exp_avg_sqs", max_exp_avg_sqs[i], params[i], i);
-    check_dtypes(lists_, i);
-    check_step(steps[i], options_.capturable ? params[i].device() : at::Device(at::kCPU), i);
+    check_like_param("grads", a.grads[i], params[i], i);
+    check_like_param("exp_avgs", a.exp_avgs[i], params[i], i);
+    check_like_param("exp_avg_sqs", a.exp_avg_sqs[i], params[i], i);
+    if (amsgrad()) check_like_param("max_exp_avg_sqs", a.max_exp_avg_sqs[i], params[i], i);
+    check_dtypes(a, i);
+    check_step(a.steps[i], options_.capturable ? params[i].device() : at::Device(at::kCPU), i);
     const auto index = static_cast<int64_t>(i);
     memory.writes("params", params[i], index);
-    memory.writes("exp_avgs", exp_avgs[i], index);
-    memory.writes("exp_avg_sqs", exp_avg_sqs[i], index);
-    if (amsgrad()) memory.writes("max_exp_avg_sqs", max_exp_avg_sqs[i], index);
-    memory.writes("steps", steps[i], index);
-    memory.reads("grads", grads[i], index);
+    memory.writes("exp_avgs", a.exp_avgs[i], index);
+    memory.writes("exp_avg_sqs", a.exp_avg_sqs[i], index);
+    if (amsgrad()) memory.writes("max_exp_avg_sqs", a.max_exp_avg_sqs[i], index);
+    memory.writes("steps", a.steps[i], index);
+    memory.reads("grads", a.grads[i], index);
   }
   for (const auto& [name, number] : numbers) {
     const bool kept = on_gpu && number->tensor && !params.empty() && number->tensor->device() == params[0].device() &&
@@ -192,9 +202,9 @@ AdamwCall::AdamwCall(const AdamwLists& lists, AdamwOptions options, bool on_gpu)
 // A dense parameter is updated in place whatever the order of its dimensions; operands in another order, and parameters
 // with gaps, go through a copy.
 void AdamwCall::add(size_t i) {
-  const Tensor &param = lists_.params[i], &grad = lists_.grads[i];
+  const Tensor &param = arguments_.params[i], &grad = arguments_.grads[i];
   if (param.numel() == 0) {
-    other_steps_.push_back(lists_.steps[i]);
+    other_steps_.push_back(arguments_.steps[i]);
     return;
   }
   const Tensor places = param.is_non_overlapping_and_dense() ? param : param.contiguous();
@@ -204,14 +214,14 @@ void AdamwCall::add(size_t i) {
     return copied_.back().second;
   };
   tensors_.push_back({updated(param), same_places(grad, places) ? grad : copy_to_places_of(places, grad),
-                      updated(lists_.exp_avgs[i]), updated(lists_.exp_avg_sqs[i]),
-                      amsgrad() ? updated(lists_.max_exp_avg_sqs[i]) : Tensor(), lists_.steps[i]});
+                      updated(arguments_.exp_avgs[i]), updated(arguments_.exp_avg_sqs[i]),
+                      amsgrad() ? updated(arguments_.max_exp_avg_sqs[i]) : Tensor(), arguments_.steps[i]});
 }
 
 void AdamwCall::finish(bool count_steps) const {
   for (const auto& [operand, copy] : copied_) operand.copy_(copy);
   if (!count_steps) return;
-  for (const Tensor& step : lists_.steps) *elements<float>(step) += 1;
+  for (const Tensor& step : arguments_.steps) *elements<float>(step) += 1;
 }
 
 // ---- CPU ------------------------------------------------------------------------------------------------------------
@@ -290,24 +300,7 @@ void update_chunk(const AdamwTensor& t, const AdamwScalars<double>& s, int64_t b
 
 }  // namespace
 
-void adamw_cpu(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList steps,
-               TensorList max_exp_avg_sqs, double lr, double beta1, double beta2, double eps, double weight_decay,
-               bool maximize, bool capturable, const OptionalTensor& lr_tensor, const OptionalTensor& beta1_tensor,
-               const OptionalTensor& beta2_tensor, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
-               const OptionalTensor& grad_squares, std::optional<double> max_grad_norm) {
-  const AdamwCall call({params, grads, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs},
-                       {{lr, lr_tensor},
-                        {beta1, beta1_tensor},
-                        {beta2, beta2_tensor},
-                        eps,
-                        weight_decay,
-                        maximize,
-                        capturable,
-                        {1, grad_scale},
-                        {0, found_inf},
-                        {0, grad_squares},
-                        max_grad_norm},
-                       /*on_gpu=*/false);
+void update_on_cpu(const AdamwCall& call) {
   if (call.options().found_inf.value != 0) return;
   struct Chunk {
     size_t tensor;
@@ -333,38 +326,29 @@ void adamw_cpu(TensorList params, TensorList grads, TensorList exp_avgs, TensorL
 
 // ---- autograd -------------------------------------------------------------------------------------------------------
 
-namespace {
-
 // Not differentiable, but autograd must know what has changed.
-void adamw_autograd(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList steps,
-                    TensorList max_exp_avg_sqs, double lr, double beta1, double beta2, double eps, double weight_decay,
-                    bool maximize, bool capturable, const OptionalTensor& lr_tensor, const OptionalTensor& beta1_tensor,
-                    const OptionalTensor& beta2_tensor, const OptionalTensor& grad_scale,
-                    const OptionalTensor& found_inf, const OptionalTensor& grad_squares,
-                    std::optional<double> max_grad_norm) {
-  const std::pair<const char*, TensorList> lists[] = {{"params", params},     {"grads", grads},
-                                                      {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs},
-                                                      {"steps", steps},       {"max_exp_avg_sqs", max_exp_avg_sqs}};
+template <class... Args>
+void Adamw<void(Args...)>::autograd(Args... args) {
+  const AdamwArguments a{args...};
+  const std::pair<const char*, TensorList> lists[] = {{"params", a.params},     {"grads", a.grads},
+                                                      {"exp_avgs", a.exp_avgs}, {"exp_avg_sqs", a.exp_avg_sqs},
+                                                      {"steps", a.steps},       {"max_exp_avg_sqs", a.max_exp_avg_sqs}};
   for (const auto& [name, list] : lists) {
     for (const Tensor& tensor : list) check_not_differentiated("adamw_", name, tensor);
   }
   const std::pair<const char*, const OptionalTensor&> numbers[] = {
-      {"lr_tensor", lr_tensor},   {"beta1_tensor", beta1_tensor}, {"beta2_tensor", beta2_tensor},
-      {"grad_scale", grad_scale}, {"found_inf", found_inf},       {"grad_squares", grad_squares}};
+      {"lr_tensor", a.lr_tensor},   {"beta1_tensor", a.beta1_tensor}, {"beta2_tensor", a.beta2_tensor},
+      {"grad_scale", a.grad_scale}, {"found_inf", a.found_inf},       {"grad_squares", a.grad_squares}};
   for (const auto& [name, number] : numbers) {
     if (number) check_not_differentiated("adamw_", name, *number);
   }
-  static const auto op = find_op<decltype(adamw_cpu)>("torch_fused::adamw_");
-  change({params, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs}, [&] {
-    op.call(params, grads, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs, lr, beta1, beta2, eps, weight_decay, maximize,
-            capturable, lr_tensor, beta1_tensor, beta2_tensor, grad_scale, found_inf, grad_squares, max_grad_norm);
-  });
+  static const auto op = find_op<AdamwSignature>("torch_fused::adamw_");
+  change({a.params, a.exp_avgs, a.exp_avg_sqs, a.steps, a.max_exp_avg_sqs}, [&] { op.call(args...); });
 }
 
-}  // namespace
 }  // namespace torch_fused
 
 TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
-  m.impl("adamw_", torch_fused::adamw_autograd);
+  m.impl("adamw_", torch_fused::Adamw<torch_fused::AdamwSignature>::autograd);
 }
 TORCH_FUSED_WRITES(adamw_)

@@ -54,8 +54,13 @@ struct AdamwOptions {
   }
 };
 
-struct AdamwLists {
+// What the op is called with, in the order of its schema.
+struct AdamwArguments {
   at::TensorList params, grads, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs;
+  double lr, beta1, beta2, eps, weight_decay;
+  bool maximize, capturable;
+  std::optional<at::Tensor> lr_tensor, beta1_tensor, beta2_tensor, grad_scale, found_inf, grad_squares;
+  std::optional<double> max_grad_norm;
 };
 
 // One checked call. The step counters, and operands that had to be copied to be flat, change in finish() only.
@@ -63,18 +68,18 @@ class AdamwCall {
  public:
   // Throws if an argument is wrong; the message names it, what it got and what it takes. On a GPU numbers stay in
   // tensors that its kernels can read.
-  AdamwCall(const AdamwLists& lists, AdamwOptions options, bool on_gpu);
+  AdamwCall(const AdamwArguments& arguments, bool on_gpu);
 
   const std::vector<AdamwTensor>& tensors() const { return tensors_; }  // those with elements
   const std::vector<at::Tensor>& other_steps() const { return other_steps_; }
   const AdamwOptions& options() const { return options_; }
-  bool amsgrad() const { return !lists_.max_exp_avg_sqs.empty(); }
+  bool amsgrad() const { return !arguments_.max_exp_avg_sqs.empty(); }
   void finish(bool count_steps) const;
 
  private:
   void add(size_t i);
 
-  AdamwLists lists_;
+  AdamwArguments arguments_;
   AdamwOptions options_;
   std::vector<AdamwTensor> tensors_;
   std::vector<at::Tensor> other_steps_;                    // of parameters without elements
@@ -84,17 +89,24 @@ class AdamwCall {
 // The number of the step that a counter on the CPU begins.
 double next_step(const at::Tensor& step);
 
-void adamw_cpu(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-               at::TensorList steps, at::TensorList max_exp_avg_sqs, double lr, double beta1, double beta2, double eps,
-               double weight_decay, bool maximize, bool capturable, const std::optional<at::Tensor>& lr_tensor,
-               const std::optional<at::Tensor>& beta1_tensor, const std::optional<at::Tensor>& beta2_tensor,
-               const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf,
-               const std::optional<at::Tensor>& grad_squares, std::optional<double> max_grad_norm);
-void adamw_gpu(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-               at::TensorList steps, at::TensorList max_exp_avg_sqs, double lr, double beta1, double beta2, double eps,
-               double weight_decay, bool maximize, bool capturable, const std::optional<at::Tensor>& lr_tensor,
-               const std::optional<at::Tensor>& beta1_tensor, const std::optional<at::Tensor>& beta2_tensor,
-               const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf,
-               const std::optional<at::Tensor>& grad_squares, std::optional<double> max_grad_norm);
+void update_on_cpu(const AdamwCall& call);
+void update_on_gpu(const AdamwCall& call);
+
+// The op as torch calls it, with each of the arguments for itself.
+template <class Signature>
+struct Adamw;
+template <class... Args>
+struct Adamw<void(Args...)> {
+  static void cpu(Args... args) { update_on_cpu(AdamwCall({args...}, /*on_gpu=*/false)); }
+  static void gpu(Args... args) { update_on_gpu(AdamwCall({args...}, /*on_gpu=*/true)); }
+  static void autograd(Args... args);
+};
+using AdamwSignature = void(at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList,
+                            at::TensorList, double, double, double, double, double, bool, bool,
+                            const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+                            const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+                            const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, std::optional<double>);
+inline constexpr auto& adamw_cpu = Adamw<AdamwSignature>::cpu;
+inline constexpr auto& adamw_gpu = Adamw<AdamwSignature>::gpu;
 
 }  // namespace torch_fused

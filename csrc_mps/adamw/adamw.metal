@@ -1,6 +1,7 @@
 // AdamW over up to seven tensors.
 #include <metal_stdlib>
 #include "adamw/tensor_update.metal.h"
+#include "common/kernel.metal.h"
 using namespace metal;
 using namespace torch_fused;
 
@@ -29,11 +30,7 @@ void adamw(OPERANDS(0, P, S, 0, 1, 2, 3), OPERANDS(1, P, S, 4, 5, 6, 7), OPERAND
                          stretch.aligned, numbers_of(p, numbers, stretch.tensor));
 }
 
-#define TYPES(P, S) device P*, device const P*, device S*, device S*
-#define ADAMW(name, P, S, W)                                                                                         \
-  template [[host_name("adamw_" #name)]] [[kernel]] void adamw<P, S, W>(                                             \
-      TYPES(P, S), TYPES(P, S), TYPES(P, S), TYPES(P, S), TYPES(P, S), TYPES(P, S), TYPES(P, S),                     \
-      device const AdamwNumbers*, constant AdamwParams&, uint, uint);
+#define ADAMW(name, P, S, W) KERNEL("adamw_" #name, adamw<P, S, W>)
 ADAMW(f32_f32, float, float, 4)
 ADAMW(f16_f16, half, half, 8)
 ADAMW(f16_f32, half, float, 8)

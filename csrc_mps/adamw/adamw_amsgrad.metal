@@ -1,6 +1,7 @@
 // AdamW with AMSGrad over up to five tensors.
 #include <metal_stdlib>
 #include "adamw/tensor_update.metal.h"
+#include "common/kernel.metal.h"
 using namespace metal;
 using namespace torch_fused;
 
@@ -27,11 +28,7 @@ void adamw_amsgrad(OPERANDS(0, P, S, 0, 1, 2, 3, 4), OPERANDS(1, P, S, 5, 6, 7, 
                         stretch.count, stretch.aligned, numbers_of(p, numbers, stretch.tensor));
 }
 
-#define TYPES(P, S) device P*, device const P*, device S*, device S*, device S*
-#define AMSGRAD(name, P, S, W)                                                                                       \
-  template [[host_name("adamw_amsgrad_" #name)]] [[kernel]] void adamw_amsgrad<P, S, W>(                             \
-      TYPES(P, S), TYPES(P, S), TYPES(P, S), TYPES(P, S), TYPES(P, S), device const AdamwNumbers*,                   \
-      constant AdamwParams&, uint, uint);
+#define AMSGRAD(name, P, S, W) KERNEL("adamw_amsgrad_" #name, adamw_amsgrad<P, S, W>)
 AMSGRAD(f32_f32, float, float, 4)
 AMSGRAD(f16_f16, half, half, 8)
 AMSGRAD(f16_f32, half, float, 8)

@@ -16,8 +16,6 @@ namespace torch_fused {
 namespace {
 
 using at::Tensor;
-using at::TensorList;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kThreads = THREADS;
 constexpr int64_t kPackBytes = 16;  // of a parameter, for each thread
@@ -137,24 +135,7 @@ void launch_batch(const Kernel& kernel, Batch batch, size_t most, const AdamwOpt
 
 }  // namespace
 
-void adamw_gpu(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList steps,
-               TensorList max_exp_avg_sqs, double lr, double beta1, double beta2, double eps, double weight_decay,
-               bool maximize, bool capturable, const OptionalTensor& lr_tensor, const OptionalTensor& beta1_tensor,
-               const OptionalTensor& beta2_tensor, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
-               const OptionalTensor& grad_squares, std::optional<double> max_grad_norm) {
-  const AdamwCall call({params, grads, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs},
-                       {{lr, lr_tensor},
-                        {beta1, beta1_tensor},
-                        {beta2, beta2_tensor},
-                        eps,
-                        weight_decay,
-                        maximize,
-                        capturable,
-                        {1, grad_scale},
-                        {0, found_inf},
-                        {0, grad_squares},
-                        max_grad_norm},
-                       /*on_gpu=*/true);
+void update_on_gpu(const AdamwCall& call) {
   const Batches batches(call.tensors());
   const bool on_host = call.options().is_on_host() && !call.amsgrad();
   const Tensor numbers = on_host ? Tensor() : make_numbers(call, batches);
@@ -170,7 +151,7 @@ void adamw_gpu(TensorList params, TensorList grads, TensorList exp_avgs, TensorL
       first += count;
     }
   }
-  call.finish(/*count_steps=*/!capturable);
+  call.finish(/*count_steps=*/!call.options().capturable);
 }
 
 }  // namespace torch_fused

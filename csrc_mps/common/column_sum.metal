@@ -1,6 +1,7 @@
 // The column sums of a matrix of partial sums: the second step of a parameter's gradient.
 #include <metal_stdlib>
 #include "common/column_sum_params.h"
+#include "common/kernel.metal.h"
 using namespace metal;
 using namespace torch_fused;
 
@@ -29,9 +30,7 @@ void column_sum(device const float* partial [[buffer(0)]], device T* sums [[buff
   }
 }
 
-#define COLUMN_SUM(name, T)                                                              \
-  template [[host_name("column_sum_" #name)]] [[kernel]] void column_sum<T>(             \
-      device const float*, device T*, constant ColumnSumParams&, uint, uint, uint, uint, uint, uint);
+#define COLUMN_SUM(name, T) KERNEL("column_sum_" #name, column_sum<T>)
 COLUMN_SUM(f32, float)
 COLUMN_SUM(f16, half)
 COLUMN_SUM(bf16, bfloat)

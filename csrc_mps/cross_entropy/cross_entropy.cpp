@@ -7,14 +7,11 @@
 #include "cross_entropy.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <type_traits>
-#include <vector>
 
 #include "../common/autograd.h"
 #include "../common/checks.h"
@@ -23,10 +20,9 @@
 #include "../common/half_runs.h"
 #include "../common/lazy_views.h"
 #include "../common/memory.h"
+#include "../common/row_loops.h"
 #include "../common/row_max.h"
 #include "../common/row_sums.h"
-#include "../common/rows.h"
-#include "../common/simd.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def(
@@ -134,15 +130,16 @@ TORCH_FUSED_INLINE RowSums<wide_t<T>> read_row(const T* x, int64_t n) {
 }
 
 template <class T>
-TORCH_FUSED_INLINE void run_row(const CrossEntropy<T>& a, int64_t row) {
+TORCH_FUSED_INLINE void run_row(const CrossEntropy<T>& a, int64_t row, wide_t<T>* room) {
   using W = wide_t<T>;
-  T* x = a.logits + row * a.stride;
+  T* logits = a.logits + row * a.stride;
   const int64_t n = a.cols, target = a.target[row];
   if (target == a.ignore_index) {
     a.losses[row] = 0;
-    if (a.scale) std::fill(x, x + n, T(0));
+    if (a.scale) std::fill(logits, logits + n, T(0));
     return;
   }
+  const auto* x = readable(logits, n, room);
   const RowSums<W> sums = read_row(x, n);
   const W of_target = widen(x[target]), log_sum = std::log(sums.sum), lse = sums.largest + log_sum;
   W loss = log_sum + (1 - a.smoothing) * (sums.largest - of_target);
@@ -153,39 +150,17 @@ TORCH_FUSED_INLINE void run_row(const CrossEntropy<T>& a, int64_t row) {
   const W scale = a.scale[row * a.scale_step];
   const W factor = scale * (1 + (a.z_loss != 0 ? 2 * a.z_loss * lse : 0)) / sums.sum;
   const W uniform = scale * a.smoothing / static_cast<W>(n);
-  for (int64_t i = 0; i < n; ++i) {
-    x[i] = narrow<T>(exp_nonpositive(widen(x[i]) - sums.largest) * factor - uniform);
-  }
-  x[target] = narrow<T>(exp_nonpositive(of_target - sums.largest) * factor - uniform - scale * (1 - a.smoothing));
+  write_run(logits, n, room, [=](int64_t i) { return exp_nonpositive(widen(x[i]) - sums.largest) * factor - uniform; });
+  logits[target] = narrow<T>(exp_nonpositive(of_target - sums.largest) * factor - uniform - scale * (1 - a.smoothing));
 }
 
 template <class T>
 TORCH_FUSED_INLINE void run_rows(const CrossEntropy<T>& a, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) run_row(a, row);
+  wide_t<T>* const room = row_room<T>(a.cols);
+  for (int64_t row = begin; row < end; ++row) run_row(a, row, room);
 }
 
-TORCH_FUSED_INLINE void run_rows(const CrossEntropy<at::Half>& a, int64_t begin, int64_t end) {
-  static thread_local std::vector<float> buffer;
-  buffer.resize(a.cols);
-  for (int64_t row = begin; row < end; ++row) {
-    at::Half* x = a.logits + row * a.stride;
-    widen_run(x, buffer.data(), a.cols);
-    const float* scale = a.scale ? a.scale + row * a.scale_step : nullptr;
-    run_row(CrossEntropy<float>{buffer.data(), a.target + row, scale, a.losses + row, 0, a.cols, 0, a.ignore_index,
-                                a.smoothing, a.z_loss},
-            0);
-    if (a.scale) narrow_run(buffer.data(), x, a.cols);
-  }
-}
-
-#define CROSS_ENTROPY_LOOP(T)                                                       \
-  TORCH_FUSED_SIMD void run(const CrossEntropy<T>& a, int64_t begin, int64_t end) { \
-    run_rows(a, begin, end);                                                        \
-  }
-CROSS_ENTROPY_LOOP(float)
-CROSS_ENTROPY_LOOP(double)
-CROSS_ENTROPY_LOOP(at::Half)
-CROSS_ENTROPY_LOOP(at::BFloat16)
+TORCH_FUSED_LOOPS(CrossEntropy, run_rows)
 
 }  // namespace
 
@@ -211,7 +186,7 @@ Tensor cross_entropy_cpu(const Tensor& logits, const Tensor& target, const Optio
                                       ignore_index,
                                       static_cast<W>(label_smoothing),
                                       static_cast<W>(z_loss)};
-    at::parallel_for(0, rows, row_grain(cols), [&](int64_t begin, int64_t end) { run(args, begin, end); });
+    run_parallel(args, rows, cols);
   });
   if (scale && !x.tensor.is_same(logits)) logits.copy_(x.tensor);
   return losses;

@@ -28,10 +28,10 @@ void check_classes(const char* op, const at::Tensor& target, int64_t classes, in
 
 // The losses of rows of logits (n, classes). With a scale, of one element or of n, the logits become the gradient of
 // their row's loss times it; without one they stay.
-at::Tensor cross_entropy_cpu(const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& scale,
-                             int64_t ignore_index, double label_smoothing, double z_loss);
-at::Tensor cross_entropy_gpu(const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& scale,
-                             int64_t ignore_index, double label_smoothing, double z_loss);
+using CrossEntropySignature = at::Tensor(const at::Tensor& logits, const at::Tensor& target,
+                                         const std::optional<at::Tensor>& scale, int64_t ignore_index,
+                                         double label_smoothing, double z_loss);
+CrossEntropySignature cross_entropy_cpu, cross_entropy_gpu;
 // Checks the operands of both.
 void check_cross_entropy(const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& scale,
                          const CrossEntropyOptions& options);

@@ -40,12 +40,11 @@ DecodeCall check_decode(const DecoderPtr& model, const at::Tensor& token_ids, co
                         at::TensorList values, int64_t length, int64_t logits_to_keep, at::IntArrayRef dropped);
 
 // Logits (batch, kept, vocabulary), float32.
-at::Tensor decode_cpu(const DecoderPtr& model, const at::Tensor& token_ids, const at::Tensor& positions,
-                      const OptionalTensor& starts, const at::Tensor& cos, const at::Tensor& sin, at::TensorList keys,
-                      at::TensorList values, int64_t length, int64_t logits_to_keep, at::IntArrayRef dropped);
-at::Tensor decode_gpu(const DecoderPtr& model, const at::Tensor& token_ids, const at::Tensor& positions,
-                      const OptionalTensor& starts, const at::Tensor& cos, const at::Tensor& sin, at::TensorList keys,
-                      at::TensorList values, int64_t length, int64_t logits_to_keep, at::IntArrayRef dropped);
+using DecodeSignature = at::Tensor(const DecoderPtr& model, const at::Tensor& token_ids, const at::Tensor& positions,
+                                   const OptionalTensor& starts, const at::Tensor& cos, const at::Tensor& sin,
+                                   at::TensorList keys, at::TensorList values, int64_t length, int64_t logits_to_keep,
+                                   at::IntArrayRef dropped);
+DecodeSignature decode_cpu, decode_gpu;
 
 // The logits as a product of the head made them, scaled and capped in place.
 void finish_logits(const Decoder& model, const at::Tensor& logits);

@@ -1,6 +1,7 @@
 // Copies the keys and values of new tokens into a cache, one unit per thread. A unit is a pack of 16 bytes if every
 // operand's layout allows it, else an element. Bytes are copied, so one kernel serves all dtypes of a size.
 #include <metal_stdlib>
+#include "common/kernel.metal.h"
 #include "kv_cache/kv_append_params.h"
 using namespace metal;
 using namespace torch_fused;
@@ -30,9 +31,7 @@ void kv_append(device U* keys [[buffer(0)]], device const U* new_keys [[buffer(1
   }
 }
 
-#define KV_APPEND(bytes, U)                                                 \
-  template [[host_name("kv_append_" #bytes)]] [[kernel]] void kv_append<U>( \
-      device U*, device const U*, device U*, device const U*, constant KvAppendParams&, uint, uint, uint);
+#define KV_APPEND(bytes, U) KERNEL("kv_append_" #bytes, kv_append<U>)
 KV_APPEND(1, uchar)
 KV_APPEND(2, ushort)
 KV_APPEND(4, uint)

@@ -10,9 +10,8 @@ namespace torch_fused {
 void check_kv_append(const at::Tensor& keys, const at::Tensor& values, const at::Tensor& new_keys,
                      const at::Tensor& new_values, int64_t position);
 
-void kv_append_cpu(const at::Tensor& keys, const at::Tensor& values, const at::Tensor& new_keys,
-                   const at::Tensor& new_values, c10::SymInt position);
-void kv_append_gpu(const at::Tensor& keys, const at::Tensor& values, const at::Tensor& new_keys,
-                   const at::Tensor& new_values, c10::SymInt position);
+using KvAppendSignature = void(const at::Tensor& keys, const at::Tensor& values, const at::Tensor& new_keys,
+                               const at::Tensor& new_values, c10::SymInt position);
+KvAppendSignature kv_append_cpu, kv_append_gpu;
 
 }  // namespace torch_fused

@@ -2,7 +2,6 @@
 #include "layer_norm.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -17,9 +16,8 @@
 #include "../common/convert.h"
 #include "../common/half_runs.h"
 #include "../common/prefetch.h"
+#include "../common/row_loops.h"
 #include "../common/row_sums.h"
-#include "../common/rows.h"
-#include "../common/simd.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def(
@@ -89,13 +87,12 @@ TORCH_FUSED_INLINE const wide_t<T>* widened(const T* values, int64_t n, wide_t<T
   }
   buffer.resize(n);
   wide_t<T>* wide = buffer.data();
-  if constexpr (std::is_same_v<T, at::Half>) {
-    if (values) {
-      widen_run(values, wide, n);
-      return wide;
-    }
+  if (!values) {
+    std::fill_n(wide, n, absent);
+    return wide;
   }
-  for (int64_t i = 0; i < n; ++i) wide[i] = values ? widen(values[i]) : absent;
+  const auto* from = readable(values, n, wide);
+  for (int64_t i = 0; i < n; ++i) wide[i] = widen(from[i]);
   return wide;
 }
 
@@ -111,7 +108,8 @@ struct Moments {
 template <class W>
 constexpr W kSmallUnit = std::is_same_v<W, float> ? W(0x1p-80) : W(0x1p-600);
 
-// Calls find(values, unit) for the row's moments, once more with smaller values if sums have overflowed.
+// Calls find(values, unit) for the row's moments, once more with smaller values if sums have overflowed. `find` has to
+// be inlined: as a function of its own it would be compiled for plain x86-64 only.
 template <class W, class Find>
 TORCH_FUSED_INLINE auto in_range(const W* x, int64_t n, const Find& find) {
   static thread_local std::vector<W> small;
@@ -148,7 +146,7 @@ TORCH_FUSED_INLINE Moments<W> moments_of(W unit, W shift, W sum, W squares, cons
 // One pass over memory, about a shift that is near the mean, so that little cancels.
 template <class W>
 TORCH_FUSED_INLINE Moments<W> row_moments(const W* row, const LayerNorm& norm) {
-  return in_range(row, norm.cols, [&](const W* x, W unit) {
+  return in_range(row, norm.cols, [&](const W* x, W unit) __attribute__((always_inline)) {
     const W shift = rough_mean(x, norm.cols);
     const auto [sum, squares] = row_sums<2, W>(norm.cols, [=](int64_t i, int64_t j, W(*sums)[kRowStreams]) {
       const W centred = x[i] - shift;
@@ -167,7 +165,7 @@ struct Slopes : Moments<W> {
 
 template <class W>
 TORCH_FUSED_INLINE Slopes<W> row_slopes(const W* dy, const W* row, const W* weight, const LayerNorm& norm) {
-  return in_range(row, norm.cols, [&](const W* x, W unit) {
+  return in_range(row, norm.cols, [&](const W* x, W unit) __attribute__((always_inline)) {
     const W shift = rough_mean(x, norm.cols);
     const auto [sum, squares, g, gc] = row_sums<4, W>(norm.cols, [=](int64_t i, int64_t j, W(*sums)[kRowStreams]) {
       const W centred = x[i] - shift, g = dy[i] * weight[i];
@@ -202,18 +200,13 @@ TORCH_FUSED_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t
     const wide_t<T>* x = widened(a.input + row * a.stride, n, wide_t<T>(0), row_buffer);
     T* y = a.output + row * n;
     const Moments<wide_t<T>> m = row_moments(x, a.norm);
-    if constexpr (std::is_same_v<T, at::Half>) {
-      float* results = row_buffer.data();  // in the place of x
-      for (int64_t i = 0; i < n; ++i) results[i] = std::fma(m.normed(results[i]), w[i], b[i]);
-      narrow_run(results, y, n);
-    } else {
-      const bool ahead = n > kRowBlock && row + 1 < end && std::is_same_v<T, at::BFloat16>;
-      const int64_t step = ahead ? kPrefetchRun : n;
-      for (int64_t first = 0; first < n; first += step) {
-        const int64_t past = std::min(n, first + step);
-        if (ahead) prefetch(a.input + (row + 1) * a.stride + first, past - first);
-        for (int64_t i = first; i < past; ++i) y[i] = narrow<T>(std::fma(m.normed(x[i]), w[i], b[i]));
-      }
+    const bool ahead = n > kRowBlock && row + 1 < end && std::is_same_v<T, at::BFloat16>;
+    const int64_t step = ahead ? kPrefetchRun : n;
+    for (int64_t first = 0; first < n; first += step) {
+      const int64_t count = std::min(n - first, step);
+      if (ahead) prefetch(a.input + (row + 1) * a.stride + first, count);
+      write_run(y + first, count, row_buffer.data() + first,  // in the place of x
+                [=](int64_t i) { return std::fma(m.normed(x[first + i]), w[first + i], b[first + i]); });
     }
   }
 }
@@ -256,9 +249,11 @@ TORCH_FUSED_INLINE void backward_blocks(const Backward<T>& a, int64_t begin, int
           prefetch(a.grad + (row + 1) * a.grad_stride + first, past - first);
           prefetch(a.x + (row + 1) * a.x_stride + first, past - first);
         }
-        for (int64_t i = first; i < past; ++i) {
-          dx[i] = narrow<T>(rstd * (dy[i] * w[i] - m.mean_g - m.normed(x[i]) * m.mean_gn));
-        }
+        W room[kRowBlock];
+        write_run(dx + first, past - first, room, [=](int64_t j) {
+          const int64_t i = first + j;
+          return rstd * (dy[i] * w[i] - m.mean_g - m.normed(x[i]) * m.mean_gn);
+        });
         if (a.need_weight_grad) {
           for (int64_t i = first; i < past; ++i) grad_weight[i] += dy[i] * m.normed(x[i]);
         }
@@ -270,22 +265,8 @@ TORCH_FUSED_INLINE void backward_blocks(const Backward<T>& a, int64_t begin, int
   }
 }
 
-#define LAYER_NORM_LOOPS(T)                                                     \
-  TORCH_FUSED_SIMD void run(const Forward<T>& a, int64_t begin, int64_t end) {  \
-    forward_rows(a, begin, end);                                                \
-  }                                                                             \
-  TORCH_FUSED_SIMD void run(const Backward<T>& a, int64_t begin, int64_t end) { \
-    backward_blocks(a, begin, end);                                             \
-  }
-LAYER_NORM_LOOPS(float)
-LAYER_NORM_LOOPS(double)
-LAYER_NORM_LOOPS(at::Half)
-LAYER_NORM_LOOPS(at::BFloat16)
-
-template <class Args>
-void run_parallel(const Args& args, int64_t count, int64_t elements_each) {
-  at::parallel_for(0, count, row_grain(elements_each), [&](int64_t begin, int64_t end) { run(args, begin, end); });
-}
+TORCH_FUSED_LOOPS(Forward, forward_rows)
+TORCH_FUSED_LOOPS(Backward, backward_blocks)
 
 }  // namespace
 

@@ -21,21 +21,19 @@ LayerNorm check_layer_norm(const char* op, const at::Tensor& input, at::IntArray
 LayerNorm check_layer_norm_backward(const at::Tensor& grad, const at::Tensor& x, at::IntArrayRef normalized_shape,
                                     const std::optional<at::Tensor>& weight, double eps);
 
-at::Tensor layer_norm_cpu(const at::Tensor& input, at::IntArrayRef normalized_shape,
-                          const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias, double eps);
-at::Tensor layer_norm_gpu(const at::Tensor& input, at::IntArrayRef normalized_shape,
-                          const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias, double eps);
+using LayerNormSignature = at::Tensor(const at::Tensor& input, at::IntArrayRef normalized_shape,
+                                      const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
+                                      double eps);
+LayerNormSignature layer_norm_cpu, layer_norm_gpu;
 
 // The gradient of x, where y = norm(x), and those of the weight and the bias that are needed, in this order, stacked:
 // (0 to 2, *normalized_shape).
-std::tuple<at::Tensor, at::Tensor> layer_norm_backward_cpu(const at::Tensor& grad, const at::Tensor& x,
-                                                           at::IntArrayRef normalized_shape,
-                                                           const std::optional<at::Tensor>& weight, double eps,
-                                                           bool need_weight_grad, bool need_bias_grad);
-std::tuple<at::Tensor, at::Tensor> layer_norm_backward_gpu(const at::Tensor& grad, const at::Tensor& x,
-                                                           at::IntArrayRef normalized_shape,
-                                                           const std::optional<at::Tensor>& weight, double eps,
-                                                           bool need_weight_grad, bool need_bias_grad);
+using LayerNormBackwardSignature = std::tuple<at::Tensor, at::Tensor>(const at::Tensor& grad, const at::Tensor& x,
+                                                                      at::IntArrayRef normalized_shape,
+                                                                      const std::optional<at::Tensor>& weight,
+                                                                      double eps, bool need_weight_grad,
+                                                                      bool need_bias_grad);
+LayerNormBackwardSignature layer_norm_backward_cpu, layer_norm_backward_gpu;
 
 // An empty tensor for those gradients of parameters.
 at::Tensor empty_parameter_grads(const at::Tensor& x, at::IntArrayRef normalized_shape, bool need_weight_grad,

@@ -1,5 +1,6 @@
 // Layer norm of rows: y = (x - mean) * rsqrt(variance + eps) * weight + bias.
 #include <metal_stdlib>
+#include "common/kernel.metal.h"
 #include "common/pack.metal.h"
 #include "common/reduce.metal.h"
 #include "layer_norm/layer_norm.metal.h"
@@ -38,8 +39,9 @@ struct LayerNormRow {
   }
 };
 
-// One threadgroup a row. N packs of W values a thread: the row is read once and stays in registers. N == 0: a longer
-// row, read twice. A bound above the threads that are launched holds registers back, for more rows at once.
+// One threadgroup a row. N packs of W values a thread: the row is read once, in one turn, and stays in registers.
+// N == 0: a longer row, read twice, in turns of a pack. A bound above the threads that are launched holds registers
+// back, for more rows at once.
 template <typename T, int W, int N>
 [[kernel, max_total_threads_per_threadgroup(1024)]]
 void layer_norm(device const T* input [[buffer(0)]], device const T* weight [[buffer(1)]],
@@ -69,38 +71,26 @@ void layer_norm(device const T* input [[buffer(0)]], device const T* weight [[bu
     count += in_row<W>(first + i * step, p.cols);
   }
   Seen seen = {simd_sum(sum) / float(max(simd_sum(count), 1u)), 0u, 0.0f, 0.0f};
-  if (N > 0) {
+  for (uint column = first; N > 0 || column < p.cols; column += step) {
+    if (N == 0) load_columns<W>(r.input, column, p.cols, p.flags & ALIGNED, x[0]);
 #pragma unroll
-    for (int i = 0; i < packs; i++) seen.add<W>(first + i * step, p.cols, x[i]);
-  } else {
-    for (uint column = first; column < p.cols; column += step) {
-      r.load(column, loaded[0]);
-      loaded[0].unpack(x[0]);
-      seen.add<W>(column, p.cols, x[0]);
-    }
+    for (int i = 0; i < packs; i++) seen.add<W>(column + i * step, p.cols, x[i]);
+    if (N > 0) break;
   }
   Moments m = row_moments(seen.of_simdgroup(), p.cols, p.eps, scratch, place);
   if (m.overflowed()) m = small_row_moments(r.input, p.cols, p.eps, scratch, place);
-  if (N > 0) {
+  for (uint column = first; N > 0 || column < p.cols; column += step) {
+    if (N == 0) load_columns<W>(r.input, column, p.cols, p.flags & ALIGNED, x[0]);
 #pragma unroll
-    for (int i = 0; i < packs; i++) r.store_normed(first + i * step, x[i], m);
-  } else {
-    for (uint column = first; column < p.cols; column += step) {
-      r.load(column, loaded[0]);
-      loaded[0].unpack(x[0]);
-      r.store_normed(column, x[0], m);
-    }
+    for (int i = 0; i < packs; i++) r.store_normed(column + i * step, x[i], m);
+    if (N > 0) break;
   }
 }
 
-#define LAYER_NORM(name, T, W, N)                                                                                   \
-  template [[host_name("layer_norm_" #name "_" #N)]] [[kernel]] void layer_norm<T, W, N>(                            \
-      device const T*, device const T*, device const T*, device T*, constant LayerNormParams&, uint, uint, uint,     \
-      uint, uint, uint);
-#define LAYER_NORM_ALL(name, T, W) \
-  LAYER_NORM(name, T, W, 0)        \
-  LAYER_NORM(name, T, W, 2)        \
-  LAYER_NORM(name, T, W, 4)
-LAYER_NORM_ALL(f32, float, 4)
-LAYER_NORM_ALL(f16, half, 8)
-LAYER_NORM_ALL(bf16, bfloat, 8)
+#define LAYER_NORM(name, T, W)                          \
+  KERNEL("layer_norm_" #name "_0", layer_norm<T, W, 0>) \
+  KERNEL("layer_norm_" #name "_2", layer_norm<T, W, 2>) \
+  KERNEL("layer_norm_" #name "_4", layer_norm<T, W, 4>)
+LAYER_NORM(f32, float, 4)
+LAYER_NORM(f16, half, 8)
+LAYER_NORM(bf16, bfloat, 8)

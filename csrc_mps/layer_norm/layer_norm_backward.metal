@@ -1,5 +1,6 @@
 // Gradients of the layer norm of rows (layer_norm.metal). Mean and variance are found again from x, which is read anyway.
 #include <metal_stdlib>
+#include "common/kernel.metal.h"
 #include "common/pack.metal.h"
 #include "common/reduce.metal.h"
 #include "layer_norm/layer_norm.metal.h"
@@ -40,6 +41,11 @@ struct LayerNormGradRow {
   void load(uint column, thread Pack<T, W>* packs) const {
     packs[0].load(grad, column, cols, flags & ALIGNED);
     packs[1].load(x, column, cols, flags & ALIGNED);
+  }
+
+  void unpack(thread const Pack<T, W>* packs, thread float* dy, thread float* values) const {
+    packs[0].unpack(dy);
+    packs[1].unpack(values);
   }
 
   void load_weight(uint column, thread float* w) const {
@@ -93,9 +99,9 @@ struct LayerNormGradRow {
   }
 };
 
-// Each threadgroup takes every threadgroups-th row and leaves its part of dweight, then of dbias, in its row of `partial`,
-// without those that are not needed. N packs a thread in registers; N == 0: longer rows, read twice, with the parts
-// accumulated in `partial` itself.
+// Each threadgroup takes every threadgroups-th row and leaves its part of dweight, then of dbias, in its row of
+// `partial`, without those that are not needed. N packs a thread: a row in one turn, kept in registers; N == 0: longer
+// rows, read twice, in turns of a pack, with the parts accumulated in `partial` itself.
 template <typename T, int W, int N>
 [[kernel, max_total_threads_per_threadgroup(512)]]
 void layer_norm_backward(device const T* grad [[buffer(0)]], device const T* x [[buffer(1)]],
@@ -128,10 +134,7 @@ void layer_norm_backward(device const T* grad [[buffer(0)]], device const T* x [
 #pragma unroll
     for (int i = 0; i < packs; i++) r.load(first + i * step, loaded[i]);
 #pragma unroll
-    for (int i = 0; i < packs; i++) {
-      loaded[i][0].unpack(dy[i]);
-      loaded[i][1].unpack(values[i]);
-    }
+    for (int i = 0; i < packs; i++) r.unpack(loaded[i], dy[i], values[i]);
     float sum = 0.0f;
     uint count = 0u;
 #pragma unroll
@@ -145,16 +148,14 @@ void layer_norm_backward(device const T* grad [[buffer(0)]], device const T* x [
     }
     Seen seen = {sum / float(max(count, 1u)), 0u, 0.0f, 0.0f};
     float sums[2] = {0.0f, 0.0f};
-    if (N > 0) {
-#pragma unroll
-      for (int i = 0; i < packs; i++) r.add(first + i * step, dy[i], values[i], seen, sums);
-    } else {
-      for (uint column = first; column < p.cols; column += step) {
+    for (uint column = first; N > 0 || column < p.cols; column += step) {
+      if (N == 0) {
         r.load(column, loaded[0]);
-        loaded[0][0].unpack(dy[0]);
-        loaded[0][1].unpack(values[0]);
-        r.add(column, dy[0], values[0], seen, sums);
+        r.unpack(loaded[0], dy[0], values[0]);
       }
+#pragma unroll
+      for (int i = 0; i < packs; i++) r.add(column + i * step, dy[i], values[i], seen, sums);
+      if (N > 0) break;
     }
     const float shift = seen.shift;
     seen = seen.of_simdgroup();
@@ -173,22 +174,20 @@ void layer_norm_backward(device const T* grad [[buffer(0)]], device const T* x [
       m = small_row_moments(r.x, p.cols, p.eps, all.seen, place);
       slopes = r.slopes_about(m, all.slopes, place);
     }
-    if (N > 0) {
-#pragma unroll
-      for (int i = 0; i < packs; i++) r.store(first + i * step, dy[i], values[i], m, slopes, dw[i], db[i]);
-    } else {
-      for (uint column = first; column < p.cols; column += step) {
+    for (uint column = first; N > 0 || column < p.cols; column += step) {
+      if (N == 0) {
         r.load(column, loaded[0]);
-        loaded[0][0].unpack(dy[0]);
-        loaded[0][1].unpack(values[0]);
+        r.unpack(loaded[0], dy[0], values[0]);
 #pragma unroll
         for (int j = 0; j < W; j++) dw[0][j] = db[0][j] = 0.0f;
         if (grad_weight && row != group) load_columns<W>(weight_part, column, p.cols, false, dw[0]);
         if (grad_bias && row != group) load_columns<W>(bias_part, column, p.cols, false, db[0]);
-        r.store(column, dy[0], values[0], m, slopes, dw[0], db[0]);
-        if (grad_weight) store_columns<W>(weight_part, column, p.cols, false, dw[0]);
-        if (grad_bias) store_columns<W>(bias_part, column, p.cols, false, db[0]);
       }
+#pragma unroll
+      for (int i = 0; i < packs; i++) r.store(column + i * step, dy[i], values[i], m, slopes, dw[i], db[i]);
+      if (N == 0 && grad_weight) store_columns<W>(weight_part, column, p.cols, false, dw[0]);
+      if (N == 0 && grad_bias) store_columns<W>(bias_part, column, p.cols, false, db[0]);
+      if (N > 0) break;
     }
   }
   if (N > 0) {
@@ -200,15 +199,11 @@ void layer_norm_backward(device const T* grad [[buffer(0)]], device const T* x [
   }
 }
 
-#define LAYER_NORM_BACKWARD(name, T, W, N)                                                                          \
-  template [[host_name("layer_norm_backward_" #name "_" #N)]] [[kernel]] void layer_norm_backward<T, W, N>(          \
-      device const T*, device const T*, device const T*, device T*, device float*,                                   \
-      constant LayerNormBackwardParams&, uint, uint, uint, uint, uint, uint, uint);
-#define LAYER_NORM_BACKWARD_ALL(name, T, W) \
-  LAYER_NORM_BACKWARD(name, T, W, 0)        \
-  LAYER_NORM_BACKWARD(name, T, W, 1)        \
-  LAYER_NORM_BACKWARD(name, T, W, 2)        \
-  LAYER_NORM_BACKWARD(name, T, W, 4)
-LAYER_NORM_BACKWARD_ALL(f32, float, 4)
-LAYER_NORM_BACKWARD_ALL(f16, half, 8)
-LAYER_NORM_BACKWARD_ALL(bf16, bfloat, 8)
+#define LAYER_NORM_BACKWARD(name, T, W)                                   \
+  KERNEL("layer_norm_backward_" #name "_0", layer_norm_backward<T, W, 0>) \
+  KERNEL("layer_norm_backward_" #name "_1", layer_norm_backward<T, W, 1>) \
+  KERNEL("layer_norm_backward_" #name "_2", layer_norm_backward<T, W, 2>) \
+  KERNEL("layer_norm_backward_" #name "_4", layer_norm_backward<T, W, 4>)
+LAYER_NORM_BACKWARD(f32, float, 4)
+LAYER_NORM_BACKWARD(f16, half, 8)
+LAYER_NORM_BACKWARD(bf16, bfloat, 8)

@@ -35,18 +35,15 @@ QuantizedCall check_quantized(const char* op, const at::Tensor& x, const at::Ten
                               int64_t group_size);
 
 // The matrix in `dtype`, or the scales'.
-at::Tensor dequantize_cpu(const at::Tensor& weight, const at::Tensor& scales, const at::Tensor& biases, int64_t bits,
-                          int64_t group_size, std::optional<at::ScalarType> dtype);
-at::Tensor dequantize_gpu(const at::Tensor& weight, const at::Tensor& scales, const at::Tensor& biases, int64_t bits,
-                          int64_t group_size, std::optional<at::ScalarType> dtype);
+using DequantizeSignature = at::Tensor(const at::Tensor& weight, const at::Tensor& scales, const at::Tensor& biases,
+                                       int64_t bits, int64_t group_size, std::optional<at::ScalarType> dtype);
+DequantizeSignature dequantize_cpu, dequantize_gpu;
 
 // x times the matrix, transposed, plus bias.
-at::Tensor quantized_linear_cpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scales,
-                                const at::Tensor& biases, const std::optional<at::Tensor>& bias, int64_t bits,
-                                int64_t group_size);
-at::Tensor quantized_linear_gpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scales,
-                                const at::Tensor& biases, const std::optional<at::Tensor>& bias, int64_t bits,
-                                int64_t group_size);
+using QuantizedLinearSignature = at::Tensor(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scales,
+                                            const at::Tensor& biases, const std::optional<at::Tensor>& bias,
+                                            int64_t bits, int64_t group_size);
+QuantizedLinearSignature quantized_linear_cpu, quantized_linear_gpu;
 
 // The same by `unpack`, dequantize_cpu or dequantize_gpu, and torch's product.
 at::Tensor linear_unpacked(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scales,

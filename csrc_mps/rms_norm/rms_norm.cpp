@@ -2,7 +2,6 @@
 #include "rms_norm.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -11,15 +10,13 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <type_traits>
 #include <vector>
 
 #include "../common/autograd.h"
 #include "../common/checks.h"
 #include "../common/half_runs.h"
 #include "../common/pairs.h"
-#include "../common/rows.h"
-#include "../common/simd.h"
+#include "../common/row_loops.h"
 #include "../common/sum.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
@@ -100,10 +97,9 @@ TORCH_FUSED_INLINE const wide_t<T>* effective_weight(const T* weight, const RmsN
   wide_t<T>* w = buffer.data();
   if (!weight) {
     std::fill_n(w, norm.cols, wide_t<T>(1));
-  } else if constexpr (std::is_same_v<T, at::Half>) {
-    widen_run(weight, w, norm.cols);
   } else {
-    for (int64_t i = 0; i < norm.cols; ++i) w[i] = widen(weight[i]);
+    const auto* from = readable(weight, norm.cols, w);
+    for (int64_t i = 0; i < norm.cols; ++i) w[i] = widen(from[i]);
   }
   if (weight && offset != 0) {
     for (int64_t i = 0; i < norm.cols; ++i) w[i] = norm.llama ? round_to<T>(w[i] + offset) : w[i] + offset;
@@ -273,22 +269,13 @@ TORCH_FUSED_INLINE void backward_blocks(const Backward<T>& a, int64_t begin, int
   }
 }
 
-#define RMS_NORM_LOOPS(T)                                                                  \
-  TORCH_FUSED_SIMD void run(const Forward<T>& a, int64_t begin, int64_t end) {             \
-    a.norm.llama ? forward_rows<true>(a, begin, end) : forward_rows<false>(a, begin, end); \
-  }                                                                                        \
-  TORCH_FUSED_SIMD void run(const Backward<T>& a, int64_t begin, int64_t end) {            \
-    backward_blocks(a, begin, end);                                                        \
-  }
-RMS_NORM_LOOPS(float)
-RMS_NORM_LOOPS(double)
-RMS_NORM_LOOPS(at::Half)
-RMS_NORM_LOOPS(at::BFloat16)
-
-template <class Args>
-void run_parallel(const Args& args, int64_t count, int64_t elements_each) {
-  at::parallel_for(0, count, row_grain(elements_each), [&](int64_t begin, int64_t end) { run(args, begin, end); });
+template <class T>
+TORCH_FUSED_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t end) {
+  a.norm.llama ? forward_rows<true>(a, begin, end) : forward_rows<false>(a, begin, end);
 }
+
+TORCH_FUSED_LOOPS(Forward, forward_rows)
+TORCH_FUSED_LOOPS(Backward, backward_blocks)
 
 std::tuple<Tensor, Tensor> forward_cpu(const RmsNorm& norm, const Tensor& input, const OptionalTensor& residual,
                                        const OptionalTensor& weight) {

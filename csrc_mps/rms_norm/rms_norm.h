@@ -27,33 +27,22 @@ RmsNorm check_rms_norm_backward(const at::Tensor& grad, const std::optional<at::
                                 at::IntArrayRef normalized_shape, const std::optional<at::Tensor>& weight,
                                 std::optional<double> eps, std::string_view casting_mode, double weight_offset);
 
-at::Tensor rms_norm_cpu(const at::Tensor& input, at::IntArrayRef normalized_shape,
-                        const std::optional<at::Tensor>& weight, std::optional<double> eps,
-                        std::string_view casting_mode, double weight_offset);
-at::Tensor rms_norm_gpu(const at::Tensor& input, at::IntArrayRef normalized_shape,
-                        const std::optional<at::Tensor>& weight, std::optional<double> eps,
-                        std::string_view casting_mode, double weight_offset);
+using RmsNormSignature = at::Tensor(const at::Tensor& input, at::IntArrayRef normalized_shape,
+                                    const std::optional<at::Tensor>& weight, std::optional<double> eps,
+                                    std::string_view casting_mode, double weight_offset);
+RmsNormSignature rms_norm_cpu, rms_norm_gpu;
 
-std::tuple<at::Tensor, at::Tensor> add_rms_norm_cpu(const at::Tensor& input, const at::Tensor& residual,
-                                                    const at::Tensor& weight, double eps, std::string_view casting_mode,
-                                                    double weight_offset);
-std::tuple<at::Tensor, at::Tensor> add_rms_norm_gpu(const at::Tensor& input, const at::Tensor& residual,
-                                                    const at::Tensor& weight, double eps, std::string_view casting_mode,
-                                                    double weight_offset);
+using AddRmsNormSignature = std::tuple<at::Tensor, at::Tensor>(const at::Tensor& input, const at::Tensor& residual,
+                                                               const at::Tensor& weight, double eps,
+                                                               std::string_view casting_mode, double weight_offset);
+AddRmsNormSignature add_rms_norm_cpu, add_rms_norm_gpu;
 
 // Gradients of x, where y = norm(x), and of the weight (empty unless need_weight_grad). grad_sum, if present, is the
 // gradient of x itself, added in.
-std::tuple<at::Tensor, at::Tensor> rms_norm_backward_cpu(const at::Tensor& grad,
-                                                         const std::optional<at::Tensor>& grad_sum, const at::Tensor& x,
-                                                         at::IntArrayRef normalized_shape,
-                                                         const std::optional<at::Tensor>& weight,
-                                                         std::optional<double> eps, std::string_view casting_mode,
-                                                         double weight_offset, bool need_weight_grad);
-std::tuple<at::Tensor, at::Tensor> rms_norm_backward_gpu(const at::Tensor& grad,
-                                                         const std::optional<at::Tensor>& grad_sum, const at::Tensor& x,
-                                                         at::IntArrayRef normalized_shape,
-                                                         const std::optional<at::Tensor>& weight,
-                                                         std::optional<double> eps, std::string_view casting_mode,
-                                                         double weight_offset, bool need_weight_grad);
+using RmsNormBackwardSignature = std::tuple<at::Tensor, at::Tensor>(
+    const at::Tensor& grad, const std::optional<at::Tensor>& grad_sum, const at::Tensor& x,
+    at::IntArrayRef normalized_shape, const std::optional<at::Tensor>& weight, std::optional<double> eps,
+    std::string_view casting_mode, double weight_offset, bool need_weight_grad);
+RmsNormBackwardSignature rms_norm_backward_cpu, rms_norm_backward_gpu;
 
 }  // namespace torch_fused

@@ -1,5 +1,6 @@
 // RMS norm of rows: y = x * rsqrt(mean(x^2) + eps) * weight, with x = input (+ residual).
 #include <metal_stdlib>
+#include "common/kernel.metal.h"
 #include "common/pack.metal.h"
 #include "common/reduce.metal.h"
 #include "rms_norm/rms_norm_params.h"
@@ -59,7 +60,8 @@ inline float sum_of_squares(thread const float* x) {
   return sum;
 }
 
-// One threadgroup a row. N packs of W values a thread: the row is read once and stays in registers. N == 0: a longer row, read twice.
+// One threadgroup a row. N packs of W values a thread: the row is read once, in one turn, and stays in registers.
+// N == 0: a longer row, read twice, in turns of a pack.
 template <typename T, int W, int N>
 [[kernel, max_total_threads_per_threadgroup(512)]]
 void rms_norm(device const T* input [[buffer(0)]], device const T* residual [[buffer(1)]],
@@ -69,6 +71,7 @@ void rms_norm(device const T* input [[buffer(0)]], device const T* residual [[bu
               uint threads [[threads_per_threadgroup]], uint lane [[thread_index_in_simdgroup]],
               uint simdgroup [[simdgroup_index_in_threadgroup]],
               uint simdgroups [[simdgroups_per_threadgroup]]) {
+  constexpr int packs = N > 0 ? N : 1;
   threadgroup float scratch[32];
   const Place place = {lane, simdgroup, simdgroups};
   const RmsNormRow<T, W> r = {input + long(row) * p.input_stride,
@@ -82,45 +85,32 @@ void rms_norm(device const T* input [[buffer(0)]], device const T* residual [[bu
   const uint first = thread_id * W;
   const uint step = threads * W;
   float squares = 0.0f;
-  if (N > 0) {
-    Pack<T, W> loaded[N > 0 ? N : 1][2];
-    float x[N > 0 ? N : 1][W];
+  Pack<T, W> loaded[packs][2];
+  float x[packs][W];
+  for (uint column = first; N > 0 || column < p.cols; column += step) {
 #pragma unroll
-    for (int i = 0; i < N; i++) r.load(first + i * step, loaded[i]);
+    for (int i = 0; i < packs; i++) r.load(column + i * step, loaded[i]);
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-      r.unpack(first + i * step, loaded[i], x[i]);
+    for (int i = 0; i < packs; i++) {
+      r.unpack(column + i * step, loaded[i], x[i]);
       squares += sum_of_squares<W>(x[i]);
     }
-    const float scale = rsqrt(threadgroup_sum(squares, scratch, place) / float(p.cols) + p.eps);
+    if (N > 0) break;
+  }
+  const float scale = rsqrt(threadgroup_sum(squares, scratch, place) / float(p.cols) + p.eps);
+  for (uint column = first; N > 0 || column < p.cols; column += step) {
+    if (N == 0) load_columns<W>(p.flags & HAS_RESIDUAL ? r.sum : r.input, column, p.cols, p.flags & ALIGNED, x[0]);
 #pragma unroll
-    for (int i = 0; i < N; i++) r.store_normed(first + i * step, x[i], scale);
-  } else {
-    Pack<T, W> loaded[2];
-    float x[W];
-    for (uint column = first; column < p.cols; column += step) {
-      r.load(column, loaded);
-      r.unpack(column, loaded, x);
-      squares += sum_of_squares<W>(x);
-    }
-    const float scale = rsqrt(threadgroup_sum(squares, scratch, place) / float(p.cols) + p.eps);
-    for (uint column = first; column < p.cols; column += step) {
-      device const T* again = p.flags & HAS_RESIDUAL ? r.sum : r.input;
-      load_columns<W>(again, column, p.cols, p.flags & ALIGNED, x);
-      r.store_normed(column, x, scale);
-    }
+    for (int i = 0; i < packs; i++) r.store_normed(column + i * step, x[i], scale);
+    if (N > 0) break;
   }
 }
 
-#define RMS_NORM(name, T, W, N)                                                                                     \
-  template [[host_name("rms_norm_" #name "_" #N)]] [[kernel]] void rms_norm<T, W, N>(                                \
-      device const T*, device const T*, device const T*, device T*, device T*, constant RmsNormParams&, uint, uint,  \
-      uint, uint, uint, uint);
-#define RMS_NORM_ALL(name, T, W) \
-  RMS_NORM(name, T, W, 0)        \
-  RMS_NORM(name, T, W, 1)        \
-  RMS_NORM(name, T, W, 2)        \
-  RMS_NORM(name, T, W, 4)
-RMS_NORM_ALL(f32, float, 4)
-RMS_NORM_ALL(f16, half, 8)
-RMS_NORM_ALL(bf16, bfloat, 8)
+#define RMS_NORM(name, T, W)                        \
+  KERNEL("rms_norm_" #name "_0", rms_norm<T, W, 0>) \
+  KERNEL("rms_norm_" #name "_1", rms_norm<T, W, 1>) \
+  KERNEL("rms_norm_" #name "_2", rms_norm<T, W, 2>) \
+  KERNEL("rms_norm_" #name "_4", rms_norm<T, W, 4>)
+RMS_NORM(f32, float, 4)
+RMS_NORM(f16, half, 8)
+RMS_NORM(bf16, bfloat, 8)

@@ -1,5 +1,6 @@
 // Gradients of the RMS norm of rows (rms_norm.metal).
 #include <metal_stdlib>
+#include "common/kernel.metal.h"
 #include "common/pack.metal.h"
 #include "common/reduce.metal.h"
 #include "rms_norm/rms_norm_params.h"
@@ -22,6 +23,11 @@ struct RmsNormGradRow {
   void load(uint column, thread Pack<T, W>* packs) const {
     packs[0].load(grad, column, cols, flags & ALIGNED);
     packs[1].load(x, column, cols, flags & ALIGNED);
+  }
+
+  void unpack(thread const Pack<T, W>* packs, thread float* dy, thread float* values) const {
+    packs[0].unpack(dy);
+    packs[1].unpack(values);
   }
 
   void load_weight(uint column, thread float* w) const {
@@ -70,7 +76,8 @@ struct RmsNormGradRow {
 };
 
 // Each threadgroup takes every threadgroups-th row and leaves its part of dweight in `partial` (threadgroups x cols).
-// N packs a thread in registers; N == 0: longer rows, read twice, with dweight accumulated in `partial` itself.
+// N packs a thread: a row in one turn, kept in registers; N == 0: longer rows, read twice, in turns of a pack, with
+// dweight accumulated in `partial` itself.
 template <typename T, int W, int N>
 [[kernel, max_total_threads_per_threadgroup(512)]]
 void rms_norm_backward(device const T* grad [[buffer(0)]], device const T* grad_sum [[buffer(1)]],
@@ -84,13 +91,14 @@ void rms_norm_backward(device const T* grad [[buffer(0)]], device const T* grad_
                        uint lane [[thread_index_in_simdgroup]],
                        uint simdgroup [[simdgroup_index_in_threadgroup]],
                        uint simdgroups [[simdgroups_per_threadgroup]]) {
+  constexpr int packs = N > 0 ? N : 1;
   threadgroup float scratch[2][2 * 32];  // of rows in turn: no row waits for the reads of the one before
   const Place place = {lane, simdgroup, simdgroups};
   const uint first = thread_id * W;
   const uint step = threads * W;
   const bool grad_weight = p.flags & GRAD_WEIGHT;
   device float* part = partial + (grad_weight ? long(group) * p.cols : 0);
-  float dw[N > 0 ? N : 1][W] = {};
+  float dw[packs][W] = {};
   uint turn = 0;
   for (uint row = group; row < p.rows; row += groups) {
     const RmsNormGradRow<T, W> r = {grad + long(row) * p.grad_stride,
@@ -101,45 +109,36 @@ void rms_norm_backward(device const T* grad [[buffer(0)]], device const T* grad_
                                     p.cols,
                                     p.flags,
                                     p.weight_offset};
-    Pack<T, W> loaded[N > 0 ? N : 1][2];
-    float dy[N > 0 ? N : 1][W], values[N > 0 ? N : 1][W];
+    Pack<T, W> loaded[packs][2];
+    float dy[packs][W], values[packs][W];
     float sums[2] = {0.0f, 0.0f};
-    if (N > 0) {
+    for (uint column = first; N > 0 || column < p.cols; column += step) {
 #pragma unroll
-      for (int i = 0; i < N; i++) r.load(first + i * step, loaded[i]);
+      for (int i = 0; i < packs; i++) r.load(column + i * step, loaded[i]);
 #pragma unroll
-      for (int i = 0; i < N; i++) {
-        loaded[i][0].unpack(dy[i]);
-        loaded[i][1].unpack(values[i]);
-        r.add(first + i * step, dy[i], values[i], sums);
+      for (int i = 0; i < packs; i++) {
+        r.unpack(loaded[i], dy[i], values[i]);
+        r.add(column + i * step, dy[i], values[i], sums);
       }
-    } else {
-      for (uint column = first; column < p.cols; column += step) {
-        r.load(column, loaded[0]);
-        loaded[0][0].unpack(dy[0]);
-        loaded[0][1].unpack(values[0]);
-        r.add(column, dy[0], values[0], sums);
-      }
+      if (N > 0) break;
     }
     threadgroup_sums<2>(sums, scratch[turn], place);
     const float scale = rsqrt(sums[0] / float(p.cols) + p.eps);
     float mean_gx = sums[1] / float(p.cols) * scale;
     if (!isfinite(sums[1])) mean_gx = r.sum_of_normed(scale, scratch[turn], place) / float(p.cols);
     turn ^= 1;
-    if (N > 0) {
-#pragma unroll
-      for (int i = 0; i < N; i++) r.store(first + i * step, dy[i], values[i], scale, mean_gx, dw[i]);
-    } else {
-      for (uint column = first; column < p.cols; column += step) {
+    for (uint column = first; N > 0 || column < p.cols; column += step) {
+      if (N == 0) {
         r.load(column, loaded[0]);
-        loaded[0][0].unpack(dy[0]);
-        loaded[0][1].unpack(values[0]);
+        r.unpack(loaded[0], dy[0], values[0]);
 #pragma unroll
         for (int j = 0; j < W; j++) dw[0][j] = 0.0f;
         if (grad_weight && row != group) load_columns<W>(part, column, p.cols, false, dw[0]);
-        r.store(column, dy[0], values[0], scale, mean_gx, dw[0]);
-        if (grad_weight) store_columns<W>(part, column, p.cols, false, dw[0]);
       }
+#pragma unroll
+      for (int i = 0; i < packs; i++) r.store(column + i * step, dy[i], values[i], scale, mean_gx, dw[i]);
+      if (N == 0 && grad_weight) store_columns<W>(part, column, p.cols, false, dw[0]);
+      if (N > 0) break;
     }
   }
   if (N > 0 && grad_weight) {
@@ -148,15 +147,11 @@ void rms_norm_backward(device const T* grad [[buffer(0)]], device const T* grad_
   }
 }
 
-#define RMS_NORM_BACKWARD(name, T, W, N)                                                                            \
-  template [[host_name("rms_norm_backward_" #name "_" #N)]] [[kernel]] void rms_norm_backward<T, W, N>(              \
-      device const T*, device const T*, device const T*, device const T*, device T*, device float*,                  \
-      constant RmsNormBackwardParams&, uint, uint, uint, uint, uint, uint, uint);
-#define RMS_NORM_BACKWARD_ALL(name, T, W) \
-  RMS_NORM_BACKWARD(name, T, W, 0)        \
-  RMS_NORM_BACKWARD(name, T, W, 1)        \
-  RMS_NORM_BACKWARD(name, T, W, 2)        \
-  RMS_NORM_BACKWARD(name, T, W, 4)
-RMS_NORM_BACKWARD_ALL(f32, float, 4)
-RMS_NORM_BACKWARD_ALL(f16, half, 8)
-RMS_NORM_BACKWARD_ALL(bf16, bfloat, 8)
+#define RMS_NORM_BACKWARD(name, T, W)                                 \
+  KERNEL("rms_norm_backward_" #name "_0", rms_norm_backward<T, W, 0>) \
+  KERNEL("rms_norm_backward_" #name "_1", rms_norm_backward<T, W, 1>) \
+  KERNEL("rms_norm_backward_" #name "_2", rms_norm_backward<T, W, 2>) \
+  KERNEL("rms_norm_backward_" #name "_4", rms_norm_backward<T, W, 4>)
+RMS_NORM_BACKWARD(f32, float, 4)
+RMS_NORM_BACKWARD(f16, half, 8)
+RMS_NORM_BACKWARD(bf16, bfloat, 8)

@@ -2,7 +2,6 @@
 #include "rope.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <type_traits>
@@ -11,8 +10,7 @@
 #include "../common/checks.h"
 #include "../common/convert.h"
 #include "../common/half_runs.h"
-#include "../common/rows.h"
-#include "../common/simd.h"
+#include "../common/row_loops.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def(
@@ -91,9 +89,6 @@ Rope check_rope(const RopeNames& names, const Tensor& q, const Tensor& k, const 
 // ---- CPU ------------------------------------------------------------------------------------------------------------
 
 namespace {
-
-// Elements a thread should at least have: below that, waking one costs more than it saves.
-constexpr int64_t kGrain = 16384;
 
 template <class T>
 struct Operand {
@@ -205,20 +200,18 @@ TORCH_FUSED_INLINE void rotate_tokens(const Call<T>& a, int64_t begin, int64_t e
   }
 }
 
-#define ROPE_LOOPS(T)                                                       \
-  TORCH_FUSED_SIMD void run(const Call<T>& a, int64_t begin, int64_t end) { \
-    if (a.transposed) {                                                     \
-      rotate_tokens<true, false>(a, begin, end);                            \
-    } else if (a.rope.llama) {                                              \
-      rotate_tokens<false, true>(a, begin, end);                            \
-    } else {                                                                \
-      rotate_tokens<false, false>(a, begin, end);                           \
-    }                                                                       \
+template <class T>
+TORCH_FUSED_INLINE void rotate_all(const Call<T>& a, int64_t begin, int64_t end) {
+  if (a.transposed) {
+    rotate_tokens<true, false>(a, begin, end);
+  } else if (a.rope.llama) {
+    rotate_tokens<false, true>(a, begin, end);
+  } else {
+    rotate_tokens<false, false>(a, begin, end);
   }
-ROPE_LOOPS(float)
-ROPE_LOOPS(double)
-ROPE_LOOPS(at::Half)
-ROPE_LOOPS(at::BFloat16)
+}
+
+TORCH_FUSED_LOOPS(Call, rotate_all)
 
 std::tuple<Tensor, Tensor> run_rope(const Rope& rope, bool transposed) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rope.cos.scalar_type(), "apply_rotary_pos_emb", [&] {
@@ -227,9 +220,7 @@ std::tuple<Tensor, Tensor> run_rope(const Rope& rope, bool transposed) {
                               {elements<const scalar_t>(rope.cos), elements<const scalar_t>(rope.sin)},
                               rope,
                               transposed};
-    const int64_t per_token = (rope.q.heads + rope.k.heads) * rope.head_dim;
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, per_token));
-    at::parallel_for(0, rope.batch * rope.tokens, grain, [&](int64_t begin, int64_t end) { run(call, begin, end); });
+    run_parallel(call, rope.batch * rope.tokens, (rope.q.heads + rope.k.heads) * rope.head_dim);
   });
   return {rope.q.output, rope.k.output};
 }

@@ -41,19 +41,18 @@ constexpr RopeNames kRopeBackward{"apply_rotary_pos_emb_backward", "grad_q", "gr
 Rope check_rope(const RopeNames& names, const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos,
                 const at::Tensor& sin, int64_t unsqueeze_dim, std::string_view casting_mode);
 
-std::tuple<at::Tensor, at::Tensor> apply_rotary_pos_emb_cpu(const at::Tensor& q, const at::Tensor& k,
-                                                            const at::Tensor& cos, const at::Tensor& sin,
-                                                            int64_t unsqueeze_dim, std::string_view casting_mode);
-std::tuple<at::Tensor, at::Tensor> apply_rotary_pos_emb_gpu(const at::Tensor& q, const at::Tensor& k,
-                                                            const at::Tensor& cos, const at::Tensor& sin,
-                                                            int64_t unsqueeze_dim, std::string_view casting_mode);
+using ApplyRotaryPosEmbSignature = std::tuple<at::Tensor, at::Tensor>(const at::Tensor& q, const at::Tensor& k,
+                                                                      const at::Tensor& cos, const at::Tensor& sin,
+                                                                      int64_t unsqueeze_dim,
+                                                                      std::string_view casting_mode);
+ApplyRotaryPosEmbSignature apply_rotary_pos_emb_cpu, apply_rotary_pos_emb_gpu;
 
 // The gradients of q and k: the transposed rotation of the results' gradients.
-std::tuple<at::Tensor, at::Tensor> apply_rotary_pos_emb_backward_cpu(const at::Tensor& grad_q, const at::Tensor& grad_k,
-                                                                     const at::Tensor& cos, const at::Tensor& sin,
-                                                                     int64_t unsqueeze_dim);
-std::tuple<at::Tensor, at::Tensor> apply_rotary_pos_emb_backward_gpu(const at::Tensor& grad_q, const at::Tensor& grad_k,
-                                                                     const at::Tensor& cos, const at::Tensor& sin,
-                                                                     int64_t unsqueeze_dim);
+using ApplyRotaryPosEmbBackwardSignature = std::tuple<at::Tensor, at::Tensor>(const at::Tensor& grad_q,
+                                                                              const at::Tensor& grad_k,
+                                                                              const at::Tensor& cos,
+                                                                              const at::Tensor& sin,
+                                                                              int64_t unsqueeze_dim);
+ApplyRotaryPosEmbBackwardSignature apply_rotary_pos_emb_backward_cpu, apply_rotary_pos_emb_backward_gpu;
 
 }  // namespace torch_fused

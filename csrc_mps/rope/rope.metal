@@ -1,6 +1,7 @@
 // Rotary position embedding of queries and keys. A head is two halves, (a, b), and pass-through dimensions after them:
 // (a, b) -> (a * cos - b * sin, b * cos + a * sin), each half with its own half of the tables.
 #include <metal_stdlib>
+#include "common/kernel.metal.h"
 #include "common/pack.metal.h"
 #include "rope/rope_params.h"
 using namespace metal;
@@ -74,10 +75,7 @@ void rope(device const T* q [[buffer(0)]], device const T* k [[buffer(1)]], devi
   }
 }
 
-#define ROPE(name, T, W)                                                                                             \
-  template [[host_name("rope_" #name)]] [[kernel]] void rope<T, W>(device const T*, device const T*,                 \
-                                                                    device const T*, device const T*, device T*,     \
-                                                                    device T*, constant RopeParams&, uint, uint, uint);
+#define ROPE(name, T, W) KERNEL("rope_" #name, rope<T, W>)
 ROPE(f32, float, 4)
 ROPE(f16, half, 8)
 ROPE(bf16, bfloat, 8)

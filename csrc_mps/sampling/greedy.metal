@@ -1,5 +1,6 @@
 // The lowest index of each row's maximum: a candidate a slice of the row, then the best of the candidates.
 #include <metal_stdlib>
+#include "common/kernel.metal.h"
 #include "common/pack.metal.h"
 #include "common/scan.metal.h"
 #include "common/token_weight.h"
@@ -58,9 +59,7 @@ kernel void greedy_rows(device const uint2* best [[buffer(0)]], device long* ids
   if (thread_id == 0) ids[row] = token.x != 0u ? token.y : 0u;
 }
 
-#define GREEDY(name, T, W)                                                                      \
-  template [[host_name("greedy_slices_" #name)]] [[kernel]] void greedy_slices<T, W>(           \
-      device const T*, device uint2*, constant GreedyParams&, uint, uint, uint, uint, uint, uint);
+#define GREEDY(name, T, W) KERNEL("greedy_slices_" #name, greedy_slices<T, W>)
 GREEDY(f32, float, 4)
 GREEDY(f16, half, 8)
 GREEDY(bf16, bfloat, 8)

@@ -50,27 +50,19 @@ Sampling check_sampling(const char* op, const at::Tensor& logits, double tempera
 at::Tensor greedy_cpu(const at::Tensor& logits);
 at::Tensor greedy_gpu(const at::Tensor& logits);
 
-at::Tensor filter_logits_cpu(const at::Tensor& logits, double temperature, std::optional<int64_t> top_k,
-                             std::optional<double> top_p, std::optional<double> min_p,
-                             const std::optional<at::Tensor>& row_parameters);
-at::Tensor filter_logits_gpu(const at::Tensor& logits, double temperature, std::optional<int64_t> top_k,
-                             std::optional<double> top_p, std::optional<double> min_p,
-                             const std::optional<at::Tensor>& row_parameters);
+using FilterLogitsSignature = at::Tensor(const at::Tensor& logits, double temperature, std::optional<int64_t> top_k,
+                                         std::optional<double> top_p, std::optional<double> min_p,
+                                         const std::optional<at::Tensor>& row_parameters);
+FilterLogitsSignature filter_logits_cpu, filter_logits_gpu;
 
 // (ids, valid). On the CPU a row with nothing to draw is an error unless return_valid.
-std::tuple<at::Tensor, at::Tensor> sample_cpu(const at::Tensor& logits, double temperature,
-                                              std::optional<int64_t> top_k, std::optional<double> top_p,
-                                              std::optional<double> min_p,
-                                              const std::optional<at::Tensor>& row_parameters,
-                                              std::optional<at::Generator> generator, std::optional<int64_t> seed,
-                                              std::optional<int64_t> offset, const std::optional<at::Tensor>& state,
-                                              bool return_valid);
-std::tuple<at::Tensor, at::Tensor> sample_gpu(const at::Tensor& logits, double temperature,
-                                              std::optional<int64_t> top_k, std::optional<double> top_p,
-                                              std::optional<double> min_p,
-                                              const std::optional<at::Tensor>& row_parameters,
-                                              std::optional<at::Generator> generator, std::optional<int64_t> seed,
-                                              std::optional<int64_t> offset, const std::optional<at::Tensor>& state,
-                                              bool return_valid);
+using SampleSignature = std::tuple<at::Tensor, at::Tensor>(const at::Tensor& logits, double temperature,
+                                                           std::optional<int64_t> top_k, std::optional<double> top_p,
+                                                           std::optional<double> min_p,
+                                                           const std::optional<at::Tensor>& row_parameters,
+                                                           std::optional<at::Generator> generator,
+                                                           std::optional<int64_t> seed, std::optional<int64_t> offset,
+                                                           const std::optional<at::Tensor>& state, bool return_valid);
+SampleSignature sample_cpu, sample_gpu;
 
 }  // namespace torch_fused

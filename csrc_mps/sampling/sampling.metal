@@ -2,6 +2,7 @@
 // tokens; slices divided into buckets, which the sample has given; then a search, and a draw or the logits that are kept.
 // No step takes much longer for some logits than for others.
 #include <metal_stdlib>
+#include "common/kernel.metal.h"
 #include "common/philox.h"
 #include "common/scan.metal.h"
 #include "sampling/ranking.metal.h"
@@ -207,17 +208,10 @@ void filter_logits(device const T* logits [[buffer(0)]], device const ulong* tok
   }
 }
 
-#define SAMPLING(name, T)                                                                                            \
-  template [[host_name("sampling_survey_" #name)]] [[kernel]] void sampling_survey<T>(                               \
-      device const T*, device uint*, device ulong*, device uint*, constant SamplingParams&, uint, uint, uint, uint,  \
-      uint);                                                                                                         \
-  template [[host_name("sampling_divide_" #name)]] [[kernel]] void sampling_divide<T>(                               \
-      device const T*, device const uint*, device const ulong*, device const float*, device ulong*, device uint*,    \
-      device atomic_uint*, device ulong*, constant SamplingParams&, uint, uint, uint, uint, uint);                         \
-  template [[host_name("filter_logits_" #name)]] [[kernel]] void filter_logits<T>(                                   \
-      device const T*, device const ulong*, device const uint*, device const uint*, device const ulong*,             \
-      device const uint*, device const ulong*, device const float*, device T*, constant SamplingParams&, uint, uint, \
-      uint, uint, uint);
+#define SAMPLING(name, T)                              \
+  KERNEL("sampling_survey_" #name, sampling_survey<T>) \
+  KERNEL("sampling_divide_" #name, sampling_divide<T>) \
+  KERNEL("filter_logits_" #name, filter_logits<T>)
 SAMPLING(f32, float)
 SAMPLING(f16, half)
 SAMPLING(bf16, bfloat)

@@ -7,21 +7,19 @@
 #include "softmax.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
-#include <algorithm>
-#include <vector>
+#include <cmath>
+#include <type_traits>
 
 #include "../common/autograd.h"
 #include "../common/checks.h"
 #include "../common/convert.h"
 #include "../common/exp.h"
 #include "../common/half_runs.h"
+#include "../common/row_loops.h"
 #include "../common/row_max.h"
 #include "../common/row_sums.h"
-#include "../common/rows.h"
-#include "../common/simd.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def("softmax(Tensor input, *, ScalarType? dtype=None) -> Tensor");
@@ -64,35 +62,25 @@ struct Forward {
 
 template <class T>
 TORCH_FUSED_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t end) {
+  using W = wide_t<T>;
   const int64_t n = a.cols;
-  static thread_local std::vector<wide_t<T>> buffer;  // the exponentials of a row of half type, not yet rounded
-  if constexpr (!std::is_same_v<T, wide_t<T>>) buffer.resize(n);
+  W* const room = row_room<T>(n);
   for (int64_t row = begin; row < end; ++row) {
-    const T* x = a.input + row * a.stride;
+    const auto* x = readable(a.input + row * a.stride, n, room);
     T* y = a.output + row * n;
-    wide_t<T>* exponentials;
-    if constexpr (std::is_same_v<T, wide_t<T>>) {
+    W* exponentials;  // not yet rounded
+    if constexpr (std::is_same_v<T, W>) {
       exponentials = y;
     } else {
-      exponentials = buffer.data();
+      exponentials = room;
     }
-    const wide_t<T> largest = row_max(x, n);
-    const auto [sum] = row_sums<1, wide_t<T>>(n, [=](int64_t i, int64_t j, wide_t<T>(*sums)[kRowStreams]) {
-      const wide_t<T> value = exp_nonpositive(widen(x[i]) - largest);
+    const W largest = row_max(x, n);
+    const auto [sum] = row_sums<1, W>(n, [=](int64_t i, int64_t j, W(*sums)[kRowStreams]) {
+      const W value = exp_nonpositive(widen(x[i]) - largest);
       exponentials[i] = value;
       sums[0][j] += value;
     });
-    for (int64_t i = 0; i < n; ++i) y[i] = narrow<T>(exponentials[i] / sum);
-  }
-}
-
-TORCH_FUSED_INLINE void forward_rows(const Forward<at::Half>& a, int64_t begin, int64_t end) {
-  static thread_local std::vector<float> buffer;
-  buffer.resize(a.cols);
-  for (int64_t row = begin; row < end; ++row) {
-    widen_run(a.input + row * a.stride, buffer.data(), a.cols);
-    forward_rows(Forward<float>{buffer.data(), buffer.data(), a.cols, a.cols}, 0, 1);
-    narrow_run(buffer.data(), a.output + row * a.cols, a.cols);
+    write_run(y, n, room, [=, sum = sum](int64_t i) { return exponentials[i] / sum; });
   }
 }
 
@@ -106,33 +94,22 @@ struct Backward {
 
 template <class T>
 TORCH_FUSED_INLINE void backward_rows(const Backward<T>& a, int64_t begin, int64_t end) {
+  using W = wide_t<T>;
+  const int64_t n = a.cols;
+  W *const grad_room = row_room<T, 0>(n), *const output_room = row_room<T, 1>(n);
   for (int64_t row = begin; row < end; ++row) {
-    const T* dy = a.grad + row * a.grad_stride;
-    const T* y = a.output + row * a.output_stride;
-    T* dx = a.grad_input + row * a.cols;
-    const auto [dot] = row_sums<1, wide_t<T>>(a.cols, [=](int64_t i, int64_t j, wide_t<T>(*sums)[kRowStreams]) {
+    const auto* dy = readable(a.grad + row * a.grad_stride, n, grad_room);
+    const auto* y = readable(a.output + row * a.output_stride, n, output_room);
+    const auto [dot] = row_sums<1, W>(n, [=](int64_t i, int64_t j, W(*sums)[kRowStreams]) {
       sums[0][j] = std::fma(widen(dy[i]), widen(y[i]), sums[0][j]);
     });
-    for (int64_t i = 0; i < a.cols; ++i) dx[i] = narrow<T>(widen(y[i]) * (widen(dy[i]) - dot));
+    write_run(a.grad_input + row * n, n, grad_room,
+              [=, dot = dot](int64_t i) { return widen(y[i]) * (widen(dy[i]) - dot); });
   }
 }
 
-#define SOFTMAX_LOOPS(T)                                                        \
-  TORCH_FUSED_SIMD void run(const Forward<T>& a, int64_t begin, int64_t end) {  \
-    forward_rows(a, begin, end);                                                \
-  }                                                                             \
-  TORCH_FUSED_SIMD void run(const Backward<T>& a, int64_t begin, int64_t end) { \
-    backward_rows(a, begin, end);                                               \
-  }
-SOFTMAX_LOOPS(float)
-SOFTMAX_LOOPS(double)
-SOFTMAX_LOOPS(at::Half)
-SOFTMAX_LOOPS(at::BFloat16)
-
-template <class Args>
-void run_parallel(const Args& args, const SoftmaxShape& shape) {
-  at::parallel_for(0, shape.rows, row_grain(shape.cols), [&](int64_t begin, int64_t end) { run(args, begin, end); });
-}
+TORCH_FUSED_LOOPS(Forward, forward_rows)
+TORCH_FUSED_LOOPS(Backward, backward_rows)
 
 }  // namespace
 
@@ -144,7 +121,8 @@ Tensor softmax_cpu(const Tensor& input, OptionalDtype dtype) {
   const Rows x = as_rows(values, shape.rows, shape.cols);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, output.scalar_type(), "softmax", [&] {
     run_parallel(
-        Forward<scalar_t>{elements<const scalar_t>(x.tensor), elements<scalar_t>(output), x.stride, shape.cols}, shape);
+        Forward<scalar_t>{elements<const scalar_t>(x.tensor), elements<scalar_t>(output), x.stride, shape.cols},
+        shape.rows, shape.cols);
   });
   return output;
 }
@@ -161,7 +139,7 @@ Tensor softmax_backward_cpu(const Tensor& grad, const Tensor& output) {
                                   dy.stride,
                                   y.stride,
                                   shape.cols};
-    run_parallel(args, shape);
+    run_parallel(args, shape.rows, shape.cols);
   });
   return grad_input;
 }

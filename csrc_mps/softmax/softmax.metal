@@ -1,5 +1,6 @@
 // Softmax of rows, y = exp(x - max) / sum(exp(x - max)), and its gradient, dx = y * (dy - sum(dy * y)).
 #include <metal_stdlib>
+#include "common/kernel.metal.h"
 #include "common/online.metal.h"
 #include "common/pack.metal.h"
 #include "common/reduce.metal.h"
@@ -7,19 +8,32 @@
 using namespace metal;
 using namespace torch_fused;
 
-// W values from `column` on, -inf past the end, which adds nothing to a sum.
+// The sum over the columns before `end`, of which each thread takes every step-th pack from `column` on. Past the end
+// stands -inf, which adds nothing.
 template <int W, typename T>
-inline void load_logits(device const T* row, uint column, uint cols, bool aligned, thread float* x) {
-  load_columns<W>(row, column, cols, aligned, x, -INFINITY);
+inline Online sum_of_columns(device const T* row, uint column, uint end, uint step, bool aligned,
+                           threadgroup float2* scratch, Place place) {
+  Online mine = {-INFINITY, 0.0f};
+  for (; column < end; column += step) {
+    float x[W];
+    load_columns<W>(row, column, end, aligned, x, -INFINITY);
+    mine.add<W>(x);
+  }
+  return mine.of_simdgroup().of_threadgroup(scratch, place);
 }
 
+// The results of the same columns, with the whole row's sum.
 template <int W, typename T>
-inline void store_scaled(device T* row, uint column, uint cols, bool aligned, thread const float* x, Online total) {
+inline void softmax_columns(device const T* row, device T* result, uint column, uint end, uint step, bool aligned,
+                            Online total) {
   const float scale = 1.0f / total.sum;
-  float y[W];
+  for (; column < end; column += step) {
+    float x[W];
+    load_columns<W>(row, column, end, aligned, x, -INFINITY);
 #pragma unroll
-  for (int j = 0; j < W; j++) y[j] = exp(x[j] - total.largest) * scale;
-  store_columns<W>(row, column, cols, aligned, y);
+    for (int j = 0; j < W; j++) x[j] = exp(x[j] - total.largest) * scale;
+    store_columns<W>(result, column, end, aligned, x);
+  }
 }
 
 // One threadgroup a row. N packs of W values a thread: the row is read once and stays in registers. N == 0: a longer
@@ -71,17 +85,8 @@ void softmax(device const T* input [[buffer(0)]], device T* output [[buffer(1)]]
       store_columns<W>(out, first + i * step, p.cols, p.aligned, x[i]);
     }
   } else {
-    float x[W];
-    Online mine = {-INFINITY, 0.0f};
-    for (uint column = first; column < p.cols; column += step) {
-      load_logits<W>(in, column, p.cols, p.aligned, x);
-      mine.add<W>(x);
-    }
-    const Online total = mine.of_simdgroup().of_threadgroup(scratch, place);
-    for (uint column = first; column < p.cols; column += step) {
-      load_logits<W>(in, column, p.cols, p.aligned, x);
-      store_scaled<W>(out, column, p.cols, p.aligned, x, total);
-    }
+    const Online total = sum_of_columns<W>(in, first, p.cols, step, p.aligned, scratch, place);
+    softmax_columns<W>(in, out, first, p.cols, step, p.aligned, total);
   }
 }
 
@@ -98,13 +103,7 @@ void softmax_chunk(device const T* input [[buffer(0)]], device float2* partial [
   const uint begin = group % p.chunks * p.chunk;
   const uint end = min(begin + p.chunk, p.cols);
   device const T* in = input + long(group / p.chunks) * p.input_stride;
-  float x[W];
-  Online mine = {-INFINITY, 0.0f};
-  for (uint column = begin + thread_id * W; column < end; column += threads * W) {
-    load_logits<W>(in, column, end, p.aligned, x);
-    mine.add<W>(x);
-  }
-  const Online total = mine.of_simdgroup().of_threadgroup(scratch, place);
+  const Online total = sum_of_columns<W>(in, begin + thread_id * W, end, threads * W, p.aligned, scratch, place);
   if (thread_id == 0) partial[group] = float2(total.largest, total.sum);
 }
 
@@ -130,13 +129,10 @@ void softmax_finish(device const T* input [[buffer(0)]], device const float2* pa
   const Online total = mine.of_simdgroup().of_threadgroup(scratch, place);
   device const T* in = input + long(row) * p.input_stride;
   device T* out = output + long(row) * p.cols;
-  float x[W];
-  for (uint column = begin + thread_id * W; column < end; column += threads * W) {
-    load_logits<W>(in, column, end, p.aligned, x);
-    store_scaled<W>(out, column, end, p.aligned, x, total);
-  }
+  softmax_columns<W>(in, out, begin + thread_id * W, end, threads * W, p.aligned, total);
 }
 
+// N as for softmax: the row is read in one turn, or twice in turns of a pack.
 template <typename T, int W, int N>
 [[kernel, max_total_threads_per_threadgroup(512)]]
 void softmax_backward(device const T* grad [[buffer(0)]], device const T* output [[buffer(1)]],
@@ -145,6 +141,7 @@ void softmax_backward(device const T* grad [[buffer(0)]], device const T* output
                       uint threads [[threads_per_threadgroup]], uint lane [[thread_index_in_simdgroup]],
                       uint simdgroup [[simdgroup_index_in_threadgroup]],
                       uint simdgroups [[simdgroups_per_threadgroup]]) {
+  constexpr int packs = N > 0 ? N : 1;
   threadgroup float scratch[32];
   const Place place = {lane, simdgroup, simdgroups};
   device const T* grads = grad + long(row) * p.input_stride;
@@ -152,68 +149,51 @@ void softmax_backward(device const T* grad [[buffer(0)]], device const T* output
   device T* to = grad_input + long(row) * p.cols;
   const uint first = thread_id * W;
   const uint step = threads * W;
-  Pack<T, W> grad_packs[N > 0 ? N : 1], out_packs[N > 0 ? N : 1];
-  float dy[N > 0 ? N : 1][W], y[N > 0 ? N : 1][W];
+  Pack<T, W> dy_packs[packs], y_packs[packs];
+  float dy[packs][W], y[packs][W];
   float dot = 0.0f;
-  if (N > 0) {
+  for (uint column = first; N > 0 || column < p.cols; column += step) {
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-      grad_packs[i].load(grads, first + i * step, p.cols, p.aligned);
-      out_packs[i].load(out, first + i * step, p.cols, p.aligned);
+    for (int i = 0; i < packs; i++) {
+      dy_packs[i].load(grads, column + i * step, p.cols, p.aligned);
+      y_packs[i].load(out, column + i * step, p.cols, p.aligned);
     }
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-      grad_packs[i].unpack(dy[i]);
-      out_packs[i].unpack(y[i]);
+    for (int i = 0; i < packs; i++) {
+      dy_packs[i].unpack(dy[i]);
+      y_packs[i].unpack(y[i]);
 #pragma unroll
       for (int j = 0; j < W; j++) dot += dy[i][j] * y[i][j];
     }
-    dot = threadgroup_sum(dot, scratch, place);
+    if (N > 0) break;
+  }
+  dot = threadgroup_sum(dot, scratch, place);
+  for (uint column = first; N > 0 || column < p.cols; column += step) {
+    if (N == 0) {
+      dy_packs[0].load(grads, column, p.cols, p.aligned);
+      y_packs[0].load(out, column, p.cols, p.aligned);
+      dy_packs[0].unpack(dy[0]);
+      y_packs[0].unpack(y[0]);
+    }
 #pragma unroll
-    for (int i = 0; i < N; i++) {
+    for (int i = 0; i < packs; i++) {
 #pragma unroll
       for (int j = 0; j < W; j++) y[i][j] *= dy[i][j] - dot;
-      store_columns<W>(to, first + i * step, p.cols, p.aligned, y[i]);
+      store_columns<W>(to, column + i * step, p.cols, p.aligned, y[i]);
     }
-  } else {
-    for (uint column = first; column < p.cols; column += step) {
-      grad_packs[0].load(grads, column, p.cols, p.aligned);
-      out_packs[0].load(out, column, p.cols, p.aligned);
-      grad_packs[0].unpack(dy[0]);
-      out_packs[0].unpack(y[0]);
-#pragma unroll
-      for (int j = 0; j < W; j++) dot += dy[0][j] * y[0][j];
-    }
-    dot = threadgroup_sum(dot, scratch, place);
-    for (uint column = first; column < p.cols; column += step) {
-      grad_packs[0].load(grads, column, p.cols, p.aligned);
-      out_packs[0].load(out, column, p.cols, p.aligned);
-      grad_packs[0].unpack(dy[0]);
-      out_packs[0].unpack(y[0]);
-#pragma unroll
-      for (int j = 0; j < W; j++) y[0][j] *= dy[0][j] - dot;
-      store_columns<W>(to, column, p.cols, p.aligned, y[0]);
-    }
+    if (N > 0) break;
   }
 }
 
-#define SOFTMAX(name, T, W, N)                                                                                       \
-  template [[host_name("softmax_" #name "_" #N)]] [[kernel]] void softmax<T, W, N>(                                  \
-      device const T*, device T*, constant SoftmaxParams&, uint, uint, uint, uint, uint, uint);
-#define SOFTMAX_BACKWARD(name, T, W, N)                                                                              \
-  template [[host_name("softmax_backward_" #name "_" #N)]] [[kernel]] void softmax_backward<T, W, N>(                \
-      device const T*, device const T*, device T*, constant SoftmaxParams&, uint, uint, uint, uint, uint, uint);
-#define SOFTMAX_ALL(name, T, W)                                                                                      \
-  SOFTMAX(name, T, W, 0)                                                                                             \
-  SOFTMAX(name, T, W, 4)                                                                                             \
-  SOFTMAX_BACKWARD(name, T, W, 0)                                                                                    \
-  SOFTMAX_BACKWARD(name, T, W, 1)                                                                                    \
-  SOFTMAX_BACKWARD(name, T, W, 2)                                                                                    \
-  SOFTMAX_BACKWARD(name, T, W, 4)                                                                                    \
-  template [[host_name("softmax_chunk_" #name)]] [[kernel]] void softmax_chunk<T, W>(                                \
-      device const T*, device float2*, constant SoftmaxParams&, uint, uint, uint, uint, uint, uint);                 \
-  template [[host_name("softmax_finish_" #name)]] [[kernel]] void softmax_finish<T, W>(                              \
-      device const T*, device const float2*, device T*, constant SoftmaxParams&, uint, uint, uint, uint, uint, uint);
-SOFTMAX_ALL(f32, float, 4)
-SOFTMAX_ALL(f16, half, 8)
-SOFTMAX_ALL(bf16, bfloat, 8)
+#define SOFTMAX(name, T, W)                                         \
+  KERNEL("softmax_" #name "_0", softmax<T, W, 0>)                   \
+  KERNEL("softmax_" #name "_4", softmax<T, W, 4>)                   \
+  KERNEL("softmax_backward_" #name "_0", softmax_backward<T, W, 0>) \
+  KERNEL("softmax_backward_" #name "_1", softmax_backward<T, W, 1>) \
+  KERNEL("softmax_backward_" #name "_2", softmax_backward<T, W, 2>) \
+  KERNEL("softmax_backward_" #name "_4", softmax_backward<T, W, 4>) \
+  KERNEL("softmax_chunk_" #name, softmax_chunk<T, W>)               \
+  KERNEL("softmax_finish_" #name, softmax_finish<T, W>)
+SOFTMAX(f32, float, 4)
+SOFTMAX(f16, half, 8)
+SOFTMAX(bf16, bfloat, 8)

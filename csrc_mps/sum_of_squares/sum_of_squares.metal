@@ -1,5 +1,6 @@
 // The sum of the squares of many tensors: of each section, then of all sections.
 #include <metal_stdlib>
+#include "common/kernel.metal.h"
 #include "common/pack.metal.h"
 #include "common/reduce.metal.h"
 #include "sum_of_squares/sum_of_squares_params.h"
@@ -48,12 +49,7 @@ void sum_of_squares(
   if (thread_id == 0) partial[p.first_partial + group] = sum;
 }
 
-#define SUM_TYPES(T)                                                                                              \
-  device const T*, device const T*, device const T*, device const T*, device const T*, device const T*, device const T*
-#define SUM_OF_SQUARES(name, T, W)                                                                                 \
-  template [[host_name("sum_of_squares_" #name)]] [[kernel]] void sum_of_squares<T, W>(                            \
-      SUM_TYPES(T), SUM_TYPES(T), SUM_TYPES(T), SUM_TYPES(T), device float*, constant SumOfSquaresParams&, uint,   \
-      uint, uint, uint, uint);
+#define SUM_OF_SQUARES(name, T, W) KERNEL("sum_of_squares_" #name, sum_of_squares<T, W>)
 SUM_OF_SQUARES(f32, float, 4)
 SUM_OF_SQUARES(f16, half, 8)
 SUM_OF_SQUARES(bf16, bfloat, 8)

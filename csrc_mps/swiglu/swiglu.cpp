@@ -17,7 +17,7 @@
 #include "../common/checks.h"
 #include "../common/half_runs.h"
 #include "../common/pairs.h"
-#include "../common/simd.h"
+#include "../common/row_loops.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def("silu_mul(Tensor gate, Tensor up, *, str casting_mode=\"torch\") -> Tensor");
@@ -58,8 +58,9 @@ namespace {
 // Elements a thread should at least have: below that, waking one costs more than it saves.
 constexpr int64_t kGrain = 8192;
 
-template <uint32_t activation, class T>
+template <class T>
 struct Forward {
+  uint32_t activation;
   bool llama;
   int64_t cols;
   const T* gate;
@@ -101,15 +102,16 @@ TORCH_FUSED_INLINE void forward_row(const at::Half* gate, const at::Half* up, at
 }
 
 template <uint32_t activation, class T>
-TORCH_FUSED_INLINE void run_row(const Forward<activation, T>& a, int64_t row, int64_t column, int64_t n) {
+TORCH_FUSED_INLINE void run_row(const Forward<T>& a, int64_t row, int64_t column, int64_t n) {
   const T* gate = a.gate + row * a.gate_stride + column;
   const T* up = a.up + row * a.up_stride + column;
   T* output = a.output + row * a.cols + column;
   a.llama ? forward_row<activation, true>(gate, up, output, n) : forward_row<activation, false>(gate, up, output, n);
 }
 
-template <uint32_t activation, class T>
+template <class T>
 struct Backward {
+  uint32_t activation;
   int64_t cols;
   const T* grad;
   const T* gate;
@@ -146,79 +148,70 @@ TORCH_FUSED_INLINE void backward_row(const at::Half* grad, const at::Half* gate,
 }
 
 template <uint32_t activation, class T>
-TORCH_FUSED_INLINE void run_row(const Backward<activation, T>& a, int64_t row, int64_t column, int64_t n) {
+TORCH_FUSED_INLINE void run_row(const Backward<T>& a, int64_t row, int64_t column, int64_t n) {
   const int64_t to = row * a.cols + column;
   backward_row<activation>(a.grad + row * a.grad_stride + column, a.gate + row * a.gate_stride + column,
                            a.up + row * a.up_stride + column, a.grad_gate + to, a.grad_up + to, n);
 }
 
 // Elements begin .. end - 1 of all rows.
-template <class Args>
+template <uint32_t activation, class Args>
 TORCH_FUSED_INLINE void run_elements(const Args& args, int64_t begin, int64_t end) {
   while (begin < end) {
     const int64_t row = begin / args.cols, column = begin % args.cols;
     const int64_t n = std::min(args.cols - column, end - begin);
-    run_row(args, row, column, n);
+    run_row<activation>(args, row, column, n);
     begin += n;
   }
 }
 
-#define GATED_LOOPS(activation, T)                                                          \
-  TORCH_FUSED_SIMD void run(const Forward<activation, T>& a, int64_t begin, int64_t end) {  \
-    run_elements(a, begin, end);                                                            \
-  }                                                                                         \
-  TORCH_FUSED_SIMD void run(const Backward<activation, T>& a, int64_t begin, int64_t end) { \
-    run_elements(a, begin, end);                                                            \
-  }
-#define GATED_LOOPS_OF(activation)  \
-  GATED_LOOPS(activation, float)    \
-  GATED_LOOPS(activation, double)   \
-  GATED_LOOPS(activation, at::Half) \
-  GATED_LOOPS(activation, at::BFloat16)
-GATED_LOOPS_OF(kSilu)
-GATED_LOOPS_OF(kGelu)
-GATED_LOOPS_OF(kGeluTanh)
-
 template <class Args>
-void run_parallel(const Args& args, int64_t count) {
-  at::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) { run(args, begin, end); });
+TORCH_FUSED_INLINE void run_activation(const Args& args, int64_t begin, int64_t end) {
+  if (args.activation == kSilu) return run_elements<kSilu>(args, begin, end);
+  if (args.activation == kGelu) return run_elements<kGelu>(args, begin, end);
+  run_elements<kGeluTanh>(args, begin, end);
 }
 
-template <uint32_t activation>
-Tensor forward_cpu(const char* op, const Tensor& gate, const Tensor& up, std::string_view casting_mode) {
+TORCH_FUSED_LOOPS(Forward, run_activation)
+TORCH_FUSED_LOOPS(Backward, run_activation)
+
+Tensor forward_cpu(const char* op, uint32_t activation, const Tensor& gate, const Tensor& up,
+                   std::string_view casting_mode) {
   const bool llama = is_llama(op, casting_mode);
   const SwigluRows call = check_swiglu(op, {{"gate", &gate}, {"up", &up}});
   const Tensor output = at::empty(gate.sizes(), gate.options());
   const Rows &g = call.operands[0], &u = call.operands[1];
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, gate.scalar_type(), "gated", [&] {
-    const Forward<activation, scalar_t> args{llama,
-                                             call.cols,
-                                             elements<const scalar_t>(g.tensor),
-                                             elements<const scalar_t>(u.tensor),
-                                             elements<scalar_t>(output),
-                                             g.stride,
-                                             u.stride};
-    run_parallel(args, output.numel());
+    const Forward<scalar_t> args{activation,
+                                 llama,
+                                 call.cols,
+                                 elements<const scalar_t>(g.tensor),
+                                 elements<const scalar_t>(u.tensor),
+                                 elements<scalar_t>(output),
+                                 g.stride,
+                                 u.stride};
+    at::parallel_for(0, output.numel(), kGrain, [&](int64_t begin, int64_t end) { run(args, begin, end); });
   });
   return output;
 }
 
-template <uint32_t activation>
-std::tuple<Tensor, Tensor> backward_cpu(const char* op, const Tensor& grad, const Tensor& gate, const Tensor& up) {
+std::tuple<Tensor, Tensor> backward_cpu(const char* op, uint32_t activation, const Tensor& grad, const Tensor& gate,
+                                        const Tensor& up) {
   const SwigluRows call = check_swiglu(op, {{"grad", &grad}, {"gate", &gate}, {"up", &up}});
   const Tensor grad_gate = at::empty(gate.sizes(), gate.options()), grad_up = at::empty(up.sizes(), up.options());
   const Rows &dy = call.operands[0], &g = call.operands[1], &u = call.operands[2];
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, gate.scalar_type(), "gated", [&] {
-    const Backward<activation, scalar_t> args{call.cols,
-                                              elements<const scalar_t>(dy.tensor),
-                                              elements<const scalar_t>(g.tensor),
-                                              elements<const scalar_t>(u.tensor),
-                                              elements<scalar_t>(grad_gate),
-                                              elements<scalar_t>(grad_up),
-                                              dy.stride,
-                                              g.stride,
-                                              u.stride};
-    run_parallel(args, gate.numel());
+    const Backward<scalar_t> args{activation,
+                                  call.cols,
+                                  elements<const scalar_t>(dy.tensor),
+                                  elements<const scalar_t>(g.tensor),
+                                  elements<const scalar_t>(u.tensor),
+                                  elements<scalar_t>(grad_gate),
+                                  elements<scalar_t>(grad_up),
+                                  dy.stride,
+                                  g.stride,
+                                  u.stride};
+    at::parallel_for(0, gate.numel(), kGrain, [&](int64_t begin, int64_t end) { run(args, begin, end); });
   });
   return {grad_gate, grad_up};
 }
@@ -226,23 +219,21 @@ std::tuple<Tensor, Tensor> backward_cpu(const char* op, const Tensor& grad, cons
 }  // namespace
 
 Tensor silu_mul_cpu(const Tensor& gate, const Tensor& up, std::string_view casting_mode) {
-  return forward_cpu<kSilu>("silu_mul", gate, up, casting_mode);
+  return forward_cpu("silu_mul", kSilu, gate, up, casting_mode);
 }
 
 std::tuple<Tensor, Tensor> silu_mul_backward_cpu(const Tensor& grad, const Tensor& gate, const Tensor& up) {
-  return backward_cpu<kSilu>("silu_mul_backward", grad, gate, up);
+  return backward_cpu("silu_mul_backward", kSilu, grad, gate, up);
 }
 
 Tensor gelu_mul_cpu(const Tensor& gate, const Tensor& up, std::string_view approximate, std::string_view casting_mode) {
-  return is_tanh("gelu_mul", approximate) ? forward_cpu<kGeluTanh>("gelu_mul", gate, up, casting_mode)
-                                          : forward_cpu<kGelu>("gelu_mul", gate, up, casting_mode);
+  return forward_cpu("gelu_mul", is_tanh("gelu_mul", approximate) ? kGeluTanh : kGelu, gate, up, casting_mode);
 }
 
 std::tuple<Tensor, Tensor> gelu_mul_backward_cpu(const Tensor& grad, const Tensor& gate, const Tensor& up,
                                                  std::string_view approximate) {
   static constexpr char op[] = "gelu_mul_backward";
-  return is_tanh(op, approximate) ? backward_cpu<kGeluTanh>(op, grad, gate, up)
-                                  : backward_cpu<kGelu>(op, grad, gate, up);
+  return backward_cpu(op, is_tanh(op, approximate) ? kGeluTanh : kGelu, grad, gate, up);
 }
 
 // ---- autograd -------------------------------------------------------------------------------------------------------

@@ -23,21 +23,18 @@ SwigluRows check_swiglu(const char* op, std::initializer_list<std::pair<const ch
 bool is_tanh(const char* op, std::string_view approximate);
 
 // activation(gate) * up
-at::Tensor silu_mul_cpu(const at::Tensor& gate, const at::Tensor& up, std::string_view casting_mode);
-at::Tensor silu_mul_gpu(const at::Tensor& gate, const at::Tensor& up, std::string_view casting_mode);
-at::Tensor gelu_mul_cpu(const at::Tensor& gate, const at::Tensor& up, std::string_view approximate,
-                        std::string_view casting_mode);
-at::Tensor gelu_mul_gpu(const at::Tensor& gate, const at::Tensor& up, std::string_view approximate,
-                        std::string_view casting_mode);
+using SiluMulSignature = at::Tensor(const at::Tensor& gate, const at::Tensor& up, std::string_view casting_mode);
+SiluMulSignature silu_mul_cpu, silu_mul_gpu;
+using GeluMulSignature = at::Tensor(const at::Tensor& gate, const at::Tensor& up, std::string_view approximate,
+                                    std::string_view casting_mode);
+GeluMulSignature gelu_mul_cpu, gelu_mul_gpu;
 
 // The gradients of gate and up.
-std::tuple<at::Tensor, at::Tensor> silu_mul_backward_cpu(const at::Tensor& grad, const at::Tensor& gate,
-                                                         const at::Tensor& up);
-std::tuple<at::Tensor, at::Tensor> silu_mul_backward_gpu(const at::Tensor& grad, const at::Tensor& gate,
-                                                         const at::Tensor& up);
-std::tuple<at::Tensor, at::Tensor> gelu_mul_backward_cpu(const at::Tensor& grad, const at::Tensor& gate,
-                                                         const at::Tensor& up, std::string_view approximate);
-std::tuple<at::Tensor, at::Tensor> gelu_mul_backward_gpu(const at::Tensor& grad, const at::Tensor& gate,
-                                                         const at::Tensor& up, std::string_view approximate);
+using SiluMulBackwardSignature = std::tuple<at::Tensor, at::Tensor>(const at::Tensor& grad, const at::Tensor& gate,
+                                                                    const at::Tensor& up);
+SiluMulBackwardSignature silu_mul_backward_cpu, silu_mul_backward_gpu;
+using GeluMulBackwardSignature = std::tuple<at::Tensor, at::Tensor>(const at::Tensor& grad, const at::Tensor& gate,
+                                                                    const at::Tensor& up, std::string_view approximate);
+GeluMulBackwardSignature gelu_mul_backward_cpu, gelu_mul_backward_gpu;
 
 }  // namespace torch_fused

@@ -247,8 +247,8 @@ BUGS = [
     Bug(
         "packs for misaligned rows of the gradient",
         "softmax",
-        "grad_packs[i].load(grads, first + i * step, p.cols, p.aligned);",
-        "grad_packs[i].load(grads, first + i * step, p.cols, true);",
+        "dy_packs[i].load(grads, column + i * step, p.cols, p.aligned);",
+        "dy_packs[i].load(grads, column + i * step, p.cols, true);",
         lambda: torch.ops.torch_fused.softmax_backward(make(3, 65)[:, 1:], make(3, 64)),
         "misaligned read of 16 bytes",
         "common/pack.metal.h",
