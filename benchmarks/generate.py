@@ -144,7 +144,7 @@ class Request(Case):
             static = options | {"cache_implementation": "static", "compile_config": compiles}
             found["HF static + compile"] = partial(stock, static, unpacked)
         if self.batch == 1 and self.model == SMOLLM2:
-            loads = programs(device, self.bits)
+            loads = programs(device, self.bits, self.prompt)
             found |= {name: partial(program, self, load) for name, load in loads.items()}
         return found
 

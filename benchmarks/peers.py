@@ -128,11 +128,12 @@ def mlx_lm(weights: str, room: int) -> Run:
     return run
 
 
-def programs(device: str, bits: int) -> dict[str, Callable[[str, int], Run]]:
+def programs(device: str, bits: int, prompt: int) -> dict[str, Callable[[str, int], Run]]:
     """The programs that are installed and run weights of `bits` bits (0: dense) on `device`."""
     found: dict[str, Callable[[str, int], Run]] = {}
     if device == "cpu" and has("llama_cpp"):
         found["llama-cpp-python"] = llama_cpp
     if not bits and device == {"darwin": "mps", "linux": "cpu"}.get(sys.platform) and has("mlx_lm"):
-        found["mlx-lm"] = mlx_lm
+        if device == "mps" or prompt <= 128:  # on the CPU it takes minutes for a longer one
+            found["mlx-lm"] = mlx_lm
     return found
