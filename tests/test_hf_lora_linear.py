@@ -68,6 +68,19 @@ def test_a_step_is_stocks(family, dropout):
     assert_same_steps(stock, patched)  # the gradients of a second step, with other strides to add to
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_no_tokens(dropout):
+    """An expert that no token has chosen gets such an input."""
+    patched = adapted(lora_dropout=dropout)
+    apply_torch_fused(patched)
+    layer = layer_of(patched)
+    x = torch.empty(0, layer.in_features, requires_grad=True)
+    result = layer(x)
+    assert is_fused(layer) and result.shape == (0, layer.out_features)
+    result.sum().backward()
+    assert x.grad is not None and all(not w.grad.any() for w in layer.parameters() if w.requires_grad)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types(dtype):
     """As near to float32's as stock."""

@@ -72,7 +72,7 @@ class _LoraLinear(torch.autograd.Function):
         result = F.linear(x.flatten(0, -2), weight, bias).addmm_(low, b.t(), alpha=scale)
         ctx.save_for_backward(states, weight, a, b, low)
         ctx.scale, ctx.joined = scale, dropped is None
-        return result.view(*x.shape[:-1], -1)
+        return result.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
