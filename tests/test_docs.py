@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 import torch_fused
 from torch_fused.demo import demo_model_folder
-from torch_fused.hf import quantize_
+from torch_fused.hf import apply_torch_fused, quantize_
 from torch_fused.hf.cache import CACHE
 
 ROOT = Path(__file__).parents[1]
@@ -159,6 +159,13 @@ def test_files_and_targets_named_in_code_exist(page):
 
 
 # ---- the API reference ----------------------------------------------------------------------------------------------
+
+
+def test_every_flag_of_a_patch_is_in_its_table():
+    """In the order of the arguments."""
+    _, table = (ROOT / "docs/generate.md").read_text().split("| flag | what it does |\n|---|---|\n")
+    flags = re.findall(r"^\| `(\w+)` \|", table.split("\n\n")[0], re.MULTILINE)
+    assert flags == list(inspect.signature(apply_torch_fused).parameters)[1:]
 
 
 def test_api_reference_is_up_to_date():
