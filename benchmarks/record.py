@@ -3,6 +3,7 @@
 import csv
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -26,7 +27,7 @@ Columns = Mapping[str, float | str | None]
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class Case(ABC):
     """An op at one shape. Its contenders are measured together."""
 
     op: str
@@ -38,12 +39,13 @@ class Case:
     def name(self) -> str:
         return " ".join(filter(None, (self.op, self.shape, self.dtype, self.kind)))
 
+    @abstractmethod
     def contenders(self, device: str) -> Mapping[str, Any]:
-        raise NotImplementedError
+        """What is compared, by name."""
 
+    @abstractmethod
     def measure(self, contenders: Mapping[str, Any], device: str) -> Mapping[str, Columns]:
         """The columns of each contender."""
-        raise NotImplementedError
 
 
 def slug(name: str) -> str:

@@ -117,6 +117,7 @@ def assert_same(ours: Any, theirs: Any, where: str) -> None:
 @pytest.mark.parametrize("package", ROWS)
 def test_random_requests(package, seeds):
     models: dict[str, Models] = {}
+    failed = 0
     for seed in seeds:
         chance = random.Random(seed * len(ROWS) + list(ROWS).index(package))
         attention = "eager" if package == "gemma2" else chance.choice(["sdpa", "eager"])
@@ -127,4 +128,6 @@ def test_random_requests(package, seeds):
         streams = "num_beams" not in options and chance.random() < 0.3
         two = models[attention]
         theirs, ours = (outcome(model, two.assistant, asked, options, streams) for model in (two.stock, two.patched))
+        failed += theirs == "raised"
         assert_same(ours, theirs, f"{package} {attention} seed {seed}, {tuple(asked['input_ids'].shape)}, {options}")
+    assert failed < len(seeds)

@@ -160,7 +160,7 @@ class Logits(Tensor):
     def _check_gradient(self) -> None:
         if self._source.has_loss:
             raise RuntimeError(
-                "apply_torch_fused: the loss of this call was made without its logits, so that it gives them no "
+                "apply_torch_fused: the loss of this call was computed without its logits, so it gives them no "
                 "gradient: pass loss=False to apply_torch_fused"
             )
 
@@ -358,20 +358,20 @@ _LATER: dict[Any, Callable[..., Any]] = {
     F.cross_entropy: _cross_entropy,
 }
 _PROPERTIES = (
+    *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "grad_fn", "is_leaf"),
+    *("_base", "itemsize", "nbytes"),
     *(
-        "shape",
-        "dtype",
-        "device",
-        "ndim",
-        "layout",
-        "requires_grad",
-        "grad_fn",
-        "is_leaf",
-        "_base",
         "itemsize",
         "nbytes",
+        "is_cpu",
+        "is_cuda",
+        "is_mps",
+        "is_xla",
+        "is_meta",
+        "is_sparse",
+        "is_quantized",
+        "is_nested",
     ),
-    *("is_cpu", "is_cuda", "is_mps", "is_xla", "is_meta", "is_sparse", "is_quantized", "is_nested"),
 )
 _ABOUT = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.element_size),
