@@ -1,5 +1,6 @@
 """What is measured, a case at a time, and its rows: one small CSV file for each benchmark and machine."""
 
+import contextlib
 import csv
 import re
 import time
@@ -68,8 +69,11 @@ def changed() -> datetime:
 
 def waited() -> float:
     """Seconds for which this process's threads waited for a core; 0 where the system does not count them."""
-    counts = (path.read_text().split() for path in Path("/proc/self/task").glob("*/schedstat"))
-    return sum(int(delay) for _, delay, _ in counts) / 1e9
+    delays = []
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended meanwhile
+            delays.append(int(path.read_text().split()[1]))
+    return sum(delays) / 1e9
 
 
 class Results:

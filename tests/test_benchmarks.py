@@ -125,6 +125,15 @@ def test_disturbed_rows_are_measured_again(results, monkeypatch):
         results().rows(Some("a"))
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError, ProcessLookupError])
+def test_a_thread_that_ends_while_waits_are_counted(monkeypatch, error):
+    def ended(path):
+        raise error
+
+    monkeypatch.setattr(Path, "read_text", ended)
+    assert record.waited() == 0
+
+
 @pytest.mark.parametrize("change", ["torch", "threads", "date"])
 def test_rows_of_something_else_are_measured_again(results, monkeypatch, change):
     results().rows(Some("a", ms=1.0))
@@ -343,6 +352,13 @@ def test_the_options_are_explained(monkeypatch, capsys):
 
 
 # ---- predictions ----------------------------------------------------------------------------------------------------
+
+
+def test_every_case_is_predicted():
+    """Counts do not depend on the machine, so none may be missing."""
+    counted = [row for folder in record.machines() for row in record.read(folder / "apple.csv")]
+    keys = {(case.op, case.shape, case.dtype, case.kind) for case in apple.counts()}
+    assert {tuple(row[key] for key in record.KEYS[:4]) for row in counted} == keys
 
 
 def test_prediction():
