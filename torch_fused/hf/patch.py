@@ -345,7 +345,9 @@ def apply_torch_fused(
             if HANDLE in module.__dict__:
                 module.__dict__[HANDLE].revert()
         for path, module in model.named_modules():
-            found = [value for value in module.__dict__.values() if is_ours(value, module) and not _runs_decoder(value)]
+            found = [
+                value for value in list(module.__dict__.values()) if is_ours(value, module) and not _runs_decoder(value)
+            ]
             if found or DECODER in module.__dict__ or LOSS in module.__dict__:
                 raise RuntimeError(
                     f"apply_torch_fused: model is already patched, at {path or 'its root'}, as part of another model; "

@@ -49,7 +49,9 @@ class Watch:
             if isinstance(module, PreTrainedModel):
                 self._lookups += [(module.__dict__.get, "config")]
                 self._lookups += [(vars(module.config).get, name) for name in _SETTINGS]
-            numbers = [name for name in module.__dict__ if name in _NUMBERS or name.endswith("_attention_scaling")]
+            numbers = [
+                name for name in list(module.__dict__) if name in _NUMBERS or name.endswith("_attention_scaling")
+            ]
             names = ["forward", *([APPLY_GATE] if hasattr(type(module), APPLY_GATE) else []), *numbers]
             self._lookups += [(module.__dict__.get, name) for name in names]
         for cls in set(self._classes):
