@@ -10,6 +10,7 @@ SHARED_CONSTANT uint32_t kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2;
 
 SHARED_CONSTANT uint32_t kLaneColumns = 8;                   // columns that a lane takes at once
 SHARED_CONSTANT uint32_t kBlockColumns = 32 * kLaneColumns;  // and a simdgroup
+SHARED_CONSTANT uint32_t kTileColumns = 64, kTileVectors = 8;  // of a product on the matrix units
 SHARED_CONSTANT uint32_t kMostHeadDim = 256;
 SHARED_CONSTANT uint32_t kAttentionSimdgroups = 8;
 SHARED_CONSTANT uint32_t kTeamQueries = 2;  // per simdgroup of attention

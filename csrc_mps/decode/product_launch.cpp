@@ -20,7 +20,8 @@ constexpr int64_t kAttendedRows = 4;         // of a simdgroup after attention
 struct Width {
   int64_t variant, vectors, rows, columns;
 };
-Width width_for(int64_t vectors, bool whole, bool gated, bool packed) {
+Width width_for(int64_t vectors, bool whole, bool gated, bool packed, bool tiles) {
+  if (tiles) return {0, kTileVectors, 16, 2 * kTileColumns};
   if (!whole) return {0, 1, 2, kBlockColumns};
   if (vectors > 1) return {8, 8, 4, kBlockColumns};
   if (packed) return {1, 1, 4, (gated ? 2 : 1) * 2 * kBlockColumns};
@@ -84,6 +85,7 @@ const Kernel& packed_kernel(const Linear& matrix, int64_t kind, int64_t variant)
 
 void multiply(GpuStep& step, std::initializer_list<const Linear*> matrices, const StepVectors& v, bool gated) {
   static KernelSet plain("decode_product", "decode_product"), gating("decode_product", "decode_gated");
+  static KernelSet plain_tiles("decode_tiles", "decode_tiles"), gating_tiles("decode_tiles", "decode_tiles_gated");
   const Linear& first = **matrices.begin();
   ProductParams p{};
   p.cols = static_cast<uint32_t>(first.cols);
@@ -111,7 +113,8 @@ void multiply(GpuStep& step, std::initializer_list<const Linear*> matrices, cons
   }
   if (v.norm) p.flags |= kNormed, p.norm_format = format_of(*v.norm);
 
-  const Width width = width_for(p.vectors, whole, gated, first.is_packed());
+  const bool tiles = whole && p.vectors > 1 && !first.is_packed() && first.weight.element_size() == 2;
+  const Width width = width_for(p.vectors, whole, gated, first.is_packed(), tiles);
   const int64_t outputs = gated ? width.rows / 2 : width.rows;
   p.splits = static_cast<uint32_t>(splits_for(width, results, outputs, p.cols, first.is_packed()));
   const int64_t simdgroups = (kProductSimdgroups + p.splits - 1) / p.splits * p.splits;
@@ -126,8 +129,10 @@ void multiply(GpuStep& step, std::initializer_list<const Linear*> matrices, cons
                        bias(1), bias(2), v.from, norm, v.to},
                       PackedProductParams{p, packed_format({each[0], each[1], each[2]})});
   } else {
+    const at::ScalarType dtype = first.weight.scalar_type();
     step.launches.add(
-        (gated ? gating : plain)(first.weight.scalar_type(), width.variant), groups, 32 * simdgroups,
+        tiles ? (gated ? gating_tiles : plain_tiles)(dtype) : (gated ? gating : plain)(dtype, width.variant), groups,
+        32 * simdgroups,
         {each[0]->weight, each[1]->weight, each[2]->weight, bias(0), bias(1), bias(2), v.from, norm, v.to}, p);
   }
 }

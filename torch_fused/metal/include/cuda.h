@@ -138,6 +138,53 @@ MSL_FN bool simd_all(bool condition) {
   return __all_sync(msl_cuda::ALL_LANES, condition);
 }
 
+// Matrix units. Functions of csrc_mps/decode/tile.metal.h as mma.m16n8k8 needs them, in place of Metal's matrices. A float
+// is two of the 19 bits that the units take, so that a product has 22; a weight of 16 bits is one.
+
+template <class T, int C, int R>
+struct simdgroup_matrix;
+
+template <class Place>
+MSL_FN void tile_lane(uint lane, Place& at) {
+  at.row = lane / 4, at.pair = lane % 4, at.result = lane % 4 * 2;
+  for (uint i = 0; i < 2; i++) at.vectors[i] = lane / 4, at.vector_pairs[i] = lane % 4, at.vector_halves[i] = i;
+}
+
+MSL_FN void multiply_tile(float* sums, const float* w, const float* x) {
+#if __CUDA_ARCH__ >= 800
+  const uint a[4] = {as_type<uint>(w[0]), as_type<uint>(w[2]), as_type<uint>(w[1]), as_type<uint>(w[3])};
+  uint b[2][2];  // the first bits of x, and the rest
+  for (int i = 0; i < 2; i++) {
+    b[0][i] = as_type<uint>(x[i]) & 0xffffe000u;
+    b[1][i] = as_type<uint>(x[i] - as_type<float>(b[0][i]));
+  }
+  for (int i = 0; i < 2; i++) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[i][0]), "r"(b[i][1]));
+  }
+#else
+  const uint lane = msl_cuda::lane_index();
+  for (uint pair = 0; pair < 4; pair++) {
+    for (uint i = 0; i < 4; i++) {
+      const uint row_lane = lane / 4 * 4 + pair, vector_lane = (lane % 4 * 2 + i % 2) * 4 + pair;
+      for (uint k = 0; k < 2; k++) {
+        const float weight = i < 2 ? simd_shuffle(w[k], row_lane) : simd_shuffle(w[2 + k], row_lane);
+        sums[i] = fma(weight, simd_shuffle(x[k], vector_lane), sums[i]);
+      }
+    }
+  }
+#endif
+}
+
+MSL_FN void sum_of_runs(float* parts, uint lane) {
+  float sum = parts[0] + parts[1];
+  sum += simd_shuffle_xor(sum, 1);
+  sum += simd_shuffle_xor(sum, 2);
+  for (uint i = 0; i < 2; i++) parts[i] = simd_shuffle(sum, (lane % 4 * 2 + i) * 4);
+}
+
 // Atomics: 32-bit integers
 
 #define MSL_ATOMIC(NAME, INTRINSIC)                                                   \

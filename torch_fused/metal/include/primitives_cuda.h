@@ -1,7 +1,7 @@
 // What standard.h needs of the target, for CUDA.
 #pragma once
 
-#define INFINITY (1.0f / 0.0f)
+#define INFINITY __builtin_bit_cast(float, 0x7f800000)  // 1.0f / 0.0f is computed at run time
 #define NAN __builtin_bit_cast(float, 0x7fc00000)
 #define msl_copy memcpy
 #define MSL_CONSTEXPR_HALF MSL_FN
