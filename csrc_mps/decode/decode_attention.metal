@@ -6,12 +6,12 @@
 #include "common/kernel.metal.h"
 #include "common/pack.metal.h"
 #include "decode/decode_params.h"
+#include "decode/product.metal.h"
 #include "decode/vectors.metal.h"
 using namespace metal;
 using namespace torch_fused;
 
-constant constexpr int W = kLaneColumns;
-constant constexpr int SIMDGROUPS = kAttentionSimdgroups, NQ = kTeamQueries, MOST_TEAMS = 4;
+constant constexpr int W = kLaneColumns, SIMDGROUPS = kAttentionSimdgroups;
 
 // Elements lane, lane + 32, ... of a vector of `count`, and `fill` past its end.
 template <typename T, int N, bool WHOLE>
@@ -87,8 +87,18 @@ struct QueryStore {
   void put(uint d, float x) const { to[d] = x * scaling; }
 };
 
-// Queries share a threadgroup's simdgroups: a team of them has NQ queries, and its members share the chunk's slots. U
-// keys at once a group of lanes. WHOLE: a head is LANES packs.
+// U scores, summed over LANES lanes: a lane gets that of score lane % U. `scores` is used up.
+template <int LANES, int U>
+inline float sum_of_lanes(thread float* scores, uint lane) {
+  share_sums<U>(scores, lane);
+  float sum = scores[0];
+#pragma unroll
+  for (int distance = U; distance < LANES; distance *= 2) sum += simd_shuffle_xor(sum, ushort(distance));
+  return sum;
+}
+
+// Queries share a threadgroup's simdgroups: a team of them has one, and its members share the chunk's slots. U keys at
+// once a group of lanes. WHOLE: a head is LANES packs.
 template <typename T, int LANES, int U, bool WHOLE>
 [[kernel, max_total_threads_per_threadgroup(256)]]
 void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[buffer(1)]],
@@ -100,16 +110,17 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
                       uint group [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
                       uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]]) {
   constexpr int DIM = LANES * W, KEYS = 32 / LANES;  // columns of a head, and keys of a simdgroup
-  threadgroup float queries[MOST_TEAMS * NQ * DIM];
-  threadgroup float merged[SIMDGROUPS * NQ * DIM];
-  threadgroup float2 merged_stats[SIMDGROUPS * NQ];
+  threadgroup float queries[SIMDGROUPS * DIM];
+  threadgroup float merged[SIMDGROUPS * DIM];
+  threadgroup float2 merged_stats[SIMDGROUPS];
   constexpr int N = DIM / 32;
   const uint chunk = group % p.chunks, kv_head = group / p.chunks % p.kv_heads;
   const uint batch = group / p.chunks / p.kv_heads;
   const uint group_heads = p.heads / p.kv_heads, projected = (p.heads + 2 * p.kv_heads) * p.head_dim;
-  device T* head_keys = keys + long(batch) * p.keys_batch + long(kv_head) * p.keys_head - p.dropped * p.keys_slot;
+  device T* head_keys =
+      keys + long(batch) * p.keys_batch + long(kv_head) * p.keys_head - long(p.dropped) * p.keys_slot;
   device T* head_values =
-      values + long(batch) * p.values_batch + long(kv_head) * p.values_head - p.dropped * p.values_slot;
+      values + long(batch) * p.values_batch + long(kv_head) * p.values_head - long(p.dropped) * p.values_slot;
   // The first token's angles, and the norms, are under way before the queries and keys are there.
   float q_scale[N], k_scale[N];
   load_strided<T, N, WHOLE>(q_norm, p.q_norm_format, 0, p.flags & kQueryNorm ? p.head_dim : 0, lane, 0.0f, q_scale);
@@ -118,32 +129,33 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
   load_angles<T, N, WHOLE>(angles, batch * p.steps, cos, sin, positions, lane, p);
 
   // The slots of this chunk; the last one has the new tokens.
-  const long start = p.flags & kStarts ? clamp(starts[batch], 0L, p.length) : 0L;
-  const long first = p.window > 0 ? max(start, p.length + 1 - p.window) : start;
-  const long held = max(p.length - first, 0L);
-  const long begin = first + held * chunk / p.chunks;
+  const uint start = p.flags & kStarts ? uint(clamp(starts[batch], 0L, long(p.length))) : 0;
+  const uint first = p.window > 0 && p.length + 1 > p.window ? max(start, p.length + 1 - p.window) : start;
+  const uint held = max(p.length, first) - first, each = held / p.chunks, more = held % p.chunks;
   const bool newest_chunk = chunk == p.chunks - 1;
-  const long end = newest_chunk ? p.length + p.steps : first + held * (chunk + 1) / p.chunks;
+  const uint begin = first + chunk * each + min(chunk, more);
+  const uint end = newest_chunk ? p.length + p.steps : begin + each + (chunk < more ? 1 : 0);
   previous_launch_done(lane);
   if (newest_chunk) {
     for (uint step = simdgroup; step < p.steps; step += SIMDGROUPS) {
       const uint token = batch * p.steps + step;
       device const float* key = qkv + ulong(token) * projected + (p.heads + kv_head) * p.head_dim;
       device const float* value = key + p.kv_heads * p.head_dim;
-      const CacheStore<T> store = {head_keys + (p.length + step) * p.keys_slot};
+      const CacheStore<T> store = {head_keys + ulong(p.length + step) * p.keys_slot};
       if (token != angles.token) load_angles<T, N, WHOLE>(angles, token, cos, sin, positions, lane, p);
       place_head<N>(key, p.flags & kKeyNorm, k_scale, angles, p, lane, store);
-      device T* to = head_values + (p.length + step) * p.values_slot;
+      device T* to = head_values + ulong(p.length + step) * p.values_slot;
       for (uint d = lane; d < p.head_dim; d += 32) to[d] = T(value[d]);
     }
   }
 
   const uint column = lane % LANES * W, key_group = lane / LANES;
   const uint count = group_heads * p.steps;
-  const uint teams = count > 2 * NQ ? MOST_TEAMS : count > NQ ? 2 : 1, members = SIMDGROUPS / teams;
-  const uint team = simdgroup / members, member = simdgroup % members, at_once = teams * NQ;
-  for (uint first_query = 0; first_query < count; first_query += at_once) {
-    for (uint q = SIMDGROUPS - 1 - simdgroup; q < at_once; q += SIMDGROUPS) {  // the first have the new keys to place
+  const uint teams = count > 4 ? 8 : count > 2 ? 4 : count, members = SIMDGROUPS / teams;
+  const uint team = simdgroup / members, member = simdgroup % members;
+  for (uint first_query = 0; first_query < count; first_query += teams) {
+    const uint q = SIMDGROUPS - 1 - simdgroup;  // the first simdgroups have the new keys to place
+    if (q < teams) {
       const uint query = min(first_query + q, count - 1), token = batch * p.steps + query / group_heads;
       device const float* from =
           qkv + ulong(token) * projected + (kv_head * group_heads + query % group_heads) * p.head_dim;
@@ -156,93 +168,78 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
     }
     threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);
 
-    float x[NQ][W], largest[NQ], sums[NQ], seen[NQ][W];
+    // The slots that the query sees, from `low` to `high`.
+    const uint query = min(first_query + team, count - 1), step = query / group_heads;
+    const uint high = min(end, p.length + step + 1);
+    const uint low = p.window > 0 && p.length + step + 1 > p.window ? p.length + step + 1 - p.window : 0;
+    float x[W], seen[W], largest = -INFINITY, sum = 0.0f;
 #pragma unroll
-    for (int q = 0; q < NQ; q++) {
-      largest[q] = -INFINITY;
-      sums[q] = 0.0f;
-#pragma unroll
-      for (int j = 0; j < W; j++) {
-        x[q][j] = queries[(team * NQ + q) * DIM + column + j];
-        seen[q][j] = 0.0f;
-      }
+    for (int j = 0; j < W; j++) {
+      x[j] = queries[team * DIM + column + j];
+      seen[j] = 0.0f;
     }
-    for (long base = begin + member * KEYS * U; base < end; base += members * KEYS * U) {
+    for (uint base = begin + member * KEYS * U; base < end; base += members * KEYS * U) {
       Pack<T, W> key[U], value[U];
 #pragma unroll
       for (int u = 0; u < U; u++) {
-        const long slot = min(base + u * KEYS + key_group, end - 1);
+        const ulong slot = min(base + u * KEYS + key_group, end - 1);
         load_pack<T, WHOLE>(head_keys + slot * p.keys_slot, column, p.head_dim, key[u]);
         load_pack<T, WHOLE>(head_values + slot * p.values_slot, column, p.head_dim, value[u]);
       }
+      float scores[U];
 #pragma unroll
-      for (int q = 0; q < NQ; q++) {
-        const long newest = p.length + (first_query + team * NQ + q) / group_heads;
-        float score[U], most = largest[q];
+      for (int u = 0; u < U; u++) {
+        scores[u] = 0.0f;
 #pragma unroll
-        for (int u = 0; u < U; u++) {
-          score[u] = 0.0f;
+        for (int j = 0; j < W; j++) scores[u] = fma(key[u].get(j), x[j], scores[u]);
+      }
+      // A lane has the score of one slot.
+      float score = sum_of_lanes<LANES, U>(scores, lane);
+      if (p.softcap > 0.0f) score = p.softcap * tanh(score / p.softcap);
+      const uint slot = base + lane % U * KEYS + key_group;
+      if (slot < low || slot >= high) score = -INFINITY;
+      const float most = max(largest, simd_max(score));
+      const float middle = most == -INFINITY ? 0.0f : most;  // nothing seen yet
+      const float keep = exp2(largest - middle), weight = exp2(score - middle);
+      largest = most;
+      sum = fma(sum, keep, weight);
 #pragma unroll
-          for (int j = 0; j < W; j++) score[u] = fma(key[u].get(j), x[q][j], score[u]);
+      for (int j = 0; j < W; j++) seen[j] *= keep;
 #pragma unroll
-          for (int distance = 1; distance < LANES; distance *= 2) score[u] += simd_shuffle_xor(score[u], distance);
-          if (p.softcap > 0.0f) score[u] = p.softcap * tanh(score[u] / p.softcap);
-          const long slot = base + u * KEYS + key_group;
-          const bool visible = slot < end && slot <= newest && (p.window == 0 || slot > newest - p.window);
-          score[u] = visible ? score[u] : -INFINITY;
-          most = max(most, score[u]);
-        }
-        const float middle = most == -INFINITY ? 0.0f : most;  // nothing seen yet
-        const float keep = exp2(largest[q] - middle);
-        largest[q] = most;
-        sums[q] *= keep;
+      for (int u = 0; u < U; u++) {
+        const float its_weight = simd_shuffle(weight, ushort(key_group * LANES + u));
+        if (its_weight == 0.0f) continue;  // a slot that is not attended may hold anything
 #pragma unroll
-        for (int j = 0; j < W; j++) seen[q][j] *= keep;
-#pragma unroll
-        for (int u = 0; u < U; u++) {
-          const float weight = exp2(score[u] - middle);
-          sums[q] += weight;
-          if (weight == 0.0f) continue;  // a slot that is not attended may hold anything
-#pragma unroll
-          for (int j = 0; j < W; j++) seen[q][j] = fma(value[u].get(j), weight, seen[q][j]);
-        }
+        for (int j = 0; j < W; j++) seen[j] = fma(value[u].get(j), its_weight, seen[j]);
       }
     }
 
     // What the groups of lanes have seen, then the members of a team, as one.
 #pragma unroll
-    for (int q = 0; q < NQ; q++) {
-      float most = largest[q];
-#pragma unroll
-      for (int distance = LANES; distance < 32; distance *= 2) most = max(most, simd_shuffle_xor(most, distance));
-      const float keep = most == -INFINITY ? 0.0f : exp2(largest[q] - most);
-      float sum = sums[q] * keep;
-#pragma unroll
-      for (int distance = LANES; distance < 32; distance *= 2) sum += simd_shuffle_xor(sum, distance);
-      const uint room = simdgroup * NQ + q;
-#pragma unroll
-      for (int j = 0; j < W; j++) {
-        float part = seen[q][j] * keep;
-#pragma unroll
-        for (int distance = LANES; distance < 32; distance *= 2) part += simd_shuffle_xor(part, distance);
-        if (key_group == 0) merged[room * DIM + column + j] = part;
-      }
-      if (lane == 0) merged_stats[room] = float2(most, sum);
+    for (int distance = 1; distance < 32; distance *= 2) {
+      if (distance < U || distance >= LANES) sum += simd_shuffle_xor(sum, ushort(distance));
     }
+#pragma unroll
+    for (int distance = LANES; distance < 32; distance *= 2) {
+#pragma unroll
+      for (int j = 0; j < W; j++) seen[j] += simd_shuffle_xor(seen[j], ushort(distance));
+    }
+    if (key_group == 0) {
+#pragma unroll
+      for (int j = 0; j < W; j++) merged[simdgroup * DIM + column + j] = seen[j];
+    }
+    if (lane == 0) merged_stats[simdgroup] = float2(largest, sum);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (uint i = thread_id; i < at_once * DIM; i += 32 * SIMDGROUPS) {
-      const uint q = i / DIM, query = first_query + q, d = i % DIM;
-      const uint room = q / NQ * members * NQ + q % NQ;  // of the team's first member
+    for (uint i = thread_id; i < teams * DIM; i += 32 * SIMDGROUPS) {
+      const uint query = first_query + i / DIM, d = i % DIM, room = i / DIM * members;  // of the team's first member
       float2 all = merged_stats[room];
-      for (uint s = 1; s < members; s++) all.x = max(all.x, merged_stats[room + s * NQ].x);
-      const float middle = all.x == -INFINITY ? 0.0f : all.x;
-      float total = 0.0f;
-      all.y = 0.0f;
-      for (uint s = 0; s < members; s++) {
-        const float2 part = merged_stats[room + s * NQ];
-        const float weight = exp2(part.x - middle);
-        all.y = fma(part.y, weight, all.y);
-        total = fma(merged[(room + s * NQ) * DIM + d], weight, total);
+      float total = merged[room * DIM + d];
+      for (uint s = 1; s < members; s++) {
+        const float2 part = merged_stats[room + s];
+        const float most = max(all.x, part.x), middle = most == -INFINITY ? 0.0f : most;
+        const float keep = exp2(all.x - middle), weight = exp2(part.x - middle);
+        all = float2(most, fma(all.y, keep, part.y * weight));
+        total = fma(total, keep, merged[(room + s) * DIM + d] * weight);
       }
       const uint token = batch * p.steps + query / group_heads;
       const ulong place = (ulong(token) * p.heads + kv_head * group_heads + query % group_heads) * p.chunks + chunk;
@@ -255,8 +252,8 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
 
 #define ATTENTION(name, T)                                              \
   KERNEL("decode_attention_" #name, decode_attention<T, 32, 1, false>)  \
-  KERNEL("decode_attention_64_" #name, decode_attention<T, 8, 4, true>) \
-  KERNEL("decode_attention_128_" #name, decode_attention<T, 16, 4, true>)
+  KERNEL("decode_attention_64_" #name, decode_attention<T, 8, 8, true>) \
+  KERNEL("decode_attention_128_" #name, decode_attention<T, 16, 8, true>)
 ATTENTION(f32, float)
 ATTENTION(f16, half)
 ATTENTION(bf16, bfloat)

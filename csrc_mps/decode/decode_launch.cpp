@@ -5,6 +5,7 @@
 #include <cmath>
 #include <utility>
 
+#include "../common/checks.h"
 #include "../common/registration.h"
 #include "../common/rows.h"
 #include "gpu_step.h"
@@ -81,11 +82,13 @@ void attend(GpuStep& step, size_t index) {
   const DecoderLayer& layer = model.layers[index];
   const Tensor &keys = call.keys[index], &values = call.values[index];
   AttentionParams p{};
-  p.keys_batch = keys.stride(0), p.keys_head = keys.stride(1), p.keys_slot = keys.stride(2);
-  p.values_batch = values.stride(0), p.values_head = values.stride(1), p.values_slot = values.stride(2);
-  p.length = call.length;
-  p.dropped = call.dropped_of(index);
-  p.window = layer.window;
+  p.keys_batch = keys.stride(0), p.keys_head = keys.stride(1);
+  p.values_batch = values.stride(0), p.values_head = values.stride(1);
+  p.keys_slot = kernel_size("decode_", "stride of keys", keys.stride(2));
+  p.values_slot = kernel_size("decode_", "stride of values", values.stride(2));
+  p.length = kernel_size("decode_", "length", call.length + call.steps) - static_cast<uint32_t>(call.steps);
+  p.dropped = static_cast<uint32_t>(call.dropped_of(index));
+  p.window = static_cast<uint32_t>(std::min<int64_t>(layer.window, call.length + call.steps));
   p.steps = static_cast<uint32_t>(call.steps);
   p.heads = static_cast<uint32_t>(model.heads);
   p.kv_heads = static_cast<uint32_t>(model.kv_heads);

@@ -13,7 +13,6 @@ SHARED_CONSTANT uint32_t kBlockColumns = 32 * kLaneColumns;  // and a simdgroup
 SHARED_CONSTANT uint32_t kTileColumns = 64, kTileVectors = 8;  // of a product on the matrix units
 SHARED_CONSTANT uint32_t kMostHeadDim = 256;
 SHARED_CONSTANT uint32_t kAttentionSimdgroups = 8;
-SHARED_CONSTANT uint32_t kTeamQueries = 2;  // per simdgroup of attention
 
 SHARED_CONSTANT uint32_t kMostRank = 256;  // of an adapter
 
@@ -116,15 +115,15 @@ struct StepNormParams {
 
 // Attention of the new tokens over one chunk of the context, one threadgroup per key/value head and chunk.
 struct AttentionParams {
-  int64_t keys_batch, keys_head, keys_slot, values_batch, values_head, values_slot;  // strides
-  int64_t length, window;  // slots in use; the last slots that a token sees, its own included, 0 for all
-  int64_t dropped;         // slots before the first of the buffers
+  int64_t keys_batch, keys_head, values_batch, values_head;  // strides
+  uint32_t keys_slot, values_slot;
+  uint32_t length, window;  // slots in use; the last slots that a token sees, its own included, 0 for all
+  uint32_t dropped;         // slots before the first of the buffers
   uint32_t steps, heads, kv_heads, head_dim, rotary_dim, positions;
   uint32_t chunks, flags, q_norm_format, k_norm_format, table_format;
   float eps, scaling;
   float softcap;  // of scores, in octaves; 0 for none
   float norm_offset;
-  uint32_t unused;
 };
 
 SHARED_CONSTANT uint32_t kQueryNorm = 1, kKeyNorm = 2, kStarts = 4;  // flags of attention

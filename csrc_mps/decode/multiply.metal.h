@@ -28,6 +28,18 @@ inline void load_norm(device const ushort* norm, uint column, uint cols, thread 
   for (int u = 0; u < U; u++) load_pack<T, WHOLE>((device const T*)norm, column + u * 32 * N, cols, packs[u]);
 }
 
+// A vector's columns as a row is multiplied with them: times the norm's weights, if there is a norm.
+template <typename T, int N, bool WHOLE>
+inline void load_vector(device const float* source, device const ushort* norm, uint column, constant ProductParams& p,
+                        thread float* x) {
+  Pack<float, N> pack;
+  load_pack<float, WHOLE>(source, column, p.cols, pack);
+  pack.unpack(x);
+  for (int j = 0; p.flags & kNormed && j < N; j++) {
+    x[j] *= column + j < p.cols ? vector_at<T, WHOLE>(norm, p.norm_format, column + j) + p.norm_offset : 0.0f;
+  }
+}
+
 // The sum of squares of each of C vectors, one simdgroup per vector.
 template <int C, bool WHOLE>
 inline void sum_squares(device const float* vectors, constant ProductParams& p, uint first_vector, uint lane,
@@ -45,6 +57,11 @@ inline void sum_squares(device const float* vectors, constant ProductParams& p, 
     if (lane == 0) squares[c] = sum;
   }
 }
+
+// After the products with one vector: dense rows need nothing.
+template <bool WHOLE, typename T, int R, int U>
+inline void multiply_again(thread Rows<T, R, U>&, device const float*, device const ushort*, uint, uint,
+                           constant ProductParams&, thread float (&)[R]) {}
 
 // Shared by the simdgroups of a threadgroup, for up to C vectors.
 template <int C>
@@ -163,6 +180,10 @@ inline void multiply(thread MatrixRows& rows, device const ushort* b0, device co
     if (column - lane * N >= p.cols) break;
     load_rows<WHOLE>(rows, column, p.cols);
     if (normed && WHOLE) load_norm<WHOLE>(norm, column, p.cols, norms);
+  }
+
+  if (!MANY) {
+    multiply_again<WHOLE>(rows, sources[0], norm, split * U * 32 * N + lane * N, step, p, sums[0]);
   }
 
   // Each result is a lane's: the vectors of a row, then those of the next; a gate's rows come before an up's.

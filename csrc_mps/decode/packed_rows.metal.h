@@ -58,6 +58,35 @@ inline void load_rows(thread PackedRows<T, BITS, R, U, N, WHOLE>& rows, uint col
   }
 }
 
+// After the products with one vector: those that are no numbers again, weight by weight, from the lane's first column on.
+template <bool, typename T, int BITS, int R, int U, int N, bool WHOLE>
+inline void multiply_again(thread PackedRows<T, BITS, R, U, N, WHOLE>& rows, device const float* source,
+                           device const ushort* norm, uint first, uint step, constant ProductParams& p,
+                           thread float (&sums)[R]) {
+  float all = 0.0f;
+#pragma unroll
+  for (int r = 0; r < R; r++) all += sums[r];
+  if (isfinite(all)) return;
+  const PackedGroups<T, WHOLE> groups = rows.groups();
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    if (isfinite(sums[r])) continue;
+    const PackedRow row = moved_back<BITS>(rows.at[r], rows.column, groups);
+    sums[r] = 0.0f;
+#pragma unroll 1
+    for (uint begin = first; begin < p.cols; begin += step) {
+#pragma unroll 1
+      for (uint column = begin; column < min(begin + U * 32 * N, p.cols); column += 32 * N) {
+        float x[N];
+        load_vector<T, N, WHOLE>(source, norm, column, p, x);
+        PackedPack<BITS, N, T> pack;
+        load_packed<BITS, N, WHOLE>(row, column, true, groups, pack);
+        sums[r] += pack.exact_product(x);
+      }
+    }
+  }
+}
+
 template <typename T, int BITS, int C, int R, int U, int N, bool GATED, bool WHOLE>
 [[kernel, max_total_threads_per_threadgroup(256)]]
 void decode_packed(device const uint* w0 [[buffer(0)]], device const uint* w1 [[buffer(1)]],
@@ -125,9 +154,9 @@ void decode_packed_embed(device const uint* words [[buffer(0)]], device const us
 
 // One vector: a lane takes sixteen columns at once, several: eight.
 #define PACKED(name, T, BITS)                                                                           \
-  KERNEL("decode_packed" #BITS "_" #name "_1", decode_packed<T, BITS, 1, 4, 1, 16, false, true>)        \
+  KERNEL("decode_packed" #BITS "_" #name "_1", decode_packed<T, BITS, 1, 8, 1, 16, false, true>)        \
   KERNEL("decode_packed" #BITS "_" #name "_8", decode_packed<T, BITS, 8, 4, 1, 8, false, true>)         \
-  KERNEL("decode_packed" #BITS "_gated_" #name "_1", decode_packed<T, BITS, 1, 4, 2, 16, true, true>)   \
+  KERNEL("decode_packed" #BITS "_gated_" #name "_1", decode_packed<T, BITS, 1, 8, 1, 16, true, true>)   \
   KERNEL("decode_packed" #BITS "_gated_" #name "_8", decode_packed<T, BITS, 8, 4, 1, 8, true, true>)    \
   KERNEL("decode_packed" #BITS "_attended_" #name "_1", decode_packed_attended<T, BITS, 1, 4, 4, true>) \
   KERNEL("decode_packed" #BITS "_attended_" #name "_8", decode_packed_attended<T, BITS, 8, 4, 2, true>)

@@ -5,6 +5,13 @@
 using namespace metal;
 using namespace torch_fused;
 
+// A constant that an instruction is not given as an immediate. On NVIDIA one takes a single immediate: cuda.h has the
+// overload for uint.
+template <typename Constant>
+inline Constant in_register(Constant value) {
+  return value;
+}
+
 // W columns of a row, all in one group, with its scale and bias as they lie in memory: a thread that converts what it
 // loads waits for it, and all loads of a kernel should be under way together.
 template <int BITS, int W, typename S = float>
@@ -19,7 +26,7 @@ struct PackedPack {
     constexpr int TO = 23 - BITS;
     const int at = j * BITS % 32;
     const uint word = words[j * BITS / 32], moved = at <= TO ? word << (TO - at) : word >> (at - TO);
-    return as_type<float>((moved & ((1u << BITS) - 1u) << TO) | 0x3f800000u);
+    return as_type<float>((moved & in_register(((1u << BITS) - 1u) << TO)) | in_register(0x3f800000u));
   }
 
   // Column j's weight.
@@ -37,7 +44,7 @@ struct PackedPack {
     return fma(step, dot, (float(bias) - step) * sum);
   }
 
-  // The same weight by weight.
+  // The same weight by weight: where infinities or overflows cancel above, this is the unpacked row's product.
   float exact_product(thread const float* x) const {
     float sum = 0.0f;
 #pragma unroll
@@ -46,23 +53,12 @@ struct PackedPack {
   }
 };
 
-// Adds the products of R rows' columns with W values, whose sum is `total`, to as many sums. Where infinities or
-// overflows cancel a product would be no number; weight by weight it is the unpacked row's.
+// Adds the products of R rows' columns with W values, whose sum is `total`, to as many sums.
 template <int R, int U, int BITS, int W, typename S>
 inline void add_products(thread const PackedPack<BITS, W, S> (&packs)[R][U], int u, thread const float* x, float total,
                          thread float (&sums)[R]) {
-  float products[R], all = 0.0f;
 #pragma unroll
-  for (int r = 0; r < R; r++) {
-    products[r] = packs[r][u].product(x, total);
-    all += products[r];
-  }
-  if (!isfinite(all)) {
-#pragma unroll
-    for (int r = 0; r < R; r++) products[r] = isfinite(products[r]) ? products[r] : packs[r][u].exact_product(x);
-  }
-#pragma unroll
-  for (int r = 0; r < R; r++) sums[r] += products[r];
+  for (int r = 0; r < R; r++) sums[r] += packs[r][u].product(x, total);
 }
 
 // A packed matrix's row from some column on. A loop moves it on, so that it holds no more than three pointers.
@@ -101,6 +97,12 @@ inline void move_on(thread PackedRow& row, uint columns, PackedGroups<S, TYPED> 
   row.words += columns / (32 / BITS);
   row.scales += groups.before(columns);
   row.biases += groups.before(columns);
+}
+
+// The row from its first column on, after it was moved on by so many.
+template <int BITS, typename S, bool TYPED>
+inline PackedRow moved_back(PackedRow row, uint columns, PackedGroups<S, TYPED> groups) {
+  return {row.words - columns / (32 / BITS), row.scales - groups.before(columns), row.biases - groups.before(columns)};
 }
 
 // W columns from `column` of the row's on; zeros if they are not `inside` of it. WHOLE: rows start at 16 bytes.

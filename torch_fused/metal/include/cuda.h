@@ -73,6 +73,13 @@ MSL_FN void previous_launch_done(uint) {
 #endif
 }
 
+// For an instruction that takes two constants: it takes one as an immediate.
+MSL_FN uint in_register(uint value) {
+  uint held;
+  asm("mov.b32 %0, %1;" : "=r"(held) : "r"(value));
+  return held;
+}
+
 // Simdgroup functions
 
 #define MSL_SHUFFLE(NAME, INTRINSIC)                                                                              \
