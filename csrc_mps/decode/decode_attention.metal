@@ -11,7 +11,7 @@
 using namespace metal;
 using namespace torch_fused;
 
-constant constexpr int W = kLaneColumns, SIMDGROUPS = kAttentionSimdgroups;
+constant constexpr int W = kLaneColumns, SIMDGROUPS = kAttentionSimdgroups, MOST_TEAMS = 8;
 
 // Elements lane, lane + 32, ... of a vector of `count`, and `fill` past its end.
 template <typename T, int N, bool WHOLE>
@@ -100,7 +100,7 @@ inline float sum_of_lanes(thread float* scores, uint lane) {
 // Queries share a threadgroup's simdgroups: a team of them has one, and its members share the chunk's slots. U keys at
 // once a group of lanes. WHOLE: a head is LANES packs.
 template <typename T, int LANES, int U, bool WHOLE>
-[[kernel, max_total_threads_per_threadgroup(256)]]
+[[kernel, max_total_threads_per_threadgroup(512)]]
 void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[buffer(1)]],
                       device T* values [[buffer(2)]], device const ushort* q_norm [[buffer(3)]],
                       device const ushort* k_norm [[buffer(4)]], device const ushort* cos [[buffer(5)]],
@@ -110,7 +110,7 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
                       uint group [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
                       uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]]) {
   constexpr int DIM = LANES * W, KEYS = 32 / LANES;  // columns of a head, and keys of a simdgroup
-  threadgroup float queries[SIMDGROUPS * DIM];
+  threadgroup float queries[MOST_TEAMS * DIM];
   threadgroup float merged[SIMDGROUPS * DIM];
   threadgroup float2 merged_stats[SIMDGROUPS];
   constexpr int N = DIM / 32;
@@ -151,7 +151,7 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
 
   const uint column = lane % LANES * W, key_group = lane / LANES;
   const uint count = group_heads * p.steps;
-  const uint teams = count > 4 ? 8 : count > 2 ? 4 : count, members = SIMDGROUPS / teams;
+  const uint teams = count > 4 ? MOST_TEAMS : count > 2 ? 4 : count, members = SIMDGROUPS / teams;
   const uint team = simdgroup / members, member = simdgroup % members;
   for (uint first_query = 0; first_query < count; first_query += teams) {
     const uint q = SIMDGROUPS - 1 - simdgroup;  // the first simdgroups have the new keys to place

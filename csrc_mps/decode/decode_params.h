@@ -5,6 +5,8 @@
 
 namespace torch_fused {
 
+SHARED_CONSTANT uint32_t kOne = 0x3f800000;  // the bits of 1.0f
+
 // The number format of a matrix, a vector or a cache.
 SHARED_CONSTANT uint32_t kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2;
 
@@ -12,7 +14,7 @@ SHARED_CONSTANT uint32_t kLaneColumns = 8;                   // columns that a l
 SHARED_CONSTANT uint32_t kBlockColumns = 32 * kLaneColumns;  // and a simdgroup
 SHARED_CONSTANT uint32_t kTileColumns = 64, kTileVectors = 8;  // of a product on the matrix units
 SHARED_CONSTANT uint32_t kMostHeadDim = 256;
-SHARED_CONSTANT uint32_t kAttentionSimdgroups = 8;
+SHARED_CONSTANT uint32_t kAttentionSimdgroups = 16;
 
 SHARED_CONSTANT uint32_t kMostRank = 256;  // of an adapter
 
@@ -47,6 +49,7 @@ struct ProductParams {
 struct PackedFormat {
   int64_t strides[3], scale_strides[3], bias_strides[3];  // words, or elements, from row to row
   uint32_t group_size, scale_format;
+  uint32_t one, unused;  // the bits of 1.0f
 };
 
 struct PackedProductParams {
@@ -56,6 +59,7 @@ struct PackedProductParams {
 
 SHARED_CONSTANT uint32_t kProductSimdgroups = 4;    // of a threadgroup that multiplies, without splits
 SHARED_CONSTANT uint32_t kMostSplitSimdgroups = 8;  // with them
+SHARED_CONSTANT uint32_t kMostTileSimdgroups = 16;
 
 // The product after attention.
 struct AttendedParams {

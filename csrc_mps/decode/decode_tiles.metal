@@ -7,34 +7,33 @@
 using namespace metal;
 using namespace torch_fused;
 
-constant constexpr int N = kLaneColumns;
+constant constexpr int N = kLaneColumns, CHAINS = 2;
 
 // Shared by the simdgroups of a threadgroup that split rows.
 struct SharedTiles {
-  float4 sums[kMostSplitSimdgroups * 32];
-  float2 squares[kMostSplitSimdgroups * 32];
+  float4 sums[kMostTileSimdgroups * 32];
+  float2 squares[kMostTileSimdgroups * 32];
 };
 
-// What a lane holds of U tiles of a matrix: two rows, two runs of each.
-template <typename T, int U>
-struct TileRows {
-  device const T* at[2];
-  Pack<T, N> packs[U][2][2];
+// What a lane holds of a tile: two runs of two rows, and the norm's weights of its vectors' runs.
+template <typename T>
+struct Tile {
+  Pack<T, N> rows[2][2], norms[2];
 
-  void load(uint column, uint cols) {
+  void load(thread device const T* (&rows_at)[2], device const T* norm, uint column, uint pair, thread const uint* runs,
+            bool normed, uint cols) {
 #pragma unroll
-    for (int u = 0; u < U; u++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        load_pack<T, true>(at[i / 2], column + u * kTileColumns + run_column(0, i % 2), cols, packs[u][i / 2][i % 2]);
-      }
+    for (int i = 0; i < 4; i++) {
+      load_pack<T, true>(rows_at[i / 2], column + run_column(pair, i % 2), cols, rows[i / 2][i % 2]);
     }
+#pragma unroll
+    for (int i = 0; normed && i < 2; i++) load_pack<T, true>(norm, column + runs[i], cols, norms[i]);
   }
 };
 
 // GATED: a tile has eight rows of a gate and the same of an up, and the result is activation(gate) * up.
-template <typename T, int U, bool GATED>
-[[kernel, max_total_threads_per_threadgroup(256)]]
+template <typename T, bool GATED>
+[[kernel, max_total_threads_per_threadgroup(512)]]
 void decode_tiles(device const T* w0 [[buffer(0)]], device const T* w1 [[buffer(1)]],
                   device const T* w2 [[buffer(2)]], device const ushort* b0 [[buffer(3)]],
                   device const ushort* b1 [[buffer(4)]], device const ushort* b2 [[buffer(5)]],
@@ -45,14 +44,14 @@ void decode_tiles(device const T* w0 [[buffer(0)]], device const T* w1 [[buffer(
                   uint simdgroups [[simdgroups_per_threadgroup]]) {
   constexpr int OUTPUTS = GATED ? 1 : 2;  // rows of a lane's results
   threadgroup SharedTiles shared;
-  TileLane tile;
-  tile_lane(lane, tile);
+  TileLane lanes;
+  tile_lane(lane, lanes);
   const uint blocks = (p.vectors + kTileVectors - 1) / kTileVectors, slots = simdgroups / p.splits;
   const uint first_vector = group % blocks * kTileVectors, split = simdgroup % p.splits;
-  const uint first = (group / blocks * slots + simdgroup / p.splits) * 8 * OUTPUTS + tile.row;
+  const uint first = (group / blocks * slots + simdgroup / p.splits) * 8 * OUTPUTS + lanes.row;
   const uint last = p.ends[GATED ? 0 : 2] - 1;
 
-  TileRows<T, U> rows;
+  device const T* rows_at[2];
   uint indices[2];  // of the lane's rows in their matrices
   uint matrices[2];
 #pragma unroll
@@ -61,19 +60,20 @@ void decode_tiles(device const T* w0 [[buffer(0)]], device const T* w1 [[buffer(
     const uint of = GATED ? i : uint(index >= p.ends[0]) + uint(index >= p.ends[1]);
     indices[i] = GATED || of == 0 ? index : index - p.ends[of - 1];
     matrices[i] = of;
-    rows.at[i] = (of == 0 ? w0 : of == 1 ? w1 : w2) + long(indices[i]) * p.strides[of];
+    rows_at[i] = (of == 0 ? w0 : of == 1 ? w1 : w2) + long(indices[i]) * p.strides[of];
   }
-  const uint step = p.splits * U * kTileColumns;
-  uint column = split * U * kTileColumns;
-  rows.load(column + run_column(tile.pair, 0), p.cols);
-  const bool normed = p.flags & kNormed;
   device const float* sources[2];
-  uint places[2];
+  uint runs[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    sources[i] = vectors + vector_offset(p, first_vector + tile.vectors[i]);
-    places[i] = run_column(tile.vector_pairs[i], tile.vector_halves[i]);
+    sources[i] = vectors + vector_offset(p, first_vector + lanes.vectors[i]);
+    runs[i] = run_column(lanes.vector_pairs[i], lanes.vector_halves[i]);
   }
+  const bool normed = p.flags & kNormed;
+  const uint step = p.splits * kTileColumns;
+  uint column = split * kTileColumns;
+  Tile<T> tile;
+  tile.load(rows_at, (device const T*)norm, column, lanes.pair, runs, normed, p.cols);
   float biases[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int i = 0; i < OUTPUTS; i++) {
@@ -81,41 +81,58 @@ void decode_tiles(device const T* w0 [[buffer(0)]], device const T* w1 [[buffer(
       biases[i] = float(((device const T*)(matrices[i] == 0 ? b0 : matrices[i] == 1 ? b1 : b2))[indices[i]]);
     }
   }
+  device float* places[OUTPUTS][2];  // of the lane's results, of rows and vectors
+  bool writes[OUTPUTS][2];
+  float residuals[OUTPUTS][2];
+#pragma unroll
+  for (int i = 0; i < OUTPUTS * 2; i++) {
+    const uint row = first + i / 2 * 8, vector = first_vector + lanes.result + i % 2;
+    places[i / 2][i % 2] = results + ulong(vector) * p.result_stride + row;
+    writes[i / 2][i % 2] = split == 0 && vector < p.vectors && row <= last;
+  }
   previous_launch_done(lane);
-
-  float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f}, squares[2] = {0.0f, 0.0f};
-  while (true) {
 #pragma unroll
-    for (int u = 0; u < U; u++) {
-      float x[2][N];
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const uint place = column + u * kTileColumns + places[i];
-        Pack<float, N> pack;
-        load_pack<float, true>(sources[i], place, p.cols, pack);
-        pack.unpack(x[i]);
-        if (!normed) continue;
-        Pack<T, N> weights;
-        load_pack<T, true>((device const T*)norm, place, p.cols, weights);
-#pragma unroll
-        for (int j = 0; j < N; j++) {
-          squares[i] = fma(x[i][j], x[i][j], squares[i]);
-          x[i][j] *= weights.get(j) + p.norm_offset;
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < N; j++) {
-        const float w[4] = {rows.packs[u][0][0].get(j), rows.packs[u][0][1].get(j), rows.packs[u][1][0].get(j),
-                            rows.packs[u][1][1].get(j)};
-        const float columns[2] = {x[0][j], x[1][j]};
-        multiply_tile(sums, w, columns);
-      }
-    }
-    column += step;
-    if (column >= p.cols) break;
-    rows.load(column + run_column(tile.pair, 0), p.cols);
+  for (int i = 0; i < OUTPUTS * 2; i++) {
+    residuals[i / 2][i % 2] = writes[i / 2][i % 2] && p.flags & kAdd ? *places[i / 2][i % 2] : 0.0f;
   }
 
+  // Several sums of each result, so that a product need not wait for the one before.
+  float parts[CHAINS][4] = {}, squares[2] = {0.0f, 0.0f};
+  while (true) {
+    const uint next_column = column + step;
+    Tile<T> next;  // under way while this one is multiplied
+    next.load(rows_at, (device const T*)norm, next_column, lanes.pair, runs, normed, p.cols);
+    float x[2][N];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      Pack<float, N> pack;
+      load_pack<float, true>(sources[i], column + runs[i], p.cols, pack);
+      pack.unpack(x[i]);
+#pragma unroll
+      for (int j = 0; normed && j < N; j++) {
+        squares[i] = fma(x[i][j], x[i][j], squares[i]);
+        x[i][j] *= tile.norms[i].get(j) + p.norm_offset;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      const float w[4] = {tile.rows[0][0].get(j), tile.rows[0][1].get(j), tile.rows[1][0].get(j),
+                          tile.rows[1][1].get(j)};
+      const float columns[2] = {x[0][j], x[1][j]};
+      multiply_tile(parts[j % CHAINS], w, columns);
+    }
+    column = next_column;
+    if (column >= p.cols) break;
+    tile = next;
+  }
+
+  float sums[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    sums[i] = parts[0][i];
+#pragma unroll
+    for (int chain = 1; chain < CHAINS; chain++) sums[i] += parts[chain][i];
+  }
   if (p.splits > 1) {
     const uint own = simdgroup * 32 + lane;
     shared.sums[own] = float4(sums[0], sums[1], sums[2], sums[3]);
@@ -131,22 +148,19 @@ void decode_tiles(device const T* w0 [[buffer(0)]], device const T* w1 [[buffer(
   if (normed) sum_of_runs(squares, lane);
 #pragma unroll
   for (int v = 0; v < 2; v++) {
-    const uint vector = first_vector + tile.result + v;
     const float scale = normed ? rsqrt(squares[v] / float(p.cols) + p.eps) : 1.0f;
 #pragma unroll
     for (int i = 0; i < OUTPUTS; i++) {
-      const uint row = first + 8 * i;
-      if (vector >= p.vectors || row > last) continue;
+      if (!writes[i][v]) continue;
       const float sum = sums[2 * i + v] * scale;
       const float value = GATED ? activate(sum, p.activation) * (sums[2 + v] * scale) : sum + biases[i];
-      device float* result = results + ulong(vector) * p.result_stride + row;
-      *result = fma(value, p.scale, p.flags & kAdd ? *result : 0.0f);
+      *places[i][v] = fma(value, p.scale, residuals[i][v]);
     }
   }
 }
 
 #define TILES(name, T)                                         \
-  KERNEL("decode_tiles_" #name, decode_tiles<T, 2, false>)     \
-  KERNEL("decode_tiles_gated_" #name, decode_tiles<T, 2, true>)
+  KERNEL("decode_tiles_" #name, decode_tiles<T, false>)     \
+  KERNEL("decode_tiles_gated_" #name, decode_tiles<T, true>)
 TILES(f16, half)
 TILES(bf16, bfloat)

@@ -165,10 +165,7 @@ inline void multiply(thread MatrixRows& rows, device const ushort* b0, device co
             x[j] *= weight[j];
           }
         }
-        float total = 0.0f;
-#pragma unroll
-        for (int j = 0; !MANY && j < N; j++) total += x[j];
-        if (!MANY) add_products(rows.packs, u, x, total, sums[c]);
+        if (!MANY) add_products(rows, u, x, sums[c]);
 #pragma unroll
         for (int r = 0; MANY && r < R; r++) {
 #pragma unroll

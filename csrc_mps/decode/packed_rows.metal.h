@@ -58,6 +58,12 @@ inline void load_rows(thread PackedRows<T, BITS, R, U, N, WHOLE>& rows, uint col
   }
 }
 
+template <int R, int U, typename T, int BITS, int N, bool WHOLE>
+inline void add_products(thread const PackedRows<T, BITS, R, U, N, WHOLE>& rows, int u, thread const float* x,
+                         thread float (&sums)[R]) {
+  add_products(rows.packs, u, x, rows.format->one, sums);
+}
+
 // After the products with one vector: those that are no numbers again, weight by weight, from the lane's first column on.
 template <bool, typename T, int BITS, int R, int U, int N, bool WHOLE>
 inline void multiply_again(thread PackedRows<T, BITS, R, U, N, WHOLE>& rows, device const float* source,
@@ -154,9 +160,9 @@ void decode_packed_embed(device const uint* words [[buffer(0)]], device const us
 
 // One vector: a lane takes sixteen columns at once, several: eight.
 #define PACKED(name, T, BITS)                                                                           \
-  KERNEL("decode_packed" #BITS "_" #name "_1", decode_packed<T, BITS, 1, 8, 1, 16, false, true>)        \
+  KERNEL("decode_packed" #BITS "_" #name "_1", decode_packed<T, BITS, 1, 4, 1, 16, false, true>)        \
   KERNEL("decode_packed" #BITS "_" #name "_8", decode_packed<T, BITS, 8, 4, 1, 8, false, true>)         \
-  KERNEL("decode_packed" #BITS "_gated_" #name "_1", decode_packed<T, BITS, 1, 8, 1, 16, true, true>)   \
+  KERNEL("decode_packed" #BITS "_gated_" #name "_1", decode_packed<T, BITS, 1, 4, 2, 16, true, true>)   \
   KERNEL("decode_packed" #BITS "_gated_" #name "_8", decode_packed<T, BITS, 8, 4, 1, 8, true, true>)    \
   KERNEL("decode_packed" #BITS "_attended_" #name "_1", decode_packed_attended<T, BITS, 1, 4, 4, true>) \
   KERNEL("decode_packed" #BITS "_attended_" #name "_8", decode_packed_attended<T, BITS, 8, 4, 2, true>)

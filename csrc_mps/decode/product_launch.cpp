@@ -12,7 +12,7 @@ using at::Tensor;
 constexpr int64_t kMostSplits = 8;
 constexpr int64_t kFewRows = 8192;           // a product with more rows fills a GPU without splitting them
 constexpr int64_t kSimdgroups = 4096;        // and so many simdgroups, each with several vectors
-constexpr int64_t kPackedSimdgroups = 2048;  // or with packed rows
+constexpr int64_t kPackedSimdgroups = 2048;  // or with packed rows, or on the matrix units
 constexpr int64_t kAttendedRows = 4;         // of a simdgroup after attention
 
 // What the sources instantiate: vectors, rows and columns of a simdgroup at once. The variant 0 takes operands of any
@@ -21,7 +21,7 @@ struct Width {
   int64_t variant, vectors, rows, columns;
 };
 Width width_for(int64_t vectors, bool whole, bool gated, bool packed, bool tiles) {
-  if (tiles) return {0, kTileVectors, 16, 2 * kTileColumns};
+  if (tiles) return {0, kTileVectors, 16, kTileColumns};
   if (!whole) return {0, 1, 2, kBlockColumns};
   if (vectors > 1) return {8, 8, 4, kBlockColumns};
   if (packed) return {1, 1, 4, (gated ? 2 : 1) * 2 * kBlockColumns};
@@ -29,13 +29,14 @@ Width width_for(int64_t vectors, bool whole, bool gated, bool packed, bool tiles
 }
 
 // Simdgroups that share a row: enough to fill a GPU, each with the same number of columns.
-int64_t splits_for(const Width& width, int64_t rows, int64_t outputs, int64_t cols, bool packed) {
+int64_t splits_for(const Width& width, int64_t rows, int64_t outputs, int64_t cols, bool packed, bool tiles) {
   int64_t enough = rows <= kFewRows ? kMostSplits : 1;
-  if (packed) enough = kPackedSimdgroups * outputs / rows;
-  if (width.vectors > 1) enough = kSimdgroups * outputs / rows;
+  if (packed || tiles) enough = kPackedSimdgroups * outputs / rows;
+  if (width.vectors > 1 && !tiles) enough = kSimdgroups * outputs / rows;
   const auto ceiling = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t spans = std::max<int64_t>(1, ceiling(cols, width.columns));
-  return std::clamp<int64_t>(enough, 1, ceiling(spans, ceiling(spans, kMostSplits)));
+  const int64_t most = tiles ? kMostTileSimdgroups : kMostSplits;
+  return std::clamp<int64_t>(enough, 1, ceiling(spans, ceiling(spans, most)));
 }
 
 // Whether a fast kernel for `dtype` can read a matrix or a vector.
@@ -49,6 +50,7 @@ PackedFormat packed_format(std::initializer_list<const Linear*> matrices) {
   PackedFormat format{};
   format.group_size = static_cast<uint32_t>(first.group_size);
   format.scale_format = format_of(first.scales);
+  format.one = kOne;
   size_t i = 0;
   for (const Linear* matrix : matrices) {
     format.strides[i] = matrix->weight.stride(0);
@@ -116,7 +118,7 @@ void multiply(GpuStep& step, std::initializer_list<const Linear*> matrices, cons
   const bool tiles = whole && p.vectors > 1 && !first.is_packed() && first.weight.element_size() == 2;
   const Width width = width_for(p.vectors, whole, gated, first.is_packed(), tiles);
   const int64_t outputs = gated ? width.rows / 2 : width.rows;
-  p.splits = static_cast<uint32_t>(splits_for(width, results, outputs, p.cols, first.is_packed()));
+  p.splits = static_cast<uint32_t>(splits_for(width, results, outputs, p.cols, first.is_packed(), tiles));
   const int64_t simdgroups = (kProductSimdgroups + p.splits - 1) / p.splits * p.splits;
   const int64_t rows = simdgroups / p.splits * outputs;
   const int64_t groups = (results + rows - 1) / rows * ((p.vectors + width.vectors - 1) / width.vectors);

@@ -29,13 +29,12 @@ inline void load_rows(thread Rows<T, R, U>& rows, uint column, uint cols) {
   }
 }
 
-// Adds the products of R rows' columns with as many values, whose sum is `total`, to as many sums.
-template <int R, int U, typename T, int N>
-inline void add_products(thread const Pack<T, N> (&packs)[R][U], int u, thread const float* x, float total,
-                         thread float (&sums)[R]) {
+// Adds the products of R rows' columns, of block u, with as many values to as many sums.
+template <int R, int U, typename T>
+inline void add_products(thread const Rows<T, R, U>& rows, int u, thread const float* x, thread float (&sums)[R]) {
 #pragma unroll
   for (int r = 0; r < R; r++) {
 #pragma unroll
-    for (int j = 0; j < N; j++) sums[r] = fma(packs[r][u].get(j), x[j], sums[r]);
+    for (uint j = 0; j < kLaneColumns; j++) sums[r] = fma(rows.packs[r][u].get(j), x[j], sums[r]);
   }
 }

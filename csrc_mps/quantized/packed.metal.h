@@ -5,15 +5,17 @@
 using namespace metal;
 using namespace torch_fused;
 
-// A constant that an instruction is not given as an immediate. On NVIDIA one takes a single immediate: cuda.h has the
-// overload for uint.
-template <typename Constant>
-inline Constant in_register(Constant value) {
-  return value;
-}
+// Sums over a lane's values x: of all, and of each one's `offset`.
+struct ColumnSums {
+  float all, offsets;
+};
 
 // W columns of a row, all in one group, with its scale and bias as they lie in memory: a thread that converts what it
 // loads waits for it, and all loads of a kernel should be under way together.
+//
+// A code is not converted from an integer: its bits become part of a float's mantissa, whose exponent is that of `one`.
+// Eight bits, moved to its upper ones, are 1 + code / 256, and four are 1 + code / 16. PAIRED: two codes of four bits are
+// moved at once, and the first is 1 + code / 256: less exact by four bits, so for scales of 16 bits only.
 template <int BITS, int W, typename S = float>
 struct PackedPack {
   uint words[BITS * W / 32];
@@ -21,27 +23,35 @@ struct PackedPack {
 
   int code(int j) const { return int(words[j * BITS / 32] >> (j * BITS % 32) & ((1u << BITS) - 1u)); }
 
-  // 1 + code / 2^BITS: the code's bits become the first of a float's mantissa, so that no integer is converted.
-  float fraction(int j) const {
-    constexpr int TO = 23 - BITS;
-    const int at = j * BITS % 32;
-    const uint word = words[j * BITS / 32], moved = at <= TO ? word << (TO - at) : word >> (at - TO);
-    return as_type<float>((moved & in_register(((1u << BITS) - 1u) << TO)) | in_register(0x3f800000u));
+  static constant constexpr bool PAIRED = BITS == 4 && sizeof(S) == 2;
+
+  static float offset(int j) { return BITS == 8 || (PAIRED && j % 2 == 0) ? 256.0f : 16.0f; }
+
+  // (offset(j) + code(j)) / offset(j), given the bits of 1.0f.
+  float fraction(int j, uint one) const {
+    const uint word = words[j * BITS / 32];
+    const int to = offset(j) == 256.0f ? 15 : 19, at = j * BITS % 32, by = to - at;
+    const uint moved = by > 0 ? word << by : word >> -by;
+    return as_type<float>((moved & ((1u << BITS) - 1u) << to) | one);
   }
 
   // Column j's weight.
   float get(int j) const {
-    const float step = float(scale) * float(1 << BITS);
-    return fma(step, fraction(j), float(bias) - step);
+    const float step = float(scale) * offset(j);
+    return fma(step, fraction(j, 0x3f800000u), float(bias) - step);
   }
 
-  // The product with W values, whose sum is `sum`.
-  float product(thread const float* x, float sum) const {
-    float dot = 0.0f;
+  // The product with W values. `one` should be no constant to the compiler: an NVIDIA instruction takes only one, and
+  // that is the mask.
+  float product(thread const float* x, ColumnSums sums, uint one) const {
+    float lower = 0.0f, upper = 0.0f;
 #pragma unroll
-    for (int j = 0; j < W; j++) dot = fma(fraction(j), x[j], dot);
-    const float step = float(scale) * float(1 << BITS);
-    return fma(step, dot, (float(bias) - step) * sum);
+    for (int j = 0; j < W; j++) {
+      thread float& part = offset(j) == 16.0f ? upper : lower;
+      part = fma(fraction(j, one), x[j], part);
+    }
+    const float codes = fma(256.0f, lower, fma(16.0f, upper, -sums.offsets));
+    return fma(float(scale), codes, float(bias) * sums.all);
   }
 
   // The same weight by weight: where infinities or overflows cancel above, this is the unpacked row's product.
@@ -53,12 +63,17 @@ struct PackedPack {
   }
 };
 
-// Adds the products of R rows' columns with W values, whose sum is `total`, to as many sums.
+// Adds the products of R rows' columns with W values to as many sums.
 template <int R, int U, int BITS, int W, typename S>
-inline void add_products(thread const PackedPack<BITS, W, S> (&packs)[R][U], int u, thread const float* x, float total,
+inline void add_products(thread const PackedPack<BITS, W, S> (&packs)[R][U], int u, thread const float* x, uint one,
                          thread float (&sums)[R]) {
+  typedef PackedPack<BITS, W, S> Packed;
+  float parts[2] = {0.0f, 0.0f};
 #pragma unroll
-  for (int r = 0; r < R; r++) sums[r] += packs[r][u].product(x, total);
+  for (int j = 0; j < W; j++) parts[j % 2] += x[j];
+  const ColumnSums of_x = {parts[0] + parts[1], fma(Packed::offset(0), parts[0], Packed::offset(1) * parts[1])};
+#pragma unroll
+  for (int r = 0; r < R; r++) sums[r] += packs[r][u].product(x, of_x, one);
 }
 
 // A packed matrix's row from some column on. A loop moves it on, so that it holds no more than three pointers.

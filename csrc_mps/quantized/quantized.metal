@@ -23,6 +23,26 @@ struct OffsetOf<true> {
 template <bool WHOLE>
 using Offset = typename OffsetOf<WHOLE>::type;
 
+// A lane's part of a row's product, weight by weight.
+template <typename T, int BITS, int U, bool WHOLE, typename S>
+inline float exact_sum(PackedRow row, device const T* vector, uint split, uint lane, PackedGroups<S, WHOLE> groups,
+                       constant QuantizedParams& p) {
+  float sum = 0.0f;
+#pragma unroll 1
+  for (uint block = split * U; block * kPackedBlock < p.cols; block += block % U == U - 1 ? (p.splits - 1) * U + 1 : 1) {
+    const uint column = block * kPackedBlock + lane * W;
+    if (column >= p.cols) continue;
+    float values[W];
+    Pack<T, W> pack;
+    load_pack<T, WHOLE>(vector, column, p.cols, pack);
+    pack.unpack(values);
+    PackedPack<BITS, W, S> weights;
+    load_packed<BITS, W, WHOLE>(row, column, true, groups, weights);
+    sum += weights.exact_product(values);
+  }
+  return sum;
+}
+
 // R rows at once with C vectors, U blocks of columns at once. WHOLE: all is aligned, scales and biases are S, with the
 // same strides, and offsets fit in 32 bits; else they are of any type, and S is float.
 template <typename T, typename S, int BITS, int C, int R, int U, bool WHOLE>
@@ -71,15 +91,22 @@ void quantized_product(device const uint* weight [[buffer(0)]], device const ush
       if (column >= p.cols) continue;
 #pragma unroll
       for (int c = 0; c < C; c++) {
-        float values[W], sum = 0.0f;
+        float values[W];
         Pack<T, W> pack;
         load_pack<T, WHOLE>(x + long(min(first_vector + c, p.vectors - 1)) * p.x_stride, column, p.cols, pack);
         pack.unpack(values);
-#pragma unroll
-        for (int j = 0; j < W; j++) sum += values[j];
-        add_products(packs, u, values, sum, sums[c]);
+        add_products(packs, u, values, p.one, sums[c]);
       }
     }
+  }
+
+#pragma unroll
+  for (int i = 0; i < R * C; i++) {
+    if (isfinite(sums[i / R][i % R])) continue;
+    const int c = i / R, r = i % R;
+    const PackedRow row = {weight + words_at[r], scales + scales_at[r], biases + biases_at[r]};
+    device const T* vector = x + long(min(first_vector + c, p.vectors - 1)) * p.x_stride;
+    sums[c][r] = exact_sum<T, BITS, U, WHOLE>(row, vector, split, lane, groups, p);
   }
 
   // Each result is a lane's: the vectors of a row, then those of the next.

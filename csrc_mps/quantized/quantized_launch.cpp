@@ -85,6 +85,7 @@ Tensor quantized_linear_gpu(const Tensor& x, const Tensor& weight, const Tensor&
   p.group_size = static_cast<uint32_t>(group_size);
   p.vectors = static_cast<uint32_t>(call.vectors);
   p.scale_format = format_of_scales(scales);
+  p.one = kOne;
   const Tensor row = bias ? bias->contiguous() : x;
   if (bias) p.flags |= kHasBias;
   const bool whole = scales.scalar_type() == x.scalar_type() && has_small_offsets(m) &&

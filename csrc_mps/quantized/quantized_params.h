@@ -16,7 +16,7 @@ struct QuantizedParams {
   uint32_t scale_format;  // as the decode step's
   uint32_t splits;        // simdgroups that share a row
   uint32_t flags;
-  uint32_t unused;
+  uint32_t one;  // the bits of 1.0f
 };
 
 SHARED_CONSTANT uint32_t kUnpackedColumns = 8;  // per thread
