@@ -11,7 +11,7 @@
 using namespace metal;
 using namespace torch_fused;
 
-constant constexpr int W = kLaneColumns, SIMDGROUPS = kAttentionSimdgroups, MOST_TEAMS = 8;
+constant constexpr int W = kLaneColumns, SIMDGROUPS = kAttentionSimdgroups;
 
 // Elements lane, lane + 32, ... of a vector of `count`, and `fill` past its end.
 template <typename T, int N, bool WHOLE>
@@ -110,7 +110,7 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
                       uint group [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
                       uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]]) {
   constexpr int DIM = LANES * W, KEYS = 32 / LANES;  // columns of a head, and keys of a simdgroup
-  threadgroup float queries[MOST_TEAMS * DIM];
+  threadgroup float queries[kMostTeams * DIM];
   threadgroup float merged[SIMDGROUPS * DIM];
   threadgroup float2 merged_stats[SIMDGROUPS];
   constexpr int N = DIM / 32;
@@ -151,7 +151,7 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
 
   const uint column = lane % LANES * W, key_group = lane / LANES;
   const uint count = group_heads * p.steps;
-  const uint teams = count > 4 ? MOST_TEAMS : count > 2 ? 4 : count, members = SIMDGROUPS / teams;
+  const uint teams = p.teams, members = SIMDGROUPS / teams;
   const uint team = simdgroup / members, member = simdgroup % members;
   for (uint first_query = 0; first_query < count; first_query += teams) {
     const uint q = SIMDGROUPS - 1 - simdgroup;  // the first simdgroups have the new keys to place
@@ -252,8 +252,8 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
 
 #define ATTENTION(name, T)                                              \
   KERNEL("decode_attention_" #name, decode_attention<T, 32, 1, false>)  \
-  KERNEL("decode_attention_64_" #name, decode_attention<T, 8, 8, true>) \
-  KERNEL("decode_attention_128_" #name, decode_attention<T, 16, 8, true>)
+  KERNEL("decode_attention_64_" #name, decode_attention<T, 8, kKeysAtOnce, true>) \
+  KERNEL("decode_attention_128_" #name, decode_attention<T, 16, kKeysAtOnce, true>)
 ATTENTION(f32, float)
 ATTENTION(f16, half)
 ATTENTION(bf16, bfloat)

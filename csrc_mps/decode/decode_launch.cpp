@@ -15,11 +15,23 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kChunkSlots = 32;  // slots of the context that a chunk of attention should at least have
+constexpr int64_t kFewSlots = 32;    // of the context: a chunk of attention has at least as many
 constexpr int64_t kMostChunks = 32;  // more cost more to put together than they save
 constexpr int64_t kFewGroups = 16;   // threadgroups of attention; where there are more anyway, chunks are larger
 constexpr int64_t kFewOfBatch = 4;   // and in a batch, where putting chunks together costs each sequence
 constexpr int64_t kGroups = 128;     // and so many fill a GPU
+
+// Queries of a key/value head that attention takes at once, each with a team of simdgroups.
+int64_t teams_of(const Decoder& model, int64_t steps) {
+  const int64_t queries = model.heads / model.kv_heads * steps;
+  return queries > 4 ? kMostTeams : queries > 2 ? 4 : queries;
+}
+
+// Slots that a team attends at once. A chunk of the context with fewer would leave simdgroups idle.
+int64_t slots_at_once(const Decoder& model, int64_t steps) {
+  const int64_t keys = 32 * kLaneColumns / model.head_dim * kKeysAtOnce;
+  return std::max(kFewSlots, kAttentionSimdgroups / teams_of(model, steps) * keys);
+}
 
 // What the adapters of a matrix add to its product; `multiply_a` is the product with the first matrix of one.
 template <class Function>
@@ -96,6 +108,7 @@ void attend(GpuStep& step, size_t index) {
   const Tensor cos = call.table_of(call.cos, layer), sin = call.table_of(call.sin, layer);
   p.rotary_dim = static_cast<uint32_t>(call.rotary_dim_of(layer));
   p.positions = static_cast<uint32_t>(cos.size(0));
+  p.teams = static_cast<uint32_t>(teams_of(model, call.steps));
   p.chunks = static_cast<uint32_t>(step.chunks);
   p.table_format = format_of(cos);
   p.eps = static_cast<float>(model.numbers.eps);
@@ -159,7 +172,7 @@ Tensor decode_gpu(const DecoderPtr& decoder, const Tensor& token_ids, const Tens
   const int64_t groups = call.batch * model.kv_heads;
   const int64_t most_chunks = std::clamp<int64_t>(kGroups / groups, 1, kMostChunks);
   const int64_t few = call.batch > 1 ? kFewOfBatch : kFewGroups;
-  const int64_t chunk_slots = kChunkSlots * std::max<int64_t>(1, groups / few);
+  const int64_t chunk_slots = slots_at_once(model, call.steps) * std::max<int64_t>(1, groups / few);
   const int64_t chunks = std::clamp<int64_t>(call.length / chunk_slots, 1, most_chunks);
   const auto room = [&](int64_t each) { return at::empty({tokens, each}, floats); };
   GpuStep step{call,

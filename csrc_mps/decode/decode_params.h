@@ -15,6 +15,7 @@ SHARED_CONSTANT uint32_t kBlockColumns = 32 * kLaneColumns;  // and a simdgroup
 SHARED_CONSTANT uint32_t kTileColumns = 64, kTileVectors = 8;  // of a product on the matrix units
 SHARED_CONSTANT uint32_t kMostHeadDim = 256;
 SHARED_CONSTANT uint32_t kAttentionSimdgroups = 16;
+SHARED_CONSTANT uint32_t kMostTeams = 8, kKeysAtOnce = 8;  // of attention: queries at once, and keys of a group of lanes
 
 SHARED_CONSTANT uint32_t kMostRank = 256;  // of an adapter
 
@@ -124,10 +125,12 @@ struct AttentionParams {
   uint32_t length, window;  // slots in use; the last slots that a token sees, its own included, 0 for all
   uint32_t dropped;         // slots before the first of the buffers
   uint32_t steps, heads, kv_heads, head_dim, rotary_dim, positions;
+  uint32_t teams;  // of simdgroups, one a query
   uint32_t chunks, flags, q_norm_format, k_norm_format, table_format;
   float eps, scaling;
   float softcap;  // of scores, in octaves; 0 for none
   float norm_offset;
+  uint32_t unused;
 };
 
 SHARED_CONSTANT uint32_t kQueryNorm = 1, kKeyNorm = 2, kStarts = 4;  // flags of attention
