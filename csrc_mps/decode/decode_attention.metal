@@ -183,8 +183,8 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
 #pragma unroll
       for (int u = 0; u < U; u++) {
         const ulong slot = min(base + u * KEYS + key_group, end - 1);
-        load_pack<T, WHOLE>(head_keys + slot * p.keys_slot, column, p.head_dim, key[u]);
-        load_pack<T, WHOLE>(head_values + slot * p.values_slot, column, p.head_dim, value[u]);
+        load_pack<T, WHOLE>(head_keys + slot * p.keys_slot, column, WHOLE ? DIM : p.head_dim, key[u]);
+        load_pack<T, WHOLE>(head_values + slot * p.values_slot, column, WHOLE ? DIM : p.head_dim, value[u]);
       }
       float scores[U];
 #pragma unroll

@@ -172,8 +172,10 @@ Tensor decode_gpu(const DecoderPtr& decoder, const Tensor& token_ids, const Tens
   const int64_t groups = call.batch * model.kv_heads;
   const int64_t most_chunks = std::clamp<int64_t>(kGroups / groups, 1, kMostChunks);
   const int64_t few = call.batch > 1 ? kFewOfBatch : kFewGroups;
-  const int64_t chunk_slots = slots_at_once(model, call.steps) * std::max<int64_t>(1, groups / few);
-  const int64_t chunks = std::clamp<int64_t>(call.length / chunk_slots, 1, most_chunks);
+  const int64_t slots = slots_at_once(model, call.steps) * std::max<int64_t>(1, groups / few);
+  // A single chunk may have twice as many: it is not put together with others.
+  const int64_t needed = call.length < 2 * slots ? 1 : (call.length + call.steps + slots - 1) / slots;
+  const int64_t chunks = std::min(needed, most_chunks);
   const auto room = [&](int64_t each) { return at::empty({tokens, each}, floats); };
   GpuStep step{call,
                model,
