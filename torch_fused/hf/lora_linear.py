@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .lora import Low, is_lora, lora_of
 from .models import is_hooked, is_plain, is_transformed
 from .origin import home_of
+from .products import linear
 
 
 def lora_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -87,7 +88,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(ctx, x, dropped, weight, bias, a, b, scale):  # type: ignore[override]
         states = x if dropped is None else dropped
         low = states.flatten(0, -2).to(a.dtype) @ a.t()
-        result = _add_product(F.linear(x.flatten(0, -2), weight, bias), low, b.t(), scale)
+        result = _add_product(linear(x.flatten(0, -2), weight, bias), low, b.t(), scale)
         ctx.save_for_backward(states, weight, a, b, low)
         ctx.scale, ctx.joined = scale, dropped is None
         return result.view(*x.shape[:-1], len(weight))
@@ -107,7 +108,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wide = grad.to(a.dtype)
     of_low = F.linear(wide, (b * ctx.scale).t().contiguous())
     of_a, of_b = of_low.t() @ rows, ((low * ctx.scale).t() @ wide).t()
-    of_x = grad @ weight if ctx.needs_input_grad[0] else None
+    of_x = linear(grad, weight.t()) if ctx.needs_input_grad[0] else None
     of_dropped = None
     if ctx.joined:
         of_x = None if of_x is None else _add_product(of_x, of_low, a)
