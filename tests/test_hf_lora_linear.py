@@ -111,11 +111,18 @@ def test_autocast(base, dropout):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed(reentrant):
     stock, patched = adapted(lora_dropout=0.3), adapted(lora_dropout=0.3)
-    apply_torch_fused(patched)
-    for model in (stock, patched):
+    mixed = adapted(make_model(dtype=torch.bfloat16), lora_dropout=0.3)
+    for model in (patched, mixed):
+        apply_torch_fused(model)
+    for model in (stock, patched, mixed):
         model.enable_input_require_grads()
+    kept = step(mixed)
+    for model in (stock, patched, mixed):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_same_steps(stock, patched)
+    recomputed = step(mixed)
+    assert torch.equal(recomputed[0], kept[0])
+    assert all(torch.equal(grad, kept[1][name]) for name, grad in recomputed[1].items())
 
 
 def test_without_gradients_the_bits_are_stocks():
@@ -201,13 +208,96 @@ def test_other_adapters(options):
     assert_same_steps(stock, patched)
 
 
-def test_adapters_in_another_dtype_are_left():
-    """PEFT's float32 beside a model in bfloat16: its roundings stay."""
+def results(layer, x, seed=1):
+    """The output of a layer, and the gradients of the input and the adapter."""
+    torch.manual_seed(seed)  # of dropout
+    x = x.detach().requires_grad_()
+    weights = [weight for weight in layer.parameters() if weight.requires_grad]
+    y = layer(x)
+    weight_of_rows = torch.arange(1, 1 + y[..., 0].numel()).view(*y.shape[:-1], 1).to(y.dtype)
+    return [y, *torch.autograd.grad((y * weight_of_rows).sum(), [x, *weights])]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_adapters_beside_16_bits(dtype, options, dropout):
+    """PEFT's default. As near to the float64 results of the same weights as PEFT."""
+    stock, patched, exact = (adapted(make_model(dtype=dtype), lora_dropout=dropout, **options) for _ in range(3))
+    apply_torch_fused(patched)
+    assert layer_of(patched).lora_A["default"].weight.dtype == torch.float32
+    assert is_fused(layer_of(patched), dtype=dtype)
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    theirs, ours = (results(layer_of(model), x) for model in (stock, patched))
+    wanted = results(layer_of(exact.double()), x.double())
+    for found, peft_found, value in zip(ours, theirs, wanted, strict=True):
+        assert found.dtype == peft_found.dtype
+        assert relative_error(found, value) < 1.05 * relative_error(peft_found, value) + 1e-6
+    wanted = step(exact)[1]
+    theirs, ours = (step(model)[1] for model in (stock, patched))
+    assert ours.keys() == theirs.keys()
+    for name, grad in ours.items():
+        assert grad.dtype == torch.float32
+        assert relative_error(grad, wanted[name]) < 1.5 * relative_error(theirs[name], wanted[name]) + 0.01, name
+
+
+def test_float32_adapters_save_less():
+    """The input stays in 16 bits, of which PEFT makes float32."""
+
+    def saved(model):
+        seen = {}
+        x = torch.randn(2, 3, 64, dtype=torch.bfloat16, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.setdefault(t.data_ptr(), t), lambda t: t):
+            layer_of(model)(x)
+        own = {weight.data_ptr() for weight in model.parameters()}
+        return sum(t.nbytes for place, t in seen.items() if place not in own)
+
     stock, patched = (adapted(make_model(dtype=torch.bfloat16)) for _ in range(2))
-    apply_torch_fused(patched, loss=False)
-    assert not is_fused(layer_of(patched), dtype=torch.bfloat16)
-    x = torch.randn(2, 3, 64, dtype=torch.bfloat16, requires_grad=True)
-    assert torch.equal(layer_of(patched)(x), layer_of(stock)(x))
+    apply_torch_fused(patched)
+    assert saved(patched) < saved(stock)
+
+
+@pytest.mark.parametrize("base, a, b", [("float32", "bfloat16", "bfloat16"), ("bfloat16", "float16", "float16")])
+def test_other_mixes_are_left(base, a, b):
+    stock, patched = (adapted(make_model(dtype=getattr(torch, base))) for _ in range(2))
+    apply_torch_fused(patched)
+    for model in (stock, patched):
+        layer_of(model).lora_A["default"].to(getattr(torch, a))
+        layer_of(model).lora_B["default"].to(getattr(torch, b))
+    x = torch.randn(2, 3, 64, dtype=getattr(torch, base))
+    assert not is_fused(layer_of(patched), dtype=x.dtype)
+    for found, expected in zip(results(layer_of(patched), x), results(layer_of(stock), x), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_an_input_that_is_not_cast():
+    """PEFT's context in which a layer in 16 bits cannot have such an adapter, but a layer with hooks that cast can."""
+    stock, patched = (adapted(make_model(dtype=torch.bfloat16)) for _ in range(2))
+    apply_torch_fused(patched)
+    x = torch.randn(2, 3, 64, dtype=torch.bfloat16)
+    for model in (stock, patched):
+        with peft.helpers.disable_input_dtype_casting(model), pytest.raises(RuntimeError, match="dtype"):
+            layer_of(model)(x)
+
+
+def test_backward_under_autocast():
+    """It does not change the dtypes that forward has chosen."""
+    stock, patched = adapted(), adapted()
+    apply_torch_fused(patched)
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    expected = results(layer_of(stock), x)[1]
+    y = layer_of(patched)(x)
+    weight_of_rows = torch.arange(1.0, 7).view(2, 3, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = torch.autograd.grad((y * weight_of_rows).sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_on_no_device():
+    patched = adapted()
+    apply_torch_fused(patched)
+    layer = layer_of(patched).to("meta")
+    assert layer(torch.empty(2, 3, 64, device="meta")).shape == (2, 3, layer.out_features)
 
 
 def test_the_flag():
@@ -220,11 +310,12 @@ def test_the_flag():
     assert not is_fused(layer_of(patched))
 
 
-def test_second_derivatives_and_transforms():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_second_derivatives_and_transforms(dtype):
     """Double backward goes through all operands; torch.func and forward mode go PEFT's way."""
-    stock, patched = adapted(), adapted()
+    stock, patched = (adapted(make_model(dtype=dtype)) for _ in range(2))
     apply_torch_fused(patched)
-    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     results = []
     for model in (stock, patched):
         layer = layer_of(model)
@@ -237,7 +328,7 @@ def test_second_derivatives_and_transforms():
             tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x.detach(), torch.ones_like(x)))).tangent
         results.append([*first, *second_order, *of_func.values(), tangent])
     for actual, expected in zip(results[1], results[0], strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        assert relative_error(actual, expected) < (1e-6 if dtype == torch.float32 else 0.01)
 
 
 def test_compile():
