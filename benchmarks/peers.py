@@ -13,8 +13,8 @@ from torch_fused import demo
 from torch_fused.cache import cache_dir
 
 Kernels = dict[str, Callable[..., Any]]
-Run = Callable[..., object]
-"""Given ids (batch, tokens), a number of new ones, and whether to sample, generates them."""
+Run = Callable[[torch.Tensor, int], object]
+"""Given ids (batch, tokens) and a number of new ones, generates them."""
 
 
 def has(library: str) -> bool:
@@ -31,6 +31,7 @@ def _liger() -> Kernels:
         "silu_mul": liger.liger_swiglu,
         "gelu_mul": liger.liger_geglu,
         "apply_rotary_pos_emb": liger.liger_rope,
+        "linear_cross_entropy": liger.liger_fused_linear_cross_entropy,
     }
 
 
@@ -73,17 +74,17 @@ def kernels(op: str) -> Kernels:
     return {name: ops[op] for name, ops in _installed().items() if op in ops}
 
 
-def llama_cpp(weights: str, room: int) -> Run:
+def llama_cpp(weights: str, room: int, sampled: bool) -> Run:
     """llama-cpp-python on the CPU, one sequence at a time."""
     from llama_cpp import Llama
 
     threads = torch.get_num_threads()
     path = str(llama_file(weights))
     model = Llama(path, n_ctx=room, n_threads=threads, n_threads_batch=threads, n_gpu_layers=0, verbose=False)
+    options = {"top_k": 50, "top_p": 0.9, "temp": 1.0} if sampled else {"temp": 0.0}
 
-    def run(ids: torch.Tensor, count: int, sampled: bool) -> None:
+    def run(ids: torch.Tensor, count: int) -> None:
         model.reset()
-        options = {"top_k": 50, "top_p": 0.9, "temp": 1.0} if sampled else {"temp": 0.0}
         tokens = model.generate(ids[0].tolist(), min_p=0.0, repeat_penalty=1.0, **options)
         for _ in range(count):
             next(tokens)
@@ -103,14 +104,13 @@ def llama_file(weights: str) -> Path:
     if not path.exists():
         options = llama_cpp.llama_model_quantize_default_params()
         options.ftype, options.allow_requantize = getattr(llama_cpp, f"LLAMA_FTYPE_{kind}"), True
-        files = (bytes(file) for file in (demo._demo_file(), partial))
-        if llama_cpp.llama_model_quantize(*files, options):
+        if llama_cpp.llama_model_quantize(bytes(demo._demo_file()), bytes(partial), options):
             raise RuntimeError(f"llama.cpp cannot write {partial}")
         partial.rename(path)
     return path
 
 
-def mlx_lm(weights: str, room: int) -> Run:
+def mlx_lm(weights: str, room: int, sampled: bool) -> Run:
     """mlx-lm on MLX's default device: a Mac's GPU, on Linux the CPU."""
     import mlx.core as mx
     from mlx_lm import load
@@ -119,18 +119,17 @@ def mlx_lm(weights: str, room: int) -> Run:
 
     model, _ = load(str(demo.demo_model_folder()))
     model.set_dtype({"bf16": mx.bfloat16, "f16": mx.float16, "f32": mx.float32}[weights])
+    sampler = make_sampler(temp=1.0, top_p=0.9, top_k=50) if sampled else make_sampler(temp=0.0)
 
-    def run(ids: torch.Tensor, count: int, sampled: bool) -> None:
-        sampler = make_sampler(temp=1.0, top_p=0.9, top_k=50) if sampled else make_sampler(temp=0.0)
-        for _ in generate_step(mx.array(ids[0].tolist()), model, max_tokens=count, sampler=sampler):
-            pass
+    def run(ids: torch.Tensor, count: int) -> None:
+        list(generate_step(mx.array(ids[0].tolist()), model, max_tokens=count, sampler=sampler))
 
     return run
 
 
-def programs(device: str, bits: int, prompt: int) -> dict[str, Callable[[str, int], Run]]:
+def programs(device: str, bits: int, prompt: int) -> dict[str, Callable[[str, int, bool], Run]]:
     """The programs that are installed and run weights of `bits` bits (0: dense) on `device`."""
-    found: dict[str, Callable[[str, int], Run]] = {}
+    found: dict[str, Callable[[str, int, bool], Run]] = {}
     if device == "cpu" and has("llama_cpp"):
         found["llama-cpp-python"] = llama_cpp
     if not bits and device == {"darwin": "mps", "linux": "cpu"}.get(sys.platform) and has("mlx_lm"):

@@ -5,7 +5,7 @@ import csv
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import ROOT
+from timing import ROOT, Columns
 
 import torch_fused
 from torch_fused.devices import device_name
@@ -24,7 +24,6 @@ STAMP = ("device", "threads", "torch", "transformers", "torch_fused", "date")
 DISTURBED = 0.02
 """A case is measured again by the next run if its threads waited for a core for more than this share of the time."""
 Row = dict[str, str]
-Columns = Mapping[str, float | str | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,12 +78,7 @@ def waited() -> float:
 class Results:
     """The rows of one benchmark on this machine. The file is rewritten with each case: an interrupted run goes on.
 
-    Args:
-        bench: name of the file.
-        folder: of the results; the file is in the machine's folder in it.
-        device: that rows are measured on.
-        again: measure cases that are up to date again.
-        compiles: time torch.compile too.
+    `again` measures cases that are up to date too, `compiles` contenders that torch.compile makes.
     """
 
     def __init__(self, bench: str, folder: Path, device: str, again: bool = False, compiles: bool = False) -> None:
@@ -92,28 +86,25 @@ class Results:
         self._device, self._again, self._compiles, self._changed = device, again, compiles, changed()
         self._rows = {tuple(row[key] for key in KEYS): row for row in read(self.path)}
 
-    def current(self, key: tuple[str, ...]) -> Row | None:
-        """The row with these keys, if it is up to date and was not disturbed."""
-        row = self._rows.get(key)
+    def is_current(self, key: tuple[str, ...]) -> bool:
+        """Whether there is a row with these keys that is up to date and was not disturbed."""
+        row, now = self._rows.get(key), stamp(self._device)
         if self._again or row is None or datetime.fromisoformat(row["date"]) < self._changed:
-            return None
-        now = stamp(self._device) | {"date": row["date"]}
-        undisturbed = float(row["waited"] or 0) <= DISTURBED
-        return row if undisturbed and all(row[name] == now[name] for name in STAMP) else None
+            return False
+        return float(row["waited"] or 0) <= DISTURBED and all(row[name] == now[name] for name in STAMP[:-1])
 
     def rows(self, case: Case) -> list[Row]:
         """A case's rows. It is measured only if one is out of date."""
         contenders = case.contenders(self._device)
-        if not self._compiles:
-            contenders = {name: each for name, each in contenders.items() if "compile" not in name}
+        contenders = {name: each for name, each in contenders.items() if self._compiles or "compile" not in name}
         keys = {name: (case.op, case.shape, case.dtype, case.kind, name) for name in contenders}
-        if not all(self.current(key) for key in keys.values()):
+        if not all(map(self.is_current, keys.values())):
             start, before = time.perf_counter(), waited()
             columns = case.measure(contenders, self._device)
             share = max(0.0, waited() - before) / (torch.get_num_threads() * (time.perf_counter() - start))
-            last = stamp(self._device) | {"waited": f"{share:.3f}" if self._device == "cpu" else ""}
+            last = {"waited": f"{share:.3f}" if self._device == "cpu" else "", **stamp(self._device)}
             for name, key in keys.items():
-                texts = {column: _text(value) for column, value in columns[name].items()}
+                texts = {column: text(value) for column, value in columns[name].items()}
                 self._rows[key] = dict(zip(KEYS, key, strict=True)) | texts | last
             self._write()
         return [self._rows[key] for key in keys.values()]
@@ -129,7 +120,7 @@ class Results:
         partial.replace(self.path)
 
 
-def _text(value: str | float | None) -> str:
+def text(value: str | float | None) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -141,9 +132,9 @@ def read(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def machines(folder: Path = RESULTS) -> Iterator[Path]:
+def machines(folder: Path = RESULTS) -> list[Path]:
     """The folders of the machines that have results."""
-    return (path for path in sorted(folder.glob("*")) if path.is_dir())
+    return [path for path in sorted(folder.glob("*")) if path.is_dir()]
 
 
 def groups(rows: Iterable[Row], *keys: str) -> dict[tuple[str, ...], list[Row]]:

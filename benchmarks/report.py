@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md, and README.md's numbers, from the CSV files under benchmarks/results; and the plots.
+"""Writes the tables of docs/benchmarks.md and README.md from the CSV files under benchmarks/results; and the plots.
 
 python benchmarks/report.py
 """
@@ -7,74 +7,36 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import generate
+import linear_cross_entropy
+import metal_candle
+import tables
 from plots import DOCS, PLOTS, draw, plot_path
-from record import RESULTS, Row, groups, machines
-from tables import (
-    compared,
-    contender_table,
-    metal_candle_table,
-    op_table,
-    predictions,
-    ratio,
-    results_of,
-    slower_table,
-    split,
-    table,
-)  # fmt: skip
+from record import RESULTS, Row, groups, machines, read
 from timing import ROOT
 
 REPORT, README = DOCS / "benchmarks.md", ROOT / "README.md"
 BEGIN, END = "<!-- written by python benchmarks/report.py -->\n", "<!-- end -->"
+TEXTS = {module.__name__: module.__doc__ for module in (linear_cross_entropy, generate)}
+"""What the page says of benchmarks whose tables have a line for each contender."""
 
-METHOD = """\
-# Benchmarks
 
-Written by `python benchmarks/report.py` from the CSV files in [benchmarks/results](../benchmarks/results), which hold
-all times, versions and dates. `make bench` measures this machine and writes this page again; `make bench-full` also
-takes longer cases. What is missing from a table was not run on that machine.
-
-Times are medians of interleaved samples: each round takes one sample of every contender. On a GPU they are the device's
-own, measured by events after a pause in which the host queues the calls; buffers rotate through 256 MB, more than any
-cache. On the CPU they are wall time, caches included. "Of copy" is the bandwidth of the bytes that an op must read and
-write, each once, divided by the bandwidth of a copy of as many bytes. Where a plain read of the same bytes was timed,
-the share is of that read. On Linux malloc is told to keep freed memory: otherwise the first touch of new memory takes
-longer than most ops. A row whose threads waited for a core because of other programs is measured again by the next
-`make bench`. `torch_fused` computes in float32 and rounds once; `torch_fused llama` makes the roundings of Hugging
-Face's code. Compare the contenders of one machine, never two machines.
-
-`pip install '.[peers]'` adds other libraries to the next run: llama-cpp-python (the same weights, dense and packed),
-mlx-lm (dense weights; with `mlx[cpu]` on Linux) and Liger-Kernel (its ops need a CUDA device). flashinfer and quack are
-timed where they are installed.
-"""
-TEXTS = {
-    "linear_cross_entropy": """\
-The shape is tokens, features and classes. A step computes the loss and the gradients of both operands. Memory is what
-it takes at most in addition to its operands; it includes the weight's gradient, which every contender returns.
-""",
-    "generate": """\
-Whole requests: sequences x tokens of the prompt + new tokens. The prompt has random ids, and is part of the time.
-Memory is what a request takes in addition to the weights. Ops are those that reach a device, without views. With packed
-weights, transformers runs dense ones in bfloat16. The 4 bits of SmolLM2-135M are its file's: Q4_1, the embedding in
-Q8_0. Others are packed anew, in groups of 64, and for llama.cpp as Q8_0.
-""",
-    "metal_candle": """\
-### The rows of metal-candle v1.2.0
-
-As published, and as an honest workload: real bytes, real shapes, each call waited for. The quoted figure is what its
-page says of an Apple M4 Max. It was measured there, on the published workload, and cannot be compared with the times
-here. All in float32. A dagger marks runs that vary by more than 5 %, a double dagger by more than 10 %.
-""",
-}
+def results_of(folder: Path) -> dict[str, list[Row]]:
+    """The rows of a machine, by file."""
+    return {path.stem: read(path) for path in sorted(folder.glob("*.csv"))}
 
 
 def page(results: Path = RESULTS) -> str:
-    parts, counted = [METHOD], []
+    """docs/benchmarks.md. What it says before the first machine, and of Apple's GPUs, stays as it is."""
+    method, rest = REPORT.read_text().split("\n## ", 1)
+    apple = re.search(r"## Apple GPUs\n.*?(?=\n\|)", rest, re.DOTALL)
+    parts, counted = [method], []
     for folder in machines(results):
         found = results_of(folder)
         counted += found.pop("apple", [])
         if found:
             parts += machine(folder, found)
-    return "\n".join([*parts, *predictions(counted)]).rstrip() + "\n"
+    return "\n".join([*parts, apple[0], tables.predictions(counted)])
 
 
 def machine(folder: Path, found: dict[str, list[Row]]) -> Iterator[str]:
@@ -84,31 +46,27 @@ def machine(folder: Path, found: dict[str, list[Row]]) -> Iterator[str]:
     for name, (title, *_) in PLOTS.items():
         if (path := plot_path(name, folder.name)).exists():
             yield f"![{title}]({path.relative_to(DOCS)})\n"
-    last = [bench for bench in ("linear_cross_entropy", "generate") if bench in found]
-    for bench in [bench for bench in found if bench not in TEXTS] + last:
-        for (op,), rows in groups(found[bench], "op").items():
+    for bench in [*(bench for bench in found if bench not in (*TEXTS, "metal_candle")), *TEXTS]:
+        for i, ((op,), rows) in enumerate(groups(found.get(bench, []), "op").items()):
             yield f"### {op}\n"
-            if op == found[bench][0]["op"] and bench in TEXTS:
+            if bench in TEXTS and i == 0:
                 yield TEXTS[bench]
-            yield (contender_table if bench in TEXTS else op_table)(rows)
-    yield TEXTS["metal_candle"]
-    yield metal_candle_table(found.get("metal_candle", []))
-    yield from slower_table(compared(every).values())
+            yield (tables.contender_table if bench in TEXTS else tables.op_table)(rows)
+    yield f"### The rows of metal-candle v1.2.0\n\n{metal_candle.__doc__}"
+    yield tables.metal_candle_table(found.get("metal_candle", []))
+    yield from tables.slower_table(every)
 
 
 def versions(rows: list[Row]) -> str:
-    def all_of(name: str) -> str:
-        return ", ".join(sorted({row[name] for row in rows}))
-
-    days = sorted({row["date"][:10] for row in rows})
-    dates = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    return (
-        f"torch {all_of('torch')}, transformers {all_of('transformers')}, torch_fused {all_of('torch_fused')}, "
-        f"{all_of('threads')} CPU threads, {dates}.\n"
+    torch, transformers, torch_fused, threads = (
+        ", ".join(sorted({row[name] for row in rows})) for name in ("torch", "transformers", "torch_fused", "threads")
     )
+    first, last = min(row["date"][:10] for row in rows), max(row["date"][:10] for row in rows)
+    dates = first if first == last else f"{first} to {last}"
+    return f"torch {torch}, transformers {transformers}, torch_fused {torch_fused}, {threads} CPU threads, {dates}.\n"
 
 
-GENERATE, PLAIN = "generate, ", ("transformers", "torch_fused")
+GENERATE = "generate, "
 HEADLINES = {
     "`rms_norm`": ("rms_norm", "(4096, 4096)"),
     "`add_rms_norm`": ("add_rms_norm", "(4096, 4096)"),
@@ -128,22 +86,23 @@ HEADLINES = {
 
 def headlines(results: Path = RESULTS) -> str:
     """README's table: how many times as fast as the best of torch's or transformers', by machine and dtype."""
-    found = [results_of(folder) for folder in machines(results)]
 
-    def ratios(rows: dict[str, list[Row]], op: str, shape: str) -> str:
-        every = [row for bench, each in rows.items() if bench != "apple" for row in each]
-        if op == GENERATE:
-            every = [row | {"op": row["op"][: len(op)]} for row in every if row["contender"] in PLAIN]
-        chosen = [row for row in every if row["op"] == op and row["shape"] == shape]
+    def ratios(rows: list[Row], op: str, shape: str) -> str:
+        def is_chosen(row: Row) -> bool:
+            plain = row["op"].startswith(GENERATE) and row["contender"] in ("transformers", "torch_fused")
+            return row["shape"] == shape and (plain if op == GENERATE else row["op"] == op)
+
         texts = (
-            ratio(*split(each)[:2])
-            for (dtype, kind), each in groups(chosen, "dtype", "kind").items()
+            tables.ratio(*tables.split(each)[:2])
+            for (dtype, kind), each in groups(filter(is_chosen, rows), "dtype", "kind").items()
             if dtype in ("f32", "bf16") and kind in ("", "normal", "greedy")
         )
         return " / ".join(texts) or "not run"
 
-    lines = ((name, shape, *(ratios(rows, op, shape) for rows in found)) for name, (op, shape) in HEADLINES.items())
-    return table(("", "shape", *(next(iter(rows.values()))[0]["device"] for rows in found)), lines)
+    found = [results_of(folder) for folder in machines(results)]
+    every = [[row for bench, rows in each.items() if bench != "apple" for row in rows] for each in found]
+    lines = ((name, shape, *(ratios(rows, op, shape) for rows in every)) for name, (op, shape) in HEADLINES.items())
+    return tables.table(("", "shape", *(rows[0]["device"] for rows in every)), lines)
 
 
 def readme(results: Path = RESULTS) -> str:

@@ -1,25 +1,21 @@
 """Tables of the results: what docs/benchmarks.md shows of the CSV files."""
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
-from apple import BANDWIDTH, LAUNCH_SECONDS, SHARE_REACHED, TOKEN, predicted
-from metal_candle import HONEST, PUBLISHED, Workload
+from apple import BANDWIDTH, TOKEN, predicted
 from metal_candle import rows as workloads
 from peers import LIBRARIES
-from record import Row, groups, read
+from record import Row, groups
 
 OURS = ("torch_fused", "FusedKVCache")
 READ = "a plain read"
 NO_RIVALS = {*LIBRARIES, READ, "a dict, no copy", "a dict, nothing allocated"}
 CASE = ("shape", "dtype", "kind")
-Groups = dict[tuple[str, ...], list[Row]]
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     header = list(header)
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *rows))
 
 
 def duration(row: Row) -> str:
@@ -38,10 +34,14 @@ def case_of(row: Row) -> str:
     return ", ".join(filter(None, (f"{row['shape']} {row['dtype']}", row["kind"])))
 
 
+def is_ours(row: Row) -> bool:
+    return row["contender"].startswith(OURS)
+
+
 def split(rows: list[Row]) -> tuple[Row | None, Row | None, list[Row]]:
     """Ours, the fastest of torch's, and the rest."""
     ours = next((row for row in rows if row["contender"] in OURS), None)
-    rivals = [row for row in rows if not row["contender"].startswith(OURS) and row["contender"] not in NO_RIVALS]
+    rivals = [row for row in rows if not is_ours(row) and row["contender"] not in NO_RIVALS]
     best = min(rivals, key=lambda row: float(row["ms"]), default=None)
     return ours, best, [row for row in rows if row is not ours and row is not best]
 
@@ -82,72 +82,53 @@ def contender_table(rows: list[Row]) -> str:
     columns = {column: name for column, name in COLUMNS.items() if any(row.get(column) for row in rows)}
     stock, lines = "", []
     for each in groups(rows, *CASE).values():
-        first = next((row for row in each if not row["contender"].startswith(OURS)), None)
+        first = next((row for row in each if not is_ours(row)), None)
         stock = first["contender"] if first else stock
-        for i, row in enumerate(each):
-            values = (row.get(column, "") for column in columns)
-            lines.append(("" if i else case_of(row), row["contender"], duration(row), ratio(row, first), *values))
+        for row in each:
+            cells = (duration(row), ratio(row, first), *(row.get(column, "") for column in columns))
+            lines.append((case_of(row) if row is each[0] else "", row["contender"], *cells))
     return table(("", "", "time", f"times as fast as {stock}", *columns.values()), lines)
 
 
-def slower_table(compared: Iterable[list[Row]]) -> Iterator[str]:
+def slower_table(rows: Iterable[Row]) -> Iterator[str]:
     """Every row of ours that is slower than torch's best, with a reason if the rows show one."""
     lines = []
-    for rows in compared:
-        ours, best, _ = split(rows)
+    for each in groups(rows, "op", *CASE).values():
+        ours, best, _ = split(each)
         if ours and best and float(best["ms"]) < float(ours["ms"]):
-            name = f"{ours['op']}, {case_of(ours)}"
-            lines.append((name, duration(ours), named(best), ratio(ours, best), reason(ours, best)))
+            times = duration(ours), named(best), ratio(ours, best)
+            lines.append((f"{ours['op']}, {case_of(ours)}", *times, reason(ours, best)))
     if lines:
         yield "### Slower than torch's best\n"
         yield table(("", "torch_fused", "torch's best", "times as fast", "what the rows show"), lines)
 
 
 def reason(ours: Row, best: Row) -> str:
-    low, high = (
+    least, most = (
         float(row["ms"]) * (1 + sign * float(row.get("spread") or row["variation"]))
         for row, sign in ((ours, -1), (best, 1))
     )
-    if low <= high:
+    if least <= most:
         return "within the spread of both"
     copy = float(ours.get("copy_share") or 0)
     return f"bound by memory, at {copy:.2f} of a copy's bandwidth" if copy >= 0.8 else ""
 
 
 def metal_candle_table(rows: list[Row]) -> str:
-    found = groups(rows, "op", "kind")
-
     def marked(row: Row) -> str:
         variation = float(row["variation"])
         return duration(row) + (" ‡" if variation > 0.1 else " †" if variation > 0.05 else "")
 
-    lines = []
+    found, lines = groups(rows, "op", "kind"), []
     for each in workloads():
-        assert isinstance(each, Workload) and each.kind in (PUBLISHED, HONEST)
         contenders = found.get((each.op, each.kind), [])
-        ours = "; ".join(marked(row) for row in contenders if row["contender"].startswith(OURS))
-        rest = (f"{row['contender']} {marked(row)}" for row in contenders if not row["contender"].startswith(OURS))
-        workload = f"{each.kind}: {each.shape}"
-        lines.append((each.op, each.quoted, workload, ours or "not run", "; ".join(rest) or "not run"))
+        ours = "; ".join(marked(row) for row in contenders if is_ours(row))
+        rest = "; ".join(f"{row['contender']} {marked(row)}" for row in contenders if not is_ours(row))
+        lines.append((each.op, each.quoted, f"{each.kind}: {each.shape}", ours or "not run", rest or "not run"))
     return table(("row", "M4 Max, quoted", "workload", "torch_fused", "others"), lines)
 
 
-def predictions(counted: list[Row]) -> Iterator[str]:
-    low, high = (f"{1e6 * seconds:.0f}" for seconds in LAUNCH_SECONDS)
-    yield "## Apple GPUs\n"
-    yield (
-        "**Predictions, not measurements: nothing here has run on an Apple GPU.** The emulator counts the launches of "
-        "each op and the bytes they move; a byte that one launch reads twice counts once. The lower bound takes these "
-        f"bytes at Apple's published bandwidth, and {low} us per launch. The upper bound takes {SHARE_REACHED[1]:.0%} "
-        f"of that bandwidth, and {high} us per launch, which is the host's time for a launch through torch. On a Mac, "
-        "`make bench` times the ops, and this page then has a section of that machine.\n"
-    )
-    yield (
-        "A greedy token is one step of a whole model, whose head is its embedding, and the sampler. Its launches "
-        "and bytes are counted for one layer and two, and for two small vocabularies, and extended to the model. "
-        "Packed weights have groups of 64.\n"
-    )
-
+def predictions(counted: list[Row]) -> str:
     def bounds(row: Row, gb_s: float) -> str:
         low, high = predicted(int(row["bytes"]), int(row["launches"]), gb_s)
         if row["op"] == TOKEN:
@@ -156,16 +137,7 @@ def predictions(counted: list[Row]) -> Iterator[str]:
 
     lines = []
     for row in counted:
-        predictions = (bounds(row, gb_s) for gb_s in BANDWIDTH.values())
-        lines.append((row["op"], case_of(row), row["launches"], f"{int(row['bytes']):,}", *predictions))
+        cells = row["launches"], f"{int(row['bytes']):,}", *(bounds(row, gb_s) for gb_s in BANDWIDTH.values())
+        lines.append((row["op"], case_of(row), *cells))
     chips = (f"{chip}, {gb_s:g} GB/s" for chip, gb_s in BANDWIDTH.items())
-    yield table(("op", "", "launches", "bytes", *chips), lines)
-
-
-def results_of(folder: Path) -> dict[str, list[Row]]:
-    """The rows of a machine, by file."""
-    return {path.stem: read(path) for path in sorted(folder.glob("*.csv"))}
-
-
-def compared(rows: Iterable[Row]) -> Groups:
-    return groups(rows, "op", *CASE)
+    return table(("op", "", "launches", "bytes", *chips), lines)

@@ -22,6 +22,7 @@ import decode  # noqa: E402
 import generate  # noqa: E402
 import linear_cross_entropy  # noqa: E402
 import metal_candle  # noqa: E402
+import models  # noqa: E402
 import ops  # noqa: E402
 import peers  # noqa: E402
 import record  # noqa: E402
@@ -33,6 +34,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
 from torch_fused import sampling  # noqa: E402
 from torch_fused.ops.decode import decode_token_  # noqa: E402
+
+SMALL = models.sizes(3, 128, 2, 1, 192, 3 * apple.PART)
 
 PUBLISHED = {
     "KV cache, single layer": "11.6 ns",
@@ -196,9 +199,9 @@ def test_several_benchmarks_run_in_processes_of_their_own(monkeypatch):
 def test_peers_in_the_rows_of_metal_candle(monkeypatch):
     """Other libraries' kernels are timed in the rows of ops that they have, where they are installed."""
     makes = {
-        "softmax": lambda: metal_candle.softmax_of((2, 3, 8), "cpu"),
-        "rms_norm": lambda: metal_candle.norm_of("rms_norm", (4, 8), True, "cpu"),
-        "top-p 0.9": lambda: metal_candle.sample_honest("top-p 0.9", 100, "cpu"),
+        "softmax": lambda: metal_candle.softmax_of(2, 3, 8),
+        "rms_norm": lambda: metal_candle.norm_of("rms_norm", (4, 8), True),
+        "top-p 0.9": lambda: metal_candle.sampled("top-p 0.9", 100, True),
     }
     shapes = []
     found: dict = {"a library": {}}
@@ -232,10 +235,8 @@ def test_only_adapters_are_trained_in_the_rows_of_metal_candle():
 
 
 def test_timing():
-    found = timing.Timing([1.0, 2.0, 3.0, 4.0, 100.0])
-    assert found.seconds == 3.0
-    assert found.spread == pytest.approx(2 / 3)
-    assert metal_candle.columns(timing.Timing([1.0, 1.1, 1.0, 1.1, 9.0]))["outliers"] == "1"
+    assert timing.columns([1.0, 2.0, 3.0, 4.0, 100.0]) == {"ms": 3000.0, "spread": pytest.approx(2 / 3)}
+    assert metal_candle.columns([1.0, 1.1, 1.0, 1.1, 9.0])["outliers"] == "1"
 
 
 def test_contenders_are_interleaved():
@@ -244,7 +245,7 @@ def test_contenders_are_interleaved():
     found = timing.interleave(contenders, "cpu", rounds=3, calls=2)
     measured = [["a0", "a1"], ["b0", "b1"]] * 3
     assert calls == ["a0", "a0", "b0", "b0", *itertools.chain(*measured)]  # twice first, to warm up and to plan
-    assert all(len(each.samples) == 3 for each in found.values())
+    assert all(len(samples) == 3 for samples in found.values())
 
 
 def test_generation_is_measured():
@@ -258,7 +259,7 @@ def test_generation_is_measured():
             assert ids.shape == (2, 5)
             calls.append((name, count))
 
-        return generate.Contender(run, model if name == "transformers" else None)
+        return run, model if name == "transformers" else None
 
     found = request.measure({name: partial(make, name) for name in ("transformers", "b")}, "cpu")
     timed = [(name, count) for name in ("transformers", "b") for count in (1, 8)]
@@ -268,13 +269,13 @@ def test_generation_is_measured():
 
 
 def test_a_patched_model_shares_the_weights_of_the_stock_one():
-    model = generate.endless(Qwen2ForCausalLM(Qwen2Config(**tiny(), vocab_size=64)).eval())
-    stock, fused = (make({"do_sample": False}, lambda: model) for make in (generate.stock, generate.fused))
-    pairs = zip(stock.model.parameters(), fused.model.parameters(), strict=True)
+    model = Qwen2ForCausalLM(Qwen2Config(**SMALL | {"vocab_size": 64})).eval()
+    (stock, same), (fused, patched) = (generate.contender(lambda: model, ours, do_sample=False) for ours in (0, 1))
+    pairs = zip(model.parameters(), patched.parameters(), strict=True)
     assert all(ours is theirs for ours, theirs in pairs)
     ids = torch.arange(6).view(1, 6)
-    assert torch.equal(stock.run(ids, 5), fused.run(ids, 5))
-    assert hasattr(fused.model, "_torch_fused_decoder") and not hasattr(model, "_torch_fused_decoder")
+    assert torch.equal(stock(ids, 5), fused(ids, 5))
+    assert same is model and not hasattr(model, "_torch_fused_decoder") and hasattr(patched, "_torch_fused_decoder")
 
 
 def test_contenders_of_the_loss_are_interleaved():
@@ -333,9 +334,9 @@ def test_a_row_that_was_not_run_says_so():
 def test_slower_rows_have_the_reasons_that_the_rows_show(spread, share, reason):
     row = {"op": "softmax", "shape": "(1, 1)", "dtype": "f32", "kind": "", "spread": spread, "copy_share": share}
     rows = [row | {"contender": name, "ms": ms} for name, ms in (("torch_fused", "2"), ("torch.softmax", "1"))]
-    page = "\n".join(tables.slower_table([rows]))
+    page = "\n".join(tables.slower_table(rows))
     assert f"| softmax, (1, 1) f32 | 2 ms | torch.softmax 1 ms | 0.50 | {reason}" in page
-    assert not list(tables.slower_table([rows[:1]]))
+    assert not list(tables.slower_table(rows[:1]))
 
 
 def test_a_share_beside_a_plain_read_is_of_that_read():
@@ -368,6 +369,12 @@ def test_prediction():
     assert high == pytest.approx(0.01 / apple.SHARE_REACHED[1] + 3 * slow)
 
 
+def test_the_page_states_what_predictions_assume():
+    text = report.REPORT.read_text().partition("## Apple GPUs")[2]
+    low, high = (f"{1e6 * seconds:.0f} us per launch" for seconds in apple.LAUNCH_SECONDS)
+    assert low in text and high in text and f"{apple.SHARE_REACHED[1]:.0%} of that bandwidth" in text
+
+
 def test_what_is_counted_for_a_prediction():
     op = next(case for case in apple.counts() if case.op == "rms_norm")
     launches, moved = op.count()
@@ -375,21 +382,14 @@ def test_what_is_counted_for_a_prediction():
     assert launches == 1 and operands <= moved < operands + 256
 
 
-def tiny() -> dict[str, int]:
-    sizes = decode.sizes(3, 128, 2, 1, 192, 3 * apple.PART)
-    return {name: value for name, value in sizes.items() if name != "vocab_size"}
-
-
 @pytest.mark.parametrize("bits", [0, 4])
 def test_what_is_counted_for_a_token(bits, monkeypatch):
     """Of parts of a model; here the whole is small enough to be counted too."""
-    sizes = decode.sizes(3, 128, 2, 1, 192, 3 * apple.PART)
-    monkeypatch.setitem(decode.MODELS, "small", (Qwen2Config, Qwen2ForCausalLM, sizes))
+    monkeypatch.setitem(models.CONFIGS, "small", partial(Qwen2Config, **SMALL))
     launches, moved = apple.token("small", bits)
     greedy = apple.counted(partial(sampling.greedy, torch.zeros(1, 3 * apple.PART)))[0]
-    assert launches == 5 * sizes["num_hidden_layers"] + 2 + greedy
+    assert launches == 5 * SMALL["num_hidden_layers"] + 2 + greedy
     shape = (1, 1, apple.CONTEXT)
-    model = decode.shaped("small", "cpu", torch.bfloat16, bits)
-    step = partial(decode_token_, decode.decoder_of(model), *decode.operands(model, shape))
-    assert (launches, moved) == apple.counted(step)
+    step = decode.step(models.made("small", torch.bfloat16, bits=bits), shape)
+    assert (launches, moved) == apple.counted(partial(decode_token_, *step.args))
     assert decode.nbytes("small", bits, shape, torch.bfloat16) < moved
