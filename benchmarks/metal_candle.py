@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from models import CONFIGS, made
-from ops import DRAWS, OPTIMIZERS, SOFTMAX, fill, parameters
+from ops import CALLS, DRAWS, OPTIMIZERS, fill, parameters
 from peers import kernels
 from record import Case
 from timing import Call, Columns, interleave
@@ -95,11 +95,11 @@ class Buffers:
 
 def caches(config: Any, states: Tensor, length: int, **sizes: int) -> dict[str, Callable[[], Any]]:
     """New ones of `length` tokens like these states."""
-    (batch, heads, _, head_dim), layers = states.shape, config.num_hidden_layers
+    batch, heads, _, head_dim = states.shape
     return {
-        "DynamicCache": lambda: DynamicCache(config=config),
-        "copy_": lambda: Buffers(layers, (batch, heads, length, head_dim), states.device),
-        "torch_fused": lambda: FusedKVCache(config, **sizes),
+        "DynamicCache": partial(DynamicCache, config=config),
+        "copy_": partial(Buffers, config.num_hidden_layers, (batch, heads, length, head_dim), states.device),
+        "torch_fused": partial(FusedKVCache, config, **sizes),
     }
 
 
@@ -135,28 +135,24 @@ def insert_honest(layers: int) -> Contenders:
     return {name: partial(update, cache) for name, cache in made.items()}
 
 
-def sequence(length: int, tokens: int, heads: int) -> Contenders:
-    token = torch.randn(1, heads, 1, 64)
-
-    def append(new: Callable[[], Any]) -> None:
-        cache = new()
-        for _ in range(tokens):
-            fill(cache, token, LAYERS)
-
-    return {name: partial(append, new) for name, new in caches(CONFIG, token, length, max_cache_len=length).items()}
-
-
-def allocate(config: Any, written: bool) -> Contenders:
-    prompt = torch.randn(1, 2, 2048, config.hidden_size // config.num_attention_heads)
-    made = caches(config, prompt, 2048, max_cache_len=2048)
-    if not written:
-        del made["copy_"]
-        return {"a dict, nothing allocated": dict, **made}
+def written(config: Any, heads: int, tokens: int, times: int, length: int) -> Contenders:
+    """A new cache with room for `length` tokens, to which some are appended several times."""
+    states = torch.randn(1, heads, tokens, config.hidden_size // config.num_attention_heads)
 
     def write(new: Callable[[], Any]) -> None:
-        fill(new(), prompt, config.num_hidden_layers)
+        cache = new()
+        for _ in range(times):
+            fill(cache, states, config.num_hidden_layers)
 
-    return {name: partial(write, new) for name, new in made.items()}
+    return {name: partial(write, new) for name, new in caches(config, states, length, max_cache_len=length).items()}
+
+
+def empty(config: Any) -> Contenders:
+    return {
+        "a dict, nothing allocated": dict,
+        "DynamicCache": partial(DynamicCache, config=config),
+        "torch_fused": partial(FusedKVCache, config, max_cache_len=2048),
+    }
 
 
 # ---- sampling and ops -----------------------------------------------------------------------------------------------
@@ -184,7 +180,7 @@ def sampled(op: str, vocabulary: int, honest: bool) -> Contenders:
 def softmax_of(*shape: int) -> Contenders:
     x = torch.randn(shape)
     peers = {name: partial(peer, x.flatten(0, -2)) for name, peer in kernels("softmax").items()}
-    return {name: partial(call, x) for name, call in SOFTMAX.items()} | peers
+    return {name: partial(call, x) for name, call in CALLS["softmax"].items()} | peers
 
 
 def norm_of(op: str, shape: tuple[int, ...], weighted: bool) -> Contenders:
@@ -275,13 +271,13 @@ def rows(device: str = "cpu", full: bool = False) -> list[Workload]:
     for length, quoted in ((512, "50.4 ms"), (2048, "559 ms")):
         text = f"{length // 2} tokens of (1, 14, 1, 64) appended one by one to 24 layers, capacity {length}"
         real = f"{length} tokens of (1, 2, 1, 64) appended one by one to 24 layers"
-        published, honest = (text, sequence, length, length // 2, 14), (real, sequence, length, length, 2)
-        row(f"full sequence {length}", quoted, published, honest)
+        published = text, written, CONFIG, 14, 1, length // 2, length
+        row(f"full sequence {length}", quoted, published, (real, written, CONFIG, 2, 1, length, length))
     for size in ("0.5B", "1.5B", "3B"):
         config = CONFIGS[f"Qwen2.5-{size}"]()
         real = f"a cache of 2048 tokens, {config.num_hidden_layers} layers, allocated and written"
-        published = "an empty cache object", allocate, config, False
-        row(f"KV allocation, Qwen {size}", "20.7 ns", published, (real, allocate, config, True))
+        honest = real, written, config, 2, 2048, 1, 2048
+        row(f"KV allocation, Qwen {size}", "20.7 ns", ("an empty cache object", empty, config), honest)
     for op, quotes in DRAWN.items():
         sizes = [(op, 32000, 151936), *((f"{op}, vocabulary {n}", n, n) for n in VOCABULARIES)]
         for quoted, (name, n, m) in zip(quotes, sizes, strict=True):

@@ -6,6 +6,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import product, starmap
 from typing import Any
 
 import torch
@@ -25,9 +26,8 @@ from torch_fused.ops.layer_norm import layer_norm_reference
 from torch_fused.ops.rms_norm import rms_norm_reference
 from torch_fused.testing import NAMES
 
-DTYPES = (torch.float32, torch.bfloat16)
-COPY, COMPILED = "copy", "torch.compile"
-Contenders = Mapping[str, Callable[..., Any]]
+COPY, ROPE, DTYPES = "copy", "apply_rotary_pos_emb", (torch.float32, torch.bfloat16)
+Contenders, Shape = Mapping[str, Callable[..., Any]], tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,57 +61,7 @@ class OpCase(Case):
         return found
 
 
-def randn(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape).to(dtype)
-
-
-def gradients(of: int) -> Callable[..., Call]:
-    """Prepares the gradients of the first `of` operands, for random gradients of the results."""
-
-    def prepare(call: Callable[..., Any], *operands: Tensor) -> Call:
-        inputs = [operand.detach().requires_grad_() for operand in operands[:of]]
-        with torch.enable_grad():
-            results = call(*inputs, *operands[of:])
-        results = results if isinstance(results, tuple) else (results,)
-        grads = [torch.randn_like(result) for result in results]
-        return lambda: torch.autograd.grad(results, inputs, grads, retain_graph=True)
-
-    return prepare
-
-
-def and_compiled(calls: Contenders) -> Contenders:
-    """With the first that is not ours as torch.compile makes it."""
-    theirs = next(call for name, call in calls.items() if not name.startswith("torch_fused"))
-    return {**calls, COMPILED: torch.compile(theirs, dynamic=False)}
-
-
-# ---- norms, softmax, gated activations, rotary embedding ------------------------------------------------------------
-
-Shapes = Iterable[tuple[int, int]]
-
-
-def by_rows(
-    op: str, shapes: Shapes, full: int, vectors: int, passes: int, calls: Contenders,
-    dtypes: Iterable[torch.dtype] = DTYPES, prepare: Callable[..., Call] = partial,
-) -> list[OpCase]:  # fmt: skip
-    """An op of `full` operands of (rows, cols), which are moved `passes` times in all, and `vectors` of (cols,)."""
-
-    def case(rows: int, cols: int, dtype: torch.dtype) -> OpCase:
-        operands = [(rows, cols)] * full + [(cols,)] * vectors
-        return OpCase(
-            op, f"({rows}, {cols})", NAMES[dtype], "", passes * rows * cols * dtype.itemsize,
-            lambda: (randn(*size, dtype=dtype) for size in operands), calls, prepare,
-        )  # fmt: skip
-
-    return [case(*shape, dtype) for shape in shapes for dtype in dtypes]
-
-
-def both_ways(op: str, shapes: Shapes, full: int, vectors: int, passes: tuple[int, int], calls: Contenders) -> list:
-    """An op, and its gradients in the shapes of training; `passes` forward and backward."""
-    calls, long = and_compiled(calls), [shape for shape in shapes if shape[0] >= 2048]
-    backward = by_rows(f"{op} backward", long, full, vectors, passes[1], calls, prepare=gradients(full + vectors))
-    return by_rows(op, shapes, full, vectors, passes[0], calls) + backward
-
+# ---- contenders -----------------------------------------------------------------------------------------------------
 
 EPS = 1e-6
 
@@ -120,39 +70,13 @@ def hugging_face_norm(x: Tensor, w: Tensor) -> Tensor:
     return rms_norm_reference(x, w.shape, w, EPS, casting_mode="llama")
 
 
-def added(norm: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    def call(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        total = x + residual
-        return norm(total, w), total
-
-    return call
+def added(norm: Callable[..., Tensor], x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return norm(total, w), total
 
 
-def rms_norm(device: str, full: bool) -> list[Case]:
-    norm = {
-        "torch_fused": lambda x, w: functional.rms_norm(x, w.shape, w, EPS),
-        "torch_fused llama": lambda x, w: functional.rms_norm(x, w.shape, w, EPS, casting_mode="llama"),
-        "F.rms_norm": lambda x, w: F.rms_norm(x, w.shape, w, EPS),
-        "HF module": hugging_face_norm,
-    }
-    add_norm = {
-        "torch_fused": lambda x, r, w: functional.add_rms_norm(x, r, w, EPS, casting_mode="torch"),
-        "torch_fused llama": lambda x, r, w: functional.add_rms_norm(x, r, w, EPS),
-        "add, F.rms_norm": added(norm["F.rms_norm"]),
-        "add, HF module": added(hugging_face_norm),
-    }
-    shapes = [(1, 896), (128, 896), (4096, 896), (4096, 4096)]
-    add = by_rows("add_rms_norm", shapes, 2, 1, 4, and_compiled(add_norm))
-    return both_ways("rms_norm", shapes, 1, 1, (2, 3), norm) + add
-
-
-def layer_norm(device: str, full: bool) -> list[Case]:
-    calls = {
-        "torch_fused": lambda x, w, b: functional.layer_norm(x, w.shape, w, b),
-        "F.layer_norm": lambda x, w, b: F.layer_norm(x, w.shape, w, b),
-        "torch composed": lambda x, w, b: layer_norm_reference(x, w.shape, w, b),
-    }
-    return both_ways("layer_norm", [(64, 1024), (4096, 1024), (4096, 4096), (32, 32000)], 1, 2, (2, 3), calls)
+def torch_norm(x: Tensor, w: Tensor) -> Tensor:
+    return F.rms_norm(x, w.shape, w, EPS)
 
 
 def composed_softmax(x: Tensor) -> Tensor:
@@ -160,65 +84,155 @@ def composed_softmax(x: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True)
 
 
-SOFTMAX = {
-    "torch_fused": functional.softmax,
-    "torch.softmax": partial(torch.softmax, dim=-1),
-    "torch composed": composed_softmax,
-}
+def hugging_face(*warpers: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+    """What generate() does: logits processors, softmax, multinomial."""
+
+    def call(x: Tensor) -> Tensor:
+        for warper in warpers:
+            x = warper(None, x)
+        return torch.multinomial(x.softmax(-1), 1)
+
+    return call
 
 
-def softmax(device: str, full: bool) -> list[Case]:
-    shapes = [(64, 1024), (4096, 1024), (4096, 4096), (32, 32000), (1, 151936), (64, 151936)]
-    return both_ways("softmax", shapes, 1, 0, (2, 3), SOFTMAX)
+def top_k_multinomial(x: Tensor) -> Tensor:
+    """The fastest that torch can do for top-k: no mask over the vocabulary."""
+    values, ids = x.topk(50)
+    return ids.gather(-1, torch.multinomial(values.softmax(-1), 1))
 
 
-def swiglu(device: str, full: bool) -> list[Case]:
-    silus = {
-        "torch_fused": functional.silu_mul,
-        "torch_fused llama": partial(functional.silu_mul, casting_mode="llama"),
-        "F.silu(gate) * up": lambda gate, up: F.silu(gate) * up,
-    }
-    gelus = {
-        "torch_fused": partial(functional.gelu_mul, approximate="tanh"),
-        "torch_fused exact": functional.gelu_mul,
-        "F.gelu(gate) * up": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
-    }
-    shapes, ops = [(1, 4864), (128, 4864), (2048, 4864), (4096, 4096)], {"silu_mul": silus, "gelu_mul": gelus}
-    return [case for op, calls in ops.items() for case in both_ways(op, shapes, 2, 0, (3, 5), calls)]
-
-
-def rope(device: str, full: bool) -> list[OpCase]:
-    """Shapes are (batch, tokens, query heads, key heads, head_dim): of Qwen2.5-0.5B and Qwen3-8B."""
-    shapes = [(1, 1, 14, 2, 64), (1, 128, 14, 2, 64), (1, 2048, 14, 2, 64), (1, 2048, 32, 8, 128)]
-    calls = and_compiled({
-        "torch_fused": functional.apply_rotary_pos_emb,
-        "torch_fused llama": partial(functional.apply_rotary_pos_emb, casting_mode="llama"),
-        "transformers": modeling_llama.apply_rotary_pos_emb,
-    })  # fmt: skip
-
-    def case(op: str, shape: tuple[int, ...], dtype: torch.dtype, prepare: Callable[..., Call] = partial) -> OpCase:
-        batch, tokens, q_heads, k_heads, head_dim = shape
-
-        def operands() -> tuple[Tensor, ...]:
-            q, k = (randn(batch, tokens, heads, head_dim, dtype=dtype) for heads in (q_heads, k_heads))
-            cos, sin = (randn(1, tokens, head_dim, dtype=dtype) for _ in range(2))
-            return q.transpose(1, 2), k.transpose(1, 2), cos, sin
-
-        nbytes = (2 * batch * (q_heads + k_heads) + 2) * tokens * head_dim * dtype.itemsize
-        return OpCase(op, str(shape), NAMES[dtype], "", nbytes, operands, calls, prepare)
-
-    op = "apply_rotary_pos_emb"
-    forward = [case(op, shape, dtype) for shape in shapes for dtype in DTYPES]
-    return forward + [case(f"{op} backward", shapes[2], dtype, gradients(2)) for dtype in DTYPES]
-
-
-# ---- optimizer, cache, sampling, packed weights ---------------------------------------------------------------------
-
+sample, top_k, top_p = partial(sampling.sample, seed=1), TopKLogitsWarper(50), TopPLogitsWarper(0.9)
+DRAWS: dict[str, Contenders] = {
+    "greedy": {"torch_fused": sampling.greedy, "torch.argmax": partial(torch.argmax, dim=-1)},
+    "top-k 50": {
+        "torch_fused": partial(sample, top_k=50), "torch.topk, multinomial": top_k_multinomial,
+        "HF chain": hugging_face(top_k),
+    },
+    "top-k 50, top-p 0.9": {
+        "torch_fused": partial(sample, top_k=50, top_p=0.9), "HF chain": hugging_face(top_k, top_p),
+    },
+    "top-p 0.9": {"torch_fused": partial(sample, top_p=0.9), "HF chain": hugging_face(top_p)},
+    "top-p 0.95": {"torch_fused": partial(sample, top_p=0.95), "HF chain": hugging_face(TopPLogitsWarper(0.95))},
+    "whole vocabulary": {"torch_fused": sample, "softmax, multinomial": hugging_face()},
+}  # fmt: skip
 OPTIMIZERS = {
     "torch_fused": optim.AdamW,
     "torch fused=True": partial(torch.optim.AdamW, fused=True),
     "torch foreach=True": partial(torch.optim.AdamW, foreach=True),
 }
+CALLS: dict[str, Contenders] = {
+    "rms_norm": {
+        "torch_fused": lambda x, w: functional.rms_norm(x, w.shape, w, EPS),
+        "torch_fused llama": lambda x, w: functional.rms_norm(x, w.shape, w, EPS, casting_mode="llama"),
+        "F.rms_norm": torch_norm,
+        "HF module": hugging_face_norm,
+    },
+    "add_rms_norm": {
+        "torch_fused": lambda x, r, w: functional.add_rms_norm(x, r, w, EPS, casting_mode="torch"),
+        "torch_fused llama": lambda x, r, w: functional.add_rms_norm(x, r, w, EPS),
+        "add, F.rms_norm": partial(added, torch_norm),
+        "add, HF module": partial(added, hugging_face_norm),
+    },
+    "layer_norm": {
+        "torch_fused": lambda x, w, b: functional.layer_norm(x, w.shape, w, b),
+        "F.layer_norm": lambda x, w, b: F.layer_norm(x, w.shape, w, b),
+        "torch composed": lambda x, w, b: layer_norm_reference(x, w.shape, w, b),
+    },
+    "softmax": {
+        "torch_fused": functional.softmax,
+        "torch.softmax": partial(torch.softmax, dim=-1),
+        "torch composed": composed_softmax,
+    },
+    "silu_mul": {
+        "torch_fused": functional.silu_mul,
+        "torch_fused llama": partial(functional.silu_mul, casting_mode="llama"),
+        "F.silu(gate) * up": lambda gate, up: F.silu(gate) * up,
+    },
+    "gelu_mul": {
+        "torch_fused": partial(functional.gelu_mul, approximate="tanh"),
+        "torch_fused exact": functional.gelu_mul,
+        "F.gelu(gate) * up": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+    },
+    ROPE: {
+        "torch_fused": functional.apply_rotary_pos_emb,
+        "torch_fused llama": partial(functional.apply_rotary_pos_emb, casting_mode="llama"),
+        "transformers": modeling_llama.apply_rotary_pos_emb,
+    },
+}
+
+
+# ---- norms, softmax, gated activations, rotary embedding ------------------------------------------------------------
+
+HIDDEN, GATES = [(1, 896), (128, 896), (4096, 896), (4096, 4096)], [(1, 4864), (128, 4864), (2048, 4864), (4096, 4096)]
+LONG = [(64, 1024), (4096, 1024), (4096, 4096), (32, 32000)]
+BY_ROWS = {  # shapes (rows, cols), operands of that shape, operands of (cols,)
+    "rms_norm": (HIDDEN, 1, 1),
+    "add_rms_norm": (HIDDEN, 2, 1),
+    "layer_norm": (LONG, 1, 2),
+    "softmax": ([*LONG, (1, 151936), (64, 151936)], 1, 0),
+    "silu_mul": (GATES, 2, 0),
+    "gelu_mul": (GATES, 2, 0),
+}
+
+
+def randn(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Four dimensions are as attention passes them: heads and tokens of a projection's output, transposed."""
+    x = torch.randn(shape).to(dtype)
+    return x.transpose(1, 2) if len(shape) == 4 else x
+
+
+def gradients(of: int, call: Callable[..., Any], *operands: Tensor) -> Call:
+    """Prepares the gradients of the first `of` operands, for random gradients of the results."""
+    inputs = [operand.detach().requires_grad_() for operand in operands[:of]]
+    with torch.enable_grad():
+        results = call(*inputs, *operands[of:])
+    results = results if isinstance(results, tuple) else (results,)
+    grads = [torch.randn_like(result) for result in results]
+    return lambda: torch.autograd.grad(results, inputs, grads, retain_graph=True)
+
+
+def and_compiled(calls: Contenders) -> Contenders:
+    """With the first that is not ours as torch.compile makes it."""
+    theirs = next(call for name, call in calls.items() if not name.startswith("torch_fused"))
+    return {**calls, "torch.compile": torch.compile(theirs, dynamic=False)}
+
+
+def op_case(op: str, shape: Shape, sizes: Iterable[Shape], moved: int, dtype: torch.dtype, of: int = 0) -> OpCase:
+    """An op with operands of these sizes, which moves so many elements; or the gradients of its first `of` operands."""
+    return OpCase(
+        f"{op} backward" if of else op, str(shape), NAMES[dtype], "", moved * dtype.itemsize,
+        lambda: (randn(*size, dtype=dtype) for size in sizes), and_compiled(CALLS[op]),
+        partial(gradients, of) if of else partial,
+    )  # fmt: skip
+
+
+def by_rows(*ops: str, shapes: Iterable[Shape] = (), dtypes: Iterable[torch.dtype] = DTYPES) -> list[OpCase]:
+    """Ops, and their gradients in the shapes of training."""
+    found = []
+    for op in ops:
+        known, full, vectors = BY_ROWS[op]
+        adds = op == "add_rms_norm"  # it has two results, and its gradient is not timed
+        for shape, dtype in product(shapes or known, dtypes):
+            sizes, elements = [shape] * full + [shape[1:]] * vectors, shape[0] * shape[1]
+            found.append(op_case(op, shape, sizes, (full + 1 + adds) * elements, dtype))
+            if shape[0] >= 2048 and not adds:
+                found.append(op_case(op, shape, sizes, (2 * full + 1) * elements, dtype, full + vectors))
+    return found
+
+
+def rope() -> list[OpCase]:
+    """Shapes are (batch, tokens, query heads, key heads, head_dim): of Qwen2.5-0.5B and Qwen3-8B."""
+    found = []
+    shapes = [(1, 1, 14, 2, 64), (1, 128, 14, 2, 64), (1, 2048, 14, 2, 64), (1, 2048, 32, 8, 128)]
+    for shape, dtype in product(shapes, DTYPES):
+        batch, tokens, *heads, head_dim = shape
+        sizes = [*((batch, tokens, n, head_dim) for n in heads), *[(1, tokens, head_dim)] * 2]
+        moved = (2 * batch * sum(heads) + 2) * tokens * head_dim
+        found += [op_case(ROPE, shape, sizes, moved, dtype, of) for of in ((0, 2) if shape == shapes[2] else (0,))]
+    return found
+
+
+# ---- optimizer, cache, sampling, packed weights ---------------------------------------------------------------------
 
 
 def parameters(shapes: Iterable[Iterable[int]], dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
@@ -249,7 +263,7 @@ def fill(cache: Any, states: Tensor, layers: int) -> None:
         cache.update(states, states, layer)
 
 
-def kv_cache(device: str, full: bool) -> list[Case]:
+def kv_cache() -> list[OpCase]:
     """A token appended to the cache of Qwen2.5-0.5B; the shape is how many tokens it holds."""
     config, room = CONFIGS["Qwen2.5-0.5B"](), 64
     makes = {
@@ -263,43 +277,15 @@ def kv_cache(device: str, full: bool) -> list[Case]:
         fill(cache, prompt, config.num_hidden_layers)
         return partial(fill, cache, token, config.num_hidden_layers)
 
-    def case(length: int) -> OpCase:
-        # As attention passes them: heads and tokens of the projection's output, transposed.
-        operands = lambda: (randn(1, n, 2, 64, dtype=torch.bfloat16).transpose(1, 2) for n in (length, 1))  # noqa: E731
-        return OpCase("kv append", f"{length} tokens", "bf16", "", 0, operands, makes, filled, once=True)
+    def operands(length: int) -> list[Tensor]:
+        return [randn(1, tokens, 2, 64, dtype=torch.bfloat16) for tokens in (length, 1)]
 
-    return [case(length) for length in (512, 4096, 32768)]
-
-
-def hugging_face(*warpers: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-    """What generate() does: logits processors, softmax, multinomial."""
-
-    def call(x: Tensor) -> Tensor:
-        for warper in warpers:
-            x = warper(None, x)
-        return torch.multinomial(x.softmax(-1), 1)
-
-    return call
+    return [
+        OpCase("kv append", f"{length} tokens", "bf16", "", 0, partial(operands, length), makes, filled, once=True)
+        for length in (512, 4096, 32768)
+    ]
 
 
-def top_k_multinomial(x: Tensor) -> Tensor:
-    """The fastest that torch can do for top-k: no mask over the vocabulary."""
-    values, ids = x.topk(50)
-    return ids.gather(-1, torch.multinomial(values.softmax(-1), 1))
-
-
-ours, TOP_K, TOP_P = partial(sampling.sample, seed=1), TopKLogitsWarper(50), TopPLogitsWarper(0.9)
-DRAWS: dict[str, Contenders] = {
-    "greedy": {"torch_fused": sampling.greedy, "torch.argmax": partial(torch.argmax, dim=-1)},
-    "top-k 50": {
-        "torch_fused": partial(ours, top_k=50), "torch.topk, multinomial": top_k_multinomial,
-        "HF chain": hugging_face(TOP_K),
-    },
-    "top-k 50, top-p 0.9": {"torch_fused": partial(ours, top_k=50, top_p=0.9), "HF chain": hugging_face(TOP_K, TOP_P)},
-    "top-p 0.9": {"torch_fused": partial(ours, top_p=0.9), "HF chain": hugging_face(TOP_P)},
-    "top-p 0.95": {"torch_fused": partial(ours, top_p=0.95), "HF chain": hugging_face(TopPLogitsWarper(0.95))},
-    "whole vocabulary": {"torch_fused": ours, "softmax, multinomial": hugging_face()},
-}  # fmt: skip
 LOGITS = {
     "normal": lambda shape: torch.randn(shape) * 2,
     "nearly flat": lambda shape: torch.randn(shape) * 1e-3,
@@ -307,20 +293,16 @@ LOGITS = {
 }
 
 
-def draws(device: str, full: bool) -> list[Case]:
-    def case(op: str, shape: tuple[int, int], kind: str) -> Case:
+def draws() -> list[OpCase]:
+    def case(shape: Shape, kind: str, op: str) -> OpCase:
         return OpCase(op, str(shape), "f32", kind, 4 * shape[0] * shape[1], lambda: [LOGITS[kind](shape)], DRAWS[op])
 
-    shapes = [(1, 32000), (1, 151936), (32, 151936)]
-    return [case(op, shape, kind) for shape in shapes for kind in LOGITS for op in DRAWS]
+    return list(starmap(case, product([(1, 32000), (1, 151936), (32, 151936)], LOGITS, DRAWS)))
 
 
 def quantized(device: str, full: bool) -> list[Case]:
-    """Projections and heads: (vectors, rows, columns)."""
-    shapes = [
-        (1, 896, 896), (1, 4864, 896), (1, 896, 4864), (1, 151936, 896), (1, 4096, 4096), (8, 4864, 896),
-        (128, 4864, 896),
-    ]  # fmt: skip
+    """Projections and heads."""
+    one = [(1, 896, 896), (1, 4864, 896), (1, 896, 4864), (1, 151936, 896), (1, 4096, 4096)]
 
     def case(bits: int, vectors: int, rows: int, cols: int, dtype: torch.dtype) -> Case:
         options = {"bits": bits, "group_size": GROUP_SIZE}
@@ -343,4 +325,5 @@ def quantized(device: str, full: bool) -> list[Case]:
         shape = f"({vectors}, {cols}) x ({rows}, {cols})"
         return OpCase("quantized_linear", shape, NAMES[dtype], f"{bits} bits", nbytes, operands, calls)
 
+    shapes = [*one, (8, 4864, 896), (128, 4864, 896)]
     return [case(bits, *shape, dtype) for shape in shapes for bits in (4, 8) for dtype in DTYPES]

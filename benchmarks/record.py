@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def stamp(device: str) -> Row:
     return dict(zip(STAMP, (device_name(device), str(torch.get_num_threads()), *versions, date), strict=True))
 
 
+@cache
 def changed() -> datetime:
     """When the installed torch_fused last changed: its newest file."""
     folder = Path(torch_fused.__file__).parent
@@ -75,53 +77,47 @@ def waited() -> float:
     return sum(delays) / 1e9
 
 
-class Results:
-    """The rows of one benchmark on this machine. The file is rewritten with each case: an interrupted run goes on.
+def is_current(row: Row | None, device: str) -> bool:
+    """Whether there is a row that is up to date and was not disturbed."""
+    if row is None or datetime.fromisoformat(row["date"]) < changed() or float(row["waited"] or 0) > DISTURBED:
+        return False
+    now = stamp(device)
+    return all(row[name] == now[name] for name in STAMP[:-1])
 
-    `again` measures cases that are up to date too, `compiles` contenders that torch.compile makes.
+
+def rows_of(case: Case, path: Path, device: str, again: bool = False, compiles: bool = False) -> list[Row]:
+    """A case's rows. If one is not current, the case is measured and the file rewritten: an interrupted run goes on.
+
+    `again` measures current ones too, `compiles` includes contenders that torch.compile makes.
     """
-
-    def __init__(self, bench: str, folder: Path, device: str, again: bool = False, compiles: bool = False) -> None:
-        self.path = folder / slug(device_name(device)) / f"{bench}.csv"
-        self._device, self._again, self._compiles, self._changed = device, again, compiles, changed()
-        self._rows = {tuple(row[key] for key in KEYS): row for row in read(self.path)}
-
-    def is_current(self, key: tuple[str, ...]) -> bool:
-        """Whether there is a row with these keys that is up to date and was not disturbed."""
-        row, now = self._rows.get(key), stamp(self._device)
-        if self._again or row is None or datetime.fromisoformat(row["date"]) < self._changed:
-            return False
-        return float(row["waited"] or 0) <= DISTURBED and all(row[name] == now[name] for name in STAMP[:-1])
-
-    def rows(self, case: Case) -> list[Row]:
-        """A case's rows. It is measured only if one is out of date."""
-        contenders = case.contenders(self._device)
-        contenders = {name: each for name, each in contenders.items() if self._compiles or "compile" not in name}
-        keys = {name: (case.op, case.shape, case.dtype, case.kind, name) for name in contenders}
-        if not all(map(self.is_current, keys.values())):
-            start, before = time.perf_counter(), waited()
-            columns = case.measure(contenders, self._device)
-            share = max(0.0, waited() - before) / (torch.get_num_threads() * (time.perf_counter() - start))
-            last = {"waited": f"{share:.3f}" if self._device == "cpu" else "", **stamp(self._device)}
-            for name, key in keys.items():
-                texts = {column: text(value) for column, value in columns[name].items()}
-                self._rows[key] = dict(zip(KEYS, key, strict=True)) | texts | last
-            self._write()
-        return [self._rows[key] for key in keys.values()]
-
-    def _write(self) -> None:
-        columns = dict.fromkeys(name for row in self._rows.values() for name in row if name not in STAMP)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".part")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, (*columns, *STAMP), "", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self._rows.values())
-        partial.replace(self.path)
+    rows = {tuple(row[key] for key in KEYS): row for row in read(path)}
+    contenders = {name: each for name, each in case.contenders(device).items() if compiles or "compile" not in name}
+    keys = {name: (case.op, case.shape, case.dtype, case.kind, name) for name in contenders}
+    if again or not all(is_current(rows.get(key), device) for key in keys.values()):
+        start, before = time.perf_counter(), waited()
+        columns = case.measure(contenders, device)
+        share = max(0.0, waited() - before) / (torch.get_num_threads() * (time.perf_counter() - start))
+        last = {"waited": f"{share:.3f}" if device == "cpu" else "", **stamp(device)}
+        for name, key in keys.items():
+            texts = {column: text(value) for column, value in columns[name].items()}
+            rows[key] = dict(zip(KEYS, key, strict=True)) | texts | last
+        write(path, list(rows.values()))
+    return [rows[key] for key in keys.values()]
 
 
 def text(value: str | float | None) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    columns = dict.fromkeys(name for row in rows for name in row if name not in STAMP)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, (*columns, *STAMP), "", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)
 
 
 def read(path: Path) -> list[Row]:

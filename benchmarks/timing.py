@@ -59,12 +59,8 @@ def interleave(
 ) -> dict[str, list[float]]:  # fmt: skip
     """Seconds per call of contenders that are timed in turn, a sample of each per round, after a warm-up.
 
-    Args:
-        contenders: what to time. Each is a list of calls that do the same on buffers of their own, used in rotation.
-        device: whose time is measured.
-        rounds: samples of each contender; by default 5 to 15, as time allows.
-        calls: calls per sample; by default as many as fill `target` seconds of wall time, and one on CUDA.
-        wall: measure wall time on CUDA too, not the time of the device.
+    A contender is a list of calls that do the same on buffers of their own, used in rotation. There are 5 to 15 rounds,
+    as time allows, and as many calls per sample as fill `target` seconds of wall time, or one on CUDA.
     """
 
     def sample(ring: Sequence[Call], count: int) -> float:

@@ -90,13 +90,13 @@ class Some(record.Case):
 
 
 @pytest.fixture
-def results(tmp_path):
-    return partial(record.Results, "some", tmp_path, "cpu")
+def rows_of(tmp_path):
+    return partial(record.rows_of, path=tmp_path / "machine" / "some.csv", device="cpu")
 
 
-def test_rows_are_kept(results, tmp_path):
-    results().rows(Some("a", ms=9.0))
-    results().rows(Some("a", "b", ms=1.23456))
+def test_rows_are_kept(rows_of, tmp_path):
+    rows_of(Some("a", ms=9.0))
+    rows_of(Some("a", "b", ms=1.23456))
     (path,) = tmp_path.glob("*/some.csv")
     with path.open() as file:
         assert next(csv.reader(file)) == [*record.KEYS, "ms", "waited", *record.STAMP]
@@ -104,28 +104,28 @@ def test_rows_are_kept(results, tmp_path):
     assert not list(tmp_path.glob("*/*.part"))
 
 
-def test_an_interrupted_run_goes_on(results, monkeypatch):
+def test_an_interrupted_run_goes_on(rows_of, monkeypatch):
     monkeypatch.setattr(record, "waited", lambda: 0.0)  # whatever else this machine does
-    results().rows(Some("a", ms=1.0))
-    assert results().rows(Some("a"))[0]["ms"] == "1"
-    assert len(results().rows(Some("a", "b", ms=1.0))) == 2  # "b" is missing, so both are measured
+    rows_of(Some("a", ms=1.0))
+    assert rows_of(Some("a"))[0]["ms"] == "1"
+    assert len(rows_of(Some("a", "b", ms=1.0))) == 2  # "b" is missing, so both are measured
     with pytest.raises(AssertionError, match="measured again"):
-        results(again=True).rows(Some("a"))
+        rows_of(Some("a"), again=True)
 
 
-def test_compiled_contenders_are_asked_for(results):
+def test_compiled_contenders_are_asked_for(rows_of):
     for compiles, names in (False, ["a"]), (True, ["a", "torch.compile"]):
-        rows = results(compiles=compiles).rows(Some("a", "torch.compile", ms=1.0))
+        rows = rows_of(Some("a", "torch.compile", ms=1.0), compiles=compiles)
         assert [row["contender"] for row in rows] == names
 
 
-def test_disturbed_rows_are_measured_again(results, monkeypatch):
+def test_disturbed_rows_are_measured_again(rows_of, monkeypatch):
     waits = itertools.count(0, 10**9)
     monkeypatch.setattr(record, "waited", lambda: next(waits))
-    (row,) = results().rows(Some("a", ms=1.0))
+    (row,) = rows_of(Some("a", ms=1.0))
     assert float(row["waited"]) > record.DISTURBED
     with pytest.raises(AssertionError, match="measured again"):
-        results().rows(Some("a"))
+        rows_of(Some("a"))
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError, ProcessLookupError])
@@ -138,8 +138,8 @@ def test_a_thread_that_ends_while_waits_are_counted(monkeypatch, error):
 
 
 @pytest.mark.parametrize("change", ["torch", "threads", "date"])
-def test_rows_of_something_else_are_measured_again(results, monkeypatch, change):
-    results().rows(Some("a", ms=1.0))
+def test_rows_of_something_else_are_measured_again(rows_of, monkeypatch, change):
+    rows_of(Some("a", ms=1.0))
     if change == "date":
         later = datetime.now(timezone.utc) + timedelta(seconds=5)
         monkeypatch.setattr(record, "changed", lambda: later)
@@ -147,7 +147,7 @@ def test_rows_of_something_else_are_measured_again(results, monkeypatch, change)
         now = record.stamp("cpu") | {change: "another"}
         monkeypatch.setattr(record, "stamp", lambda device: now)
     with pytest.raises(AssertionError, match="measured again"):
-        results().rows(Some("a"))
+        rows_of(Some("a"))
 
 
 # ---- cases ----------------------------------------------------------------------------------------------------------
