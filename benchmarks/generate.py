@@ -1,8 +1,6 @@
-"""\
-Whole requests: sequences x tokens of the prompt + new tokens. The prompt has random ids, and is part of the time.
-Memory is what a request takes in addition to the weights. Ops are those that reach a device, without views. With packed
-weights, transformers runs dense ones in bfloat16. The 4 bits of SmolLM2-135M are its file's: Q4_1, the embedding in
-Q8_0. Others are packed anew, in groups of 64, and for llama.cpp as Q8_0.
+"""Generation of whole texts: tokens per second, time to the first token, memory, ops and launches per token.
+
+Programs that are installed run the same weights for one sequence. A model with adapters also runs with them merged.
 """
 
 import copy

@@ -1,7 +1,4 @@
-"""\
-The shape is tokens, features and classes. A step computes the loss and the gradients of both operands. Memory is what
-it takes at most in addition to its operands; it includes the weight's gradient, which every contender returns.
-"""
+"""The loss of a head and its gradients: time, and the memory beyond the operands."""
 
 import multiprocessing
 import statistics

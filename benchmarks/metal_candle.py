@@ -1,7 +1,7 @@
-"""\
-As published, and as an honest workload: real bytes, real shapes, each call waited for. The quoted figure is what its
-page says of an Apple M4 Max. It was measured there, on the published workload, and cannot be compared with the times
-here. All in float32. A dagger marks runs that vary by more than 5 %, a double dagger by more than 10 %.
+"""Every row of metal-candle v1.2.0's published benchmark page, as published and as an honest workload, in float32.
+
+As published, a call is waited for only if a value is read back. The honest workload allocates and writes real bytes in
+the shapes of real Qwen2.5 models, and waits for every call.
 """
 
 import copy
@@ -35,12 +35,9 @@ Contenders = Mapping[str, Call]
 
 @dataclass(frozen=True, eq=False)
 class Workload(Case):
-    """One of a row's two. `quoted` is the figure of the page of metal-candle v1.2.0 for an Apple M4 Max.
+    """One of a row's two."""
 
-    As published, a call is waited for only if a value is read back. The honest workload waits for every call.
-    """
-
-    quoted: str
+    quoted: str  # the page's figure for an Apple M4 Max
     make: Callable[[], Contenders]  # on torch's default device
 
     def contenders(self, device: str) -> Contenders:
@@ -256,8 +253,7 @@ Make = tuple[Any, ...]
 """The text of a workload, and what makes its contenders, with arguments."""
 
 
-def rows(device: str = "cpu", full: bool = False) -> list[Workload]:
-    """All in float32, as there."""
+def rows() -> list[Workload]:
     found: list[Workload] = []
 
     def row(name: str, quoted: str, published: Make, honest: Make) -> None:

@@ -1,14 +1,13 @@
-"""Writes the tables of docs/benchmarks.md and README.md from the CSV files under benchmarks/results; and the plots.
+"""Writes docs/benchmarks.md, and README.md's numbers, from the CSV files under benchmarks/results; and the plots.
 
 python benchmarks/report.py
 """
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-import generate
-import linear_cross_entropy
+import apple
+import jinja2
 import metal_candle
 import tables
 from plots import DOCS, PLOTS, draw, plot_path
@@ -17,8 +16,6 @@ from timing import ROOT
 
 REPORT, README = DOCS / "benchmarks.md", ROOT / "README.md"
 BEGIN, END = "<!-- written by python benchmarks/report.py -->\n", "<!-- end -->"
-TEXTS = {module.__name__: module.__doc__ for module in (linear_cross_entropy, generate)}
-"""What the page says of benchmarks whose tables have a line for each contender."""
 
 
 def results_of(folder: Path) -> dict[str, list[Row]]:
@@ -26,44 +23,24 @@ def results_of(folder: Path) -> dict[str, list[Row]]:
     return {path.stem: read(path) for path in sorted(folder.glob("*.csv"))}
 
 
+def plots(folder: Path) -> list[tuple[str, Path]]:
+    paths = ((title, plot_path(name, folder.name)) for name, (title, *_) in PLOTS.items())
+    return [(title, path.relative_to(DOCS)) for title, path in paths if path.exists()]
+
+
 def page(results: Path = RESULTS) -> str:
-    """docs/benchmarks.md. What it says before the first machine, and of Apple's GPUs, stays as it is."""
-    method, rest = REPORT.read_text().split("\n## ", 1)
-    apple = re.search(r"## Apple GPUs\n.*?(?=\n\|)", rest, re.DOTALL)
-    parts, counted = [method], []
-    for folder in machines(results):
-        found = results_of(folder)
-        counted += found.pop("apple", [])
-        if found:
-            parts += machine(folder, found)
-    return "\n".join([*parts, apple[0], tables.predictions(counted)])
-
-
-def machine(folder: Path, found: dict[str, list[Row]]) -> Iterator[str]:
-    every = [row for rows in found.values() for row in rows]
-    yield f"## {every[0]['device']}\n"
-    yield versions(every)
-    for name, (title, *_) in PLOTS.items():
-        if (path := plot_path(name, folder.name)).exists():
-            yield f"![{title}]({path.relative_to(DOCS)})\n"
-    for bench in [*(bench for bench in found if bench not in (*TEXTS, "metal_candle")), *TEXTS]:
-        for i, ((op,), rows) in enumerate(groups(found.get(bench, []), "op").items()):
-            yield f"### {op}\n"
-            if bench in TEXTS and i == 0:
-                yield TEXTS[bench]
-            yield (tables.contender_table if bench in TEXTS else tables.op_table)(rows)
-    yield f"### The rows of metal-candle v1.2.0\n\n{metal_candle.__doc__}"
-    yield tables.metal_candle_table(found.get("metal_candle", []))
-    yield from tables.slower_table(every)
-
-
-def versions(rows: list[Row]) -> str:
-    torch, transformers, torch_fused, threads = (
-        ", ".join(sorted({row[name] for row in rows})) for name in ("torch", "transformers", "torch_fused", "threads")
-    )
-    first, last = min(row["date"][:10] for row in rows), max(row["date"][:10] for row in rows)
-    dates = first if first == last else f"{first} to {last}"
-    return f"torch {torch}, transformers {transformers}, torch_fused {torch_fused}, {threads} CPU threads, {dates}.\n"
+    """docs/benchmarks.md, whose words are in page.md.jinja."""
+    found = {folder: results_of(folder) for folder in machines(results)}
+    counted = [row for each in found.values() for row in each.pop("apple", [])]
+    found = [(folder, each) for folder, each in found.items() if each]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ROOT / "benchmarks"), trim_blocks=True, keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.globals |= vars(apple) | vars(tables)
+    environment.filters["named"] = tables.named
+    template = environment.get_template("page.md.jinja")
+    return template.render(machines=found, plots=plots, counted=counted, workloads=metal_candle.rows())
 
 
 GENERATE = "generate, "
@@ -101,8 +78,9 @@ def headlines(results: Path = RESULTS) -> str:
 
     found = [results_of(folder) for folder in machines(results)]
     every = [[row for bench, rows in each.items() if bench != "apple" for row in rows] for each in found]
-    lines = ((name, shape, *(ratios(rows, op, shape) for rows in every)) for name, (op, shape) in HEADLINES.items())
-    return tables.table(("", "shape", *(rows[0]["device"] for rows in every)), lines)
+    lines = [("", "shape", *(rows[0]["device"] for rows in every)), ["---"] * (2 + len(every))]
+    lines += [(name, shape, *(ratios(rows, op, shape) for rows in every)) for name, (op, shape) in HEADLINES.items()]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def readme(results: Path = RESULTS) -> str:
