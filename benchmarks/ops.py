@@ -220,7 +220,7 @@ def by_rows(*ops: str, shapes: Iterable[Shape] = (), dtypes: Iterable[torch.dtyp
     return found
 
 
-def rope() -> list[OpCase]:
+def rope(device: str = "cpu", full: bool = False) -> list[OpCase]:
     """Shapes are (batch, tokens, query heads, key heads, head_dim): of Qwen2.5-0.5B and Qwen3-8B."""
     found = []
     shapes = [(1, 1, 14, 2, 64), (1, 128, 14, 2, 64), (1, 2048, 14, 2, 64), (1, 2048, 32, 8, 128)]
@@ -263,7 +263,7 @@ def fill(cache: Any, states: Tensor, layers: int) -> None:
         cache.update(states, states, layer)
 
 
-def kv_cache() -> list[OpCase]:
+def kv_cache(device: str = "cpu", full: bool = False) -> list[OpCase]:
     """A token appended to the cache of Qwen2.5-0.5B; the shape is how many tokens it holds."""
     config, room = CONFIGS["Qwen2.5-0.5B"](), 64
     makes = {
@@ -293,7 +293,7 @@ LOGITS = {
 }
 
 
-def draws() -> list[OpCase]:
+def draws(device: str = "cpu", full: bool = False) -> list[OpCase]:
     def case(shape: Shape, kind: str, op: str) -> OpCase:
         return OpCase(op, str(shape), "f32", kind, 4 * shape[0] * shape[1], lambda: [LOGITS[kind](shape)], DRAWS[op])
 

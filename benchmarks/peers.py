@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,7 @@ def llama_cpp(weights: str, room: int, sampled: bool) -> Run:
 
     def run(ids: torch.Tensor, count: int) -> None:
         model.reset()
-        tokens = model.generate(ids[0].tolist(), min_p=0.0, repeat_penalty=1.0, **options)
-        for _ in range(count):
-            next(tokens)
+        list(islice(model.generate(ids[0].tolist(), min_p=0.0, repeat_penalty=1.0, **options), count))
 
     return run
 

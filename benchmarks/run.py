@@ -22,22 +22,13 @@ from transformers.utils import logging
 from torch_fused.devices import best_device, device_name
 
 BENCHES: dict[str, Callable[[str, bool], list[Case]]] = {
-    "adamw": ops.adamw,
-    "decode": decode,
-    "kv_cache": lambda *_: ops.kv_cache(),
-    "layer_norm": lambda *_: ops.by_rows("layer_norm"),
-    "linear_cross_entropy": losses,
-    "quantized": ops.quantized,
-    "rms_norm": lambda *_: ops.by_rows("rms_norm", "add_rms_norm"),
-    "rope": lambda *_: ops.rope(),
-    "sampling": lambda *_: ops.draws(),
-    "softmax": lambda *_: ops.by_rows("softmax"),
+    "adamw": ops.adamw, "apple": counts, "decode": decode, "generate": requests, "kv_cache": ops.kv_cache,
+    "layer_norm": lambda *_: ops.by_rows("layer_norm"), "linear_cross_entropy": losses, "metal_candle": rows,
+    "quantized": ops.quantized, "rms_norm": lambda *_: ops.by_rows("rms_norm", "add_rms_norm"), "rope": ops.rope,
+    "sampling": ops.draws, "softmax": lambda *_: ops.by_rows("softmax"),
     "swiglu": lambda *_: ops.by_rows("silu_mul", "gelu_mul"),
-    "metal_candle": lambda *_: rows(),
-    "generate": requests,
-    "apple": lambda *_: counts(),
-}
-"""The cases of each file of results, for a device, and longer ones too if asked for."""
+}  # fmt: skip
+"""The cases of each file of results, for a device, with or without the longer ones."""
 
 
 def main() -> int:

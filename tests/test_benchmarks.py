@@ -248,6 +248,33 @@ def test_contenders_are_interleaved():
     assert all(len(samples) == 3 for samples in found.values())
 
 
+@pytest.mark.parametrize("wall", [False, True])
+def test_a_gpu_pauses_while_calls_are_queued(monkeypatch, wall):
+    """Unless wall time is asked for. The pause is not part of the time."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("event")
+
+        def synchronize(self):
+            done.append("wait")
+
+        def elapsed_time(self, end):
+            return 6.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("pause"))
+    monkeypatch.setattr(timing, "synchronize", lambda device: done.append("wait"))
+    found = timing.interleave({"a": [lambda: done.append("call")]}, "cuda", rounds=1, calls=2, wall=wall)
+    one = ["wait", "call", "call", "wait"] if wall else ["pause", "event", "call", "call", "event", "wait"]
+    assert done[-len(one) :] == one
+    assert wall or found == {"a": [0.003]}
+
+
 def test_generation_is_measured():
     calls: list[tuple[str, int]] = []
     request = generate.Request("", "", "", "greedy", "", torch.bfloat16, 2, 5, 8, 0)
