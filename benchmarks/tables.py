@@ -113,3 +113,15 @@ def bounds(row: Row) -> Iterator[str]:
         low, high = predicted(int(row["bytes"]), int(row["launches"]), gb_s)
         times = (duration({"ms": str(1e3 * seconds)}) for seconds in (low, high))
         yield f"{1 / high:.0f} - {1 / low:.0f} per second" if row["op"] == TOKEN else " - ".join(times)
+
+
+def headline(rows: Iterable[Row], op: str, shape: str) -> str:
+    """How many times as fast as the best of torch's or transformers', for each dtype; of generation all models."""
+
+    def is_chosen(row: Row) -> bool:
+        generation = row["op"].startswith("generate, ") and row["contender"] in ("transformers", "torch_fused")
+        return row["shape"] == shape and (generation if op == "generate" else row["op"] == op)
+
+    chosen = [row for row in rows if is_chosen(row) and row["dtype"] in ("f32", "bf16")]
+    plain = [row for row in chosen if row["kind"] in ("", "normal", "greedy")]
+    return " / ".join(ratio(*split(each)[:2]) for each in groups(plain, "dtype", "kind").values())
