@@ -37,7 +37,6 @@ Contenders = Mapping[str, Call]
 class Workload(Case):
     """One of a row's two."""
 
-    quoted: str  # the page's figure for an Apple M4 Max
     make: Callable[[], Contenders]  # on torch's default device
 
     def contenders(self, device: str) -> Contenders:
@@ -243,12 +242,6 @@ def adamw_of(model: nn.Module) -> Contenders:
 
 # ---- the page -------------------------------------------------------------------------------------------------------
 
-VOCABULARIES = (1000, 10000, 32000, 100000, 151936)
-DRAWN = {  # alone, and by vocabulary
-    "greedy": ("109.5 us", "101 us", "112 us", "124 us", "161 us", ""),
-    "top-k 50": ("469 us", "111 us", "224 us", "495 us", "1500 us", ""),
-    "top-p 0.9": ("611 us", "115 us", "279 us", "630 us", "2210 us", ""),
-}
 Make = tuple[Any, ...]
 """The text of a workload, and what makes its contenders, with arguments."""
 
@@ -256,39 +249,38 @@ Make = tuple[Any, ...]
 def rows(device: str = "cpu", full: bool = False) -> list[Workload]:
     found: list[Workload] = []
 
-    def row(name: str, quoted: str, published: Make, honest: Make) -> None:
-        for kind, figure, (text, make, *arguments) in ((PUBLISHED, quoted, published), (HONEST, "", honest)):
-            found.append(Workload(name, text, "f32", kind, figure, partial(make, *arguments)))
+    def row(name: str, published: Make, honest: Make) -> None:
+        for kind, (text, make, *arguments) in ((PUBLISHED, published), (HONEST, honest)):
+            found.append(Workload(name, text, "f32", kind, partial(make, *arguments)))
 
-    for name, layers, quoted in (("KV cache, single layer", 1, "11.6 ns"), ("KV cache, all 24 layers", 24, "320 ns")):
+    for name, layers in (("KV cache, single layer", 1), ("KV cache, all 24 layers", 24)):
         text = f"clear, then insert k and v of (1, 14, 1, 64) in {layers} of 24 layers"
         real = f"one token of (1, 2, 1, 64) appended after 512 in {layers} layers"
-        row(name, quoted, (text, insert_published, layers), (real, insert_honest, layers))
-    for length, quoted in ((512, "50.4 ms"), (2048, "559 ms")):
+        row(name, (text, insert_published, layers), (real, insert_honest, layers))
+    for length in (512, 2048):
         text = f"{length // 2} tokens of (1, 14, 1, 64) appended one by one to 24 layers, capacity {length}"
         real = f"{length} tokens of (1, 2, 1, 64) appended one by one to 24 layers"
         published = text, written, CONFIG, 14, 1, length // 2, length
-        row(f"full sequence {length}", quoted, published, (real, written, CONFIG, 2, 1, length, length))
+        row(f"full sequence {length}", published, (real, written, CONFIG, 2, 1, length, length))
     for size in ("0.5B", "1.5B", "3B"):
         config = CONFIGS[f"Qwen2.5-{size}"]()
         real = f"a cache of 2048 tokens, {config.num_hidden_layers} layers, allocated and written"
-        honest = real, written, config, 2, 2048, 1, 2048
-        row(f"KV allocation, Qwen {size}", "20.7 ns", ("an empty cache object", empty, config), honest)
-    for op, quotes in DRAWN.items():
-        sizes = [(op, 32000, 151936), *((f"{op}, vocabulary {n}", n, n) for n in VOCABULARIES)]
-        for quoted, (name, n, m) in zip(quotes, sizes, strict=True):
+        published = "an empty cache object", empty, config
+        row(f"KV allocation, Qwen {size}", published, (real, written, config, 2, 2048, 1, 2048))
+    for op in OURS:
+        sizes = [(f"{op}, vocabulary {n}", n, n) for n in (1000, 10000, 32000, 100000, 151936)]
+        for name, n, m in [(op, 32000, 151936), *sizes]:
             published = f"{n} logits copied to the host, all of the work there", sampled, op, n, False
-            honest = f"an id drawn from {m} logits on the device, read back", sampled, op, m, True
-            row(name, quoted, published, honest)
+            row(name, published, (f"an id drawn from {m} logits on the device, read back", sampled, op, m, True))
     shape, scores, hidden = (4, 16, 1024), (1, 14, 128, 128), (1, 128, 896)
-    row("softmax", "43.6 us", (f"{shape}", softmax_of, *shape), (f"attention scores {scores}", softmax_of, *scores))
-    for name, op, quoted in (("layer norm", "layer_norm", "47.8 us"), ("RMS norm", "rms_norm", "25.5 us")):
+    row("softmax", (f"{shape}", softmax_of, *shape), (f"attention scores {scores}", softmax_of, *scores))
+    for name, op in (("layer norm", "layer_norm"), ("RMS norm", "rms_norm")):
         published = f"{shape}, no weights", norm_of, op, shape, False
-        row(name, quoted, published, (f"{hidden} with weights", norm_of, op, hidden, True))
+        row(name, published, (f"{hidden} with weights", norm_of, op, hidden, True))
     text = "LoRA of rank 8 on a (512, 512) linear, (4, 64, 512): forward, cross entropy, backward, AdamW"
     real = "LoRA of rank 8 on q and v of a Qwen2.5-0.5B of one layer, 4 x 64 tokens, loss over 151936"
-    row("full training step", "3.3 ms", (text, train_published), (real, train_honest))
-    layer = made(QWEN, torch.float32, "meta", num_hidden_layers=1).model.layers[0]
+    row("full training step", (text, train_published), (real, train_honest))
     published = "one (512, 512) parameter", adamw_of, nn.Linear(512, 512, bias=False)
-    row("AdamW", "1.06 ms", published, ("the 12 parameters of a Qwen2.5-0.5B layer, 15 million", adamw_of, layer))
+    layer = made(QWEN, torch.float32, "meta", num_hidden_layers=1).model.layers[0]
+    row("AdamW", published, ("the 12 parameters of a Qwen2.5-0.5B layer, 15 million", adamw_of, layer))
     return found

@@ -10,13 +10,6 @@ from record import Row, groups
 OURS = ("torch_fused", "FusedKVCache")
 READ = "a plain read"
 NO_RIVALS = {*LIBRARIES, READ, "a dict, no copy", "a dict, nothing allocated"}
-COLUMNS = {
-    "tokens_s": "tokens per second", "ms_token": "ms per token", "ttft_ms": "ms to the first",
-    "weights_mb": "MB of weights", "weight_grad_mb": "MB of the weight's gradient", "peak_mb": "MB in addition",
-    "ops_token": "ops per token", "launches_token": "launches per token",
-}  # fmt: skip
-"""Of benchmarks that measure more than a time."""
-
 CHIPS = [f"{chip}, {gb_s:g} GB/s" for chip, gb_s in BANDWIDTH.items()]
 
 
@@ -71,9 +64,9 @@ def share(row: Row | None, rows: list[Row]) -> str:
     return f"{float(row['copy_share']):.2f}" if row and row.get("copy_share") else ""
 
 
-def columns_of(rows: list[Row]) -> dict[str, str]:
-    """What was measured besides the time, with its names."""
-    return {column: name for column, name in COLUMNS.items() if any(row.get(column) for row in rows)}
+def given(rows: Iterable[Row]) -> set[str]:
+    """The columns that have values."""
+    return {column for row in rows for column, value in row.items() if value}
 
 
 def of_workload(workload: Workload, rows: Iterable[Row]) -> tuple[str, str]:

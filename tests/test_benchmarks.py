@@ -337,11 +337,9 @@ def test_readme_is_short():
 
 
 def test_every_row_of_metal_candle_is_there_twice():
-    rows = metal_candle.rows()
-    published = {row.op: row.quoted for row in rows if row.kind == metal_candle.PUBLISHED}
-    assert published == PUBLISHED
+    assert {row.op for row in metal_candle.rows()} == PUBLISHED.keys()
     lines = report.REPORT.read_text().splitlines()
-    for name, quoted in published.items():
+    for name, quoted in PUBLISHED.items():
         two = [
             [line for line in lines if line.startswith(f"| {name} |") and f"| {kind}: " in line]
             for kind in (metal_candle.PUBLISHED, metal_candle.HONEST)
