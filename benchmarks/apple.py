@@ -4,18 +4,18 @@ A prediction for an Apple GPU takes these bytes at its published memory bandwidt
 launch and for the share of the bandwidth that is reached. On a Mac the other benchmarks measure these ops.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from decode import MODELS, shaped, step
-from ops import OpCase, adamw, by_rows, randn, rope
-from record import Case, Columns
-from timing import Call
+from decode import step
+from models import CONFIGS, made
+from ops import OpCase, adamw, by_rows, draws, rope
+from record import Case
+from timing import Call, Columns
 
-from torch_fused import functional, sampling
+from torch_fused import sampling
 from torch_fused.metal import emulate
 from torch_fused.ops.kv_cache import kv_append_
 
@@ -38,13 +38,10 @@ def counted(call: Call) -> Counts:
     return len(run.launches), moved
 
 
-def predicted(nbytes: float, launches: float, gb_s: float) -> tuple[float, float]:
+def predicted(nbytes: float, launches: float, gb_s: float) -> list[float]:
     """The least and the most seconds that these bytes and launches should take."""
-    low, high = (
-        nbytes / (gb_s * 1e9 * share) + launches * launch
-        for share, launch in zip(SHARE_REACHED, LAUNCH_SECONDS, strict=True)
-    )
-    return low, high
+    bounds = zip(SHARE_REACHED, LAUNCH_SECONDS, strict=True)
+    return [nbytes / (gb_s * 1e9 * share) + launches * launch for share, launch in bounds]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,60 +52,46 @@ class Counted(Case):
         return {"torch_fused": self.count}
 
     def measure(self, contenders: Mapping[str, Callable[[], Counts]], device: str) -> dict[str, Columns]:
-        launches, moved = self.count()
-        return {"torch_fused": {"launches": str(launches), "bytes": str(moved)}}
+        return {"torch_fused": dict(zip(("launches", "bytes"), map(str, self.count()), strict=True))}
 
 
 def token(name: str, bits: int) -> Counts:
     """Of a greedy token of a model, from one layer and two, and from two vocabularies: counts grow evenly."""
 
     def part(layers: int, vocabulary: int) -> Counts:
-        sizes = {"num_hidden_layers": layers, "vocab_size": vocabulary}
-        return counted(step(shaped(name, "cpu", torch.bfloat16, bits, **sizes), (1, 1, CONTEXT)))
+        model = made(name, torch.bfloat16, "cpu", bits, num_hidden_layers=layers, vocab_size=vocabulary)
+        return counted(step(model, (1, 1, CONTEXT)))
 
-    one, two, wide = part(1, PART), part(2, PART), part(1, 2 * PART)
-    layers, vocabulary = (MODELS[name][2][size] for size in ("num_hidden_layers", "vocab_size"))
-    greedy = counted(partial(sampling.greedy, torch.zeros(1, vocabulary)))
-
-    def whole(i: int) -> int:
-        rest = (layers - 1) * (two[i] - one[i]) + (vocabulary - PART) * (wide[i] - one[i]) // PART
-        return one[i] + rest + greedy[i]
-
-    return whole(0), whole(1)
-
-
-def append() -> Call:
-    """Of a token to the cache of a layer."""
-    states = [randn(1, 2, tokens, 64, dtype=torch.bfloat16, device="cpu") for tokens in (4096, 4096, 1, 1)]
-    return partial(kv_append_, *states, 1024)
+    config = CONFIGS[name]()
+    greedy = counted(partial(sampling.greedy, torch.zeros(1, config.vocab_size)))
+    launches, moved = (
+        one + (config.num_hidden_layers - 1) * (two - one) + (config.vocab_size - PART) * (wide - one) // PART + rest
+        for one, two, wide, rest in zip(part(1, PART), part(2, PART), part(1, 2 * PART), greedy, strict=True)
+    )
+    return launches, moved
 
 
 def counts(device: str = "cpu", full: bool = False) -> list[Case]:
-    rows, half, single = (1, 1024), [torch.bfloat16], [torch.float32]
+    def of_op(case: OpCase) -> Counts:
+        return counted(case.prepare(case.calls["torch_fused"], *case.operands()))
 
-    def of(op: str, count: Iterable[int], cols: int, full: int, vectors: int, call: Call, dtypes: Any = half) -> Any:
-        return by_rows(op, [(rows, cols) for rows in count], full, vectors, 0, {"torch_fused": call}, dtypes)
+    def states() -> list[torch.Tensor]:
+        return [torch.zeros(1, 2, tokens, 64, dtype=torch.bfloat16) for tokens in (4096, 4096, 1, 1)]
 
-    cases: list[OpCase] = [
-        *of("rms_norm", rows, 896, 1, 1, lambda x, w: functional.rms_norm(x, w.shape, w)),
-        *of("add_rms_norm", rows, 896, 2, 1, functional.add_rms_norm),
-        *of("layer_norm", rows, 896, 1, 2, lambda x, w, b: functional.layer_norm(x, w.shape, w, b)),
-        *of("silu_mul", rows, 4864, 2, 0, functional.silu_mul),
-        *of("softmax", rows[1:], 1024, 1, 0, functional.softmax),
-        rope("cpu", False)[1],
-        OpCase("kv_append_", "one token, one layer", "bf16", "", 0, lambda device: (), {"torch_fused": append()}),
-        *of("greedy", rows[:1], 151936, 1, 0, sampling.greedy, single),
-        *of("sample, top-k 50", rows[:1], 151936, 1, 0, partial(sampling.sample, top_k=50, seed=1), single),
-        *of("sample, top-p 0.9", rows[:1], 151936, 1, 0, partial(sampling.sample, top_p=0.9, seed=1), single),
+    append = {"torch_fused": lambda *states: kv_append_(*states, 1024)}
+    wide = {"rms_norm": 896, "add_rms_norm": 896, "layer_norm": 896, "silu_mul": 4864}
+    shapes = [(op, [(1, cols), (1024, cols)]) for op, cols in wide.items()] + [("softmax", [(1024, 1024)])]
+    names = {"greedy": "greedy", "top-k 50": "sample, top-k 50", "top-p 0.9": "sample, top-p 0.9"}
+    cases = [
+        *(case for op, sizes in shapes for case in by_rows(op, shapes=sizes, dtypes=[torch.bfloat16])),
+        rope()[1],
+        OpCase("kv_append_", "one token, one layer", "bf16", "", 0, states, append),
+        *(case for case in draws() if case.op in names and (case.shape, case.kind) == ("(1, 151936)", "normal")),
         adamw("cpu", False)[0],
     ]
-    ops = [Counted(each.op, each.shape, each.dtype, "", partial(of_op, each)) for each in cases]
+    ops = [Counted(names.get(case.op, case.op), case.shape, case.dtype, "", partial(of_op, case)) for case in cases]
     return ops + [
         Counted(TOKEN, f"{name} after {CONTEXT}", "bf16", f"{bits} bits" if bits else "", partial(token, name, bits))
         for name in ("Qwen2.5-0.5B", "Llama-3.2-1B")
         for bits in (0, 4)
     ]
-
-
-def of_op(case: OpCase) -> Counts:
-    return counted(case.prepare(case.calls["torch_fused"], *case.operands("cpu")))

@@ -1,77 +1,58 @@
-"""The loss of a head and its gradients: time, and the memory beyond the operands.
-
-Every contender runs in a process of its own, so that its peak is its own. The weight's gradient, which all of them
-return, is part of the memory and has a column of its own.
-"""
+"""The loss of a head and its gradients: time, and the memory beyond the operands."""
 
 import multiprocessing
 import statistics
-import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
-from memory import peak_megabytes
-from peers import has
-from record import Case, Columns
-from timing import Timing
+from peers import kernels
+from record import Case
+from timing import Columns, columns, peak_megabytes, seconds
 from torch import Tensor
 
-from torch_fused.devices import synchronize
 from torch_fused.functional import linear_cross_entropy
 from torch_fused.testing import NAMES
 
 CLASSES, ROUNDS = 151936, 5
+Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def in_torch(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight), target)
+def composed(hidden: Tensor, weight: Tensor, target: Tensor, as_transformers: bool = False) -> Tensor:
+    logits = F.linear(hidden, weight)
+    return F.cross_entropy(logits.float() if as_transformers else logits, target)
 
 
-def as_transformers(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight).float(), target)
+def chunked(hidden: Tensor, weight: Tensor, target: Tensor, **options: int | None) -> Tensor:
+    """Torch's own, since 2.13, with chunks as it chooses them or of so many rows."""
+    return F.linear_cross_entropy(hidden, weight, target, options=torch.nn.LinearCrossEntropyOptions(**options))
 
 
-def chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Torch's own, since 2.13, with chunks as it chooses them."""
-    return F.linear_cross_entropy(hidden, weight, target, options=torch.nn.LinearCrossEntropyOptions())
-
-
-def chunks_of_128(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """With chunks of as many rows as ours have here."""
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=128, chunking_method=None)
-    return F.linear_cross_entropy(hidden, weight, target, options=options)
-
-
-def liger(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    from liger_kernel.transformers import functional
-
-    return functional.liger_fused_linear_cross_entropy(hidden, weight, target)
-
-
-def serve(pipe: Any, call: Callable[..., Tensor], case: "Loss", device: str, threads: int) -> None:
-    """A contender's process: whenever it is asked, how long a step takes, how much memory, and how much it returns."""
-    torch.set_num_threads(threads)
+@cache
+def operands(tokens: int, features: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    hidden = torch.randn(case.tokens, case.features, device=device).to(case.values).requires_grad_()
-    weight = (torch.randn(CLASSES, case.features, device=device) * 0.02).to(case.values).requires_grad_()
-    target = torch.randint(CLASSES, (case.tokens,), device=device)
+    hidden = torch.randn(tokens, features, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(CLASSES, features, device=device) * 0.02).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(CLASSES, (tokens,), device=device)
+
+
+def sample(call: Step, case: "Loss", device: str, threads: int) -> tuple[float, float | None, float]:
+    """In a contender's process: how long a step takes, how much memory, and how much of it it returns."""
+    torch.set_num_threads(threads)
+    hidden, weight, target = operands(case.tokens, case.features, case.values, device)
 
     def step() -> None:
         hidden.grad = weight.grad = None
         call(hidden, weight, target).backward()
-        synchronize(device)
 
-    while pipe.recv():
-        begin = time.perf_counter()
-        step()
-        seconds = time.perf_counter() - begin
-        hidden.grad = weight.grad = None
-        peak = peak_megabytes(step, device)
-        assert weight.grad is not None
-        pipe.send((seconds, peak, weight.grad.nbytes / 1e6))
+    took = seconds(step, device, wall=True)
+    hidden.grad = weight.grad = None
+    peak = peak_megabytes(step, device)
+    return took, peak, weight.grad.nbytes / 1e6
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,40 +61,33 @@ class Loss(Case):
     tokens: int
     features: int
 
-    def contenders(self, device: str) -> Mapping[str, Callable[..., Tensor]]:
-        found: dict[str, Callable[..., Tensor]] = {"torch_fused": linear_cross_entropy, "torch": in_torch}
+    def contenders(self, device: str) -> Mapping[str, Step]:
+        found: dict[str, Step] = {"torch_fused": linear_cross_entropy, "torch": composed}
         if self.values != torch.float32:
-            found["transformers"] = as_transformers
+            found["transformers"] = partial(composed, as_transformers=True)
         if hasattr(F, "linear_cross_entropy"):
-            found["F.linear_cross_entropy, 128 rows"] = chunks_of_128
+            # As many rows as ours have here.
+            found["F.linear_cross_entropy, 128 rows"] = partial(chunked, batch_chunk_size=128, chunking_method=None)
             if device != "cpu":  # there its own choice is two rows, which take minutes
                 found["F.linear_cross_entropy, chunked"] = chunked
-        if device.startswith("cuda") and has("liger_kernel"):
-            found["Liger-Kernel"] = liger
-        return found
+        return found | (kernels(self.op) if device.startswith("cuda") else {})
 
-    def measure(self, contenders: Mapping[str, Any], device: str) -> dict[str, Columns]:
-        context = multiprocessing.get_context("spawn")
-        pipes, processes = {}, []
-        for name, call in contenders.items():
-            pipes[name], theirs = context.Pipe()
-            arguments = theirs, call, self, device, torch.get_num_threads()
-            processes.append(context.Process(target=serve, args=arguments))
-            processes[-1].start()
-        samples: dict[str, list[tuple[float, float, float]]] = {name: [] for name in pipes}
-        for _ in range(ROUNDS + 1):
-            for name, pipe in pipes.items():
-                pipe.send(True)
-                samples[name].append(pipe.recv())
-        for pipe, process in zip(pipes.values(), processes, strict=True):
-            pipe.send(False)
-            process.join()
+    def measure(self, contenders: Mapping[str, Step], device: str) -> dict[str, Columns]:
+        """Every contender runs in a process of its own, so that its peak is its own."""
+        spawn, samples = multiprocessing.get_context("spawn"), {name: [] for name in contenders}
+        with ExitStack() as stack:
+            pools = {name: stack.enter_context(ProcessPoolExecutor(1, spawn)) for name in contenders}
+            for _ in range(ROUNDS + 1):
+                for name, call in contenders.items():
+                    task = pools[name].submit(sample, call, self, device, torch.get_num_threads())
+                    samples[name].append(task.result())
 
-        def columns(found: list[tuple[float, float, float]]) -> Columns:
-            seconds, peaks, grads = zip(*found[1:], strict=True)  # the first warms up
-            return {**Timing(seconds).columns(), "peak_mb": statistics.median(peaks), "weight_grad_mb": grads[0]}
+        def row(times: list[float], peaks: list[float | None], grads: list[float]) -> Columns:
+            peak = None if None in peaks else statistics.median(peaks)
+            return columns(times) | {"peak_mb": peak, "weight_grad_mb": grads[0]}
 
-        return {name: columns(found) for name, found in samples.items()}
+        # The first round warms up.
+        return {name: row(*zip(*each[1:], strict=True)) for name, each in samples.items()}
 
 
 def losses(device: str, full: bool) -> list[Case]:

@@ -3,7 +3,9 @@
 import importlib.util
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,83 +14,55 @@ import torch
 from torch_fused import demo
 from torch_fused.cache import cache_dir
 
+LIBRARIES = ("Liger-Kernel", "quack", "flashinfer")  # they need a CUDA device
 Kernels = dict[str, Callable[..., Any]]
-Run = Callable[..., object]
-"""Given ids (batch, tokens), a number of new ones, and whether to sample, generates them."""
+Run = Callable[[torch.Tensor, int], object]
+"""Given ids (batch, tokens) and a number of new ones, generates them."""
 
 
 def has(library: str) -> bool:
     return importlib.util.find_spec(library) is not None
 
 
-def _liger() -> Kernels:
-    from liger_kernel.transformers import functional as liger
-
-    return {
-        "rms_norm": lambda x, w: liger.liger_rms_norm(x, w, 1e-6, 0.0, "llama", False),
-        "layer_norm": lambda x, w, b: liger.liger_layer_norm(x, w, b, 1e-5),
-        "softmax": liger.liger_softmax,
-        "silu_mul": liger.liger_swiglu,
-        "gelu_mul": liger.liger_geglu,
-        "apply_rotary_pos_emb": liger.liger_rope,
-    }
-
-
-def _quack() -> Kernels:
-    from quack import rmsnorm, softmax
-
-    return {"rms_norm": lambda x, w: rmsnorm(x, w, eps=1e-6), "softmax": softmax}
-
-
-def _flashinfer() -> Kernels:
-    import flashinfer
-    from flashinfer import sampling
-
-    return {
-        "rms_norm": lambda x, w: flashinfer.rmsnorm(x, w, 1e-6),
-        "top-k 50": lambda x: sampling.top_k_sampling_from_probs(x.softmax(-1), 50),
-        "top-k 50, top-p 0.9": lambda x: sampling.top_k_top_p_sampling_from_logits(x, 50, 0.9),
-        "top-p 0.9": lambda x: sampling.top_p_sampling_from_probs(x.softmax(-1), 0.9),
-        "top-p 0.95": lambda x: sampling.top_p_sampling_from_probs(x.softmax(-1), 0.95),
-    }
-
-
-LIBRARIES = {"Liger-Kernel": _liger, "quack": _quack, "flashinfer": _flashinfer}
-"""They need a CUDA device."""
-
-
 @cache
 def _installed() -> dict[str, Kernels]:
-    found = {}
-    for name, load in LIBRARIES.items() if torch.cuda.is_available() else ():
-        try:
-            found[name] = load()
-        except (ImportError, AttributeError, RuntimeError):
-            continue
+    found: dict[str, Kernels] = {}
+    if not torch.cuda.is_available():
+        return found
+    missing = (ImportError, AttributeError, RuntimeError)
+    with suppress(*missing):
+        from liger_kernel.transformers import functional as liger
+
+        found["Liger-Kernel"] = {
+            "rms_norm": lambda x, w: liger.liger_rms_norm(x, w, 1e-6, 0.0, "llama", False),
+            "layer_norm": lambda x, w, b: liger.liger_layer_norm(x, w, b, 1e-5),
+            "softmax": liger.liger_softmax,
+            "silu_mul": liger.liger_swiglu,
+            "gelu_mul": liger.liger_geglu,
+            "apply_rotary_pos_emb": liger.liger_rope,
+            "linear_cross_entropy": liger.liger_fused_linear_cross_entropy,
+        }
+    with suppress(*missing):
+        import quack
+
+        found["quack"] = {"rms_norm": lambda x, w: quack.rmsnorm(x, w, eps=1e-6), "softmax": quack.softmax}
+    with suppress(*missing):
+        import flashinfer
+
+        sampling = flashinfer.sampling
+        found["flashinfer"] = {
+            "rms_norm": lambda x, w: flashinfer.rmsnorm(x, w, 1e-6),
+            "top-k 50": lambda x: sampling.top_k_sampling_from_probs(x.softmax(-1), 50),
+            "top-k 50, top-p 0.9": lambda x: sampling.top_k_top_p_sampling_from_logits(x, 50, 0.9),
+            "top-p 0.9": lambda x: sampling.top_p_sampling_from_probs(x.softmax(-1), 0.9),
+            "top-p 0.95": lambda x: sampling.top_p_sampling_from_probs(x.softmax(-1), 0.95),
+        }
     return found
 
 
 def kernels(op: str) -> Kernels:
     """The kernels of the libraries that are installed, by library."""
     return {name: ops[op] for name, ops in _installed().items() if op in ops}
-
-
-def llama_cpp(weights: str, room: int) -> Run:
-    """llama-cpp-python on the CPU, one sequence at a time."""
-    from llama_cpp import Llama
-
-    threads = torch.get_num_threads()
-    path = str(llama_file(weights))
-    model = Llama(path, n_ctx=room, n_threads=threads, n_threads_batch=threads, n_gpu_layers=0, verbose=False)
-
-    def run(ids: torch.Tensor, count: int, sampled: bool) -> None:
-        model.reset()
-        options = {"top_k": 50, "top_p": 0.9, "temp": 1.0} if sampled else {"temp": 0.0}
-        tokens = model.generate(ids[0].tolist(), min_p=0.0, repeat_penalty=1.0, **options)
-        for _ in range(count):
-            next(tokens)
-
-    return run
 
 
 def llama_file(weights: str) -> Path:
@@ -99,18 +73,31 @@ def llama_file(weights: str) -> Path:
         return demo._demo_file()
     kind = {"bf16": "MOSTLY_BF16", "f32": "ALL_F32", "8 bits": "MOSTLY_Q8_0"}[weights]
     path = cache_dir("models") / f"SmolLM2-135M-Instruct.{kind}.gguf"
-    partial = path.with_suffix(".part")
     if not path.exists():
-        options = llama_cpp.llama_model_quantize_default_params()
+        options, partial = llama_cpp.llama_model_quantize_default_params(), path.with_suffix(".part")
         options.ftype, options.allow_requantize = getattr(llama_cpp, f"LLAMA_FTYPE_{kind}"), True
-        files = (bytes(file) for file in (demo._demo_file(), partial))
-        if llama_cpp.llama_model_quantize(*files, options):
+        if llama_cpp.llama_model_quantize(bytes(demo._demo_file()), bytes(partial), options):
             raise RuntimeError(f"llama.cpp cannot write {partial}")
         partial.rename(path)
     return path
 
 
-def mlx_lm(weights: str, room: int) -> Run:
+def llama_cpp(weights: str, room: int, sampled: bool) -> Run:
+    """llama-cpp-python on the CPU, one sequence at a time."""
+    from llama_cpp import Llama
+
+    file, threads = str(llama_file(weights)), torch.get_num_threads()
+    model = Llama(file, n_ctx=room, n_threads=threads, n_threads_batch=threads, n_gpu_layers=0, verbose=False)
+    options = {"top_k": 50, "top_p": 0.9, "temp": 1.0} if sampled else {"temp": 0.0}
+
+    def run(ids: torch.Tensor, count: int) -> None:
+        model.reset()
+        list(islice(model.generate(ids[0].tolist(), min_p=0.0, repeat_penalty=1.0, **options), count))
+
+    return run
+
+
+def mlx_lm(weights: str, room: int, sampled: bool) -> Run:
     """mlx-lm on MLX's default device: a Mac's GPU, on Linux the CPU."""
     import mlx.core as mx
     from mlx_lm import load
@@ -119,18 +106,17 @@ def mlx_lm(weights: str, room: int) -> Run:
 
     model, _ = load(str(demo.demo_model_folder()))
     model.set_dtype({"bf16": mx.bfloat16, "f16": mx.float16, "f32": mx.float32}[weights])
+    sampler = make_sampler(temp=1.0, top_p=0.9, top_k=50) if sampled else make_sampler(temp=0.0)
 
-    def run(ids: torch.Tensor, count: int, sampled: bool) -> None:
-        sampler = make_sampler(temp=1.0, top_p=0.9, top_k=50) if sampled else make_sampler(temp=0.0)
-        for _ in generate_step(mx.array(ids[0].tolist()), model, max_tokens=count, sampler=sampler):
-            pass
+    def run(ids: torch.Tensor, count: int) -> None:
+        list(generate_step(mx.array(ids[0].tolist()), model, max_tokens=count, sampler=sampler))
 
     return run
 
 
-def programs(device: str, bits: int, prompt: int) -> dict[str, Callable[[str, int], Run]]:
+def programs(device: str, bits: int, prompt: int) -> dict[str, Callable[[str, int, bool], Run]]:
     """The programs that are installed and run weights of `bits` bits (0: dense) on `device`."""
-    found: dict[str, Callable[[str, int], Run]] = {}
+    found: dict[str, Callable[[str, int, bool], Run]] = {}
     if device == "cpu" and has("llama_cpp"):
         found["llama-cpp-python"] = llama_cpp
     if not bits and device == {"darwin": "mps", "linux": "cpu"}.get(sys.platform) and has("mlx_lm"):

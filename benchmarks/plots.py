@@ -1,7 +1,7 @@
 """Plots of the results of every machine, as PNG files under docs/plots."""
 
+from itertools import chain, product
 from pathlib import Path
-from typing import Any
 
 from record import groups, machines, read
 from tables import case_of, split
@@ -11,40 +11,6 @@ DOCS = ROOT / "docs"
 COLOURS = {"torch_fused": "#0b6e4f", "transformers": "#c44536", "llama-cpp-python": "#e09f3e"}
 Series = dict[str, dict[str, float]]
 """The bars of each contender, by name."""
-
-
-def draw() -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    for folder in machines():
-        for name, (title, label, series_of) in PLOTS.items():
-            figure, axes = pyplot.subplots(layout="constrained")
-            if series := series_of(folder):
-                bars(axes, series)
-                axes.set(xlabel=label)
-                figure.suptitle(title)
-                plot_path(name, folder.name).parent.mkdir(parents=True, exist_ok=True)
-                figure.savefig(plot_path(name, folder.name), dpi=110, metadata={"Software": None})
-            pyplot.close(figure)
-
-
-def plot_path(name: str, slug: str) -> Path:
-    return DOCS / "plots" / f"{name}-{slug}.png"
-
-
-def bars(axes: Any, series: Series) -> None:
-    """Groups of horizontal bars, one bar per contender."""
-    names, height = list(dict.fromkeys(name for points in series.values() for name in points)), 0.8 / len(series)
-    for i, (contender, points) in enumerate(series.items()):
-        places, values = [row + i * height for row in range(len(names))], [points.get(name, 0.0) for name in names]
-        axes.barh(places, values, height, label=contender, color=COLOURS.get(contender))
-    axes.set_yticks([row + 0.4 - height / 2 for row in range(len(names))], names, fontsize=7)
-    axes.invert_yaxis()
-    axes.legend(fontsize=8)
-    axes.figure.set_size_inches(8, 1 + len(names) * len(series) * 0.13)
 
 
 def bandwidth(folder: Path) -> Series:
@@ -74,3 +40,32 @@ PLOTS = {
     "bandwidth": ("Bandwidth", "share of a copy of the same bytes", bandwidth),
     "tokens": ("Tokens per second", "tokens per second, prompt included", tokens),
 }
+
+
+def plot_path(name: str, slug: str) -> Path:
+    return DOCS / "plots" / f"{name}-{slug}.png"
+
+
+def draw() -> None:
+    """Groups of horizontal bars, one bar per contender."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    (DOCS / "plots").mkdir(exist_ok=True)
+    for folder, (name, (title, label, series_of)) in product(machines(), PLOTS.items()):
+        if not (series := series_of(folder)):
+            continue
+        names, height = list(dict.fromkeys(chain(*series.values()))), 0.8 / len(series)
+        figure, axes = pyplot.subplots(layout="constrained", figsize=(8, 1 + len(names) * len(series) * 0.13))
+        for i, (contender, points) in enumerate(series.items()):
+            places, values = [row + i * height for row in range(len(names))], [points.get(name, 0) for name in names]
+            axes.barh(places, values, height, label=contender, color=COLOURS.get(contender))
+        axes.set_yticks([row + 0.4 - height / 2 for row in range(len(names))], names, fontsize=7)
+        axes.invert_yaxis()
+        axes.legend(fontsize=8)
+        axes.set(xlabel=label)
+        figure.suptitle(title)
+        figure.savefig(plot_path(name, folder.name), dpi=110, metadata={"Software": None})
+        pyplot.close(figure)

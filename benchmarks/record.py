@@ -5,15 +5,16 @@ import csv
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import ROOT
+from timing import ROOT, Columns
 
 import torch_fused
 from torch_fused.devices import device_name
@@ -24,7 +25,6 @@ STAMP = ("device", "threads", "torch", "transformers", "torch_fused", "date")
 DISTURBED = 0.02
 """A case is measured again by the next run if its threads waited for a core for more than this share of the time."""
 Row = dict[str, str]
-Columns = Mapping[str, float | str | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,7 @@ def stamp(device: str) -> Row:
     return dict(zip(STAMP, (device_name(device), str(torch.get_num_threads()), *versions, date), strict=True))
 
 
+@cache
 def changed() -> datetime:
     """When the installed torch_fused last changed: its newest file."""
     folder = Path(torch_fused.__file__).parent
@@ -76,61 +77,43 @@ def waited() -> float:
     return sum(delays) / 1e9
 
 
-class Results:
-    """The rows of one benchmark on this machine. The file is rewritten with each case: an interrupted run goes on.
+def is_current(row: Row | None, device: str) -> bool:
+    """Whether there is a row that is up to date and was not disturbed."""
+    if row is None or datetime.fromisoformat(row["date"]) < changed() or float(row["waited"] or 0) > DISTURBED:
+        return False
+    now = stamp(device)
+    return all(row[name] == now[name] for name in STAMP[:-1])
 
-    Args:
-        bench: name of the file.
-        folder: of the results; the file is in the machine's folder in it.
-        device: that rows are measured on.
-        again: measure cases that are up to date again.
-        compiles: time torch.compile too.
+
+def rows_of(case: Case, path: Path, device: str, again: bool = False, compiles: bool = False) -> list[Row]:
+    """A case's rows. If one is not current, the case is measured and the file rewritten: an interrupted run goes on.
+
+    `again` measures current ones too, `compiles` includes contenders that torch.compile makes.
     """
-
-    def __init__(self, bench: str, folder: Path, device: str, again: bool = False, compiles: bool = False) -> None:
-        self.path = folder / slug(device_name(device)) / f"{bench}.csv"
-        self._device, self._again, self._compiles, self._changed = device, again, compiles, changed()
-        self._rows = {tuple(row[key] for key in KEYS): row for row in read(self.path)}
-
-    def current(self, key: tuple[str, ...]) -> Row | None:
-        """The row with these keys, if it is up to date and was not disturbed."""
-        row = self._rows.get(key)
-        if self._again or row is None or datetime.fromisoformat(row["date"]) < self._changed:
-            return None
-        now = stamp(self._device) | {"date": row["date"]}
-        undisturbed = float(row["waited"] or 0) <= DISTURBED
-        return row if undisturbed and all(row[name] == now[name] for name in STAMP) else None
-
-    def rows(self, case: Case) -> list[Row]:
-        """A case's rows. It is measured only if one is out of date."""
-        contenders = case.contenders(self._device)
-        if not self._compiles:
-            contenders = {name: each for name, each in contenders.items() if "compile" not in name}
-        keys = {name: (case.op, case.shape, case.dtype, case.kind, name) for name in contenders}
-        if not all(self.current(key) for key in keys.values()):
-            start, before = time.perf_counter(), waited()
-            columns = case.measure(contenders, self._device)
-            share = max(0.0, waited() - before) / (torch.get_num_threads() * (time.perf_counter() - start))
-            last = stamp(self._device) | {"waited": f"{share:.3f}" if self._device == "cpu" else ""}
-            for name, key in keys.items():
-                texts = {column: _text(value) for column, value in columns[name].items()}
-                self._rows[key] = dict(zip(KEYS, key, strict=True)) | texts | last
-            self._write()
-        return [self._rows[key] for key in keys.values()]
-
-    def _write(self) -> None:
-        columns = dict.fromkeys(name for row in self._rows.values() for name in row if name not in STAMP)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".part")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, (*columns, *STAMP), "", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self._rows.values())
-        partial.replace(self.path)
+    rows = {tuple(row[key] for key in KEYS): row for row in read(path)}
+    contenders = {name: each for name, each in case.contenders(device).items() if compiles or "compile" not in name}
+    keys = {name: (case.op, case.shape, case.dtype, case.kind, name) for name in contenders}
+    if again or not all(is_current(rows.get(key), device) for key in keys.values()):
+        start, before = time.perf_counter(), waited()
+        columns = case.measure(contenders, device)
+        share = max(0.0, waited() - before) / (torch.get_num_threads() * (time.perf_counter() - start))
+        last = {"waited": f"{share:.3f}" if device == "cpu" else "", **stamp(device)}
+        for name, key in keys.items():
+            texts = {column: f"{x:.4g}" if isinstance(x, float) else x or "" for column, x in columns[name].items()}
+            rows[key] = dict(zip(KEYS, key, strict=True)) | texts | last
+        write(path, list(rows.values()))
+    return [rows[key] for key in keys.values()]
 
 
-def _text(value: str | float | None) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+def write(path: Path, rows: list[Row]) -> None:
+    columns = dict.fromkeys(name for row in rows for name in row if name not in STAMP)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, (*columns, *STAMP), "", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)
 
 
 def read(path: Path) -> list[Row]:
@@ -141,9 +124,9 @@ def read(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def machines(folder: Path = RESULTS) -> Iterator[Path]:
+def machines(folder: Path = RESULTS) -> list[Path]:
     """The folders of the machines that have results."""
-    return (path for path in sorted(folder.glob("*")) if path.is_dir())
+    return [path for path in sorted(folder.glob("*")) if path.is_dir()]
 
 
 def groups(rows: Iterable[Row], *keys: str) -> dict[tuple[str, ...], list[Row]]:

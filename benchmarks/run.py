@@ -1,7 +1,5 @@
 """Runs the benchmarks of this machine, all or the ones named, and records their rows under benchmarks/results.
 
-    python benchmarks/run.py [BENCH ...] [--device cpu|cuda|mps] [--only TEXT] [--full] [--again] [--compile]
-
 An interrupted run goes on where it stopped. benchmarks/report.py then writes docs/benchmarks.md from the rows.
 """
 
@@ -11,33 +9,33 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+import ops
 from apple import counts
 from decode import decode
 from generate import requests
 from linear_cross_entropy import losses
 from metal_candle import rows
-from ops import adamw, draws, kv_cache, layer_norm, quantized, rms_norm, rope, softmax, swiglu
-from record import KEYS, RESULTS, STAMP, Case, Results
+from record import KEYS, RESULTS, STAMP, Case, rows_of, slug
 from timing import ROOT, keep_freed_memory
 from transformers.utils import logging
 
-from torch_fused.devices import best_device
+from torch_fused.devices import best_device, device_name
 
 BENCHES: dict[str, Callable[[str, bool], list[Case]]] = {
-    "adamw": adamw, "decode": decode, "kv_cache": kv_cache, "layer_norm": layer_norm,
-    "linear_cross_entropy": losses, "quantized": quantized, "rms_norm": rms_norm, "rope": rope, "sampling": draws,
-    "softmax": softmax, "swiglu": swiglu, "metal_candle": rows, "generate": requests, "apple": counts,
+    "adamw": ops.adamw, "apple": counts, "decode": decode, "generate": requests, "kv_cache": ops.kv_cache,
+    "layer_norm": lambda *_: ops.by_rows("layer_norm"), "linear_cross_entropy": losses, "metal_candle": rows,
+    "quantized": ops.quantized, "rms_norm": lambda *_: ops.by_rows("rms_norm", "add_rms_norm"), "rope": ops.rope,
+    "sampling": ops.draws, "softmax": lambda *_: ops.by_rows("softmax"),
+    "swiglu": lambda *_: ops.by_rows("silu_mul", "gelu_mul"),
 }  # fmt: skip
-"""The cases of each file of results."""
+"""The cases of each file of results, for a device, with or without the longer ones."""
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     names = f"{', '.join(BENCHES)} (default: all)"
     parser.add_argument("benches", nargs="*", choices=[*BENCHES, []], metavar="bench", help=names)
     parser.add_argument("--device", default=best_device(), help="cpu, cuda or mps (default: the best there is)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--only", default="", help="only cases with this in their names")
     parser.add_argument("--full", action="store_true", help="longer cases too")
     parser.add_argument("--again", action="store_true", help="measure rows that are up to date again")
@@ -49,15 +47,14 @@ def main() -> int:
         commands = ([sys.executable, __file__, bench, *options] for bench in args.benches or BENCHES)
         return max(subprocess.run(command, cwd=ROOT).returncode for command in commands)
     (bench,) = args.benches
-    torch.set_num_threads(args.threads)
     keep_freed_memory()
     logging.disable_progress_bar()
     device = "cpu" if bench == "apple" else args.device  # it counts, in the emulator
-    results = Results(bench, args.results, device, args.again, args.compile)
+    path = args.results / slug(device_name(device)) / f"{bench}.csv"
     for case in BENCHES[bench](device, args.full):
         if args.only in case.name:
             print(case.name, flush=True)
-            for row in results.rows(case):
+            for row in rows_of(case, path, device, args.again, args.compile):
                 columns = (f"{name} {value}" for name, value in row.items() if name not in (*KEYS, *STAMP) and value)
                 print(f"  {row['contender']:32s}", *columns, sep="  ", flush=True)
     return 0

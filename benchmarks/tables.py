@@ -1,28 +1,46 @@
-"""Tables of the results: what docs/benchmarks.md shows of the CSV files."""
+"""What docs/benchmarks.md and README.md say of the rows."""
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
-from apple import BANDWIDTH, LAUNCH_SECONDS, SHARE_REACHED, TOKEN, predicted
-from metal_candle import HONEST, PUBLISHED, Workload
-from metal_candle import rows as workloads
+from apple import BANDWIDTH, TOKEN, predicted
+from metal_candle import Workload
 from peers import LIBRARIES
-from record import Row, groups, read
+from record import Row, groups
 
 OURS = ("torch_fused", "FusedKVCache")
 READ = "a plain read"
 NO_RIVALS = {*LIBRARIES, READ, "a dict, no copy", "a dict, nothing allocated"}
-CASE = ("shape", "dtype", "kind")
-Groups = dict[tuple[str, ...], list[Row]]
+CHIPS = [f"{chip}, {gb_s:g} GB/s" for chip, gb_s in BANDWIDTH.items()]
 
 
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    header = list(header)
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+def cases(rows: Iterable[Row]) -> Iterable[list[Row]]:
+    """The rows that are compared with each other."""
+    return groups(rows, "op", "shape", "dtype", "kind").values()
 
 
-def duration(row: Row) -> str:
+def case_of(row: Row) -> str:
+    return ", ".join(filter(None, (f"{row['shape']} {row['dtype']}", row["kind"])))
+
+
+def is_ours(row: Row) -> bool:
+    return row["contender"].startswith(OURS)
+
+
+def first_rival(rows: list[Row]) -> Row | None:
+    return next((row for row in rows if not is_ours(row)), None)
+
+
+def split(rows: list[Row]) -> tuple[Row | None, Row | None, list[Row]]:
+    """Ours, the fastest of torch's, and the rest."""
+    ours = next((row for row in rows if row["contender"] in OURS), None)
+    rivals = [row for row in rows if not is_ours(row) and row["contender"] not in NO_RIVALS]
+    best = min(rivals, key=lambda row: float(row["ms"]), default=None)
+    return ours, best, [row for row in rows if row is not ours and row is not best]
+
+
+def duration(row: Row | None) -> str:
+    if row is None:
+        return ""
     ms = float(row["ms"])
     for unit, factor in (("s", 1e-3), ("ms", 1.0), ("us", 1e3)):
         if ms * factor >= 1:
@@ -30,20 +48,8 @@ def duration(row: Row) -> str:
     return f"{ms * 1e6:.3g} ns"
 
 
-def named(row: Row) -> str:
-    return f"{row['contender']} {duration(row)}"
-
-
-def case_of(row: Row) -> str:
-    return ", ".join(filter(None, (f"{row['shape']} {row['dtype']}", row["kind"])))
-
-
-def split(rows: list[Row]) -> tuple[Row | None, Row | None, list[Row]]:
-    """Ours, the fastest of torch's, and the rest."""
-    ours = next((row for row in rows if row["contender"] in OURS), None)
-    rivals = [row for row in rows if not row["contender"].startswith(OURS) and row["contender"] not in NO_RIVALS]
-    best = min(rivals, key=lambda row: float(row["ms"]), default=None)
-    return ours, best, [row for row in rows if row is not ours and row is not best]
+def named(row: Row | None) -> str:
+    return f"{row['contender']} {duration(row)}" if row else ""
 
 
 def ratio(ours: Row | None, best: Row | None) -> str:
@@ -58,114 +64,57 @@ def share(row: Row | None, rows: list[Row]) -> str:
     return f"{float(row['copy_share']):.2f}" if row and row.get("copy_share") else ""
 
 
-def op_table(rows: list[Row]) -> str:
-    """A line per case."""
-    lines = []
-    for each in groups(rows, *CASE).values():
-        ours, best, rest = split(each)
-        mine, theirs = duration(ours) if ours else "", named(best) if best else ""
-        others = "; ".join(map(named, rest))
-        lines.append((case_of(each[0]), mine, share(ours, each), theirs, ratio(ours, best), others))
-    return table(("", "torch_fused", "of copy", "torch's best", "times as fast", "others"), lines)
+def given(rows: Iterable[Row]) -> set[str]:
+    """The columns that have values."""
+    return {column for row in rows for column, value in row.items() if value}
 
 
-COLUMNS = {
-    "tokens_s": "tokens per second", "ms_token": "ms per token", "ttft_ms": "ms to the first",
-    "weights_mb": "MB of weights", "weight_grad_mb": "MB of the weight's gradient", "peak_mb": "MB in addition",
-    "ops_token": "ops per token", "launches_token": "launches per token",
-}  # fmt: skip
-"""Of benchmarks that measure more than a time."""
-
-
-def contender_table(rows: list[Row]) -> str:
-    """A line per contender, with all that was measured. They are compared with the first that is not ours."""
-    columns = {column: name for column, name in COLUMNS.items() if any(row.get(column) for row in rows)}
-    stock, lines = "", []
-    for each in groups(rows, *CASE).values():
-        first = next((row for row in each if not row["contender"].startswith(OURS)), None)
-        stock = first["contender"] if first else stock
-        for i, row in enumerate(each):
-            values = (row.get(column, "") for column in columns)
-            lines.append(("" if i else case_of(row), row["contender"], duration(row), ratio(row, first), *values))
-    return table(("", "", "time", f"times as fast as {stock}", *columns.values()), lines)
-
-
-def slower_table(compared: Iterable[list[Row]]) -> Iterator[str]:
-    """Every row of ours that is slower than torch's best, with a reason if the rows show one."""
-    lines = []
-    for rows in compared:
-        ours, best, _ = split(rows)
-        if ours and best and float(best["ms"]) < float(ours["ms"]):
-            name = f"{ours['op']}, {case_of(ours)}"
-            lines.append((name, duration(ours), named(best), ratio(ours, best), reason(ours, best)))
-    if lines:
-        yield "### Slower than torch's best\n"
-        yield table(("", "torch_fused", "torch's best", "times as fast", "what the rows show"), lines)
-
-
-def reason(ours: Row, best: Row) -> str:
-    low, high = (
-        float(row["ms"]) * (1 + sign * float(row.get("spread") or row["variation"]))
-        for row, sign in ((ours, -1), (best, 1))
-    )
-    if low <= high:
-        return "within the spread of both"
-    copy = float(ours.get("copy_share") or 0)
-    return f"bound by memory, at {copy:.2f} of a copy's bandwidth" if copy >= 0.8 else ""
-
-
-def metal_candle_table(rows: list[Row]) -> str:
-    found = groups(rows, "op", "kind")
+def of_workload(workload: Workload, rows: Iterable[Row]) -> tuple[str, str]:
+    """Our times and the others', with daggers where runs vary."""
 
     def marked(row: Row) -> str:
         variation = float(row["variation"])
         return duration(row) + (" ‡" if variation > 0.1 else " †" if variation > 0.05 else "")
 
-    lines = []
-    for each in workloads():
-        assert isinstance(each, Workload) and each.kind in (PUBLISHED, HONEST)
-        contenders = found.get((each.op, each.kind), [])
-        ours = "; ".join(marked(row) for row in contenders if row["contender"].startswith(OURS))
-        rest = (f"{row['contender']} {marked(row)}" for row in contenders if not row["contender"].startswith(OURS))
-        workload = f"{each.kind}: {each.shape}"
-        lines.append((each.op, each.quoted, workload, ours or "not run", "; ".join(rest) or "not run"))
-    return table(("row", "M4 Max, quoted", "workload", "torch_fused", "others"), lines)
+    found = groups(rows, "op", "kind").get((workload.op, workload.kind), [])
+    rest = (f"{row['contender']} {marked(row)}" for row in found if not is_ours(row))
+    return "; ".join(marked(row) for row in found if is_ours(row)), "; ".join(rest)
 
 
-def predictions(counted: list[Row]) -> Iterator[str]:
-    low, high = (f"{1e6 * seconds:.0f}" for seconds in LAUNCH_SECONDS)
-    yield "## Apple GPUs\n"
-    yield (
-        "**Predictions, not measurements: nothing here has run on an Apple GPU.** The emulator counts the launches of "
-        "each op and the bytes they move; a byte that one launch reads twice counts once. The lower bound takes these "
-        f"bytes at Apple's published bandwidth, and {low} us per launch. The upper bound takes {SHARE_REACHED[1]:.0%} "
-        f"of that bandwidth, and {high} us per launch, which is the host's time for a launch through torch. On a Mac, "
-        "`make bench` times the ops, and this page then has a section of that machine.\n"
+def slower(rows: Iterable[Row]) -> Iterator[tuple[Row, Row]]:
+    """Every row of ours that is slower than torch's best, and that one."""
+    for ours, best, _ in map(split, cases(rows)):
+        if ours and best and float(best["ms"]) < float(ours["ms"]):
+            yield ours, best
+
+
+def reason(ours: Row, best: Row) -> str:
+    """Why ours is slower, if the rows show it."""
+    least, most = (
+        float(row["ms"]) * (1 + sign * float(row.get("spread") or row["variation"]))
+        for row, sign in ((ours, -1), (best, 1))
     )
-    yield (
-        "A greedy token is one step of a whole model, whose head is its embedding, and the sampler. Its launches "
-        "and bytes are counted for one layer and two, and for two small vocabularies, and extended to the model. "
-        "Packed weights have groups of 64.\n"
-    )
+    if least <= most:
+        return "within the spread of both"
+    copy = float(ours.get("copy_share") or 0)
+    return f"bound by memory, at {copy:.2f} of a copy's bandwidth" if copy >= 0.8 else ""
 
-    def bounds(row: Row, gb_s: float) -> str:
+
+def bounds(row: Row) -> Iterator[str]:
+    """Of the time that a counted op should take on each of Apple's chips, or of a token's speed."""
+    for gb_s in BANDWIDTH.values():
         low, high = predicted(int(row["bytes"]), int(row["launches"]), gb_s)
-        if row["op"] == TOKEN:
-            return f"{1 / high:.0f} - {1 / low:.0f} per second"
-        return " - ".join(duration({"ms": str(1e3 * seconds)}) for seconds in (low, high))
-
-    lines = []
-    for row in counted:
-        predictions = (bounds(row, gb_s) for gb_s in BANDWIDTH.values())
-        lines.append((row["op"], case_of(row), row["launches"], f"{int(row['bytes']):,}", *predictions))
-    chips = (f"{chip}, {gb_s:g} GB/s" for chip, gb_s in BANDWIDTH.items())
-    yield table(("op", "", "launches", "bytes", *chips), lines)
+        times = (duration({"ms": str(1e3 * seconds)}) for seconds in (low, high))
+        yield f"{1 / high:.0f} - {1 / low:.0f} per second" if row["op"] == TOKEN else " - ".join(times)
 
 
-def results_of(folder: Path) -> dict[str, list[Row]]:
-    """The rows of a machine, by file."""
-    return {path.stem: read(path) for path in sorted(folder.glob("*.csv"))}
+def headline(rows: Iterable[Row], op: str, shape: str) -> str:
+    """How many times as fast as the best of torch's or transformers', for each dtype; of generation all models."""
 
+    def is_chosen(row: Row) -> bool:
+        generation = row["op"].startswith("generate, ") and row["contender"] in ("transformers", "torch_fused")
+        return row["shape"] == shape and (generation if op == "generate" else row["op"] == op)
 
-def compared(rows: Iterable[Row]) -> Groups:
-    return groups(rows, "op", *CASE)
+    chosen = [row for row in rows if is_chosen(row) and row["dtype"] in ("f32", "bf16")]
+    plain = [row for row in chosen if row["kind"] in ("", "normal", "greedy")]
+    return " / ".join(ratio(*split(each)[:2]) for each in groups(plain, "dtype", "kind").values())

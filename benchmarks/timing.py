@@ -1,13 +1,12 @@
-"""The timer of every benchmark: interleaved contenders, warm-up, medians and their spread."""
+"""The timer of every benchmark, which interleaves contenders, and the memory that a call takes."""
 
 import ctypes
+import gc
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,11 +15,10 @@ sys.path.append(str(ROOT))  # torch_fused need not be installed
 
 from torch_fused.devices import synchronize  # noqa: E402
 
-CACHE_BYTES = 256 << 20
-"""Buffers rotate through this much memory on a GPU, more than any cache holds."""
-PAUSE_CYCLES, PAUSE_SECONDS = 4_000_000, 2e-3
-"""How long a GPU waits before a sample: its clock is below 2 GHz."""
+CACHE_BYTES = 256 << 20  # buffers rotate through this much memory on a GPU, more than any cache holds
+PAUSE_CYCLES = 4_000_000  # how long a GPU waits before a sample: 2 ms
 Call = Callable[[], object]
+Columns = dict[str, float | str | None]
 
 
 def keep_freed_memory() -> None:
@@ -32,86 +30,55 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per call, one for each sample."""
-
-    samples: Sequence[float]
-
-    @property
-    def seconds(self) -> float:
-        return statistics.median(self.samples)
-
-    @property
-    def spread(self) -> float:
-        """The distance between the quartiles, over the median."""
-        low, median, high = statistics.quantiles(self.samples, n=4, method="inclusive")
-        return (high - low) / median
-
-    def columns(self) -> dict[str, float]:
-        return {"ms": self.seconds * 1e3, "spread": self.spread}
+def columns(samples: Sequence[float]) -> Columns:
+    """Their median, and the distance between their quartiles over it."""
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return {"ms": median * 1e3, "spread": (high - low) / median}
 
 
-class GpuMoment:
-    """A point on a CUDA device's time line, followed by a pause in which the host queues what is timed.
-
-    The difference of two is therefore the device's time, without the host's.
-    """
-
-    def __init__(self) -> None:
-        self._before, self._after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._before.record()
+def seconds(run: Call, device: str, wall: bool) -> float:
+    """Wall time, or a CUDA device's own: while it pauses, the host queues what is timed."""
+    if device.startswith("cuda") and not wall:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(PAUSE_CYCLES)
-        self._after.record()
-
-    def __sub__(self, earlier: "GpuMoment") -> float:
-        self._before.synchronize()
-        return earlier._after.elapsed_time(self._before) / 1e3
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def interleave(
-    contenders: Mapping[str, Sequence[Call]], device: str, *, rounds: int | None = None, calls: int | None = None,
-    target: float | None = None, wall: bool = False,
-) -> dict[str, Timing]:  # fmt: skip
-    """Times contenders in turn, a sample of each per round, after a warm-up.
+    contenders: Mapping[str, Sequence[Call]], device: str, *, rounds: int = 0, calls: int = 0, target: float = 0.02,
+    wall: bool = False,
+) -> dict[str, list[float]]:  # fmt: skip
+    """Seconds per call of contenders that are timed in turn, a sample of each per round, after a warm-up.
 
-    Args:
-        contenders: what to time. Each is a list of calls that do the same on buffers of their own, used in rotation.
-        device: whose time is measured.
-        rounds: samples of each contender; by default 5 to 15, as time allows.
-        calls: calls per sample; by default as many as fill `target`.
-        target: seconds per sample; by default 2 ms on CUDA and 20 ms elsewhere.
-        wall: measure wall time on CUDA too, not the time of the device.
+    A contender is a list of calls that do the same on buffers of their own, used in rotation. There are 5 to 15 rounds,
+    as time allows, and as many calls per sample as fill `target` seconds of wall time, or one on CUDA.
     """
-    events = device.startswith("cuda") and not wall
-
-    def now() -> Any:
-        if events:
-            return GpuMoment()
-        synchronize(device)
-        return time.perf_counter()
 
     def sample(ring: Sequence[Call], count: int) -> float:
-        begin = now()
-        for i in range(count):
-            ring[i % len(ring)]()
-        return (now() - begin) / count
+        def run() -> None:
+            for i in range(count):
+                ring[i % len(ring)]()
 
-    counts, once = {}, {}
+        return seconds(run, device, wall) / count
+
+    once, samples = {}, {name: [] for name in contenders}
     for name, ring in contenders.items():
         sample(ring, 1)
-        host = time.perf_counter()
         once[name] = max(sample(ring, 1), 1e-8)
-        host = time.perf_counter() - host
-        counts[name] = calls or max(1, int((target or (0.002 if events else 0.02)) / once[name]))
-        if events:  # no more than the host can queue in the pause
-            counts[name] = max(1, min(counts[name], int(PAUSE_SECONDS / host)))
-    rounds = rounds or max(5, min(15, int(len(once) / sum(once.values()))))
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, found in samples.items():
-            found.append(sample(contenders[name], counts[name]))
-    return {name: Timing(found) for name, found in samples.items()}
+    calls = calls or int(device.startswith("cuda") and not wall)
+    for _ in range(rounds or max(5, min(15, int(len(once) / sum(once.values()))))):
+        for name, ring in contenders.items():
+            samples[name].append(sample(ring, calls or max(1, int(target / once[name]))))
+    return samples
 
 
 def sets(nbytes: int, device: str) -> int:
@@ -129,3 +96,24 @@ def copies(nbytes: int, device: str) -> tuple[list[Call], int]:
         return lambda: target.copy_(source)
 
     return [copy() for _ in range(sets(nbytes, device))], 2 * half
+
+
+def peak_megabytes(call: Call, device: str) -> float | None:
+    """The most that a call takes in addition: of a GPU's memory, or on Linux of this process's; else None."""
+
+    def resident_peak() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
+    elif sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is in use now
+        before, peak = resident_peak(), resident_peak
+    else:
+        return None
+    call()
+    return (peak() - before) / 1e6

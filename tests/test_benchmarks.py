@@ -22,6 +22,7 @@ import decode  # noqa: E402
 import generate  # noqa: E402
 import linear_cross_entropy  # noqa: E402
 import metal_candle  # noqa: E402
+import models  # noqa: E402
 import ops  # noqa: E402
 import peers  # noqa: E402
 import record  # noqa: E402
@@ -33,6 +34,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
 from torch_fused import sampling  # noqa: E402
 from torch_fused.ops.decode import decode_token_  # noqa: E402
+
+SMALL = models.sizes(3, 128, 2, 1, 192, 3 * apple.PART)
 
 PUBLISHED = {
     "KV cache, single layer": "11.6 ns",
@@ -87,13 +90,13 @@ class Some(record.Case):
 
 
 @pytest.fixture
-def results(tmp_path):
-    return partial(record.Results, "some", tmp_path, "cpu")
+def rows_of(tmp_path):
+    return partial(record.rows_of, path=tmp_path / "machine" / "some.csv", device="cpu")
 
 
-def test_rows_are_kept(results, tmp_path):
-    results().rows(Some("a", ms=9.0))
-    results().rows(Some("a", "b", ms=1.23456))
+def test_rows_are_kept(rows_of, tmp_path):
+    rows_of(Some("a", ms=9.0))
+    rows_of(Some("a", "b", ms=1.23456))
     (path,) = tmp_path.glob("*/some.csv")
     with path.open() as file:
         assert next(csv.reader(file)) == [*record.KEYS, "ms", "waited", *record.STAMP]
@@ -101,28 +104,28 @@ def test_rows_are_kept(results, tmp_path):
     assert not list(tmp_path.glob("*/*.part"))
 
 
-def test_an_interrupted_run_goes_on(results, monkeypatch):
+def test_an_interrupted_run_goes_on(rows_of, monkeypatch):
     monkeypatch.setattr(record, "waited", lambda: 0.0)  # whatever else this machine does
-    results().rows(Some("a", ms=1.0))
-    assert results().rows(Some("a"))[0]["ms"] == "1"
-    assert len(results().rows(Some("a", "b", ms=1.0))) == 2  # "b" is missing, so both are measured
+    rows_of(Some("a", ms=1.0))
+    assert rows_of(Some("a"))[0]["ms"] == "1"
+    assert len(rows_of(Some("a", "b", ms=1.0))) == 2  # "b" is missing, so both are measured
     with pytest.raises(AssertionError, match="measured again"):
-        results(again=True).rows(Some("a"))
+        rows_of(Some("a"), again=True)
 
 
-def test_compiled_contenders_are_asked_for(results):
+def test_compiled_contenders_are_asked_for(rows_of):
     for compiles, names in (False, ["a"]), (True, ["a", "torch.compile"]):
-        rows = results(compiles=compiles).rows(Some("a", "torch.compile", ms=1.0))
+        rows = rows_of(Some("a", "torch.compile", ms=1.0), compiles=compiles)
         assert [row["contender"] for row in rows] == names
 
 
-def test_disturbed_rows_are_measured_again(results, monkeypatch):
+def test_disturbed_rows_are_measured_again(rows_of, monkeypatch):
     waits = itertools.count(0, 10**9)
     monkeypatch.setattr(record, "waited", lambda: next(waits))
-    (row,) = results().rows(Some("a", ms=1.0))
+    (row,) = rows_of(Some("a", ms=1.0))
     assert float(row["waited"]) > record.DISTURBED
     with pytest.raises(AssertionError, match="measured again"):
-        results().rows(Some("a"))
+        rows_of(Some("a"))
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError, ProcessLookupError])
@@ -135,8 +138,8 @@ def test_a_thread_that_ends_while_waits_are_counted(monkeypatch, error):
 
 
 @pytest.mark.parametrize("change", ["torch", "threads", "date"])
-def test_rows_of_something_else_are_measured_again(results, monkeypatch, change):
-    results().rows(Some("a", ms=1.0))
+def test_rows_of_something_else_are_measured_again(rows_of, monkeypatch, change):
+    rows_of(Some("a", ms=1.0))
     if change == "date":
         later = datetime.now(timezone.utc) + timedelta(seconds=5)
         monkeypatch.setattr(record, "changed", lambda: later)
@@ -144,7 +147,7 @@ def test_rows_of_something_else_are_measured_again(results, monkeypatch, change)
         now = record.stamp("cpu") | {change: "another"}
         monkeypatch.setattr(record, "stamp", lambda device: now)
     with pytest.raises(AssertionError, match="measured again"):
-        results().rows(Some("a"))
+        rows_of(Some("a"))
 
 
 # ---- cases ----------------------------------------------------------------------------------------------------------
@@ -196,9 +199,9 @@ def test_several_benchmarks_run_in_processes_of_their_own(monkeypatch):
 def test_peers_in_the_rows_of_metal_candle(monkeypatch):
     """Other libraries' kernels are timed in the rows of ops that they have, where they are installed."""
     makes = {
-        "softmax": lambda: metal_candle.softmax_of((2, 3, 8), "cpu"),
-        "rms_norm": lambda: metal_candle.norm_of("rms_norm", (4, 8), True, "cpu"),
-        "top-p 0.9": lambda: metal_candle.sample_honest("top-p 0.9", 100, "cpu"),
+        "softmax": lambda: metal_candle.softmax_of(2, 3, 8),
+        "rms_norm": lambda: metal_candle.norm_of("rms_norm", (4, 8), True),
+        "top-p 0.9": lambda: metal_candle.sampled("top-p 0.9", 100, True),
     }
     shapes = []
     found: dict = {"a library": {}}
@@ -232,10 +235,8 @@ def test_only_adapters_are_trained_in_the_rows_of_metal_candle():
 
 
 def test_timing():
-    found = timing.Timing([1.0, 2.0, 3.0, 4.0, 100.0])
-    assert found.seconds == 3.0
-    assert found.spread == pytest.approx(2 / 3)
-    assert metal_candle.columns(timing.Timing([1.0, 1.1, 1.0, 1.1, 9.0]))["outliers"] == "1"
+    assert timing.columns([1.0, 2.0, 3.0, 4.0, 100.0]) == {"ms": 3000.0, "spread": pytest.approx(2 / 3)}
+    assert metal_candle.columns([1.0, 1.1, 1.0, 1.1, 9.0])["outliers"] == "1"
 
 
 def test_contenders_are_interleaved():
@@ -244,7 +245,34 @@ def test_contenders_are_interleaved():
     found = timing.interleave(contenders, "cpu", rounds=3, calls=2)
     measured = [["a0", "a1"], ["b0", "b1"]] * 3
     assert calls == ["a0", "a0", "b0", "b0", *itertools.chain(*measured)]  # twice first, to warm up and to plan
-    assert all(len(each.samples) == 3 for each in found.values())
+    assert all(len(samples) == 3 for samples in found.values())
+
+
+@pytest.mark.parametrize("wall", [False, True])
+def test_a_gpu_pauses_while_calls_are_queued(monkeypatch, wall):
+    """Unless wall time is asked for. The pause is not part of the time."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("event")
+
+        def synchronize(self):
+            done.append("wait")
+
+        def elapsed_time(self, end):
+            return 6.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("pause"))
+    monkeypatch.setattr(timing, "synchronize", lambda device: done.append("wait"))
+    found = timing.interleave({"a": [lambda: done.append("call")]}, "cuda", rounds=1, calls=2, wall=wall)
+    one = ["wait", "call", "call", "wait"] if wall else ["pause", "event", "call", "call", "event", "wait"]
+    assert done[-len(one) :] == one
+    assert wall or found == {"a": [0.003]}
 
 
 def test_generation_is_measured():
@@ -258,7 +286,7 @@ def test_generation_is_measured():
             assert ids.shape == (2, 5)
             calls.append((name, count))
 
-        return generate.Contender(run, model if name == "transformers" else None)
+        return run, model if name == "transformers" else None
 
     found = request.measure({name: partial(make, name) for name in ("transformers", "b")}, "cpu")
     timed = [(name, count) for name in ("transformers", "b") for count in (1, 8)]
@@ -268,13 +296,13 @@ def test_generation_is_measured():
 
 
 def test_a_patched_model_shares_the_weights_of_the_stock_one():
-    model = generate.endless(Qwen2ForCausalLM(Qwen2Config(**tiny(), vocab_size=64)).eval())
-    stock, fused = (make({"do_sample": False}, lambda: model) for make in (generate.stock, generate.fused))
-    pairs = zip(stock.model.parameters(), fused.model.parameters(), strict=True)
+    model = Qwen2ForCausalLM(Qwen2Config(**SMALL | {"vocab_size": 64})).eval()
+    (stock, same), (fused, patched) = (generate.contender(lambda: model, ours, do_sample=False) for ours in (0, 1))
+    pairs = zip(model.parameters(), patched.parameters(), strict=True)
     assert all(ours is theirs for ours, theirs in pairs)
     ids = torch.arange(6).view(1, 6)
-    assert torch.equal(stock.run(ids, 5), fused.run(ids, 5))
-    assert hasattr(fused.model, "_torch_fused_decoder") and not hasattr(model, "_torch_fused_decoder")
+    assert torch.equal(stock(ids, 5), fused(ids, 5))
+    assert same is model and not hasattr(model, "_torch_fused_decoder") and hasattr(patched, "_torch_fused_decoder")
 
 
 def test_contenders_of_the_loss_are_interleaved():
@@ -309,11 +337,9 @@ def test_readme_is_short():
 
 
 def test_every_row_of_metal_candle_is_there_twice():
-    rows = metal_candle.rows()
-    published = {row.op: row.quoted for row in rows if row.kind == metal_candle.PUBLISHED}
-    assert published == PUBLISHED
+    assert {row.op for row in metal_candle.rows()} == PUBLISHED.keys()
     lines = report.REPORT.read_text().splitlines()
-    for name, quoted in published.items():
+    for name, quoted in PUBLISHED.items():
         two = [
             [line for line in lines if line.startswith(f"| {name} |") and f"| {kind}: " in line]
             for kind in (metal_candle.PUBLISHED, metal_candle.HONEST)
@@ -322,20 +348,35 @@ def test_every_row_of_metal_candle_is_there_twice():
         assert all(f"| {quoted} |" in line or not quoted for line in two[0])
 
 
-def test_a_row_that_was_not_run_says_so():
-    assert tables.metal_candle_table([]).count("| not run | not run |") == len(metal_candle.rows())
+@pytest.fixture
+def page_of(tmp_path):
+    """The page of a machine with these rows, which have what is not given in common."""
+
+    def page(*rows):
+        common = {"op": "softmax", "shape": "(1, 1)", "dtype": "f32", "kind": ""} | record.stamp("cpu")
+        record.write(tmp_path / "machine" / "softmax.csv", [common | row for row in rows])
+        return report.page(tmp_path)
+
+    return page
+
+
+def test_a_row_that_was_not_run_says_so(page_of):
+    page = page_of({"contender": "torch_fused", "ms": "2"})
+    assert page.count("| not run | not run |") == len(metal_candle.rows())
 
 
 @pytest.mark.parametrize(
     "spread, share, reason",
     [("0.01", "0.5", ""), ("0.9", "0.5", "within the spread of both"), ("0.01", "0.9", "bound by memory, at 0.90")],
 )
-def test_slower_rows_have_the_reasons_that_the_rows_show(spread, share, reason):
-    row = {"op": "softmax", "shape": "(1, 1)", "dtype": "f32", "kind": "", "spread": spread, "copy_share": share}
-    rows = [row | {"contender": name, "ms": ms} for name, ms in (("torch_fused", "2"), ("torch.softmax", "1"))]
-    page = "\n".join(tables.slower_table([rows]))
+def test_slower_rows_have_the_reasons_that_the_rows_show(page_of, spread, share, reason):
+    ours, best = (
+        {"contender": name, "ms": ms, "spread": spread, "copy_share": share}
+        for name, ms in (("torch_fused", "2"), ("torch.softmax", "1"))
+    )
+    page = page_of(ours, best)
     assert f"| softmax, (1, 1) f32 | 2 ms | torch.softmax 1 ms | 0.50 | {reason}" in page
-    assert not list(tables.slower_table([rows[:1]]))
+    assert "Slower" in page and "Slower" not in page_of(ours)
 
 
 def test_a_share_beside_a_plain_read_is_of_that_read():
@@ -375,21 +416,14 @@ def test_what_is_counted_for_a_prediction():
     assert launches == 1 and operands <= moved < operands + 256
 
 
-def tiny() -> dict[str, int]:
-    sizes = decode.sizes(3, 128, 2, 1, 192, 3 * apple.PART)
-    return {name: value for name, value in sizes.items() if name != "vocab_size"}
-
-
 @pytest.mark.parametrize("bits", [0, 4])
 def test_what_is_counted_for_a_token(bits, monkeypatch):
     """Of parts of a model; here the whole is small enough to be counted too."""
-    sizes = decode.sizes(3, 128, 2, 1, 192, 3 * apple.PART)
-    monkeypatch.setitem(decode.MODELS, "small", (Qwen2Config, Qwen2ForCausalLM, sizes))
+    monkeypatch.setitem(models.CONFIGS, "small", partial(Qwen2Config, **SMALL))
     launches, moved = apple.token("small", bits)
     greedy = apple.counted(partial(sampling.greedy, torch.zeros(1, 3 * apple.PART)))[0]
-    assert launches == 5 * sizes["num_hidden_layers"] + 2 + greedy
+    assert launches == 5 * SMALL["num_hidden_layers"] + 2 + greedy
     shape = (1, 1, apple.CONTEXT)
-    model = decode.shaped("small", "cpu", torch.bfloat16, bits)
-    step = partial(decode_token_, decode.decoder_of(model), *decode.operands(model, shape))
-    assert (launches, moved) == apple.counted(step)
+    step = decode.step(models.made("small", torch.bfloat16, bits=bits), shape)
+    assert (launches, moved) == apple.counted(partial(decode_token_, *step.args))
     assert decode.nbytes("small", bits, shape, torch.bfloat16) < moved
