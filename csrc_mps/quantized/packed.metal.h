@@ -1,6 +1,7 @@
 // How a lane reads and multiplies the rows of a packed matrix.
 #pragma once
 #include <metal_stdlib>
+#include "decode/decode_params.h"
 #include "decode/vectors.metal.h"
 using namespace metal;
 using namespace torch_fused;
@@ -38,7 +39,7 @@ struct PackedPack {
   // Column j's weight.
   float get(int j) const {
     const float step = float(scale) * offset(j);
-    return fma(step, fraction(j, 0x3f800000u), float(bias) - step);
+    return fma(step, fraction(j, kOne), float(bias) - step);
   }
 
   // The product with W values. `one` should be no constant to the compiler: an NVIDIA instruction takes only one, and
