@@ -446,3 +446,75 @@ def test_a_subclass_of_a_known_model_is_reported():
         report = apply_torch_fused(model).report()
     assert "5 x Qwen2RMSNorm.forward" in report
     assert "not patched: Subclassed: its class is test_hf_left_alone.Subclassed, not Qwen2ForCausalLM itself" in report
+
+
+def forward_hook(linear, count):
+    return linear.register_forward_hook(lambda *_: count())
+
+
+def forward_pre_hook(linear, count):
+    return linear.register_forward_pre_hook(lambda *_: count())
+
+
+def backward_hook(linear, count):
+    return linear.register_full_backward_hook(lambda *_: count())
+
+
+def backward_pre_hook(linear, count):
+    return linear.register_full_backward_pre_hook(lambda *_: count())
+
+
+def own_forward(linear, count):
+    own = linear.forward
+    linear.forward = lambda x: (count(), own(x))[1]
+
+
+def compiled_call(linear, count):
+    own = linear._call_impl
+    linear._compiled_call_impl = lambda x: (count(), own(x))[1]  # what compile() sets
+
+
+@pytest.mark.parametrize(
+    "change", [forward_hook, forward_pre_hook, backward_hook, backward_pre_hook, own_forward, compiled_call]
+)
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"])
+def test_a_changed_linear_layer_is_called(name, change):
+    """Other linear layers of a patched model are multiplied without a call of their module."""
+    stock, patched = make_model(), make_model()
+    apply_torch_fused(patched)
+    calls = []
+    change(patched.model.layers[1].get_submodule(name), lambda: calls.append(1))
+    ids = prompt(2, 9)
+    losses = [model(ids, labels=ids).loss for model in (stock, patched)]
+    torch.testing.assert_close(*losses)
+    losses[1].backward()
+    assert len(calls) == 1
+
+
+def test_hooks_on_all_modules_see_every_linear_layer():
+    patched = make_model()
+    apply_torch_fused(patched)
+    seen = []
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module)):
+        patched(prompt(2, 9))
+    assert {id(module) for module in patched.modules() if type(module) is nn.Linear} <= set(map(id, seen))
+
+
+def test_a_weight_that_is_not_a_parameter():
+    """FSDP1, for example, makes it an attribute."""
+    stock, patched = make_model(), make_model()
+    apply_torch_fused(patched)
+    linear = patched.model.layers[0].mlp.down_proj
+    weight = linear.weight.detach()
+    del linear.weight
+    linear.weight = weight
+    torch.testing.assert_close(patched(prompt(2, 9)).logits, stock(prompt(2, 9)).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_feed_forward_layer_of_any_shape():
+    """Without tokens, and of one token without other dimensions."""
+    stock, patched = make_model(), make_model()
+    apply_torch_fused(patched)
+    for shape in ((64,), (0, 64), (2, 0, 64), (2, 1, 3, 64)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(patched.model.layers[0].mlp(x), stock.model.layers[0].mlp(x))

@@ -87,6 +87,15 @@ def test_errors_of_half_types_are_not_above_torchs(dtype, scale):
         assert relative_error(a, e) <= limit * relative_error(s, e) + 1e-6, name
 
 
+def test_the_factor_of_the_loss_is_not_rounded(backend):
+    """The gradients of the hidden states and of the weight are multiplied in float32, and rounded once."""
+    *tensors, target = operands(600, 8, 70, torch.bfloat16)
+    tensors, third = [t.to(backend.device) for t in tensors], torch.tensor(1 / 3)
+    once, found = gradients(ours(target), tensors), gradients(ours(target), tensors, third)
+    for gradient, whole in zip(found[1:], once[1:], strict=True):
+        assert torch.equal(gradient, (whole.float() * third.to(whole.device)).to(torch.bfloat16))
+
+
 def test_float16_keeps_small_gradients():
     """With 65,536 classes, each probability divided by the number of rows would underflow in float16."""
     hidden, weight, bias, target = operands(64, 8, 65536, torch.float16, ignored=0.0)

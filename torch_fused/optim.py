@@ -222,10 +222,11 @@ class AdamW(torch.optim.AdamW):
     def _state_of(self, param: Tensor, names: list[str], counts_on: torch.device) -> dict[str, Tensor]:
         """The state of a parameter, created or completed, with its step on the device `counts_on`."""
         state = self.state[param]
-        if "step" not in state:
+        step = state.get("step")
+        if step is None:
             state["step"] = torch.zeros((), dtype=torch.float32, device=counts_on)
-        elif (device := state["step"].device) != counts_on:
-            state["step"] = state["step"].to(counts_on, non_blocking=device.type == "cpu")
+        elif step.device != counts_on:
+            state["step"] = step.to(counts_on, non_blocking=step.is_cpu)
         for name in names:
             if name not in state:
                 state[name] = torch.zeros_like(param, dtype=self.state_dtype or param.dtype)
@@ -271,17 +272,14 @@ class _Gradients:
 
     def __init__(self, group: dict[str, Any]) -> None:
         _check_group(group)
-        self.params = [param for param in group["params"] if param.grad is not None]
-        for param in self.params:
-            _check_gradient(param)
-        self.sharded = any(is_sharded(param) for param in self.params)
-        grads = [param.grad for param in self.params]
+        found = [(param, grad) for param in group["params"] if (grad := param.grad) is not None]
+        for _, grad in found:
+            _check_gradient(grad)
+        self.params = [param for param, _ in found]
+        self.sharded = any(map(is_sharded, self.params))
         if self.sharded:
-            grads = [local(as_parameter(grad, param)) for grad, param in zip(grads, self.params, strict=True)]
-        self.grads = [
-            grad if grad.dtype == param.dtype else grad.to(param.dtype)
-            for grad, param in zip(grads, self.params, strict=True)
-        ]
+            found = [(param, local(as_parameter(grad, param))) for param, grad in found]
+        self.grads = [grad if grad.dtype == param.dtype else grad.to(param.dtype) for param, grad in found]
 
     def by_device(self) -> dict[torch.device, list[int]]:
         """The indices of the parameters on each device."""
@@ -312,8 +310,7 @@ def _check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"AdamW: {name} must be {only}, got {group[name]}; use torch.optim.AdamW instead")
 
 
-def _check_gradient(param: Tensor) -> None:
-    grad: Any = param.grad
+def _check_gradient(grad: Tensor) -> None:
     if grad.layout != torch.strided:
         layout = str(grad.layout).removeprefix("torch.")
         raise ValueError(

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, without importing torch.distributed."""
-    return hasattr(tensor, "to_local")
+    return type(tensor) not in (Tensor, Parameter) and hasattr(tensor, "to_local")
 
 
 def local(tensor: Any) -> Tensor:

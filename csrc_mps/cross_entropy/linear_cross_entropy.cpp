@@ -82,6 +82,9 @@ constexpr int64_t kChunks = 8;
 // Rows below which a product takes longer than reading the weight does. On a CPU 256 rows are faster than 128: so many
 // of a chunk of kFewLogits.
 constexpr int64_t kLeastCpuRows = 128, kEnoughCpuRows = 256, kLeastGpuRows = 512, kFewLogits = int64_t{1} << 24;
+// On a GPU each chunk after the first also reads and writes the sum of the weight's gradients, which takes as long as
+// the products of some hundred rows: up to so many rows, a chunk is a quarter of all.
+constexpr int64_t kFewGpuChunks = 4, kEnoughGpuRows = 1024;
 
 // The sum over chunks of gradient^T hidden. Sums of a half type are kept in float32 and rounded once; a weight that
 // sees one chunk only needs no such sum.
@@ -123,8 +126,9 @@ class WeightGradient {
 
 int64_t chunk_rows(const Tensor& hidden, const Tensor& weight, bool need_weight) {
   const int64_t rows = hidden.size(0);
-  const int64_t few = std::clamp(kFewLogits / weight.size(0), kLeastCpuRows, kEnoughCpuRows);
-  const int64_t least = hidden.is_cpu() ? few : kLeastGpuRows;
+  const int64_t least = hidden.is_cpu()
+                            ? std::clamp(kFewLogits / weight.size(0), kLeastCpuRows, kEnoughCpuRows)
+                            : std::clamp((rows + kFewGpuChunks - 1) / kFewGpuChunks, kLeastGpuRows, kEnoughGpuRows);
   const int64_t chunk = std::min(rows, std::max((rows + kChunks - 1) / kChunks, least));
   if (need_weight && weight.element_size() == 2) {
     // The sum in float32 may take more than all logits do.
@@ -266,12 +270,12 @@ bool is_one(const Tensor& number) {
   return number.item<double>() == 1;
 }
 
-// The gradient times the factor, in place. Torch rounds a factor on a GPU to the dtype of what it multiplies: in blocks
-// of float32 instead.
+// The gradient times the factor, in place. Torch rounds a factor on a GPU to the dtype of what it multiplies, if it has
+// no dimensions. With one, CUDA's kernel multiplies in float32; elsewhere that is done in blocks.
 void scale_by(const Tensor& gradient, const Tensor& factor) {
   constexpr int64_t kBlock = 1 << 24;  // elements
-  if (gradient.is_cpu() || gradient.element_size() > 2) {
-    gradient.mul_(factor);
+  if (gradient.is_cpu() || gradient.is_cuda() || gradient.element_size() > 2) {
+    gradient.mul_(gradient.is_cuda() ? factor.view({1}) : factor);
     return;
   }
   const Tensor flat = gradient.view({-1});

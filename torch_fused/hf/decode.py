@@ -21,6 +21,7 @@ from .described import names_of
 from .families import FAMILIES, WRAPPERS, family_of_model
 from .loss import LOSS, has_labels
 from .models import take_cache
+from .no_cache import without_waiting
 from .origin import class_name, describe, home_of, is_ours, is_own
 from .plan import Left, Plan, read
 from .transformers_private import CACHE, attention_of, experts_function_of, mask_function_of
@@ -308,7 +309,7 @@ def causal_lm_forward(self, *args: Any, **kwargs: Any) -> Any:
     if loss is None or not has_labels(names, args, kwargs):
         return forward(*args, **kwargs)
     with loss.running():
-        return forward(*args, **kwargs)
+        return without_waiting(self, forward, {**dict(zip(names, args, strict=False)), **kwargs})
 
 
 _forwards: dict[str, FunctionType] = {}

@@ -273,12 +273,13 @@ class _Steps:
                 self._hook = register_optimizer_step_post_hook(self._stepped)
 
     def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        stepped = {id(param) for param in params}
-        # A head has the whole of a weight while it is called, the optimizer what this process keeps of it.
-        shapes = {param.shape for param in params if is_sharded(param)}
         with self._lock:
-            for source in list(self._sources):
+            sources = list(self._sources)  # none, usually: nobody has kept the logits
+            params = [param for group in optimizer.param_groups for param in group["params"]] if sources else []
+            stepped = {id(param) for param in params}
+            # A head has the whole of a weight while it is called, the optimizer what this process keeps of it.
+            shapes = {param.shape for param in params if is_sharded(param)}
+            for source in sources:
                 if stepped & {id(source.weight), id(source.bias)} or source.weight.shape in shapes:
                     source.stepped = True
                     self._sources.discard(source)

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
@@ -39,9 +40,9 @@ def _is_left(module: nn.Module) -> bool:
 
 
 def rms_norm_forward(self, hidden_states: Tensor) -> Tensor:
-    if _is_left(self) or not is_plain(hidden_states, self.weight):
+    if _is_left(self) or not is_plain(hidden_states, weight := self.weight):
         return type(self).forward(self, hidden_states)
-    return rms_norm(hidden_states, self.weight.shape, self.weight, **_norm_options(self))
+    return rms_norm(hidden_states, weight.shape, weight, **_norm_options(self))
 
 
 def _norm_options(norm: Any) -> dict[str, Any]:
@@ -92,16 +93,21 @@ def _attention_forward(
     held = take_cache(kwargs)
     rows = hidden_states.shape[:-1]
     heads = (*rows, -1, self.head_dim)
+    modules = self._modules  # its attributes take longer
+    layers = [modules[name] for name in ((family.qkv,) if family.qkv else ("q_proj", "k_proj", "v_proj"))]
+    output: Any = modules["o_proj"]
+    matrices = matrices_of(hidden_states, *layers, output)
+    products = products_of(hidden_states, layers, matrices)
     if family.qkv:
         sizes = [n * self.head_dim for n in (self.config.num_attention_heads, *[self.config.num_key_value_heads] * 2)]
-        q, k, v = getattr(self, family.qkv)(hidden_states).split(sizes, -1)
+        q, k, v = products[0].split(sizes, -1)
     else:
-        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        q, k, v = products
     gate = None
     if family.gated:
         q, gate = q.view(*rows, -1, 2 * self.head_dim).chunk(2, -1)
     if family.qk_norm == "row":
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.q_norm(q.view(*rows, -1)), self.k_norm(k.view(*rows, -1))
     q, k, v = q.view(heads), k.view(heads), v.view(heads)
     if family.qk_norm == "head":
         q, k = self.q_norm(q), self.k_norm(k)
@@ -126,10 +132,51 @@ def _attention_forward(
     attended, weights = attend(
         self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **options, **kwargs
     )
-    attended = attended.reshape(*rows, -1)
+    shape = (rows.numel(), -1) if matrices else (*rows, -1)
+    attended = attended.reshape(shape)
     if gate is not None:
-        attended = attended * torch.sigmoid(gate.reshape(*rows, -1))
-    return self.o_proj(attended), weights
+        attended = attended * torch.sigmoid(gate.reshape(shape))
+    return F.linear(attended, *matrices[-1]).view(*rows, -1) if matrices else output(attended), weights
+
+
+Matrices = list[tuple[Any, Any]]
+"""The weights and biases of linear layers."""
+
+
+def matrices_of(x: Any, *layers: Any) -> Matrices:
+    """Those of all the layers, if calling them with x does nothing but `F.linear`; else of none.
+
+    A call of a module takes about as long as starting a product.
+    """
+    if type(x) is not Tensor or x.dim() < 2 or home_of(nn.Linear) is None:
+        return []
+    if _has_any_global_hook() or torch._C._get_tracing_state():
+        return []
+    found = []
+    for layer in layers:
+        if (
+            type(layer) is not nn.Linear
+            or "forward" in layer.__dict__
+            or layer._forward_hooks
+            or layer._forward_pre_hooks
+            or layer._backward_hooks
+            or layer._backward_pre_hooks
+            or layer._compiled_call_impl is not None
+        ):
+            return []
+        parameters = layer._parameters
+        if "weight" not in parameters or "bias" not in parameters:  # they are elsewhere, as in FSDP1
+            return []
+        found.append((parameters["weight"], parameters["bias"]))
+    return found
+
+
+def products_of(x: Tensor, layers: list[Any], matrices: Matrices) -> list[Tensor]:
+    """What each layer makes of x: rows, if there are matrices, as autograd takes two more steps for other shapes."""
+    if not matrices:
+        return [layer(x) for layer in layers]
+    rows = x.flatten(0, -2)
+    return [F.linear(rows, weight, bias) for weight, bias in matrices[: len(layers)]]
 
 
 def _rotated(home: Any, q: Tensor, k: Tensor, tables: Any, float32: bool) -> tuple[Tensor, Tensor]:
@@ -156,17 +203,21 @@ def gated_op_of(activation: Any) -> Callable[..., Tensor] | None:
 
 
 def mlp_forward(self, x: Tensor) -> Tensor:
-    gated = None if _is_left(self) else gated_op_of(getattr(self, family_of(self).activation))
+    family, modules = family_of(self), self._modules
+    activation = getattr(self, family.activation)
+    gated = None if _is_left(self) else gated_op_of(activation)
     if gated is None:
         return type(self).forward(self, x)
-    family = family_of(self)
-    if family.gate_up:
-        gate, up = getattr(self, family.gate_up)(x).chunk(2, -1)
-    else:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-    if is_plain(gate, up):
-        return self.down_proj(gated(gate, up))
-    return self.down_proj(getattr(self, family.activation)(gate) * up)
+    layers = [modules[name] for name in ((family.gate_up,) if family.gate_up else ("gate_proj", "up_proj"))]
+    down: Any = modules["down_proj"]
+    matrices = matrices_of(x, *layers, down)
+    products = products_of(x, layers, matrices)
+    gate, up = products[0].chunk(2, -1) if family.gate_up else products
+    fed = gated(gate, up) if is_plain(gate, up) else activation(gate) * up
+    if not matrices:
+        return down(fed)
+    fed = F.linear(fed, *matrices[-1])
+    return fed.view(*x.shape[:-1], fed.shape[-1])
 
 
 def apply_gate(self, gate_up: Tensor) -> Tensor:
@@ -213,25 +264,28 @@ def _decoder_layer_forward(
     drop, drop_mlp = family.dropouts or (None, None)
 
     held = take_cache(kwargs)
-    residual, hidden_states = hidden_states, _through(self, hidden_states, before)
+    modules = self._modules  # its attributes take longer
+    residual = hidden_states
+    if before is not None:
+        hidden_states = _normed(modules[before], hidden_states)
     given = {"hidden_states": hidden_states, "attention_mask": attention_mask, **kwargs}
-    if family.linear_attention and family.linear_attention in self._modules:
-        mixer = getattr(self, family.linear_attention)
+    if family.linear_attention and family.linear_attention in modules:
+        mixer = modules[family.linear_attention]
         cls: Any = type(mixer)
         attended = mixer(**{cache_argument(cls): held}, **given)
     else:
         places = {"position_ids": position_ids, "position_embeddings": position_embeddings}
-        attended, _ = self.self_attn(**{CACHE: held}, **places, **given)
+        attended, _ = modules["self_attn"](**{CACHE: held}, **places, **given)
     attended = _through(self, attended, after, drop)
     if scale is not None:
         attended = attended * scale
-    norm = getattr(self, before_mlp) if before_mlp else None
+    norm = modules[before_mlp] if before_mlp else None
     if norm is not None and _can_join(norm, attended, residual):
         normed, residual = add_rms_norm(attended, residual, norm.weight, **_norm_options(norm))
     else:
         residual = residual + attended
         normed = residual if norm is None else norm(residual)
-    fed = self.mlp(normed)
+    fed = modules["mlp"](normed)
     if isinstance(fed, tuple):  # of a mixture of experts
         fed = fed[0]
     fed = _through(self, fed, after_mlp, drop_mlp)
@@ -246,18 +300,27 @@ def _through(layer: Any, states: Tensor, *names: str | None) -> Tensor:
     return states
 
 
-def _can_join(norm: nn.Module, hidden_states: Tensor, residual: Tensor) -> bool:
+def _only_norms(norm: nn.Module) -> bool:
+    """Whether `norm` only calls `rms_norm`."""
+    own = function_of(norm.__dict__.get("forward")) is rms_norm_forward
+    return own and _is_bare(norm) and home_of(type(norm)) is not None
+
+
+def _normed(norm: Any, hidden_states: Tensor) -> Tensor:
+    return rms_norm_forward(norm, hidden_states) if _only_norms(norm) else norm(hidden_states)
+
+
+def _can_join(norm: Any, hidden_states: Tensor, residual: Tensor) -> bool:
     """Whether `norm` only calls `rms_norm`, and `add_rms_norm` supports the tensors."""
-    if (
-        function_of(norm.__dict__.get("forward")) is not rms_norm_forward
-        or is_hooked(norm)
-        or home_of(type(norm)) is None
-    ):
+    if not _only_norms(norm):
         return False
+    weight = norm.weight
     # Autocast, or a norm kept in float32, mixes dtypes; a split model has tensors on several devices.
-    tensors = (hidden_states, residual, norm.weight)
-    alike = len({tensor.dtype for tensor in tensors}) == len({tensor.device for tensor in tensors}) == 1
-    return alike and is_plain(*tensors)
+    alike = (
+        hidden_states.dtype == residual.dtype == weight.dtype
+        and hidden_states.device == residual.device == weight.device
+    )
+    return alike and is_plain(hidden_states, residual, weight)
 
 
 def is_plain(*tensors: Any) -> bool:
@@ -285,6 +348,11 @@ def is_hooked(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or _has_any_global_hook()
     )
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether calling a module runs its forward and nothing else, and the call is not recorded."""
+    return module._compiled_call_impl is None and not is_hooked(module) and not torch._C._get_tracing_state()
 
 
 def is_transformed(*tensors: Tensor) -> bool:

@@ -143,10 +143,11 @@ def linear_cross_entropy(
     r"""``F.cross_entropy(F.linear(hidden, weight, bias), target)`` without all logits in memory.
 
     The logits are computed for one chunk of rows at a time: an eighth of the rows, at least 128 (256 of up to 65,536
-    classes, 512 on a GPU). Their gradient overwrites them, and the gradients of ``hidden``, ``weight`` and ``bias``, if
-    required, are accumulated from it in the forward pass. The backward pass multiplies them by the incoming gradient.
-    With ``reduction="none"`` and in float16, the backward pass computes the logits again instead; in float16, small
-    gradients would become 0 without the scale of the loss. On the CPU, ignored rows are skipped.
+    classes; on a GPU 512, and 1024 of 4096 rows or more). Their gradient overwrites them, and the gradients of
+    ``hidden``, ``weight`` and ``bias``, if required, are accumulated from it in the forward pass. The backward pass
+    multiplies them by the incoming gradient. With ``reduction="none"`` and in float16, the backward pass computes the
+    logits again instead; in float16, small gradients would become 0 without the scale of the loss. On the CPU, ignored
+    rows are skipped.
 
     Differentiable in ``hidden``, ``weight`` and ``bias``. Second derivatives, forward mode and :mod:`torch.func` use
     torch's own ops, with all logits in memory.
