@@ -96,6 +96,7 @@ def extension() -> dict:
                     "-fno-trapping-math",  # otherwise g++ does not vectorise loops with comparisons below AVX-512
                     "-fno-math-errno",  # a sqrt that sets errno prevents vectorisation
                     "-fvisibility=hidden",
+                    "-DAT_PER_OPERATOR_HEADERS",  # otherwise autograd's headers include every op of torch
                     "-Wall",
                     "-Wextra",
                     "-Wno-unknown-pragmas",
@@ -112,5 +113,6 @@ def extension() -> dict:
 
 
 DESCRIBES = {"dist_info", "egg_info", "sdist"}
-# The metadata and the sdist do not need the extension or torch.
-setup(**({} if DESCRIBES & set(sys.argv) else extension()))
+# The metadata and the sdist do not need the extension or torch. The Makefile builds it while pip does the rest.
+BUILDS = not DESCRIBES & set(sys.argv) and os.environ.get("TORCH_FUSED_EXTENSION") != "0"
+setup(**(extension() if BUILDS else {}))

@@ -15,6 +15,7 @@
 #include "../common/convert.h"
 #include "../common/lazy_views.h"
 #include "../common/memory.h"
+#include "../common/registration.h"
 #include "../common/rows.h"
 #include "../common/simd.h"
 
@@ -352,3 +353,4 @@ TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
   m.impl("adamw_", torch_fused::Adamw<torch_fused::AdamwSignature>::autograd);
 }
 TORCH_FUSED_WRITES(adamw_)
+TORCH_FUSED_KERNELS_NAMED(adamw_, adamw)

@@ -1,14 +1,12 @@
 // AdamW on a GPU: tensors grouped by their types, seven a launch, or five with amsgrad.
 #include "adamw.h"
 
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 #include <map>
 
 #include "../common/dtype.h"
-#include "../common/registration.h"
 #include "../common/rows.h"
+#include "../common/torch_functions.h"
 #include "../runtime/launch.h"
 #include "adamw_params.h"
 
@@ -54,7 +52,7 @@ Tensor make_numbers(const AdamwCall& call, const Batches& batches) {
   if (steps.empty()) return {};
   const auto& some = call.tensors().empty() ? steps[0] : call.tensors()[0].param;
   const int64_t size = sizeof(AdamwNumbers) / sizeof(float);
-  const Tensor numbers = at::empty({static_cast<int64_t>(steps.size()), size}, some.options().dtype(at::kFloat));
+  const Tensor numbers = empty({static_cast<int64_t>(steps.size()), size}, some.options().dtype(at::kFloat));
   const auto or_any = [&](const AdamwNumber& number) { return number.tensor ? *number.tensor : numbers; };
   const auto flag = [](bool is, uint32_t bit) { return is ? bit : 0; };
   const auto high = [](double value) { return static_cast<float>(value); };
@@ -155,6 +153,3 @@ void update_on_gpu(const AdamwCall& call) {
 }
 
 }  // namespace torch_fused
-
-using namespace torch_fused;
-TORCH_FUSED_KERNELS_NAMED(adamw_, adamw)

@@ -47,20 +47,21 @@ struct Kernels<Op, Result(Args...)> {
 #define TORCH_FUSED_KERNELS(op) TORCH_FUSED_KERNELS_NAMED(op, op)
 
 // The same for an op whose functions have another name: adamw_ of adamw_cpu and adamw_gpu.
-#define TORCH_FUSED_KERNELS_NAMED(op, function)                                                                     \
-  namespace {                                                                                                       \
-  struct function##_op {                                                                                            \
-    static constexpr char name[] = #op;                                                                             \
-    static constexpr char reference[] = "torch_fused_reference::" #op;                                              \
-    static constexpr auto cpu = &function##_cpu;                                                                    \
-    static constexpr auto gpu = &function##_gpu;                                                                    \
-  };                                                                                                                \
-  using function##_kernels = torch_fused::Kernels<function##_op, std::remove_pointer_t<decltype(&function##_gpu)>>; \
-  }                                                                                                                 \
-  TORCH_LIBRARY_IMPL(torch_fused, CPU, m) {                                                                         \
-    m.impl(#op, &function##_kernels::cpu);                                                                          \
-  }                                                                                                                 \
-  TORCH_LIBRARY_IMPL(torch_fused, CUDA, m) {                                                                        \
-    m.impl(#op, &function##_kernels::gpu);                                                                          \
-  }                                                                                                                 \
+#define TORCH_FUSED_KERNELS_NAMED(op, function)                                                           \
+  namespace {                                                                                             \
+  struct function##_op {                                                                                  \
+    static constexpr char name[] = #op;                                                                   \
+    static constexpr char reference[] = "torch_fused_reference::" #op;                                    \
+    static constexpr auto cpu = &torch_fused::function##_cpu;                                             \
+    static constexpr auto gpu = &torch_fused::function##_gpu;                                             \
+  };                                                                                                      \
+  using function##_kernels =                                                                              \
+      torch_fused::Kernels<function##_op, std::remove_pointer_t<decltype(&torch_fused::function##_gpu)>>; \
+  }                                                                                                       \
+  TORCH_LIBRARY_IMPL(torch_fused, CPU, m) {                                                               \
+    m.impl(#op, &function##_kernels::cpu);                                                                \
+  }                                                                                                       \
+  TORCH_LIBRARY_IMPL(torch_fused, CUDA, m) {                                                              \
+    m.impl(#op, &function##_kernels::gpu);                                                                \
+  }                                                                                                       \
   TORCH_FUSED_IMPL_MPS(op, &function##_kernels::gpu)

@@ -2,11 +2,11 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <type_traits>
+
+#include "torch_functions.h"
 
 namespace torch_fused {
 
@@ -47,9 +47,9 @@ inline Rows as_rows(const at::Tensor& tensor, int64_t count, int64_t cols) {
 // A dense result for rows of the last dimension: in the order of the tensor's dimensions, as torch's results are,
 // unless that leaves the last one without a unit stride.
 inline at::Tensor empty_rows_like(const at::Tensor& tensor) {
-  const at::Tensor result = at::empty_like(tensor);
+  const at::Tensor result = torch_fused::empty_like(tensor);  // not at::empty_like, if that is included
   if (tensor.dim() == 0 || result.size(-1) <= 1 || result.stride(-1) == 1) return result;
-  return at::empty(tensor.sizes(), tensor.options());
+  return empty(tensor.sizes(), tensor.options());
 }
 
 // Rows of `cols` elements that a CPU thread should at least have: below that, waking one costs more than it saves.

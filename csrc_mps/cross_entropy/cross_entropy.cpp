@@ -7,7 +7,6 @@
 #include "cross_entropy.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cmath>
@@ -20,9 +19,11 @@
 #include "../common/half_runs.h"
 #include "../common/lazy_views.h"
 #include "../common/memory.h"
+#include "../common/registration.h"
 #include "../common/row_loops.h"
 #include "../common/row_max.h"
 #include "../common/row_sums.h"
+#include "../common/torch_functions.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def(
@@ -170,7 +171,7 @@ Tensor cross_entropy_cpu(const Tensor& logits, const Tensor& target, const Optio
   check_cross_entropy(logits, target, scale, options);
   check_classes("cross_entropy_", target, logits.size(1), ignore_index);
   const int64_t rows = logits.size(0), cols = logits.size(1);
-  const Tensor losses = at::empty(target.sizes(), logits.options().dtype(loss_dtype(logits)));
+  const Tensor losses = empty(target.sizes(), logits.options().dtype(loss_dtype(logits)));
   if (rows == 0) return losses;
   const Rows x = as_rows(logits, rows, cols);
   const Tensor targets = target.contiguous(), scales = scale ? scale->contiguous() : Tensor();
@@ -212,3 +213,4 @@ TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
   m.impl("cross_entropy_", torch_fused::cross_entropy_autograd);
 }
 TORCH_FUSED_WRITES(cross_entropy_)
+TORCH_FUSED_KERNELS_NAMED(cross_entropy_, cross_entropy)

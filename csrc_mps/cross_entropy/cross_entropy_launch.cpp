@@ -1,10 +1,8 @@
 // Cross entropy on a GPU: operands, kernel, grid and parameters.
-#include <ATen/ops/empty.h>
-
 #include "../common/checks.h"
-#include "../common/registration.h"
 #include "../common/row_shape.h"
 #include "../common/rows.h"
+#include "../common/torch_functions.h"
 #include "../runtime/launch.h"
 #include "cross_entropy.h"
 #include "cross_entropy_params.h"
@@ -17,7 +15,7 @@ Tensor cross_entropy_gpu(const Tensor& logits, const Tensor& target, const std::
                          int64_t ignore_index, double label_smoothing, double z_loss) {
   check_cross_entropy(logits, target, scale, {ignore_index, label_smoothing, z_loss});
   const int64_t rows = logits.size(0), cols = logits.size(1);
-  const Tensor losses = at::empty(target.sizes(), logits.options().dtype(at::kFloat));
+  const Tensor losses = empty(target.sizes(), logits.options().dtype(at::kFloat));
   if (rows == 0) return losses;
   const Rows x = as_rows(logits, rows, cols);
   const Tensor targets = target.contiguous(), scales = scale ? scale->contiguous() : targets;
@@ -37,6 +35,3 @@ Tensor cross_entropy_gpu(const Tensor& logits, const Tensor& target, const std::
 }
 
 }  // namespace torch_fused
-
-using namespace torch_fused;
-TORCH_FUSED_KERNELS_NAMED(cross_entropy_, cross_entropy)

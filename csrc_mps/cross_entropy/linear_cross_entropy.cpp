@@ -1,14 +1,11 @@
 // The loss of a language model's head, F.cross_entropy(F.linear(hidden, weight, bias), target), in chunks of rows: the
 // logits of one chunk are all there ever are, and become their gradient in place. Schema, checks, autograd, autocast.
-
-#include <ATen/autocast_mode.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/core/PythonFallbackKernel.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/ones.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <string>
@@ -20,6 +17,7 @@
 #include "../common/checks.h"
 #include "../common/registration.h"
 #include "../common/rows.h"
+#include "../common/torch_functions.h"
 #include "cross_entropy.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
@@ -92,7 +90,7 @@ class WeightGradient {
  public:
   WeightGradient(const Tensor& weight, bool one_chunk)
       : dtype_(weight.scalar_type()), wide_(!one_chunk && weight.element_size() == 2) {
-    sum_ = at::empty(weight.sizes(), weight.options().dtype(wide_ ? at::kFloat : dtype_));
+    sum_ = empty(weight.sizes(), weight.options().dtype(wide_ ? at::kFloat : dtype_));
   }
 
   void add(const Tensor& gradient, const Tensor& hidden, double scale) {
@@ -155,11 +153,11 @@ Gradients losses_of_rows(const Tensor& hidden, const Tensor& weight, const Tenso
                          const Scales& scales, const CrossEntropyOptions& options, Needs needs) {
   const int64_t rows = hidden.size(0), chunk = chunk_rows(hidden, weight, needs.weight);
   const auto wide = hidden.options().dtype(loss_dtype(hidden));
-  const Tensor losses = at::empty({rows}, wide);
-  const Tensor grad_hidden = at::empty({needs.hidden ? rows : 0, hidden.size(1)}, hidden.options());
+  const Tensor losses = empty({rows}, wide);
+  const Tensor grad_hidden = empty({needs.hidden ? rows : 0, hidden.size(1)}, hidden.options());
   WeightGradient grad_weight(needs.weight ? weight : weight.narrow(0, 0, 0), chunk >= rows);
-  const Tensor grad_bias = at::zeros({needs.bias ? weight.size(0) : 0}, wide);
-  Tensor buffer = at::empty({chunk, weight.size(0)}, hidden.options());
+  const Tensor grad_bias = zeros({needs.bias ? weight.size(0) : 0}, wide);
+  Tensor buffer = empty({chunk, weight.size(0)}, hidden.options());
   for (int64_t begin = 0; begin < rows; begin += chunk) {
     const int64_t length = std::min(chunk, rows - begin);
     const auto part = [&](const Tensor& tensor) { return tensor.narrow(0, begin, length); };
@@ -198,8 +196,8 @@ Gradients losses_of_targets(const Tensor& hidden, const Tensor& weight, const Te
   if (scales.of_rows && scales.of_rows->dim() > 0) kept_scales.of_rows = select(*scales.of_rows);
   auto [losses, grad_hidden, grad_weight, grad_bias] =
       losses_of_rows(select(hidden), weight, select(target), bias, kept_scales, options, needs);
-  const Tensor all_losses = at::zeros({rows}, losses.options()).index_copy_(0, kept, losses);
-  if (needs.hidden) grad_hidden = at::zeros(hidden.sizes(), hidden.options()).index_copy_(0, kept, grad_hidden);
+  const Tensor all_losses = zeros({rows}, losses.options()).index_copy_(0, kept, losses);
+  if (needs.hidden) grad_hidden = zeros(hidden.sizes(), hidden.options()).index_copy_(0, kept, grad_hidden);
   return {all_losses, grad_hidden, grad_weight, grad_bias};
 }
 
@@ -359,9 +357,7 @@ Tensor linear_cross_entropy_autocast(const Tensor& hidden, const Tensor& weight,
                                      const OptionalTensor& bias, int64_t ignore_index, double label_smoothing,
                                      std::string_view reduction, double z_loss) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
-  const auto cast = [](const Tensor& tensor) {
-    return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
-  };
+  const auto cast = [](const Tensor& tensor) { return autocast_to(autocast_dtype(device), tensor, device); };
   return call_linear_cross_entropy(cast(hidden), cast(weight), target, bias ? OptionalTensor(cast(*bias)) : bias,
                                    ignore_index, label_smoothing, reduction, z_loss);
 }

@@ -1,7 +1,6 @@
 // A step of a whole decoder: schema, checks, autograd, and the choice of the next token.
 #include "decode.h"
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -12,7 +11,9 @@
 #include "../common/checks.h"
 #include "../common/lazy_views.h"
 #include "../common/memory.h"
+#include "../common/registration.h"
 #include "../common/rows.h"
+#include "../common/torch_functions.h"
 #include "../sampling/sampling.h"
 
 namespace torch_fused {
@@ -193,7 +194,7 @@ Tensor decode_token(const DecoderPtr& model, const Tensor& token_ids, const Tens
   TORCH_CHECK(model->vocabulary <= kMostTokens, "decode_token_: head must have 1 to ", kMostTokens,
               " rows to choose from, got ", model->vocabulary);
   if (do_sample) {
-    const Tensor row = at::empty({1}, cos.options().dtype(at::kFloat)).expand({1, model->vocabulary});
+    const Tensor row = empty({1}, cos.options().dtype(at::kFloat)).expand({1, model->vocabulary});
     check_sampling("decode_token_", row, temperature, top_k, top_p, min_p, std::nullopt);
   }
   static const auto decode = find_op<decltype(decode_cpu)>("torch_fused::decode_");
@@ -248,3 +249,4 @@ TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
   m.impl("decode_", torch_fused::decode_autograd);
 }
 TORCH_FUSED_WRITES(decode_)
+TORCH_FUSED_KERNELS_NAMED(decode_, decode)

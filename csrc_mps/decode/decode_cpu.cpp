@@ -1,7 +1,6 @@
 // A decode step on the CPU: the model for the loops of step/, their memory, and the instruction set.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <iterator>
@@ -9,6 +8,7 @@
 #include <string>
 
 #include "../common/rows.h"
+#include "../common/torch_functions.h"
 #include "cpu_step.h"
 #include "decode.h"
 
@@ -163,8 +163,8 @@ Tensor decode_cpu(const DecoderPtr& model, const Tensor& token_ids, const Tensor
                            s.tokens() * (s.experts + 1), s.threads * s.own_size(),
                            s.threads * s.ready_size()};
   const auto floats = m.norm.options().dtype(at::kFloat);
-  const Tensor logits = at::empty({s.batch, s.kept, s.vocabulary}, floats);
-  const Tensor memory = at::empty({std::accumulate(std::begin(sizes), std::end(sizes), int64_t{0})}, floats);
+  const Tensor logits = empty({s.batch, s.kept, s.vocabulary}, floats);
+  const Tensor memory = empty({std::accumulate(std::begin(sizes), std::end(sizes), int64_t{0})}, floats);
   float* next = elements<float>(memory);
   float** const places[] = {&s.states, &s.output, &s.qkv, &s.partials, &s.gates, &s.ups, &s.routes, &s.own, &s.ready};
   for (size_t i = 0; i < std::size(places); ++i) {

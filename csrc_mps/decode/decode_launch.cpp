@@ -1,13 +1,11 @@
 // A decode step on a GPU: five launches a layer, one for the embedding and one for the head.
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 #include <cmath>
 #include <utility>
 
 #include "../common/checks.h"
-#include "../common/registration.h"
 #include "../common/rows.h"
+#include "../common/torch_functions.h"
 #include "gpu_step.h"
 
 namespace torch_fused {
@@ -38,7 +36,7 @@ template <class Function>
 void add_adapters(GpuStep& step, const Linear& matrix, const Tensor& to, double scale, const Function& multiply_a) {
   const int64_t steps = step.call.steps;
   for (const Adapter& adapter : matrix.adapters) {
-    const Tensor thin = at::empty({step.call.tokens(), adapter.a.rows()}, step.states.options());
+    const Tensor thin = empty({step.call.tokens(), adapter.a.rows()}, step.states.options());
     multiply_a(adapter.a, thin);
     multiply(step, {&adapter.b}, {thin, to, {}, steps, steps, true, scale * adapter.scale}, false);
   }
@@ -145,7 +143,7 @@ void feed_forward(GpuStep& step, const DecoderLayer& layer, const Tensor& to, bo
   if (layer.gate.adapters.empty() && layer.up.adapters.empty()) {
     multiply(step, {&layer.gate, &layer.up}, {step.states, gates, norm, steps, steps, false}, true);
   } else {
-    if (!step.ups.defined()) step.ups = at::empty_like(step.gates);
+    if (!step.ups.defined()) step.ups = empty(step.gates.sizes(), step.gates.options());
     const Tensor ups = part(step.ups);
     for (const auto& [matrix, results] : {std::pair(&layer.gate, gates), std::pair(&layer.up, ups)}) {
       multiply(step, {matrix}, {step.states, results, norm, steps, steps, false}, false);
@@ -176,7 +174,7 @@ Tensor decode_gpu(const DecoderPtr& decoder, const Tensor& token_ids, const Tens
   // A single chunk may have twice as many: it is not put together with others.
   const int64_t needed = call.length < 2 * slots ? 1 : (call.length + call.steps + slots - 1) / slots;
   const int64_t chunks = std::min(needed, most_chunks);
-  const auto room = [&](int64_t each) { return at::empty({tokens, each}, floats); };
+  const auto room = [&](int64_t each) { return empty({tokens, each}, floats); };
   GpuStep step{call,
                model,
                room(model.hidden),
@@ -186,7 +184,7 @@ Tensor decode_gpu(const DecoderPtr& decoder, const Tensor& token_ids, const Tens
                room(heads * chunks * 2),
                room(model.intermediate),
                {},
-               at::empty({call.batch, call.kept, model.vocabulary}, floats),
+               empty({call.batch, call.kept, model.vocabulary}, floats),
                chunks,
                {}};
   embed(step);
@@ -222,6 +220,3 @@ Tensor decode_gpu(const DecoderPtr& decoder, const Tensor& token_ids, const Tens
 }
 
 }  // namespace torch_fused
-
-using namespace torch_fused;
-TORCH_FUSED_KERNELS_NAMED(decode_, decode)

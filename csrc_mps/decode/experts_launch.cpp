@@ -1,9 +1,8 @@
 // The launches of a mixture of experts in a decode step on a GPU.
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 
 #include "../common/rows.h"
+#include "../common/torch_functions.h"
 #include "gpu_step.h"
 
 namespace torch_fused {
@@ -61,10 +60,10 @@ void feed_forward_of_experts(GpuStep& step, const DecoderLayer& layer) {
   const bool shared = layer.has_feed_forward(), shared_gate = layer.shared_gate.rows() > 0;
   const int64_t experts = layer.experts(), routes_size = experts + (shared_gate ? 1 : 0);
   const auto floats = step.states.options();
-  const Tensor routes = at::empty({tokens, routes_size}, floats), weights = at::empty({tokens, chosen}, floats);
-  const Tensor ids = at::empty({tokens, chosen}, floats.dtype(at::kInt));
-  const Tensor gates = at::empty({tokens * chosen, layer.experts_gate.size(1)}, floats);
-  const Tensor outputs = at::empty({tokens * chosen, model.hidden}, floats);
+  const Tensor routes = empty({tokens, routes_size}, floats), weights = empty({tokens, chosen}, floats);
+  const Tensor ids = empty({tokens, chosen}, floats.dtype(at::kInt));
+  const Tensor gates = empty({tokens * chosen, layer.experts_gate.size(1)}, floats);
+  const Tensor outputs = empty({tokens * chosen, model.hidden}, floats);
 
   multiply(step, {&layer.router}, {step.states, routes.narrow(1, 0, experts), norm, steps, steps, false}, false);
   if (shared_gate) {

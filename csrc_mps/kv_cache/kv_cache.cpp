@@ -11,6 +11,7 @@
 #include "../common/checks.h"
 #include "../common/lazy_views.h"
 #include "../common/memory.h"
+#include "../common/registration.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def("kv_append_(Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, SymInt position) -> ()");
@@ -153,3 +154,4 @@ TORCH_LIBRARY_IMPL(torch_fused, CompositeImplicitAutograd, m) {
   m.impl("kv_update_", torch_fused::kv_update);
 }
 TORCH_FUSED_WRITES(kv_append_)
+TORCH_FUSED_KERNELS_NAMED(kv_append_, kv_append)

@@ -3,7 +3,6 @@
 #include <array>
 #include <limits>
 
-#include "../common/registration.h"
 #include "../common/rows.h"
 #include "../runtime/launch.h"
 #include "kv_append_params.h"
@@ -65,6 +64,3 @@ void kv_append_gpu(const Tensor& keys, const Tensor& values, const Tensor& new_k
 }
 
 }  // namespace torch_fused
-
-using namespace torch_fused;
-TORCH_FUSED_KERNELS_NAMED(kv_append_, kv_append)

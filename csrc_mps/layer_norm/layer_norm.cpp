@@ -2,9 +2,6 @@
 #include "layer_norm.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/autocast_mode.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cmath>
@@ -16,8 +13,10 @@
 #include "../common/convert.h"
 #include "../common/half_runs.h"
 #include "../common/prefetch.h"
+#include "../common/registration.h"
 #include "../common/row_loops.h"
 #include "../common/row_sums.h"
+#include "../common/torch_functions.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def(
@@ -71,7 +70,7 @@ Tensor empty_parameter_grads(const Tensor& x, IntArrayRef normalized_shape, bool
                              bool need_bias_grad) {
   std::vector<int64_t> shape{need_weight_grad + need_bias_grad};
   shape.insert(shape.end(), normalized_shape.begin(), normalized_shape.end());
-  return at::empty(shape, x.options());
+  return empty(shape, x.options());
 }
 
 // ---- CPU ------------------------------------------------------------------------------------------------------------
@@ -273,7 +272,7 @@ TORCH_FUSED_LOOPS(Backward, backward_blocks)
 Tensor layer_norm_cpu(const Tensor& input, IntArrayRef normalized_shape, const OptionalTensor& weight,
                       const OptionalTensor& bias, double eps) {
   const LayerNorm norm = check_layer_norm("layer_norm", input, normalized_shape, weight, bias, eps);
-  const Tensor output = at::empty(input.sizes(), input.options());
+  const Tensor output = empty(input.sizes(), input.options());
   if (input.numel() == 0) return output;
   const Rows x = as_rows(input, norm.rows, norm.cols);
   const Tensor w = weight ? weight->contiguous() : Tensor(), b = bias ? bias->contiguous() : Tensor();
@@ -293,14 +292,14 @@ std::tuple<Tensor, Tensor> layer_norm_backward_cpu(const Tensor& grad, const Ten
                                                    const OptionalTensor& weight, double eps, bool need_weight_grad,
                                                    bool need_bias_grad) {
   const LayerNorm norm = check_layer_norm_backward(grad, x, normalized_shape, weight, eps);
-  const Tensor grad_x = at::empty(x.sizes(), x.options());
+  const Tensor grad_x = empty(x.sizes(), x.options());
   const Tensor grad_params = empty_parameter_grads(x, normalized_shape, need_weight_grad, need_bias_grad);
   if (x.numel() == 0) return {grad_x, grad_params.zero_()};
   const Rows dy = as_rows(grad, norm.rows, norm.cols), values = as_rows(x, norm.rows, norm.cols);
   const Tensor w = weight ? weight->contiguous() : Tensor();
   const int64_t block_rows = rows_per_block(norm.rows), blocks = (norm.rows + block_rows - 1) / block_rows;
   const auto acc_type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const Tensor partial = at::zeros({blocks, grad_params.numel()}, x.options().dtype(acc_type));
+  const Tensor partial = zeros({blocks, grad_params.numel()}, x.options().dtype(acc_type));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "layer_norm_backward", [&] {
     const Backward<scalar_t> args{norm,
                                   elements<const scalar_t>(dy.tensor),
@@ -363,7 +362,7 @@ Tensor layer_norm_autocast(const Tensor& input, IntArrayRef normalized_shape, co
                            const OptionalTensor& bias, double eps) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
   const auto cast = [](const OptionalTensor& tensor) {
-    return tensor ? OptionalTensor(at::autocast::cached_cast(at::kFloat, *tensor, device)) : tensor;
+    return tensor ? OptionalTensor(autocast_to(at::kFloat, *tensor, device)) : tensor;
   };
   return call_layer_norm(*cast(input), normalized_shape, cast(weight), cast(bias), eps);
 }
@@ -382,3 +381,6 @@ TORCH_LIBRARY_IMPL(torch_fused, AutocastCUDA, m) {
 TORCH_LIBRARY_IMPL(torch_fused, AutocastMPS, m) {
   m.impl("layer_norm", torch_fused::layer_norm_autocast<c10::DispatchKey::AutocastMPS, c10::DeviceType::MPS>);
 }
+
+TORCH_FUSED_KERNELS(layer_norm)
+TORCH_FUSED_KERNELS(layer_norm_backward)

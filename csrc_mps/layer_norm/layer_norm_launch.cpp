@@ -1,13 +1,11 @@
 // Layer norm on a GPU: operands, kernel, grid and parameters of each launch.
 #include "layer_norm.h"
 
-#include <ATen/ops/empty.h>
-
 #include "../common/checks.h"
 #include "../common/column_sum.h"
-#include "../common/registration.h"
 #include "../common/row_shape.h"
 #include "../common/rows.h"
+#include "../common/torch_functions.h"
 #include "../runtime/launch.h"
 #include "layer_norm_params.h"
 
@@ -19,7 +17,7 @@ using OptionalTensor = std::optional<Tensor>;
 Tensor layer_norm_gpu(const Tensor& input, IntArrayRef normalized_shape, const OptionalTensor& weight,
                       const OptionalTensor& bias, double eps) {
   const LayerNorm norm = check_layer_norm("layer_norm", input, normalized_shape, weight, bias, eps);
-  const Tensor output = at::empty(input.sizes(), input.options());
+  const Tensor output = empty(input.sizes(), input.options());
   if (input.numel() == 0) return output;
   const Rows x = as_rows(input, norm.rows, norm.cols);
   const Tensor w = weight ? weight->contiguous() : x.tensor, b = bias ? bias->contiguous() : x.tensor;
@@ -37,7 +35,7 @@ std::tuple<Tensor, Tensor> layer_norm_backward_gpu(const Tensor& grad, const Ten
                                                    const OptionalTensor& weight, double eps, bool need_weight_grad,
                                                    bool need_bias_grad) {
   const LayerNorm norm = check_layer_norm_backward(grad, x, normalized_shape, weight, eps);
-  const Tensor grad_x = at::empty(x.sizes(), x.options());
+  const Tensor grad_x = empty(x.sizes(), x.options());
   const Tensor grad_params = empty_parameter_grads(x, normalized_shape, need_weight_grad, need_bias_grad);
   if (x.numel() == 0) return {grad_x, grad_params.zero_()};
   const Rows dy = as_rows(grad, norm.rows, norm.cols), values = as_rows(x, norm.rows, norm.cols);
@@ -45,7 +43,7 @@ std::tuple<Tensor, Tensor> layer_norm_backward_gpu(const Tensor& grad, const Ten
   const RowShape shape = row_shape(norm.cols, x.element_size());
   const int64_t groups = partial_sums(norm.rows, shape.threads);
   const bool need_sums = need_weight_grad || need_bias_grad;
-  const Tensor partial = need_sums ? at::empty({groups, grad_params.numel()}, x.options().dtype(at::kFloat)) : grad_x;
+  const Tensor partial = need_sums ? empty({groups, grad_params.numel()}, x.options().dtype(at::kFloat)) : grad_x;
   const bool aligned = all_aligned({dy, values, {w, 0}, {grad_x, norm.cols}});
   const LayerNormBackwardParams params{dy.stride,
                                        values.stride,
@@ -61,7 +59,3 @@ std::tuple<Tensor, Tensor> layer_norm_backward_gpu(const Tensor& grad, const Ten
 }
 
 }  // namespace torch_fused
-
-using namespace torch_fused;
-TORCH_FUSED_KERNELS(layer_norm)
-TORCH_FUSED_KERNELS(layer_norm_backward)

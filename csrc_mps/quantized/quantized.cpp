@@ -3,8 +3,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/autocast_mode.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
 
@@ -17,7 +15,9 @@
 #include "../common/autograd.h"
 #include "../common/checks.h"
 #include "../common/convert.h"
+#include "../common/registration.h"
 #include "../common/simd.h"
+#include "../common/torch_functions.h"
 #include "cpu/ready_vectors.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
@@ -153,7 +153,7 @@ Tensor dequantize_cpu(const Tensor& weight, const Tensor& scales, const Tensor& 
   const Packed m = check_packed("dequantize", weight, scales, biases, bits, group_size);
   const at::ScalarType result_dtype = dtype.value_or(scales.scalar_type());
   TORCH_CHECK(takes_dtype(result_dtype, scales), "dequantize: dtype", dtypes_taken(scales), result_dtype);
-  const Tensor result = at::empty(unpacked_sizes(weight, m.cols), scales.options().dtype(result_dtype));
+  const Tensor result = empty(unpacked_sizes(weight, m.cols), scales.options().dtype(result_dtype));
   if (result.numel() == 0) return result;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, result_dtype, "dequantize", [&] {
     using T = scalar_t;
@@ -169,7 +169,7 @@ Tensor linear_unpacked(const Tensor& x, const Tensor& weight, const Tensor& scal
   if (rows <= block) return at::linear(x, unpack(weight, scales, biases, bits, group_size, x.scalar_type()), bias);
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = rows;
-  const Tensor result = at::empty(sizes, x.options());
+  const Tensor result = empty(sizes, x.options());
   for (int64_t first = 0; first < rows; first += block) {
     const int64_t count = std::min(block, rows - first);
     const auto part = [&](const Tensor& tensor) { return tensor.narrow(0, first, count); };
@@ -202,7 +202,7 @@ Tensor multiply_packed(const QuantizedCall& call, const Tensor& x, bool integers
   const int64_t rows = call.matrix.rows;
   const PackedMatrix m = as_loops_see(call.matrix);
   const Tensor wide = x.to(at::kFloat).reshape({call.vectors, m.cols}).contiguous();
-  const Tensor results = at::empty({call.vectors, rows}, wide.options());
+  const Tensor results = empty({call.vectors, rows}, wide.options());
   float* to = elements<float>(results);
   const std::unique_ptr<float[]> memory(new float[static_cast<size_t>(ReadyVectors::size(m.cols, call.vectors))]);
   ReadyVectors vectors;
@@ -310,9 +310,7 @@ template <c10::DispatchKey key, c10::DeviceType device>
 Tensor quantized_linear_autocast(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& biases,
                                  const OptionalTensor& bias, int64_t bits, int64_t group_size) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
-  const auto cast = [](const Tensor& tensor) {
-    return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
-  };
+  const auto cast = [](const Tensor& tensor) { return autocast_to(autocast_dtype(device), tensor, device); };
   return call_quantized_linear(cast(x), weight, scales, biases, bias ? OptionalTensor(cast(*bias)) : bias, bits,
                                group_size);
 }
@@ -335,3 +333,5 @@ TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
 TORCH_FUSED_AUTOCAST(AutocastCPU, CPU)
 TORCH_FUSED_AUTOCAST(AutocastCUDA, CUDA)
 TORCH_FUSED_AUTOCAST(AutocastMPS, MPS)
+TORCH_FUSED_KERNELS(dequantize)
+TORCH_FUSED_KERNELS(quantized_linear)

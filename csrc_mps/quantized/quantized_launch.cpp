@@ -1,11 +1,9 @@
 // Packed matrices on a GPU: operands, kernel, grid and parameters of each launch.
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 #include <limits>
 
 #include "../common/checks.h"
-#include "../common/registration.h"
+#include "../common/torch_functions.h"
 #include "../decode/decode_params.h"
 #include "../runtime/launch.h"
 #include "quantized.h"
@@ -50,7 +48,7 @@ Tensor dequantize_gpu(const Tensor& weight, const Tensor& scales, const Tensor& 
   TORCH_CHECK(takes_dtype(result_dtype, scales), "dequantize: dtype", dtypes_taken(scales), result_dtype);
   std::vector<int64_t> sizes = weight.sizes().vec();
   sizes.back() = m.cols;
-  const Tensor result = at::empty(sizes, scales.options().dtype(result_dtype));
+  const Tensor result = empty(sizes, scales.options().dtype(result_dtype));
   if (result.numel() == 0) return result;
   UnpackParams p{};
   p.weight_stride = m.weight.stride;
@@ -74,7 +72,7 @@ Tensor quantized_linear_gpu(const Tensor& x, const Tensor& weight, const Tensor&
   if (!call.is_small()) return linear_unpacked(x, weight, scales, biases, bias, bits, group_size, dequantize_gpu);
   const Packed& m = call.matrix;
   const Rows vectors = as_rows(x, call.vectors, m.cols);
-  const Tensor result = at::empty(call.result_sizes, x.options());
+  const Tensor result = empty(call.result_sizes, x.options());
   QuantizedParams p{};
   p.weight_stride = m.weight.stride;
   p.scales_stride = m.scales.stride;
@@ -103,7 +101,3 @@ Tensor quantized_linear_gpu(const Tensor& x, const Tensor& weight, const Tensor&
 }
 
 }  // namespace torch_fused
-
-using namespace torch_fused;
-TORCH_FUSED_KERNELS(dequantize)
-TORCH_FUSED_KERNELS(quantized_linear)

@@ -2,10 +2,6 @@
 #include "rms_norm.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/autocast_mode.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cmath>
@@ -16,8 +12,10 @@
 #include "../common/checks.h"
 #include "../common/half_runs.h"
 #include "../common/pairs.h"
+#include "../common/registration.h"
 #include "../common/row_loops.h"
 #include "../common/sum.h"
+#include "../common/torch_functions.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def(
@@ -279,8 +277,8 @@ TORCH_FUSED_LOOPS(Backward, backward_blocks)
 
 std::tuple<Tensor, Tensor> forward_cpu(const RmsNorm& norm, const Tensor& input, const OptionalTensor& residual,
                                        const OptionalTensor& weight) {
-  const Tensor output = at::empty(input.sizes(), input.options());
-  const Tensor sum = residual ? at::empty(input.sizes(), input.options()) : Tensor();
+  const Tensor output = empty(input.sizes(), input.options());
+  const Tensor sum = residual ? empty(input.sizes(), input.options()) : Tensor();
   if (input.numel() == 0) return {output, sum};
   const Rows x = as_rows(input, norm.rows, norm.cols);
   const Rows r = residual ? as_rows(*residual, norm.rows, norm.cols) : Rows{Tensor(), 0};
@@ -320,14 +318,14 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cpu(const Tensor& grad, const Optio
                                                  double weight_offset, bool need_weight_grad) {
   const RmsNorm norm =
       check_rms_norm_backward(grad, grad_sum, x, normalized_shape, weight, eps, casting_mode, weight_offset);
-  const Tensor grad_x = at::empty(x.sizes(), x.options());
-  if (x.numel() == 0) return {grad_x, at::zeros(need_weight_grad ? normalized_shape : IntArrayRef{0}, x.options())};
+  const Tensor grad_x = empty(x.sizes(), x.options());
+  if (x.numel() == 0) return {grad_x, zeros(need_weight_grad ? normalized_shape : IntArrayRef{0}, x.options())};
   const Rows dy = as_rows(grad, norm.rows, norm.cols), values = as_rows(x, norm.rows, norm.cols);
   const Rows extra = grad_sum ? as_rows(*grad_sum, norm.rows, norm.cols) : Rows{Tensor(), 0};
   const Tensor w = weight ? weight->contiguous() : Tensor();
   const int64_t block_rows = rows_per_block(norm.rows), blocks = (norm.rows + block_rows - 1) / block_rows;
   const auto acc_type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const Tensor partial = at::zeros({need_weight_grad ? blocks : 0, norm.cols}, x.options().dtype(acc_type));
+  const Tensor partial = zeros({need_weight_grad ? blocks : 0, norm.cols}, x.options().dtype(acc_type));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "rms_norm_backward", [&] {
     const Backward<scalar_t> args{norm,
                                   elements<const scalar_t>(dy.tensor),
@@ -342,7 +340,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cpu(const Tensor& grad, const Optio
                                   block_rows};
     run_parallel(args, blocks, block_rows * norm.cols);
   });
-  if (!need_weight_grad) return {grad_x, at::empty({0}, x.options())};
+  if (!need_weight_grad) return {grad_x, empty({0}, x.options())};
   return {grad_x, partial.sum(0).to(x.scalar_type()).view(normalized_shape)};
 }
 
@@ -440,7 +438,7 @@ Tensor rms_norm_autocast(const Tensor& input, IntArrayRef normalized_shape, cons
   if (!torch_casts || casting_mode == "llama") {
     return call_rms_norm(input, normalized_shape, weight, eps, casting_mode, weight_offset);
   }
-  const auto cast = [](const Tensor& tensor) { return at::autocast::cached_cast(at::kFloat, tensor, device); };
+  const auto cast = [](const Tensor& tensor) { return autocast_to(at::kFloat, tensor, device); };
   return call_rms_norm(cast(input), normalized_shape, weight ? OptionalTensor(cast(*weight)) : weight, eps,
                        casting_mode, weight_offset);
 }
@@ -460,3 +458,7 @@ TORCH_LIBRARY_IMPL(torch_fused, AutocastCUDA, m) {
 TORCH_LIBRARY_IMPL(torch_fused, AutocastMPS, m) {
   m.impl("rms_norm", torch_fused::rms_norm_autocast<c10::DispatchKey::AutocastMPS, c10::DeviceType::MPS>);
 }
+
+TORCH_FUSED_KERNELS(rms_norm)
+TORCH_FUSED_KERNELS(add_rms_norm)
+TORCH_FUSED_KERNELS(rms_norm_backward)

@@ -1,14 +1,11 @@
 // RMS norm on a GPU: operands, kernel, grid and parameters of each launch.
 #include "rms_norm.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-
 #include "../common/checks.h"
 #include "../common/column_sum.h"
-#include "../common/registration.h"
 #include "../common/row_shape.h"
 #include "../common/rows.h"
+#include "../common/torch_functions.h"
 #include "../runtime/launch.h"
 #include "rms_norm_params.h"
 
@@ -25,8 +22,8 @@ uint32_t flags(const RmsNorm& norm, bool residual, bool weight, bool aligned) {
 
 std::tuple<Tensor, Tensor> forward_gpu(const RmsNorm& norm, const Tensor& input, const OptionalTensor& residual,
                                        const OptionalTensor& weight) {
-  const Tensor output = at::empty(input.sizes(), input.options());
-  const Tensor sum = residual ? at::empty(input.sizes(), input.options()) : Tensor();
+  const Tensor output = empty(input.sizes(), input.options());
+  const Tensor sum = residual ? empty(input.sizes(), input.options()) : Tensor();
   if (input.numel() == 0) return {output, sum};
   const Rows x = as_rows(input, norm.rows, norm.cols);
   const Rows r = residual ? as_rows(*residual, norm.rows, norm.cols) : x;
@@ -66,15 +63,15 @@ std::tuple<Tensor, Tensor> rms_norm_backward_gpu(const Tensor& grad, const Optio
                                                  double weight_offset, bool need_weight_grad) {
   const RmsNorm norm =
       check_rms_norm_backward(grad, grad_sum, x, normalized_shape, weight, eps, casting_mode, weight_offset);
-  const Tensor grad_x = at::empty(x.sizes(), x.options());
-  const Tensor grad_weight = at::empty(need_weight_grad ? normalized_shape : IntArrayRef{0}, x.options());
-  if (x.numel() == 0) return {grad_x, at::zeros(grad_weight.sizes(), x.options())};
+  const Tensor grad_x = empty(x.sizes(), x.options());
+  const Tensor grad_weight = empty(need_weight_grad ? normalized_shape : IntArrayRef{0}, x.options());
+  if (x.numel() == 0) return {grad_x, zeros(grad_weight.sizes(), x.options())};
   const Rows dy = as_rows(grad, norm.rows, norm.cols), values = as_rows(x, norm.rows, norm.cols);
   const Tensor extra = grad_sum ? grad_sum->contiguous() : grad_x;
   const Tensor w = weight ? weight->contiguous() : values.tensor;
   const RowShape shape = row_shape(norm.cols, x.element_size());
   const int64_t groups = partial_sums(norm.rows, shape.threads);
-  const Tensor partial = need_weight_grad ? at::empty({groups, norm.cols}, x.options().dtype(at::kFloat)) : grad_x;
+  const Tensor partial = need_weight_grad ? empty({groups, norm.cols}, x.options().dtype(at::kFloat)) : grad_x;
   const bool aligned = all_aligned({dy, values, {extra, norm.cols}, {w, 0}, {grad_x, norm.cols}});
   RmsNormBackwardParams params{dy.stride,
                                values.stride,
@@ -92,8 +89,3 @@ std::tuple<Tensor, Tensor> rms_norm_backward_gpu(const Tensor& grad, const Optio
 }
 
 }  // namespace torch_fused
-
-using namespace torch_fused;
-TORCH_FUSED_KERNELS(rms_norm)
-TORCH_FUSED_KERNELS(add_rms_norm)
-TORCH_FUSED_KERNELS(rms_norm_backward)

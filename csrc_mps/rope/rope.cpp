@@ -10,6 +10,7 @@
 #include "../common/checks.h"
 #include "../common/convert.h"
 #include "../common/half_runs.h"
+#include "../common/registration.h"
 #include "../common/row_loops.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
@@ -288,3 +289,6 @@ TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
   m.impl("apply_rotary_pos_emb", torch_fused::rope_autograd);
   m.impl("apply_rotary_pos_emb_backward", torch_fused::differentiable_by_reference());
 }
+
+TORCH_FUSED_KERNELS(apply_rotary_pos_emb)
+TORCH_FUSED_KERNELS(apply_rotary_pos_emb_backward)

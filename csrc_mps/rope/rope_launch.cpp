@@ -2,7 +2,6 @@
 #include <algorithm>
 
 #include "../common/checks.h"
-#include "../common/registration.h"
 #include "../common/rows.h"
 #include "../runtime/launch.h"
 #include "rope.h"
@@ -75,7 +74,3 @@ std::tuple<Tensor, Tensor> apply_rotary_pos_emb_backward_gpu(const Tensor& grad_
 }
 
 }  // namespace torch_fused
-
-using namespace torch_fused;
-TORCH_FUSED_KERNELS(apply_rotary_pos_emb)
-TORCH_FUSED_KERNELS(apply_rotary_pos_emb_backward)

@@ -6,8 +6,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/argmax.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -19,7 +17,9 @@
 #include "common/autograd.h"
 #include "common/checks.h"
 #include "common/philox.h"
+#include "common/registration.h"
 #include "common/rows.h"
+#include "common/torch_functions.h"
 #include "ranking.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
@@ -167,7 +167,7 @@ void for_each_row(const Rows& x, int64_t rows, const Function& function) {
 }
 
 Tensor empty_ids(const Tensor& logits, at::ScalarType dtype) {
-  return at::empty(logits.sizes().slice(0, logits.dim() - 1), logits.options().dtype(dtype));
+  return empty(logits.sizes().slice(0, logits.dim() - 1), logits.options().dtype(dtype));
 }
 
 }  // namespace
@@ -186,7 +186,7 @@ Tensor filter_logits_cpu(const Tensor& logits, double temperature, std::optional
                          std::optional<double> top_p, std::optional<double> min_p,
                          const OptionalTensor& row_parameters) {
   const Sampling call = check_sampling("filter_logits", logits, temperature, top_k, top_p, min_p, row_parameters);
-  const Tensor output = at::empty(logits.sizes(), logits.options());
+  const Tensor output = empty(logits.sizes(), logits.options());
   for_each_row(as_rows(logits, call.rows, call.vocabulary), call.rows, [&](int64_t row, const auto* values) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(values)>>;
     const RowParameters parameters = parameters_of(call, row);
@@ -277,3 +277,7 @@ TORCH_LIBRARY_IMPL(torch_fused, CPU, m) {
 TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
   m.impl("filter_logits", torch_fused::differentiable_by_reference());
 }
+
+TORCH_FUSED_KERNELS(greedy)
+TORCH_FUSED_KERNELS(filter_logits)
+TORCH_FUSED_KERNELS(sample)

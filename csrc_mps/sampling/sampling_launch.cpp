@@ -1,8 +1,6 @@
 // Sampling on a GPU: operands, kernel, grid and parameters of each launch.
-#include <ATen/ops/empty.h>
-
-#include "../common/registration.h"
 #include "../common/rows.h"
+#include "../common/torch_functions.h"
 #include "../runtime/launch.h"
 #include "sampling.h"
 #include "sampling_params.h"
@@ -41,11 +39,11 @@ Divided divide(const Sampling& call, const Tensor& logits) {
                               static_cast<uint32_t>(slices),
                               call.row_parameters ? ROW_PARAMETERS : 0};
   const auto longs = logits.options().dtype(at::kLong), ints = longs.dtype(at::kInt);
-  const Tensor tokens = at::empty({call.rows, slices, SLICE}, longs);
-  const Tensor segments = at::empty({call.rows, slices, BUCKETS}, ints);
-  const Tensor tallies = at::empty({call.rows, kTallies, BUCKETS}, ints);
-  const Tensor splitters = at::empty({call.rows, BUCKETS}, longs);
-  const Tensor maxima = at::empty({call.rows, slices}, ints), heavy = at::empty({call.rows, slices}, longs);
+  const Tensor tokens = empty({call.rows, slices, SLICE}, longs);
+  const Tensor segments = empty({call.rows, slices, BUCKETS}, ints);
+  const Tensor tallies = empty({call.rows, kTallies, BUCKETS}, ints);
+  const Tensor splitters = empty({call.rows, BUCKETS}, longs);
+  const Tensor maxima = empty({call.rows, slices}, ints), heavy = empty({call.rows, slices}, longs);
   const Tensor row_parameters = call.row_parameters.value_or(maxima);
   static KernelSet surveys("sampling", "sampling_survey"), divisions("sampling", "sampling_divide");
   launch(surveys(logits), call.rows * (slices + 1), kSliceThreads, {x.tensor, maxima, splitters, tallies}, params);
@@ -59,11 +57,11 @@ Divided divide(const Sampling& call, const Tensor& logits) {
 Tensor greedy_gpu(const Tensor& logits) {
   check_logits("greedy", logits);
   const int64_t rows = logits.dim() == 2 ? logits.size(0) : 1, vocabulary = logits.size(-1);
-  const Tensor ids = at::empty(logits.sizes().slice(0, logits.dim() - 1), logits.options().dtype(at::kLong));
+  const Tensor ids = empty(logits.sizes().slice(0, logits.dim() - 1), logits.options().dtype(at::kLong));
   if (rows == 0) return ids;
   const Rows x = as_rows(logits, rows, vocabulary);
   const int64_t slices = slices_of(vocabulary);
-  const Tensor best = at::empty({rows, slices, 2}, logits.options().dtype(at::kInt));
+  const Tensor best = empty({rows, slices, 2}, logits.options().dtype(at::kInt));
   const GreedyParams params{x.stride, static_cast<uint32_t>(vocabulary), static_cast<uint32_t>(slices),
                             rows_aligned(x.tensor, x.stride), 0};
   static KernelSet of_slices("greedy", "greedy_slices");
@@ -77,7 +75,7 @@ Tensor filter_logits_gpu(const Tensor& logits, double temperature, std::optional
                          std::optional<double> top_p, std::optional<double> min_p,
                          const OptionalTensor& row_parameters) {
   const Sampling call = check_sampling("filter_logits", logits, temperature, top_k, top_p, min_p, row_parameters);
-  const Tensor output = at::empty(logits.sizes(), logits.options());
+  const Tensor output = empty(logits.sizes(), logits.options());
   if (call.rows == 0) return output;
   const Divided d = divide(call, logits);
   static KernelSet kernels("sampling", "filter_logits");
@@ -95,8 +93,8 @@ std::tuple<Tensor, Tensor> sample_gpu(const Tensor& logits, double temperature, 
   const Sampling call = check_sampling("sample", logits, temperature, top_k, top_p, min_p, row_parameters);
   const RandomSource source(logits, std::move(generator), seed, offset, state);
   const auto shape = logits.sizes().slice(0, logits.dim() - 1);
-  const Tensor ids = at::empty(shape, logits.options().dtype(at::kLong));
-  const Tensor valid = at::empty(shape, logits.options().dtype(at::kBool));
+  const Tensor ids = empty(shape, logits.options().dtype(at::kLong));
+  const Tensor valid = empty(shape, logits.options().dtype(at::kBool));
   if (call.rows == 0) {
     source.take();
     return {ids, valid};
@@ -115,8 +113,3 @@ std::tuple<Tensor, Tensor> sample_gpu(const Tensor& logits, double temperature, 
 }
 
 }  // namespace torch_fused
-
-using namespace torch_fused;
-TORCH_FUSED_KERNELS(greedy)
-TORCH_FUSED_KERNELS(filter_logits)
-TORCH_FUSED_KERNELS(sample)

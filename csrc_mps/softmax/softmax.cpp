@@ -7,7 +7,6 @@
 #include "softmax.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/ops/empty.h>
 
 #include <cmath>
 #include <type_traits>
@@ -17,9 +16,11 @@
 #include "../common/convert.h"
 #include "../common/exp.h"
 #include "../common/half_runs.h"
+#include "../common/registration.h"
 #include "../common/row_loops.h"
 #include "../common/row_max.h"
 #include "../common/row_sums.h"
+#include "../common/torch_functions.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def("softmax(Tensor input, *, ScalarType? dtype=None) -> Tensor");
@@ -116,7 +117,7 @@ TORCH_FUSED_LOOPS(Backward, backward_rows)
 Tensor softmax_cpu(const Tensor& input, OptionalDtype dtype) {
   const Tensor values = converted(input, dtype);
   const SoftmaxShape shape = check_softmax("softmax", "input", values);
-  const Tensor output = at::empty(values.sizes(), values.options());
+  const Tensor output = empty(values.sizes(), values.options());
   if (output.numel() == 0) return output;
   const Rows x = as_rows(values, shape.rows, shape.cols);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, output.scalar_type(), "softmax", [&] {
@@ -129,7 +130,7 @@ Tensor softmax_cpu(const Tensor& input, OptionalDtype dtype) {
 
 Tensor softmax_backward_cpu(const Tensor& grad, const Tensor& output) {
   const SoftmaxShape shape = check_softmax_backward(grad, output);
-  const Tensor grad_input = at::empty(output.sizes(), output.options());
+  const Tensor grad_input = empty(output.sizes(), output.options());
   if (output.numel() == 0) return grad_input;
   const Rows dy = as_rows(grad, shape.rows, shape.cols), y = as_rows(output, shape.rows, shape.cols);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, output.scalar_type(), "softmax_backward", [&] {
@@ -199,3 +200,6 @@ TORCH_LIBRARY_IMPL(torch_fused, AutocastCUDA, m) {
 TORCH_LIBRARY_IMPL(torch_fused, AutocastMPS, m) {
   m.impl("softmax", torch_fused::softmax_autocast<c10::DispatchKey::AutocastMPS>);
 }
+
+TORCH_FUSED_KERNELS(softmax)
+TORCH_FUSED_KERNELS(softmax_backward)

@@ -1,14 +1,12 @@
 // Softmax on a GPU: operands, kernel, grid and parameters of each launch.
 #include "softmax.h"
 
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 
 #include "../common/checks.h"
-#include "../common/registration.h"
 #include "../common/row_shape.h"
 #include "../common/rows.h"
+#include "../common/torch_functions.h"
 #include "../runtime/launch.h"
 #include "softmax_params.h"
 
@@ -32,7 +30,7 @@ void launch_chunked(const Rows& x, const Tensor& output, const SoftmaxShape& sha
   const int64_t chunks = chunks_of(chunk);
   params.chunk = static_cast<uint32_t>(chunk);
   params.chunks = static_cast<uint32_t>(chunks);
-  const Tensor partial = at::empty({shape.rows, chunks, 2}, output.options().dtype(at::kFloat));
+  const Tensor partial = empty({shape.rows, chunks, 2}, output.options().dtype(at::kFloat));
   static KernelSet chunk_kernels("softmax", "softmax_chunk"), finish_kernels("softmax", "softmax_finish");
   launch(chunk_kernels(output), shape.rows * chunks, kChunkThreads, {x.tensor, partial}, params);
   launch(finish_kernels(output), shape.rows * chunks, kChunkThreads, {x.tensor, partial, output}, params);
@@ -43,7 +41,7 @@ void launch_chunked(const Rows& x, const Tensor& output, const SoftmaxShape& sha
 Tensor softmax_gpu(const Tensor& input, std::optional<at::ScalarType> dtype) {
   const Tensor values = converted(input, dtype);
   const SoftmaxShape shape = check_softmax("softmax", "input", values);
-  const Tensor output = at::empty(values.sizes(), values.options());
+  const Tensor output = empty(values.sizes(), values.options());
   if (output.numel() == 0) return output;
   const Rows x = as_rows(values, shape.rows, shape.cols);
   const RowShape row = row_shape(shape.cols, output.element_size(), 4, 128);
@@ -60,7 +58,7 @@ Tensor softmax_gpu(const Tensor& input, std::optional<at::ScalarType> dtype) {
 
 Tensor softmax_backward_gpu(const Tensor& grad, const Tensor& output) {
   const SoftmaxShape shape = check_softmax_backward(grad, output);
-  const Tensor grad_input = at::empty(output.sizes(), output.options());
+  const Tensor grad_input = empty(output.sizes(), output.options());
   if (output.numel() == 0) return grad_input;
   const Rows dy = as_rows(grad, shape.rows, shape.cols), y = as_rows(output, shape.rows, shape.cols);
   const RowShape row = row_shape(shape.cols, output.element_size());
@@ -76,7 +74,3 @@ Tensor softmax_backward_gpu(const Tensor& grad, const Tensor& output) {
 }
 
 }  // namespace torch_fused
-
-using namespace torch_fused;
-TORCH_FUSED_KERNELS(softmax)
-TORCH_FUSED_KERNELS(softmax_backward)

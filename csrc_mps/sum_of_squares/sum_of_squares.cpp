@@ -11,6 +11,7 @@
 #include "../common/autograd.h"
 #include "../common/checks.h"
 #include "../common/convert.h"
+#include "../common/registration.h"
 #include "../common/row_sums.h"
 #include "../common/rows.h"
 #include "../common/simd.h"
@@ -125,3 +126,5 @@ TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
 TORCH_LIBRARY_IMPL(torch_fused, CompositeExplicitAutograd, m) {
   m.impl("sum_of_squares", torch_fused::sum_of_squares_of_none);
 }
+
+TORCH_FUSED_KERNELS(sum_of_squares)

@@ -1,15 +1,12 @@
 // The sum of squares on a GPU: 28 tensors per launch, then one launch for the total.
 #include "sum_of_squares.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-
 #include <algorithm>
 #include <map>
 
 #include "../common/checks.h"
-#include "../common/registration.h"
 #include "../common/rows.h"
+#include "../common/torch_functions.h"
 #include "../runtime/launch.h"
 #include "sum_of_squares_params.h"
 
@@ -50,14 +47,14 @@ int64_t launch_some(TensorList some, const Tensor& partial, int64_t first_partia
 Tensor sum_of_squares_gpu(TensorList tensors) {
   const std::vector<Tensor> flat = check_sum_of_squares(tensors);
   const auto options = tensors[0].options().dtype(at::kFloat);
-  if (flat.empty()) return at::zeros({}, options);
+  if (flat.empty()) return zeros({}, options);
   std::map<at::ScalarType, std::vector<Tensor>> by_dtype;
   int64_t count = 0;
   for (const Tensor& tensor : flat) {
     by_dtype[tensor.scalar_type()].push_back(tensor);
     count += threadgroups_of(tensor);
   }
-  const Tensor partial = at::empty({count}, options), total = at::empty({}, options);
+  const Tensor partial = empty({count}, options), total = empty({}, options);
   int64_t done = 0;
   for (const auto& [dtype, group] : by_dtype) {
     for (size_t i = 0; i < group.size(); i += SUMMED) {
@@ -70,6 +67,3 @@ Tensor sum_of_squares_gpu(TensorList tensors) {
 }
 
 }  // namespace torch_fused
-
-using namespace torch_fused;
-TORCH_FUSED_KERNELS(sum_of_squares)

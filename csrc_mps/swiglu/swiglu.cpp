@@ -8,7 +8,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 
@@ -17,7 +16,9 @@
 #include "../common/checks.h"
 #include "../common/half_runs.h"
 #include "../common/pairs.h"
+#include "../common/registration.h"
 #include "../common/row_loops.h"
+#include "../common/torch_functions.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def("silu_mul(Tensor gate, Tensor up, *, str casting_mode=\"torch\") -> Tensor");
@@ -179,7 +180,7 @@ Tensor forward_cpu(const char* op, uint32_t activation, const Tensor& gate, cons
                    std::string_view casting_mode) {
   const bool llama = is_llama(op, casting_mode);
   const SwigluRows call = check_swiglu(op, {{"gate", &gate}, {"up", &up}});
-  const Tensor output = at::empty(gate.sizes(), gate.options());
+  const Tensor output = empty(gate.sizes(), gate.options());
   const Rows &g = call.operands[0], &u = call.operands[1];
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, gate.scalar_type(), "gated", [&] {
     const Forward<scalar_t> args{activation,
@@ -198,7 +199,7 @@ Tensor forward_cpu(const char* op, uint32_t activation, const Tensor& gate, cons
 std::tuple<Tensor, Tensor> backward_cpu(const char* op, uint32_t activation, const Tensor& grad, const Tensor& gate,
                                         const Tensor& up) {
   const SwigluRows call = check_swiglu(op, {{"grad", &grad}, {"gate", &gate}, {"up", &up}});
-  const Tensor grad_gate = at::empty(gate.sizes(), gate.options()), grad_up = at::empty(up.sizes(), up.options());
+  const Tensor grad_gate = empty(gate.sizes(), gate.options()), grad_up = empty(up.sizes(), up.options());
   const Rows &dy = call.operands[0], &g = call.operands[1], &u = call.operands[2];
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, gate.scalar_type(), "gated", [&] {
     const Backward<scalar_t> args{activation,
@@ -301,3 +302,8 @@ TORCH_LIBRARY_IMPL(torch_fused, Autograd, m) {
   m.impl("gelu_mul", Differentiable<GeluMulFunction, decltype(gelu_mul_cpu)>::call);
   m.impl("gelu_mul_backward", differentiable_by_reference());
 }
+
+TORCH_FUSED_KERNELS(silu_mul)
+TORCH_FUSED_KERNELS(silu_mul_backward)
+TORCH_FUSED_KERNELS(gelu_mul)
+TORCH_FUSED_KERNELS(gelu_mul_backward)

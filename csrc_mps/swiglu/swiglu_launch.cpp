@@ -1,11 +1,9 @@
 // silu_mul and gelu_mul on a GPU: operands, kernel, grid and parameters of each launch.
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 
 #include "../common/checks.h"
-#include "../common/registration.h"
 #include "../common/row_shape.h"
+#include "../common/torch_functions.h"
 #include "../runtime/launch.h"
 #include "swiglu.h"
 #include "swiglu_params.h"
@@ -44,7 +42,7 @@ Tensor forward_gpu(const char* op, KernelSet& kernels, const Tensor& gate, const
                    std::string_view casting_mode) {
   const bool llama = is_llama(op, casting_mode);
   const SwigluRows call = check_swiglu(op, {{"gate", &gate}, {"up", &up}});
-  const Tensor output = at::empty(gate.sizes(), gate.options());
+  const Tensor output = empty(gate.sizes(), gate.options());
   launch_rows(op, kernels, call, {output},
               {0, call.operands[0].stride, call.operands[1].stride, 0, 0, llama ? LLAMA : 0});
   return output;
@@ -53,7 +51,7 @@ Tensor forward_gpu(const char* op, KernelSet& kernels, const Tensor& gate, const
 std::tuple<Tensor, Tensor> backward_gpu(const char* op, KernelSet& kernels, const Tensor& grad, const Tensor& gate,
                                         const Tensor& up) {
   const SwigluRows call = check_swiglu(op, {{"grad", &grad}, {"gate", &gate}, {"up", &up}});
-  const Tensor grad_gate = at::empty(gate.sizes(), gate.options()), grad_up = at::empty(up.sizes(), up.options());
+  const Tensor grad_gate = empty(gate.sizes(), gate.options()), grad_up = empty(up.sizes(), up.options());
   launch_rows(op, kernels, call, {grad_gate, grad_up},
               {0, call.operands[1].stride, call.operands[2].stride, call.operands[0].stride, 0, 0});
   return {grad_gate, grad_up};
@@ -84,9 +82,3 @@ std::tuple<Tensor, Tensor> gelu_mul_backward_gpu(const Tensor& grad, const Tenso
 }
 
 }  // namespace torch_fused
-
-using namespace torch_fused;
-TORCH_FUSED_KERNELS(silu_mul)
-TORCH_FUSED_KERNELS(silu_mul_backward)
-TORCH_FUSED_KERNELS(gelu_mul)
-TORCH_FUSED_KERNELS(gelu_mul_backward)

@@ -29,7 +29,7 @@ ROOT = HERE.parents[1]
 SOURCES = ROOT / "csrc_mps"
 MACOS = "14.0"  # torch's wheels need it from 2.13 on
 TOOLS = ("ld64.lld-19", "llvm-nm-19", "llvm-otool-19")
-FLAGS = ["-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-fno-sanitize=all"]
+FLAGS = ["-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-fno-sanitize=all", "-DAT_PER_OPERATOR_HEADERS"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wundeclared-selector", "-Werror"]
 
 
