@@ -344,6 +344,10 @@ TRAITS = {
 """Settings of a decoder that only some families use."""
 
 
+SEVERAL_CHUNKS = {1: 520, 3: 130}
+"""Tokens of a context that attention splits, by new tokens: the fewer, the more of it a threadgroup attends at once."""
+
+
 def check_decode(device: str) -> None:
     # Odd sizes, and whole packs with heads of 64 and 128 dimensions; one new token and several.
     for hidden, head_dim, steps in ((42, 12, 3), (64, 64, 1), (64, 64, 3), (64, 128, 1), (64, 128, 3)):
@@ -352,17 +356,17 @@ def check_decode(device: str) -> None:
     # A context of several chunks, which are combined after attention.
     for hidden, head_dim, steps in ((42, 12, 3), (64, 64, 1), (64, 64, 3)):
         for dtype in DTYPES:
-            check_decoder(device, dtype, hidden, head_dim, steps, length=70)
+            check_decoder(device, dtype, hidden, head_dim, steps, SEVERAL_CHUNKS[steps])
     for hidden, head_dim in ((42, 12), (64, 64)):
-        check_decoder(device, torch.float32, hidden, head_dim, 3, length=70, traits=True)
+        check_decoder(device, torch.float32, hidden, head_dim, 3, SEVERAL_CHUNKS[3], traits=True)
         for dtype in DTYPES:
             check_decoder(device, dtype, hidden, head_dim, 3, experts=5)
     for bits in (4, 8):
         for dtype in DTYPES:
-            for steps, length in ((1, 20), (3, 20), (1, 70), (3, 70)):
+            for steps, length in ((1, 20), (3, 20), *SEVERAL_CHUNKS.items()):
                 check_decoder(device, dtype, 64, 64, steps, length, bits)
         # Norms and biases in another dtype than the scales.
-        for length in (20, 70):
+        for length in (20, SEVERAL_CHUNKS[3]):
             check_decoder(device, torch.float16, 64, 64, 3, length, bits, beside=torch.float32)
 
 

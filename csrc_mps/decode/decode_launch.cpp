@@ -27,7 +27,8 @@ int64_t teams_of(const Decoder& model, int64_t steps) {
 
 // Slots that a team attends at once. A chunk of the context with fewer would leave simdgroups idle.
 int64_t slots_at_once(const Decoder& model, int64_t steps) {
-  const int64_t keys = 32 * kLaneColumns / model.head_dim * kKeysAtOnce;
+  const bool fast = model.head_dim == 64 || model.head_dim == 128;
+  const int64_t keys = fast ? 32 * kLaneColumns / model.head_dim * kKeysAtOnce : 1;
   return std::max(kFewSlots, kAttentionSimdgroups / teams_of(model, steps) * keys);
 }
 

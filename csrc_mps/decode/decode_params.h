@@ -10,12 +10,13 @@ SHARED_CONSTANT uint32_t kOne = 0x3f800000;  // the bits of 1.0f
 // The number format of a matrix, a vector or a cache.
 SHARED_CONSTANT uint32_t kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2;
 
-SHARED_CONSTANT uint32_t kLaneColumns = 8;                   // columns that a lane takes at once
-SHARED_CONSTANT uint32_t kBlockColumns = 32 * kLaneColumns;  // and a simdgroup
+SHARED_CONSTANT uint32_t kLaneColumns = 8;                     // columns that a lane takes at once
+SHARED_CONSTANT uint32_t kBlockColumns = 32 * kLaneColumns;    // and a simdgroup
 SHARED_CONSTANT uint32_t kTileColumns = 64, kTileVectors = 8;  // of a product on the matrix units
 SHARED_CONSTANT uint32_t kMostHeadDim = 256;
 SHARED_CONSTANT uint32_t kAttentionSimdgroups = 16;
-SHARED_CONSTANT uint32_t kMostTeams = 8, kKeysAtOnce = 8;  // of attention: queries at once, and keys of a group of lanes
+SHARED_CONSTANT uint32_t kMostTeams = 8,
+                         kKeysAtOnce = 8;  // of attention: queries at once, and keys of a group of lanes
 
 SHARED_CONSTANT uint32_t kMostRank = 256;  // of an adapter
 

@@ -72,12 +72,15 @@ void decode_gate(device float* gates [[buffer(0)]], device const float* ups [[bu
 
 #define PRODUCTS(name, T)                                                        \
   KERNEL("decode_product_" #name "_1", decode_product<T, 1, 2, 4, false, true>)  \
-  KERNEL("decode_product_" #name "_8", decode_product<T, 8, 4, 1, false, true>)  \
   KERNEL("decode_product_" #name "_0", decode_product<T, 1, 2, 1, false, false>) \
   KERNEL("decode_gated_" #name "_1", decode_product<T, 1, 4, 2, true, true>)     \
-  KERNEL("decode_gated_" #name "_8", decode_product<T, 8, 4, 1, true, true>)     \
   KERNEL("decode_gated_" #name "_0", decode_product<T, 1, 2, 1, true, false>)    \
   KERNEL("decode_embed_" #name, decode_embed<T>)
+// decode_tiles.metal has those of 16-bit matrices with several vectors.
+#define SEVERAL(name, T)                                                        \
+  KERNEL("decode_product_" #name "_8", decode_product<T, 8, 4, 1, false, true>) \
+  KERNEL("decode_gated_" #name "_8", decode_product<T, 8, 4, 1, true, true>)
 PRODUCTS(f32, float)
+SEVERAL(f32, float)
 PRODUCTS(f16, half)
 PRODUCTS(bf16, bfloat)

@@ -146,7 +146,7 @@ void quantized_unpack(device const uint* weight [[buffer(0)]], device const usho
 }
 
 #define QUANTIZED(name, T, BITS)                                                                       \
-  KERNEL("quantized_product_" #BITS "_" #name "_1", quantized_product<T, T, BITS, 1, 8, 1, true>)      \
+  KERNEL("quantized_product_" #BITS "_" #name "_1", quantized_product<T, T, BITS, 1, 4, 8 / BITS, true>)      \
   KERNEL("quantized_product_" #BITS "_" #name "_8", quantized_product<T, T, BITS, 8, 4, 1, true>)      \
   KERNEL("quantized_product_" #BITS "_" #name "_0", quantized_product<T, float, BITS, 1, 2, 1, false>) \
   KERNEL("quantized_unpack_" #name "_" #BITS, quantized_unpack<T, BITS>)

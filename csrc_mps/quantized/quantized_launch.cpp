@@ -23,9 +23,9 @@ constexpr int64_t kFewRows = 8192;  // a product with more rows fills a GPU with
 struct Width {
   int64_t variant, vectors, rows, blocks;
 };
-Width width_for(int64_t vectors, bool whole) {
+Width width_for(int64_t vectors, bool whole, int64_t bits) {
   if (!whole) return {0, 1, 2, 1};
-  return vectors > 1 ? Width{8, 8, 4, 1} : Width{1, 1, 8, 1};
+  return vectors > 1 ? Width{8, 8, 4, 1} : Width{1, 1, 4, 8 / bits};
 }
 
 uint32_t format_of_scales(const Tensor& scales) {
@@ -89,7 +89,7 @@ Tensor quantized_linear_gpu(const Tensor& x, const Tensor& weight, const Tensor&
   const bool whole = scales.scalar_type() == x.scalar_type() && has_small_offsets(m) &&
                      rows_aligned(m.weight.tensor, m.rows > 1 ? m.weight.stride : 0) &&
                      rows_aligned(vectors.tensor, call.vectors > 1 ? vectors.stride : 0);
-  const Width width = width_for(call.vectors, whole);
+  const Width width = width_for(call.vectors, whole, bits);
   const int64_t steps = (m.cols + width.blocks * kPackedBlock - 1) / (width.blocks * kPackedBlock);
   p.splits = static_cast<uint32_t>(m.rows <= kFewRows ? std::clamp<int64_t>(steps, 1, kMostSplits) : 1);
   const int64_t simdgroups = (kPackedSimdgroups + p.splits - 1) / p.splits * p.splits;

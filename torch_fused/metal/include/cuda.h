@@ -73,13 +73,6 @@ MSL_FN void previous_launch_done(uint) {
 #endif
 }
 
-// For an instruction that takes two constants: it takes one as an immediate.
-MSL_FN uint in_register(uint value) {
-  uint held;
-  asm("mov.b32 %0, %1;" : "=r"(held) : "r"(value));
-  return held;
-}
-
 // Simdgroup functions
 
 #define MSL_SHUFFLE(NAME, INTRINSIC)                                                                              \
@@ -145,8 +138,8 @@ MSL_FN bool simd_all(bool condition) {
   return __all_sync(msl_cuda::ALL_LANES, condition);
 }
 
-// Matrix units. Functions of csrc_mps/decode/tile.metal.h as mma.m16n8k8 needs them, in place of Metal's matrices. A float
-// is two of the 19 bits that the units take, so that a product has 22; a weight of 16 bits is one.
+// Matrix units. Functions of csrc_mps/decode/tile.metal.h as mma.m16n8k8 needs them, in place of Metal's matrices. A
+// float is two of the 19 bits that the units take, so that a product has 22; a weight of 16 bits is one.
 
 template <class T, int C, int R>
 struct simdgroup_matrix;
