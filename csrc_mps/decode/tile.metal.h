@@ -15,6 +15,7 @@ struct TileLane {
   uint result;
 };
 
+// As Metal's `thread_elements` are laid out: two elements of a row.
 template <typename Lane, typename Place>
 inline void tile_lane(Lane lane, thread Place& at) {
   const uint row = (lane >> 2 & 4) + (lane >> 1 & 3), column = (lane >> 1 & 4) + (lane & 1) * 2;

@@ -138,8 +138,9 @@ MSL_FN bool simd_all(bool condition) {
   return __all_sync(msl_cuda::ALL_LANES, condition);
 }
 
-// Matrix units. Functions of csrc_mps/decode/tile.metal.h as mma.m16n8k8 needs them, in place of Metal's matrices. A
-// float is two of the 19 bits that the units take, so that a product has 22; a weight of 16 bits is one.
+// Matrix units: functions of csrc_mps/decode/tile.metal.h for mma.m16n8k8, in place of Metal's matrices. The units take
+// floats of 19 bits. A weight of 16 bits is one; a value is passed as two, so that 22 of its 24 bits count, and an
+// infinite one gives NaN.
 
 template <class T, int C, int R>
 struct simdgroup_matrix;
