@@ -34,13 +34,18 @@ inline uint run_column(uint pair, uint half_of_pair) {
 template <typename Float>
 inline void multiply_tile(thread Float* sums, thread const Float* w, thread const Float* x) {
   simdgroup_matrix<Float, 8, 8> rows, columns, products;
-  columns.thread_elements() = vec<Float, 2>(x[0], x[1]);
+#pragma unroll
+  for (int k = 0; k < 2; k++) columns.thread_elements()[k] = x[k];
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
-    rows.thread_elements() = vec<Float, 2>(w[i], w[i + 1]);
-    products.thread_elements() = vec<Float, 2>(sums[i], sums[i + 1]);
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      rows.thread_elements()[k] = w[i + k];
+      products.thread_elements()[k] = sums[i + k];
+    }
     simdgroup_multiply_accumulate(products, rows, columns, products);
-    sums[i] = products.thread_elements()[0], sums[i + 1] = products.thread_elements()[1];
+#pragma unroll
+    for (int k = 0; k < 2; k++) sums[i + k] = products.thread_elements()[k];
   }
 }
 
