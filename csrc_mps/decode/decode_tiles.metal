@@ -19,17 +19,38 @@ struct SharedTiles {
 template <typename T>
 struct Tile {
   Pack<T, N> rows[2][2], norms[2];
-
-  void load(thread device const T* (&rows_at)[2], device const T* norm, uint column, uint pair, thread const uint* runs,
-            bool normed, uint cols) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      load_pack<T, true>(rows_at[i / 2], column + run_column(pair, i % 2), cols, rows[i / 2][i % 2]);
-    }
-#pragma unroll
-    for (int i = 0; normed && i < 2; i++) load_pack<T, true>(norm, column + runs[i], cols, norms[i]);
-  }
 };
+
+// Where its parts begin.
+template <typename T>
+struct TilePlaces {
+  device const T* rows[2];
+  device const T* norm;
+  bool normed;
+  uint pair, runs[2];
+};
+
+template <typename T>
+inline void load_tile(thread Tile<T>& tile, thread const TilePlaces<T>& from, uint column, uint cols) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    load_pack<T, true>(from.rows[i / 2], column + run_column(from.pair, i % 2), cols, tile.rows[i / 2][i % 2]);
+  }
+#pragma unroll
+  for (int i = 0; from.normed && i < 2; i++) load_pack<T, true>(from.norm, column + from.runs[i], cols, tile.norms[i]);
+}
+
+template <typename T>
+inline void copy_tile(thread Tile<T>& to, thread const Tile<T>& from) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+#pragma unroll
+    for (int word = 0; word < 4; word++) {
+      to.rows[i / 2][i % 2].words[word] = from.rows[i / 2][i % 2].words[word];
+      if (i < 2) to.norms[i].words[word] = from.norms[i].words[word];
+    }
+  }
+}
 
 // GATED: a tile has eight rows of a gate and the same of an up, and the result is activation(gate) * up.
 template <typename T, bool GATED>
@@ -51,7 +72,7 @@ void decode_tiles(device const T* w0 [[buffer(0)]], device const T* w1 [[buffer(
   const uint first = (group / blocks * slots + simdgroup / p.splits) * 8 * OUTPUTS + lanes.row;
   const uint last = p.ends[GATED ? 0 : 2] - 1;
 
-  device const T* rows_at[2];
+  TilePlaces<T> from;
   uint indices[2];  // of the lane's rows in their matrices
   uint matrices[2];
 #pragma unroll
@@ -60,20 +81,22 @@ void decode_tiles(device const T* w0 [[buffer(0)]], device const T* w1 [[buffer(
     const uint of = GATED ? i : uint(index >= p.ends[0]) + uint(index >= p.ends[1]);
     indices[i] = GATED || of == 0 ? index : index - p.ends[of - 1];
     matrices[i] = of;
-    rows_at[i] = (of == 0 ? w0 : of == 1 ? w1 : w2) + long(indices[i]) * p.strides[of];
+    from.rows[i] = (of == 0 ? w0 : of == 1 ? w1 : w2) + long(indices[i]) * p.strides[of];
   }
   device const float* sources[2];
-  uint runs[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     sources[i] = vectors + vector_offset(p, first_vector + lanes.vectors[i]);
-    runs[i] = run_column(lanes.vector_pairs[i], lanes.vector_halves[i]);
+    from.runs[i] = run_column(lanes.vector_pairs[i], lanes.vector_halves[i]);
   }
-  const bool normed = p.flags & kNormed;
+  from.norm = (device const T*)norm;
+  from.normed = p.flags & kNormed;
+  from.pair = lanes.pair;
+  const bool normed = from.normed;
   const uint step = p.splits * kTileColumns;
   uint column = split * kTileColumns;
   Tile<T> tile;
-  tile.load(rows_at, (device const T*)norm, column, lanes.pair, runs, normed, p.cols);
+  load_tile(tile, from, column, p.cols);
   float biases[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int i = 0; i < OUTPUTS; i++) {
@@ -101,12 +124,12 @@ void decode_tiles(device const T* w0 [[buffer(0)]], device const T* w1 [[buffer(
   while (true) {
     const uint next_column = column + step;
     Tile<T> next;  // under way while this one is multiplied
-    next.load(rows_at, (device const T*)norm, next_column, lanes.pair, runs, normed, p.cols);
+    load_tile(next, from, next_column, p.cols);
     float x[2][N];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       Pack<float, N> pack;
-      load_pack<float, true>(sources[i], column + runs[i], p.cols, pack);
+      load_pack<float, true>(sources[i], column + from.runs[i], p.cols, pack);
       pack.unpack(x[i]);
 #pragma unroll
       for (int j = 0; normed && j < N; j++) {
@@ -123,7 +146,7 @@ void decode_tiles(device const T* w0 [[buffer(0)]], device const T* w1 [[buffer(
     }
     column = next_column;
     if (column >= p.cols) break;
-    tile = next;
+    copy_tile(tile, next);
   }
 
   float sums[4];

@@ -402,6 +402,16 @@ MSL_SIMD_LANE(quad_shuffle_down)
 MSL_SIMD_LANE(quad_shuffle_up)
 MSL_SIMD_LANE(quad_shuffle_rotate_down)
 MSL_SIMD_LANE(quad_shuffle_rotate_up)
+
+template <class T, int C, int R>
+struct simdgroup_matrix {
+  vec<T, 2> own;
+  thread vec<T, 2>& thread_elements();
+};
+template <class T>
+void simdgroup_multiply_accumulate(thread simdgroup_matrix<T, 8, 8>& d, thread const simdgroup_matrix<T, 8, 8>& a,
+                                   thread const simdgroup_matrix<T, 8, 8>& b,
+                                   thread const simdgroup_matrix<T, 8, 8>& c);
 #define MSL_SIMD_FILL(NAME) \
   template <class T>        \
   msl_simd_value<T> NAME(T, T, ushort, ushort = 32);
