@@ -95,9 +95,9 @@ void attend(GpuStep& step, size_t index) {
   AttentionParams p{};
   p.keys_batch = keys.stride(0), p.keys_head = keys.stride(1);
   p.values_batch = values.stride(0), p.values_head = values.stride(1);
-  p.keys_slot = kernel_size("decode_", "stride of keys", keys.stride(2));
-  p.values_slot = kernel_size("decode_", "stride of values", values.stride(2));
-  p.length = kernel_size("decode_", "length", call.length + call.steps) - static_cast<uint32_t>(call.steps);
+  p.keys_slot = kernel_size("decode_", "elements between the slots of keys", keys.stride(2));
+  p.values_slot = kernel_size("decode_", "elements between the slots of values", values.stride(2));
+  p.length = kernel_size("decode_", "tokens", call.length + call.steps) - static_cast<uint32_t>(call.steps);
   p.dropped = static_cast<uint32_t>(call.dropped_of(index));
   p.window = static_cast<uint32_t>(std::min<int64_t>(layer.window, call.length + call.steps));
   p.steps = static_cast<uint32_t>(call.steps);

@@ -182,8 +182,8 @@ void decode_tiles(device const T* w0 [[buffer(0)]], device const T* w1 [[buffer(
   }
 }
 
-#define TILES(name, T)                                         \
-  KERNEL("decode_tiles_" #name, decode_tiles<T, false>)     \
+#define TILES(name, T)                                  \
+  KERNEL("decode_tiles_" #name, decode_tiles<T, false>) \
   KERNEL("decode_tiles_gated_" #name, decode_tiles<T, true>)
 TILES(f16, half)
 TILES(bf16, bfloat)
