@@ -99,10 +99,14 @@ def rows_of(case: Case, path: Path, device: str, again: bool = False, compiles: 
         share = max(0.0, waited() - before) / (torch.get_num_threads() * (time.perf_counter() - start))
         last = {"waited": f"{share:.3f}" if device == "cpu" else "", **stamp(device)}
         for name, key in keys.items():
-            texts = {column: f"{x:.4g}" if isinstance(x, float) else x or "" for column, x in columns[name].items()}
+            texts = {column: text(value) for column, value in columns[name].items()}
             rows[key] = dict(zip(KEYS, key, strict=True)) | texts | last
         write(path, list(rows.values()))
     return [rows[key] for key in keys.values()]
+
+
+def text(value: str | float | None) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def write(path: Path, rows: list[Row]) -> None:

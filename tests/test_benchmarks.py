@@ -104,6 +104,10 @@ def test_rows_are_kept(rows_of, tmp_path):
     assert not list(tmp_path.glob("*/*.part"))
 
 
+def test_a_count_of_zero_is_not_a_missing_one():
+    assert [record.text(value) for value in (0, 0.0, None, 1.23456)] == ["0", "0", "", "1.235"]
+
+
 def test_an_interrupted_run_goes_on(rows_of, monkeypatch):
     monkeypatch.setattr(record, "waited", lambda: 0.0)  # whatever else this machine does
     rows_of(Some("a", ms=1.0))
