@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "../common/rows.h"
+#include "../quantized/packed_tiles.h"
 #include "gpu_step.h"
 
 namespace torch_fused {
@@ -115,6 +116,36 @@ void multiply(GpuStep& step, std::initializer_list<const Linear*> matrices, cons
   }
   if (v.norm) p.flags |= kNormed, p.norm_format = format_of(*v.norm);
 
+  const Tensor& norm = v.norm ? *v.norm : step.model.norm;
+  const auto bias = [&](size_t i) { return each[i]->bias.value_or(step.model.norm); };
+  const auto packed_operands = [&]() -> std::vector<Tensor> {
+    return {each[0]->weight,
+            each[1]->weight,
+            each[2]->weight,
+            each[0]->scales,
+            each[1]->scales,
+            each[2]->scales,
+            each[0]->group_biases,
+            each[1]->group_biases,
+            each[2]->group_biases,
+            bias(0),
+            bias(1),
+            bias(2),
+            v.from,
+            norm,
+            v.to};
+  };
+  if (whole && p.vectors == 1 && first.is_packed() &&
+      is_tiled(first.scales, first.bits, gated ? 2 * results : results)) {
+    static KernelSet plain_packed("packed_tiles", "packed_tiles"), gating_packed("packed_tiles", "packed_tiles_gated");
+    const TiledGrid grid = tiled_grid(results, gated ? 8 : 16, first.cols, first.group_size);
+    p.splits = grid.splits;
+    step.launches.add((gated ? gating_packed : plain_packed)(first.scales.scalar_type(), grid.words), grid.threadgroups,
+                      grid.threads, packed_operands(),
+                      PackedProductParams{p, packed_format({each[0], each[1], each[2]})});
+    return;
+  }
+
   const bool tiles = whole && p.vectors > 1 && !first.is_packed() && first.weight.element_size() == 2;
   const Width width = width_for(p.vectors, whole, gated, first.is_packed(), tiles);
   const int64_t outputs = gated ? width.rows / 2 : width.rows;
@@ -122,13 +153,8 @@ void multiply(GpuStep& step, std::initializer_list<const Linear*> matrices, cons
   const int64_t simdgroups = (kProductSimdgroups + p.splits - 1) / p.splits * p.splits;
   const int64_t rows = simdgroups / p.splits * outputs;
   const int64_t groups = (results + rows - 1) / rows * ((p.vectors + width.vectors - 1) / width.vectors);
-  const Tensor& norm = v.norm ? *v.norm : step.model.norm;
-  const auto bias = [&](size_t i) { return each[i]->bias.value_or(step.model.norm); };
   if (first.is_packed()) {
-    step.launches.add(packed_kernel(first, gated ? 1 : 0, width.variant), groups, 32 * simdgroups,
-                      {each[0]->weight, each[1]->weight, each[2]->weight, each[0]->scales, each[1]->scales,
-                       each[2]->scales, each[0]->group_biases, each[1]->group_biases, each[2]->group_biases, bias(0),
-                       bias(1), bias(2), v.from, norm, v.to},
+    step.launches.add(packed_kernel(first, gated ? 1 : 0, width.variant), groups, 32 * simdgroups, packed_operands(),
                       PackedProductParams{p, packed_format({each[0], each[1], each[2]})});
   } else {
     const at::ScalarType dtype = first.weight.scalar_type();

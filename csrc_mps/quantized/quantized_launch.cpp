@@ -6,6 +6,7 @@
 #include "../common/torch_functions.h"
 #include "../decode/decode_params.h"
 #include "../runtime/launch.h"
+#include "packed_tiles.h"
 #include "quantized.h"
 #include "quantized_params.h"
 
@@ -36,6 +37,30 @@ uint32_t format_of_scales(const Tensor& scales) {
 bool has_small_offsets(const Packed& m) {
   const int64_t longest = std::max(m.weight.stride, 2 * m.scales.stride);
   return m.scales.stride == m.biases.stride && m.rows * longest <= std::numeric_limits<uint32_t>::max();
+}
+
+// The product with one vector on the matrix units.
+void multiply_tiled(const Packed& m, const Tensor& x, const Tensor& bias, bool has_bias, const Tensor& result) {
+  static KernelSet kernels("packed_tiles", "packed_tiles_linear");
+  const TiledGrid grid = tiled_grid(m.rows, 16, m.cols, m.group_size);
+  PackedProductParams p{};
+  ProductParams& product = p.product;
+  for (uint32_t& end : product.ends) end = kernel_size("quantized_linear", "rows of weight", m.rows);
+  product.cols = kernel_size("quantized_linear", "columns of weight", m.cols);
+  product.vectors = product.steps = product.kept = 1;
+  product.splits = grid.splits;
+  product.flags = has_bias ? kBias : 0;
+  product.scale = 1.0f;
+  for (size_t i = 0; i < 3; ++i) {
+    p.format.strides[i] = m.weight.stride;
+    p.format.scale_strides[i] = m.scales.stride;
+    p.format.bias_strides[i] = m.biases.stride;
+  }
+  p.format.group_size = static_cast<uint32_t>(m.group_size);
+  p.format.one = kOne;
+  const Tensor &w = m.weight.tensor, &s = m.scales.tensor, &b = m.biases.tensor;
+  launch(kernels(x, grid.words), grid.threadgroups, grid.threads,
+         {w, w, w, s, s, s, b, b, b, bias, bias, bias, x, x, result}, p);
 }
 
 }  // namespace
@@ -89,6 +114,10 @@ Tensor quantized_linear_gpu(const Tensor& x, const Tensor& weight, const Tensor&
   const bool whole = scales.scalar_type() == x.scalar_type() && has_small_offsets(m) &&
                      rows_aligned(m.weight.tensor, m.rows > 1 ? m.weight.stride : 0) &&
                      rows_aligned(vectors.tensor, call.vectors > 1 ? vectors.stride : 0);
+  if (whole && call.vectors == 1 && is_tiled(scales, bits, m.rows)) {
+    multiply_tiled(m, vectors.tensor, row, bias.has_value(), result);
+    return result;
+  }
   const Width width = width_for(call.vectors, whole, bits);
   const int64_t steps = (m.cols + width.blocks * kPackedBlock - 1) / (width.blocks * kPackedBlock);
   p.splits = static_cast<uint32_t>(m.rows <= kFewRows ? std::clamp<int64_t>(steps, 1, kMostSplits) : 1);

@@ -186,6 +186,54 @@ MSL_FN void sum_of_runs(float* parts, uint lane) {
   for (uint i = 0; i < 2; i++) parts[i] = simd_shuffle(sum, (lane % 4 * 2 + i) * 4);
 }
 
+// Functions of csrc_mps/quantized/packed_tile.metal.h for mma.m16n8k16 with bfloat: a value is three of them, each of
+// which is what the ones before leave. They are three of the four columns of a half, and the fourth is zero.
+
+constexpr uint STAGED_STRIDE = 256 + 4;
+
+MSL_FN void stage_word(uint4* staged, uint place, const float* x) {
+  float rest[8];
+  for (int k = 0; k < 8; k++) rest[k] = x[k];
+  for (int part = 0; part < 3; part++) {
+    uint pairs[4];
+    for (int j = 0; j < 4; j++) {
+      pairs[j] = __byte_perm(as_type<uint>(rest[j]), as_type<uint>(rest[j + 4]), 0x7632);
+      rest[j] -= as_type<float>(as_type<uint>(rest[j]) & 0xffff0000u);
+      rest[j + 4] -= as_type<float>(as_type<uint>(rest[j + 4]) & 0xffff0000u);
+    }
+    staged[part * STAGED_STRIDE + place] = uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  }
+  staged[3 * STAGED_STRIDE + place] = uint4(0u);
+}
+
+template <int WORDS, class Lanes>
+MSL_FN void multiply_word(float* sums, const uint* words, const uint4* staged, uint first, int i, Lanes, uint one) {
+  const uint column = msl_cuda::lane_index() / 4, pair = msl_cuda::lane_index() % 4;
+  const uint row = column / 4 == pair / 2 ? column % 4 : 3;
+  const uint4 b = staged[row * STAGED_STRIDE + first + 4 * i + pair];
+  const uint columns[4] = {b.x, b.y, b.z, b.w}, ones = one | one >> 16;  // of two bfloats
+  for (int j = 0; j < 4; j += 2) {
+    uint a[2][2];
+    for (int k = 0; k < 2; k++) {
+      for (int r = 0; r < 2; r++) {
+        const uint moved = j + k == 0 ? words[r] << 3 : words[r] >> (4 * (j + k) - 3);
+        a[k][r] = (moved & 0x00780078u) | ones;
+      }
+    }
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+        "%2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0][0]), "r"(a[0][1]), "r"(a[1][0]), "r"(a[1][1]), "r"(columns[j]), "r"(columns[j + 1]));
+  }
+}
+
+MSL_FN void sum_columns(float* rows, uint) {
+  for (int i = 0; i < 2; i++) {
+    rows[i] += simd_shuffle_xor(rows[i], 1);
+    rows[i] += simd_shuffle_xor(rows[i], 2);
+  }
+}
+
 // Atomics: 32-bit integers
 
 #define MSL_ATOMIC(NAME, INTRINSIC)                                                   \

@@ -1,0 +1,246 @@
+// Products of a matrix of four bits with one vector on the matrix units, for matrices with many rows. A norm before a
+// product, and operations after it (bias, residual, activation), are fused.
+//
+// The threads of a threadgroup stage the vector together. Then each simdgroup multiplies its tiles.
+#include <metal_stdlib>
+#include "common/activation.metal.h"
+#include "common/kernel.metal.h"
+#include "decode/multiply.metal.h"
+#include "quantized/packed_tile.metal.h"
+using namespace metal;
+using namespace torch_fused;
+
+// What a lane holds of a tile: words of two rows, with the scales and biases of one half's groups, as bits.
+template <int WORDS>
+struct PackedTile {
+  uint words[2][WORDS], scales[2], biases[2];
+};
+
+// Which words and groups a lane loads. Past the end, of a row or of half a tile, what comes last is loaded again: it is
+// multiplied with zeros or not at all.
+struct TileSpan {
+  uint words, half_words;  // from a tile's first word to the lane's own, and to its half's
+  uint group_shift;        // the binary logarithm of a group's words
+  uint last_word, last_group;
+};
+
+template <typename S, int WORDS>
+inline void load_tile(thread PackedTile<WORDS>& tile, thread const PackedRow* rows, uint first, TileSpan span) {
+  const uint word = min(first + span.words, span.last_word);
+  const uint group = min((first + span.half_words) >> span.group_shift, span.last_group);
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    if (WORDS == 4) {
+      const uint4 raw = *(device const uint4*)(rows[r].words + word);
+      tile.words[r][0] = raw.x, tile.words[r][1] = raw.y, tile.words[r][2] = raw.z, tile.words[r][3] = raw.w;
+    } else {
+      const uint2 raw = *(device const uint2*)(rows[r].words + word);
+      tile.words[r][0] = raw.x, tile.words[r][1] = raw.y;
+    }
+    tile.scales[r] = bits_of(((device const S*)rows[r].scales)[group]);
+    tile.biases[r] = bits_of(((device const S*)rows[r].biases)[group]);
+  }
+}
+
+template <int WORDS>
+inline void copy_tile(thread PackedTile<WORDS>& to, thread const PackedTile<WORDS>& from) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) to.words[r][i] = from.words[r][i];
+    to.scales[r] = from.scales[r], to.biases[r] = from.biases[r];
+  }
+}
+
+// What a kernel needs of its threadgroup: sums are of the staged values, half a tile each, squares of each simdgroup's.
+struct SharedVector {
+  uint4 staged[kStagedRows * (kStagedWords + 4)];
+  float sums[kStagedWords / 4];
+  float squares[kMostTileSimdgroups];
+};
+
+// Stages the vector from column `begin` on, with the norm's weights, as far as there is room; returns the sum of
+// squares of what the thread staged.
+template <typename T, typename X, int WORDS>
+inline float stage_vector(threadgroup SharedVector& shared, device const X* vector, device const T* norm,
+                          constant ProductParams& p, uint begin, uint thread_id, uint threads) {
+  constexpr uint SUMMED = 2 * WORDS;                                                   // words of half a tile's row
+  const uint words = min(kStagedWords, ((p.cols - begin) / kWordCodes + 31u) & ~31u);  // whole simdgroups take part
+  float squares = 0.0f;
+  for (uint word = thread_id; word < words; word += threads) {
+    const uint column = begin + word * kWordCodes;
+    Pack<X, kWordCodes> pack;
+    Pack<T, kWordCodes> weights;
+    load_pack<X, true>(vector, column, p.cols, pack);
+    if (p.flags & kNormed) load_pack<T, true>(norm, column, p.cols, weights);
+    float x[kWordCodes], sum = 0.0f;
+    pack.unpack(x);
+#pragma unroll
+    for (uint j = 0; j < kWordCodes; j++) {
+      squares = fma(x[j], x[j], squares);
+      if (p.flags & kNormed) x[j] *= weights.get(j) + p.norm_offset;
+      sum += x[j];
+    }
+#pragma unroll
+    for (uint distance = 1; distance < SUMMED; distance *= 2) sum += simd_shuffle_xor(sum, ushort(distance));
+    if (word % SUMMED == 0) shared.sums[word / SUMMED] = sum;
+    stage_word(shared.staged, staged_place<WORDS>(word), x);
+  }
+  return squares;
+}
+
+// The product of a row with the vector, weight by weight: where infinities or overflows cancelled in the tiles.
+template <typename T, typename X>
+inline float exact_product(PackedRow row, device const X* vector, device const T* norm, PackedGroups<T, true> groups,
+                           constant ProductParams& p) {
+  float sum = 0.0f;
+#pragma unroll 1
+  for (uint column = 0; column < p.cols; column += kLaneColumns) {
+    Pack<X, kLaneColumns> pack;
+    load_pack<X, true>(vector, column, p.cols, pack);
+    float x[kLaneColumns];
+    pack.unpack(x);
+    for (uint j = 0; p.flags & kNormed && j < kLaneColumns; j++) x[j] *= float(norm[column + j]) + p.norm_offset;
+    PackedPack<4, kLaneColumns, T> weights;
+    load_packed<4, kLaneColumns, true>(row, column, true, groups, weights);
+    sum += weights.exact_product(x);
+  }
+  return sum;
+}
+
+// T is the type of scales, norms and biases, X that of vectors and results. GATED: a tile has eight rows of a gate and
+// the same of an up, and the result is activation(gate) * up. The limit on threads is one on registers: with so many,
+// a multiprocessor of NVIDIA's has room for five threadgroups of 128 threads.
+template <typename T, typename X, int WORDS, bool GATED>
+[[kernel, max_total_threads_per_threadgroup(640)]]
+void packed_tiles(device const uint* w0 [[buffer(0)]], device const uint* w1 [[buffer(1)]],
+                  device const uint* w2 [[buffer(2)]], device const ushort* s0 [[buffer(3)]],
+                  device const ushort* s1 [[buffer(4)]], device const ushort* s2 [[buffer(5)]],
+                  device const ushort* g0 [[buffer(6)]], device const ushort* g1 [[buffer(7)]],
+                  device const ushort* g2 [[buffer(8)]], device const ushort* b0 [[buffer(9)]],
+                  device const ushort* b1 [[buffer(10)]], device const ushort* b2 [[buffer(11)]],
+                  device const X* vector [[buffer(12)]], device const ushort* norm [[buffer(13)]],
+                  device X* results [[buffer(14)]], constant PackedProductParams& packed [[buffer(15)]],
+                  uint group [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
+                  uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+                  uint simdgroups [[simdgroups_per_threadgroup]]) {
+  constexpr uint TILE = 4 * WORDS, TILES = kStagedWords / TILE;  // words of a tile's row; tiles that are staged at once
+  constexpr int OUTPUTS = GATED ? 1 : 2;                         // rows of a lane's results
+  constexpr float CODES = 16.0f;                                 // a code is CODES * (what stands for it - 1)
+  threadgroup SharedVector shared;
+  constant ProductParams& p = packed.product;
+  constant PackedFormat& format = packed.format;
+  TileLane lanes;
+  tile_lane(lane, lanes);
+  const uint splits = p.splits, split = simdgroup % splits, one = format.one;
+  const uint first = (group * (simdgroups / splits) + simdgroup / splits) * 8 * OUTPUTS + lanes.row;
+  const uint last = p.ends[GATED ? 0 : 2] - 1;
+
+  const PackedGroups<T, true> groups = packed_groups<T, true>(format.group_size, format.scale_format);
+  PackedRow rows[2];
+#pragma unroll
+  for (uint i = 0; i < 2; i++) {
+    const uint index = min(GATED ? first : first + 8 * i, last);
+    const uint of = GATED ? i : uint(index >= p.ends[0]) + uint(index >= p.ends[1]);
+    rows[i] = packed_row(of == 0   ? w0
+                         : of == 1 ? w1
+                                   : w2,
+                         of == 0   ? s0
+                         : of == 1 ? s1
+                                   : s2,
+                         of == 0   ? g0
+                         : of == 1 ? g1
+                                   : g2,
+                         GATED || of == 0 ? index : index - p.ends[of - 1], format.strides[of],
+                         format.scale_strides[of], format.bias_strides[of], groups);
+  }
+
+  const TileSpan span = {lanes.pair * WORDS, lanes.result / 4 * TILE / 2, groups.shift - 3, p.cols / kWordCodes - WORDS,
+                         (p.cols >> groups.shift) - 1};
+  const uint tiles = (p.cols / kWordCodes + TILE - 1) / TILE;
+  uint tile = split;
+  PackedTile<WORDS> now, next;
+  load_tile<T>(now, rows, tile * TILE, span);
+  load_tile<T>(next, rows, (tile + splits) * TILE, span);
+  previous_launch_done(lane);
+
+  float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f}, shifts[2] = {0.0f, 0.0f}, squares = 0.0f;
+  for (uint stage = 0; stage < tiles; stage += TILES) {
+    if (stage > 0) threadgroup_barrier(mem_flags::mem_threadgroup);  // all are done with what was staged
+    squares += stage_vector<T, X, WORDS>(shared, vector, (device const T*)norm, p, stage * TILE * kWordCodes, thread_id,
+                                         simdgroups * 32);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    const uint end = min(stage + TILES, tiles);
+#pragma unroll 2
+    for (; tile < end; tile += splits) {
+      PackedTile<WORDS> after;  // two tiles are under way while one is multiplied
+      load_tile<T>(after, rows, (tile + 2 * splits) * TILE, span);
+      float products[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+      for (int i = 0; i < WORDS; i++) {
+        const uint pair[2] = {now.words[0][i], now.words[1][i]};
+        multiply_word<WORDS>(products, pair, shared.staged, (tile - stage) * TILE, i, lanes, one);
+      }
+      const float sum = shared.sums[(tile - stage) * 2 + lanes.result / 4];
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const float scale = CODES * value_of<T>(now.scales[r]);
+        shifts[r] = fma(value_of<T>(now.biases[r]) - scale, sum, shifts[r]);
+        sums[2 * r] = fma(scale, products[2 * r], sums[2 * r]);
+        sums[2 * r + 1] = fma(scale, products[2 * r + 1], sums[2 * r + 1]);
+      }
+      copy_tile(now, next);
+      copy_tile(next, after);
+    }
+  }
+  float values[2];
+#pragma unroll
+  for (int r = 0; r < 2; r++) values[r] = sums[2 * r] + sums[2 * r + 1] + (lanes.result % 4 == 0 ? shifts[r] : 0.0f);
+  sum_columns(values, lane);
+
+  squares = simd_sum(squares);
+  if (lane == 0) shared.squares[simdgroup] = squares;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  threadgroup float2* parts = (threadgroup float2*)shared.staged;
+  if (splits > 1) {
+    parts[simdgroup * 32 + lane] = float2(values[0], values[1]);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  if (split > 0 || lanes.result > 0) return;
+  for (uint s = 1; s < splits; s++) {
+    const float2 more = parts[(simdgroup + s) * 32 + lane];
+    values[0] += more.x, values[1] += more.y;
+  }
+  float scale = 1.0f;
+  if (p.flags & kNormed) {
+    float all = 0.0f;
+    for (uint s = 0; s < simdgroups; s++) all += shared.squares[s];
+    scale = rsqrt(all / float(p.cols) + p.eps);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    if (!isfinite(values[i])) values[i] = exact_product<T, X>(rows[i], vector, (device const T*)norm, groups, p);
+  }
+#pragma unroll
+  for (uint i = 0; i < OUTPUTS; i++) {
+    const uint row = first + 8 * i, of = uint(row >= p.ends[0]) + uint(row >= p.ends[1]);
+    if (row > last) continue;
+    float value = values[i] * scale;
+    if (GATED) value = activate(value, p.activation) * (values[1] * scale);
+    if (!GATED && p.flags & (kBias << of)) {
+      value += float(((device const T*)(of == 0 ? b0 : of == 1 ? b1 : b2))[of == 0 ? row : row - p.ends[of - 1]]);
+    }
+    device X* place = results + row;
+    *place = X(fma(value, p.scale, p.flags & kAdd ? float(*place) : 0.0f));
+  }
+}
+
+// With four words a lane, half a tile's row is in one group of 64 columns or more; with two, in one of 32.
+#define PACKED_TILES(name, T, WORDS)                                                  \
+  KERNEL("packed_tiles_" #name "_" #WORDS, packed_tiles<T, float, WORDS, false>)      \
+  KERNEL("packed_tiles_gated_" #name "_" #WORDS, packed_tiles<T, float, WORDS, true>) \
+  KERNEL("packed_tiles_linear_" #name "_" #WORDS, packed_tiles<T, T, WORDS, false>)
+PACKED_TILES(f16, half, 4)
+PACKED_TILES(f16, half, 2)
+PACKED_TILES(bf16, bfloat, 4)
+PACKED_TILES(bf16, bfloat, 2)
