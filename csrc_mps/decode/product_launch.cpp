@@ -146,7 +146,9 @@ void multiply(GpuStep& step, std::initializer_list<const Linear*> matrices, cons
     return;
   }
 
-  const bool tiles = whole && p.vectors > 1 && !first.is_packed() && first.weight.element_size() == 2;
+  // Several vectors: a tile must lie in one group.
+  const bool tiles = whole && p.vectors > 1 && dtype_beside(first) != at::kFloat &&
+                     (!first.is_packed() || first.group_size % kTileColumns == 0);
   const Width width = width_for(p.vectors, whole, gated, first.is_packed(), tiles);
   const int64_t outputs = gated ? width.rows / 2 : width.rows;
   p.splits = static_cast<uint32_t>(splits_for(width, results, outputs, p.cols, first.is_packed(), tiles));
@@ -154,7 +156,11 @@ void multiply(GpuStep& step, std::initializer_list<const Linear*> matrices, cons
   const int64_t rows = simdgroups / p.splits * outputs;
   const int64_t groups = (results + rows - 1) / rows * ((p.vectors + width.vectors - 1) / width.vectors);
   if (first.is_packed()) {
-    step.launches.add(packed_kernel(first, gated ? 1 : 0, width.variant), groups, 32 * simdgroups, packed_operands(),
+    static KernelSet packed("decode_packed_tiles", "decode_packed_tiles"),
+        gating_packed("decode_packed_tiles", "decode_packed_tiles_gated");
+    const Kernel& kernel = tiles ? (gated ? gating_packed : packed)(dtype_beside(first), first.bits)
+                                 : packed_kernel(first, gated ? 1 : 0, width.variant);
+    step.launches.add(kernel, groups, 32 * simdgroups, packed_operands(),
                       PackedProductParams{p, packed_format({each[0], each[1], each[2]})});
   } else {
     const at::ScalarType dtype = first.weight.scalar_type();

@@ -6,6 +6,7 @@
 #include "common/activation.metal.h"
 #include "common/kernel.metal.h"
 #include "decode/multiply.metal.h"
+#include "quantized/exact_product.metal.h"
 #include "quantized/packed_tile.metal.h"
 using namespace metal;
 using namespace torch_fused;
@@ -87,25 +88,6 @@ inline float stage_vector(threadgroup SharedVector& shared, device const X* vect
     stage_word(shared.staged, staged_place<WORDS>(word), x);
   }
   return squares;
-}
-
-// The product of a row with the vector, weight by weight: where infinities or overflows cancelled in the tiles.
-template <typename T, typename X>
-inline float exact_product(PackedRow row, device const X* vector, device const T* norm, PackedGroups<T, true> groups,
-                           constant ProductParams& p) {
-  float sum = 0.0f;
-#pragma unroll 1
-  for (uint column = 0; column < p.cols; column += kLaneColumns) {
-    Pack<X, kLaneColumns> pack;
-    load_pack<X, true>(vector, column, p.cols, pack);
-    float x[kLaneColumns];
-    pack.unpack(x);
-    for (uint j = 0; p.flags & kNormed && j < kLaneColumns; j++) x[j] *= float(norm[column + j]) + p.norm_offset;
-    PackedPack<4, kLaneColumns, T> weights;
-    load_packed<4, kLaneColumns, true>(row, column, true, groups, weights);
-    sum += weights.exact_product(x);
-  }
-  return sum;
 }
 
 // T is the type of scales, norms and biases, X that of vectors and results. GATED: a tile has eight rows of a gate and
@@ -219,7 +201,7 @@ void packed_tiles(device const uint* w0 [[buffer(0)]], device const uint* w1 [[b
   }
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    if (!isfinite(values[i])) values[i] = exact_product<T, X>(rows[i], vector, (device const T*)norm, groups, p);
+    if (!isfinite(values[i])) values[i] = exact_product<4, T, X>(rows[i], vector, (device const T*)norm, groups, p);
   }
 #pragma unroll
   for (uint i = 0; i < OUTPUTS; i++) {
