@@ -48,6 +48,28 @@ def test_families_and_sizes(backend, family, batch, steps, length):
     packed_step(family=family, batch=batch, steps=steps, length=length, starts=starts, device=backend.device).check()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("batch", "steps"), [(3, 1), (2, 4), (3, 5)])
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (4, 128), (8, 64), (8, 128)])
+def test_several_vectors(backend, bits, group_size, batch, steps, dtype):
+    """On a GPU's matrix units: part of a block of vectors, a whole one, and more."""
+    for family in ("biased", "gemma"):
+        options = {"batch": batch, "steps": steps, "dtype": dtype, "device": backend.device}
+        packed_step(bits, group_size, family=family, **options).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("group_size", "family"), [(32, "biased"), (64, "gemma"), (128, "qwen3")])
+def test_many_rows(backend, group_size, family, dtype):
+    """A GPU has kernels of its own for one vector and many rows of four bits."""
+    shape = Shape(family, 1, 3 * group_size, 4, 2, group_size, 16, intermediate=4224, vocabulary=8205)
+    step = Step(shape, dtype=dtype, device=backend.device)
+    names = zip(LAYER_PARTS, step.model["layers"], strict=True)
+    layers = [pack(part, 4, group_size) if name in MATRICES else part for name, part in names]
+    step.model.update(layers=layers, head=pack(step.model["head"], 4, group_size))
+    step.check()
+
+
 @pytest.mark.parametrize("only", [("q",), ("k", "v"), ("o",), ("gate", "up"), ("down",), ("embedding",), ("head",)])
 def test_some_packed(backend, only):
     packed_step(8, only=only, length=100, device=backend.device).check()

@@ -209,6 +209,40 @@ def test_rows(backend, rows):
         assert relative_error(quantized_linear(x, *packed, bits=4, group_size=64), exact_product(x, packed)) < 5e-6
 
 
+# One group; half a tile; more than is staged at once.
+MANY_ROWS = [(32, 32), (32, 96), (64, 64), (64, 192), (128, 128), (128, 896)]
+MANY_ROWS = [(*sizes, dtype) for dtype in (torch.float16, torch.bfloat16) for sizes in MANY_ROWS]
+MANY_ROWS += [(32, 2080, torch.float16), (64, 2112, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("group_size", "columns", "dtype"), MANY_ROWS)
+def test_many_rows(backend, group_size, columns, dtype):
+    """A GPU has kernels of its own for one vector and many rows of four bits; they end with part of a tile here."""
+    packed = matrix(8192 + 13, columns, 4, group_size, dtype, backend.device)
+    x = make(columns, dtype=dtype, device=backend.device, seed=1)
+    bias = make(8192 + 13, dtype=dtype, device=backend.device, seed=2)
+    for b in (None, bias):
+        actual = quantized_linear(x, *packed, b, bits=4, group_size=group_size)
+        exact = exact_product(x, packed, b, group_size=group_size)
+        assert relative_error(actual, exact) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_many_rows_of_parts_of_larger_tensors(backend, dtype):
+    """Rows of every tensor lie apart, scales and biases differently."""
+    weight, scales, biases = matrix(8200, 192, dtype=dtype, device=backend.device)
+
+    def apart(tensor, columns):
+        wide = torch.full((len(tensor), columns), 7, device=tensor.device).to(tensor.dtype)
+        wide[:, : tensor.shape[1]] = tensor
+        return wide[:, : tensor.shape[1]]
+
+    parts = [apart(weight.view(torch.int32), 28).view(torch.uint32), apart(scales, 5), apart(biases, 4)]
+    x = make(192, dtype=dtype, device=backend.device, seed=1)
+    actual = quantized_linear(x, *parts, bits=4, group_size=64)
+    assert torch.equal(actual, quantized_linear(x, weight, scales, biases, bits=4, group_size=64))
+
+
 def check_int8(seed=0):
     """Integer products are within the rounding of the vector to int8, for any columns and number of vectors."""
     for bits, group_size in FORMATS:
@@ -284,6 +318,22 @@ def test_nan_and_inf(backend):
                     torch.testing.assert_close(actual, exact, rtol=1e-5, atol=1e-5)
                 else:
                     torch.testing.assert_close(actual[0], expected[0], equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_nan_and_inf_with_many_rows(backend, dtype):
+    """The same for the kernels of many rows; scales that are no numbers reach their own rows only."""
+    packed = matrix(8200, 128, dtype=dtype, device=backend.device)
+    dense = dequantize(*packed, bits=4, group_size=64).cpu()
+    for value in (torch.nan, torch.inf, -torch.inf):
+        x = torch.zeros(128, dtype=dtype)
+        x[77] = value
+        actual = quantized_linear(x.to(backend.device), *packed, bits=4, group_size=64).cpu()
+        torch.testing.assert_close(actual, value * dense[:, 77], equal_nan=True)
+    _, scales, biases = packed
+    scales[8195, 1] = biases[3, 0] = torch.inf
+    actual = quantized_linear(make(128, dtype=dtype).to(backend.device), *packed, bits=4, group_size=64).cpu()
+    assert (~actual.isfinite()).nonzero().flatten().tolist() == [3, 8195]
 
 
 def test_empty(backend):
@@ -388,6 +438,9 @@ def test_kernels_are_clean_in_every_schedule(schedule, seed):
                 yield quantized_linear(make(vectors, 2112, dtype=torch.bfloat16), *packed, **options)
             yield quantized_linear(make(2, 2113)[:, 1:], *packed, **options)
             yield dequantize(*packed, **options)
+        for group_size, columns in ((32, 96), (64, 192)):
+            packed = matrix(8200, columns, 4, group_size, torch.bfloat16)
+            yield quantized_linear(make(columns, dtype=torch.bfloat16), *packed, bits=4, group_size=group_size)
 
     with emulate(checked=False):
         expected = list(run())
@@ -407,6 +460,13 @@ def test_traffic(bits):
         assert launch.buffers[0].read == packed[0].nbytes and launch.buffers[5].written == y.nbytes
         distinct = [buffer.distinct_read + buffer.distinct_written for buffer in launch.buffers[:-1]]
         assert distinct == [t.nbytes for t in (*packed, x, bias, y)]
+    many = matrix(8200, 896, bits, dtype=torch.bfloat16)
+    x, bias = make(896, dtype=torch.bfloat16), make(8200, dtype=torch.bfloat16)
+    with emulate() as run:
+        y = quantized_linear(x, *many, bias, bits=bits, group_size=64)
+    (launch,) = run.launches
+    distinct = [buffer.distinct_read + buffer.distinct_written for buffer in launch.buffers[:-1]]
+    assert [n for n in distinct if n] == [t.nbytes for t in (*many, *((bias, x) if bits == 4 else (x, bias)), y)]
     with emulate() as run:
         y = dequantize(*packed, bits=bits, group_size=64)
     buffers = run.launches[0].buffers

@@ -271,13 +271,21 @@ def same(what: str, actual: Tensor, exact: Tensor) -> None:
 
 def packed_operands(device: str):
     """(what, x and a packed matrix on the device, the same on the CPU, options): aligned or not, 1 or 5 vectors."""
+    shapes = (
+        (9, 96, 4, 32),
+        (9, 2112, 4, 64),
+        (9, 1120, 8, 32),
+        (9, 896, 8, 128),
+        (8200, 96, 4, 32),
+        (8200, 192, 4, 64),
+    )
     for dtype in DTYPES:
-        for bits, group_size, cols in ((4, 32, 96), (4, 64, 2112), (8, 32, 1120), (8, 128, 896)):
-            packed = quantize(make(9, cols, dtype=dtype, scale=0.2), bits=bits, group_size=group_size)
+        for rows, cols, bits, group_size in shapes:
+            packed = quantize(make(rows, cols, dtype=dtype, scale=0.2), bits=bits, group_size=group_size)
             for vectors, start in ((1, 0), (1, 3), (5, 0)):
                 x = make(vectors, cols + start, dtype=dtype, seed=1)
                 moved = [x.to(device)[:, start:], *(t.to(device) for t in packed)]
-                what = f"of {vectors} vectors of {cols} columns, {bits} bits in groups of {group_size}"
+                what = f"of {vectors} vectors and {rows} rows of {cols}, {bits} bits in groups of {group_size}"
                 yield what, moved, (x[:, start:], *packed), {"bits": bits, "group_size": group_size}
 
 
@@ -290,7 +298,7 @@ def check_dequantize(device: str) -> None:
 
 def check_quantized_linear(device: str) -> None:
     for what, (x, *packed), (x_cpu, weight, scales, biases), options in packed_operands(device):
-        bias = make(9, dtype=x.dtype, seed=2)
+        bias = make(len(weight), dtype=x.dtype, seed=2)
         wide = x_cpu.double(), weight, scales.double(), biases.double(), bias.double()
         actual = torch.ops.torch_fused.quantized_linear(x, *packed, bias.to(device), **options)
         compare(f"quantized_linear {what}", [actual], [quantized_linear_reference(*wide, **options)])
@@ -365,9 +373,14 @@ def check_decode(device: str) -> None:
         for dtype in DTYPES:
             for steps, length in ((1, 20), (3, 20), *SEVERAL_CHUNKS.items()):
                 check_decoder(device, dtype, 64, 64, steps, length, bits)
+            check_decoder(device, dtype, 64, 64, 3, bits=bits, group_size=64)
         # Norms and biases in another dtype than the scales.
         for length in (20, SEVERAL_CHUNKS[3]):
             check_decoder(device, torch.float16, 64, 64, 3, length, bits, beside=torch.float32)
+    # Matrices with many rows.
+    for dtype in DTYPES:
+        for group_size in (32, 64):
+            check_decoder(device, dtype, 64, 64, 1, bits=4, group_size=group_size, rows=8200)
 
 
 def check_decoder(
@@ -381,13 +394,16 @@ def check_decoder(
     beside: torch.dtype | None = None,
     traits: bool = False,
     experts: int = 0,
+    group_size: int = 32,
+    rows: int = 0,
 ) -> None:
     """With dense matrices, or packed ones of `bits` bits; norms and biases have the dtype `beside`.
 
-    `traits`: with settings that only some families use. `experts`: in addition to a shared expert.
+    The head has `rows` rows, and gate and up together at least as many. `traits`: with settings that only some families
+    use. `experts`: in addition to a shared expert.
     """
-    heads, batch, vocabulary = 4, 1 if steps == 1 else 2, 50
-    intermediate = 96 if hidden == 64 else 71
+    heads, batch, vocabulary = 4, 1 if steps == 1 else 2, rows or 50
+    intermediate = 3 * group_size + rows // 128 * 64 if hidden == 64 else 71
     queries, keys = heads * head_dim, 2 * head_dim
     sizes = {
         "input_norm": (hidden,),
@@ -417,7 +433,7 @@ def check_decoder(
         if len(shape) == 1:
             return scaled(*shape, seed=seed, dtype=beside or dtype)
         matrix = scaled(*shape, seed=seed)
-        return Packed(*quantize(matrix, bits=bits, group_size=32)) if bits else matrix
+        return Packed(*quantize(matrix, bits=bits, group_size=group_size)) if bits else matrix
 
     ids = torch.arange(batch * steps).view(batch, steps)
     model: dict[str, Any] = {
@@ -448,7 +464,7 @@ def check_decoder(
         "values": [scaled(batch, 2, length + steps, head_dim, seed=26)],
         "length": length,
     }
-    exact_model = DecoderParts(*decoder_arguments(**in_float64(model)))
+    exact_model = DecoderParts(*decoder_arguments(**in_float64(model, group_size)))
     exact = decode_reference(exact_model, **in_float64(arguments), logits_to_keep=steps)
     matrices = f"{bits} bits" if bits else "dense matrices"
     what = f"decode_ of {hidden} columns and heads of {head_dim} after {length}, {matrices}"
@@ -465,14 +481,14 @@ def on(device: str, value: Any) -> Any:
     return map_tensors(lambda tensor: tensor.to(device), value)
 
 
-def in_float64(value: Any) -> Any:
+def in_float64(value: Any, group_size: int = 32) -> Any:
     """Packed matrices are unpacked."""
+
+    def unpacked(matrix: Packed) -> Tensor:
+        bits = matrix.weight.shape[1] * 32 // (matrix.scales.shape[1] * group_size)
+        return dequantize_reference(*matrix, bits=bits, group_size=group_size, dtype=torch.float64)
+
     return map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, value, unpacked)
-
-
-def unpacked(matrix: Packed, group_size: int = 32) -> Tensor:
-    bits = matrix.weight.shape[1] * 32 // (matrix.scales.shape[1] * group_size)
-    return dequantize_reference(*matrix, bits=bits, group_size=group_size, dtype=torch.float64)
 
 
 def map_tensors(

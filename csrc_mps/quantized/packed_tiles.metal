@@ -91,10 +91,9 @@ inline float stage_vector(threadgroup SharedVector& shared, device const X* vect
 }
 
 // T is the type of scales, norms and biases, X that of vectors and results. GATED: a tile has eight rows of a gate and
-// the same of an up, and the result is activation(gate) * up. The limit on threads is one on registers: with so many,
-// a multiprocessor of NVIDIA's has room for five threadgroups of 128 threads.
+// the same of an up, and the result is activation(gate) * up.
 template <typename T, typename X, int WORDS, bool GATED>
-[[kernel, max_total_threads_per_threadgroup(640)]]
+[[kernel, max_total_threads_per_threadgroup(512)]]
 void packed_tiles(device const uint* w0 [[buffer(0)]], device const uint* w1 [[buffer(1)]],
                   device const uint* w2 [[buffer(2)]], device const ushort* s0 [[buffer(3)]],
                   device const ushort* s1 [[buffer(4)]], device const ushort* s2 [[buffer(5)]],

@@ -111,14 +111,14 @@ Tensor quantized_linear_gpu(const Tensor& x, const Tensor& weight, const Tensor&
   p.one = kOne;
   const Tensor row = bias ? bias->contiguous() : x;
   if (bias) p.flags |= kHasBias;
-  const bool whole = scales.scalar_type() == x.scalar_type() && has_small_offsets(m) &&
-                     rows_aligned(m.weight.tensor, m.rows > 1 ? m.weight.stride : 0) &&
-                     rows_aligned(vectors.tensor, call.vectors > 1 ? vectors.stride : 0);
-  if (whole && call.vectors == 1 && is_tiled(scales, bits, m.rows)) {
+  const bool aligned = scales.scalar_type() == x.scalar_type() &&
+                       rows_aligned(m.weight.tensor, m.rows > 1 ? m.weight.stride : 0) &&
+                       rows_aligned(vectors.tensor, call.vectors > 1 ? vectors.stride : 0);
+  if (aligned && call.vectors == 1 && is_tiled(scales, bits, m.rows)) {
     multiply_tiled(m, vectors.tensor, row, bias.has_value(), result);
     return result;
   }
-  const Width width = width_for(call.vectors, whole, bits);
+  const Width width = width_for(call.vectors, aligned && has_small_offsets(m), bits);
   const int64_t steps = (m.cols + width.blocks * kPackedBlock - 1) / (width.blocks * kPackedBlock);
   p.splits = static_cast<uint32_t>(m.rows <= kFewRows ? std::clamp<int64_t>(steps, 1, kMostSplits) : 1);
   const int64_t simdgroups = (kPackedSimdgroups + p.splits - 1) / p.splits * p.splits;
