@@ -25,11 +25,11 @@ def step(
     return run
 
 
-def packed(bits: int = 4) -> Callable[[], list[torch.Tensor]]:
+def packed(bits: int = 4, **options) -> Callable[[], list[torch.Tensor]]:
     """A step of a model with all matrices packed."""
 
     def run() -> list[torch.Tensor]:
-        call = packed_step(bits, length=100)
+        call = packed_step(bits, length=100, **options)
         return [call.run(), *call.args["keys"], *call.args["values"]]
 
     return run
@@ -41,11 +41,13 @@ ATTENTION, ATTENDED, PRODUCT, TILES, EMBED, VECTORS = (
         "decode_attention.metal",
         "attended.metal.h",
         "multiply.metal.h",
-        "decode_tiles.metal",
+        "tiles.metal.h",
         "decode_product.metal",
         "vectors.metal.h",
     )
 )
+
+SEVERAL_PACKED = packed(group_size=64, batch=3, dtype=torch.bfloat16)
 
 BUGS = [
     Bug(
@@ -233,7 +235,7 @@ ONLY_NUMBERS = [
      step(dtype=torch.bfloat16)),
     ("a tile's second row is the first", "decode_tiles", "first + 8 * i, last)", "first, last)",
      step(dtype=torch.bfloat16)),
-    ("one chain of a tile's sums is lost", "decode_tiles", "sums[i] += parts[chain][i];", ";",
+    ("one chain of a tile's sums is lost", "decode_tiles", "sums[i % 4] += parts[i / 4][i % 4];", "sums[i % 4] = parts[i / 4][i % 4];",
      step(dtype=torch.bfloat16)),
     ("the parts of a tile's row are not added up", "decode_tiles", "s < p.splits; s++", "s < 1; s++",
      step(dtype=torch.bfloat16)),
@@ -241,6 +243,15 @@ ONLY_NUMBERS = [
      "squares[1 - v] / float(p.cols)", step(dtype=torch.bfloat16)),
     ("a tile's up is not gated", "decode_tiles", "p.activation) * (sums[2 + v] * scale)", "p.activation)",
      step(dtype=torch.bfloat16)),
+    ("the other row's scale in a packed tile", "decode_packed_tiles", "value_of<T>(tile.scales[k / 2])",
+     "value_of<T>(tile.scales[1 - k / 2])", SEVERAL_PACKED),
+    ("a packed tile's products are added twice", "decode_packed_tiles", "parts0[k] = parts1[k] = 0.0f;", ";",
+     SEVERAL_PACKED),
+    ("codes of a packed tile are not counted from zero", "decode_packed_tiles", "fma(bias - scale, of_x[k % 2], sums[k])",
+     "fma(bias, of_x[k % 2], sums[k])", SEVERAL_PACKED),
+    ("the values of a lane's own runs only", "decode_packed_tiles", "sum_of_runs(of_x, lane);", ";", SEVERAL_PACKED),
+    ("the first group of a packed row for all", "decode_packed_tiles", "rows.groups().before(column);", "0;",
+     SEVERAL_PACKED),
     ("chunks count alike", "decode_attended", "const float weight = exp2(stat[c].x - largest);",
      "const float weight = 1.0f;", step()),
     ("up is not gated", "decode_product", "p.activation) * (up * scale)", "p.activation)", step()),

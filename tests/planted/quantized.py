@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import torch
+
 from torch_fused.functional import dequantize, quantize, quantized_linear
 from torch_fused.testing import make
 
@@ -22,7 +24,86 @@ def unpacked(columns: int = 96) -> Callable[[], object]:
     return lambda: dequantize(*packed, bits=4, group_size=32)
 
 
+def tiled(group_size: int = 64, columns: int = 192, rows: int = 8200) -> Callable[[], object]:
+    """Rows that two simdgroups share, and columns that end with half a tile."""
+    packed = quantize(make(rows, columns, dtype=torch.bfloat16), bits=4, group_size=group_size)
+    x, bias = make(columns, dtype=torch.bfloat16, seed=1), make(rows, dtype=torch.bfloat16, seed=2)
+    return lambda: quantized_linear(x, *packed, bias, bits=4, group_size=group_size)
+
+
+TILES = "quantized/packed_tiles.metal"
+
 BUGS = [
+    Bug(
+        "missing barrier after a vector is staged",
+        "packed_tiles",
+        BARRIER.replace("  ", "    ", 1) + "    const uint end",
+        "\n    const uint end",
+        tiled(),
+        RACE,
+        "quantized/packed_tile.metal.h",
+        "",
+    ),
+    Bug(
+        "missing barrier before the vector's next part is staged",
+        "packed_tiles",
+        "if (stage > 0) threadgroup_barrier(mem_flags::mem_threadgroup);",
+        "",
+        tiled(32, 2080),
+        RACE,
+        "quantized/packed_tile.metal.h",
+        "",
+    ),
+    Bug(
+        "missing barrier before the parts of a tile's rows are added up",
+        "packed_tiles",
+        "    parts[simdgroup * 32 + lane] = float2(values[0], values[1]);\n" + BARRIER.replace("  ", "    ", 1),
+        "    parts[simdgroup * 32 + lane] = float2(values[0], values[1]);\n",
+        tiled(),
+        RACE,
+        TILES,
+        "parts[",
+    ),
+    Bug(
+        "a tile's words past the end",
+        "packed_tiles",
+        "min(first + span.words, span.last_word)",
+        "first + span.words",
+        tiled(rows=8208),
+        OUTSIDE,
+        TILES,
+        "",
+    ),
+    Bug(
+        "a tile's groups past the end",
+        "packed_tiles",
+        "min((first + span.half_words) >> span.group_shift, span.last_group)",
+        "(first + span.half_words) >> span.group_shift",
+        tiled(rows=8208),
+        OUTSIDE,
+        TILES,
+        "",
+    ),
+    Bug(
+        "a tile's rows that are not there are written",
+        "packed_tiles",
+        "if (row > last) continue;",
+        "",
+        tiled(),
+        OUTSIDE,
+        TILES,
+        "",
+    ),
+    Bug(
+        "every lane of a row writes",
+        "packed_tiles",
+        "if (split > 0 || lanes.result > 0) return;",
+        "if (split > 0) return;",
+        tiled(),
+        "data race on buffer 14",
+        TILES,
+        "*place = ",
+    ),
     Bug(
         "codes read past the end of the row",
         "quantized",
@@ -118,5 +199,25 @@ ONLY_NUMBERS = [
     ("the bias as it is", "quantized", "float(bias) * sums.all)", "float(bias))", multiplied()),
     ("one vector's sum for all", "quantized", "first_vector + c, p.vectors", "first_vector, p.vectors", multiplied(3)),
     ("the first share only", "quantized", "s < p.splits && split == 0", "s < 1 && split == 0", multiplied()),
+    ("a tile's halves in the same group", "packed_tiles", "lanes.result / 4 * TILE / 2", "0", tiled()),
+    ("the values of a tile's first half for both", "packed_tiles", "* 2 + lanes.result / 4];", "* 2];", tiled()),
+    ("values of one word for half a tile", "packed_tiles", "distance < SUMMED;", "distance < 1;", tiled()),
+    ("words staged in the order of memory", "packed_tiles", "staged_place<WORDS>(word), x", "word, x", tiled()),
+    ("a tile's vector in one half only", "packed_tiles", "== pair / 2 * 4 ?", "== 0 ?", tiled()),
+    ("columns of a row that are not added", "packed_tiles", "simd_shuffle_xor(rows[i], ushort(8))", "0.0f", tiled()),
+    (
+        "a tile's second row without its bias",
+        "packed_tiles",
+        "p.flags & (kBias << of)",
+        "i == 0 && p.flags & kBias",
+        tiled(),
+    ),
+    (
+        "the first part of a tile's rows only",
+        "packed_tiles",
+        "for (uint s = 1; s < splits; s++)",
+        "for (uint s = 1; s < 1; s++)",
+        tiled(),
+    ),
     ("unpacked without the bias", "quantized", "+ pack.bias;", "+ 0.0f;", unpacked()),
 ]
