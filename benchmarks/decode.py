@@ -21,14 +21,17 @@ MANY: list[Shape] = [*FEW[:2], (1, 1, 32768), (4, 1, 128), (8, 1, 128), (1, 8, 1
 kept, shapes = lru_cache(maxsize=1)(made), cache(partial(made, device="meta"))
 
 
+def head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def nbytes(name: str, bits: int, shape: Shape, dtype: torch.dtype) -> int:
     """Of the weights, each read once, and the cache, the new tokens included."""
     (batch, steps, length), config = shape, CONFIGS[name]()
     weights = list(shapes(name, dtype).parameters())
     matrices = sum(weight.numel() for weight in weights if weight.dim() == 2)
     vectors = sum(weight.numel() for weight in weights if weight.dim() == 1)
-    head_dim = config.hidden_size // config.num_attention_heads
-    states = 2 * config.num_hidden_layers * batch * config.num_key_value_heads * (length + steps) * head_dim
+    states = 2 * config.num_hidden_layers * batch * config.num_key_value_heads * (length + steps) * head_dim(config)
     codes = matrices * bits // 8 if bits else matrices * dtype.itemsize
     scales = 2 * matrices // GROUP_SIZE if bits else 0
     return codes + (scales + vectors + states) * dtype.itemsize
@@ -38,11 +41,10 @@ def operands(model: Any, shape: Shape) -> tuple:
     """What a step takes besides the model."""
     (batch, steps, length), config = shape, model.config
     new = {"device": model.device, "dtype": model.dtype}
-    head_dim = config.hidden_size // config.num_attention_heads
-    states = (batch, config.num_key_value_heads, length + steps, head_dim)
+    states = (batch, config.num_key_value_heads, length + steps, head_dim(config))
     keys, values = ([torch.randn(states, **new) for _ in range(config.num_hidden_layers)] for _ in range(2))
     ids = torch.zeros(batch, steps, dtype=torch.long, device=model.device)
-    angles = torch.rand(length + steps, head_dim, **new)
+    angles = torch.rand(length + steps, head_dim(config), **new)
     return ids, ids, None, angles, angles, keys, values, length
 
 
@@ -69,4 +71,6 @@ def decode(device: str, full: bool) -> list[OpCase]:
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     dense = [case(smollm2, 0, shape, dtype) for dtype in dtypes for shape in MANY]
     few = [(qwen, 0), *((name, bits) for name in (smollm2, qwen) for bits in (4, 8))]
+    if device != "cpu":
+        few += [("Qwen3-0.6B", 0), ("Llama-3.2-1B", 0), ("Llama-3.2-1B", 4)]
     return dense + [case(*model, shape) for model in few for shape in FEW]

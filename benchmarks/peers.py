@@ -65,6 +65,13 @@ def kernels(op: str) -> Kernels:
     return {name: ops[op] for name, ops in _installed().items() if op in ops}
 
 
+def patched_by_liger(model: Any) -> None:
+    """Liger-Kernel patches transformers' module too, so nothing else may run in this process."""
+    from liger_kernel.transformers import apply_liger_kernel_to_qwen2
+
+    apply_liger_kernel_to_qwen2(model=model)
+
+
 def llama_file(weights: str) -> Path:
     """The demo's file for 4 bits, else a file that llama.cpp converts from it once."""
     import llama_cpp

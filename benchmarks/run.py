@@ -17,6 +17,7 @@ from linear_cross_entropy import losses
 from metal_candle import rows
 from record import KEYS, RESULTS, STAMP, Case, rows_of, slug
 from timing import ROOT, keep_freed_memory
+from train import training
 from transformers.utils import logging
 
 from torch_fused.devices import best_device, device_name
@@ -26,7 +27,7 @@ BENCHES: dict[str, Callable[[str, bool], list[Case]]] = {
     "layer_norm": lambda *_: ops.by_rows("layer_norm"), "linear_cross_entropy": losses, "metal_candle": rows,
     "quantized": ops.quantized, "rms_norm": lambda *_: ops.by_rows("rms_norm", "add_rms_norm"), "rope": ops.rope,
     "sampling": ops.draws, "softmax": lambda *_: ops.by_rows("softmax"),
-    "swiglu": lambda *_: ops.by_rows("silu_mul", "gelu_mul"),
+    "swiglu": lambda *_: ops.by_rows("silu_mul", "gelu_mul"), "train": training,
 }  # fmt: skip
 """The cases of each file of results, for a device, with or without the longer ones."""
 
