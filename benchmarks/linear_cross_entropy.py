@@ -7,8 +7,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from peers import kernels
-from steps import Steps
-from timing import Call, Columns
+from record import Case
+from timing import Columns, steps
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -39,7 +39,7 @@ def chunked(hidden: Tensor, weight: Tensor, target: Tensor, **options: int | Non
 
 
 @dataclass(frozen=True, eq=False)
-class LossCase(Steps):
+class LossCase(Case):
     values: torch.dtype
     tokens: int
     features: int
@@ -57,20 +57,19 @@ class LossCase(Steps):
             found["torch, in chunks"] = in_chunks
         return found | (kernels(self.op) if device.startswith("cuda") else {})
 
-    def step(self, contender: Loss, device: str) -> Call:
-        hidden = torch.randn(self.tokens, self.features, device=device).to(self.values).requires_grad_()
-        weight = (torch.randn(CLASSES, self.features, device=device) * 0.02).to(self.values).requires_grad_()
-        target = torch.randint(CLASSES, (self.tokens,), device=device)
+    def measure(self, contenders: Mapping[str, Loss], device: str) -> dict[str, Columns]:
+        torch.manual_seed(0)
+        with torch.device(device):
+            hidden = torch.randn(self.tokens, self.features).to(self.values).requires_grad_()
+            weight = (torch.randn(CLASSES, self.features) * 0.02).to(self.values).requires_grad_()
+            target = torch.randint(CLASSES, (self.tokens,))
 
-        def step() -> None:
-            contender(hidden, weight, target).backward()
+        def step(loss: Loss) -> None:
+            loss(hidden, weight, target).backward()
             hidden.grad = weight.grad = None
 
-        return step
-
-    def measure(self, contenders: Mapping[str, Loss], device: str) -> dict[str, Columns]:
-        gradient = {"weight_grad_mb": CLASSES * self.features * self.values.itemsize / 1e6}
-        return {name: row | gradient for name, row in super().measure(contenders, device).items()}
+        found = steps({name: partial(step, loss) for name, loss in contenders.items()}, device)
+        return {name: row | {"weight_grad_mb": weight.nbytes / 1e6} for name, row in found.items()}
 
 
 def losses(device: str, full: bool) -> list[LossCase]:

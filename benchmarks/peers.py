@@ -8,6 +8,7 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -66,10 +67,14 @@ def kernels(op: str) -> Kernels:
 
 
 def patched_by_liger(model: Any) -> None:
-    """Liger-Kernel patches transformers' module too, so nothing else may run in this process."""
+    """A Qwen2 with Liger-Kernel's patch, which changes transformers' module too: here only while this model runs."""
     from liger_kernel.transformers import apply_liger_kernel_to_qwen2
 
-    apply_liger_kernel_to_qwen2(model=model)
+    module = sys.modules[type(model).__module__]
+    with mock.patch.dict(vars(module)):
+        apply_liger_kernel_to_qwen2(model=model)
+        rope = mock.patch.object(module, "apply_rotary_pos_emb", module.apply_rotary_pos_emb)
+    model.forward = rope(model.forward)
 
 
 def llama_file(weights: str) -> Path:

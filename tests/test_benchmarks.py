@@ -29,7 +29,6 @@ import peers  # noqa: E402
 import record  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
-import steps  # noqa: E402
 import tables  # noqa: E402
 import timing  # noqa: E402
 import train  # noqa: E402
@@ -172,7 +171,7 @@ def test_every_committed_row_is_still_a_case(bench, device):
                 assert record.slug(row["device"]) == folder.name
                 assert {*record.KEYS, *record.STAMP, "waited"} <= row.keys()
                 case = cases[tuple(row[key] for key in record.KEYS[:4])]
-                if isinstance(case, (ops.OpCase, generate.Request, steps.Steps)):
+                if isinstance(case, (ops.OpCase, generate.Request, linear_cross_entropy.LossCase, train.Training)):
                     known = {*case.contenders(device), *tables.NO_RIVALS, "llama-cpp-python", "mlx-lm"}
                     assert row["contender"] in known, row
 
@@ -313,7 +312,7 @@ def test_a_patched_model_shares_the_weights_of_the_stock_one():
 
 
 def test_contenders_of_the_loss_are_interleaved():
-    """Each in a process of its own, which says how long a step took and how much memory."""
+    """How long a step took, and how much memory."""
     case = linear_cross_entropy.LossCase("", "", "", "", torch.float32, 64, 64)
     contenders = {name: case.contenders("cpu")[name] for name in ("torch_fused", "torch")}
     for columns in case.measure(contenders, "cpu").values():
@@ -342,11 +341,25 @@ def test_contenders_of_training_do_the_same(training):
     assert (fused - stock).abs().mean() < 0.01 * stock.abs().mean()
 
 
-def test_training_is_measured(training, monkeypatch):
-    monkeypatch.setattr(steps, "ROUNDS", 2)
+def test_training_is_measured(training):
     for columns in training.measure(training.contenders("cpu"), "cpu").values():
         assert columns.keys() == {"ms", "spread", "peak_mb", "tokens_s"}
         assert columns["tokens_s"] == pytest.approx(16 / columns["ms"] * 1e3)
+
+
+def test_liger_patches_one_model(training, monkeypatch):
+    """Its patch changes transformers' module, which the other contenders use."""
+    module = sys.modules[Qwen2ForCausalLM.__module__]
+    before, model = dict(vars(module)), training.load("cpu")
+
+    def patch(*, model):
+        module.Qwen2RMSNorm, module.apply_rotary_pos_emb = object, "liger's"
+        model.forward = lambda: module.apply_rotary_pos_emb
+
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", SimpleNamespace(apply_liger_kernel_to_qwen2=patch))
+    peers.patched_by_liger(model)
+    assert model.forward() == "liger's" and dict(vars(module)) == before
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
