@@ -6,7 +6,7 @@ An interrupted run goes on where it stopped. benchmarks/report.py then writes do
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import ops
@@ -22,11 +22,11 @@ from transformers.utils import logging
 
 from torch_fused.devices import best_device, device_name
 
-BENCHES: dict[str, Callable[[str, bool], list[Case]]] = {
+BENCHES: dict[str, Callable[[str, bool], Iterable[Case]]] = {
     "adamw": ops.adamw, "apple": counts, "decode": decode, "generate": requests, "kv_cache": ops.kv_cache,
     "layer_norm": lambda *_: ops.by_rows("layer_norm"), "linear_cross_entropy": losses, "metal_candle": rows,
-    "quantized": ops.quantized, "rms_norm": lambda *_: ops.by_rows("rms_norm", "add_rms_norm"), "rope": ops.rope,
-    "sampling": ops.draws, "softmax": lambda *_: ops.by_rows("softmax"),
+    "quantized": ops.quantized, "rms_norm": lambda *_: ops.by_rows("rms_norm", "add_rms_norm"),
+    "rope": lambda *_: ops.rope(), "sampling": ops.draws, "softmax": lambda *_: ops.by_rows("softmax"),
     "swiglu": lambda *_: ops.by_rows("silu_mul", "gelu_mul"), "train": training,
 }  # fmt: skip
 """The cases of each file of results, for a device, with or without the longer ones."""
