@@ -46,10 +46,10 @@ def made(name: str, dtype: torch.dtype, device: str = "cpu", bits: int = 0, **ch
     return model
 
 
-def adapted(model: Any, mixed: bool = False) -> Any:
-    """With LoRA of rank 16 on every matrix of the layers, in the model's dtype or, as PEFT has it, in float32."""
+def adapted(model: Any, targets: str | list[str] = "all-linear", rank: int = 16, mixed: bool = False) -> Any:
+    """With LoRA, by default on every matrix of the layers, in the model's dtype or, as PEFT has it, in float32."""
     from peft import LoraConfig, get_peft_model
 
-    dtype = model.dtype
-    model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    dtype = next(model.parameters()).dtype
+    model = get_peft_model(model, LoraConfig(r=rank, target_modules=targets))
     return model if mixed else model.to(dtype)

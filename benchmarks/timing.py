@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,9 +31,12 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
+quartiles = partial(statistics.quantiles, n=4, method="inclusive")
+
+
 def columns(samples: Sequence[float]) -> Columns:
     """Their median, and the distance between their quartiles over it."""
-    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    low, median, high = quartiles(samples)
     return {"ms": median * 1e3, "spread": (high - low) / median}
 
 

@@ -232,7 +232,7 @@ def test_rows_of_metal_candle_are_measured(monkeypatch, row):
 
 
 def test_only_adapters_are_trained_in_the_rows_of_metal_candle():
-    model = metal_candle.with_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), "0")
+    model = models.adapted(torch.nn.Sequential(torch.nn.Linear(8, 8)), ["0"], rank=8)
     assert [len(p) for p in model.parameters() if p.requires_grad] == [8, 8]
     assert model(torch.ones(2, 8)).shape == (2, 8)
 
