@@ -126,7 +126,7 @@ def insert_published(layers: int) -> Contenders:
 
 def written(config: Any, heads: int, tokens: int, times: int, length: int) -> Contenders:
     """A new cache with room for `length` tokens, to which some are appended several times."""
-    states = torch.randn(1, heads, tokens, config.hidden_size // config.num_attention_heads)
+    states = torch.randn(1, heads, tokens, config.head_dim)
 
     def write(new: Callable[[], Any]) -> None:
         cache = new()
