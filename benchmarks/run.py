@@ -13,11 +13,10 @@ import ops
 from apple import counts
 from decode import decode
 from generate import requests
-from linear_cross_entropy import losses
 from metal_candle import rows
 from record import KEYS, RESULTS, STAMP, Case, rows_of, slug
 from timing import ROOT, keep_freed_memory
-from train import training
+from train import losses, training
 from transformers.utils import logging
 
 from torch_fused.devices import best_device, device_name

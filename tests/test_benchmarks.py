@@ -21,7 +21,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import apple  # noqa: E402
 import decode  # noqa: E402
 import generate  # noqa: E402
-import linear_cross_entropy  # noqa: E402
 import metal_candle  # noqa: E402
 import models  # noqa: E402
 import ops  # noqa: E402
@@ -171,7 +170,7 @@ def test_every_committed_row_is_still_a_case(bench, device):
                 assert record.slug(row["device"]) == folder.name
                 assert {*record.KEYS, *record.STAMP, "waited"} <= row.keys()
                 case = cases[tuple(row[key] for key in record.KEYS[:4])]
-                if isinstance(case, (ops.OpCase, generate.Request, linear_cross_entropy.LossCase, train.Training)):
+                if isinstance(case, (ops.OpCase, generate.Request, train.LossCase, train.Training)):
                     known = {*case.contenders(device), *tables.NO_RIVALS, "llama-cpp-python", "mlx-lm"}
                     assert row["contender"] in known, row
 
@@ -313,7 +312,7 @@ def test_a_patched_model_shares_the_weights_of_the_stock_one():
 
 def test_contenders_of_the_loss_are_interleaved():
     """How long a step took, and how much memory."""
-    case = linear_cross_entropy.LossCase("", "", "", "", torch.float32, 64, 64)
+    case = train.LossCase("", "", "", "", torch.float32, 64, 64)
     contenders = {name: case.contenders("cpu")[name] for name in ("torch_fused", "torch")}
     for columns in case.measure(contenders, "cpu").values():
         assert columns["weight_grad_mb"] == 151936 * 64 * 4 / 1e6
