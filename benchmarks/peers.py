@@ -8,11 +8,12 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from torch_fused import demo
-from torch_fused.cache import cache_dir
+from torch_fused.cache import kept
 
 LIBRARIES = ("Liger-Kernel", "quack", "flashinfer")  # they need a CUDA device
 Kernels = dict[str, Callable[..., Any]]
@@ -65,21 +66,31 @@ def kernels(op: str) -> Kernels:
     return {name: ops[op] for name, ops in _installed().items() if op in ops}
 
 
+def patched_by_liger(model: Any) -> None:
+    """A Qwen2 with Liger-Kernel's patch, which changes transformers' module too: here only while this model runs."""
+    from liger_kernel.transformers import apply_liger_kernel_to_qwen2
+
+    module = sys.modules[type(model).__module__]
+    with mock.patch.dict(vars(module)):
+        apply_liger_kernel_to_qwen2(model=model)
+        rope = mock.patch.object(module, "apply_rotary_pos_emb", module.apply_rotary_pos_emb)
+    model.forward = rope(model.forward)
+
+
 def llama_file(weights: str) -> Path:
     """The demo's file for 4 bits, else a file that llama.cpp converts from it once."""
     import llama_cpp
 
+    def convert(folder: Path) -> None:
+        options = llama_cpp.llama_model_quantize_default_params()
+        options.ftype, options.allow_requantize = getattr(llama_cpp, f"LLAMA_FTYPE_{kind}"), True
+        if llama_cpp.llama_model_quantize(bytes(demo._demo_file()), bytes(folder / "model.gguf"), options):
+            raise RuntimeError(f"llama.cpp cannot convert {demo._demo_file()} to {kind}")
+
     if weights == "4 bits":
         return demo._demo_file()
     kind = {"bf16": "MOSTLY_BF16", "f32": "ALL_F32", "8 bits": "MOSTLY_Q8_0"}[weights]
-    path = cache_dir("models") / f"SmolLM2-135M-Instruct.{kind}.gguf"
-    if not path.exists():
-        options, partial = llama_cpp.llama_model_quantize_default_params(), path.with_suffix(".part")
-        options.ftype, options.allow_requantize = getattr(llama_cpp, f"LLAMA_FTYPE_{kind}"), True
-        if llama_cpp.llama_model_quantize(bytes(demo._demo_file()), bytes(partial), options):
-            raise RuntimeError(f"llama.cpp cannot write {partial}")
-        partial.rename(path)
-    return path
+    return kept("models", f"SmolLM2-135M-Instruct-{kind}", convert) / "model.gguf"
 
 
 def llama_cpp(weights: str, room: int, sampled: bool) -> Run:

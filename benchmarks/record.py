@@ -4,17 +4,15 @@ import contextlib
 import csv
 import re
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
-from timing import ROOT, Columns
+from timing import ROOT
 
 import torch_fused
 from torch_fused.devices import device_name
@@ -28,8 +26,11 @@ Row = dict[str, str]
 
 
 @dataclass(frozen=True, eq=False)
-class Case(ABC):
-    """An op at one shape. Its contenders are measured together."""
+class Case:
+    """An op at one shape. Its contenders are measured together.
+
+    A subclass has `contenders(device)`, by name, and `measure(contenders, device)`, the columns of each.
+    """
 
     op: str
     shape: str
@@ -39,14 +40,6 @@ class Case(ABC):
     @property
     def name(self) -> str:
         return " ".join(filter(None, (self.op, self.shape, self.dtype, self.kind)))
-
-    @abstractmethod
-    def contenders(self, device: str) -> Mapping[str, Any]:
-        """What is compared, by name."""
-
-    @abstractmethod
-    def measure(self, contenders: Mapping[str, Any], device: str) -> Mapping[str, Columns]:
-        """The columns of each contender."""
 
 
 def slug(name: str) -> str:

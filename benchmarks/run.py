@@ -6,27 +6,27 @@ An interrupted run goes on where it stopped. benchmarks/report.py then writes do
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import ops
 from apple import counts
 from decode import decode
 from generate import requests
-from linear_cross_entropy import losses
 from metal_candle import rows
 from record import KEYS, RESULTS, STAMP, Case, rows_of, slug
 from timing import ROOT, keep_freed_memory
+from train import losses, training
 from transformers.utils import logging
 
 from torch_fused.devices import best_device, device_name
 
-BENCHES: dict[str, Callable[[str, bool], list[Case]]] = {
+BENCHES: dict[str, Callable[[str, bool], Iterable[Case]]] = {
     "adamw": ops.adamw, "apple": counts, "decode": decode, "generate": requests, "kv_cache": ops.kv_cache,
     "layer_norm": lambda *_: ops.by_rows("layer_norm"), "linear_cross_entropy": losses, "metal_candle": rows,
-    "quantized": ops.quantized, "rms_norm": lambda *_: ops.by_rows("rms_norm", "add_rms_norm"), "rope": ops.rope,
-    "sampling": ops.draws, "softmax": lambda *_: ops.by_rows("softmax"),
-    "swiglu": lambda *_: ops.by_rows("silu_mul", "gelu_mul"),
+    "quantized": ops.quantized, "rms_norm": lambda *_: ops.by_rows("rms_norm", "add_rms_norm"),
+    "rope": lambda *_: ops.rope(), "sampling": ops.draws, "softmax": lambda *_: ops.by_rows("softmax"),
+    "swiglu": lambda *_: ops.by_rows("silu_mul", "gelu_mul"), "train": training,
 }  # fmt: skip
 """The cases of each file of results, for a device, with or without the longer ones."""
 
@@ -47,7 +47,8 @@ def main() -> int:
         commands = ([sys.executable, __file__, bench, *options] for bench in args.benches or BENCHES)
         return max(subprocess.run(command, cwd=ROOT).returncode for command in commands)
     (bench,) = args.benches
-    keep_freed_memory()
+    if bench not in ("linear_cross_entropy", "train"):  # whose peaks would include it
+        keep_freed_memory()
     logging.disable_progress_bar()
     device = "cpu" if bench == "apple" else args.device  # it counts, in the emulator
     path = args.results / slug(device_name(device)) / f"{bench}.csv"

@@ -3,11 +3,9 @@
 from collections.abc import Iterable, Iterator
 
 from apple import BANDWIDTH, TOKEN, predicted
-from metal_candle import Workload
 from peers import LIBRARIES
-from record import Row, groups
+from record import KEYS, Case, Row, groups
 
-OURS = ("torch_fused", "FusedKVCache")
 READ = "a plain read"
 NO_RIVALS = {*LIBRARIES, READ, "a dict, no copy", "a dict, nothing allocated"}
 CHIPS = [f"{chip}, {gb_s:g} GB/s" for chip, gb_s in BANDWIDTH.items()]
@@ -15,7 +13,7 @@ CHIPS = [f"{chip}, {gb_s:g} GB/s" for chip, gb_s in BANDWIDTH.items()]
 
 def cases(rows: Iterable[Row]) -> Iterable[list[Row]]:
     """The rows that are compared with each other."""
-    return groups(rows, "op", "shape", "dtype", "kind").values()
+    return groups(rows, *KEYS[:4]).values()
 
 
 def case_of(row: Row) -> str:
@@ -23,7 +21,7 @@ def case_of(row: Row) -> str:
 
 
 def is_ours(row: Row) -> bool:
-    return row["contender"].startswith(OURS)
+    return row["contender"].startswith(("torch_fused", "FusedKVCache"))
 
 
 def first_rival(rows: list[Row]) -> Row | None:
@@ -32,20 +30,20 @@ def first_rival(rows: list[Row]) -> Row | None:
 
 def split(rows: list[Row]) -> tuple[Row | None, Row | None, list[Row]]:
     """Ours, the fastest of torch's, and the rest."""
-    ours = next((row for row in rows if row["contender"] in OURS), None)
+    ours = next((row for row in rows if row["contender"] in ("torch_fused", "FusedKVCache")), None)
     rivals = [row for row in rows if not is_ours(row) and row["contender"] not in NO_RIVALS]
     best = min(rivals, key=lambda row: float(row["ms"]), default=None)
     return ours, best, [row for row in rows if row is not ours and row is not best]
 
 
+def in_units(ms: float) -> str:
+    units = (("s", 1e-3), ("ms", 1.0), ("us", 1e3), ("ns", 1e6))
+    unit, factor = next((each for each in units if ms * each[1] >= 1), units[-1])
+    return f"{ms * factor:{'.3g' if ms * factor < 999.5 else '.0f'}} {unit}"
+
+
 def duration(row: Row | None) -> str:
-    if row is None:
-        return ""
-    ms = float(row["ms"])
-    for unit, factor in (("s", 1e-3), ("ms", 1.0), ("us", 1e3)):
-        if ms * factor >= 1:
-            return f"{ms * factor:.3g} {unit}" if ms * factor < 999.5 else f"{ms * factor:.0f} {unit}"
-    return f"{ms * 1e6:.3g} ns"
+    return in_units(float(row["ms"])) if row else ""
 
 
 def named(row: Row | None) -> str:
@@ -69,16 +67,17 @@ def given(rows: Iterable[Row]) -> set[str]:
     return {column for row in rows for column, value in row.items() if value}
 
 
-def of_workload(workload: Workload, rows: Iterable[Row]) -> tuple[str, str]:
+def of_workload(workload: Case, rows: Iterable[Row]) -> tuple[str, str]:
     """Our times and the others', with daggers where runs vary."""
 
     def marked(row: Row) -> str:
         variation = float(row["variation"])
-        return duration(row) + (" ‡" if variation > 0.1 else " †" if variation > 0.05 else "")
+        name = "" if is_ours(row) else f"{row['contender']} "
+        return name + duration(row) + (" ‡" if variation > 0.1 else " †" if variation > 0.05 else "")
 
     found = groups(rows, "op", "kind").get((workload.op, workload.kind), [])
-    rest = (f"{row['contender']} {marked(row)}" for row in found if not is_ours(row))
-    return "; ".join(marked(row) for row in found if is_ours(row)), "; ".join(rest)
+    ours, others = ([marked(row) for row in found if is_ours(row) == which] for which in (True, False))
+    return "; ".join(ours), "; ".join(others)
 
 
 def slower(rows: Iterable[Row]) -> Iterator[tuple[Row, Row]]:
@@ -103,9 +102,9 @@ def reason(ours: Row, best: Row) -> str:
 def bounds(row: Row) -> Iterator[str]:
     """Of the time that a counted op should take on each of Apple's chips, or of a token's speed."""
     for gb_s in BANDWIDTH.values():
-        low, high = predicted(int(row["bytes"]), int(row["launches"]), gb_s)
-        times = (duration({"ms": str(1e3 * seconds)}) for seconds in (low, high))
-        yield f"{1 / high:.0f} - {1 / low:.0f} per second" if row["op"] == TOKEN else " - ".join(times)
+        low, high = (1e3 * bound for bound in predicted(int(row["bytes"]), int(row["launches"]), gb_s))
+        token = row["op"] == TOKEN
+        yield f"{1e3 / high:.0f} - {1e3 / low:.0f} per second" if token else f"{in_units(low)} - {in_units(high)}"
 
 
 def headline(rows: Iterable[Row], op: str, shape: str) -> str:
@@ -113,8 +112,8 @@ def headline(rows: Iterable[Row], op: str, shape: str) -> str:
 
     def is_chosen(row: Row) -> bool:
         generation = row["op"].startswith("generate, ") and row["contender"] in ("transformers", "torch_fused")
-        return row["shape"] == shape and (generation if op == "generate" else row["op"] == op)
+        plain = row["dtype"] in ("f32", "bf16") and row["kind"] in ("", "normal", "greedy")
+        return plain and row["shape"] == shape and (generation if op == "generate" else row["op"] == op)
 
-    chosen = [row for row in rows if is_chosen(row) and row["dtype"] in ("f32", "bf16")]
-    plain = [row for row in chosen if row["kind"] in ("", "normal", "greedy")]
-    return " / ".join(ratio(*split(each)[:2]) for each in groups(plain, "dtype", "kind").values())
+    chosen = groups(filter(is_chosen, rows), "dtype", "kind").values()
+    return " / ".join(ratio(*split(each)[:2]) for each in chosen)

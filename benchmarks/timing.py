@@ -2,10 +2,13 @@
 
 import ctypes
 import gc
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -30,9 +33,12 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
+quartiles = partial(statistics.quantiles, n=4, method="inclusive")
+
+
 def columns(samples: Sequence[float]) -> Columns:
     """Their median, and the distance between their quartiles over it."""
-    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    low, median, high = quartiles(samples)
     return {"ms": median * 1e3, "spread": (high - low) / median}
 
 
@@ -65,20 +71,28 @@ def interleave(
 
     def sample(ring: Sequence[Call], count: int) -> float:
         def run() -> None:
-            for i in range(count):
-                ring[i % len(ring)]()
+            for call in islice(cycle(ring), count):
+                call()
 
         return seconds(run, device, wall) / count
 
-    once, samples = {}, {name: [] for name in contenders}
-    for name, ring in contenders.items():
-        sample(ring, 1)
-        once[name] = max(sample(ring, 1), 1e-8)
+    once = {name: max([sample(ring, 1) for _ in range(2)][1], 1e-8) for name, ring in contenders.items()}
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
     calls = calls or int(device.startswith("cuda") and not wall)
     for _ in range(rounds or max(5, min(15, int(len(once) / sum(once.values()))))):
         for name, ring in contenders.items():
             samples[name].append(sample(ring, calls or max(1, int(target / once[name]))))
     return samples
+
+
+def steps(calls: Mapping[str, Call], device: str, rounds: int = 5) -> dict[str, Columns]:
+    """Wall time and peak memory of calls that take long."""
+    found: dict[str, Columns] = {}
+    for name, call in calls.items():
+        call()  # warms up
+        found[name] = {"peak_mb": peak_megabytes(call, device)}
+    samples = interleave({name: [call] for name, call in calls.items()}, device, rounds=rounds, calls=1, wall=True)
+    return {name: columns(samples[name]) | found[name] for name in calls}
 
 
 def sets(nbytes: int, device: str) -> int:
@@ -100,20 +114,19 @@ def copies(nbytes: int, device: str) -> tuple[list[Call], int]:
 
 def peak_megabytes(call: Call, device: str) -> float | None:
     """The most that a call takes in addition: of a GPU's memory, or on Linux of this process's; else None."""
-
-    def resident_peak() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
     gc.collect()
     if device.startswith("cuda"):
+        peak = torch.cuda.max_memory_allocated
         torch.cuda.reset_peak_memory_stats()
-        before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
     elif sys.platform == "linux":
+
+        def peak() -> int:
+            return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
         ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is in use now
-        before, peak = resident_peak(), resident_peak
     else:
         return None
+    before = peak()
     call()
     return (peak() - before) / 1e6

@@ -4,6 +4,7 @@ import csv
 import itertools
 import re
 import sys
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import apple  # noqa: E402
 import decode  # noqa: E402
 import generate  # noqa: E402
-import linear_cross_entropy  # noqa: E402
 import metal_candle  # noqa: E402
 import models  # noqa: E402
 import ops  # noqa: E402
@@ -30,6 +30,7 @@ import report  # noqa: E402
 import run  # noqa: E402
 import tables  # noqa: E402
 import timing  # noqa: E402
+import train  # noqa: E402
 from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
 from torch_fused import sampling  # noqa: E402
@@ -161,15 +162,16 @@ def test_rows_of_something_else_are_measured_again(rows_of, monkeypatch, change)
 @pytest.mark.parametrize("bench", run.BENCHES)
 def test_every_committed_row_is_still_a_case(bench, device):
     """Names are unique, and what was recorded can be measured again."""
-    cases = {(case.op, case.shape, case.dtype, case.kind): case for case in run.BENCHES[bench](device, False)}
-    assert len(cases) == len(run.BENCHES[bench](device, False))
+    found = list(run.BENCHES[bench](device, False))
+    cases = {(case.op, case.shape, case.dtype, case.kind): case for case in found}
+    assert len(cases) == len(found)
     for folder in record.machines():
         if folder.name.startswith("nvidia") == (device == "cuda"):
             for row in record.read(folder / f"{bench}.csv"):
                 assert record.slug(row["device"]) == folder.name
                 assert {*record.KEYS, *record.STAMP, "waited"} <= row.keys()
                 case = cases[tuple(row[key] for key in record.KEYS[:4])]
-                if isinstance(case, (ops.OpCase, generate.Request, linear_cross_entropy.Loss)):
+                if isinstance(case, (ops.OpCase, generate.Request, train.LossCase, train.Training)):
                     known = {*case.contenders(device), *tables.NO_RIVALS, "llama-cpp-python", "mlx-lm"}
                     assert row["contender"] in known, row
 
@@ -230,7 +232,7 @@ def test_rows_of_metal_candle_are_measured(monkeypatch, row):
 
 
 def test_only_adapters_are_trained_in_the_rows_of_metal_candle():
-    model = metal_candle.with_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), "0")
+    model = models.adapted(torch.nn.Sequential(torch.nn.Linear(8, 8)), ["0"], rank=8)
     assert [len(p) for p in model.parameters() if p.requires_grad] == [8, 8]
     assert model(torch.ones(2, 8)).shape == (2, 8)
 
@@ -296,7 +298,7 @@ def test_generation_is_measured():
     timed = [(name, count) for name in ("transformers", "b") for count in (1, 8)]
     assert calls[-4 * generate.ROUNDS :] == timed * generate.ROUNDS
     assert found["b"].keys() == {"ms", "spread", "tokens_s", "ms_token", "ttft_ms"}
-    assert found["transformers"].keys() - found["b"].keys() == {"weights_mb", "peak_mb"}
+    assert found["transformers"].keys() - found["b"].keys() == {"weights_mb", "peak_mb", "copy_share"}
 
 
 def test_a_patched_model_shares_the_weights_of_the_stock_one():
@@ -310,12 +312,54 @@ def test_a_patched_model_shares_the_weights_of_the_stock_one():
 
 
 def test_contenders_of_the_loss_are_interleaved():
-    """Each in a process of its own, which says how long a step took and how much memory."""
-    case = linear_cross_entropy.Loss("", "", "", "", torch.float32, 64, 64)
+    """How long a step took, and how much memory."""
+    case = train.LossCase("", "", "", "", torch.float32, 64, 64)
     contenders = {name: case.contenders("cpu")[name] for name in ("torch_fused", "torch")}
     for columns in case.measure(contenders, "cpu").values():
         assert columns["weight_grad_mb"] == 151936 * 64 * 4 / 1e6
         assert columns["ms"] > 0 and columns["peak_mb"] > columns["weight_grad_mb"]
+
+
+@pytest.fixture
+def training():
+    """A step of a small model."""
+    load = partial(models.made, "a small Qwen2", torch.float32, num_hidden_layers=1)
+    return train.Training("", "", "", "", load, 2, 8)
+
+
+def test_contenders_of_training_do_the_same(training):
+    """All weights are trained, and no gradients are kept."""
+    found = []
+    for contender in training.contenders("cpu").values():
+        model, before = training.load("cpu"), training.load("cpu")
+        torch.manual_seed(0)
+        replace(training, load=lambda device, model=model: model).step(contender, "cpu")()
+        pairs = list(zip(model.parameters(), before.parameters(), strict=True))
+        assert all(new.grad is None and not torch.equal(new, old) for new, old in pairs)
+        found.append(torch.cat([(new - old).detach().flatten() for new, old in pairs]))
+    stock, fused = found
+    assert (fused - stock).abs().mean() < 0.01 * stock.abs().mean()
+
+
+def test_training_is_measured(training):
+    for columns in training.measure(training.contenders("cpu"), "cpu").values():
+        assert columns.keys() == {"ms", "spread", "peak_mb", "tokens_s"}
+        assert columns["tokens_s"] == pytest.approx(16 / columns["ms"] * 1e3)
+
+
+def test_liger_patches_one_model(training, monkeypatch):
+    """Its patch changes transformers' module, which the other contenders use."""
+    module = sys.modules[Qwen2ForCausalLM.__module__]
+    before, model = dict(vars(module)), training.load("cpu")
+
+    def patch(*, model):
+        module.Qwen2RMSNorm, module.apply_rotary_pos_emb = object, "liger's"
+        model.forward = lambda: module.apply_rotary_pos_emb
+
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", SimpleNamespace(apply_liger_kernel_to_qwen2=patch))
+    peers.patched_by_liger(model)
+    assert model.forward() == "liger's" and dict(vars(module)) == before
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
