@@ -519,6 +519,38 @@ def test_logits_of_weights_that_an_optimizer_has_stepped_uncounted():
     assert outputs[1].logits.argmax(-1).shape == (2, 8)
 
 
+def test_logits_of_weights_that_are_written_by_hand():
+    """To `.data`, which has no version number."""
+    for part in ("weight", "bias"):
+        _, patched, _ = pair()
+        patched.lm_head = nn.Linear(64, 128)
+        apply_torch_fused(patched).revert()
+        apply_torch_fused(patched)
+        outputs = patched(prompt(2, 8), labels=prompt(2, 8))
+        outputs.loss.backward()
+        weight = getattr(patched.lm_head, part)
+        weight.data.sub_(weight.grad, alpha=0.1)
+        with pytest.raises(RuntimeError, match="weights have changed"):
+            outputs.logits.argmax(-1)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_logits_of_hidden_states_that_are_edited(mode):
+    """They are those of the call, or an error."""
+    stock, patched, _ = pair()
+    found = []
+    for model in (stock, patched):
+        with mode():
+            outputs = model(prompt(2, 8), labels=prompt(2, 8), output_hidden_states=True)
+            outputs.hidden_states[-1].mul_(2)
+        found.append(outputs.logits)
+    if mode is torch.inference_mode:
+        torch.testing.assert_close(found[1] + 0, found[0])
+    else:
+        with pytest.raises(RuntimeError, match="or its hidden states"):
+            found[1].argmax(-1)
+
+
 def test_a_cross_entropy_that_is_not_transformers():
     """The older way to shift labels, class weights, probabilities and label smoothing."""
     stock, patched, handle = pair()

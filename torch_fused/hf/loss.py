@@ -16,7 +16,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import _pytree as pytree
 
 from ..functional import linear_cross_entropy
-from ..sharding import is_sharded
 from .models import is_hooked, is_transformed
 from .origin import class_name, function_of, home_of
 
@@ -88,8 +87,7 @@ def head_forward(self, hidden: Tensor) -> Tensor:
     loss = getattr(_running, "loss", None)
     if loss is None or not _can_wait(self, hidden):
         return type(self).forward(self, hidden)
-    source = _Source(loss, self, hidden)
-    return Logits.of(source, hidden)
+    return Logits.of(_Source(loss, self, hidden))
 
 
 def _can_wait(head: Any, hidden: Any) -> bool:
@@ -126,10 +124,9 @@ class Logits(Tensor):
     _whole: "Logits | None" = None  # those that these are a view of
 
     @classmethod
-    def of(cls, source: "_Source", hidden: Tensor) -> "Logits":
-        """Those of hidden states."""
-        self = _Head.apply(source, hidden, source.weight, source.bias)
-        self._source, self._hidden = source, hidden
+    def of(cls, source: "_Source") -> "Logits":
+        self = _Head.apply(source, source.hidden, source.weight, source.bias)
+        self._source, self._hidden = source, source.hidden
         return self
 
     @property
@@ -252,34 +249,46 @@ def _is_fsdps(hook: Any) -> bool:
 
 
 class _Source:
-    """A call of a head: its weights, and the modes in which it computes logits."""
+    """A call of a head: its weights and hidden states, and the modes in which it computes logits."""
 
     def __init__(self, loss: HeadLoss, head: nn.Linear, hidden: Tensor):
         self.loss = loss
-        self.weight, self.bias = head.weight, head.bias
+        self.head, self.weight, self.bias = head, head.weight, head.bias
+        # Torch does not count the changes of an inference tensor.
+        self.hidden = hidden.clone() if hidden.is_inference() else hidden
         self.device = hidden.device.type
         self.autocast = torch.is_autocast_enabled(self.device)
         self.dtype = torch.get_autocast_dtype(self.device) if self.autocast else hidden.dtype
         self.gradients, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self.versions = self._versions()
+        self.samples = self._samples()
         self.stepped = False  # an optimizer has changed the weights, possibly without a new version number
         self.has_loss = False
         _steps.watch(self)
 
+    @property
+    def weights(self) -> list[Tensor]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
     def _versions(self) -> list[tuple[int, int]]:
-        """And where the weights are: assigned to `.data`, others are elsewhere."""
-        tensors = (self.weight,) if self.bias is None else (self.weight, self.bias)
+        """And where the tensors are: assigned to `.data`, others are elsewhere."""
+        tensors = [*self.weights, self.hidden]
         return [(0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for tensor in tensors]
+
+    def _samples(self) -> list[Tensor]:
+        """Some of the weights, which show what is written to their `.data`: that has no version number."""
+        parts = [tuple(slice(None, None, size // 32 or 1) for size in weight.shape) for weight in self.weights]
+        return [weight.detach()[part].clone() for weight, part in zip(self.weights, parts, strict=True)]
+
+    def parameters(self) -> list[Any]:
+        """The head's, and those that it has now: FSDP exchanges them, and an optimizer has those between calls."""
+        return [*self.weights, *self.head._parameters.values()]
 
     @contextmanager
     def then(self) -> Iterator[None]:
         """The modes of the head's call."""
         if self.stepped or self._versions() != self.versions:
-            raise RuntimeError(
-                "apply_torch_fused: the logits of a call with labels are computed when they are read, but the head's "
-                "weights have changed since that call, or FSDP has freed them. Read outputs.logits before "
-                "optimizer.step(), with FSDP before loss.backward(), or pass loss=False to apply_torch_fused."
-            )
+            self._refuse()
         with (
             torch.inference_mode(self.inference),
             torch.autocast(self.device, dtype=self.dtype if self.autocast else None, enabled=self.autocast),
@@ -287,7 +296,17 @@ class _Source:
         ):
             yield
 
+    def _refuse(self) -> None:
+        raise RuntimeError(
+            "apply_torch_fused: the logits of a call with labels are computed when they are read, but the head's "
+            "weights have changed since that call, or its hidden states, or FSDP has freed them. Read outputs.logits "
+            "before optimizer.step(), with FSDP before loss.backward(), or pass loss=False to apply_torch_fused."
+        )
+
     def logits(self, hidden: Tensor) -> Tensor:
+        for before, now in zip(self.samples, self._samples(), strict=True):
+            if not torch.allclose(before, now, rtol=0, atol=0, equal_nan=True):
+                self._refuse()
         self.loss.count("times the logits were computed because they were read")
         return F.linear(hidden, self.weight, self.bias)
 
@@ -316,11 +335,9 @@ class _Steps:
         with self._lock:
             sources = list(self._sources)  # none, usually: nobody has kept the logits
             params = [param for group in optimizer.param_groups for param in group["params"]] if sources else []
-            stepped = {id(param) for param in params}
-            # A head has the whole of a weight while it is called, the optimizer what this process keeps of it.
-            shapes = {param.shape for param in params if is_sharded(param)}
+            stepped = set(map(id, params))
             for source in sources:
-                if stepped & {id(source.weight), id(source.bias)} or source.weight.shape in shapes:
+                if not stepped.isdisjoint(map(id, source.parameters())):
                     source.stepped = True
                     self._sources.discard(source)
             if not self._sources and self._hook is not None:
