@@ -406,6 +406,31 @@ def test_a_change_of_the_logits_that_is_not_one_of_values(change):
             change(logits)
 
 
+@pytest.mark.parametrize("part", [lambda x: x, lambda x: x[:, 1:], lambda x: x[..., 1:, :].clone()[0]])
+def test_a_compiled_function_takes_logits(part):
+    """Whole ones, a view of them, and one of a copy."""
+    torch._dynamo.reset()
+    stock, patched, _ = pair()
+    compiled = torch.compile(lambda logits: logits.softmax(-1).square().sum(), backend="aot_eager")
+    found = []
+    for model in (stock, patched):
+        loss = compiled(part(model(prompt(2, 6), labels=prompt(2, 6)).logits))
+        found.append((loss.detach(), gradients(model, loss)))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    for name, gradient in found[1][1].items():
+        torch.testing.assert_close(gradient, found[0][1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_transforms_of_logits():
+    stock, patched, _ = pair()
+    found = []
+    for model in (stock, patched):
+        logits = model(prompt(2, 6), labels=prompt(2, 6)).logits
+        scaled = torch.func.grad(lambda scale, logits=logits: (logits * scale).square().sum())(torch.tensor(2.0))
+        found.append([torch.func.vmap(lambda row: row.sum())(logits), scaled])
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_an_autograd_function_under_autocast():
     stock, patched, _ = pair()
     ids = prompt(2, 9)

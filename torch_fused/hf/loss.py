@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..functional import linear_cross_entropy
 from .models import is_hooked, is_transformed
@@ -87,7 +88,8 @@ def head_forward(self, hidden: Tensor) -> Tensor:
     loss = getattr(_running, "loss", None)
     if loss is None or not _can_wait(self, hidden):
         return type(self).forward(self, hidden)
-    return Logits.of(_Source(loss, self, hidden))
+    source = _Source(loss, self, hidden)
+    return Logits.of(source, source.hidden, _Head.apply(source, source.hidden, self.weight, self.bias))
 
 
 def _can_wait(head: Any, hidden: Any) -> bool:
@@ -115,18 +117,21 @@ class Logits(Tensor):
 
     `F.cross_entropy` of them, as transformers calls it, runs `linear_cross_entropy` of the hidden states. Any other use
     computes them first, in the autocast mode of the head's call, and gets a plain tensor with the same memory. If the
-    weights have changed since then, it raises an error. For autograd they are the result of `_Head`, and the plain
-    tensor is a view of them, so that torch keeps account of all changes in place.
+    weights have changed since then, it raises an error. For autograd they are a view of what `_Head` returns or of a
+    copy of that, and the plain tensor is a view of them, so that torch keeps account of all changes in place.
     """
 
     _source: "_Source"
     _hidden: Tensor
-    _whole: "Logits | None" = None  # those that these are a view of
+    _root: Tensor  # what autograd takes them for a view of
+    _whole: "Logits | None" = None  # those that these are a part of
 
     @classmethod
-    def of(cls, source: "_Source") -> "Logits":
-        self = _Head.apply(source, source.hidden, source.weight, source.bias)
-        self._source, self._hidden = source, source.hidden
+    def of(cls, source: "_Source", hidden: Tensor, root: Tensor) -> "Logits":
+        """Those of hidden states; `root` is from `_empty`, with their history."""
+        with torch.enable_grad(), _Wraps():
+            self = torch.ops.aten.alias.default(root)
+        self._source, self._hidden, self._root = source, hidden, root
         return self
 
     @property
@@ -135,6 +140,11 @@ class Logits(Tensor):
 
     def made(self) -> Tensor:
         """The logits as a plain tensor, computed now if needed."""
+        if torch.compiler.is_dynamo_compiling():
+            return torch.compiler.disable(Logits._made)(self)
+        return self._made()
+
+    def _made(self) -> Tensor:
         # In these modes, the view may be changed in place wherever the logits may.
         with _as_they_are(), torch.inference_mode(self._source.inference), torch.enable_grad():
             return torch.ops.aten.alias.default(self)
@@ -146,7 +156,9 @@ class Logits(Tensor):
                 return self._whole._memory().as_strided(self.shape, self.stride(), self.storage_offset())
         if "_values" not in self.__dict__:
             with _as_they_are(), self._source.then(), torch.no_grad():
-                self.__dict__.setdefault("_values", self._source.logits(self._hidden).to(self.dtype).contiguous())
+                values = self.__dict__.setdefault("_values", self._source.logits(self._hidden).to(self.dtype))
+                if not self._source.inference:
+                    self._root.data = values
         return self.__dict__["_values"]
 
     @classmethod
@@ -183,16 +195,17 @@ class Logits(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def _of_call(cls, func: Callable, logits: "Logits", *args: Any, **kwargs: Any) -> "Logits":
-        """The result of a view or a copy of logits, not computed either."""
+    def _of_call(cls, func: Callable, logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The result of a view or a copy of logits, not computed either; of a copy, its root."""
+        if type(logits) is not cls:
+            return func(logits, *args, **kwargs)
         like = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device="meta")
         made = func(like, *args, **kwargs)
-        is_view = made.untyped_storage()._cdata == like.untyped_storage()._cdata
-        offset = made.storage_offset() + (logits.storage_offset() if is_view else 0)
-        place = (made.shape, made.stride(), offset)
+        if made.untyped_storage()._cdata != like.untyped_storage()._cdata:
+            return _empty(made.shape, made.dtype, logits.device)
+        place = (made.shape, made.stride(), made.storage_offset() + logits.storage_offset())
         self = Tensor._make_wrapper_subclass(cls, *place, dtype=made.dtype, device=logits.device)
-        if is_view:
-            self._whole = logits if logits._whole is None else logits._whole
+        self._whole = logits if logits._whole is None else logits._whole
         return self
 
 
@@ -209,9 +222,9 @@ def _call(func: Callable, args: Any, kwargs: Any) -> Any:
         return given[-1]
 
     args, kwargs = pytree.tree_map_only(Logits, make, (args, kwargs))
-    before = list(map(_place, given))
-    result = func(*args, **kwargs)
-    if before != list(map(_place, given)):
+    before = list(map(_form, given))
+    result = None if func in _MOVES else func(*args, **kwargs)
+    if func in _MOVES or before != list(map(_form, given)):
         raise RuntimeError(
             f"apply_torch_fused: {getattr(func, '__name__', func)} changes the shape or the memory of outputs.logits, "
             "which are computed when they are read: use it on outputs.logits.clone(), or pass loss=False to "
@@ -220,8 +233,21 @@ def _call(func: Callable, args: Any, kwargs: Any) -> Any:
     return result
 
 
-def _place(tensor: Tensor) -> Any:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+def _form(tensor: Tensor) -> Any:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _empty(shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of one element, until the values of all are computed."""
+    return torch.empty_strided(shape, [0] * len(shape), dtype=dtype, device=device)
+
+
+class _Wraps(TorchDispatchMode):
+    """In this context, a view of a tensor is `Logits`."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
+        (root,) = args
+        return Tensor._make_wrapper_subclass(Logits, root.shape, dtype=root.dtype, device=root.device)
 
 
 class _Head(torch.autograd.Function):
@@ -232,7 +258,7 @@ class _Head(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight)
         ctx.dtype, ctx.bias = source.dtype, bias is not None
         shape = (*hidden.shape[:-1], weight.shape[0])
-        return Tensor._make_wrapper_subclass(Logits, shape, dtype=source.dtype, device=hidden.device)
+        return _empty(shape, source.dtype, hidden.device)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
@@ -359,6 +385,8 @@ def _wait(func: Callable, logits: Logits, hidden: Tensor, *args: Any, **kwargs: 
             result = func(logits, *args, **kwargs)
     finally:
         _running.waits = False
+    if type(result) is Tensor:
+        return Logits.of(logits._source, hidden, result)
     if result is not logits:
         result._source, result._hidden = logits._source, hidden
     return result
@@ -422,7 +450,7 @@ _LATER: dict[Any, Callable[..., Any]] = {
 }
 _PROPERTIES = (
     *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "grad_fn", "is_leaf", "grad", "retains_grad"),
-    *("_base", "_version", "itemsize", "nbytes", "is_cpu", "is_cuda", "is_mps", "is_xla", "is_meta", "is_sparse"),
+    *("_version", "itemsize", "nbytes", "is_cpu", "is_cuda", "is_mps", "is_xla", "is_meta", "is_sparse"),
     *("is_quantized", "is_nested", "_backward_hooks"),
 )
 _grad: Any = Tensor.grad
@@ -435,4 +463,7 @@ _ABOUT = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {
     *(Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.is_complex),
 }
 """What does not need the logits' values, or belongs to the tensor itself and not to its memory."""
+_data: Any = Tensor.data
+_MOVES = {_data.__set__, Tensor.set_}
+"""What puts a tensor in other memory."""
 _OF_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad}
