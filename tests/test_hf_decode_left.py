@@ -73,6 +73,11 @@ def float64_norm(model):
     model.model.norm.double()
 
 
+def reversed_layers(model):
+    """Each keeps its place in the cache."""
+    model.model.layers = nn.ModuleList(reversed(model.model.layers))
+
+
 LEFT_MODELS = {
     "hook": (lambda m: m.model.layers[0].mlp.register_forward_hook(lambda *_: None), "model.layers.0.mlp has hooks"),
     "pre-hook": (lambda m: m.model.embed_tokens.register_forward_pre_hook(lambda *_: None), "embed_tokens has hooks"),
@@ -88,6 +93,8 @@ LEFT_MODELS = {
     "other activation": (lambda m: setattr(m.model.layers[0].mlp, "act_fn", nn.Tanh()), "activation is torch.nn.mod"),
     "compiled layer": (lambda m: m.model.layers[0].compile(backend="eager"), "a layer is compiled by torch.compile"),
     "bias": (lambda m: setattr(m.lm_head, "bias", nn.Parameter(torch.ones(128))), "lm_head has a bias"),
+    "order": (reversed_layers, "layer 0 keeps its tokens as layer 1"),
+    "place": (lambda m: setattr(m.model.layers[1].self_attn, "layer_idx", 0), "layer 1 keeps its tokens as layer 0"),
     "epsilon": (lambda m: setattr(m.model.norm, "variance_epsilon", 0.1), "different epsilons of norms"),
 }
 

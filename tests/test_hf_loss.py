@@ -232,6 +232,205 @@ def test_gradients_of_logits_that_an_autograd_function_takes(user, bias):
                 torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5)
 
 
+def edit_part(logits):
+    logits[0, 1:] = 0.25
+
+
+def edit_view(logits):
+    logits[:, 1].mul_(3)
+
+
+def edit_a_view_that_waits(logits):
+    rows = logits[..., :-1, :].view(-1, logits.shape[-1]) if len(logits) == 1 else logits[..., :-1, :]
+    rows.div_(2)
+
+
+def edit_floats(logits):
+    logits.float().contiguous().mul_(2)
+
+
+def edit_a_copy(logits):
+    """Which the logits do not notice."""
+    logits[..., :-1, :].contiguous().mul_(2)
+    logits.clone().zero_()
+
+
+def edit_by_operator(logits):
+    logits /= 2
+
+
+def edit_without_history(logits):
+    with torch.no_grad():
+        logits.exp_()
+
+
+EDITS = {
+    "method": lambda logits: logits.div_(2),
+    "part": edit_part,
+    "view": edit_view,
+    "view that waits": edit_a_view_that_waits,
+    "floats": edit_floats,
+    "copy": edit_a_copy,
+    "operator": edit_by_operator,
+    "mask": lambda logits: logits.masked_fill_(logits > 0.1, -1.0),
+    "foreach": lambda logits: torch._foreach_mul_([logits, torch.ones(2)], 0.5),
+    "function": lambda logits: F.relu(logits, inplace=True),
+    "copy_": lambda logits: logits.copy_(logits.softmax(-1)),
+    "diagonal": lambda logits: torch.diagonal(logits, dim1=1, dim2=2).add_(1).mul_(2),
+    "no history": edit_without_history,
+    "out": lambda logits: torch.mul(logits.detach(), 2, out=logits.detach()),
+    "detached": lambda logits: logits.detach().mul_(2),
+    "data": lambda logits: logits.data.mul_(2),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_logits_that_are_edited_in_place(edit, rows):
+    """Torch functions and an `autograd.Function` see them as in transformers: the same values and gradients."""
+    ids = prompt(rows, 6)
+    stock, patched, _ = pair()
+    uses = {
+        "function": lambda logits, _: CrossEntropy.apply(logits, ids),
+        "reentrant": lambda logits, _: USERS["reentrant"](logits, ids),
+        "torch": lambda logits, _: logits.square().mean(),
+        "part": lambda logits, part: CrossEntropy.apply(part, ids[:, 1:]) + logits.sin().sum() + part.cos().sum(),
+    }
+    for name, use in uses.items():
+        for read in (False, True):
+
+            def loss_of(model, read=read, use=use):
+                logits = model(ids, labels=ids).logits
+                part = logits[..., :-1, :]
+                if read:
+                    logits.argmax(-1)
+                EDITS[edit](logits)
+                return use(logits, part)
+
+            expected, actual = loss_of(stock), loss_of(patched)
+            torch.testing.assert_close(actual, expected, msg=lambda m, n=name: f"{n}: {m}")
+            wanted = gradients(stock, expected)
+            for weight, gradient in gradients(patched, actual).items():
+                torch.testing.assert_close(gradient, wanted[weight], rtol=1e-4, atol=1e-4, msg=f"{name}: {weight}")
+
+
+class Halved(torch.autograd.Function):
+    """Writes its argument."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        ctx.mark_dirty(logits)
+        logits.mul_(0.5)
+        return logits
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 0.5
+
+
+def test_an_autograd_function_that_writes_the_logits():
+    stock, patched, _ = pair()
+    ids = prompt(2, 6)
+
+    def loss_of(model):
+        logits = model(ids, labels=ids).logits
+        row = logits[:, 0]
+        Halved.apply(logits)
+        return logits.square().mean() + CrossEntropy.apply(logits, ids) + row.sin().sum()
+
+    expected, actual = loss_of(stock), loss_of(patched)
+    torch.testing.assert_close(actual, expected)
+    wanted = gradients(stock, expected)
+    for name, gradient in gradients(patched, actual).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("edit", ["method", "view", "no history", "view that waits"])
+def test_logits_that_are_edited_after_a_function_has_saved_them(edit):
+    """Its backward raises torch's error, as in transformers."""
+    stock, patched, _ = pair()
+    ids = prompt(2, 6)
+    for model in (stock, patched):
+        logits = model(ids, labels=ids).logits
+        loss = CrossEntropy.apply(logits, ids)
+        EDITS[edit](logits)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("edit", ["method", "view", "view that waits", "floats", "copy", "foreach", "data"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_logits_that_are_edited_without_gradients(edit, mode):
+    stock, patched, _ = pair()
+    with mode():
+        found = [model(prompt(2, 6), labels=prompt(2, 6)).logits for model in (stock, patched)]
+        parts = [logits[..., 1:, :] for logits in found]
+        for logits in found:
+            EDITS[edit](logits)
+    torch.testing.assert_close(found[1] * 1, found[0] * 1)
+    torch.testing.assert_close(parts[1] * 1, parts[0] * 1)
+
+
+def test_logits_are_one_object():
+    """A hook, a gradient, a hash and a copy are the logits' own, though what reads them is made anew."""
+    _, patched, _ = pair()
+    ids = prompt(2, 6)
+    with torch.no_grad():
+        logits = patched(ids, labels=ids).logits
+    logits.requires_grad_()
+    assert {logits: 1}[logits] == 1 and logits.is_leaf
+    CrossEntropy.apply(logits, ids).backward()
+    logits.square().mean().backward()
+    assert logits.grad.shape == logits.shape and logits.grad.abs().sum() > 0
+    with torch.no_grad():
+        copies = copy.deepcopy([logits.detach(), *(patched(ids, labels=ids).logits for _ in range(3))])
+    for other in copies:
+        torch.testing.assert_close(other, logits.detach())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits: setattr(logits, "data", logits.detach() * 2),
+        lambda logits: logits.unsqueeze_(0),
+        lambda logits: logits.transpose_(0, 1),
+    ],
+    ids=["data", "unsqueeze_", "transpose_"],
+)
+def test_a_change_of_the_logits_that_is_not_one_of_values(change):
+    """It would be lost in silence."""
+    _, patched, _ = pair()
+    with torch.no_grad():
+        logits = patched(prompt(2, 6), labels=prompt(2, 6)).logits
+        with pytest.raises(RuntimeError, match=r"changes the shape or the memory of outputs.logits.*logits.clone\(\)"):
+            change(logits)
+
+
+@pytest.mark.parametrize("part", [lambda x: x, lambda x: x[:, 1:], lambda x: x[..., 1:, :].clone()[0]])
+def test_a_compiled_function_takes_logits(part):
+    """Whole ones, a view of them, and one of a copy."""
+    torch._dynamo.reset()
+    stock, patched, _ = pair()
+    compiled = torch.compile(lambda logits: logits.softmax(-1).square().sum(), backend="aot_eager")
+    found = []
+    for model in (stock, patched):
+        loss = compiled(part(model(prompt(2, 6), labels=prompt(2, 6)).logits))
+        found.append((loss.detach(), gradients(model, loss)))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    for name, gradient in found[1][1].items():
+        torch.testing.assert_close(gradient, found[0][1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_transforms_of_logits():
+    stock, patched, _ = pair()
+    found = []
+    for model in (stock, patched):
+        logits = model(prompt(2, 6), labels=prompt(2, 6)).logits
+        scaled = torch.func.grad(lambda scale, logits=logits: (logits * scale).square().sum())(torch.tensor(2.0))
+        found.append([torch.func.vmap(lambda row: row.sum())(logits), scaled])
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_an_autograd_function_under_autocast():
     stock, patched, _ = pair()
     ids = prompt(2, 9)
@@ -343,6 +542,38 @@ def test_logits_of_weights_that_an_optimizer_has_stepped_uncounted():
     with pytest.raises(RuntimeError, match="weights have changed"):
         outputs[0].logits.argmax(-1)
     assert outputs[1].logits.argmax(-1).shape == (2, 8)
+
+
+def test_logits_of_weights_that_are_written_by_hand():
+    """To `.data`, which has no version number."""
+    for part in ("weight", "bias"):
+        _, patched, _ = pair()
+        patched.lm_head = nn.Linear(64, 128)
+        apply_torch_fused(patched).revert()
+        apply_torch_fused(patched)
+        outputs = patched(prompt(2, 8), labels=prompt(2, 8))
+        outputs.loss.backward()
+        weight = getattr(patched.lm_head, part)
+        weight.data.sub_(weight.grad, alpha=0.1)
+        with pytest.raises(RuntimeError, match="weights have changed"):
+            outputs.logits.argmax(-1)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_logits_of_hidden_states_that_are_edited(mode):
+    """They are those of the call, or an error."""
+    stock, patched, _ = pair()
+    found = []
+    for model in (stock, patched):
+        with mode():
+            outputs = model(prompt(2, 8), labels=prompt(2, 8), output_hidden_states=True)
+            outputs.hidden_states[-1].mul_(2)
+        found.append(outputs.logits)
+    if mode is torch.inference_mode:
+        torch.testing.assert_close(found[1] + 0, found[0])
+    else:
+        with pytest.raises(RuntimeError, match="or its hidden states"):
+            found[1].argmax(-1)
 
 
 def test_a_cross_entropy_that_is_not_transformers():

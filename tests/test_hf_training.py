@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from torch_fused.hf import apply_torch_fused
+from torch_fused.hf.loss import Logits
 from torch_fused.optim import AdamW
 from torch_fused.testing import relative_error
 
@@ -195,9 +196,33 @@ def sharded_logits(rank, sharded, reshard):
         torch.optim.SGD(model.parameters(), lr=0.1).step()
         old = model(ids, labels=ids, use_cache=False)
         torch.optim.SGD(model.parameters(), lr=0.1).step()
+        model.reshard()
         model(ids, labels=ids, use_cache=False)
         with pytest.raises(RuntimeError, match="weights have changed"):
             old.logits.argmax(-1)
+
+
+def logits_of_other_heads(rank):
+    """One rank's models with heads of one shape: the step of one does not concern the logits of the others."""
+    ids = prompt(2, 12)
+    mesh = init_device_mesh("cpu", (2,))
+    models = [make_model().train() for _ in range(3)]
+    for model in models:
+        apply_torch_fused(model)
+    for model in models[:2]:
+        fully_shard(model, mesh=mesh)
+    stepped, *others = [model(ids, labels=ids, use_cache=False) for model in models]
+    stepped.loss.backward()
+    torch.optim.SGD(models[0].parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="weights have changed"):
+        stepped.logits.argmax(-1)
+    expected = make_model()(ids).logits
+    for outputs in others:
+        assert type(outputs.logits) is Logits
+        torch.testing.assert_close(outputs.logits + 0, expected)
+    models[0].unshard()
+    with pytest.raises(RuntimeError, match="weights have changed"):
+        stepped.logits.argmax(-1)
 
 
 def parallel_steps(rank, folder):
@@ -208,6 +233,7 @@ def parallel_steps(rank, folder):
             parallel_step(rank, family, how)
     sharded_logits(rank, "model", None)
     sharded_logits(rank, "head", True)
+    logits_of_other_heads(rank)
     dist.destroy_process_group()
 
 

@@ -1,5 +1,6 @@
 """The loss of a model, with logits that are computed only when they are read."""
 
+import copy
 import inspect
 import threading
 import weakref
@@ -13,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..functional import linear_cross_entropy
-from ..sharding import is_sharded
 from .models import is_hooked, is_transformed
 from .origin import class_name, function_of, home_of
 
@@ -88,7 +89,7 @@ def head_forward(self, hidden: Tensor) -> Tensor:
     if loss is None or not _can_wait(self, hidden):
         return type(self).forward(self, hidden)
     source = _Source(loss, self, hidden)
-    return Logits.of(source, hidden, source.dtype)
+    return Logits.of(source, source.hidden, _Head.apply(source, source.hidden, self.weight, self.bias))
 
 
 def _can_wait(head: Any, hidden: Any) -> bool:
@@ -115,47 +116,69 @@ class Logits(Tensor):
     """Logits that a head has not computed yet.
 
     `F.cross_entropy` of them, as transformers calls it, runs `linear_cross_entropy` of the hidden states. Any other use
-    computes them first, in the autocast and gradient mode of the head's call. If the weights have changed since then,
-    it raises an error. For autograd they are the result of `_Head`.
+    computes them first, in the autocast mode of the head's call, and gets a plain tensor with the same memory. If the
+    weights have changed since then, it raises an error. For autograd they are a view of what `_Head` returns or of a
+    copy of that, and the plain tensor is a view of them, so that torch keeps account of all changes in place.
     """
 
     _source: "_Source"
     _hidden: Tensor
+    _root: Tensor  # what autograd takes them for a view of
+    _whole: "Logits | None" = None  # those that these are a part of
 
     @classmethod
-    def of(cls, source: "_Source", hidden: Tensor, dtype: torch.dtype) -> "Logits":
-        """Those of hidden states, in a dtype."""
-        self = _Head.apply(source, dtype, hidden, source.weight, source.bias)
-        self._source, self._hidden = source, hidden
+    def of(cls, source: "_Source", hidden: Tensor, root: Tensor) -> "Logits":
+        """Those of hidden states; `root` is from `_empty`, with their history."""
+        with torch.enable_grad(), _Wraps():
+            self = torch.ops.aten.alias.default(root)
+        self._source, self._hidden, self._root = source, hidden, root
         return self
 
+    @property
+    def is_made(self) -> bool:
+        return "_values" in (self if self._whole is None else self._whole).__dict__
+
     def made(self) -> Tensor:
-        """The logits, computed now if needed."""
-        value = self.__dict__.get("_value")
-        if value is None:
-            with torch._C.DisableTorchFunctionSubclass(), self._source.then():
-                # Transforms of torch.func do not take such a function.
-                make = _make if torch._C._are_functorch_transforms_active() else _Made.apply
-                value = self.__dict__["_value"] = make(self)
-        return value
+        """The logits as a plain tensor, computed now if needed."""
+        if torch.compiler.is_dynamo_compiling():
+            return torch.compiler.disable(Logits._made)(self)
+        return self._made()
+
+    def _made(self) -> Tensor:
+        # In these modes, the view may be changed in place wherever the logits may.
+        with _as_they_are(), torch.inference_mode(self._source.inference), torch.enable_grad():
+            return torch.ops.aten.alias.default(self)
+
+    def _memory(self) -> Tensor:
+        """The values, without a history."""
+        if self._whole is not None:
+            with _as_they_are():
+                return self._whole._memory().as_strided(self.shape, self.stride(), self.storage_offset())
+        if "_values" not in self.__dict__:
+            with _as_they_are(), self._source.then(), torch.no_grad():
+                values = self.__dict__.setdefault("_values", self._source.logits(self._hidden).to(self.dtype))
+                if not self._source.inference:
+                    self._root.data = values
+        return self.__dict__["_values"]
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _ABOUT:
-            with torch._C.DisableTorchFunctionSubclass():
+            with _as_they_are():
                 return func(*args, **kwargs)
-        if func in _LATER and type(args[0]) is cls and "_value" not in args[0].__dict__:
-            result = _LATER[func](*args, **kwargs)
+        if func in _LATER and type(args[0]) is cls and not args[0].is_made:
+            result = _LATER[func](func, *args, **kwargs)
             if result is not NotImplemented:
                 return result
         if func in _OF_GRADIENTS:
-            if func is Tensor.register_hook and _is_fsdps(args[1]):
-                with torch._C.DisableTorchFunctionSubclass():
-                    return func(*args)
-            pytree.tree_map_only(cls, cls._check_gradient, (args, kwargs))
-        args, kwargs = pytree.tree_map_only(cls, cls.made, (args, kwargs))
-        return func(*args, **kwargs)
+            if func is not Tensor.register_hook or not _is_fsdps(args[1]):
+                pytree.tree_map_only(cls, cls._check_gradient, (args, kwargs))
+            with _as_they_are():
+                return func(*args, **kwargs)
+        if func is Tensor.__deepcopy__:
+            return copy.deepcopy(args[0].made(), *args[1:])
+        return _call(func, args, kwargs)
 
     def _check_gradient(self) -> None:
         if self._source.has_loss:
@@ -166,20 +189,76 @@ class Logits(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
-        args, kwargs = pytree.tree_map_only(cls, cls.made, (args, kwargs or {}))
+        if getattr(_running, "waits", False):
+            return cls._of_call(func, *args, **(kwargs or {}))
+        args, kwargs = pytree.tree_map_only(cls, cls._memory, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+    @classmethod
+    def _of_call(cls, func: Callable, logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The result of a view or a copy of logits, not computed either; of a copy, its root."""
+        if type(logits) is not cls:
+            return func(logits, *args, **kwargs)
+        like = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device="meta")
+        made = func(like, *args, **kwargs)
+        if made.untyped_storage()._cdata != like.untyped_storage()._cdata:
+            return _empty(made.shape, made.dtype, logits.device)
+        place = (made.shape, made.stride(), made.storage_offset() + logits.storage_offset())
+        self = Tensor._make_wrapper_subclass(cls, *place, dtype=made.dtype, device=logits.device)
+        self._whole = logits if logits._whole is None else logits._whole
+        return self
+
+
+_as_they_are = torch._C.DisableTorchFunctionSubclass
+"""In this context, torch's functions get `Logits` themselves."""
+
+
+def _call(func: Callable, args: Any, kwargs: Any) -> Any:
+    """Calls a function with plain tensors for all `Logits`."""
+    given: list[Tensor] = []
+
+    def make(logits: Logits) -> Tensor:
+        given.append(logits.made())
+        return given[-1]
+
+    args, kwargs = pytree.tree_map_only(Logits, make, (args, kwargs))
+    before = list(map(_form, given))
+    result = None if func in _MOVES else func(*args, **kwargs)
+    if func in _MOVES or before != list(map(_form, given)):
+        raise RuntimeError(
+            f"apply_torch_fused: {getattr(func, '__name__', func)} changes the shape or the memory of outputs.logits, "
+            "which are computed when they are read: use it on outputs.logits.clone(), or pass loss=False to "
+            "apply_torch_fused"
+        )
+    return result
+
+
+def _form(tensor: Tensor) -> Any:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _empty(shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of one element, until the values of all are computed."""
+    return torch.empty_strided(shape, [0] * len(shape), dtype=dtype, device=device)
+
+
+class _Wraps(TorchDispatchMode):
+    """In this context, a view of a tensor is `Logits`."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
+        (root,) = args
+        return Tensor._make_wrapper_subclass(Logits, root.shape, dtype=root.dtype, device=root.device)
 
 
 class _Head(torch.autograd.Function):
-    """A head's call, for autograd. It gets the gradient of `Logits`, both of computed ones and of those that are
-    given to somebody's `autograd.Function`, which no `__torch_function__` sees."""
+    """A head's call, for autograd."""
 
     @staticmethod
-    def forward(ctx, source, dtype, hidden, weight, bias):  # type: ignore[override]
+    def forward(ctx, source, hidden, weight, bias):  # type: ignore[override]
         ctx.save_for_backward(hidden, weight)
         ctx.dtype, ctx.bias = source.dtype, bias is not None
         shape = (*hidden.shape[:-1], weight.shape[0])
-        return Tensor._make_wrapper_subclass(Logits, shape, dtype=dtype, device=hidden.device)
+        return _empty(shape, source.dtype, hidden.device)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
@@ -187,23 +266,7 @@ class _Head(torch.autograd.Function):
         rows = grad.to(ctx.dtype).flatten(0, -2)
         of_hidden = (rows @ weight.to(ctx.dtype)).view(hidden.shape).to(hidden.dtype)
         of_weight = (rows.T @ hidden.flatten(0, -2).to(ctx.dtype)).to(weight.dtype)
-        return None, None, of_hidden, of_weight, rows.sum(0).to(weight.dtype) if ctx.bias else None
-
-
-class _Made(torch.autograd.Function):
-    """`Logits` as a plain tensor, whose gradient is theirs."""
-
-    @staticmethod
-    def forward(ctx, logits):  # type: ignore[override]
-        return _make(logits)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
-        return grad
-
-
-def _make(logits: Logits) -> Tensor:
-    return logits._source.logits(logits._hidden).to(logits.dtype)
+        return None, of_hidden, of_weight, rows.sum(0).to(weight.dtype) if ctx.bias else None
 
 
 def _is_fsdps(hook: Any) -> bool:
@@ -212,34 +275,46 @@ def _is_fsdps(hook: Any) -> bool:
 
 
 class _Source:
-    """A call of a head: its weights, and the modes in which it computes logits."""
+    """A call of a head: its weights and hidden states, and the modes in which it computes logits."""
 
     def __init__(self, loss: HeadLoss, head: nn.Linear, hidden: Tensor):
         self.loss = loss
-        self.weight, self.bias = head.weight, head.bias
+        self.head, self.weight, self.bias = head, head.weight, head.bias
+        # Torch does not count the changes of an inference tensor.
+        self.hidden = hidden.clone() if hidden.is_inference() else hidden
         self.device = hidden.device.type
         self.autocast = torch.is_autocast_enabled(self.device)
         self.dtype = torch.get_autocast_dtype(self.device) if self.autocast else hidden.dtype
         self.gradients, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self.versions = self._versions()
+        self.samples = self._samples()
         self.stepped = False  # an optimizer has changed the weights, possibly without a new version number
         self.has_loss = False
         _steps.watch(self)
 
+    @property
+    def weights(self) -> list[Tensor]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
     def _versions(self) -> list[tuple[int, int]]:
-        """And where the weights are: assigned to `.data`, others are elsewhere."""
-        tensors = (self.weight,) if self.bias is None else (self.weight, self.bias)
+        """And where the tensors are: assigned to `.data`, others are elsewhere."""
+        tensors = [*self.weights, self.hidden]
         return [(0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for tensor in tensors]
+
+    def _samples(self) -> list[Tensor]:
+        """Some of the weights, which show what is written to their `.data`: that has no version number."""
+        parts = [tuple(slice(None, None, size // 32 or 1) for size in weight.shape) for weight in self.weights]
+        return [weight.detach()[part].clone() for weight, part in zip(self.weights, parts, strict=True)]
+
+    def parameters(self) -> list[Any]:
+        """The head's, and those that it has now: FSDP exchanges them, and an optimizer has those between calls."""
+        return [*self.weights, *self.head._parameters.values()]
 
     @contextmanager
     def then(self) -> Iterator[None]:
         """The modes of the head's call."""
         if self.stepped or self._versions() != self.versions:
-            raise RuntimeError(
-                "apply_torch_fused: the logits of a call with labels are computed when they are read, but the head's "
-                "weights have changed since that call, or FSDP has freed them. Read outputs.logits before "
-                "optimizer.step(), with FSDP before loss.backward(), or pass loss=False to apply_torch_fused."
-            )
+            self._refuse()
         with (
             torch.inference_mode(self.inference),
             torch.autocast(self.device, dtype=self.dtype if self.autocast else None, enabled=self.autocast),
@@ -247,7 +322,17 @@ class _Source:
         ):
             yield
 
+    def _refuse(self) -> None:
+        raise RuntimeError(
+            "apply_torch_fused: the logits of a call with labels are computed when they are read, but the head's "
+            "weights have changed since that call, or its hidden states, or FSDP has freed them. Read outputs.logits "
+            "before optimizer.step(), with FSDP before loss.backward(), or pass loss=False to apply_torch_fused."
+        )
+
     def logits(self, hidden: Tensor) -> Tensor:
+        for before, now in zip(self.samples, self._samples(), strict=True):
+            if not torch.allclose(before, now, rtol=0, atol=0, equal_nan=True):
+                self._refuse()
         self.loss.count("times the logits were computed because they were read")
         return F.linear(hidden, self.weight, self.bias)
 
@@ -276,11 +361,9 @@ class _Steps:
         with self._lock:
             sources = list(self._sources)  # none, usually: nobody has kept the logits
             params = [param for group in optimizer.param_groups for param in group["params"]] if sources else []
-            stepped = {id(param) for param in params}
-            # A head has the whole of a weight while it is called, the optimizer what this process keeps of it.
-            shapes = {param.shape for param in params if is_sharded(param)}
+            stepped = set(map(id, params))
             for source in sources:
-                if stepped & {id(source.weight), id(source.bias)} or source.weight.shape in shapes:
+                if not stepped.isdisjoint(map(id, source.parameters())):
                     source.stepped = True
                     self._sources.discard(source)
             if not self._sources and self._hook is not None:
@@ -294,41 +377,48 @@ _steps = _Steps()
 # ---- operations on logits that are not computed yet -----------------------------------------------------------------
 
 
-def _float(logits: Logits) -> Any:
-    return Logits.of(logits._source, logits._hidden, torch.float32)
+def _wait(func: Callable, logits: Logits, hidden: Tensor, *args: Any, **kwargs: Any) -> Logits:
+    """A view or a copy of logits, as torch makes it: the logits of these hidden states."""
+    _running.waits = True
+    try:
+        with _as_they_are():
+            result = func(logits, *args, **kwargs)
+    finally:
+        _running.waits = False
+    if type(result) is Tensor:
+        return Logits.of(logits._source, hidden, result)
+    if result is not logits:
+        result._source, result._hidden = logits._source, hidden
+    return result
 
 
-def _to(logits: Logits, *args: Any, **kwargs: Any) -> Any:
-    return _float(logits) if args == (torch.float32,) and not kwargs else NotImplemented
+def _same(func: Callable, logits: Logits, *args: Any, **kwargs: Any) -> Any:
+    return _wait(func, logits, logits._hidden, *args, **kwargs)
 
 
-def _clone(logits: Logits, **kwargs: Any) -> Any:
-    return Logits.of(logits._source, logits._hidden, logits.dtype)
+def _to(func: Callable, logits: Logits, *args: Any, **kwargs: Any) -> Any:
+    return _same(func, logits, *args) if args == (torch.float32,) and not kwargs else NotImplemented
 
 
-def _view(logits: Logits, *shape: Any) -> Any:
+def _view(func: Callable, logits: Logits, *shape: Any) -> Any:
     if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
         shape = tuple(shape[0])
     if shape != (-1, logits.shape[-1]):
         return NotImplemented
     hidden = logits._hidden
-    return Logits.of(logits._source, hidden.reshape(-1, hidden.shape[-1]), logits.dtype)
+    return _wait(func, logits, hidden.reshape(-1, hidden.shape[-1]), *shape)
 
 
-def _contiguous(logits: Logits) -> Any:
-    return logits
-
-
-def _getitem(logits: Logits, index: Any) -> Any:
+def _getitem(func: Callable, logits: Logits, index: Any) -> Any:
     """Selects rows: `[..., begin:end, :]`."""
     if not isinstance(index, tuple) or [type(part) for part in index] != [type(...), slice, slice]:
         return NotImplemented
     if index[2] != slice(None):
         return NotImplemented
-    return Logits.of(logits._source, logits._hidden[index], logits.dtype)
+    return _wait(func, logits, logits._hidden[index], index)
 
 
-def _cross_entropy(*args: Any, **kwargs: Any) -> Any:
+def _cross_entropy(func: Callable, *args: Any, **kwargs: Any) -> Any:
     given = _SIGNATURE.bind(*args, **kwargs)
     given.apply_defaults()
     logits, target = given.arguments["input"], given.arguments["target"]
@@ -349,34 +439,31 @@ def _cross_entropy(*args: Any, **kwargs: Any) -> Any:
 
 _SIGNATURE = inspect.signature(F.cross_entropy)
 _LATER: dict[Any, Callable[..., Any]] = {
-    Tensor.float: _float,
+    Tensor.float: _same,
     Tensor.to: _to,
-    Tensor.clone: _clone,
+    Tensor.clone: _same,
     Tensor.view: _view,
     Tensor.reshape: _view,
-    Tensor.contiguous: _contiguous,
+    Tensor.contiguous: _same,
     Tensor.__getitem__: _getitem,
     F.cross_entropy: _cross_entropy,
 }
 _PROPERTIES = (
-    *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "grad_fn", "is_leaf"),
-    *("_base", "itemsize", "nbytes"),
-    *(
-        "itemsize",
-        "nbytes",
-        "is_cpu",
-        "is_cuda",
-        "is_mps",
-        "is_xla",
-        "is_meta",
-        "is_sparse",
-        "is_quantized",
-        "is_nested",
-    ),
+    *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "grad_fn", "is_leaf", "grad", "retains_grad"),
+    *("_version", "itemsize", "nbytes", "is_cpu", "is_cuda", "is_mps", "is_xla", "is_meta", "is_sparse"),
+    *("is_quantized", "is_nested", "_backward_hooks"),
 )
+_grad: Any = Tensor.grad
+_requires_grad: Any = Tensor.requires_grad
+_hooks: Any = Tensor._backward_hooks  # torch sets them while it holds a lock
 _ABOUT = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.element_size),
+    *(_grad.__set__, _grad.__delete__, _requires_grad.__set__, Tensor.requires_grad_, _hooks.__set__),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.element_size, Tensor.__hash__),
+    *(Tensor.stride, Tensor.storage_offset, Tensor.is_contiguous, Tensor.is_inference),
     *(Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.is_complex),
 }
-"""Properties that do not need the logits' values."""
+"""What does not need the logits' values, or belongs to the tensor itself and not to its memory."""
+_data: Any = Tensor.data
+_MOVES = {_data.__set__, Tensor.set_}
+"""What puts a tensor in other memory."""
 _OF_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad}

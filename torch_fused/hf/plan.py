@@ -283,6 +283,8 @@ class _Reader:
     def layer(self, layer: Any, index: int) -> dict[str, Matrix | None]:
         """The tensors of a layer, by the op's names, and its adapters."""
         found = self.parts(layer)
+        if self.attentions[-1].layer_idx != index:
+            raise Left(f"layer {index} keeps its tokens as layer {self.attentions[-1].layer_idx}: set its layer_idx")
         for name, low in self.low.items():
             place = index * len(LAYER_PARTS) + LAYER_PARTS.index(name)
             self.adapters += [each._replace(place=place) for each in low]

@@ -25,7 +25,7 @@ FUNCTIONS = (
 _NUMBERS = {
     *("variance_epsilon", "eps", "scaling", "attention_scaling", "rope_type", "attention_dropout", "is_causal", "p"),
     *("use_rope", "attn_logit_softcapping", "residual_multiplier", "embedding_multiplier", "head_dim", "approximate"),
-    *("top_k", "norm_topk_prob"),
+    *("top_k", "norm_topk_prob", "layer_idx"),
 }
 """Attributes of modules that a decode step depends on."""
 
