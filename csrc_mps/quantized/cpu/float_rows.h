@@ -84,6 +84,18 @@ TORCH_FUSED_INLINE void arrange_floats(const PackedMatrix& m, const float* x, fl
 // The first `count` scales or biases of a register, and zeros. `beyond`: the memory after them may be read.
 template <class S>
 TORCH_FUSED_INLINE void load_first(const S* from, int64_t count, bool beyond, Lanes& to) {
+#if defined(TORCH_FUSED_AVX512)
+  (void)beyond;  // what is masked is not read
+  const auto there = static_cast<__mmask16>(count < kLanes ? (1 << count) - 1 : -1);
+  if constexpr (std::is_same_v<S, float>) {
+    to = _mm512_maskz_loadu_ps(there, from);
+  } else {
+    const __m256i halves = _mm256_maskz_loadu_epi16(there, from);
+    to = std::is_same_v<S, c10::Half>
+             ? _mm512_maskz_cvtph_ps(there, halves)
+             : (Lanes)_mm512_maskz_slli_epi32(there, _mm512_maskz_cvtepu16_epi32(there, halves), 16);
+  }
+#else
   if (beyond || count >= kLanes) {
     load(from, to);
   } else {
@@ -96,6 +108,7 @@ TORCH_FUSED_INLINE void load_first(const S* from, int64_t count, bool beyond, La
   std::memcpy(&bits, &to, sizeof(bits));
   bits &= (LaneBits)(index < static_cast<uint32_t>(count));
   std::memcpy(&to, &bits, sizeof(bits));
+#endif
 }
 
 // Adds all lanes to those of a register.
@@ -129,9 +142,9 @@ typedef float Products[kMostAtOnce];  // of a row
 template <class Vector, int R, int C>
 TORCH_FUSED_INLINE void add_totals(const PackedMatrix& m, const PackedGroups (&rows)[R], const Vector (&totals)[R][C],
                                    const float* sums, int64_t first, Products* results) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
       Lanes shift = {}, bias, sum;
       for (int64_t i = 0; i < rows[r].count; i += kLanes) {
@@ -156,15 +169,15 @@ TORCH_FUSED_INLINE void add_products(const PackedMatrix& m, const PackedGroups (
   Wide totals[R][C] = {};
   for (int64_t group = 0; group < rows[0].count; ++group) {
     Wide dots[R][C] = {};
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int block = 0; block < blocks; ++block) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         Wide codes[kBlockWides], value;
         const uint8_t* from = rows[r].codes + (group * blocks + block) * (kCodeBlock * bits / 8);
         fetch_ahead<R>(from);
         load_codes<bits>(from, codes);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int c = 0; c < C; ++c) {
 #pragma GCC unroll 8
           for (int i = 0; i < kBlockWides; ++i) {
@@ -175,9 +188,9 @@ TORCH_FUSED_INLINE void add_products(const PackedMatrix& m, const PackedGroups (
       }
       values += kCodeBlock;
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int c = 0; c < C; ++c) totals[r][c] += rows[r].scales[group] * dots[r][c];
     }
   }

@@ -189,14 +189,14 @@ TORCH_FUSED_INLINE void integer_products(const PackedMatrix& m, const IntegerVec
     Lanes group_scales[R];
     with_format(m.format, m.scales, [&](const auto* all) __attribute__((always_inline)) {
       const auto* biases = static_cast<decltype(all)>(m.biases);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const bool beyond = m.has_memory(row + r, group + kLanes);
         Lanes bias, sum;
         load_first(all + (row + r) * m.scales_stride + group, groups, beyond, group_scales[r]);
         load_first(biases + (row + r) * m.biases_stride + group, groups, beyond, bias);
-        bias += kCentre<bits> * group_scales[r];
-#pragma GCC unroll 4
+        if constexpr (kCentre<bits> != 0) bias += kCentre<bits> * group_scales[r];
+#pragma GCC unroll 8
         for (int c = 0; c < C; ++c) {
           load(x.sums + (first + c) * m.sums + group, sum);
           add_lanes(bias * sum, totals[r][c]);
@@ -204,7 +204,7 @@ TORCH_FUSED_INLINE void integer_products(const PackedMatrix& m, const IntegerVec
       }
     });
     for (int64_t unit = 0; unit * kWide < groups * lanes; ++unit) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const uint8_t* from = codes + r * m.stride * 4;
         Codes<bits> units;
@@ -212,7 +212,7 @@ TORCH_FUSED_INLINE void integer_products(const PackedMatrix& m, const IntegerVec
         fetch_ahead<R>(from);
         load_unit(from, left, units);
         spread_scales<lanes>(group_scales[r], unit, group_scale);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int c = 0; c < C; ++c) {
           WideInts whole;
           Wide scale;
@@ -227,9 +227,9 @@ TORCH_FUSED_INLINE void integer_products(const PackedMatrix& m, const IntegerVec
       scales += kWide;
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < C; ++c) results[(first + c) * n + r] = sum_of(totals[r][c]);
   }
 }

@@ -38,7 +38,8 @@ TORCH_FUSED_INLINE void for_vectors(int64_t count, Function function) {
 
 // R rows from `row` on with all vectors, or with the only one if R > 1.
 template <int bits, int group_size, int R>
-void multiply_together(const PackedMatrix& m, const IntegerVectors& x, int64_t row, float* results, int64_t n) {
+TORCH_FUSED_INLINE void multiply_together(const PackedMatrix& m, const IntegerVectors& x, int64_t row, float* results,
+                                          int64_t n) {
   if constexpr (R > 1) {
     integer_products<bits, group_size, R, 1>(m, x, row, 0, results, n);
   } else {
@@ -85,7 +86,7 @@ void multiply_together(const PackedMatrix& m, const FloatVectors& x, int64_t row
 
 template <int bits, int group_size, class Vectors>
 void multiply_rows(const PackedMatrix& m, const Vectors& x, int64_t begin, int64_t end, float* results, int64_t n) {
-  constexpr int kRows = 4;
+  constexpr int kRows = kWide == 16 ? 8 : 4;  // whose sums fit into the registers
   int64_t row = begin;
   for (; x.count == 1 && row + kRows <= end; row += kRows) {
     multiply_together<bits, group_size, kRows>(m, x, row, results + row - begin, n);
