@@ -141,34 +141,47 @@ TORCH_FUSED_INLINE void spread_scales(const Lanes& scales, int64_t unit, Wide& t
 }
 
 // Eight columns share a scale, their largest magnitude over 127: a large value costs its neighbours no more digits than
-// that. A value that is not finite makes the scale, and so every result, NaN.
+// that. A value that is not finite makes its group's sum, and so every result, NaN.
 template <int bits>
 TORCH_FUSED_INLINE void arrange_integers(const PackedMatrix& m, const float* x, int8_t* codes, float* scales,
                                          float* sums) {
-  constexpr float kRound = 0x1.8p23f;  // added to a small number, it leaves its nearest integer in the low bits
+  typedef uint32_t EightBits __attribute__((vector_size(32)));
+  typedef uint64_t Pairs __attribute__((vector_size(32)));
+  constexpr float kRound = 0x1.8p23f;     // added to a small number, it leaves its nearest integer in the low bits
+  constexpr float kSmallest = 0x1p-119f;  // 127 over it is finite
   constexpr int64_t lanes = kScaled / kLaneCodes<bits>, in_unit = kLaneCodes<bits> * kWide;
-  std::fill(sums, sums + m.sums, 0.0f);
-  for (int64_t column = 0; column < m.padded; column += kScaled, x += kScaled) {
-    float largest = 0, nothing = 0;
-    const bool there = column < m.cols;
-    for (int64_t i = 0; i < kScaled && there; ++i) {
-      largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
-      nothing += x[i] * 0;
+  std::fill(sums + m.groups, sums + m.sums, 0.0f);
+  std::fill(codes + m.cols / in_unit * in_unit, codes + m.padded, int8_t{0});
+  std::fill(scales + m.cols / kLaneCodes<bits>, scales + m.vector_scales(), 0.0f);
+  for (int64_t column = 0, group = 0; group < m.groups; ++group) {
+    EightLanes sum = {}, values;
+    for (const int64_t end = column + m.group_size; column < end; column += kScaled) {
+      FourLanes halves[2];
+      std::memcpy(&values, x + column, sizeof(values));
+      const EightBits magnitudes = (EightBits)values & 0x7fffffff;
+      std::memcpy(halves, &magnitudes, sizeof(halves));
+      halves[0] = halves[0] > halves[1] ? halves[0] : halves[1];
+      const float even = std::max(halves[0][0], halves[0][2]), odd = std::max(halves[0][1], halves[0][3]);
+      const float largest = std::max(kSmallest, std::max(even, odd)), scale = largest * (1 / 127.0f);
+      std::fill_n(scales + column / kScaled * lanes, lanes, scale);
+      values = values * (127 / largest) + kRound;
+      sum += scale * (values - kRound);
+
+      // The low bytes side by side: of four bits those of even columns, then those of odd ones.
+      Pairs pairs = (Pairs)values & 0x000000ff000000ff;
+      pairs = bits == 4 ? pairs << Pairs{0, 8, 16, 24} : ((pairs | pairs >> 24) & 0xffff) << Pairs{0, 16, 32, 48};
+      const uint64_t bytes = (pairs[0] | pairs[2]) | (pairs[1] | pairs[3]);
+      const int64_t at = column & (in_unit - 1);
+      int8_t* unit = codes + column - at;
+      if constexpr (bits == 4) {
+        const auto first = static_cast<uint32_t>(bytes), second = static_cast<uint32_t>(bytes >> 32);
+        std::memcpy(unit + at / 2, &first, sizeof(first));
+        std::memcpy(unit + kUnitBytes + at / 2, &second, sizeof(second));
+      } else {
+        std::memcpy(unit + at, &bytes, sizeof(bytes));
+      }
     }
-    const float to_code = largest > 0x1p-119f && nothing == 0 ? 127 / largest : 0;  // else infinite
-    int32_t whole[kScaled] = {}, sum = 0;
-    for (int64_t i = 0; i < kScaled && to_code > 0; ++i) {
-      whole[i] = bit_copy<int32_t>(x[i] * to_code + kRound) - bit_copy<int32_t>(kRound);
-      sum += whole[i];
-    }
-    int8_t* unit = codes + column / in_unit * in_unit;
-    const int64_t at = column % in_unit;
-    for (int64_t i = 0; i < kScaled; ++i) {
-      unit[bits == 4 ? i % 2 * kUnitBytes + (at + i) / 2 : at + i] = static_cast<int8_t>(whole[i]);
-    }
-    const float scale = largest / 127 + nothing;
-    std::fill_n(scales + column / kScaled * lanes, lanes, scale);
-    if (there) sums[column / m.group_size] += scale * static_cast<float>(sum);
+    sums[group] = sum_of(sum);
   }
 }
 
