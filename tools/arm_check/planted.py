@@ -36,8 +36,8 @@ BUGS = [
     Bug(
         "codes of eight bits keep their sign bit",
         "quantized/cpu/integer_rows.h",
-        "veorq_u8(vld1q_u8(from + 16 * i), vdupq_n_u8(128))",
-        "vld1q_u8(from + 16 * i)",
+        "veorq_u8(codes, vdupq_n_u8(128))",
+        "codes",
         "quantized",
     ),
     Bug("bfloat16 rounds ties up", "common/convert.h", "0x7fff + ((bits >> 16) & 1)", "0x8000", "conversions"),

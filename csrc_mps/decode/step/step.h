@@ -73,6 +73,9 @@ void project_packed(const Matrix& matrix, Range rows, Inputs& x, const Results& 
   constexpr int64_t kAtOnce = 64;
   float results[kAtOnce * kMostVectors];
   const ReadyVectors& ready = x.ready_for(matrix);
+  if (write == Write::kSet && !matrix.bias.data && to.scale == 1) {
+    return ready.multiply(matrix.packed, rows.begin, rows.end, to.data + rows.begin, to.stride);
+  }
   for (int64_t begin = rows.begin; begin < rows.end; begin += kAtOnce) {
     const int64_t n = std::min(kAtOnce, rows.end - begin);
     ready.multiply(matrix.packed, begin, begin + n, results, n);

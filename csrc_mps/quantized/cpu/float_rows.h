@@ -6,6 +6,8 @@
 
 namespace torch_fused::TORCH_FUSED_TARGET {
 
+constexpr uint32_t kIndex[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 // One register of floats: g++ takes larger vectors of converted integers apart in memory.
 #if defined(TORCH_FUSED_AVX512)
 constexpr int64_t kWide = 16;
@@ -79,6 +81,44 @@ TORCH_FUSED_INLINE void arrange_floats(const PackedMatrix& m, const float* x, fl
   }
 }
 
+// The first `count` scales or biases of a register, and zeros. `beyond`: the memory after them may be read.
+template <class S>
+TORCH_FUSED_INLINE void load_first(const S* from, int64_t count, bool beyond, Lanes& to) {
+#if defined(TORCH_FUSED_AVX512)
+  (void)beyond;  // what is masked is not read
+  const auto there = static_cast<__mmask16>(count < kLanes ? (1 << count) - 1 : -1);
+  if constexpr (std::is_same_v<S, float>) {
+    to = _mm512_maskz_loadu_ps(there, from);
+  } else {
+    const __m256i halves = _mm256_maskz_loadu_epi16(there, from);
+    to = std::is_same_v<S, c10::Half>
+             ? _mm512_maskz_cvtph_ps(there, halves)
+             : (Lanes)_mm512_maskz_slli_epi32(there, _mm512_maskz_cvtepu16_epi32(there, halves), 16);
+  }
+#else
+  if (beyond || count >= kLanes) {
+    load(from, to);
+  } else {
+    S first[kLanes] = {};
+    std::copy(from, from + count, first);
+    load(first, to);
+  }
+  LaneBits bits, index;
+  std::memcpy(&index, kIndex, sizeof(index));
+  std::memcpy(&bits, &to, sizeof(bits));
+  bits &= (LaneBits)(index < static_cast<uint32_t>(count));
+  std::memcpy(&to, &bits, sizeof(bits));
+#endif
+}
+
+// Adds all lanes to those of a register.
+template <class Vector>
+TORCH_FUSED_INLINE void add_lanes(const Lanes& from, Vector& to) {
+  Vector parts[sizeof(Lanes) / sizeof(Vector)];
+  std::memcpy(parts, &from, sizeof(from));
+  for (const Vector& part : parts) to += part;
+}
+
 constexpr int64_t kGroupsAtOnce = 64;
 
 // Some groups of a row.
@@ -102,9 +142,9 @@ typedef float Products[kMostAtOnce];  // of a row
 template <class Vector, int R, int C>
 TORCH_FUSED_INLINE void add_totals(const PackedMatrix& m, const PackedGroups (&rows)[R], const Vector (&totals)[R][C],
                                    const float* sums, int64_t first, Products* results) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
       Lanes shift = {}, bias, sum;
       for (int64_t i = 0; i < rows[r].count; i += kLanes) {
@@ -112,32 +152,32 @@ TORCH_FUSED_INLINE void add_totals(const PackedMatrix& m, const PackedGroups (&r
         load(sums + (first + c) * m.sums + rows[r].first + i, sum);
         shift += bias * sum;
       }
-      Vector parts[sizeof(Lanes) / sizeof(Vector)], total = totals[r][c];
-      std::memcpy(parts, &shift, sizeof(shift));
-      for (const Vector& part : parts) total += part;
+      Vector total = totals[r][c];
+      add_lanes(shift, total);
       results[r][first + c] += sum_of(total);
     }
   }
 }
 
 // Adds the products of R rows with C vectors from `first` on: several rows with one vector, so that no sum waits for
-// the one before it. A group has `blocks` blocks.
-template <int bits, int blocks, int C, int R>
+// the one before it.
+template <int bits, int group_size, int C, int R>
 TORCH_FUSED_INLINE void add_products(const PackedMatrix& m, const PackedGroups (&rows)[R], const FloatVectors& x,
                                      int64_t first, Products* results) {
-  const float* values = x.values + first * m.cols + rows[0].first * m.group_size;
+  constexpr int blocks = group_size / kCodeBlock;
+  const float* values = x.values + first * m.cols + rows[0].first * group_size;
   Wide totals[R][C] = {};
   for (int64_t group = 0; group < rows[0].count; ++group) {
     Wide dots[R][C] = {};
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int block = 0; block < blocks; ++block) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         Wide codes[kBlockWides], value;
         const uint8_t* from = rows[r].codes + (group * blocks + block) * (kCodeBlock * bits / 8);
         fetch_ahead<R>(from);
         load_codes<bits>(from, codes);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int c = 0; c < C; ++c) {
 #pragma GCC unroll 8
           for (int i = 0; i < kBlockWides; ++i) {
@@ -148,9 +188,9 @@ TORCH_FUSED_INLINE void add_products(const PackedMatrix& m, const PackedGroups (
       }
       values += kCodeBlock;
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int c = 0; c < C; ++c) totals[r][c] += rows[r].scales[group] * dots[r][c];
     }
   }

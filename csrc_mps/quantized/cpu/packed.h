@@ -1,6 +1,7 @@
 // A packed matrix as the CPU's loops see it, and vectors made ready for its rows.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -10,8 +11,8 @@
 namespace torch_fused {
 
 // Vectors are laid out as the codes come. Of four bits, floats have the even columns of a block and then the odd ones,
-// integers the even columns of a unit, then the odd ones. Of eight bits, all are in order.
-constexpr int64_t kCodeBlock = 32, kCodeUnit = 2 * kCodeBlock;
+// integers the even columns of a register of codes, then the odd ones. Of eight bits, all are in order.
+constexpr int64_t kCodeBlock = 32;
 constexpr int64_t kScaled = 8;  // columns of a vector of integers that share a scale
 
 struct PackedMatrix {
@@ -26,11 +27,16 @@ struct PackedMatrix {
   // Of a row; a division would take as long as much of a short row's product.
   int64_t groups = cols / group_size;
   int64_t blocks = cols / kCodeBlock;
-  int64_t units = (blocks + 1) / 2;
-  int64_t sums = (groups + 15) / 16 * 16;  // of a vector: one a group, then zeros
+  int64_t sums = (groups + 15) / 16 * 16;     // of a vector: one a group, then zeros
+  int64_t padded = (cols + 127) / 128 * 128;  // columns of a vector of integers, to the end of any machine's register
 
-  // Of a unit of integers: one for each lane of its dot products, which is eight codes of four bits, or four of eight.
-  int64_t scale_lanes() const { return bits == 4 ? 8 : 16; }
+  // Scales of a vector of integers: one for each word of codes.
+  int64_t vector_scales() const { return padded * bits / 32; }
+
+  // Whether the scales and biases from this row's first up to the end of `group` - 1 can be read.
+  bool has_memory(int64_t row, int64_t group) const {
+    return (rows - 1 - row) * std::min(scales_stride, biases_stride) + groups >= group;
+  }
 };
 
 // Vectors of floats.
@@ -40,10 +46,10 @@ struct FloatVectors {
   int64_t count;
 };
 
-// Vectors of int8 with their scales, for integer products. The last unit ends in zeros if it has one block.
+// Vectors of int8 with their scales, for integer products.
 struct IntegerVectors {
-  const int8_t* codes;  // (count, units, kCodeUnit)
-  const float* scales;  // (count, units, scale_lanes)
+  const int8_t* codes;  // (count, padded), with zeros after the columns
+  const float* scales;  // (count, vector_scales)
   const float* sums;    // (count, sums): of each group's codes times their scales
   int64_t count;
 };
@@ -61,7 +67,6 @@ struct IntegerVectors {
 TORCH_FUSED_DECLARE_PACKED(baseline)
 #ifdef TORCH_FUSED_X86_DISPATCH
 TORCH_FUSED_DECLARE_PACKED(avx2)
-TORCH_FUSED_DECLARE_PACKED(avx512)
 TORCH_FUSED_DECLARE_PACKED(vnni)
 #endif
 

@@ -23,8 +23,8 @@ const Loops& loops() {
   static const Loops best = [] {
 #ifdef TORCH_FUSED_X86_DISPATCH
     const std::string allowed = at::get_cpu_capability();
-    if (allowed == "AVX512" && __builtin_cpu_supports("x86-64-v4")) {
-      return __builtin_cpu_supports("avx512vnni") ? TORCH_FUSED_LOOPS(vnni) : TORCH_FUSED_LOOPS(avx512);
+    if (allowed == "AVX512" && __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni")) {
+      return TORCH_FUSED_LOOPS(vnni);
     }
     if (allowed != "DEFAULT" && __builtin_cpu_supports("x86-64-v3")) return TORCH_FUSED_LOOPS(avx2);
 #endif
@@ -39,14 +39,14 @@ void ReadyVectors::prepare(const PackedMatrix& m, const float* x, int64_t count,
   bits_ = m.bits;
   group_size_ = m.group_size;
   integers_ = integers;
-  float* const sums = memory;
+  // Of whole cache lines each: a register that is read from two of them takes longer.
+  float* const sums = memory + -reinterpret_cast<uintptr_t>(memory) / sizeof(float) % 16;
   float* const scales = sums + count * m.sums;
-  float* const values = integers ? scales + count * m.units * m.scale_lanes() : scales;
+  float* const values = integers ? scales + count * m.vector_scales() : scales;
   auto* const codes = reinterpret_cast<int8_t*>(values);
   for (int64_t i = 0; i < count; ++i) {
     if (integers) {
-      loops().arrange_codes(m, x + i * m.cols, codes + i * m.units * kCodeUnit, scales + i * m.units * m.scale_lanes(),
-                            sums + i * m.sums);
+      loops().arrange_codes(m, x + i * m.cols, codes + i * m.padded, scales + i * m.vector_scales(), sums + i * m.sums);
     } else {
       loops().arrange_floats(m, x + i * m.cols, values + i * m.cols, sums + i * m.sums);
     }

@@ -8,7 +8,7 @@ namespace torch_fused {
 class ReadyVectors {
  public:
   // Floats of memory for `count` vectors of at most this many columns.
-  static int64_t size(int64_t cols, int64_t count) { return count * (2 * cols + 4 * kCodeUnit); }
+  static int64_t size(int64_t cols, int64_t count) { return count * (2 * cols + 256); }
 
   // Makes `x`, (count, cols), ready for the rows of a matrix. `integers`: the values are rounded to int8.
   void prepare(const PackedMatrix& m, const float* x, int64_t count, bool integers, float* memory);
