@@ -23,6 +23,8 @@ STAMP = ("device", "threads", "torch", "transformers", "torch_fused", "date")
 DISTURBED = 0.02
 """A case is measured again by the next run if its threads waited for a core for more than this share of the time."""
 Row = dict[str, str]
+Results = dict[str, list[Row]]
+"""Rows by file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,9 +123,12 @@ def read(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def machines(folder: Path = RESULTS) -> list[Path]:
-    """The folders of the machines that have results."""
-    return [path for path in sorted(folder.glob("*")) if path.is_dir()]
+def results(folder: Path = RESULTS) -> dict[str, Results]:
+    """Of each machine."""
+    found: dict[str, Results] = {}
+    for path in sorted(folder.glob("*/*.csv")):
+        found.setdefault(path.parent.name, {})[path.stem] = read(path)
+    return found
 
 
 def groups(rows: Iterable[Row], *keys: str) -> dict[tuple[str, ...], list[Row]]:

@@ -28,7 +28,6 @@ import peers  # noqa: E402
 import record  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
-import tables  # noqa: E402
 import timing  # noqa: E402
 import train  # noqa: E402
 from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
@@ -165,14 +164,14 @@ def test_every_committed_row_is_still_a_case(bench, device):
     found = list(run.BENCHES[bench](device, False))
     cases = {(case.op, case.shape, case.dtype, case.kind): case for case in found}
     assert len(cases) == len(found)
-    for folder in record.machines():
-        if folder.name.startswith("nvidia") == (device == "cuda"):
-            for row in record.read(folder / f"{bench}.csv"):
-                assert record.slug(row["device"]) == folder.name
+    for machine, results in record.results().items():
+        if machine.startswith("nvidia") == (device == "cuda"):
+            for row in results.get(bench, []):
+                assert record.slug(row["device"]) == machine
                 assert {*record.KEYS, *record.STAMP, "waited"} <= row.keys()
                 case = cases[tuple(row[key] for key in record.KEYS[:4])]
                 if isinstance(case, (ops.OpCase, generate.Request, train.LossCase, train.Training)):
-                    known = {*case.contenders(device), *tables.NO_RIVALS, "llama-cpp-python", "mlx-lm"}
+                    known = {*case.contenders(device), *report.NO_RIVALS, "llama-cpp-python", "mlx-lm"}
                     assert row["contender"] in known, row
 
 
@@ -429,8 +428,8 @@ def test_slower_rows_have_the_reasons_that_the_rows_show(page_of, spread, share,
 
 def test_a_share_beside_a_plain_read_is_of_that_read():
     ours = {"contender": "torch_fused", "ms": "28.6", "copy_share": "1.08"}
-    assert tables.share(ours, [ours]) == "1.08"
-    assert tables.share(ours, [ours, {"contender": tables.READ, "ms": "15.2"}]) == "0.53 of a read"
+    assert report.share(ours, [ours]) == "1.08"
+    assert report.share(ours, [ours, {"contender": report.READ, "ms": "15.2"}]) == "0.53 of a read"
 
 
 def test_the_options_are_explained(monkeypatch, capsys):
@@ -445,7 +444,7 @@ def test_the_options_are_explained(monkeypatch, capsys):
 
 def test_every_case_is_predicted():
     """Counts do not depend on the machine, so none may be missing."""
-    counted = [row for folder in record.machines() for row in record.read(folder / "apple.csv")]
+    counted = [row for results in record.results().values() for row in results.get("apple", [])]
     keys = {(case.op, case.shape, case.dtype, case.kind) for case in apple.counts()}
     assert {tuple(row[key] for key in record.KEYS[:4]) for row in counted} == keys
 
