@@ -431,6 +431,26 @@ def test_transforms_of_logits():
     torch.testing.assert_close(found[1], found[0])
 
 
+def test_a_hook_of_logits_that_are_edited_later():
+    """It gets the gradient from before the edit."""
+    stock, patched, _ = pair()
+    ids = prompt(2, 6)
+    found = []
+    for model in (stock, patched):
+        with torch.no_grad():
+            embeds = model.model.embed_tokens(ids)
+        logits = model(inputs_embeds=embeds, labels=None if model is stock else ids).logits
+        if model is patched:
+            logits._source.has_loss = False  # as if somebody's loss function had computed it
+        seen = []
+        logits.register_hook(seen.append)
+        logits.retain_grad()
+        logits.mul_(3)
+        (logits.square().mean() + CrossEntropy.apply(logits, ids)).backward()
+        found.append([*seen, logits.grad])
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_an_autograd_function_under_autocast():
     stock, patched, _ = pair()
     ids = prompt(2, 9)

@@ -171,14 +171,23 @@ class Logits(Tensor):
             result = _LATER[func](func, *args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if func in _OF_GRADIENTS:
-            if func is not Tensor.register_hook or not _is_fsdps(args[1]):
-                pytree.tree_map_only(cls, cls._check_gradient, (args, kwargs))
+        if func in _ASKS_FOR_GRADIENTS and not (func is Tensor.register_hook and _is_fsdps(args[1])):
+            pytree.tree_map_only(cls, cls._check_gradient, (args, kwargs))
+        if func in _OF_AUTOGRAD:
+            owners, kwargs = pytree.tree_map_only(cls, cls._in_autograd, (args, kwargs))
             with _as_they_are():
-                return func(*args, **kwargs)
+                result = func(*owners, **kwargs)
+            if func not in _MAKES_LEAVES:
+                return result
+            torch.autograd.graph.increment_version(owners[0])  # so that views look for their history again
+            return args[0]
         if func is Tensor.__deepcopy__:
             return copy.deepcopy(args[0].made(), *args[1:])
         return _call(func, args, kwargs)
+
+    def _in_autograd(self) -> Tensor:
+        """What has their history, hooks and gradient."""
+        return self._root if self._whole is None else self
 
     def _check_gradient(self) -> None:
         if self._source.has_loss:
@@ -271,7 +280,7 @@ class _Head(torch.autograd.Function):
 
 def _is_fsdps(hook: Any) -> bool:
     """Whether a hook is to tell FSDP that a backward pass begins: the loss, which has one too, tells it as well."""
-    return getattr(getattr(hook, "func", hook), "__module__", "").startswith("torch.distributed.")
+    return str(getattr(getattr(hook, "func", hook), "__module__", None)).startswith("torch.distributed.")
 
 
 class _Source:
@@ -449,21 +458,27 @@ _LATER: dict[Any, Callable[..., Any]] = {
     F.cross_entropy: _cross_entropy,
 }
 _PROPERTIES = (
-    *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "grad_fn", "is_leaf", "grad", "retains_grad"),
-    *("_version", "itemsize", "nbytes", "is_cpu", "is_cuda", "is_mps", "is_xla", "is_meta", "is_sparse"),
-    *("is_quantized", "is_nested", "_backward_hooks"),
+    *("shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes", "is_cpu", "is_cuda", "is_mps", "is_xla"),
+    *("is_meta", "is_sparse", "is_quantized", "is_nested", "_backward_hooks"),
 )
-_grad: Any = Tensor.grad
-_requires_grad: Any = Tensor.requires_grad
 _hooks: Any = Tensor._backward_hooks  # torch sets them while it holds a lock
 _ABOUT = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {
-    *(_grad.__set__, _grad.__delete__, _requires_grad.__set__, Tensor.requires_grad_, _hooks.__set__),
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.element_size, Tensor.__hash__),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.element_size, Tensor.__hash__, _hooks.__set__),
     *(Tensor.stride, Tensor.storage_offset, Tensor.is_contiguous, Tensor.is_inference),
     *(Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.is_complex),
 }
-"""What does not need the logits' values, or belongs to the tensor itself and not to its memory."""
+"""What does not need the logits' values."""
 _data: Any = Tensor.data
 _MOVES = {_data.__set__, Tensor.set_}
 """What puts a tensor in other memory."""
-_OF_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad}
+_ASKS_FOR_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad}
+_grad: Any = Tensor.grad
+_requires_grad: Any = Tensor.requires_grad
+_MAKES_LEAVES = {_requires_grad.__set__, Tensor.requires_grad_}
+_FACTS = ("requires_grad", "grad_fn", "is_leaf", "grad", "retains_grad", "_base", "_version")
+_OF_AUTOGRAD = {
+    *(getattr(Tensor, name).__get__ for name in _FACTS),
+    *(_grad.__set__, _grad.__delete__),
+    *_ASKS_FOR_GRADIENTS,
+    *_MAKES_LEAVES,
+}
