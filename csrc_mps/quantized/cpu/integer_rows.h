@@ -125,15 +125,17 @@ TORCH_FUSED_INLINE void dot_unit(const Codes<bits>& codes, const int8_t* x, Wide
 
 // The scale of each lane of a unit, of kLanes groups of `lanes` lanes each.
 template <int lanes>
-TORCH_FUSED_INLINE void spread_scales(const Lanes& scales, int64_t unit, Wide& to) {
+TORCH_FUSED_INLINE void spread_scales(const float (&scales)[kLanes], int64_t unit, Wide& to) {
 #if defined(TORCH_FUSED_AVX2)
+  Lanes all;
+  load(scales, all);
   LaneBits index;
   std::memcpy(&index, kIndex, sizeof(index));
   index = (index + static_cast<uint32_t>(unit * kWide)) / lanes;
 #if defined(TORCH_FUSED_AVX512)
-  to = _mm512_maskz_permutexvar_ps(0xffff, (__m512i)index, scales);
+  to = _mm512_maskz_permutexvar_ps(0xffff, (__m512i)index, all);
 #else
-  to = _mm256_permutevar8x32_ps(scales, (__m256i)index);
+  to = _mm256_permutevar8x32_ps(all, (__m256i)index);
 #endif
 #else
   to = scales[unit * kWide / lanes] - Wide{};  // in every lane
@@ -191,7 +193,8 @@ TORCH_FUSED_INLINE void arrange_integers(const PackedMatrix& m, const float* x, 
 template <int bits, int group_size, int R, int C>
 TORCH_FUSED_INLINE void integer_products(const PackedMatrix& m, const IntegerVectors& x, int64_t row, int64_t first,
                                          float* results, int64_t n) {
-  constexpr int lanes = group_size / kLaneCodes<bits>;  // of a group
+  constexpr int lanes = group_size / kLaneCodes<bits>;          // of a group
+  constexpr int kTogether = lanes < kWide ? 1 : lanes / kWide;  // units of a group
   const auto* codes = reinterpret_cast<const uint8_t*>(m.weight + row * m.stride);
   int64_t left = m.cols * bits / 8;
   const int8_t* values = x.codes + first * m.padded;
@@ -199,16 +202,17 @@ TORCH_FUSED_INLINE void integer_products(const PackedMatrix& m, const IntegerVec
   Wide totals[R][C] = {};
   for (int64_t group = 0; group < m.groups; group += kLanes) {
     const int64_t groups = std::min(m.groups - group, kLanes);
-    Lanes group_scales[R];
+    float group_scales[R][kLanes];
     with_format(m.format, m.scales, [&](const auto* all) __attribute__((always_inline)) {
       const auto* biases = static_cast<decltype(all)>(m.biases);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const bool beyond = m.has_memory(row + r, group + kLanes);
-        Lanes bias, sum;
-        load_first(all + (row + r) * m.scales_stride + group, groups, beyond, group_scales[r]);
+        Lanes scale, bias, sum;
+        load_first(all + (row + r) * m.scales_stride + group, groups, beyond, scale);
+        store(scale, group_scales[r]);
         load_first(biases + (row + r) * m.biases_stride + group, groups, beyond, bias);
-        if constexpr (kCentre<bits> != 0) bias += kCentre<bits> * group_scales[r];
+        if constexpr (kCentre<bits> != 0) bias += kCentre<bits> * scale;
 #pragma GCC unroll 8
         for (int c = 0; c < C; ++c) {
           load(x.sums + (first + c) * m.sums + group, sum);
@@ -216,28 +220,38 @@ TORCH_FUSED_INLINE void integer_products(const PackedMatrix& m, const IntegerVec
         }
       }
     });
-    for (int64_t unit = 0; unit * kWide < groups * lanes; ++unit) {
+    for (int64_t unit = 0; unit * kWide < groups * lanes; unit += kTogether) {
+      Wide dots[R][C];
+#pragma GCC unroll 8
+      for (int i = 0; i < kTogether; ++i) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const uint8_t* from = codes + r * m.stride * 4;
+          Codes<bits> units;
+          if (i * kUnitBytes % 64 == 0) fetch_ahead<R>(from);
+          load_unit(from, left, units);
+#pragma GCC unroll 8
+          for (int c = 0; c < C; ++c) {
+            WideInts whole;
+            Wide scale;
+            dot_unit(units, values + c * m.padded, whole);
+            load_wide(scales + c * m.padded / kLaneCodes<bits>, scale);
+            scale *= __builtin_convertvector(whole, Wide);
+            dots[r][c] = i == 0 ? scale : dots[r][c] + scale;
+          }
+        }
+        codes += kUnitBytes;
+        left -= kUnitBytes;
+        values += kWide * kLaneCodes<bits>;
+        scales += kWide;
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const uint8_t* from = codes + r * m.stride * 4;
-        Codes<bits> units;
-        Wide group_scale;
-        fetch_ahead<R>(from);
-        load_unit(from, left, units);
-        spread_scales<lanes>(group_scales[r], unit, group_scale);
+        Wide scale;
+        spread_scales<lanes>(group_scales[r], unit, scale);
 #pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) {
-          WideInts whole;
-          Wide scale;
-          dot_unit(units, values + c * m.padded, whole);
-          load_wide(scales + c * m.padded / kLaneCodes<bits>, scale);
-          totals[r][c] += group_scale * (scale * __builtin_convertvector(whole, Wide));
-        }
+        for (int c = 0; c < C; ++c) totals[r][c] += scale * dots[r][c];
       }
-      codes += kUnitBytes;
-      left -= kUnitBytes;
-      values += kWide * kLaneCodes<bits>;
-      scales += kWide;
     }
   }
 #pragma GCC unroll 8
