@@ -93,22 +93,16 @@ inline float stage_vector(threadgroup SharedVector& shared, device const X* vect
 // T is the type of scales, norms and biases, X that of vectors and results. GATED: a tile has eight rows of a gate and
 // the same of an up, and the result is activation(gate) * up.
 template <typename T, typename X, int WORDS, bool GATED>
-[[kernel, max_total_threads_per_threadgroup(512)]]
-void packed_tiles(device const uint* w0 [[buffer(0)]], device const uint* w1 [[buffer(1)]],
-                  device const uint* w2 [[buffer(2)]], device const ushort* s0 [[buffer(3)]],
-                  device const ushort* s1 [[buffer(4)]], device const ushort* s2 [[buffer(5)]],
-                  device const ushort* g0 [[buffer(6)]], device const ushort* g1 [[buffer(7)]],
-                  device const ushort* g2 [[buffer(8)]], device const ushort* b0 [[buffer(9)]],
-                  device const ushort* b1 [[buffer(10)]], device const ushort* b2 [[buffer(11)]],
-                  device const X* vector [[buffer(12)]], device const ushort* norm [[buffer(13)]],
-                  device X* results [[buffer(14)]], constant PackedProductParams& packed [[buffer(15)]],
-                  uint group [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
-                  uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-                  uint simdgroups [[simdgroups_per_threadgroup]]) {
+inline void multiply_packed(device const uint* w0, device const uint* w1, device const uint* w2,
+                            device const ushort* s0, device const ushort* s1, device const ushort* s2,
+                            device const ushort* g0, device const ushort* g1, device const ushort* g2,
+                            device const ushort* b0, device const ushort* b1, device const ushort* b2,
+                            device const X* vector, device const ushort* norm, device X* results,
+                            constant PackedProductParams& packed, threadgroup SharedVector& shared, uint group,
+                            uint thread_id, uint lane, uint simdgroup, uint simdgroups) {
   constexpr uint TILE = 4 * WORDS, TILES = kStagedWords / TILE;  // words of a tile's row; tiles that are staged at once
   constexpr int OUTPUTS = GATED ? 1 : 2;                         // rows of a lane's results
   constexpr float CODES = 16.0f;                                 // a code is CODES * (what stands for it - 1)
-  threadgroup SharedVector shared;
   constant ProductParams& p = packed.product;
   constant PackedFormat& format = packed.format;
   TileLane lanes;
@@ -216,11 +210,50 @@ void packed_tiles(device const uint* w0 [[buffer(0)]], device const uint* w1 [[b
   }
 }
 
+// The limit on threads is one on registers: so that five threadgroups of 128 threads have room on one of NVIDIA's
+// multiprocessors at once.
+template <typename T, typename X, int WORDS>
+[[kernel, max_total_threads_per_threadgroup(640)]]
+void packed_tiles(device const uint* w0 [[buffer(0)]], device const uint* w1 [[buffer(1)]],
+                  device const uint* w2 [[buffer(2)]], device const ushort* s0 [[buffer(3)]],
+                  device const ushort* s1 [[buffer(4)]], device const ushort* s2 [[buffer(5)]],
+                  device const ushort* g0 [[buffer(6)]], device const ushort* g1 [[buffer(7)]],
+                  device const ushort* g2 [[buffer(8)]], device const ushort* b0 [[buffer(9)]],
+                  device const ushort* b1 [[buffer(10)]], device const ushort* b2 [[buffer(11)]],
+                  device const X* vector [[buffer(12)]], device const ushort* norm [[buffer(13)]],
+                  device X* results [[buffer(14)]], constant PackedProductParams& p [[buffer(15)]],
+                  uint group [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
+                  uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+                  uint simdgroups [[simdgroups_per_threadgroup]]) {
+  threadgroup SharedVector shared;
+  multiply_packed<T, X, WORDS, false>(w0, w1, w2, s0, s1, s2, g0, g1, g2, b0, b1, b2, vector, norm, results, p, shared,
+                                      group, thread_id, lane, simdgroup, simdgroups);
+}
+
+// More registers gain more here than more threadgroups.
+template <typename T, int WORDS>
+[[kernel, max_total_threads_per_threadgroup(512)]]
+void packed_tiles_gated(device const uint* w0 [[buffer(0)]], device const uint* w1 [[buffer(1)]],
+                        device const uint* w2 [[buffer(2)]], device const ushort* s0 [[buffer(3)]],
+                        device const ushort* s1 [[buffer(4)]], device const ushort* s2 [[buffer(5)]],
+                        device const ushort* g0 [[buffer(6)]], device const ushort* g1 [[buffer(7)]],
+                        device const ushort* g2 [[buffer(8)]], device const ushort* b0 [[buffer(9)]],
+                        device const ushort* b1 [[buffer(10)]], device const ushort* b2 [[buffer(11)]],
+                        device const float* vector [[buffer(12)]], device const ushort* norm [[buffer(13)]],
+                        device float* results [[buffer(14)]], constant PackedProductParams& p [[buffer(15)]],
+                        uint group [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
+                        uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+                        uint simdgroups [[simdgroups_per_threadgroup]]) {
+  threadgroup SharedVector shared;
+  multiply_packed<T, float, WORDS, true>(w0, w1, w2, s0, s1, s2, g0, g1, g2, b0, b1, b2, vector, norm, results, p,
+                                         shared, group, thread_id, lane, simdgroup, simdgroups);
+}
+
 // With four words a lane, half a tile's row is in one group of 64 columns or more; with two, in one of 32.
-#define PACKED_TILES(name, T, WORDS)                                                  \
-  KERNEL("packed_tiles_" #name "_" #WORDS, packed_tiles<T, float, WORDS, false>)      \
-  KERNEL("packed_tiles_gated_" #name "_" #WORDS, packed_tiles<T, float, WORDS, true>) \
-  KERNEL("packed_tiles_linear_" #name "_" #WORDS, packed_tiles<T, T, WORDS, false>)
+#define PACKED_TILES(name, T, WORDS)                                           \
+  KERNEL("packed_tiles_" #name "_" #WORDS, packed_tiles<T, float, WORDS>)      \
+  KERNEL("packed_tiles_gated_" #name "_" #WORDS, packed_tiles_gated<T, WORDS>) \
+  KERNEL("packed_tiles_linear_" #name "_" #WORDS, packed_tiles<T, T, WORDS>)
 PACKED_TILES(f16, half, 4)
 PACKED_TILES(f16, half, 2)
 PACKED_TILES(bf16, bfloat, 4)
