@@ -171,7 +171,8 @@ def test_every_committed_row_is_still_a_case(bench, device):
                 assert {*record.KEYS, *record.STAMP, "waited"} <= row.keys()
                 case = cases[tuple(row[key] for key in record.KEYS[:4])]
                 if isinstance(case, (ops.OpCase, generate.Request, train.LossCase, train.Training)):
-                    known = {*case.contenders(device), *report.NO_RIVALS, "llama-cpp-python", "mlx-lm", "torch, in chunks"}
+                    known = {*case.contenders(device), *report.NO_RIVALS, "llama-cpp-python", "mlx-lm"}
+                    known.add("torch, in chunks")  # with torch older than 2.13
                     assert row["contender"] in known, row
 
 
