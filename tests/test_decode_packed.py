@@ -70,6 +70,14 @@ def test_many_rows(backend, group_size, family, dtype):
     step.check()
 
 
+def test_the_last_of_several_tokens(backend):
+    """A head with many rows multiplies one vector, which is not the first."""
+    step = packed_step(group_size=64, only=(), steps=4, dtype=torch.bfloat16, logits_to_keep=1, device=backend.device)
+    weight = step.weight(8200, step.shape.hidden)
+    step.model["head"] = pack(weight, 4, 64)
+    step.check()
+
+
 @pytest.mark.parametrize("only", [("q",), ("k", "v"), ("o",), ("gate", "up"), ("down",), ("embedding",), ("head",)])
 def test_some_packed(backend, only):
     packed_step(8, only=only, length=100, device=backend.device).check()

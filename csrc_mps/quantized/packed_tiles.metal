@@ -97,7 +97,7 @@ inline void multiply_packed(device const uint* w0, device const uint* w1, device
                             device const ushort* s0, device const ushort* s1, device const ushort* s2,
                             device const ushort* g0, device const ushort* g1, device const ushort* g2,
                             device const ushort* b0, device const ushort* b1, device const ushort* b2,
-                            device const X* vector, device const ushort* norm, device X* results,
+                            device const X* vectors, device const ushort* norm, device X* results,
                             constant PackedProductParams& packed, threadgroup SharedVector& shared, uint group,
                             uint thread_id, uint lane, uint simdgroup, uint simdgroups) {
   constexpr uint TILE = 4 * WORDS, TILES = kStagedWords / TILE;  // words of a tile's row; tiles that are staged at once
@@ -139,6 +139,7 @@ inline void multiply_packed(device const uint* w0, device const uint* w1, device
   load_tile<T>(next, rows, (tile + splits) * TILE, span);
   previous_launch_done(lane);
 
+  device const X* vector = vectors + vector_offset(p, 0);
   float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f}, shifts[2] = {0.0f, 0.0f}, squares = 0.0f;
   for (uint stage = 0; stage < tiles; stage += TILES) {
     if (stage > 0) threadgroup_barrier(mem_flags::mem_threadgroup);  // all are done with what was staged
@@ -220,13 +221,13 @@ void packed_tiles(device const uint* w0 [[buffer(0)]], device const uint* w1 [[b
                   device const ushort* g0 [[buffer(6)]], device const ushort* g1 [[buffer(7)]],
                   device const ushort* g2 [[buffer(8)]], device const ushort* b0 [[buffer(9)]],
                   device const ushort* b1 [[buffer(10)]], device const ushort* b2 [[buffer(11)]],
-                  device const X* vector [[buffer(12)]], device const ushort* norm [[buffer(13)]],
+                  device const X* vectors [[buffer(12)]], device const ushort* norm [[buffer(13)]],
                   device X* results [[buffer(14)]], constant PackedProductParams& p [[buffer(15)]],
                   uint group [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
                   uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
                   uint simdgroups [[simdgroups_per_threadgroup]]) {
   threadgroup SharedVector shared;
-  multiply_packed<T, X, WORDS, false>(w0, w1, w2, s0, s1, s2, g0, g1, g2, b0, b1, b2, vector, norm, results, p, shared,
+  multiply_packed<T, X, WORDS, false>(w0, w1, w2, s0, s1, s2, g0, g1, g2, b0, b1, b2, vectors, norm, results, p, shared,
                                       group, thread_id, lane, simdgroup, simdgroups);
 }
 
@@ -239,13 +240,13 @@ void packed_tiles_gated(device const uint* w0 [[buffer(0)]], device const uint* 
                         device const ushort* g0 [[buffer(6)]], device const ushort* g1 [[buffer(7)]],
                         device const ushort* g2 [[buffer(8)]], device const ushort* b0 [[buffer(9)]],
                         device const ushort* b1 [[buffer(10)]], device const ushort* b2 [[buffer(11)]],
-                        device const float* vector [[buffer(12)]], device const ushort* norm [[buffer(13)]],
+                        device const float* vectors [[buffer(12)]], device const ushort* norm [[buffer(13)]],
                         device float* results [[buffer(14)]], constant PackedProductParams& p [[buffer(15)]],
                         uint group [[threadgroup_position_in_grid]], uint thread_id [[thread_position_in_threadgroup]],
                         uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
                         uint simdgroups [[simdgroups_per_threadgroup]]) {
   threadgroup SharedVector shared;
-  multiply_packed<T, float, WORDS, true>(w0, w1, w2, s0, s1, s2, g0, g1, g2, b0, b1, b2, vector, norm, results, p,
+  multiply_packed<T, float, WORDS, true>(w0, w1, w2, s0, s1, s2, g0, g1, g2, b0, b1, b2, vectors, norm, results, p,
                                          shared, group, thread_id, lane, simdgroup, simdgroups);
 }
 
