@@ -62,9 +62,11 @@ void multiply_qkv(GpuStep& step, const DecoderLayer& layer) {
   int64_t first = 0;
   for (const Linear* matrix : {&layer.q, &layer.k, &layer.v}) {
     const int64_t rows = matrix->rows();
-    const Tensor results = step.qkv.narrow(1, first, rows);
-    if (!together) multiply(step, {matrix}, {v.from, results, v.norm, v.steps, v.kept, false}, false);
-    add_adapters(step, *matrix, v.norm, results);
+    if (!together || !matrix->adapters.empty()) {  // a view takes a microsecond, which counts here
+      const Tensor results = step.qkv.narrow(1, first, rows);
+      if (!together) multiply(step, {matrix}, {v.from, results, v.norm, v.steps, v.kept, false}, false);
+      add_adapters(step, *matrix, v.norm, results);
+    }
     first += rows;
   }
 }
