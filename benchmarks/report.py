@@ -138,10 +138,14 @@ Series = dict[str, dict[str, float]]
 """The bars of each contender, by name."""
 
 
+PLOTTED = {"bandwidth": ("rms_norm", "layer_norm", "softmax", "swiglu", "rope", "adamw"), "tokens": ("generate",)}
+"""The benchmarks that a plot shows."""
+
+
 def bandwidth(found: Results) -> Series:
     """Ours and torch's best, at the largest shape of each op."""
     series: Series = {}
-    for bench in ("rms_norm", "layer_norm", "softmax", "swiglu", "rope", "adamw"):
+    for bench in PLOTTED["bandwidth"]:
         for (op, _), rows in groups(found.get(bench, []), "op", "dtype").items():
             shape = max(rows, key=lambda row: float(row["gb_s"]) * float(row["ms"]))["shape"]
             ours, best, _ = split([row for row in rows if row["shape"] == shape])
@@ -165,12 +169,11 @@ PLOTS = {
 }
 
 
-def plots(machine: str) -> Iterator[tuple[str, Path]]:
+def plots(machine: str, found: Results) -> Iterator[tuple[str, Path]]:
     """The titles of a machine's plots, and their files."""
     for name, (title, *_) in PLOTS.items():
-        path = DOCS / "plots" / f"{name}-{machine}.png"
-        if path.exists():
-            yield title, path.relative_to(DOCS)
+        if any(found.get(bench) for bench in PLOTTED[name]):
+            yield title, Path("plots") / f"{name}-{machine}.png"
 
 
 # ---- pages ----------------------------------------------------------------------------------------------------------

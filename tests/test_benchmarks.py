@@ -4,6 +4,7 @@ import csv
 import itertools
 import re
 import sys
+import time
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from functools import partial
@@ -154,6 +155,12 @@ def test_rows_of_something_else_are_measured_again(rows_of, monkeypatch, change)
         rows_of(Some("a"))
 
 
+def test_plots_are_those_of_the_results():
+    """Every plot that the pages show is in the repository, and no other: not one of results that are gone."""
+    linked = {path.name for machine, found in record.results().items() for _, path in report.plots(machine, found)}
+    assert linked == {path.name for path in (report.DOCS / "plots").iterdir()}
+
+
 # ---- cases ----------------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +298,7 @@ def test_generation_is_measured():
         def run(ids: torch.Tensor, count: int) -> None:
             assert ids.shape == (2, 5)
             calls.append((name, count))
+            time.sleep(count / 1000)  # more tokens take longer
 
         return run, model if name == "transformers" else None
 
