@@ -1,5 +1,6 @@
 // A decode step on a GPU: five launches a layer, one for the embedding and one for the head.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <utility>
 
@@ -18,6 +19,25 @@ constexpr int64_t kMostChunks = 32;  // more cost more to put together than they
 constexpr int64_t kFewGroups = 16;   // threadgroups of attention; where there are more anyway, chunks are larger
 constexpr int64_t kFewOfBatch = 4;   // and in a batch, where putting chunks together costs each sequence
 constexpr int64_t kGroups = 128;     // and so many fill a GPU
+
+constexpr size_t kUsualLaunches = 5;  // of a layer
+constexpr int64_t kAlignment = 64;    // floats: what lies side by side shares no cache line
+// More than 1 MB, which torch allocates apart from small tensors: at the same place as in the step before, so that a
+// graph's launches keep their arguments.
+constexpr int64_t kLeastFloats = (1 << 18) + kAlignment;
+
+// Rows of these widths, one for each token, in one block.
+template <size_t N>
+std::array<Tensor, N> rows_of(const std::array<int64_t, N>& widths, int64_t tokens, const at::TensorOptions& floats) {
+  std::array<int64_t, N + 1> begins{};
+  for (size_t i = 0; i < N; ++i) {
+    begins[i + 1] = begins[i] + (tokens * widths[i] + kAlignment - 1) / kAlignment * kAlignment;
+  }
+  const Tensor block = empty({std::max(begins[N], kLeastFloats)}, floats);
+  std::array<Tensor, N> rows;
+  for (size_t i = 0; i < N; ++i) rows[i] = block.as_strided({tokens, widths[i]}, {widths[i], 1}, begins[i]);
+  return rows;
+}
 
 // Queries of a key/value head that attention takes at once, each with a team of simdgroups.
 int64_t teams_of(const Decoder& model, int64_t steps) {
@@ -129,8 +149,8 @@ void attend(GpuStep& step, size_t index) {
   KernelSet* kernels = !whole || model.head_dim % 64 > 0 ? &any : model.head_dim == 64 ? &dim_64 : &dim_128;
   if (model.head_dim > 128) kernels = &any;
   step.launches.add((*kernels)(dtype), call.batch * model.kv_heads * step.chunks, 32 * kAttentionSimdgroups,
-                    {step.qkv, keys, values, q_norm.value_or(cos), k_norm.value_or(cos), cos, sin, call.positions,
-                     call.starts.value_or(call.positions), step.attended, step.stats},
+                    {step.qkv, keys, values, q_norm ? *q_norm : cos, k_norm ? *k_norm : cos, cos, sin, call.positions,
+                     call.starts ? *call.starts : call.positions, step.attended, step.stats},
                     p);
 }
 
@@ -140,7 +160,7 @@ void feed_forward(GpuStep& step, const DecoderLayer& layer, const Tensor& to, bo
   const int64_t steps = step.call.steps, tokens = step.call.tokens(), size = layer.gate.rows();
   const OptionalTensor& norm = layer.post_attention_norm;
   const auto part = [&](const Tensor& memory) {
-    return memory.flatten().narrow(0, 0, tokens * size).view({tokens, size});
+    return memory.size(1) == size ? memory : memory.flatten().narrow(0, 0, tokens * size).view({tokens, size});
   };
   const Tensor gates = part(step.gates);
   if (layer.gate.adapters.empty() && layer.up.adapters.empty()) {
@@ -177,19 +197,12 @@ Tensor decode_gpu(const DecoderPtr& decoder, const Tensor& token_ids, const Tens
   // A single chunk may have twice as many: it is not put together with others.
   const int64_t needed = call.length < 2 * slots ? 1 : (call.length + call.steps + slots - 1) / slots;
   const int64_t chunks = std::min(needed, most_chunks);
-  const auto room = [&](int64_t each) { return empty({tokens, each}, floats); };
-  GpuStep step{call,
-               model,
-               room(model.hidden),
-               room(model.hidden),
-               room(call.projected()),
-               room(heads * chunks * dim),
-               room(heads * chunks * 2),
-               room(model.intermediate),
-               {},
-               empty({call.batch, call.kept, model.vocabulary}, floats),
-               chunks,
-               {}};
+  const std::array<int64_t, 6> widths{model.hidden,         model.hidden,       call.projected(),
+                                      heads * chunks * dim, heads * chunks * 2, model.intermediate};
+  const auto [states, output, qkv, attended, stats, gates] = rows_of(widths, tokens, floats);
+  const Tensor logits = empty({call.batch, call.kept, model.vocabulary}, floats);
+  GpuStep step{call, model, states, output, qkv, attended, stats, gates, {}, logits, chunks, {}};
+  step.launches.reserve(model.layers.size() * kUsualLaunches + 2);
   embed(step);
   const int64_t steps = call.steps;
   const double scale = model.numbers.residual_scale;

@@ -46,7 +46,7 @@ void multiply_experts(GpuStep& step, const ExpertsProduct& v, const Tensor& expe
   p.groups = static_cast<uint32_t>((v.gate.size(1) + outputs - 1) / outputs);
   p.shared_by = static_cast<uint32_t>(v.shared_by);
   step.launches.add((gated ? gating : plain)(dtype, whole ? 1 : 0), experts.numel() * p.groups, 32 * kProductSimdgroups,
-                    {v.gate, v.up, experts, v.from, v.norm.value_or(step.model.norm), v.to}, p);
+                    {v.gate, v.up, experts, v.from, v.norm ? *v.norm : step.model.norm, v.to}, p);
 }
 
 }  // namespace

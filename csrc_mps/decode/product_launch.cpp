@@ -1,5 +1,7 @@
 // The products of a decode step on a GPU: which kernel multiplies a matrix, in how many threadgroups.
 #include <algorithm>
+#include <array>
+#include <functional>
 
 #include "../common/rows.h"
 #include "../quantized/packed_tiles.h"
@@ -117,8 +119,8 @@ void multiply(GpuStep& step, std::initializer_list<const Linear*> matrices, cons
   if (v.norm) p.flags |= kNormed, p.norm_format = format_of(*v.norm);
 
   const Tensor& norm = v.norm ? *v.norm : step.model.norm;
-  const auto bias = [&](size_t i) { return each[i]->bias.value_or(step.model.norm); };
-  const auto packed_operands = [&]() -> std::vector<Tensor> {
+  const auto bias = [&](size_t i) -> const Tensor& { return each[i]->bias ? *each[i]->bias : step.model.norm; };
+  const auto packed_operands = [&]() -> std::array<std::reference_wrapper<const Tensor>, 15> {
     return {each[0]->weight,
             each[1]->weight,
             each[2]->weight,
@@ -189,7 +191,7 @@ void multiply_attended(GpuStep& step, const Linear& o, const Tensor& to, bool ad
   const int64_t variant = !whole ? 0 : p.vectors == 1 ? 1 : 8, vectors = variant == 8 ? 8 : 1;
   const int64_t rows = kProductSimdgroups * kAttendedRows;
   const int64_t groups = (p.rows + rows - 1) / rows * ((p.vectors + vectors - 1) / vectors);
-  const Tensor bias = o.bias.value_or(step.model.norm);
+  const Tensor& bias = o.bias ? *o.bias : step.model.norm;
   if (o.is_packed()) {
     step.launches.add(packed_kernel(o, 2, variant), groups, 32 * kProductSimdgroups,
                       {o.weight, o.scales, o.group_biases, bias, step.attended, step.stats, to},

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -95,8 +96,16 @@ void launch(const Kernel& kernel, int64_t threadgroups, int64_t threads_per_thre
 // Launches that are collected, then passed to the runtime at once. After the first, each may begin early.
 class LaunchList {
  public:
+  using Operands = c10::ArrayRef<std::reference_wrapper<const at::Tensor>>;
+
+  void reserve(size_t launches) {
+    entries_.reserve(launches);
+    tensors_.reserve(launches * kUsualOperands);
+    params_.reserve(launches * kUsualParams);
+  }
+
   template <class Params>
-  void add(const Kernel& kernel, int64_t threadgroups, int64_t threads_per_threadgroup, at::TensorList tensors,
+  void add(const Kernel& kernel, int64_t threadgroups, int64_t threads_per_threadgroup, Operands tensors,
            const Params& params) {
     entries_.push_back({kernel, threadgroups, threads_per_threadgroup, tensors_.size(), tensors.size(), params_.size(),
                         params_size<Params>()});
@@ -112,6 +121,7 @@ class LaunchList {
     int64_t threadgroups, threads_per_threadgroup;
     size_t first_tensor, tensors, first_param, params_size;
   };
+  static constexpr size_t kUsualOperands = 16, kUsualParams = 32;  // of a launch; parameters in units of 8 bytes
   std::vector<Entry> entries_;
   std::vector<at::Tensor> tensors_;
   std::vector<uint64_t> params_;

@@ -81,7 +81,7 @@ class Decoder:
                 noticed within `LOOK_AGAIN` seconds.
         """
         found, now = self._read, time.monotonic()
-        known = undisturbed and now - self._looked < LOOK_AGAIN
+        known = undisturbed and self._has_just_looked()
         if found is None or not (known or found[0].holds()) or not (isinstance(found[1], Left) or found[1].is_current):
             found = self._read = None  # frees tensors that may no longer be in the model
             found = self._read = Watch(self.model), read(self.model, self.int8_products)
@@ -91,6 +91,9 @@ class Decoder:
         if isinstance(plan, Left):
             raise Left(*plan.args)
         return plan
+
+    def _has_just_looked(self) -> bool:
+        return time.monotonic() - self._looked < LOOK_AGAIN
 
     def why_not(self) -> str:
         """Why the model as it is now is left to transformers; empty if it has a decode step."""
@@ -165,7 +168,16 @@ class Decoder:
         return result
 
     def check(self, input_ids: Tensor, cache: Any, *, undisturbed: bool = False) -> Plan:
-        """The plan, if the op supports this call; raises `Left` otherwise."""
+        """The plan, if the op supports this call; raises `Left` otherwise.
+
+        Args:
+            undisturbed: as for `plan`, and the last call had this cache and as many token ids.
+        """
+        if undisturbed and self._has_just_looked():
+            before, plan = self._read, self.plan(undisturbed=True)
+            if self._read is before:
+                self._check_room(cache, input_ids.shape[1])
+                return plan
         self._check_cache(input_ids, cache)
         plan = self.plan(undisturbed=undisturbed)
         if [layer.window for layer in cache.layers] != plan.windows:
@@ -235,6 +247,9 @@ class Decoder:
             raise Left(f"more than {MOST_STEPS} new tokens (a prompt)")
         if batch > MOST_SEQUENCES:
             raise Left(f"more than {MOST_SEQUENCES} sequences")
+        self._check_room(cache, steps)
+
+    def _check_room(self, cache: Any, steps: int) -> None:
         if cache.max_cache_len is not None and cache.get_seq_length() + steps > cache.max_cache_len:
             raise Left("the cache is full")
 

@@ -1,6 +1,5 @@
 """The generation loop of a patched model: a step runs as one op if possible, and never waits for the device."""
 
-import contextlib
 import copy
 import functools
 import inspect
@@ -28,6 +27,7 @@ from ..ops.decode import decode_token_
 from ..ops.sampling import next_token
 from . import transformers_private as private
 from .decode import DECODER, Decoder, left_padding, rows_of
+from .ending import EndingOfAll, EndingOfOne, OnItsWay
 from .origin import innermost
 from .plan import Left, Plan
 from .sampling import split_processors
@@ -112,25 +112,28 @@ def token_loop(
         if generation_config.return_dict_in_generate and getattr(generation_config, f"output_{name}")
     ]
     loop = _Loop(model, None if wanted else decoder, generation_config, logits_processor, model_kwargs, wanted)
-    tokens = loop.prefill(input_ids)
     plain = set(map(type, stopping_criteria)) <= LOOK_AT_TOKENS_ALONE
+    ending: EndingOfAll | EndingOfOne
+    if plain and len(input_ids) == 1:
+        ending = EndingOfOne(stopping_criteria, OnItsWay(input_ids))
+    else:
+        ends = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
+        padding = private.pad_token(generation_config, input_ids.device) if ends else None
+        ending = EndingOfAll(stopping_criteria, padding, input_ids)
+    tokens = loop.prefill(input_ids)
     loop.undisturbed = plain and type(streamer) in HAND_TOKENS_ON
     ahead = loop.runs_ahead(input_ids) and plain
-    ends = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
-    padding = private.pad_token(generation_config, input_ids.device) if ends else None
-    unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     with private.optimized_for_decode(model):
         while True:
-            if padding is not None:  # a sequence that has ended gets padding
-                tokens = torch.where(unfinished, tokens, padding)
+            tokens = ending.padded(tokens)
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-            unfinished = unfinished & ~stopping_criteria(input_ids, None)
-            goes_on, streamed = OnItsWay(unfinished.any()), OnItsWay(tokens)
+            ending.look_at(input_ids, tokens)
+            streamed = None if streamer is None else OnItsWay(tokens)
             full = stopping_criteria.max_length is not None and input_ids.shape[1] >= stopping_criteria.max_length
             following = loop.early_step(input_ids) if ahead and not full else None
-            if streamer is not None:
+            if streamed is not None:
                 streamer.put(streamed.get())
-            if full or not goes_on.get():
+            if full or ending.has_come():
                 if following is not None:
                     loop.take_back()
                 break
@@ -147,22 +150,6 @@ def token_loop(
 def runs_ahead(device: torch.device) -> bool:
     """Whether a step starts before the host knows if the previous one was the last."""
     return device.type != "cpu"
-
-
-class OnItsWay:
-    """An asynchronous copy of a tensor to the host; waits only when its values are read."""
-
-    def __init__(self, tensor: Tensor):
-        self._copy = tensor.to("cpu", non_blocking=True)
-        self._event = None if tensor.is_cpu else torch.Event(tensor.device)
-        if self._event is not None:
-            with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
-                self._event.record()
-
-    def get(self) -> Tensor:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._copy
 
 
 @dataclass(frozen=True)
