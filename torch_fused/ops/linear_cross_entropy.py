@@ -40,6 +40,7 @@ def _gradients_reference(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss and its gradients, multiplied by `grad`, in plain torch."""
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
@@ -95,6 +96,7 @@ def _gradients_fake(
     need_hidden,
     need_weight,
     need_bias,
+    chunk=None,
 ):
     return (
         _linear_cross_entropy_fake(hidden, weight, target, reduction=reduction),
