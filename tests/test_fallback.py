@@ -18,7 +18,7 @@ from torch_fused.runtime import _runtime
 SCRIPT = """
 import torch
 import torch_fused
-from torch_fused.functional import add_rms_norm
+from torch_fused.functional import add_rms_norm, linear_cross_entropy
 from torch_fused.ops.rms_norm import add_rms_norm_reference
 
 x, weight = torch.randn(3, 8, requires_grad=True), torch.ones(8, requires_grad=True)
@@ -31,6 +31,9 @@ actual = torch.autograd.grad((normed + total).sum(), (x, weight))
 wanted = torch.autograd.grad(sum(expected).sum(), (x, weight))
 for a, b in zip(actual, wanted):
     torch.testing.assert_close(a, b)
+logits, target = torch.randn(3, 5).bfloat16(), torch.tensor([1, 4, 0])
+loss = linear_cross_entropy(torch.eye(3).bfloat16(), logits.T, target)
+torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits.float(), target))
 print("fell back")
 """
 
@@ -46,7 +49,8 @@ def test_falls_back_to_torch_with_one_warning(tmp_path):
     """The values and gradients of the plain-torch reference, and a single warning that gives the reason."""
     result = run("0", tmp_path)
     assert result.stdout.strip() == "fell back", result.stderr
-    assert result.stderr.count("torch_fused::add_rms_norm falls back to torch") == 1
+    for op in ("add_rms_norm", "linear_cross_entropy"):
+        assert result.stderr.count(f"torch_fused::{op} falls back to torch") == 1
     assert "is not among the sources" in result.stderr
 
 

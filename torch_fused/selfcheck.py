@@ -132,13 +132,27 @@ def check_cross_entropy(device: str) -> None:
 
 
 def check_linear_cross_entropy(device: str) -> None:
+    """The loss and its gradients, of one chunk of classes; one row is ignored."""
     for dtype in DTYPES:
-        hidden, weight = (make(n, 16, dtype=dtype, seed=n) for n in (20, 100))
-        target = torch.arange(20) * 5
-        actual = linear_cross_entropy(hidden.to(device), weight.to(device), target.to(device))
-        exact = linear_cross_entropy_reference(hidden.double(), weight.double(), target)
-        error = relative_error(actual, exact)
-        assert error < TOLERANCE[dtype], f"linear_cross_entropy, {dtype}: relative error {error:.3g}"
+        for classes in (100, 2050):
+            tensors = [make(n, 16, dtype=dtype, seed=n, scale=0.5) for n in (20, classes)]
+            target = torch.arange(20) * 5
+            target[3] = -100
+            for reduction in ("mean", "none"):
+                options: Any = {"reduction": reduction, "label_smoothing": 0.1, "z_loss": 0.01}
+                exact = differentiated(linear_cross_entropy_reference, [t.double() for t in tensors], target, options)
+                moved = [t.to(device) for t in tensors]
+                actual = differentiated(linear_cross_entropy, moved, target.to(device), options)
+                for a, e in zip(actual, exact, strict=True):
+                    error = relative_error(a, e)
+                    assert error < TOLERANCE[dtype], f"linear_cross_entropy, {dtype}: relative error {error:.3g}"
+
+
+def differentiated(op: Callable, tensors: Iterable[Tensor], target: Tensor, options: Any) -> list[Tensor]:
+    """The result and the gradients of the tensors."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    loss = op(*leaves, target, **options)
+    return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
 
 
 def check_silu_mul(device: str) -> None:

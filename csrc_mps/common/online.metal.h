@@ -24,6 +24,13 @@ struct Online {
     largest = top;
   }
 
+  // Of what both have seen.
+  Online with(Online other) const {
+    const float top = max(largest, other.largest);
+    const float by = shift(top);
+    return {top, sum * exp(largest - by) + other.sum * exp(other.largest - by)};
+  }
+
   // Of the simdgroup, given to each thread.
   Online of_simdgroup() const {
     const float top = simd_max(largest);

@@ -5,6 +5,7 @@
 #include "../common/torch_functions.h"
 #include "../runtime/launch.h"
 #include "cross_entropy.h"
+#include "cross_entropy_classes_params.h"
 #include "cross_entropy_params.h"
 
 namespace torch_fused {
@@ -32,6 +33,39 @@ Tensor cross_entropy_gpu(const Tensor& logits, const Tensor& target, const std::
   launch(kernels(logits), rows, threads, {x.tensor, targets, scales, losses}, params);
   if (scale && !x.tensor.is_same(logits)) logits.copy_(x.tensor);
   return losses;
+}
+
+namespace {
+
+// Few threads, of which each loads four packs at once: so the rows of a whole chunk are under way together.
+void launch_chunk(KernelSet& kernels, const Tensor& logits, at::TensorList tensors, bool per_row, ClassChunk chunk,
+                  const CrossEntropyOptions& options) {
+  const int64_t rows = logits.size(0), cols = logits.size(1), stride = logits.stride(0);
+  const CrossEntropyClassesParams params{stride,
+                                         options.ignore_index,
+                                         static_cast<uint32_t>(chunk.begin),
+                                         static_cast<uint32_t>(cols),
+                                         kernel_size("linear_cross_entropy", "classes", chunk.classes),
+                                         rows_aligned(logits, stride),
+                                         per_row,
+                                         static_cast<float>(options.label_smoothing),
+                                         static_cast<float>(options.z_loss),
+                                         0};
+  launch(kernels(logits), rows, row_shape(cols, logits.element_size(), kMostPacks).threads, tensors, params);
+}
+
+}  // namespace
+
+void cross_entropy_sums_gpu(const Tensor& logits, const Tensor& target, const Tensor& sums, const Tensor& losses,
+                            ClassChunk chunk, const CrossEntropyOptions& options) {
+  static KernelSet kernels("cross_entropy_classes", "cross_entropy_sums");
+  launch_chunk(kernels, logits, {logits, target, sums, losses}, false, chunk, options);
+}
+
+void cross_entropy_gradient_gpu(const Tensor& logits, const Tensor& target, const Tensor& sums, const Tensor& scale,
+                                ClassChunk chunk, const CrossEntropyOptions& options) {
+  static KernelSet kernels("cross_entropy_classes", "cross_entropy_gradient");
+  launch_chunk(kernels, logits, {logits, target, sums, scale}, scale.dim() > 0, chunk, options);
 }
 
 }  // namespace torch_fused

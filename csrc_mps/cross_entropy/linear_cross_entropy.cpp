@@ -1,34 +1,30 @@
-// The loss of a language model's head, F.cross_entropy(F.linear(hidden, weight, bias), target), in chunks of rows: the
-// logits of one chunk are all there ever are, and become their gradient in place. Schema, checks, autograd, autocast.
+// The loss of a language model's head, F.cross_entropy(F.linear(hidden, weight, bias), target), in chunks of its
+// logits, which become their gradient in place: schema, checks, the choice of chunks, autograd, autocast.
 #include <ATen/TensorOperators.h>
 #include <ATen/core/PythonFallbackKernel.h>
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/index_select.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/ones.h>
 
 #include <algorithm>
 #include <string>
 #include <string_view>
-#include <tuple>
 #include <vector>
 
 #include "../common/autograd.h"
 #include "../common/checks.h"
 #include "../common/registration.h"
-#include "../common/rows.h"
 #include "../common/torch_functions.h"
-#include "cross_entropy.h"
+#include "linear_cross_entropy.h"
 
 TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
   m.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor? bias=None, *, int ignore_index=-100, "
       "float label_smoothing=0.0, str reduction='mean', float z_loss=0.0) -> Tensor");
-  // The loss, and the gradients of hidden, weight and bias that are needed for an incoming `grad`, absent for 1.
+  // The loss, and the gradients of hidden, weight and bias that are needed for an incoming `grad`, absent for 1. Where
+  // classes come in chunks, `chunk` is how many; None for as many as are fast.
   m.def(
       "_linear_cross_entropy_gradients(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? grad, "
       "int ignore_index, float label_smoothing, str reduction, float z_loss, bool need_hidden, bool need_weight, "
-      "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool need_bias, int? chunk=None) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 namespace torch_fused {
@@ -36,14 +32,8 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 constexpr char kOp[] = "linear_cross_entropy";
-
-struct Needs {
-  bool hidden = false, weight = false, bias = false;
-  bool any() const { return hidden || weight || bias; }
-};
 
 // ---- checks ---------------------------------------------------------------------------------------------------------
 
@@ -74,160 +64,57 @@ void check(const Tensor& hidden, const Tensor& weight, const Tensor& target, con
   }
 }
 
-// ---- chunks ---------------------------------------------------------------------------------------------------------
+// ---- losses and gradients -------------------------------------------------------------------------------------------
 
-constexpr int64_t kChunks = 8;
-// Rows below which a product takes longer than reading the weight does. On a CPU 256 rows are faster than 128: so many
-// of a chunk of kFewLogits.
-constexpr int64_t kLeastCpuRows = 128, kEnoughCpuRows = 256, kLeastGpuRows = 512, kFewLogits = int64_t{1} << 24;
-// On a GPU each chunk after the first also reads and writes the sum of the weight's gradients, which takes as long as
-// the products of some hundred rows: up to so many rows, a chunk is a quarter of all.
-constexpr int64_t kFewGpuChunks = 4, kEnoughGpuRows = 1024;
-
-// The sum over chunks of gradient^T hidden. Sums of a half type are kept in float32 and rounded once; a weight that
-// sees one chunk only needs no such sum.
-class WeightGradient {
- public:
-  WeightGradient(const Tensor& weight, bool one_chunk)
-      : dtype_(weight.scalar_type()), wide_(!one_chunk && weight.element_size() == 2) {
-    sum_ = empty(weight.sizes(), weight.options().dtype(wide_ ? at::kFloat : dtype_));
-  }
-
-  void add(const Tensor& gradient, const Tensor& hidden, double scale) {
-    const int beta = empty_ ? 0 : 1;
-    empty_ = false;
-    if (!wide_) {
-      at::addmm_out(sum_, sum_, gradient.t(), hidden, beta, scale);
-    } else if (hidden.is_cuda()) {
-      at::addmm_out(sum_, sum_, gradient.t(), hidden, at::kFloat, beta, scale);
-    } else {  // torch has no product of half types with float32 results here
-      const Tensor wide_hidden = hidden.to(at::kFloat);
-      for (int64_t begin = 0; begin < sum_.size(0); begin += kTile) {
-        const int64_t length = std::min(kTile, sum_.size(0) - begin);
-        Tensor part = sum_.narrow(0, begin, length);
-        at::addmm_out(part, part, gradient.narrow(1, begin, length).to(at::kFloat).t(), wide_hidden, beta, scale);
-      }
-    }
-  }
-
-  Tensor result() {
-    if (empty_) sum_.zero_();
-    return sum_.to(dtype_);
-  }
-
- private:
-  static constexpr int64_t kTile = 8192;  // classes
-  at::ScalarType dtype_;
-  bool wide_, empty_ = true;
-  Tensor sum_;
-};
-
-int64_t chunk_rows(const Tensor& hidden, const Tensor& weight, bool need_weight) {
-  const int64_t rows = hidden.size(0);
-  const int64_t least = hidden.is_cpu()
-                            ? std::clamp(kFewLogits / weight.size(0), kLeastCpuRows, kEnoughCpuRows)
-                            : std::clamp((rows + kFewGpuChunks - 1) / kFewGpuChunks, kLeastGpuRows, kEnoughGpuRows);
-  const int64_t chunk = std::min(rows, std::max((rows + kChunks - 1) / kChunks, least));
-  if (need_weight && weight.element_size() == 2) {
-    // The sum in float32 may take more than all logits do.
-    const int64_t whole = 2 * rows, split = 2 * chunk + 4 * weight.size(1);
-    if (whole <= split) return rows;
-  }
-  return chunk;
+// Half types on an NVIDIA GPU go by classes. In float32 the logits' second product takes longer than what it saves; on
+// MPS products take so long in all types.
+bool goes_by_classes(const Tensor& hidden) {
+  return (hidden.is_cuda() || (hidden.is_cpu() && emulating())) && hidden.element_size() == 2 && hidden.size(0) > 0;
 }
 
-Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& scale,
-                     const CrossEntropyOptions& options) {
-  static const auto op = find_op<decltype(cross_entropy_cpu)>("torch_fused::cross_entropy_");
-  return op.call(logits, target, scale, options.ignore_index, options.label_smoothing, options.z_loss);
-}
-
-// What the gradients of the logits are multiplied by, and what their products are.
-struct Scales {
-  OptionalTensor of_rows;
-  double of_products = 1;
-};
-
-// Of rows of hidden states, in a dtype and on a device that all operands share.
-Gradients losses_of_rows(const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
-                         const Scales& scales, const CrossEntropyOptions& options, Needs needs) {
-  const int64_t rows = hidden.size(0), chunk = chunk_rows(hidden, weight, needs.weight);
-  const auto wide = hidden.options().dtype(loss_dtype(hidden));
-  const Tensor losses = empty({rows}, wide);
-  const Tensor grad_hidden = empty({needs.hidden ? rows : 0, hidden.size(1)}, hidden.options());
-  WeightGradient grad_weight(needs.weight ? weight : weight.narrow(0, 0, 0), chunk >= rows);
-  const Tensor grad_bias = zeros({needs.bias ? weight.size(0) : 0}, wide);
-  Tensor buffer = empty({chunk, weight.size(0)}, hidden.options());
-  for (int64_t begin = 0; begin < rows; begin += chunk) {
-    const int64_t length = std::min(chunk, rows - begin);
-    const auto part = [&](const Tensor& tensor) { return tensor.narrow(0, begin, length); };
-    Tensor logits = buffer.narrow(0, 0, length);
-    if (bias) {
-      at::addmm_out(logits, *bias, part(hidden), weight.t());
-    } else {
-      at::mm_out(logits, part(hidden), weight.t());
-    }
-    OptionalTensor part_scale = scales.of_rows;
-    if (part_scale && part_scale->dim() > 0) part_scale = part(*part_scale);
-    part(losses).copy_(cross_entropy(logits, part(target), part_scale, options));
-    if (needs.hidden) {
-      Tensor result = part(grad_hidden);
-      at::addmm_out(result, result, logits, weight, 0, scales.of_products);
-    }
-    if (needs.weight) grad_weight.add(logits, part(hidden), scales.of_products);
-    if (needs.bias) grad_bias.add_(logits.sum(0, false, grad_bias.scalar_type()));
+Gradients losses_of(const HeadLoss& of, bool by_classes, std::optional<int64_t> chunk) {
+  try {
+    if (by_classes) return losses_by_classes(of, chunk);
+  } catch (const LibraryUnavailable& error) {
+    note_fallback(kOp, error.what());
   }
-  buffer.reset();
-  grad_bias.mul_(scales.of_products);
-  return {losses, grad_hidden, grad_weight.result(), grad_bias.to(hidden.scalar_type())};
-}
-
-// The same without the rows that have no loss. Only the CPU knows how many there are without waiting for a device.
-Gradients losses_of_targets(const Tensor& hidden, const Tensor& weight, const Tensor& target,
-                            const OptionalTensor& bias, const Scales& scales, const CrossEntropyOptions& options,
-                            Needs needs) {
-  const int64_t rows = hidden.size(0);
-  const Tensor kept = hidden.is_cpu() ? target.ne(options.ignore_index).nonzero().view({-1}) : Tensor();
-  if (!kept.defined() || kept.numel() == rows) {
-    return losses_of_rows(hidden, weight, target, bias, scales, options, needs);
-  }
-  const auto select = [&](const Tensor& tensor) { return tensor.index_select(0, kept); };
-  Scales kept_scales = scales;
-  if (scales.of_rows && scales.of_rows->dim() > 0) kept_scales.of_rows = select(*scales.of_rows);
-  auto [losses, grad_hidden, grad_weight, grad_bias] =
-      losses_of_rows(select(hidden), weight, select(target), bias, kept_scales, options, needs);
-  const Tensor all_losses = zeros({rows}, losses.options()).index_copy_(0, kept, losses);
-  if (needs.hidden) grad_hidden = zeros(hidden.sizes(), hidden.options()).index_copy_(0, kept, grad_hidden);
-  return {all_losses, grad_hidden, grad_weight, grad_bias};
+  return losses_by_rows(of);
 }
 
 Gradients gradients(const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
                     const OptionalTensor& grad, const CrossEntropyOptions& options, std::string_view reduction,
-                    Needs needs) {
+                    Needs needs, std::optional<int64_t> chunk = {}) {
   check(hidden, weight, target, bias, grad, options, reduction);
-  if (target.is_cpu()) check_classes(kOp, target, weight.size(0), options.ignore_index);
+  TORCH_CHECK(!chunk || *chunk > 0, kOp, ": chunk must be a class at least, got ", *chunk);
+  if (target.is_cpu() && !emulating()) check_classes(kOp, target, weight.size(0), options.ignore_index);
   const auto wide = hidden.options().dtype(loss_dtype(hidden));
-  const Tensor rows = hidden.reshape({target.numel(), hidden.size(-1)}), targets = target.reshape({-1}).contiguous();
+  HeadLoss of{hidden.reshape({target.numel(), hidden.size(-1)}),
+              weight,
+              target.reshape({-1}).contiguous(),
+              bias,
+              std::nullopt,
+              options,
+              needs};
+  const bool by_classes = goes_by_classes(of.hidden);
   Tensor count;
-  if (reduction == "mean") count = targets.ne(options.ignore_index).sum().to(wide.dtype().toScalarType());
-  Scales scales;
+  if (reduction == "mean") count = of.target.ne(options.ignore_index).sum().to(wide.dtype().toScalarType());
   if (needs.any()) {
     OptionalTensor scale = grad;
-    if (reduction == "none" && grad) scale = grad->reshape({-1});
+    if (reduction == "none" && grad) scale = grad->reshape({-1}).contiguous();
     if (count.defined()) {
       const Tensor rows_of_all = count.clamp_min(1);  // without any the gradients are 0
       scale = scale ? *scale / rows_of_all : rows_of_all.reciprocal();
     }
     // In bfloat16 a number that multiplies all alike is rounded with the logits' gradients, in all of them the same
     // way. A product takes it unrounded, if the host knows it.
-    if (scale && scale->dim() == 0 && reduction != "none" && hidden.is_cpu() && hidden.scalar_type() == at::kBFloat16) {
-      scales.of_products = scale->item<double>();
+    const bool is_known = hidden.is_cpu() && !by_classes;
+    if (scale && scale->dim() == 0 && reduction != "none" && is_known && hidden.scalar_type() == at::kBFloat16) {
+      of.scale_of_products = scale->item<double>();
       scale.reset();
     }
-    scales.of_rows = scale ? *scale : at::ones({}, wide);
+    of.scale = scale ? *scale : at::ones({}, wide);
   }
-  auto [losses, grad_hidden, grad_weight, grad_bias] =
-      losses_of_targets(rows, weight, targets, bias, scales, options, needs);
+  auto [losses, grad_hidden, grad_weight, grad_bias] = losses_of(of, by_classes, chunk);
   Tensor loss = reduction == "none" ? losses.view(target.sizes()) : losses.sum();
   if (count.defined()) loss = loss / count;
   return {loss, needs.hidden ? grad_hidden.view(hidden.sizes()) : grad_hidden, grad_weight, grad_bias};
@@ -238,9 +125,10 @@ Gradients gradients(const Tensor& hidden, const Tensor& weight, const Tensor& ta
 Gradients linear_cross_entropy_gradients(const Tensor& hidden, const Tensor& weight, const Tensor& target,
                                          const OptionalTensor& bias, const OptionalTensor& grad, int64_t ignore_index,
                                          double label_smoothing, std::string_view reduction, double z_loss,
-                                         bool need_hidden, bool need_weight, bool need_bias) {
+                                         bool need_hidden, bool need_weight, bool need_bias,
+                                         std::optional<int64_t> chunk) {
   return gradients(hidden, weight, target, bias, grad, {ignore_index, label_smoothing, z_loss}, reduction,
-                   {need_hidden, need_weight, need_bias});
+                   {need_hidden, need_weight, need_bias}, chunk);
 }
 
 Tensor linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& target,
@@ -347,7 +235,7 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     return gradients_op.call(hidden, weight, target, bias, grad, data["ignore_index"].toInt(),
                              data["label_smoothing"].toDouble(), data["reduction"].toStringView(),
                              data["z_loss"].toDouble(), data["need_hidden"].toBool(), data["need_weight"].toBool(),
-                             data["need_bias"].toBool());
+                             data["need_bias"].toBool(), std::nullopt);
   }
 };
 

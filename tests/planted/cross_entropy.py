@@ -1,4 +1,4 @@
-"""Bugs in the cross entropy kernel."""
+"""Bugs in the cross entropy kernels."""
 
 from collections.abc import Callable
 
@@ -18,6 +18,20 @@ def losses(classes: int = 300, start: int = 0, per_row: bool = False) -> Callabl
         scale = torch.tensor([0.5, 1.0, 2.0]) if per_row else torch.tensor(0.5)
         target = torch.tensor([5, -100, classes - 1])
         return cross_entropy_(logits, target, scale, label_smoothing=0.1, z_loss=0.01), logits
+
+    return run
+
+
+def chunks(classes: int = 2500, chunk: int = 1248, per_row: bool = False) -> Callable[[], object]:
+    """The loss of three rows, one of them ignored, and its gradients, in chunks of classes."""
+
+    def run() -> tuple[torch.Tensor, ...]:
+        hidden, weight = make(3, 8, dtype=torch.bfloat16), make(classes, 8, dtype=torch.bfloat16, seed=1)
+        target = torch.tensor([5, -100, classes - 1])
+        grad = torch.tensor([0.5, 1.0, 2.0]) if per_row else torch.tensor(0.5)
+        return torch.ops.torch_fused._linear_cross_entropy_gradients(
+            hidden, weight, target, None, grad, -100, 0.1, "none" if per_row else "sum", 0.01, True, True, False, chunk
+        )
 
     return run
 
@@ -73,6 +87,66 @@ BUGS = [
         "cross_entropy/cross_entropy.metal",
         "scale[p.per_row ? row : 0]",
     ),
+    Bug(
+        "every threadgroup sums the first row's chunk",
+        "cross_entropy_classes",
+        "sums[row] = all.packed();",
+        "sums[0 * row] = all.packed();",
+        chunks(),
+        r"data race on buffer 2 \(",
+        "cross_entropy/cross_entropy_classes.metal",
+        "sums[row] = all.packed();",
+    ),
+    Bug(
+        "each simdgroup adds to the row's sums",
+        "cross_entropy_classes",
+        "if (thread_id != 0) return;",
+        "if (lane != 0) return;",
+        chunks(),
+        r"data race on buffer 2 \(write-after-write",
+        "cross_entropy/cross_entropy_classes.metal",
+        "sums[row] = all.packed();",
+    ),
+    Bug(
+        "the logit of a target that another chunk has",
+        "cross_entropy_classes",
+        "if (hit < p.cols) all.of_target",
+        "all.of_target",
+        chunks(),
+        "out-of-bounds.*read of 2 bytes",
+        "cross_entropy/cross_entropy_classes.metal",
+        "all.of_target = float(in[hit]);",
+    ),
+    Bug(
+        "packs for misaligned rows of a chunk",
+        "cross_entropy_classes",
+        "packs[i].load(in, column + i * step, p.cols, p.aligned, -INFINITY);",
+        "packs[i].load(in, column + i * step, p.cols, true, -INFINITY);",
+        chunks(chunk=1250),
+        "misaligned read of 16 bytes",
+        "common/pack.metal.h",
+        "const uint4 raw = from[i];",
+    ),
+    Bug(
+        "a chunk's gradient goes to the next pack",
+        "cross_entropy_classes",
+        "store_columns<W>(in, first, p.cols, p.aligned, x);",
+        "store_columns<W>(in, first + W, p.cols, p.aligned, x);",
+        chunks(),
+        r"data race on buffer 0 \(",
+        "common/pack.metal.h",
+        "",
+    ),
+    Bug(
+        "a scale for each row of a chunk where there is one",
+        "cross_entropy_classes",
+        "scale[p.per_row ? row : 0]",
+        "scale[row]",
+        chunks(),
+        "out-of-bounds.*read of 4 bytes",
+        "cross_entropy/cross_entropy_classes.metal",
+        "scale[p.per_row ? row : 0]",
+    ),
 ]
 
 ONLY_NUMBERS = [
@@ -88,4 +162,25 @@ ONLY_NUMBERS = [
     ("ignored rows count", "cross_entropy", "index == p.ignore_index", "false", losses()),
     ("gradients of the first maximum", "cross_entropy", "exp(x[j] - all.largest)", "exp(x[j] - mine.largest)",
      losses()),
+    ("each chunk begins the sums", "cross_entropy_classes", "if (p.begin > 0) all", "if (false) all", chunks()),
+    ("no shift to the larger of two maxima", "cross_entropy_classes", "+ other.sum * exp(other.largest - by)",
+     "+ other.sum", chunks()),
+    ("the target's class as the chunk's column", "cross_entropy_classes", "uint(index - long(p.begin))", "uint(index)",
+     chunks()),
+    ("the chunk's tail counts in the sum of the logits", "cross_entropy_classes",
+     "column + i * step + j < p.cols ? x[i * W + j] : 0.0f", "x[i * W + j]", chunks(chunk=1251)),
+    ("a thread's own sum of the chunk's logits", "cross_entropy_classes",
+     "if (p.smoothing > 0.0f) total = threadgroup_sum(total, scratch_total, place);", "", chunks()),
+    ("the last chunk's sum of the logits", "cross_entropy_classes", "all.total += total", "all.total = total",
+     chunks()),
+    ("the mean of the logits over a chunk", "cross_entropy_classes", "all.total / float(p.classes)",
+     "all.total / float(p.cols)", chunks()),
+    ("the smoothing spread over a chunk", "cross_entropy_classes", "by * p.smoothing / float(p.classes)",
+     "by * p.smoothing / float(p.cols)", chunks()),
+    ("the first row's scale for all rows of a chunk", "cross_entropy_classes", "p.per_row ? row : 0", "0",
+     chunks(per_row=True)),
+    ("a pack twice, and one not", "cross_entropy_classes", "packs[i].unpack(x + i * W)", "packs[0].unpack(x + i * W)",
+     chunks(classes=5000, chunk=4992)),
+    ("the gradient of the largest logit's square", "cross_entropy_classes", "2.0f * p.z_loss * lse",
+     "2.0f * p.z_loss * exps.largest", chunks()),
 ]  # fmt: skip

@@ -40,6 +40,7 @@ def _gradients_reference(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss and its gradients, multiplied by `grad`, in plain torch."""
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
@@ -95,6 +96,7 @@ def _gradients_fake(
     need_hidden,
     need_weight,
     need_bias,
+    chunk=None,
 ):
     return (
         _linear_cross_entropy_fake(hidden, weight, target, reduction=reduction),
@@ -142,12 +144,18 @@ def linear_cross_entropy(
 ) -> Tensor:
     r"""``F.cross_entropy(F.linear(hidden, weight, bias), target)`` without all logits in memory.
 
-    The logits are computed for one chunk of rows at a time: an eighth of the rows, at least 128 (256 of up to 65,536
-    classes; on a GPU 512, and 1024 of 4096 rows or more). Their gradient overwrites them, and the gradients of
-    ``hidden``, ``weight`` and ``bias``, if required, are accumulated from it in the forward pass. The backward pass
-    multiplies them by the incoming gradient. With ``reduction="none"`` and in float16, the backward pass computes the
-    logits again instead; in float16, small gradients would become 0 without the scale of the loss. On the CPU, ignored
-    rows are skipped.
+    The logits are computed one chunk at a time. Their gradient overwrites them, and the gradients of ``hidden``,
+    ``weight`` and ``bias``, if required, are computed from it in the forward pass. The backward pass multiplies them by
+    the incoming gradient. With ``reduction="none"`` and in float16, the backward pass computes the logits again
+    instead; in float16, small gradients would become 0 without the scale of the loss.
+
+    On NVIDIA GPUs, in float16 and bfloat16, a chunk is the logits of all rows for some classes: 2^23 logits (17 MB) of
+    up to 2048 rows, 4096 classes of more. A row's loss is known after the last chunk only, so the logits are then
+    computed again for the gradients, except for those that the memory of the weight's gradient can hold until it is
+    written.
+
+    On other devices and in float32, a chunk is the logits of some rows: an eighth of them, at least 128 (256 of up to
+    65,536 classes; on a GPU 512, and 1024 of 4096 rows or more). On the CPU, ignored rows are skipped.
 
     Differentiable in ``hidden``, ``weight`` and ``bias``. Second derivatives, forward mode and :mod:`torch.func` use
     torch's own ops, with all logits in memory.
@@ -164,9 +172,9 @@ def linear_cross_entropy(
 
     Returns:
         A scalar, or the losses in ``target``'s shape, in float32; float64 for float64. The mean of no rows is NaN, as
-        in torch. Logits are rounded to ``hidden``'s dtype, as in ``F.linear``; the loss is not. In bfloat16 the
-        gradient of ``weight`` is summed in float32. If this sum would take more memory than all logits, there is one
-        chunk.
+        in torch. Logits are rounded to ``hidden``'s dtype, as in ``F.linear``; the loss is not. In float16 and
+        bfloat16, gradients that are sums over chunks are summed in float32: of ``hidden`` where a chunk is of classes,
+        else of ``weight``. If the sum for ``weight`` would take more memory than all logits, there is one chunk.
 
     Raises:
         RuntimeError: an argument has the wrong shape, dtype, device or value; the message names it.
