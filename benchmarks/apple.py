@@ -71,7 +71,7 @@ def token(name: str, bits: int) -> Counts:
     return launches, moved
 
 
-def counts(device: str = "cpu", full: bool = False) -> list[Case]:
+def counts(device: str = "cpu") -> list[Case]:
     def of_op(case: OpCase) -> Counts:
         return counted(case.prepare(case.calls["torch_fused"], *case.operands()))
 

@@ -48,7 +48,7 @@ def plain_read(model: Any, shape: Shape, moved: int) -> Call:
     return torch.ones(moved // 4, device=model.device).sum
 
 
-def decode(device: str, full: bool) -> Iterator[OpCase]:
+def decode(device: str) -> Iterator[OpCase]:
     smollm2, qwen = "SmolLM2-135M", "Qwen2.5-0.5B"
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     models = [(qwen, 0), *product((smollm2, qwen), (4, 8))]

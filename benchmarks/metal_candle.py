@@ -237,7 +237,7 @@ def page() -> Iterator[tuple[str, Make, Make]]:
     yield "AdamW", published, ("the 12 parameters of a Qwen2.5-0.5B layer, 15 million", adamw_of, layer)
 
 
-def rows(device: str = "cpu", full: bool = False) -> list[Workload]:
+def rows(device: str = "cpu") -> list[Workload]:
     return [
         Workload(name, text, "f32", kind, partial(make, *arguments))
         for name, *two in page()

@@ -184,11 +184,10 @@ def gradients(of: int, call: Callable[..., Any], *operands: Tensor) -> Call:
 
 def op_case(op: str, shape: Shape, sizes: Sequence[Shape], moved: int, dtype: torch.dtype, of: int = 0) -> OpCase:
     """An op with operands of these sizes, which moves so many elements; or the gradients of its first `of` operands."""
-    theirs = next(call for name, call in CALLS[op].items() if not name.startswith("torch_fused"))
     return OpCase(
         f"{op} backward" if of else op, str(shape), NAMES[dtype], "", moved * dtype.itemsize,
         lambda: (randn(*size, dtype=dtype) for size in sizes),
-        {**CALLS[op], "torch.compile": torch.compile(theirs, dynamic=False)},
+        CALLS[op],
         partial(gradients, of) if of else partial,
     )  # fmt: skip
 
@@ -227,9 +226,9 @@ def parameters(shapes: Iterable[Iterable[int]], dtype: torch.dtype = torch.float
     return params
 
 
-def adamw(device: str, full: bool = False) -> Iterator[OpCase]:
+def adamw(device: str) -> Iterator[OpCase]:
     # On the CPU the large one has 8 GB of operands, and takes half a second per step.
-    names = ["a small Qwen2", "Qwen2.5-0.5B"] if full or device != "cpu" else ["a small Qwen2"]
+    names = ["a small Qwen2", "Qwen2.5-0.5B"] if device != "cpu" else ["a small Qwen2"]
     for name, dtype in product(names, DTYPES):
         shapes = [weight.shape for weight in made(name, dtype, "meta").parameters()]
         elements = sum(shape.numel() for shape in shapes)
@@ -289,7 +288,7 @@ def matrices(vectors: int, rows: int, cols: int, dtype: torch.dtype, **options: 
     return randn(vectors, cols, dtype=dtype), weight, functional.quantize(weight, **options), options
 
 
-def quantized(device: str, full: bool) -> Iterator[OpCase]:
+def quantized(device: str) -> Iterator[OpCase]:
     """Projections and heads."""
     one = [(1, 896, 896), (1, 4864, 896), (1, 896, 4864), (1, 151936, 896), (1, 4096, 4096)]
     for shape, bits, dtype in product([*one, (8, 4864, 896), (128, 4864, 896)], (4, 8), DTYPES):

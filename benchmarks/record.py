@@ -80,13 +80,13 @@ def is_current(row: Row | None, device: str) -> bool:
     return all(row[name] == now[name] for name in STAMP[:-1])
 
 
-def rows_of(case: Case, path: Path, device: str, again: bool = False, compiles: bool = False) -> list[Row]:
+def rows_of(case: Case, path: Path, device: str, again: bool = False) -> list[Row]:
     """A case's rows. If one is not current, the case is measured and the file rewritten: an interrupted run goes on.
 
-    `again` measures current ones too, `compiles` includes contenders that torch.compile makes.
+    `again` measures current ones too.
     """
     rows = {tuple(row[key] for key in KEYS): row for row in read(path)}
-    contenders = {name: each for name, each in case.contenders(device).items() if compiles or "compile" not in name}
+    contenders = case.contenders(device)
     keys = {name: (case.op, case.shape, case.dtype, case.kind, name) for name in contenders}
     if again or not all(is_current(rows.get(key), device) for key in keys.values()):
         start, before = time.perf_counter(), waited()

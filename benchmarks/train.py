@@ -78,9 +78,8 @@ class LossCase(Case):
         return {name: row | {"weight_grad_mb": weight.nbytes / 1e6} for name, row in found.items()}
 
 
-def losses(device: str, full: bool) -> Iterator[LossCase]:
-    shapes = [(512, 576), (512, 896), (2048, 896), (8192, 896)]
-    shapes = shapes if device != "cpu" else shapes[:2] if full else shapes[:1]
+def losses(device: str) -> Iterator[LossCase]:
+    shapes = [(512, 576), (512, 896), (2048, 896), (8192, 896)] if device != "cpu" else [(512, 576)]
     for shape, dtype in product(shapes, DTYPES):
         yield LossCase("linear_cross_entropy", str((*shape, CLASSES)), NAMES[dtype], "", dtype, *shape)
 
@@ -133,7 +132,7 @@ class Training(Case):
         return {name: row | {"tokens_s": self.batch * self.tokens / row["ms"] * 1e3} for name, row in found.items()}
 
 
-def training(device: str, full: bool) -> Iterator[Training]:
+def training(device: str) -> Iterator[Training]:
     """Of all weights on a GPU, on the CPU of adapters."""
     if device != "cpu":
         load = partial(made, "Qwen2.5-0.5B", torch.bfloat16)

@@ -118,12 +118,6 @@ def test_an_interrupted_run_goes_on(rows_of, monkeypatch):
         rows_of(Some("a"), again=True)
 
 
-def test_compiled_contenders_are_asked_for(rows_of):
-    for compiles, names in (False, ["a"]), (True, ["a", "torch.compile"]):
-        rows = rows_of(Some("a", "torch.compile", ms=1.0), compiles=compiles)
-        assert [row["contender"] for row in rows] == names
-
-
 def test_disturbed_rows_are_measured_again(rows_of, monkeypatch):
     waits = itertools.count(0, 10**9)
     monkeypatch.setattr(record, "waited", lambda: next(waits))
@@ -168,7 +162,7 @@ def test_plots_are_those_of_the_results():
 @pytest.mark.parametrize("bench", run.BENCHES)
 def test_every_committed_row_is_still_a_case(bench, device):
     """Names are unique, and what was recorded can be measured again."""
-    found = list(run.BENCHES[bench](device, False))
+    found = list(run.BENCHES[bench](device))
     cases = {(case.op, case.shape, case.dtype, case.kind): case for case in found}
     assert len(cases) == len(found)
     for machine, results in record.results().items():
