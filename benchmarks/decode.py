@@ -9,8 +9,8 @@ from itertools import product
 from typing import Any
 
 import torch
+from cases import Case
 from models import GROUP_SIZE, made
-from ops import OpCase
 from timing import Call
 
 from torch_fused.hf import plan
@@ -48,7 +48,7 @@ def plain_read(model: Any, shape: Shape, moved: int) -> Call:
     return torch.ones(moved // 4, device=model.device).sum
 
 
-def decode(device: str) -> Iterator[OpCase]:
+def decode(device: str) -> Iterator[Case]:
     smollm2, qwen = "SmolLM2-135M", "Qwen2.5-0.5B"
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     models = [(qwen, 0), *product((smollm2, qwen), (4, 8))]
@@ -60,9 +60,9 @@ def decode(device: str) -> Iterator[OpCase]:
         calls = {"torch_fused": step, "a plain read": partial(plain_read, moved=moved)}
         if bits and device == "cpu":
             calls["torch_fused, products of floats"] = partial(step, int8_products=False)
-        yield OpCase(
+        yield Case(
             "decode" if name == smollm2 else f"decode, {name}", "{} x {} after {}".format(*shape),
-            NAMES[dtype], f"{bits} bits" if bits else "", moved,
-            partial(lambda *model, shape: (kept(*model), shape), name, dtype, device, bits, shape=shape), calls,
-            lambda make, *rest: make(*rest),
+            NAMES[dtype], f"{bits} bits" if bits else "", calls,
+            partial(lambda *model, shape: (kept(*model), shape), name, dtype, device, bits, shape=shape),
+            lambda make, *rest: make(*rest), moved,
         )  # fmt: skip

@@ -4,17 +4,16 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from models import CONFIGS, GROUP_SIZE, made
+from cases import Case, single_calls
+from models import GROUP_SIZE, config, made
 from peers import kernels
-from record import Case
-from timing import Call, Columns, columns, copies, interleave, sets
+from timing import Call
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
@@ -26,39 +25,8 @@ from torch_fused.ops.layer_norm import layer_norm_reference
 from torch_fused.ops.rms_norm import add_rms_norm_reference, rms_norm_reference
 from torch_fused.testing import NAMES
 
-COPY, ROPE, DTYPES = "copy", "apply_rotary_pos_emb", (torch.float32, torch.bfloat16)
+ROPE, DTYPES = "apply_rotary_pos_emb", (torch.float32, torch.bfloat16)
 Contenders, Shape = Mapping[str, Callable[..., Any]], tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class OpCase(Case):
-    """One op at one shape. `op` is its name, followed by "backward" for its gradient."""
-
-    nbytes: int  # every operand and every result, each once; 0 where bandwidth says nothing
-    operands: Callable[[], Iterable[Any]]  # makes them on torch's default device
-    calls: Contenders
-    prepare: Callable[..., Call] = partial  # makes what is timed from a contender and the operands
-    once: bool = False  # a call changes what the next one does, so a sample is a single call
-
-    def contenders(self, device: str) -> Contenders:
-        return {**self.calls, **kernels(self.op)}
-
-    def measure(self, contenders: Contenders, device: str) -> dict[str, Columns]:
-        torch.manual_seed(0)
-        with torch.device(device):
-            operands = [tuple(self.operands()) for _ in range(1 if self.once else sets(self.nbytes, device))]
-        calls = {name: [self.prepare(call, *each) for each in operands] for name, call in contenders.items()}
-        if self.nbytes:
-            calls[COPY], copied = copies(self.nbytes, device)
-        with torch.no_grad():
-            samples = interleave(calls, device, **({"rounds": 40, "calls": 1} if self.once else {}))
-        found = {name: columns(each) for name, each in samples.items()}
-        if self.nbytes:
-            copy = copied / found.pop(COPY)["ms"]
-            for each in found.values():
-                rate = self.nbytes / each["ms"]
-                each |= {"gb_s": rate / 1e6, "copy_share": rate / copy}
-        return found
 
 
 # ---- contenders -----------------------------------------------------------------------------------------------------
@@ -182,17 +150,14 @@ def gradients(of: int, call: Callable[..., Any], *operands: Tensor) -> Call:
     return lambda: torch.autograd.grad(results, inputs, grads, retain_graph=True)
 
 
-def op_case(op: str, shape: Shape, sizes: Sequence[Shape], moved: int, dtype: torch.dtype, of: int = 0) -> OpCase:
+def op_case(op: str, shape: Shape, sizes: Sequence[Shape], moved: int, dtype: torch.dtype, of: int = 0) -> Case:
     """An op with operands of these sizes, which moves so many elements; or the gradients of its first `of` operands."""
-    return OpCase(
-        f"{op} backward" if of else op, str(shape), NAMES[dtype], "", moved * dtype.itemsize,
-        lambda: (randn(*size, dtype=dtype) for size in sizes),
-        CALLS[op],
-        partial(gradients, of) if of else partial,
-    )  # fmt: skip
+    name, prepare = (f"{op} backward", partial(gradients, of)) if of else (op, partial)
+    contenders, operands = {**CALLS[op], **kernels(name)}, lambda: (randn(*size, dtype=dtype) for size in sizes)
+    return Case(name, str(shape), NAMES[dtype], "", contenders, operands, prepare, moved * dtype.itemsize)
 
 
-def by_rows(*ops: str, shapes: Iterable[Shape] = (), dtypes: Iterable[torch.dtype] = DTYPES) -> Iterator[OpCase]:
+def by_rows(*ops: str, shapes: Iterable[Shape] = (), dtypes: Iterable[torch.dtype] = DTYPES) -> Iterator[Case]:
     """Ops, and their gradients in the shapes of training."""
     for op in ops:
         known, full, vectors = BY_ROWS[op]
@@ -204,7 +169,7 @@ def by_rows(*ops: str, shapes: Iterable[Shape] = (), dtypes: Iterable[torch.dtyp
                 yield op_case(op, shape, sizes, (2 * full + 1) * elements, dtype, full + vectors)
 
 
-def rope() -> Iterator[OpCase]:
+def rope() -> Iterator[Case]:
     """Shapes are (batch, tokens, query heads, key heads, head_dim): of Qwen2.5-0.5B and Qwen3-8B."""
     shapes = [(1, 1, 14, 2, 64), (1, 128, 14, 2, 64), (1, 2048, 14, 2, 64), (1, 2048, 32, 8, 128)]
     for shape, dtype in product(shapes, DTYPES):
@@ -226,16 +191,20 @@ def parameters(shapes: Iterable[Iterable[int]], dtype: torch.dtype = torch.float
     return params
 
 
-def adamw(device: str) -> Iterator[OpCase]:
+def optimizer_step(make: Callable[..., torch.optim.Optimizer], *params: torch.nn.Parameter) -> Call:
+    return make(params).step
+
+
+def adamw(device: str) -> Iterator[Case]:
     # On the CPU the large one has 8 GB of operands, and takes half a second per step.
     names = ["a small Qwen2", "Qwen2.5-0.5B"] if device != "cpu" else ["a small Qwen2"]
     for name, dtype in product(names, DTYPES):
         shapes = [weight.shape for weight in made(name, dtype, "meta").parameters()]
         elements = sum(shape.numel() for shape in shapes)
-        yield OpCase(
+        yield Case(
             "adamw", f"{elements / 1e6:.0f} million in {len(shapes)} tensors", NAMES[dtype], "",
+            OPTIMIZERS, partial(parameters, shapes, dtype), optimizer_step,
             7 * elements * dtype.itemsize,  # four operands are read, three written
-            partial(parameters, shapes, dtype), OPTIMIZERS, lambda make, *params: make(params).step,
         )  # fmt: skip
 
 
@@ -253,24 +222,24 @@ def fill(cache: Any, states: Tensor, layers: int) -> None:
 
 def filled(make: Callable[[Any, int], Any], prompt: Tensor, token: Tensor) -> Call:
     """Appends a token to a cache that has room for more."""
-    config = CONFIGS["Qwen2.5-0.5B"]()
-    cache = make(config, prompt.shape[2] + 64)
-    fill(cache, prompt, config.num_hidden_layers)
-    return partial(fill, cache, token, config.num_hidden_layers)
+    settings = config("Qwen2.5-0.5B")
+    cache = make(settings, prompt.shape[2] + 64)
+    fill(cache, prompt, settings.num_hidden_layers)
+    return partial(fill, cache, token, settings.num_hidden_layers)
 
 
-def kv_cache(*_: Any) -> Iterator[OpCase]:
+def kv_cache() -> Iterator[Case]:
     """The shape is how many tokens the cache holds."""
     for length in (512, 4096, 32768):
         operands = partial(map, lambda tokens: randn(1, tokens, 2, 64, dtype=torch.bfloat16), (length, 1))
-        yield OpCase("kv append", f"{length} tokens", "bf16", "", 0, operands, CACHES, filled, once=True)
+        yield Case("kv append", f"{length} tokens", "bf16", "", CACHES, operands, filled, measure=single_calls)
 
 
-def draws(*_: Any) -> Iterator[OpCase]:
+def draws() -> Iterator[Case]:
     kinds = {"normal": 2.0, "nearly flat": 1e-3, "all equal": 0.0}
     for shape, (kind, scale), op in product([(1, 32000), (1, 151936), (32, 151936)], kinds.items(), DRAWS):
         logits = partial(lambda shape, scale: [torch.randn(shape) * scale], shape, scale)
-        yield OpCase(op, str(shape), "f32", kind, 4 * shape[0] * shape[1], logits, DRAWS[op])
+        yield Case(op, str(shape), "f32", kind, DRAWS[op], logits, nbytes=4 * shape[0] * shape[1])
 
 
 PRODUCTS: Contenders = {  # of vectors and a matrix, dense and packed
@@ -288,7 +257,7 @@ def matrices(vectors: int, rows: int, cols: int, dtype: torch.dtype, **options: 
     return randn(vectors, cols, dtype=dtype), weight, functional.quantize(weight, **options), options
 
 
-def quantized(device: str) -> Iterator[OpCase]:
+def quantized(device: str) -> Iterator[Case]:
     """Projections and heads."""
     one = [(1, 896, 896), (1, 4864, 896), (1, 896, 4864), (1, 151936, 896), (1, 4096, 4096)]
     for shape, bits, dtype in product([*one, (8, 4864, 896), (128, 4864, 896)], (4, 8), DTYPES):
@@ -297,8 +266,8 @@ def quantized(device: str) -> Iterator[OpCase]:
         if device != "cpu":
             absent.add("torch_fused int8")
         nbytes = rows * cols * bits // 8 + (2 * rows * cols // GROUP_SIZE + vectors * (rows + cols)) * dtype.itemsize
-        yield OpCase(
-            "quantized_linear", f"({vectors}, {cols}) x ({rows}, {cols})", NAMES[dtype], f"{bits} bits", nbytes,
-            partial(matrices, *shape, dtype, bits=bits, group_size=GROUP_SIZE),
+        yield Case(
+            "quantized_linear", f"({vectors}, {cols}) x ({rows}, {cols})", NAMES[dtype], f"{bits} bits",
             {name: call for name, call in PRODUCTS.items() if name not in absent},
+            partial(matrices, *shape, dtype, bits=bits, group_size=GROUP_SIZE), nbytes=nbytes,
         )  # fmt: skip

@@ -5,13 +5,13 @@ import csv
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from cases import Case
 from timing import ROOT
 
 import torch_fused
@@ -25,23 +25,6 @@ DISTURBED = 0.02
 Row = dict[str, str]
 Results = dict[str, list[Row]]
 """Rows by file."""
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """An op at one shape. Its contenders are measured together.
-
-    A subclass has `contenders(device)`, by name, and `measure(contenders, device)`, the columns of each.
-    """
-
-    op: str
-    shape: str
-    dtype: str
-    kind: str  # of the values or the request, where it matters
-
-    @property
-    def name(self) -> str:
-        return " ".join(filter(None, (self.op, self.shape, self.dtype, self.kind)))
 
 
 def slug(name: str) -> str:
@@ -86,11 +69,11 @@ def rows_of(case: Case, path: Path, device: str, again: bool = False) -> list[Ro
     `again` measures current ones too.
     """
     rows = {tuple(row[key] for key in KEYS): row for row in read(path)}
-    contenders = case.contenders(device)
-    keys = {name: (case.op, case.shape, case.dtype, case.kind, name) for name in contenders}
+    keys = {name: (case.op, case.shape, case.dtype, case.kind, name) for name in case.contenders}
     if again or not all(is_current(rows.get(key), device) for key in keys.values()):
         start, before = time.perf_counter(), waited()
-        columns = case.measure(contenders, device)
+        torch.manual_seed(0)
+        columns = case.measure(case, device)
         share = max(0.0, waited() - before) / (torch.get_num_threads() * (time.perf_counter() - start))
         last = {"waited": f"{share:.3f}" if device == "cpu" else "", **stamp(device)}
         for name, key in keys.items():

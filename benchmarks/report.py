@@ -11,16 +11,16 @@ from pathlib import Path
 import apple
 import jinja2
 import metal_candle
-from peers import LIBRARIES
+from cases import Case
 from plots import draw
-from record import KEYS, RESULTS, Case, Results, Row, groups, results
+from record import KEYS, RESULTS, Results, Row, groups, results
 from timing import ROOT
 
 DOCS = ROOT / "docs"
 REPORT, README = DOCS / "benchmarks.md", ROOT / "README.md"
 BEGIN, END = "<!-- written by python benchmarks/report.py -->\n", "<!-- end -->"
 READ = "a plain read"
-NO_RIVALS = {*LIBRARIES, READ, "a dict, no copy", "a dict, nothing allocated"}
+NO_RIVALS = {"Liger-Kernel", READ, "a dict, no copy", "a dict, nothing allocated"}
 CHIPS = [f"{chip}, {gb_s:g} GB/s" for chip, gb_s in apple.BANDWIDTH.items()]
 
 
@@ -194,7 +194,11 @@ def page(folder: Path = RESULTS) -> str:
     found = results(folder)
     counted = [row for each in found.values() for row in each.pop("apple", [])]
     measured = {machine: each for machine, each in found.items() if each}
-    return rendered("page.md.jinja", machines=measured, counted=counted, workloads=metal_candle.rows())
+    workloads, quoted = (
+        list(metal_candle.rows()),
+        {name: row["quoted"] for name, row in metal_candle.PAGE["rows"].items()},
+    )
+    return rendered("page.md.jinja", machines=measured, counted=counted, workloads=workloads, quoted=quoted)
 
 
 def readme(folder: Path = RESULTS) -> str:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import ops
 from apple import counts
+from cases import Case
 from decode import decode
 from generate import requests
 from metal_candle import rows
-from record import KEYS, RESULTS, STAMP, Case, rows_of, slug
+from record import KEYS, RESULTS, STAMP, rows_of, slug
 from timing import ROOT, keep_freed_memory
 from train import losses, training
 from transformers.utils import logging
@@ -22,11 +23,12 @@ from transformers.utils import logging
 from torch_fused.devices import best_device, device_name
 
 BENCHES: dict[str, Callable[[str], Iterable[Case]]] = {
-    "adamw": ops.adamw, "apple": counts, "decode": decode, "generate": requests, "kv_cache": ops.kv_cache,
-    "layer_norm": lambda *_: ops.by_rows("layer_norm"), "linear_cross_entropy": losses, "metal_candle": rows,
-    "quantized": ops.quantized, "rms_norm": lambda *_: ops.by_rows("rms_norm", "add_rms_norm"),
-    "rope": lambda *_: ops.rope(), "sampling": ops.draws, "softmax": lambda *_: ops.by_rows("softmax"),
-    "swiglu": lambda *_: ops.by_rows("silu_mul", "gelu_mul"), "train": training,
+    "adamw": ops.adamw, "apple": lambda _: counts(), "decode": decode, "generate": requests,
+    "kv_cache": lambda _: ops.kv_cache(),
+    "layer_norm": lambda _: ops.by_rows("layer_norm"), "linear_cross_entropy": losses, "metal_candle": lambda _: rows(),
+    "quantized": ops.quantized, "rms_norm": lambda _: ops.by_rows("rms_norm", "add_rms_norm"),
+    "rope": lambda _: ops.rope(), "sampling": lambda _: ops.draws(), "softmax": lambda _: ops.by_rows("softmax"),
+    "swiglu": lambda _: ops.by_rows("silu_mul", "gelu_mul"), "train": training,
 }  # fmt: skip
 """The cases of each file of results, for a device."""
 
