@@ -117,7 +117,9 @@ def test_rows_of_something_else_are_measured_again(rows_of, monkeypatch, change)
 
 def test_plots_are_those_of_the_results():
     """Every plot that the pages show is in the repository, and no other: not one of results that are gone."""
-    linked = {path.name for machine, found in record.results().items() for _, path in report.plots(machine, found)}
+    linked = {
+        Path(path).name for machine, found in record.results().items() for path, *_ in report.plots(machine, found)
+    }
     assert linked == {path.name for path in (report.DOCS / "plots").iterdir()}
 
 
@@ -328,8 +330,7 @@ def test_liger_patches_one_model(monkeypatch):
 
 def test_the_pages_are_those_of_the_rows():
     """Byte for byte, so that no number in them differs from the CSV files."""
-    assert report.page() == report.REPORT.read_text()
-    assert report.readme() == report.README.read_text()
+    assert report.pages() == {path: path.read_text() for path in (report.REPORT, report.README)}
 
 
 def test_no_number_is_measured_elsewhere():
@@ -362,9 +363,16 @@ def page_of(tmp_path):
     """The page of a machine with these rows, which have what is not given in common."""
 
     def page(*rows):
-        common = {"op": "softmax", "shape": "(1, 1)", "dtype": "f32", "kind": ""} | record.stamp("cpu")
+        common = {
+            "op": "softmax",
+            "shape": "(1, 1)",
+            "dtype": "f32",
+            "kind": "",
+            "gb_s": "1",
+            "copy_share": "0.5",
+        } | record.stamp("cpu")
         record.write(tmp_path / "machine" / "softmax.csv", [common | row for row in rows])
-        return report.page(tmp_path)
+        return report.pages(tmp_path)[report.REPORT]
 
     return page
 
