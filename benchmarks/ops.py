@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import Case, single_calls
+from cases import LISTS, Case, listed, single_calls
 from models import GROUP_SIZE, config, made
 from peers import kernels
 from timing import Call
@@ -122,17 +122,6 @@ OPTIMIZERS = {
 
 # ---- norms, softmax, gated activations, rotary embedding ------------------------------------------------------------
 
-HIDDEN, GATES = [(1, 896), (128, 896), (4096, 896), (4096, 4096)], [(1, 4864), (128, 4864), (2048, 4864), (4096, 4096)]
-LONG = [(64, 1024), (4096, 1024), (4096, 4096), (32, 32000)]
-BY_ROWS = {  # shapes (rows, cols), operands of that shape, operands of (cols,)
-    "rms_norm": (HIDDEN, 1, 1),
-    "add_rms_norm": (HIDDEN, 2, 1),
-    "layer_norm": (LONG, 1, 2),
-    "softmax": ([*LONG, (1, 151936), (64, 151936)], 1, 0),
-    "silu_mul": (GATES, 2, 0),
-    "gelu_mul": (GATES, 2, 0),
-}
-
 
 def randn(*shape: int, dtype: torch.dtype) -> Tensor:
     """Four dimensions are as attention passes them: heads and tokens of a projection's output, transposed."""
@@ -154,13 +143,13 @@ def op_case(op: str, shape: Shape, sizes: Sequence[Shape], moved: int, dtype: to
     """An op with operands of these sizes, which moves so many elements; or the gradients of its first `of` operands."""
     name, prepare = (f"{op} backward", partial(gradients, of)) if of else (op, partial)
     contenders, operands = {**CALLS[op], **kernels(name)}, lambda: (randn(*size, dtype=dtype) for size in sizes)
-    return Case(name, str(shape), NAMES[dtype], "", contenders, operands, prepare, moved * dtype.itemsize)
+    return Case(name, str(tuple(shape)), NAMES[dtype], "", contenders, operands, prepare, moved * dtype.itemsize)
 
 
 def by_rows(*ops: str, shapes: Iterable[Shape] = (), dtypes: Iterable[torch.dtype] = DTYPES) -> Iterator[Case]:
     """Ops, and their gradients in the shapes of training."""
     for op in ops:
-        known, full, vectors = BY_ROWS[op]
+        known, full, vectors = LISTS["by_rows"][op].values()
         adds = op == "add_rms_norm"  # it has two results, and its gradient is not timed
         for shape, dtype in product(shapes or known, dtypes):
             sizes, elements = [shape] * full + [shape[1:]] * vectors, shape[0] * shape[1]
@@ -170,13 +159,11 @@ def by_rows(*ops: str, shapes: Iterable[Shape] = (), dtypes: Iterable[torch.dtyp
 
 
 def rope() -> Iterator[Case]:
-    """Shapes are (batch, tokens, query heads, key heads, head_dim): of Qwen2.5-0.5B and Qwen3-8B."""
-    shapes = [(1, 1, 14, 2, 64), (1, 128, 14, 2, 64), (1, 2048, 14, 2, 64), (1, 2048, 32, 8, 128)]
-    for shape, dtype in product(shapes, DTYPES):
+    for shape, dtype in product(LISTS["rope"]["shapes"], DTYPES):
         batch, tokens, *heads, head_dim = shape
         sizes = [*((batch, tokens, n, head_dim) for n in heads), *[(1, tokens, head_dim)] * 2]
         moved = (2 * batch * sum(heads) + 2) * tokens * head_dim
-        for of in (0, 2) if shape == shapes[2] else (0,):
+        for of in (0, 2) if shape in LISTS["rope"]["backward"] else (0,):
             yield op_case(ROPE, shape, sizes, moved, dtype, of)
 
 
@@ -196,9 +183,7 @@ def optimizer_step(make: Callable[..., torch.optim.Optimizer], *params: torch.nn
 
 
 def adamw(device: str) -> Iterator[Case]:
-    # On the CPU the large one has 8 GB of operands, and takes half a second per step.
-    names = ["a small Qwen2", "Qwen2.5-0.5B"] if device != "cpu" else ["a small Qwen2"]
-    for name, dtype in product(names, DTYPES):
+    for name, dtype in product(listed("adamw", device), DTYPES):
         shapes = [weight.shape for weight in made(name, dtype, "meta").parameters()]
         elements = sum(shape.numel() for shape in shapes)
         yield Case(
@@ -229,17 +214,16 @@ def filled(make: Callable[[Any, int], Any], prompt: Tensor, token: Tensor) -> Ca
 
 
 def kv_cache() -> Iterator[Case]:
-    """The shape is how many tokens the cache holds."""
-    for length in (512, 4096, 32768):
+    for length in LISTS["kv_cache"]:
         operands = partial(map, lambda tokens: randn(1, tokens, 2, 64, dtype=torch.bfloat16), (length, 1))
         yield Case("kv append", f"{length} tokens", "bf16", "", CACHES, operands, filled, measure=single_calls)
 
 
 def draws() -> Iterator[Case]:
-    kinds = {"normal": 2.0, "nearly flat": 1e-3, "all equal": 0.0}
-    for shape, (kind, scale), op in product([(1, 32000), (1, 151936), (32, 151936)], kinds.items(), DRAWS):
+    shapes, kinds = LISTS["sampling"].values()
+    for shape, (kind, scale), op in product(shapes, kinds.items(), DRAWS):
         logits = partial(lambda shape, scale: [torch.randn(shape) * scale], shape, scale)
-        yield Case(op, str(shape), "f32", kind, DRAWS[op], logits, nbytes=4 * shape[0] * shape[1])
+        yield Case(op, str(tuple(shape)), "f32", kind, DRAWS[op], logits, nbytes=4 * shape[0] * shape[1])
 
 
 PRODUCTS: Contenders = {  # of vectors and a matrix, dense and packed
@@ -258,9 +242,7 @@ def matrices(vectors: int, rows: int, cols: int, dtype: torch.dtype, **options: 
 
 
 def quantized(device: str) -> Iterator[Case]:
-    """Projections and heads."""
-    one = [(1, 896, 896), (1, 4864, 896), (1, 896, 4864), (1, 151936, 896), (1, 4096, 4096)]
-    for shape, bits, dtype in product([*one, (8, 4864, 896), (128, 4864, 896)], (4, 8), DTYPES):
+    for shape, bits, dtype in product(LISTS["quantized"], (4, 8), DTYPES):
         vectors, rows, cols = shape
         absent = {"dequantize, F.linear"} if vectors <= 8 else {"torch_fused int8"}
         if device != "cpu":

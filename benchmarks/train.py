@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import Case, steps
+from cases import Case, listed, steps
 from models import adapted, made
 from ops import DTYPES, OPTIMIZERS
 from peers import has, kernels, patched_by_liger
@@ -76,8 +76,7 @@ def loss_case(tokens: int, features: int, dtype: torch.dtype, device: str) -> Ca
 
 
 def losses(device: str) -> Iterator[Case]:
-    shapes = [(512, 576), (512, 896), (2048, 896), (8192, 896)] if device != "cpu" else [(512, 576)]
-    for shape, dtype in product(shapes, DTYPES):
+    for shape, dtype in product(listed("linear_cross_entropy", device), DTYPES):
         yield loss_case(*shape, dtype, device)
 
 
