@@ -6,6 +6,8 @@ launch and for the share of the bandwidth that is reached. On a Mac the other be
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
+from typing import Any
 
 import torch
 from cases import Case
@@ -59,18 +61,19 @@ def token(name: str, bits: int) -> Counts:
     return launches, moved
 
 
-def columns(counts: Counts) -> dict[str, Columns]:
+def columns(case: Case, device: str) -> dict[str, Columns]:
+    counts = case.calls()["torch_fused"]()
     return {"torch_fused": dict(zip(("launches", "bytes"), map(str, counts), strict=True))}
-
-
-def count(case: Case, device: str) -> dict[str, Columns]:
-    return columns(counted(case.calls()["torch_fused"]))
 
 
 def ours(case: Case, op: str) -> Case:
     """A case of which ours is counted."""
+
+    def prepare(*operands: Any) -> Call:
+        return partial(counted, case.prepare(*operands))
+
     contenders = {"torch_fused": case.contenders["torch_fused"]}
-    return replace(case, op=op, kind="", contenders=contenders, measure=count)
+    return replace(case, op=op, kind="", contenders=contenders, prepare=prepare, measure=columns)
 
 
 def counts() -> list[Case]:
@@ -88,12 +91,8 @@ def counts() -> list[Case]:
         *(case for case in draws() if case.op in names and (case.shape, case.kind) == ("(1, 151936)", "normal")),
         next(adamw("cpu")),
     ]
-    tokens = [
-        Case(
-            TOKEN, f"{name} after {CONTEXT}", "bf16", f"{bits} bits" if bits else "",
-            {"torch_fused": partial(token, name, bits)}, measure=lambda case, _: columns(case.calls()["torch_fused"]()),
-        )
-        for name in ("Qwen2.5-0.5B", "Llama-3.2-1B")
-        for bits in (0, 4)
-    ]  # fmt: skip
-    return [ours(case, names.get(case.op, case.op)) for case in cases] + tokens
+    counted = [ours(case, names.get(case.op, case.op)) for case in cases]
+    for name, bits in product(("Qwen2.5-0.5B", "Llama-3.2-1B"), (0, 4)):
+        kind, contenders = f"{bits} bits" if bits else "", {"torch_fused": partial(token, name, bits)}
+        counted.append(Case(TOKEN, f"{name} after {CONTEXT}", "bf16", kind, contenders, measure=columns))
+    return counted

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import yaml
 from cases import Case
 from models import adapted, config, made
-from ops import CALLS, DRAWS, OPTIMIZERS, Contenders, fill, normed, optimizer_step, parameters
+from ops import CALLS, DRAWS, OPTIMIZERS, Contenders, fill, logits, normed, optimizer_step, parameters
 from peers import kernels
 from timing import Call, Columns, interleave, quartiles
 from torch import Tensor, nn
@@ -103,7 +103,7 @@ def appended(layers: int, heads: int, held: int, of: int | None = None) -> Work:
 
 
 def stored(layers: int) -> Work:
-    caches, states, prepare = appended(layers, 14, 1, of=24)
+    found, states, prepare = appended(layers, 14, 1, of=24)
 
     def store(prompt: Tensor, token: Tensor) -> Call:
         held: dict[int, tuple[Tensor, Tensor]] = {}
@@ -114,8 +114,8 @@ def stored(layers: int) -> Work:
 
         return insert
 
-    ours = {name: partial(prepare, caches[name]) for name in ("DynamicCache", "torch_fused")}
-    return {"a dict, no copy": store} | ours, states, lambda make, *operands: make(*operands)
+    rest = {name: partial(prepare, found[name]) for name in ("DynamicCache", "torch_fused")}
+    return {"a dict, no copy": store} | rest, states, lambda make, *operands: make(*operands)
 
 
 def written(
@@ -144,7 +144,7 @@ def constructed(model: str) -> Work:
 
 def drawn(op: str, vocabulary: int) -> Work:
     """An id that is read back."""
-    return DRAWS[op], lambda: [torch.randn(1, vocabulary) * 2], lambda call, x: lambda: int(call(x))
+    return DRAWS[op], partial(logits, (1, vocabulary)), lambda call, x: lambda: int(call(x))
 
 
 def drawn_on_host(op: str, vocabulary: int) -> Work:

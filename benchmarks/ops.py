@@ -219,11 +219,15 @@ def kv_cache() -> Iterator[Case]:
         yield Case("kv append", f"{length} tokens", "bf16", "", CACHES, operands, filled, measure=single_calls)
 
 
+def logits(shape: Shape, scale: float = 2.0) -> list[Tensor]:
+    return [torch.randn(shape) * scale]
+
+
 def draws() -> Iterator[Case]:
     shapes, kinds = LISTS["sampling"].values()
     for shape, (kind, scale), op in product(shapes, kinds.items(), DRAWS):
-        logits = partial(lambda shape, scale: [torch.randn(shape) * scale], shape, scale)
-        yield Case(op, str(tuple(shape)), "f32", kind, DRAWS[op], logits, nbytes=4 * shape[0] * shape[1])
+        operands = partial(logits, shape, scale)
+        yield Case(op, str(tuple(shape)), "f32", kind, DRAWS[op], operands, nbytes=4 * shape[0] * shape[1])
 
 
 PRODUCTS: Contenders = {  # of vectors and a matrix, dense and packed

@@ -82,7 +82,6 @@ def losses(device: str) -> Iterator[Case]:
 
 # ---- steps of a model -----------------------------------------------------------------------------------------------
 
-
 Contender = tuple[Callable[[Any], object], Callable[..., torch.optim.Optimizer]]
 """What patches a model, and its optimizer."""
 
