@@ -149,7 +149,7 @@ def op_case(op: str, shape: Shape, sizes: Sequence[Shape], moved: int, dtype: to
 def by_rows(*ops: str, shapes: Iterable[Shape] = (), dtypes: Iterable[torch.dtype] = DTYPES) -> Iterator[Case]:
     """Ops, and their gradients in the shapes of training."""
     for op in ops:
-        known, full, vectors = LISTS["by_rows"][op].values()
+        known, full, vectors = (LISTS["by_rows"][op][key] for key in ("shapes", "operands", "vectors"))
         adds = op == "add_rms_norm"  # it has two results, and its gradient is not timed
         for shape, dtype in product(shapes or known, dtypes):
             sizes, elements = [shape] * full + [shape[1:]] * vectors, shape[0] * shape[1]
@@ -224,8 +224,8 @@ def logits(shape: Shape, scale: float = 2.0) -> list[Tensor]:
 
 
 def draws() -> Iterator[Case]:
-    shapes, kinds = LISTS["sampling"].values()
-    for shape, (kind, scale), op in product(shapes, kinds.items(), DRAWS):
+    listed = LISTS["sampling"]
+    for shape, (kind, scale), op in product(listed["shapes"], listed["kinds"].items(), DRAWS):
         operands = partial(logits, shape, scale)
         yield Case(op, str(tuple(shape)), "f32", kind, DRAWS[op], operands, nbytes=4 * shape[0] * shape[1])
 
