@@ -13,7 +13,7 @@ PIP = $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
 # Builds the extension while pip installs what it does not need.
 SETUP = @$(MAKE) -s -j2 build
 
-.PHONY: venv build demo test test-full bench bench-full lint format metal-check mac-check arm-check gpu-check clean
+.PHONY: venv build demo test test-full bench lint format metal-check mac-check arm-check gpu-check clean
 
 venv:
 	$(SETUP) $(VENV)/ready
@@ -58,9 +58,6 @@ test-full: venv
 bench: venv
 	$(BIN)/python benchmarks/run.py $(ARGS)
 	$(BIN)/python benchmarks/report.py
-
-bench-full: ARGS += --full
-bench-full: bench
 
 CPP = $(shell find csrc_mps torch_fused/metal/include tools/arm_check -name '*.cpp' -o -name '*.mm' -o -name '*.h' ! -name '*.metal.h')
 

@@ -4,15 +4,16 @@ A prediction for an Apple GPU takes these bytes at its published memory bandwidt
 launch and for the share of the bandwidth that is reached. On a Mac the other benchmarks measure these ops.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
+from itertools import product
+from typing import Any
 
 import torch
+from cases import Case
 from decode import step
-from models import CONFIGS, made
-from ops import OpCase, adamw, by_rows, draws, rope
-from record import Case
+from models import config, made
+from ops import adamw, by_rows, draws, rope
 from timing import Call, Columns
 
 from torch_fused import sampling
@@ -44,17 +45,6 @@ def predicted(nbytes: float, launches: float, gb_s: float) -> list[float]:
     return [nbytes / (gb_s * 1e9 * share) + launches * launch for share, launch in bounds]
 
 
-@dataclass(frozen=True, eq=False)
-class Counted(Case):
-    count: Callable[[], Counts]
-
-    def contenders(self, device: str) -> Mapping[str, Callable[[], Counts]]:
-        return {"torch_fused": self.count}
-
-    def measure(self, contenders: Mapping[str, Callable[[], Counts]], device: str) -> dict[str, Columns]:
-        return {"torch_fused": dict(zip(("launches", "bytes"), map(str, self.count()), strict=True))}
-
-
 def token(name: str, bits: int) -> Counts:
     """Of a greedy token of a model, from one layer and two, and from two vocabularies: counts grow evenly."""
 
@@ -62,19 +52,31 @@ def token(name: str, bits: int) -> Counts:
         model = made(name, torch.bfloat16, "cpu", bits, num_hidden_layers=layers, vocab_size=vocabulary)
         return counted(step(model, (1, 1, CONTEXT)))
 
-    config = CONFIGS[name]()
-    greedy = counted(partial(sampling.greedy, torch.zeros(1, config.vocab_size)))
+    whole = config(name)
+    greedy = counted(partial(sampling.greedy, torch.zeros(1, whole.vocab_size)))
     launches, moved = (
-        one + (config.num_hidden_layers - 1) * (two - one) + (config.vocab_size - PART) * (wide - one) // PART + rest
+        one + (whole.num_hidden_layers - 1) * (two - one) + (whole.vocab_size - PART) * (wide - one) // PART + rest
         for one, two, wide, rest in zip(part(1, PART), part(2, PART), part(1, 2 * PART), greedy, strict=True)
     )
     return launches, moved
 
 
-def counts(device: str = "cpu", full: bool = False) -> list[Case]:
-    def of_op(case: OpCase) -> Counts:
-        return counted(case.prepare(case.calls["torch_fused"], *case.operands()))
+def columns(case: Case, device: str) -> dict[str, Columns]:
+    counts = case.calls()["torch_fused"]()
+    return {"torch_fused": dict(zip(("launches", "bytes"), map(str, counts), strict=True))}
 
+
+def ours(case: Case, op: str) -> Case:
+    """A case of which ours is counted."""
+
+    def prepare(*operands: Any) -> Call:
+        return partial(counted, case.prepare(*operands))
+
+    contenders = {"torch_fused": case.contenders["torch_fused"]}
+    return replace(case, op=op, kind="", contenders=contenders, prepare=prepare, measure=columns)
+
+
+def counts() -> list[Case]:
     def states() -> list[torch.Tensor]:
         return [torch.zeros(1, 2, tokens, 64, dtype=torch.bfloat16) for tokens in (4096, 4096, 1, 1)]
 
@@ -85,13 +87,12 @@ def counts(device: str = "cpu", full: bool = False) -> list[Case]:
     cases = [
         *(case for op, sizes in shapes for case in by_rows(op, shapes=sizes, dtypes=[torch.bfloat16])),
         [*rope()][1],
-        OpCase("kv_append_", "one token, one layer", "bf16", "", 0, states, append),
+        Case("kv_append_", "one token, one layer", "bf16", "", append, states),
         *(case for case in draws() if case.op in names and (case.shape, case.kind) == ("(1, 151936)", "normal")),
         next(adamw("cpu")),
     ]
-    ops = [Counted(names.get(case.op, case.op), case.shape, case.dtype, "", partial(of_op, case)) for case in cases]
-    return ops + [
-        Counted(TOKEN, f"{name} after {CONTEXT}", "bf16", f"{bits} bits" if bits else "", partial(token, name, bits))
-        for name in ("Qwen2.5-0.5B", "Llama-3.2-1B")
-        for bits in (0, 4)
-    ]
+    counted = [ours(case, names.get(case.op, case.op)) for case in cases]
+    for name, bits in product(("Qwen2.5-0.5B", "Llama-3.2-1B"), (0, 4)):
+        kind, contenders = f"{bits} bits" if bits else "", {"torch_fused": partial(token, name, bits)}
+        counted.append(Case(TOKEN, f"{name} after {CONTEXT}", "bf16", kind, contenders, measure=columns))
+    return counted

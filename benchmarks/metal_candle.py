@@ -1,81 +1,68 @@
 """Every row of metal-candle v1.2.0's published benchmark page, as published and as an honest workload, in float32.
 
 As published, a call is waited for only if a value is read back. The honest workload allocates and writes real bytes in
-the shapes of real Qwen2.5 models, and waits for every call.
+the shapes of real Qwen2.5 models, and waits for every call. metal_candle.yaml has the rows.
 """
 
-import copy
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from models import CONFIGS, adapted, made
-from ops import CALLS, DRAWS, OPTIMIZERS, fill, parameters
+import yaml
+from cases import Case
+from models import adapted, config, made
+from ops import CALLS, DRAWS, OPTIMIZERS, Contenders, fill, logits, normed, optimizer_step, parameters
 from peers import kernels
-from record import Case
 from timing import Call, Columns, interleave, quartiles
 from torch import Tensor, nn
 from train import trained
 from transformers import DynamicCache
 
-from torch_fused import functional
 from torch_fused.devices import synchronize
 from torch_fused.hf import FusedKVCache, apply_torch_fused
-from torch_fused.ops.layer_norm import layer_norm_reference
 from torch_fused.ops.rms_norm import rms_norm_reference
 
+PAGE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 PUBLISHED, HONEST = "as published", "honest"
 RUNS, SAMPLES = 5, 15  # samples of a run
-Contenders = Mapping[str, Call]
+QWEN = "Qwen2.5-0.5B"
+Work = tuple[Contenders, Callable[[], Sequence[Any]], Callable[..., Call]]
+"""Of a case: its contenders, their operands, and what makes the calls."""
 
 
-@dataclass(frozen=True, eq=False)
-class Workload(Case):
-    """One of a row's two."""
+def runs(case: Case, device: str) -> dict[str, Columns]:
+    def waited(call: Call) -> Call:
+        return lambda: (call(), synchronize(device))
 
-    make: Callable[[], Contenders]  # on torch's default device
-
-    def contenders(self, device: str) -> Contenders:
-        torch.manual_seed(0)
-        with torch.device(device):
-            return self.make()
-
-    def measure(self, contenders: Contenders, device: str) -> dict[str, Columns]:
-        def waited(call: Call) -> Call:
-            return lambda: (call(), synchronize(device))
-
-        waits = self.kind == HONEST and device != "cpu"
-        calls = {name: [waited(call) if waits else call] for name, call in contenders.items()}
-        found = interleave(calls, device, rounds=RUNS * SAMPLES, target=0.002, wall=True)
-        return {name: columns(samples) for name, samples in found.items()}
+    waits = case.kind == HONEST and device != "cpu"
+    calls = {name: [waited(call) if waits else call] for name, call in case.calls(device).items()}
+    found = interleave(calls, device, rounds=RUNS * SAMPLES, target=0.002, wall=True)
+    return {name: columns(samples) for name, samples in found.items()}
 
 
 def columns(samples: Sequence[float]) -> Columns:
     """The median, how much the runs' medians vary, and the samples beyond 1.5 times the quartiles' distance."""
-    each = -(-len(samples) // RUNS)
-    medians = [statistics.median(samples[i : i + each]) for i in range(0, len(samples), each)]
+    medians = np.median(np.split(np.array(samples), RUNS), axis=1)
     low, median, high = quartiles(samples)
-    margin = 1.5 * (high - low)
-    outliers = sum(not low - margin <= sample <= high + margin for sample in samples)
+    outliers = sum(max(low - sample, sample - high) > 1.5 * (high - low) for sample in samples)
     variation = statistics.stdev(medians) / statistics.mean(medians)
     return {"ms": median * 1e3, "variation": variation, "outliers": str(outliers), "samples": str(len(samples))}
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------
 
-QWEN = "Qwen2.5-0.5B"
-CONFIG = CONFIGS[QWEN]()
-
 
 class Buffers:
     """The least that torch can do: two tensors per layer, written in place."""
 
-    def __init__(self, layers: int, shape: tuple[int, ...], device: torch.device) -> None:
-        self.layers = [[torch.empty(shape, device=device) for _ in range(2)] for _ in range(layers)]
+    def __init__(self, layers: int, like: Tensor, length: int) -> None:
+        shape = (*like.shape[:2], length, like.shape[3])
+        self.layers = [[like.new_empty(shape) for _ in range(2)] for _ in range(layers)]
         self.length = 0
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> None:
@@ -89,157 +76,131 @@ class Buffers:
         self.length += count
 
 
-def caches(config: Any, states: Tensor, length: int, **sizes: int) -> dict[str, Callable[[], Any]]:
-    """New ones of `length` tokens like these states."""
-    batch, heads, _, head_dim = states.shape
+def caches(config: Any, length: int, **sizes: int) -> Contenders:
+    """What makes new ones of `length` tokens like some states."""
     return {
-        "DynamicCache": partial(DynamicCache, config=config),
-        "copy_": partial(Buffers, config.num_hidden_layers, (batch, heads, length, head_dim), states.device),
-        "torch_fused": partial(FusedKVCache, config, **sizes),
+        "DynamicCache": lambda states: DynamicCache(config=config),
+        "copy_": lambda states: Buffers(config.num_hidden_layers, states, length),
+        "torch_fused": lambda states: FusedKVCache(config, **sizes),
     }
 
 
-def inserted(layers: int, config: Any, heads: int, held: int) -> Contenders:
+def appended(layers: int, heads: int, held: int, of: int | None = None) -> Work:
     """The last of so many tokens, taken away and appended again, in some layers."""
-    prompt, token = torch.randn(1, heads, held, 64), torch.randn(1, heads, 1, 64)
+    settings = config(QWEN, num_hidden_layers=of or layers)
 
-    def update(cache: Any) -> None:
+    def update(cache: Any, token: Tensor) -> None:
         cache.crop(-1)
         fill(cache, token, layers)
 
-    found = {name: new() for name, new in caches(config, token, held, expected_len=held).items()}
-    for cache in found.values():
-        fill(cache, prompt, config.num_hidden_layers)
-    return {name: partial(update, cache) for name, cache in found.items()}
+    def prepare(new: Callable[[Tensor], Any], prompt: Tensor, token: Tensor) -> Call:
+        cache = new(token)
+        fill(cache, prompt, settings.num_hidden_layers)
+        return partial(update, cache, token)
+
+    new = caches(settings, held, expected_len=held)
+    return new, lambda: [torch.randn(1, heads, tokens, 64) for tokens in (held, 1)], prepare
 
 
-def insert_published(layers: int) -> Contenders:
-    token, store = torch.randn(1, 14, 1, 64), {}
+def stored(layers: int) -> Work:
+    found, states, prepare = appended(layers, 14, 1, of=24)
 
-    def insert() -> None:
-        store.clear()
-        store.update((layer, (token, token)) for layer in range(layers))
+    def store(prompt: Tensor, token: Tensor) -> Call:
+        held: dict[int, tuple[Tensor, Tensor]] = {}
 
-    found = inserted(layers, CONFIG, 14, 1)
-    return {"a dict, no copy": insert, **{name: found[name] for name in ("DynamicCache", "torch_fused")}}
+        def insert() -> None:
+            held.clear()
+            held.update((layer, (token, token)) for layer in range(layers))
+
+        return insert
+
+    rest = {name: partial(prepare, found[name]) for name in ("DynamicCache", "torch_fused")}
+    return {"a dict, no copy": store} | rest, states, lambda make, *operands: make(*operands)
 
 
-def written(config: Any, heads: int, tokens: int, times: int, length: int) -> Contenders:
-    """A new cache with room for `length` tokens, to which some are appended several times."""
-    states = torch.randn(1, heads, tokens, config.head_dim)
+def written(
+    capacity: int, times: int = 1, tokens: int = 1, heads: int = 2, model: str = QWEN, layers: int = 24
+) -> Work:
+    """A new cache of this capacity, to which some tokens are appended several times."""
+    settings = config(model, num_hidden_layers=layers)
 
-    def write(new: Callable[[], Any]) -> None:
-        cache = new()
+    def write(new: Callable[[Tensor], Any], states: Tensor) -> None:
+        cache = new(states)
         for _ in range(times):
-            fill(cache, states, config.num_hidden_layers)
+            fill(cache, states, layers)
 
-    return {name: partial(write, new) for name, new in caches(config, states, length, max_cache_len=length).items()}
+    new = caches(settings, capacity, max_cache_len=capacity)
+    return new, lambda: [torch.randn(1, heads, tokens, settings.head_dim)], partial(partial, write)
 
 
-def empty(config: Any) -> Contenders:
-    found = caches(config, torch.empty(1, 2, 1, 64), 0, max_cache_len=2048)
-    return {"a dict, nothing allocated": dict, **{name: found[name] for name in ("DynamicCache", "torch_fused")}}
+def constructed(model: str) -> Work:
+    found = caches(config(model), 0, max_cache_len=2048)
+    new = {name: partial(found[name], None) for name in ("DynamicCache", "torch_fused")}
+    return {"a dict, nothing allocated": dict} | new, list, partial
 
 
 # ---- sampling and ops -----------------------------------------------------------------------------------------------
 
 
-def sampled(op: str, vocabulary: int, honest: bool) -> Contenders:
-    """An id that is read back. As published, the host does the rest of the work too, as fast as torch can."""
-    x, calls = torch.randn(1, vocabulary) * 2, {**DRAWS[op], **kernels(op)}
-    if not honest:
-        *_, fastest = DRAWS[op].values()
-        calls = {"torch on the host": lambda x: fastest(x.cpu()), "torch_fused": DRAWS[op]["torch_fused"]}
-    return {name: lambda call=call: int(call(x)) for name, call in calls.items()}
+def drawn(op: str, vocabulary: int) -> Work:
+    """An id that is read back."""
+    return DRAWS[op], partial(logits, (1, vocabulary)), lambda call, x: lambda: int(call(x))
 
 
-def softmax_of(*shape: int) -> Contenders:
-    x = torch.randn(shape).flatten(0, -2)
-    return {name: partial(call, x) for name, call in {**CALLS["softmax"], **kernels("softmax")}.items()}
+def drawn_on_host(op: str, vocabulary: int) -> Work:
+    """The host does the rest of the work too, as fast as torch can."""
+    calls, *rest = drawn(op, vocabulary)
+    *_, fastest = calls.values()
+    return {"torch on the host": lambda x: fastest(x.cpu()), "torch_fused": calls["torch_fused"]}, *rest
 
 
-def norm_of(op: str, shape: tuple[int, ...], weighted: bool) -> Contenders:
-    x, size = torch.randn(shape), shape[-1:]
-    weights = [torch.randn(size) for _ in range(2 if op == "layer_norm" else 1)] if weighted else []
-    composed = {"layer_norm": layer_norm_reference, "rms_norm": rms_norm_reference}[op]
-    calls = {"torch composed": composed, f"F.{op}": getattr(F, op), "torch_fused": getattr(functional, op)}
-    peers = {name: partial(peer, x, *weights) for name, peer in kernels(op).items() if weighted}
-    return {name: partial(call, x, size, *weights) for name, call in calls.items()} | peers
+def softmax(shape: Sequence[int]) -> Work:
+    return {**CALLS["softmax"], **kernels("softmax")}, lambda: [torch.randn(shape).flatten(0, -2)], partial
+
+
+def norm(op: str, shape: Sequence[int], weights: int = 0) -> Work:
+    calls = {"torch composed": normed(rms_norm_reference), **CALLS[op]}
+    found = {name: calls[name] for name in ("torch composed", f"F.{op}", "torch_fused")}
+    sizes = [shape] + weights * [shape[-1:]]
+    return found | (kernels(op) if weights else {}), lambda: [torch.randn(size) for size in sizes], partial
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def trained_models(models: Mapping[str, nn.Module], loss: Callable[[nn.Module], Tensor]) -> Contenders:
-    """With the optimizer of each. The loss is read back."""
-    steps = {name: trained(model, OPTIMIZERS[name], loss) for name, model in models.items()}
-    return {name: lambda step=step: step().item() for name, step in steps.items()}
+def train_linear() -> Work:
+    def step(optimizer: Callable[..., Any], x: Tensor, targets: Tensor) -> Call:
+        model = adapted(nn.Sequential(nn.Linear(512, 512)).to(x.device), ["0"], rank=8)
+        step = trained(model, optimizer, lambda model: F.cross_entropy(model(x).view(256, 512), targets))
+        return lambda: step().item()
+
+    return OPTIMIZERS, lambda: [torch.randn(4, 64, 512), torch.randint(512, (256,))], step
 
 
-def train_published() -> Contenders:
-    x, targets = torch.randn(4, 64, 512), torch.randint(512, (256,))
-    models = {name: adapted(nn.Sequential(nn.Linear(512, 512)), ["0"], rank=8) for name in OPTIMIZERS}
-    return trained_models(models, lambda model: F.cross_entropy(model(x).view(256, 512), targets))
+def train_layer() -> Work:
+    def step(optimizer: Callable[..., Any], ids: Tensor) -> Call:
+        model = made(QWEN, torch.float32, ids.device, num_hidden_layers=1).train()
+        model = adapted(model, ["q_proj", "v_proj"], rank=8)
+        if optimizer is OPTIMIZERS["torch_fused"]:
+            apply_torch_fused(model)
+        step = trained(model, optimizer, lambda model: model(input_ids=ids, labels=ids, use_cache=False).loss)
+        return lambda: step().item()
+
+    return OPTIMIZERS, lambda: [torch.randint(config(QWEN).vocab_size, (4, 64))], step
 
 
-def train_honest() -> Contenders:
-    ids = torch.randint(CONFIG.vocab_size, (4, 64))
-    stock = adapted(made(QWEN, torch.float32, ids.device, num_hidden_layers=1).train(), ["q_proj", "v_proj"], rank=8)
-    models = {name: copy.deepcopy(stock) for name in OPTIMIZERS}
-    apply_torch_fused(models["torch_fused"])
-    return trained_models(models, lambda model: model(input_ids=ids, labels=ids, use_cache=False).loss)
+def adamw(shapes: Sequence[Sequence[int]]) -> Work:
+    return OPTIMIZERS, partial(parameters, shapes), optimizer_step
 
 
-def adamw_of(model: nn.Module) -> Contenders:
-    """For parameters of these shapes."""
-    shapes = [param.shape for param in model.parameters()]
-    return {name: make(parameters(shapes)).step for name, make in OPTIMIZERS.items()}
+def workload(row: str, kind: str, workload: str, **arguments: Any) -> Case:
+    arguments = PAGE["workloads"][workload] | arguments
+    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    make, text = globals()[arguments.pop("make")], arguments.pop("text")
+    return Case(row, text.format(**arguments), "f32", kind, *make(**arguments), measure=runs)
 
 
-# ---- the page -------------------------------------------------------------------------------------------------------
-
-Make = tuple[Any, ...]
-"""The text of a workload, and what makes its contenders, with arguments."""
-
-
-def page() -> Iterator[tuple[str, Make, Make]]:
-    """The rows: as published, and honest."""
-    for name, layers in (("KV cache, single layer", 1), ("KV cache, all 24 layers", 24)):
-        text = f"clear, then insert k and v of (1, 14, 1, 64) in {layers} of 24 layers"
-        real = f"one token of (1, 2, 1, 64) appended after 512 in {layers} layers"
-        config = CONFIGS[QWEN](num_hidden_layers=layers)
-        yield name, (text, insert_published, layers), (real, inserted, layers, config, 2, 513)
-    for length in (512, 2048):
-        text = f"{length // 2} tokens of (1, 14, 1, 64) appended one by one to 24 layers, capacity {length}"
-        real = f"{length} tokens of (1, 2, 1, 64) appended one by one to 24 layers"
-        published = text, written, CONFIG, 14, 1, length // 2, length
-        yield f"full sequence {length}", published, (real, written, CONFIG, 2, 1, length, length)
-    for size in ("0.5B", "1.5B", "3B"):
-        config = CONFIGS[f"Qwen2.5-{size}"]()
-        real = f"a cache of 2048 tokens, {config.num_hidden_layers} layers, allocated and written"
-        published = "an empty cache object", empty, config
-        yield f"KV allocation, Qwen {size}", published, (real, written, config, 2, 2048, 1, 2048)
-    for op in ("greedy", "top-k 50", "top-p 0.9"):
-        sizes = [(f"{op}, vocabulary {n}", n, n) for n in (1000, 10000, 32000, 100000, 151936)]
-        for name, n, m in [(op, 32000, 151936), *sizes]:
-            published = f"{n} logits copied to the host, all of the work there", sampled, op, n, False
-            yield name, published, (f"an id drawn from {m} logits on the device, read back", sampled, op, m, True)
-    shape, scores, hidden = (4, 16, 1024), (1, 14, 128, 128), (1, 128, 896)
-    yield "softmax", (f"{shape}", softmax_of, *shape), (f"attention scores {scores}", softmax_of, *scores)
-    for name, op in (("layer norm", "layer_norm"), ("RMS norm", "rms_norm")):
-        published = f"{shape}, no weights", norm_of, op, shape, False
-        yield name, published, (f"{hidden} with weights", norm_of, op, hidden, True)
-    text = "LoRA of rank 8 on a (512, 512) linear, (4, 64, 512): forward, cross entropy, backward, AdamW"
-    real = "LoRA of rank 8 on q and v of a Qwen2.5-0.5B of one layer, 4 x 64 tokens, loss over 151936"
-    yield "full training step", (text, train_published), (real, train_honest)
-    published = "one (512, 512) parameter", adamw_of, nn.Linear(512, 512, bias=False)
-    layer = made(QWEN, torch.float32, "meta", num_hidden_layers=1).model.layers[0]
-    yield "AdamW", published, ("the 12 parameters of a Qwen2.5-0.5B layer, 15 million", adamw_of, layer)
-
-
-def rows(device: str = "cpu", full: bool = False) -> list[Workload]:
-    return [
-        Workload(name, text, "f32", kind, partial(make, *arguments))
-        for name, *two in page()
-        for kind, (text, make, *arguments) in zip((PUBLISHED, HONEST), two, strict=True)
-    ]
+def rows() -> Iterator[Case]:
+    for name, row in PAGE["rows"].items():
+        for kind in (PUBLISHED, HONEST):
+            yield workload(name, kind, **row[kind])

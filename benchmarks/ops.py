@@ -4,17 +4,16 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from models import CONFIGS, GROUP_SIZE, made
+from cases import LISTS, Case, listed, single_calls
+from models import GROUP_SIZE, config, made
 from peers import kernels
-from record import Case
-from timing import Call, Columns, columns, copies, interleave, sets
+from timing import Call
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
@@ -26,39 +25,8 @@ from torch_fused.ops.layer_norm import layer_norm_reference
 from torch_fused.ops.rms_norm import add_rms_norm_reference, rms_norm_reference
 from torch_fused.testing import NAMES
 
-COPY, ROPE, DTYPES = "copy", "apply_rotary_pos_emb", (torch.float32, torch.bfloat16)
+ROPE, DTYPES = "apply_rotary_pos_emb", (torch.float32, torch.bfloat16)
 Contenders, Shape = Mapping[str, Callable[..., Any]], tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class OpCase(Case):
-    """One op at one shape. `op` is its name, followed by "backward" for its gradient."""
-
-    nbytes: int  # every operand and every result, each once; 0 where bandwidth says nothing
-    operands: Callable[[], Iterable[Any]]  # makes them on torch's default device
-    calls: Contenders
-    prepare: Callable[..., Call] = partial  # makes what is timed from a contender and the operands
-    once: bool = False  # a call changes what the next one does, so a sample is a single call
-
-    def contenders(self, device: str) -> Contenders:
-        return {**self.calls, **kernels(self.op)}
-
-    def measure(self, contenders: Contenders, device: str) -> dict[str, Columns]:
-        torch.manual_seed(0)
-        with torch.device(device):
-            operands = [tuple(self.operands()) for _ in range(1 if self.once else sets(self.nbytes, device))]
-        calls = {name: [self.prepare(call, *each) for each in operands] for name, call in contenders.items()}
-        if self.nbytes:
-            calls[COPY], copied = copies(self.nbytes, device)
-        with torch.no_grad():
-            samples = interleave(calls, device, **({"rounds": 40, "calls": 1} if self.once else {}))
-        found = {name: columns(each) for name, each in samples.items()}
-        if self.nbytes:
-            copy = copied / found.pop(COPY)["ms"]
-            for each in found.values():
-                rate = self.nbytes / each["ms"]
-                each |= {"gb_s": rate / 1e6, "copy_share": rate / copy}
-        return found
 
 
 # ---- contenders -----------------------------------------------------------------------------------------------------
@@ -154,17 +122,6 @@ OPTIMIZERS = {
 
 # ---- norms, softmax, gated activations, rotary embedding ------------------------------------------------------------
 
-HIDDEN, GATES = [(1, 896), (128, 896), (4096, 896), (4096, 4096)], [(1, 4864), (128, 4864), (2048, 4864), (4096, 4096)]
-LONG = [(64, 1024), (4096, 1024), (4096, 4096), (32, 32000)]
-BY_ROWS = {  # shapes (rows, cols), operands of that shape, operands of (cols,)
-    "rms_norm": (HIDDEN, 1, 1),
-    "add_rms_norm": (HIDDEN, 2, 1),
-    "layer_norm": (LONG, 1, 2),
-    "softmax": ([*LONG, (1, 151936), (64, 151936)], 1, 0),
-    "silu_mul": (GATES, 2, 0),
-    "gelu_mul": (GATES, 2, 0),
-}
-
 
 def randn(*shape: int, dtype: torch.dtype) -> Tensor:
     """Four dimensions are as attention passes them: heads and tokens of a projection's output, transposed."""
@@ -182,21 +139,17 @@ def gradients(of: int, call: Callable[..., Any], *operands: Tensor) -> Call:
     return lambda: torch.autograd.grad(results, inputs, grads, retain_graph=True)
 
 
-def op_case(op: str, shape: Shape, sizes: Sequence[Shape], moved: int, dtype: torch.dtype, of: int = 0) -> OpCase:
+def op_case(op: str, shape: Shape, sizes: Sequence[Shape], moved: int, dtype: torch.dtype, of: int = 0) -> Case:
     """An op with operands of these sizes, which moves so many elements; or the gradients of its first `of` operands."""
-    theirs = next(call for name, call in CALLS[op].items() if not name.startswith("torch_fused"))
-    return OpCase(
-        f"{op} backward" if of else op, str(shape), NAMES[dtype], "", moved * dtype.itemsize,
-        lambda: (randn(*size, dtype=dtype) for size in sizes),
-        {**CALLS[op], "torch.compile": torch.compile(theirs, dynamic=False)},
-        partial(gradients, of) if of else partial,
-    )  # fmt: skip
+    name, prepare = (f"{op} backward", partial(gradients, of)) if of else (op, partial)
+    contenders, operands = {**CALLS[op], **kernels(name)}, lambda: (randn(*size, dtype=dtype) for size in sizes)
+    return Case(name, str(tuple(shape)), NAMES[dtype], "", contenders, operands, prepare, moved * dtype.itemsize)
 
 
-def by_rows(*ops: str, shapes: Iterable[Shape] = (), dtypes: Iterable[torch.dtype] = DTYPES) -> Iterator[OpCase]:
+def by_rows(*ops: str, shapes: Iterable[Shape] = (), dtypes: Iterable[torch.dtype] = DTYPES) -> Iterator[Case]:
     """Ops, and their gradients in the shapes of training."""
     for op in ops:
-        known, full, vectors = BY_ROWS[op]
+        known, full, vectors = (LISTS["by_rows"][op][key] for key in ("shapes", "operands", "vectors"))
         adds = op == "add_rms_norm"  # it has two results, and its gradient is not timed
         for shape, dtype in product(shapes or known, dtypes):
             sizes, elements = [shape] * full + [shape[1:]] * vectors, shape[0] * shape[1]
@@ -205,14 +158,12 @@ def by_rows(*ops: str, shapes: Iterable[Shape] = (), dtypes: Iterable[torch.dtyp
                 yield op_case(op, shape, sizes, (2 * full + 1) * elements, dtype, full + vectors)
 
 
-def rope() -> Iterator[OpCase]:
-    """Shapes are (batch, tokens, query heads, key heads, head_dim): of Qwen2.5-0.5B and Qwen3-8B."""
-    shapes = [(1, 1, 14, 2, 64), (1, 128, 14, 2, 64), (1, 2048, 14, 2, 64), (1, 2048, 32, 8, 128)]
-    for shape, dtype in product(shapes, DTYPES):
+def rope() -> Iterator[Case]:
+    for shape, dtype in product(LISTS["rope"]["shapes"], DTYPES):
         batch, tokens, *heads, head_dim = shape
         sizes = [*((batch, tokens, n, head_dim) for n in heads), *[(1, tokens, head_dim)] * 2]
         moved = (2 * batch * sum(heads) + 2) * tokens * head_dim
-        for of in (0, 2) if shape == shapes[2] else (0,):
+        for of in (0, 2) if shape in LISTS["rope"]["backward"] else (0,):
             yield op_case(ROPE, shape, sizes, moved, dtype, of)
 
 
@@ -227,16 +178,18 @@ def parameters(shapes: Iterable[Iterable[int]], dtype: torch.dtype = torch.float
     return params
 
 
-def adamw(device: str, full: bool = False) -> Iterator[OpCase]:
-    # On the CPU the large one has 8 GB of operands, and takes half a second per step.
-    names = ["a small Qwen2", "Qwen2.5-0.5B"] if full or device != "cpu" else ["a small Qwen2"]
-    for name, dtype in product(names, DTYPES):
+def optimizer_step(make: Callable[..., torch.optim.Optimizer], *params: torch.nn.Parameter) -> Call:
+    return make(params).step
+
+
+def adamw(device: str) -> Iterator[Case]:
+    for name, dtype in product(listed("adamw", device), DTYPES):
         shapes = [weight.shape for weight in made(name, dtype, "meta").parameters()]
         elements = sum(shape.numel() for shape in shapes)
-        yield OpCase(
+        yield Case(
             "adamw", f"{elements / 1e6:.0f} million in {len(shapes)} tensors", NAMES[dtype], "",
+            OPTIMIZERS, partial(parameters, shapes, dtype), optimizer_step,
             7 * elements * dtype.itemsize,  # four operands are read, three written
-            partial(parameters, shapes, dtype), OPTIMIZERS, lambda make, *params: make(params).step,
         )  # fmt: skip
 
 
@@ -254,24 +207,27 @@ def fill(cache: Any, states: Tensor, layers: int) -> None:
 
 def filled(make: Callable[[Any, int], Any], prompt: Tensor, token: Tensor) -> Call:
     """Appends a token to a cache that has room for more."""
-    config = CONFIGS["Qwen2.5-0.5B"]()
-    cache = make(config, prompt.shape[2] + 64)
-    fill(cache, prompt, config.num_hidden_layers)
-    return partial(fill, cache, token, config.num_hidden_layers)
+    settings = config("Qwen2.5-0.5B")
+    cache = make(settings, prompt.shape[2] + 64)
+    fill(cache, prompt, settings.num_hidden_layers)
+    return partial(fill, cache, token, settings.num_hidden_layers)
 
 
-def kv_cache(*_: Any) -> Iterator[OpCase]:
-    """The shape is how many tokens the cache holds."""
-    for length in (512, 4096, 32768):
+def kv_cache() -> Iterator[Case]:
+    for length in LISTS["kv_cache"]:
         operands = partial(map, lambda tokens: randn(1, tokens, 2, 64, dtype=torch.bfloat16), (length, 1))
-        yield OpCase("kv append", f"{length} tokens", "bf16", "", 0, operands, CACHES, filled, once=True)
+        yield Case("kv append", f"{length} tokens", "bf16", "", CACHES, operands, filled, measure=single_calls)
 
 
-def draws(*_: Any) -> Iterator[OpCase]:
-    kinds = {"normal": 2.0, "nearly flat": 1e-3, "all equal": 0.0}
-    for shape, (kind, scale), op in product([(1, 32000), (1, 151936), (32, 151936)], kinds.items(), DRAWS):
-        logits = partial(lambda shape, scale: [torch.randn(shape) * scale], shape, scale)
-        yield OpCase(op, str(shape), "f32", kind, 4 * shape[0] * shape[1], logits, DRAWS[op])
+def logits(shape: Shape, scale: float = 2.0) -> list[Tensor]:
+    return [torch.randn(shape) * scale]
+
+
+def draws() -> Iterator[Case]:
+    listed = LISTS["sampling"]
+    for shape, (kind, scale), op in product(listed["shapes"], listed["kinds"].items(), DRAWS):
+        operands = partial(logits, shape, scale)
+        yield Case(op, str(tuple(shape)), "f32", kind, DRAWS[op], operands, nbytes=4 * shape[0] * shape[1])
 
 
 PRODUCTS: Contenders = {  # of vectors and a matrix, dense and packed
@@ -289,17 +245,15 @@ def matrices(vectors: int, rows: int, cols: int, dtype: torch.dtype, **options: 
     return randn(vectors, cols, dtype=dtype), weight, functional.quantize(weight, **options), options
 
 
-def quantized(device: str, full: bool) -> Iterator[OpCase]:
-    """Projections and heads."""
-    one = [(1, 896, 896), (1, 4864, 896), (1, 896, 4864), (1, 151936, 896), (1, 4096, 4096)]
-    for shape, bits, dtype in product([*one, (8, 4864, 896), (128, 4864, 896)], (4, 8), DTYPES):
+def quantized(device: str) -> Iterator[Case]:
+    for shape, bits, dtype in product(LISTS["quantized"], (4, 8), DTYPES):
         vectors, rows, cols = shape
         absent = {"dequantize, F.linear"} if vectors <= 8 else {"torch_fused int8"}
         if device != "cpu":
             absent.add("torch_fused int8")
         nbytes = rows * cols * bits // 8 + (2 * rows * cols // GROUP_SIZE + vectors * (rows + cols)) * dtype.itemsize
-        yield OpCase(
-            "quantized_linear", f"({vectors}, {cols}) x ({rows}, {cols})", NAMES[dtype], f"{bits} bits", nbytes,
-            partial(matrices, *shape, dtype, bits=bits, group_size=GROUP_SIZE),
+        yield Case(
+            "quantized_linear", f"({vectors}, {cols}) x ({rows}, {cols})", NAMES[dtype], f"{bits} bits",
             {name: call for name, call in PRODUCTS.items() if name not in absent},
+            partial(matrices, *shape, dtype, bits=bits, group_size=GROUP_SIZE), nbytes=nbytes,
         )  # fmt: skip

@@ -3,7 +3,6 @@
 import importlib.util
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -15,8 +14,6 @@ import torch
 from torch_fused import demo
 from torch_fused.cache import kept
 
-LIBRARIES = ("Liger-Kernel", "quack", "flashinfer")  # they need a CUDA device
-Kernels = dict[str, Callable[..., Any]]
 Run = Callable[[torch.Tensor, int], object]
 """Given ids (batch, tokens) and a number of new ones, generates them."""
 
@@ -26,44 +23,25 @@ def has(library: str) -> bool:
 
 
 @cache
-def _installed() -> dict[str, Kernels]:
-    found: dict[str, Kernels] = {}
-    if not torch.cuda.is_available():
-        return found
-    missing = (ImportError, AttributeError, RuntimeError)
-    with suppress(*missing):
-        from liger_kernel.transformers import functional as liger
+def liger_kernels() -> dict[str, Callable[..., Any]]:
+    """Liger-Kernel's, which need a CUDA device, by op."""
+    if not torch.cuda.is_available() or not has("liger_kernel"):
+        return {}
+    from liger_kernel.transformers import functional as liger
 
-        found["Liger-Kernel"] = {
-            "rms_norm": lambda x, w: liger.liger_rms_norm(x, w, 1e-6, 0.0, "llama", False),
-            "layer_norm": lambda x, w, b: liger.liger_layer_norm(x, w, b, 1e-5),
-            "softmax": liger.liger_softmax,
-            "silu_mul": liger.liger_swiglu,
-            "gelu_mul": liger.liger_geglu,
-            "apply_rotary_pos_emb": liger.liger_rope,
-            "linear_cross_entropy": liger.liger_fused_linear_cross_entropy,
-        }
-    with suppress(*missing):
-        import quack
-
-        found["quack"] = {"rms_norm": lambda x, w: quack.rmsnorm(x, w, eps=1e-6), "softmax": quack.softmax}
-    with suppress(*missing):
-        import flashinfer
-
-        sampling = flashinfer.sampling
-        found["flashinfer"] = {
-            "rms_norm": lambda x, w: flashinfer.rmsnorm(x, w, 1e-6),
-            "top-k 50": lambda x: sampling.top_k_sampling_from_probs(x.softmax(-1), 50),
-            "top-k 50, top-p 0.9": lambda x: sampling.top_k_top_p_sampling_from_logits(x, 50, 0.9),
-            "top-p 0.9": lambda x: sampling.top_p_sampling_from_probs(x.softmax(-1), 0.9),
-            "top-p 0.95": lambda x: sampling.top_p_sampling_from_probs(x.softmax(-1), 0.95),
-        }
-    return found
+    return {
+        "rms_norm": lambda x, w: liger.liger_rms_norm(x, w, 1e-6, 0.0, "llama", False),
+        "layer_norm": lambda x, w, b: liger.liger_layer_norm(x, w, b, 1e-5),
+        "softmax": liger.liger_softmax,
+        "silu_mul": liger.liger_swiglu,
+        "gelu_mul": liger.liger_geglu,
+        "apply_rotary_pos_emb": liger.liger_rope,
+        "linear_cross_entropy": liger.liger_fused_linear_cross_entropy,
+    }
 
 
-def kernels(op: str) -> Kernels:
-    """The kernels of the libraries that are installed, by library."""
-    return {name: ops[op] for name, ops in _installed().items() if op in ops}
+def kernels(op: str) -> dict[str, Callable[..., Any]]:
+    return {"Liger-Kernel": liger_kernels()[op]} if op in liger_kernels() else {}
 
 
 def patched_by_liger(model: Any) -> None:
@@ -83,14 +61,14 @@ def llama_file(weights: str) -> Path:
 
     def convert(folder: Path) -> None:
         options = llama_cpp.llama_model_quantize_default_params()
-        options.ftype, options.allow_requantize = getattr(llama_cpp, f"LLAMA_FTYPE_{kind}"), True
+        options.ftype, options.allow_requantize = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), True
         if llama_cpp.llama_model_quantize(bytes(demo._demo_file()), bytes(folder / "model.gguf"), options):
             raise RuntimeError(f"llama.cpp cannot convert {demo._demo_file()} to {kind}")
 
     if weights == "4 bits":
         return demo._demo_file()
-    kind = {"bf16": "MOSTLY_BF16", "f32": "ALL_F32", "8 bits": "MOSTLY_Q8_0"}[weights]
-    return kept("models", f"SmolLM2-135M-Instruct-{kind}", convert) / "model.gguf"
+    kind = {"bf16": "BF16", "8 bits": "Q8_0"}[weights]
+    return kept("models", f"SmolLM2-135M-Instruct-MOSTLY_{kind}", convert) / "model.gguf"
 
 
 def llama_cpp(weights: str, room: int, sampled: bool) -> Run:
@@ -116,7 +94,7 @@ def mlx_lm(weights: str, room: int, sampled: bool) -> Run:
     from mlx_lm.sample_utils import make_sampler
 
     model, _ = load(str(demo.demo_model_folder()))
-    model.set_dtype({"bf16": mx.bfloat16, "f16": mx.float16, "f32": mx.float32}[weights])
+    model.set_dtype(mx.bfloat16)
     sampler = make_sampler(temp=1.0, top_p=0.9, top_k=50) if sampled else make_sampler(temp=0.0)
 
     def run(ids: torch.Tensor, count: int) -> None:

@@ -5,13 +5,13 @@ import csv
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from cases import Case
 from timing import ROOT
 
 import torch_fused
@@ -25,23 +25,6 @@ DISTURBED = 0.02
 Row = dict[str, str]
 Results = dict[str, list[Row]]
 """Rows by file."""
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """An op at one shape. Its contenders are measured together.
-
-    A subclass has `contenders(device)`, by name, and `measure(contenders, device)`, the columns of each.
-    """
-
-    op: str
-    shape: str
-    dtype: str
-    kind: str  # of the values or the request, where it matters
-
-    @property
-    def name(self) -> str:
-        return " ".join(filter(None, (self.op, self.shape, self.dtype, self.kind)))
 
 
 def slug(name: str) -> str:
@@ -80,17 +63,17 @@ def is_current(row: Row | None, device: str) -> bool:
     return all(row[name] == now[name] for name in STAMP[:-1])
 
 
-def rows_of(case: Case, path: Path, device: str, again: bool = False, compiles: bool = False) -> list[Row]:
+def rows_of(case: Case, path: Path, device: str, again: bool = False) -> list[Row]:
     """A case's rows. If one is not current, the case is measured and the file rewritten: an interrupted run goes on.
 
-    `again` measures current ones too, `compiles` includes contenders that torch.compile makes.
+    `again` measures current ones too.
     """
     rows = {tuple(row[key] for key in KEYS): row for row in read(path)}
-    contenders = {name: each for name, each in case.contenders(device).items() if compiles or "compile" not in name}
-    keys = {name: (case.op, case.shape, case.dtype, case.kind, name) for name in contenders}
+    keys = {name: (case.op, case.shape, case.dtype, case.kind, name) for name in case.contenders}
     if again or not all(is_current(rows.get(key), device) for key in keys.values()):
         start, before = time.perf_counter(), waited()
-        columns = case.measure(contenders, device)
+        torch.manual_seed(0)
+        columns = case.measure(case, device)
         share = max(0.0, waited() - before) / (torch.get_num_threads() * (time.perf_counter() - start))
         last = {"waited": f"{share:.3f}" if device == "cpu" else "", **stamp(device)}
         for name, key in keys.items():

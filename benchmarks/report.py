@@ -5,22 +5,22 @@ python benchmarks/report.py
 
 import re
 from collections.abc import Iterable, Iterator
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 
 import apple
 import jinja2
 import metal_candle
-from peers import LIBRARIES
+from cases import Case
 from plots import draw
-from record import KEYS, RESULTS, Case, Results, Row, groups, results
+from record import KEYS, RESULTS, Results, Row, groups, results
 from timing import ROOT
 
 DOCS = ROOT / "docs"
 REPORT, README = DOCS / "benchmarks.md", ROOT / "README.md"
 BEGIN, END = "<!-- written by python benchmarks/report.py -->\n", "<!-- end -->"
 READ = "a plain read"
-NO_RIVALS = {*LIBRARIES, READ, "a dict, no copy", "a dict, nothing allocated"}
+NO_RIVALS = {"Liger-Kernel", READ, "a dict, no copy", "a dict, nothing allocated"}
 CHIPS = [f"{chip}, {gb_s:g} GB/s" for chip, gb_s in apple.BANDWIDTH.items()]
 
 
@@ -80,33 +80,32 @@ def given(rows: Iterable[Row]) -> set[str]:
     return {column for row in rows for column, value in row.items() if value}
 
 
-def of_workload(workload: Case, rows: Iterable[Row]) -> tuple[str, str]:
-    """Our times and the others', with daggers where runs vary."""
+def marked(row: Row) -> str:
+    """With a dagger or two where runs vary."""
+    variation = float(row["variation"])
+    time = duration(row) if is_ours(row) else named(row)
+    return time + (" ‡" if variation > 0.1 else " †" if variation > 0.05 else "")
 
-    def marked(row: Row) -> str:
-        variation = float(row["variation"])
-        name = "" if is_ours(row) else f"{row['contender']} "
-        return name + duration(row) + (" ‡" if variation > 0.1 else " †" if variation > 0.05 else "")
 
+def of_workload(workload: Case, rows: Iterable[Row]) -> list[str]:
+    """Our times and the others'."""
     found = groups(rows, "op", "kind").get((workload.op, workload.kind), [])
-    ours, others = ([marked(row) for row in found if is_ours(row) == which] for which in (True, False))
-    return "; ".join(ours), "; ".join(others)
+    return ["; ".join(marked(row) for row in found if is_ours(row) == which) for which in (True, False)]
 
 
-def slower(rows: Iterable[Row]) -> Iterator[tuple[Row, Row]]:
+def slower(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
     """Every row of ours that is slower than torch's best, and that one."""
-    for ours, best, _ in map(split, cases(rows)):
-        if ours and best and float(best["ms"]) < float(ours["ms"]):
-            yield ours, best
+    pairs = (split(each)[:2] for each in cases(rows))
+    return [(ours, best) for ours, best in pairs if ours and best and float(best["ms"]) < float(ours["ms"])]
 
 
 def reason(ours: Row, best: Row) -> str:
     """Why ours is slower, if the rows show it."""
-    least, most = (
-        float(row["ms"]) * (1 + sign * float(row.get("spread") or row["variation"]))
-        for row, sign in ((ours, -1), (best, 1))
-    )
-    if least <= most:
+
+    def bound(row: Row, sign: int) -> float:
+        return float(row["ms"]) * (1 + sign * float(row.get("spread") or row["variation"]))
+
+    if bound(ours, -1) <= bound(best, 1):
         return "within the spread of both"
     copy = float(ours.get("copy_share") or 0)
     return f"bound by memory, at {copy:.2f} of a copy's bandwidth" if copy >= 0.8 else ""
@@ -120,7 +119,7 @@ def bounds(row: Row) -> Iterator[str]:
         yield f"{1e3 / high:.0f} - {1e3 / low:.0f} per second" if token else f"{in_units(low)} - {in_units(high)}"
 
 
-def headline(rows: Iterable[Row], op: str, shape: str) -> str:
+def headline(found: Results, op: str, shape: str) -> str:
     """How many times as fast as the best of torch's or transformers', for each dtype; of generation all models."""
 
     def is_chosen(row: Row) -> bool:
@@ -128,7 +127,7 @@ def headline(rows: Iterable[Row], op: str, shape: str) -> str:
         plain = row["dtype"] in ("f32", "bf16") and row["kind"] in ("", "normal", "greedy")
         return plain and row["shape"] == shape and (generation if op == "generate" else row["op"] == op)
 
-    chosen = groups(filter(is_chosen, rows), "dtype", "kind").values()
+    chosen = groups(filter(is_chosen, chain(*found.values())), "dtype", "kind").values()
     return " / ".join(ratio(*split(each)[:2]) for each in chosen)
 
 
@@ -136,22 +135,17 @@ def headline(rows: Iterable[Row], op: str, shape: str) -> str:
 
 Series = dict[str, dict[str, float]]
 """The bars of each contender, by name."""
-
-
-PLOTTED = {"bandwidth": ("rms_norm", "layer_norm", "softmax", "swiglu", "rope", "adamw"), "tokens": ("generate",)}
-"""The benchmarks that a plot shows."""
+PLOTTED = ("rms_norm", "layer_norm", "softmax", "swiglu", "rope", "adamw")
 
 
 def bandwidth(found: Results) -> Series:
     """Ours and torch's best, at the largest shape of each op."""
     series: Series = {}
-    for bench in PLOTTED["bandwidth"]:
-        for (op, _), rows in groups(found.get(bench, []), "op", "dtype").items():
-            shape = max(rows, key=lambda row: float(row["gb_s"]) * float(row["ms"]))["shape"]
-            ours, best, _ = split([row for row in rows if row["shape"] == shape])
-            for name, row in (("torch_fused", ours), ("torch's best", best)):
-                if row:
-                    series.setdefault(name, {})[f"{op} {case_of(row)}"] = float(row["copy_share"])
+    for (op, _), rows in groups(chain(*(found.get(bench, []) for bench in PLOTTED)), "op", "dtype").items():
+        largest = max(cases(rows), key=lambda each: float(each[0]["gb_s"]) * float(each[0]["ms"]))
+        for name, row in zip(("torch_fused", "torch's best"), split(largest)[:2], strict=True):
+            if row:
+                series.setdefault(name, {})[f"{op} {case_of(row)}"] = float(row["copy_share"])
     return series
 
 
@@ -163,51 +157,37 @@ def tokens(found: Results) -> Series:
     return series
 
 
-PLOTS = {
-    "bandwidth": ("Bandwidth", "share of a copy of the same bytes", bandwidth),
-    "tokens": ("Tokens per second", "tokens per second, prompt included", tokens),
-}
-
-
-def plots(machine: str, found: Results) -> Iterator[tuple[str, Path]]:
-    """The titles of a machine's plots, and their files."""
-    for name, (title, *_) in PLOTS.items():
-        if any(found.get(bench) for bench in PLOTTED[name]):
-            yield title, Path("plots") / f"{name}-{machine}.png"
+def plots(machine: str, found: Results) -> Iterator[tuple[str, str, str, Series]]:
+    """The file, title, label and bars of each of a machine's plots."""
+    if series := bandwidth(found):
+        yield f"plots/bandwidth-{machine}.png", "Bandwidth", "share of a copy of the same bytes", series
+    if series := tokens(found):
+        yield f"plots/tokens-{machine}.png", "Tokens per second", "tokens per second, prompt included", series
 
 
 # ---- pages ----------------------------------------------------------------------------------------------------------
 
 
-def rendered(template: str, **values: object) -> str:
-    environment = jinja2.Environment(
+def pages(folder: Path = RESULTS) -> dict[Path, str]:
+    """docs/benchmarks.md, and README.md with the table between its marks."""
+    machines = results(folder)
+    counted = [row for found in machines.values() for row in found.pop("apple", [])]
+    measured = {machine: found for machine, found in machines.items() if found}
+    templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ROOT / "benchmarks"), trim_blocks=True, keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    environment.globals |= globals()
-    environment.filters["named"] = named
-    return environment.get_template(template).render(values)
-
-
-def page(folder: Path = RESULTS) -> str:
-    """docs/benchmarks.md."""
-    found = results(folder)
-    counted = [row for each in found.values() for row in each.pop("apple", [])]
-    measured = {machine: each for machine, each in found.items() if each}
-    return rendered("page.md.jinja", machines=measured, counted=counted, workloads=metal_candle.rows())
-
-
-def readme(folder: Path = RESULTS) -> str:
-    """README.md with the table between its marks."""
-    found = [chain(*(rows for bench, rows in each.items() if bench != "apple")) for each in results(folder).values()]
-    table = rendered("readme.md.jinja", machines=list(map(list, found)))
-    return re.sub(f"{BEGIN}.*?{END}", BEGIN + table + END, README.read_text(), flags=re.DOTALL)
+    templates.globals |= globals() | {"machines": measured, "counted": counted, "metal_candle": metal_candle}
+    templates.filters["named"] = named
+    table = BEGIN + templates.get_template("readme.md.jinja").render() + END
+    readme = re.sub(f"{BEGIN}.*?{END}", table, README.read_text(), flags=re.DOTALL)
+    return {REPORT: templates.get_template("page.md.jinja").render(), README: readme}
 
 
 if __name__ == "__main__":
-    for (machine, rows), (name, (title, label, series_of)) in product(results().items(), PLOTS.items()):
-        if series := series_of(rows):
-            draw(DOCS / "plots" / f"{name}-{machine}.png", title, label, series)
-    for path, text in ((REPORT, page()), (README, readme())):
+    for machine, found in results().items():
+        for name, *plot in plots(machine, found):
+            draw(DOCS / name, *plot)
+    for path, text in pages().items():
         path.write_text(text)
         print(f"wrote {path.relative_to(ROOT)}")

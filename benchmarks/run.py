@@ -11,24 +11,26 @@ from pathlib import Path
 
 import ops
 from apple import counts
+from cases import Case
 from decode import decode
 from generate import requests
 from metal_candle import rows
-from record import KEYS, RESULTS, STAMP, Case, rows_of, slug
+from record import KEYS, RESULTS, STAMP, rows_of, slug
 from timing import ROOT, keep_freed_memory
 from train import losses, training
 from transformers.utils import logging
 
 from torch_fused.devices import best_device, device_name
 
-BENCHES: dict[str, Callable[[str, bool], Iterable[Case]]] = {
-    "adamw": ops.adamw, "apple": counts, "decode": decode, "generate": requests, "kv_cache": ops.kv_cache,
-    "layer_norm": lambda *_: ops.by_rows("layer_norm"), "linear_cross_entropy": losses, "metal_candle": rows,
-    "quantized": ops.quantized, "rms_norm": lambda *_: ops.by_rows("rms_norm", "add_rms_norm"),
-    "rope": lambda *_: ops.rope(), "sampling": ops.draws, "softmax": lambda *_: ops.by_rows("softmax"),
-    "swiglu": lambda *_: ops.by_rows("silu_mul", "gelu_mul"), "train": training,
+BENCHES: dict[str, Callable[[str], Iterable[Case]]] = {
+    "adamw": ops.adamw, "apple": lambda _: counts(), "decode": decode, "generate": requests,
+    "kv_cache": lambda _: ops.kv_cache(),
+    "layer_norm": lambda _: ops.by_rows("layer_norm"), "linear_cross_entropy": losses, "metal_candle": lambda _: rows(),
+    "quantized": ops.quantized, "rms_norm": lambda _: ops.by_rows("rms_norm", "add_rms_norm"),
+    "rope": lambda _: ops.rope(), "sampling": lambda _: ops.draws(), "softmax": lambda _: ops.by_rows("softmax"),
+    "swiglu": lambda _: ops.by_rows("silu_mul", "gelu_mul"), "train": training,
 }  # fmt: skip
-"""The cases of each file of results, for a device, with or without the longer ones."""
+"""The cases of each file of results, for a device."""
 
 
 def main() -> int:
@@ -37,9 +39,7 @@ def main() -> int:
     parser.add_argument("benches", nargs="*", choices=[*BENCHES, []], metavar="bench", help=names)
     parser.add_argument("--device", default=best_device(), help="cpu, cuda or mps (default: the best there is)")
     parser.add_argument("--only", default="", help="only cases with this in their names")
-    parser.add_argument("--full", action="store_true", help="longer cases too")
     parser.add_argument("--again", action="store_true", help="measure rows that are up to date again")
-    parser.add_argument("--compile", action="store_true", help="time torch.compile too")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     args = parser.parse_args()
     if len(args.benches) != 1:  # each in a process of its own
@@ -52,10 +52,10 @@ def main() -> int:
     logging.disable_progress_bar()
     device = "cpu" if bench == "apple" else args.device  # it counts, in the emulator
     path = args.results / slug(device_name(device)) / f"{bench}.csv"
-    for case in BENCHES[bench](device, args.full):
+    for case in BENCHES[bench](device):
         if args.only in case.name:
             print(case.name, flush=True)
-            for row in rows_of(case, path, device, args.again, args.compile):
+            for row in rows_of(case, path, device, args.again):
                 columns = (f"{name} {value}" for name, value in row.items() if name not in (*KEYS, *STAMP) and value)
                 print(f"  {row['contender']:32s}", *columns, sep="  ", flush=True)
     return 0

@@ -85,16 +85,6 @@ def interleave(
     return samples
 
 
-def steps(calls: Mapping[str, Call], device: str, rounds: int = 5) -> dict[str, Columns]:
-    """Wall time and peak memory of calls that take long."""
-    found: dict[str, Columns] = {}
-    for name, call in calls.items():
-        call()  # warms up
-        found[name] = {"peak_mb": peak_megabytes(call, device)}
-    samples = interleave({name: [call] for name, call in calls.items()}, device, rounds=rounds, calls=1, wall=True)
-    return {name: columns(samples[name]) | found[name] for name in calls}
-
-
 def sets(nbytes: int, device: str) -> int:
     """How many sets of buffers exceed a GPU's caches. On the CPU one: caches are part of what is measured."""
     return 1 if device == "cpu" else max(1, min(64, -(-CACHE_BYTES // max(nbytes, 1))))

