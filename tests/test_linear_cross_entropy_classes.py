@@ -74,8 +74,8 @@ def test_the_loss_does_not_depend_on_the_chunks(backend):
 
 
 def test_its_own_chunks():
-    """1030 rows: at most 2^23 logits are in memory at a time, of 8064 classes, a multiple of 128."""
-    rows, classes, chunk = 1030, 8200, 8064
+    """2060 rows: at most 2^24 logits are in memory at a time, of 8064 classes, a multiple of 128."""
+    rows, classes, chunk = 2060, 8200, 8064
     hidden, weight, _, target = operands(rows, 2, classes, torch.bfloat16)
     inputs = [t.requires_grad_() for t in (hidden, weight)]
     seen = torch.profiler.profile(profile_memory=True)

@@ -11,7 +11,7 @@ using at::Tensor;
 
 // Logits of a chunk: few enough to stay in a GPU's cache from one step to the next. Classes of one: enough for its
 // products to take longer than their launches do. They are multiples of kTile, as the products are made of tiles.
-constexpr int64_t kLogits = int64_t{1} << 23, kLeastClasses = 4096, kTile = 128;
+constexpr int64_t kLogits = int64_t{1} << 24, kLeastClasses = 4096, kTile = 128;
 
 int64_t chunk_classes(int64_t rows, int64_t classes) {
   const int64_t all = (classes + kTile - 1) / kTile * kTile;

@@ -149,8 +149,8 @@ def linear_cross_entropy(
     the incoming gradient. With ``reduction="none"`` and in float16, the backward pass computes the logits again
     instead; in float16, small gradients would become 0 without the scale of the loss.
 
-    On NVIDIA GPUs, in float16 and bfloat16, a chunk is the logits of all rows for some classes: 2^23 logits (17 MB) of
-    up to 2048 rows, 4096 classes of more. A row's loss is known after the last chunk only, so the logits are then
+    On NVIDIA GPUs, in float16 and bfloat16, a chunk is the logits of all rows for some classes: 2^24 logits (34 MB) of
+    up to 4096 rows, 4096 classes of more. A row's loss is known after the last chunk only, so the logits are then
     computed again for the gradients, except for those that the memory of the weight's gradient can hold until it is
     written.
 
