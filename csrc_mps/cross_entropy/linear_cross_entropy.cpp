@@ -2,7 +2,6 @@
 // logits, which become their gradient in place: schema, checks, the choice of chunks, autograd, autocast.
 #include <ATen/TensorOperators.h>
 #include <ATen/core/PythonFallbackKernel.h>
-#include <ATen/ops/_amp_foreach_non_finite_check_and_unscale.h>
 #include <ATen/ops/ones.h>
 
 #include <algorithm>
@@ -157,17 +156,12 @@ bool is_one(const Tensor& number) {
   return number.item<double>() == 1;
 }
 
-// The gradient times the factor, in place. Torch rounds a factor on a GPU to the dtype of what it multiplies. The op of
-// GradScaler does not, on CUDA; elsewhere the product is made in float32, in blocks.
+// The gradient times the factor, in place. Torch rounds a factor on a GPU to the dtype of what it multiplies, if it has
+// no dimensions. With one, CUDA's kernel multiplies in float32; elsewhere that is done in blocks.
 void scale_by(const Tensor& gradient, const Tensor& factor) {
   constexpr int64_t kBlock = 1 << 24;  // elements
-  if (gradient.is_cuda()) {
-    Tensor found_inf = zeros({1}, factor.options());
-    at::_amp_foreach_non_finite_check_and_unscale_({gradient}, found_inf, factor);
-    return;
-  }
-  if (gradient.is_cpu() || gradient.element_size() > 2) {
-    gradient.mul_(factor);
+  if (gradient.is_cpu() || gradient.is_cuda() || gradient.element_size() > 2) {
+    gradient.mul_(gradient.is_cuda() ? factor.view({1}) : factor);
     return;
   }
   const Tensor flat = gradient.view({-1});
