@@ -128,11 +128,13 @@ struct PackedGroups {
   float scales[kGroupsAtOnce], biases[kGroupsAtOnce];  // zero to the end of a register
 };
 
-// Rows that are read together are not one stream, which the machine would fetch by itself.
+// Asks for a line some way ahead, and moves on to the next. Rows that are read together are several streams, which the
+// machine does not foresee; but they lie one after the other, and lines that are asked for in this order it does.
 template <int R>
-TORCH_FUSED_INLINE void fetch_ahead(const uint8_t* from) {
-  constexpr int64_t kBytes = 8192;
-  if (R > 1) __builtin_prefetch(from + kBytes);
+TORCH_FUSED_INLINE void fetch_ahead(const uint8_t*& line) {
+  constexpr int64_t kAhead = 8192, kLine = 64;
+  if (R > 1) prefetch(line + kAhead, kLine);
+  line += kLine;
 }
 
 constexpr int64_t kMostAtOnce = 64;   // vectors
@@ -166,6 +168,8 @@ TORCH_FUSED_INLINE void add_products(const PackedMatrix& m, const PackedGroups (
                                      int64_t first, Products* results) {
   constexpr int blocks = group_size / kCodeBlock;
   const float* values = x.values + first * m.cols + rows[0].first * group_size;
+  constexpr int kBytes = kCodeBlock * bits / 8;  // of a block
+  const uint8_t* line = rows[0].codes + (R - 1) * rows[0].first * blocks * kBytes;
   Wide totals[R][C] = {};
   for (int64_t group = 0; group < rows[0].count; ++group) {
     Wide dots[R][C] = {};
@@ -174,8 +178,9 @@ TORCH_FUSED_INLINE void add_products(const PackedMatrix& m, const PackedGroups (
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         Wide codes[kBlockWides], value;
-        const uint8_t* from = rows[r].codes + (group * blocks + block) * (kCodeBlock * bits / 8);
-        fetch_ahead<R>(from);
+        const int64_t at = (group * blocks + block) * kBytes;
+        const uint8_t* from = rows[r].codes + at;
+        if (at % 64 == 0) fetch_ahead<R>(line);
         load_codes<bits>(from, codes);
 #pragma GCC unroll 8
         for (int c = 0; c < C; ++c) {

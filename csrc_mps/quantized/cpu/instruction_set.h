@@ -15,6 +15,7 @@
 #include <cstring>
 
 #include "../../common/convert.h"
+#include "../../common/prefetch.h"
 #include "packed.h"
 
 #ifdef TORCH_FUSED_X86_DISPATCH

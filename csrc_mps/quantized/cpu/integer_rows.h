@@ -196,6 +196,7 @@ TORCH_FUSED_INLINE void integer_products(const PackedMatrix& m, const IntegerVec
   constexpr int lanes = group_size / kLaneCodes<bits>;          // of a group
   constexpr int kTogether = lanes < kWide ? 1 : lanes / kWide;  // units of a group
   const auto* codes = reinterpret_cast<const uint8_t*>(m.weight + row * m.stride);
+  const uint8_t* line = codes;
   int64_t left = m.cols * bits / 8;
   const int8_t* values = x.codes + first * m.padded;
   const float* scales = x.scales + first * m.padded / kLaneCodes<bits>;
@@ -228,7 +229,7 @@ TORCH_FUSED_INLINE void integer_products(const PackedMatrix& m, const IntegerVec
         for (int r = 0; r < R; ++r) {
           const uint8_t* from = codes + r * m.stride * 4;
           Codes<bits> units;
-          if (i * kUnitBytes % 64 == 0) fetch_ahead<R>(from);
+          if ((unit + i) * kUnitBytes % 64 == 0) fetch_ahead<R>(line);
           load_unit(from, left, units);
 #pragma GCC unroll 8
           for (int c = 0; c < C; ++c) {
