@@ -37,6 +37,36 @@ def test_a_subclass_is_left_alone():
     assert "forward" not in model.model.norm.__dict__
 
 
+MODULES = ("", "model", "model.norm", "model.rotary_emb", "model.embed_tokens", "lm_head", "model.layers.0")
+PARTS = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "mlp.down_proj")
+
+
+@pytest.mark.parametrize("name", [*MODULES, *(f"model.layers.0.{part}" for part in PARTS)])
+def test_a_subclass_that_comes_later(name):
+    """A patched module that gets another class has that class's forward in the next call, as in transformers."""
+    models = make_model(), make_model()
+    models[1].load_state_dict(models[0].state_dict())
+    apply_torch_fused(models[1])
+    found = []
+    for model in models:
+        tokens = model.generate(prompt(2, 5), max_new_tokens=3, do_sample=False)
+        module, calls = model.get_submodule(name), []
+        own = type(module)
+
+        class Counted(own):
+            def forward(self, *args, own=own, calls=calls, **kwargs):
+                calls.append(1)
+                return own.forward(self, *args, **kwargs)
+
+        module.__class__ = Counted
+        again = model.generate(prompt(2, 5), max_new_tokens=3, do_sample=False)
+        loss = model(input_ids=prompt(2, 5), labels=prompt(2, 5)).loss
+        assert torch.equal(again, tokens)
+        found.append((tokens.tolist(), len(calls), loss))
+    assert found[1][:2] == found[0][:2]
+    torch.testing.assert_close(found[1][2], found[0][2])
+
+
 def test_wrapped_and_compiled_modules_are_left_and_reported():
     """The report counts what was patched and says why a module was not."""
     model = make_model()

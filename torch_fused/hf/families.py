@@ -237,6 +237,10 @@ def family_of(module: Any) -> Family:
     return family
 
 
+def has_family(module: Any) -> bool:
+    return type(module) in _families or path_of(module) in KNOWN
+
+
 def known(module: Any) -> tuple[Family, str] | tuple[None, str]:
     """The family and the part of a module's class; for a vision-language model, the family of its text model."""
     path = path_of(module)

@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
 from ..functional import add_rms_norm, apply_rotary_pos_emb, gelu_mul, rms_norm, silu_mul
-from .families import FAMILIES, family_of
+from .families import FAMILIES, family_of, has_family
 from .origin import function_of, has_own_rotation, home_of
 from .transformers_private import APPLY_GATE, CACHE, KWARGS_REACH_CACHE, attention_of, cache_argument, has_own_gate
 
@@ -35,8 +35,8 @@ def activation_of(module: Any) -> str:
 
 
 def _is_left(module: nn.Module) -> bool:
-    """Whether to call the class's forward: it was replaced, or a compiler traces it, which fuses better."""
-    return home_of(type(module)) is None or torch.compiler.is_compiling()
+    """Whether to call the class's forward: the module got another one, or a compiler traces it, which fuses better."""
+    return not has_family(module) or home_of(type(module)) is None or torch.compiler.is_compiling()
 
 
 def rms_norm_forward(self, hidden_states: Tensor) -> Tensor:
@@ -203,9 +203,11 @@ def gated_op_of(activation: Any) -> Callable[..., Tensor] | None:
 
 
 def mlp_forward(self, x: Tensor) -> Tensor:
+    if _is_left(self):
+        return type(self).forward(self, x)
     family, modules = family_of(self), self._modules
     activation = getattr(self, family.activation)
-    gated = None if _is_left(self) else gated_op_of(activation)
+    gated = gated_op_of(activation)
     if gated is None:
         return type(self).forward(self, x)
     layers = [modules[name] for name in ((family.gate_up,) if family.gate_up else ("gate_proj", "up_proj"))]
@@ -303,7 +305,7 @@ def _through(layer: Any, states: Tensor, *names: str | None) -> Tensor:
 def _only_norms(norm: nn.Module) -> bool:
     """Whether `norm` only calls `rms_norm`."""
     own = function_of(norm.__dict__.get("forward")) is rms_norm_forward
-    return own and _is_bare(norm) and home_of(type(norm)) is not None
+    return own and _is_bare(norm) and has_family(norm) and home_of(type(norm)) is not None
 
 
 def _normed(norm: Any, hidden_states: Tensor) -> Tensor:
