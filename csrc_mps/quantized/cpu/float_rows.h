@@ -128,8 +128,8 @@ struct PackedGroups {
   float scales[kGroupsAtOnce], biases[kGroupsAtOnce];  // zero to the end of a register
 };
 
-// Asks for a line some way ahead, and moves on to the next. Rows that are read together are several streams, which the
-// machine does not foresee; but they lie one after the other, and lines that are asked for in this order it does.
+// Prefetches a line some way ahead and moves on to the next. Rows that are read together are several streams, which
+// hardware prefetchers lose track of; but the rows are adjacent, and their lines in the order of addresses are one.
 template <int R>
 TORCH_FUSED_INLINE void fetch_ahead(const uint8_t*& line) {
   constexpr int64_t kAhead = 8192, kLine = 64;
