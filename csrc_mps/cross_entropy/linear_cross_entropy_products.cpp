@@ -1,3 +1,4 @@
+// The matrix products of linear_cross_entropy, and their sums over chunks.
 #include "linear_cross_entropy_products.h"
 
 #include <ATen/ops/addmm.h>

@@ -1,3 +1,4 @@
+// linear_cross_entropy in chunks of rows: the losses and gradients of each chunk at once.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/index_select.h>
 
