@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_hf_generate import FAMILIES, ONE_FAMILY, make_model, one_thread, prompt  # noqa: F401 (a fixture)
 from transformers import GenerationMixin, GPT2Config, GPT2LMHeadModel, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import torch_fused.hf.decode
@@ -86,6 +87,20 @@ def test_one_extra_step_runs(monkeypatch):
         with apply_torch_fused(model) as handle:
             tokens = len(outcome(model, 1, **GREEDY, **options)[0][0]) - 7
             assert f"{tokens + more} calls as one op" in handle.report()
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_single_sequence_is_looked_at_meanwhile(rows, monkeypatch):
+    """Its criteria run after the next step has started; those of several run first, on the device."""
+    model, events = make_model(), []
+    apply_torch_fused(model)
+    monkeypatch.setattr(torch_fused.hf.loop, "runs_ahead", lambda device: True)
+    step, look = torch_fused.hf.loop.decode_token_, EosTokenCriteria.__call__
+    monkeypatch.setattr(torch_fused.hf.loop, "decode_token_", lambda *a, **k: (events.append("step"), step(*a, **k))[1])
+    monkeypatch.setattr(EosTokenCriteria, "__call__", lambda *a, **k: (events.append("look"), look(*a, **k))[1])
+    model.generate(prompt(rows, 7), max_new_tokens=4, do_sample=False, eos_token_id=127, pad_token_id=0)
+    order = ["step", "look"] if rows == 1 else ["look", "step"]
+    assert events == order * 3 + ["look"] * (rows > 1)  # after the last token there is no step, and its length ends it
 
 
 def test_a_users_criteria_run_in_time(monkeypatch):
