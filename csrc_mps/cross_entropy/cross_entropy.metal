@@ -5,6 +5,7 @@
 #include "common/pack.metal.h"
 #include "common/reduce.metal.h"
 #include "cross_entropy/cross_entropy_params.h"
+#include "cross_entropy/row_loss.metal.h"
 using namespace metal;
 using namespace torch_fused;
 
@@ -52,25 +53,14 @@ void cross_entropy(device T* logits [[buffer(0)]], device const long* target [[b
   }
   const Online all = mine.of_simdgroup().of_threadgroup(scratch, place);
   if (p.smoothing > 0.0f) total = threadgroup_sum(total, scratch_total, place);
-  const float log_sum = log(all.sum);
-  const float lse = all.largest + log_sum;
-  if (writes_loss) {
-    float loss = log_sum + (1.0f - p.smoothing) * (all.largest - of_target);
-    if (p.smoothing > 0.0f) loss += p.smoothing * (all.largest - total / float(p.cols));
-    if (p.z_loss != 0.0f) loss += p.z_loss * lse * lse;
-    losses[row] = loss;
-  }
+  if (writes_loss) losses[row] = loss_of_row(all, of_target, total, p.cols, p.smoothing, p.z_loss);
   if (!p.scaled) return;
   const float by = is_class ? scale[p.per_row ? row : 0] : NAN;
-  const float factor = by * (p.z_loss != 0.0f ? 1.0f + 2.0f * p.z_loss * lse : 1.0f) / all.sum;
-  const float uniform = by * p.smoothing / float(p.cols);
-  const float of_hit = by * (1.0f - p.smoothing);
+  const RowGradient gradient = RowGradient::of(all, by, p.cols, p.smoothing, p.z_loss);
   for (uint column = first; column < p.cols; column += step) {
     load_columns<W>(in, column, p.cols, p.aligned, x, -INFINITY);
 #pragma unroll
-    for (int j = 0; j < W; j++) {
-      x[j] = exp(x[j] - all.largest) * factor - uniform - (column + j == hit ? of_hit : 0.0f);
-    }
+    for (int j = 0; j < W; j++) x[j] = gradient.at(x[j], column + j == hit);
     store_columns<W>(in, column, p.cols, p.aligned, x);
   }
 }

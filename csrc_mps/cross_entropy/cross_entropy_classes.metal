@@ -6,6 +6,7 @@
 #include "common/pack.metal.h"
 #include "common/reduce.metal.h"
 #include "cross_entropy/cross_entropy_classes_params.h"
+#include "cross_entropy/row_loss.metal.h"
 using namespace metal;
 using namespace torch_fused;
 
@@ -77,12 +78,7 @@ void cross_entropy_sums(device const T* logits [[buffer(0)]], device const long*
   all.total += total;
   sums[row] = all.packed();
   if (p.begin + p.cols < p.classes) return;
-  const float log_sum = log(all.exps.sum);
-  const float lse = all.exps.largest + log_sum;
-  float loss = log_sum + (1.0f - p.smoothing) * (all.exps.largest - all.of_target);
-  if (p.smoothing > 0.0f) loss += p.smoothing * (all.exps.largest - all.total / float(p.classes));
-  if (p.z_loss != 0.0f) loss += p.z_loss * lse * lse;
-  losses[row] = loss;
+  losses[row] = loss_of_row(all.exps, all.of_target, all.total, p.classes, p.smoothing, p.z_loss);
 }
 
 // One threadgroup a row. The logits of a chunk become the gradient of the row's loss times its scale.
@@ -106,12 +102,8 @@ void cross_entropy_gradient(device T* logits [[buffer(0)]], device const long* t
     }
     return;
   }
-  const Online exps = RowSums::of(sums[row]).exps;
   const float by = index >= 0 && index < long(p.classes) ? scale[p.per_row ? row : 0] : NAN;
-  const float lse = exps.largest + log(exps.sum);
-  const float factor = by * (p.z_loss != 0.0f ? 1.0f + 2.0f * p.z_loss * lse : 1.0f) / exps.sum;
-  const float uniform = by * p.smoothing / float(p.classes);
-  const float of_hit = by * (1.0f - p.smoothing);
+  const RowGradient gradient = RowGradient::of(RowSums::of(sums[row]).exps, by, p.classes, p.smoothing, p.z_loss);
   const uint hit = column_of(index, p);
   for (uint column = thread_id * W; column < p.cols; column += N * step) {
     Pack<T, W> packs[N];
@@ -122,9 +114,7 @@ void cross_entropy_gradient(device T* logits [[buffer(0)]], device const long* t
       const uint first = column + i * step;
       packs[i].unpack(x);
 #pragma unroll
-      for (int j = 0; j < W; j++) {
-        x[j] = exp(x[j] - exps.largest) * factor - uniform - (first + j == hit ? of_hit : 0.0f);
-      }
+      for (int j = 0; j < W; j++) x[j] = gradient.at(x[j], first + j == hit);
       store_columns<W>(in, first, p.cols, p.aligned, x);
     }
   }
