@@ -70,10 +70,11 @@ def test_many_rows(backend, group_size, family, dtype):
     step.check()
 
 
-def test_the_last_of_several_tokens(backend):
-    """A head with many rows multiplies one vector, which is not the first."""
+@pytest.mark.parametrize("rows", [8200, 42253])
+def test_the_last_of_several_tokens(backend, rows):
+    """A head with many rows multiplies one vector, which is not the first. With more, simdgroups take several tiles."""
     step = packed_step(group_size=64, only=(), steps=4, dtype=torch.bfloat16, logits_to_keep=1, device=backend.device)
-    weight = step.weight(8200, step.shape.hidden)
+    weight = step.weight(rows, step.shape.hidden)
     step.model["head"] = pack(weight, 4, 64)
     step.check()
 

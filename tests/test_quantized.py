@@ -227,6 +227,16 @@ def test_many_rows(backend, group_size, columns, dtype):
         assert relative_error(actual, exact) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("columns", [32, 64, 192])
+def test_so_many_rows_that_a_simdgroup_takes_several_tiles(backend, columns):
+    """Of a row with one tile it takes one only."""
+    packed = matrix(42240 + 13, columns, 4, 32, torch.bfloat16, backend.device)
+    x = make(columns, dtype=torch.bfloat16, device=backend.device, seed=1)
+    bias = make(42240 + 13, dtype=torch.bfloat16, device=backend.device, seed=2)
+    actual = quantized_linear(x, *packed, bias, bits=4, group_size=32)
+    assert relative_error(actual, exact_product(x, packed, bias, group_size=32)) < TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_many_rows_of_parts_of_larger_tensors(backend, dtype):
     """Rows of every tensor lie apart, scales and biases differently."""

@@ -97,6 +97,19 @@ inline float sum_of_lanes(thread float* scores, uint lane) {
   return sum;
 }
 
+// The columns from `column` on of U keys and values a group of lanes, from slot `first` to the last one before `end`.
+template <int KEYS, bool WHOLE, typename T, int U>
+inline void load_slots(thread Pack<T, W> (&key)[U], thread Pack<T, W> (&value)[U], device const T* keys,
+                       device const T* values, uint first, uint end, uint column, uint lane_group,
+                       constant AttentionParams& p) {
+#pragma unroll
+  for (int u = 0; u < U; u++) {
+    const ulong slot = min(first + u * KEYS + lane_group, end - 1);
+    load_pack<T, WHOLE>(keys + slot * p.keys_slot, column, p.head_dim, key[u]);
+    load_pack<T, WHOLE>(values + slot * p.values_slot, column, p.head_dim, value[u]);
+  }
+}
+
 // Queries share a threadgroup's simdgroups: a team of them has one, and its members share the chunk's slots. U keys at
 // once a group of lanes. WHOLE: a head is LANES packs.
 template <typename T, int LANES, int U, bool WHOLE>
@@ -135,6 +148,13 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
   const bool newest_chunk = chunk == p.chunks - 1;
   const uint begin = first + chunk * each + min(chunk, more);
   const uint end = newest_chunk ? p.length + p.steps : begin + each + (chunk < more ? 1 : 0);
+  // So are the first keys and values, if earlier steps have appended them.
+  const uint column = lane % LANES * W, key_group = lane / LANES;
+  const uint teams = p.teams, members = SIMDGROUPS / teams;
+  const uint team = simdgroup / members, member = simdgroup % members, first_slot = begin + member * KEYS * U;
+  Pack<T, W> key[U], value[U];
+  bool loaded = first_slot + KEYS * U <= p.length;
+  if (loaded) load_slots<KEYS, WHOLE>(key, value, head_keys, head_values, first_slot, end, column, key_group, p);
   previous_launch_done(lane);
   if (newest_chunk) {
     for (uint step = simdgroup; step < p.steps; step += SIMDGROUPS) {
@@ -149,10 +169,7 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
     }
   }
 
-  const uint column = lane % LANES * W, key_group = lane / LANES;
   const uint count = group_heads * p.steps;
-  const uint teams = p.teams, members = SIMDGROUPS / teams;
-  const uint team = simdgroup / members, member = simdgroup % members;
   for (uint first_query = 0; first_query < count; first_query += teams) {
     const uint q = SIMDGROUPS - 1 - simdgroup;  // the first simdgroups have the new keys to place
     if (q < teams) {
@@ -178,14 +195,9 @@ void decode_attention(device const float* qkv [[buffer(0)]], device T* keys [[bu
       x[j] = queries[team * DIM + column + j];
       seen[j] = 0.0f;
     }
-    for (uint base = begin + member * KEYS * U; base < end; base += members * KEYS * U) {
-      Pack<T, W> key[U], value[U];
-#pragma unroll
-      for (int u = 0; u < U; u++) {
-        const ulong slot = min(base + u * KEYS + key_group, end - 1);
-        load_pack<T, WHOLE>(head_keys + slot * p.keys_slot, column, WHOLE ? DIM : p.head_dim, key[u]);
-        load_pack<T, WHOLE>(head_values + slot * p.values_slot, column, WHOLE ? DIM : p.head_dim, value[u]);
-      }
+    for (uint base = first_slot; base < end; base += members * KEYS * U) {
+      if (!loaded) load_slots<KEYS, WHOLE>(key, value, head_keys, head_values, base, end, column, key_group, p);
+      loaded = false;
       float scores[U];
 #pragma unroll
       for (int u = 0; u < U; u++) {

@@ -13,6 +13,7 @@ SHARED_CONSTANT uint32_t kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2;
 SHARED_CONSTANT uint32_t kLaneColumns = 8;                     // columns that a lane takes at once
 SHARED_CONSTANT uint32_t kBlockColumns = 32 * kLaneColumns;    // and a simdgroup
 SHARED_CONSTANT uint32_t kTileColumns = 64, kTileVectors = 8;  // of a product on the matrix units
+SHARED_CONSTANT uint32_t kStagedWords = 256;                   // of a vector's codes, for packed rows of four bits
 SHARED_CONSTANT uint32_t kMostHeadDim = 256;
 SHARED_CONSTANT uint32_t kAttentionSimdgroups = 16;
 SHARED_CONSTANT uint32_t kMostTeams = 8,
@@ -44,7 +45,8 @@ struct ProductParams {
   uint32_t flags, norm_format, bias_format;
   float eps, norm_offset;  // which is added to the norm's weights
   float scale;             // of the results
-  uint32_t activation, unused;
+  uint32_t activation;
+  uint32_t rounds;  // of packed_tiles: tiles of rows that a simdgroup takes one after the other
 };
 
 // How up to three packed matrices are laid out.

@@ -24,7 +24,7 @@ inline void load_tile(thread const DenseTileRows<T>& rows, uint pair, uint colum
                       thread DenseTile<T>& tile) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    load_pack<T, true>(rows.at[i / 2], column + run_column(pair, i % 2), cols, tile.runs[i / 2][i % 2]);
+    load_pack<T, true, true>(rows.at[i / 2], column + run_column(pair, i % 2), cols, tile.runs[i / 2][i % 2]);
   }
 }
 

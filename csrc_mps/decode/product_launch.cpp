@@ -142,6 +142,7 @@ void multiply(GpuStep& step, std::initializer_list<const Linear*> matrices, cons
     static KernelSet plain_packed("packed_tiles", "packed_tiles"), gating_packed("packed_tiles", "packed_tiles_gated");
     const TiledGrid grid = tiled_grid(results, gated ? 8 : 16, first.cols, first.group_size);
     p.splits = grid.splits;
+    p.rounds = grid.rounds;
     step.launches.add((gated ? gating_packed : plain_packed)(first.scales.scalar_type(), grid.words), grid.threadgroups,
                       grid.threads, packed_operands(),
                       PackedProductParams{p, packed_format({each[0], each[1], each[2]})});
@@ -154,7 +155,9 @@ void multiply(GpuStep& step, std::initializer_list<const Linear*> matrices, cons
   const Width width = width_for(p.vectors, whole, gated, first.is_packed(), tiles);
   const int64_t outputs = gated ? width.rows / 2 : width.rows;
   p.splits = static_cast<uint32_t>(splits_for(width, results, outputs, p.cols, first.is_packed(), tiles));
-  const int64_t simdgroups = (kProductSimdgroups + p.splits - 1) / p.splits * p.splits;
+  // Tiles take so many registers that small threadgroups fill a GPU better.
+  const int64_t least = tiles && p.splits > 1 ? 1 : kProductSimdgroups;
+  const int64_t simdgroups = (least + p.splits - 1) / p.splits * p.splits;
   const int64_t rows = simdgroups / p.splits * outputs;
   const int64_t groups = (results + rows - 1) / rows * ((p.vectors + width.vectors - 1) / width.vectors);
   if (first.is_packed()) {

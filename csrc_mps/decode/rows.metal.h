@@ -25,7 +25,9 @@ inline void load_rows(thread Rows<T, R, U>& rows, uint column, uint cols) {
 #pragma unroll
   for (int u = 0; u < U; u++) {
 #pragma unroll
-    for (int r = 0; r < R; r++) load_pack<T, WHOLE>(rows.at[r], column + u * kBlockColumns, cols, rows.packs[r][u]);
+    for (int r = 0; r < R; r++) {
+      load_pack<T, WHOLE, true>(rows.at[r], column + u * kBlockColumns, cols, rows.packs[r][u]);
+    }
   }
 }
 

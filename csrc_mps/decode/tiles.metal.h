@@ -89,6 +89,9 @@ inline void multiply_tiles(thread TileRows& rows, device const ushort* b0, devic
     residuals[i / 2][i % 2] = writes[i / 2][i % 2] && p.flags & kAdd ? *places[i / 2][i % 2] : 0.0f;
   }
 
+  Pack<float, N> packs[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++) load_pack<float, true>(sources[i], column + runs[i], p.cols, packs[i]);
   // Several parts of each sum, so that a product need not wait for the one before.
   float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f}, parts[CHAINS][4] = {}, squares[2] = {0.0f, 0.0f};
   while (true) {
@@ -98,11 +101,11 @@ inline void multiply_tiles(thread TileRows& rows, device const ushort* b0, devic
     load_tile(rows, lanes.pair, next_column, p.cols, next);
     if (normed) load_norms(next_norms, (device const T*)norm, runs, next_column, p.cols);
     float x[2][N];
+    Pack<float, N> next_packs[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      Pack<float, N> pack;
-      load_pack<float, true>(sources[i], column + runs[i], p.cols, pack);
-      pack.unpack(x[i]);
+      load_pack<float, true>(sources[i], next_column + runs[i], p.cols, next_packs[i]);
+      packs[i].unpack(x[i]);
 #pragma unroll
       for (int j = 0; normed && j < N; j++) {
         squares[i] = fma(x[i][j], x[i][j], squares[i]);
@@ -120,6 +123,8 @@ inline void multiply_tiles(thread TileRows& rows, device const ushort* b0, devic
     column = next_column;
     if (column >= p.cols) break;
     copy_tile(tile, next);
+#pragma unroll
+    for (int i = 0; i < 2 * N; i++) packs[i / N].words[i % N] = next_packs[i / N].words[i % N];
 #pragma unroll
     for (int i = 0; i < 8; i++) norms.runs[i / 4].words[i % 4] = next_norms.runs[i / 4].words[i % 4];
   }

@@ -20,8 +20,14 @@ inline float vector_at(device const ushort* vector, uint format, ulong i) {
   return format == kFloat16 ? float(as_type<half>(vector[i])) : float(as_type<bfloat>(vector[i]));
 }
 
-// A pack of a row from `column` on, zero past the end. WHOLE: no pack crosses it.
-template <typename T, bool WHOLE, int N>
+// Weights, which a step reads once. cuda.h has the overloads for NVIDIA, where they leave the cache to the vectors.
+template <typename Words>
+inline Words read_once(device const Words* from) {
+  return *from;
+}
+
+// A pack of a row from `column` on, zero past the end. WHOLE: no pack crosses it. ONCE: it is read once.
+template <typename T, bool WHOLE, bool ONCE = false, int N>
 inline void load_pack(device const T* row, uint column, uint cols, thread Pack<T, N>& pack) {
   if (!WHOLE) {
     pack.load(row, column, cols, false);
@@ -29,7 +35,7 @@ inline void load_pack(device const T* row, uint column, uint cols, thread Pack<T
     device const uint4* from = (device const uint4*)(row + column);
 #pragma unroll
     for (uint i = 0; i < N * sizeof(T) / 16; i++) {
-      const uint4 raw = column < cols ? from[i] : uint4(0u);
+      const uint4 raw = column >= cols ? uint4(0u) : ONCE ? read_once(from + i) : from[i];
       pack.words[4 * i] = raw.x;
       pack.words[4 * i + 1] = raw.y;
       pack.words[4 * i + 2] = raw.z;

@@ -130,13 +130,13 @@ inline void load_packed(PackedRow row, uint column, bool inside, PackedGroups<S,
 #pragma unroll
   for (int i = 0; i < WORDS; i += WHOLE && WORDS % 4 == 0 ? 4 : WHOLE && WORDS % 2 == 0 ? 2 : 1) {
     if (WHOLE && WORDS % 4 == 0) {
-      const uint4 raw = inside ? *(device const uint4*)(from + i) : uint4(0u);
+      const uint4 raw = inside ? read_once((device const uint4*)(from + i)) : uint4(0u);
       pack.words[i] = raw.x;
       pack.words[i + 1] = raw.y;
       pack.words[i + 2] = raw.z;
       pack.words[i + 3] = raw.w;
     } else if (WHOLE && WORDS % 2 == 0) {
-      const uint2 raw = inside ? *(device const uint2*)(from + i) : uint2(0u);
+      const uint2 raw = inside ? read_once((device const uint2*)(from + i)) : uint2(0u);
       pack.words[i] = raw.x;
       pack.words[i + 1] = raw.y;
     } else {

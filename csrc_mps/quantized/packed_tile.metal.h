@@ -15,7 +15,7 @@
 using namespace metal;
 using namespace torch_fused;
 
-constant constexpr uint kStagedWords = 256, kStagedRows = 4;  // of a row; of 16 bits
+constant constexpr uint kStagedRows = 4;  // of 16 bits
 constant constexpr int kWordCodes = 8;
 
 // Where a word is staged: the lanes of a row read their words i next to each other.

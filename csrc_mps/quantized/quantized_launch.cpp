@@ -49,6 +49,7 @@ void multiply_tiled(const Packed& m, const Tensor& x, const Tensor& bias, bool h
   product.cols = kernel_size("quantized_linear", "columns of weight", m.cols);
   product.vectors = product.steps = product.kept = 1;
   product.splits = grid.splits;
+  product.rounds = grid.rounds;
   product.flags = has_bias ? kBias : 0;
   product.scale = 1.0f;
   for (size_t i = 0; i < 3; ++i) {

@@ -111,6 +111,16 @@ BUGS = [
         "[place",
     ),
     Bug(
+        "slots are read before they are written",
+        "decode_attention",
+        "first_slot + KEYS * U <= p.length;",
+        "true;",
+        step(),
+        RACE,
+        ATTENTION,
+        "to[d] = T(x)",
+    ),
+    Bug(
         "missing barrier before the parts of a row are added up",
         "decode_product",
         BARRIER.replace("  ", "    ", 1) + "    for (uint s = 1;",
@@ -143,12 +153,12 @@ BUGS = [
     Bug(
         "columns past the last one are read",
         "decode_product",
-        "column < cols ? from[i] : uint4(0u)",
-        "from[i]",
+        "column >= cols ? uint4(0u) : ",
+        "",
         step(),
         "out-of-bounds",
         VECTORS,
-        "from[i]",
+        "read_once(from + i) : from[i]",
     ),
     Bug(
         "all vectors write one result",

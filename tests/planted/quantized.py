@@ -32,6 +32,7 @@ def tiled(group_size: int = 64, columns: int = 192, rows: int = 8200) -> Callabl
 
 
 TILES = "quantized/packed_tiles.metal"
+PARTS = "        parts[simdgroup * 32 + lane] = float2(values[0], values[1]);\n"
 
 BUGS = [
     Bug(
@@ -57,8 +58,18 @@ BUGS = [
     Bug(
         "missing barrier before the parts of a tile's rows are added up",
         "packed_tiles",
-        "    parts[simdgroup * 32 + lane] = float2(values[0], values[1]);\n" + BARRIER.replace("  ", "    ", 1),
-        "    parts[simdgroup * 32 + lane] = float2(values[0], values[1]);\n",
+        PARTS + BARRIER.replace("  ", 8 * " ", 1),
+        PARTS,
+        tiled(),
+        RACE,
+        TILES,
+        "parts[",
+    ),
+    Bug(
+        "the parts of a tile's rows take the place of a vector that is in use",
+        "packed_tiles",
+        BARRIER.replace("  ", 8 * " ", 1) + PARTS,
+        "\n" + PARTS,
         tiled(),
         RACE,
         TILES,
@@ -71,8 +82,8 @@ BUGS = [
         "first + span.words",
         tiled(rows=8208),
         OUTSIDE,
-        TILES,
-        "",
+        "decode/vectors.metal.h",
+        "return *from",
     ),
     Bug(
         "a tile's groups past the end",
@@ -97,8 +108,8 @@ BUGS = [
     Bug(
         "every lane of a row writes",
         "packed_tiles",
-        "if (split > 0 || lanes.result > 0) return;",
-        "if (split > 0) return;",
+        "if (split == 0 && lanes.result == 0) {",
+        "if (split == 0) {",
         tiled(),
         "data race on buffer 14",
         TILES,
@@ -215,9 +226,10 @@ ONLY_NUMBERS = [
     (
         "the first part of a tile's rows only",
         "packed_tiles",
-        "for (uint s = 1; s < splits; s++)",
-        "for (uint s = 1; s < 1; s++)",
+        "s < splits; s++)",
+        "s < 1; s++)",
         tiled(),
     ),
+    ("the second round has the first one's rows", "packed_tiles", "first += GATED ? 8 : 16;", ";", tiled(rows=42253)),
     ("unpacked without the bias", "quantized", "+ pack.bias;", "+ 0.0f;", unpacked()),
 ]

@@ -186,6 +186,22 @@ MSL_FN void sum_of_runs(float* parts, uint lane) {
   for (uint i = 0; i < 2; i++) parts[i] = simd_shuffle(sum, (lane % 4 * 2 + i) * 4);
 }
 
+// Loads of csrc_mps/decode/vectors.metal.h for data that is read once: the first of a line's sectors brings the whole
+// line to the second level of the cache, and nothing stays in the first.
+
+MSL_FN uint4 read_once(const uint4* from) {
+  uint4 words;
+  asm("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+      : "l"(from));
+  return words;
+}
+MSL_FN uint2 read_once(const uint2* from) {
+  uint2 words;
+  asm("ld.global.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "l"(from));
+  return words;
+}
+
 // Functions of csrc_mps/quantized/packed_tile.metal.h for mma.m16n8k16 with bfloat: a value is three of them, each of
 // which is what the ones before leave. They are three of the four columns of a half, and the fourth is zero.
 
