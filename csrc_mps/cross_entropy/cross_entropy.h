@@ -36,6 +36,10 @@ CrossEntropySignature cross_entropy_cpu, cross_entropy_gpu;
 void check_cross_entropy(const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& scale,
                          const CrossEntropyOptions& options);
 
+// x *= factor, one number, in the dtype of the losses; rounded once.
+using ScaleSignature = void(const at::Tensor& x, const at::Tensor& factor);
+ScaleSignature scale_cpu, scale_gpu;
+
 // A chunk of the classes: from `begin` to `end` of all of them.
 struct ClassChunk {
   int64_t begin, end, classes;

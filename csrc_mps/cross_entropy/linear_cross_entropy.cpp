@@ -4,7 +4,6 @@
 #include <ATen/core/PythonFallbackKernel.h>
 #include <ATen/ops/ones.h>
 
-#include <algorithm>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -20,7 +19,7 @@ TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor? bias=None, *, int ignore_index=-100, "
       "float label_smoothing=0.0, str reduction='mean', float z_loss=0.0) -> Tensor");
   // The loss, and the gradients of hidden, weight and bias that are needed for an incoming `grad`, absent for 1. Where
-  // classes come in chunks, `chunk` is how many; None for as many as are fast.
+  // classes come in chunks, `chunk` is how many have logits in memory of their own; None for as many as are fast.
   m.def(
       "_linear_cross_entropy_gradients(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? grad, "
       "int ignore_index, float label_smoothing, str reduction, float z_loss, bool need_hidden, bool need_weight, "
@@ -156,19 +155,11 @@ bool is_one(const Tensor& number) {
   return number.item<double>() == 1;
 }
 
-// The gradient times the factor, in place. Torch rounds a factor on a GPU to the dtype of what it multiplies, if it has
-// no dimensions. With one, CUDA's kernel multiplies in float32; elsewhere that is done in blocks.
+// The gradient times the factor, in place.
 void scale_by(const Tensor& gradient, const Tensor& factor) {
-  constexpr int64_t kBlock = 1 << 24;  // elements
-  if (gradient.is_cpu() || gradient.is_cuda() || gradient.element_size() > 2) {
-    gradient.mul_(gradient.is_cuda() ? factor.view({1}) : factor);
-    return;
-  }
-  const Tensor flat = gradient.view({-1});
-  for (int64_t begin = 0; begin < flat.numel(); begin += kBlock) {
-    const Tensor block = flat.narrow(0, begin, std::min(kBlock, flat.numel() - begin));
-    block.copy_(block.to(at::kFloat).mul_(factor));
-  }
+  static const auto op = find_op<decltype(scale_cpu)>("torch_fused::_scale_");
+  at::AutoDispatchBelowADInplaceOrView below;
+  op.call(gradient, factor);
 }
 
 struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropyFunction> {

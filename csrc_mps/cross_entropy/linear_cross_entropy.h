@@ -34,8 +34,9 @@ struct HeadLoss {
 Gradients losses_by_rows(const HeadLoss& of);
 
 // In chunks of classes, each with its rows of the weight's gradient, for a row at least of a half type on a GPU. No
-// chunk has a row's loss, so that most logits are computed twice; but a chunk may be so small that it stays in the
-// GPU's cache. `chunk` is how many, absent for as many as are fast. Throws LibraryUnavailable.
+// chunk has a row's loss, so that most logits are computed twice; but the weight's gradient needs no sum, and until it
+// is written, its memory holds the logits. `chunk` is how many classes come together where it does not, absent for as
+// many as are fast. Throws LibraryUnavailable.
 Gradients losses_by_classes(const HeadLoss& of, std::optional<int64_t> chunk);
 
 }  // namespace torch_fused

@@ -106,6 +106,12 @@ def _gradients_fake(
     )
 
 
+def _scale_reference(x: Tensor, factor: Tensor) -> None:
+    """A gradient times the incoming one, in place: in float32, or float64 for float64, and rounded once."""
+    x.copy_(x.to(factor.dtype) * factor)
+
+
+register("_scale_", reference=_scale_reference, fake=lambda x, factor: None)
 register("linear_cross_entropy", reference=linear_cross_entropy_reference, fake=_linear_cross_entropy_fake)
 register("_linear_cross_entropy_gradients", reference=_gradients_reference, fake=_gradients_fake)
 
