@@ -33,10 +33,15 @@ struct HeadLoss {
 // whole weight.
 Gradients losses_by_rows(const HeadLoss& of);
 
+// Classes of a chunk whose logits have memory of their own, and at most of one whose logits are in the memory of the
+// weight's gradient; absent for as many as are fast.
+struct ChunkSizes {
+  std::optional<int64_t> own, lent;
+};
+
 // In chunks of classes, each with its rows of the weight's gradient, for a row at least of a half type on a GPU. No
 // chunk has a row's loss, so that most logits are computed twice; but the weight's gradient needs no sum, and until it
-// is written, its memory holds the logits. `chunk` is how many classes come together where it does not, absent for as
-// many as are fast. Throws LibraryUnavailable.
-Gradients losses_by_classes(const HeadLoss& of, std::optional<int64_t> chunk);
+// is written, its memory holds the logits. Throws LibraryUnavailable.
+Gradients losses_by_classes(const HeadLoss& of, const ChunkSizes& sizes);
 
 }  // namespace torch_fused
