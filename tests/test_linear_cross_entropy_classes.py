@@ -12,7 +12,7 @@ from torch_fused.testing import make, relative_error
 HALVES = (torch.bfloat16, torch.float16)
 # (rows, features, classes, own, lent: see ChunkSizes): one chunk, with room to spare; two, the first one of a class; of
 # no whole packs; several packs a thread, and more than threads take at once; logits in the weight's gradient, of one
-# chunk, of some, of several kept at once; the hidden states' gradient finished before the weight's, by one chunk and two.
+# chunk, of some, of several kept at once; the hidden states' gradient finished first, in one chunk and in two.
 SHAPES = [
     (5, 8, 33, 128, None),
     (7, 4, 129, 128, None),
@@ -143,7 +143,7 @@ def test_only_what_is_needed(backend):
 
 
 def test_traffic():
-    """A chunk of logits is read once for the losses; for the gradient it is read once, and all its packs are written."""
+    """A chunk of logits is read once for the losses; for the gradient it is read once, and whole packs are written."""
     hidden, weight, bias, target = operands(4, 8, 2001, torch.bfloat16, ignored=0.0)
     with emulate() as run:
         in_chunks(hidden, weight, bias, target, 1000, **FULL)

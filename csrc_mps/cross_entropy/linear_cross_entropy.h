@@ -1,5 +1,5 @@
-// What linear_cross_entropy.cpp and its two ways through the logits share. Either way the logits of one chunk are all
-// there ever are, and become their gradient in place.
+// What linear_cross_entropy.cpp and its two ways through the logits share. Either way logits come in chunks and become
+// their gradient in place.
 #pragma once
 
 #include <ATen/core/Tensor.h>
