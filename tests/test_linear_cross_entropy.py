@@ -96,6 +96,20 @@ def test_the_factor_of_the_loss_is_not_rounded(backend):
         assert torch.equal(gradient, (whole.float() * third.to(whole.device)).to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scale(backend, dtype):
+    """A number in the device's memory multiplies in place: in float32, and rounded once. 1 needs no pass."""
+    for size, start in ((1, 0), (8191, 0), (20001, 0), (20001, 3)):
+        x = make(size + start, dtype=dtype).to(backend.device)[start:]
+        factor = torch.tensor(1 / 3, device=backend.device)
+        expected = (x.float() * factor).to(dtype)
+        torch.ops.torch_fused._scale_(x, factor)
+        assert torch.equal(x, expected)
+    with emulate() as run:
+        torch.ops.torch_fused._scale_(make(9, dtype=dtype), torch.ones(()))
+    assert (run.launches[0].buffers[0].read, run.launches[0].buffers[0].written) == (0, 0)
+
+
 def test_float16_keeps_small_gradients():
     """With 65,536 classes, each probability divided by the number of rows would underflow in float16."""
     hidden, weight, bias, target = operands(64, 8, 65536, torch.float16, ignored=0.0)

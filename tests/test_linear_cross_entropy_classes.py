@@ -10,26 +10,29 @@ from torch_fused.metal import emulate
 from torch_fused.testing import make, relative_error
 
 HALVES = (torch.bfloat16, torch.float16)
-# (rows, features, classes, classes of a chunk): one chunk, with room to spare; two, the last one of a class; misaligned
-# ones; several packs a thread, and more than threads take at once; ones whose logits stay in the weight's gradient,
-# all but the first, and some.
+# (rows, features, classes, own, lent: see ChunkSizes): one chunk, with room to spare; two, the first one of a class; of
+# no whole packs; several packs a thread, and more than threads take at once; logits in the weight's gradient, of one
+# chunk, of some, of several kept at once; the hidden states' gradient finished first, in one chunk and in two.
 SHAPES = [
-    (5, 8, 33, 128),
-    (7, 4, 129, 128),
-    (6, 4, 100, 33),
-    (3, 4, 4999, 2500),
-    (2, 4, 40000, 20000),
-    (9, 32, 200, 32),
-    (20, 16, 700, 128),
+    (5, 8, 33, 128, None),
+    (7, 4, 129, 128, None),
+    (6, 4, 100, 33, None),
+    (3, 4, 4999, 2500, None),
+    (2, 4, 40000, 20000, None),
+    (9, 32, 200, 32, None),
+    (20, 16, 700, 128, None),
+    (20, 16, 700, 128, 128),
+    (9, 32, 1000, 32, None),
+    (40, 32, 2000, 32, None),
 ]
 FULL = {"label_smoothing": 0.1, "z_loss": 1e-2}
 
 
-def in_chunks(hidden, weight, bias, target, chunk, grad=None, needs=(True, True, True), **options):
-    """The loss and the gradients of hidden, weight and bias."""
+def in_chunks(hidden, weight, bias, target, own, grad=None, needs=(True, True, True), lent=None, **options):
+    """The loss and the gradients of hidden, weight and bias, with `own` and `lent` classes in a chunk (ChunkSizes)."""
     options = {"ignore_index": -100, "label_smoothing": 0.0, "reduction": "mean", "z_loss": 0.0} | options
     return torch.ops.torch_fused._linear_cross_entropy_gradients(
-        hidden, weight, target, bias, grad, *options.values(), *needs, chunk
+        hidden, weight, target, bias, grad, *options.values(), *needs, own, lent
     )
 
 
@@ -37,7 +40,7 @@ def in_chunks(hidden, weight, bias, target, chunk, grad=None, needs=(True, True,
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_float64(backend, shape, options):
     """The loss and every gradient, with and without a bias, for an incoming gradient."""
-    *sizes, chunk = shape
+    *sizes, own, lent = shape
     for dtype in HALVES:
         *tensors, target = operands(*sizes, dtype, ignore_index=options.get("ignore_index", -100))
         moved = [t.to(backend.device) for t in (*tensors, target)]
@@ -47,7 +50,7 @@ def test_matches_float64(backend, shape, options):
             if not biased:
                 exact_inputs[2], moved[2] = torch.zeros(sizes[2], dtype=torch.double), None
             exact = gradients(torchs(target, **options), exact_inputs, grad.double())
-            actual = in_chunks(*moved, chunk, grad.to(backend.device), **options)
+            actual = in_chunks(*moved, own, grad.to(backend.device), lent=lent, **options)
             for name, a, e in zip(("loss", "hidden", "weight", "bias"), actual, exact, strict=True):
                 assert relative_error(a, e) < TOLERANCE[dtype], f"{name}, {dtype}, {biased=}"
 
@@ -73,49 +76,60 @@ def test_the_loss_does_not_depend_on_the_chunks(backend):
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-6)
 
 
-def test_its_own_chunks():
-    """2060 rows: at most 2^24 logits are in memory at a time, of 8064 classes, a multiple of 128."""
-    rows, classes, chunk = 2060, 8200, 8064
-    hidden, weight, _, target = operands(rows, 2, classes, torch.bfloat16)
-    inputs = [t.requires_grad_() for t in (hidden, weight)]
+@pytest.mark.parametrize(
+    ("sizes", "needed", "own"),
+    [((2060, 2, 8200), 0, 8064), ((300, 96, 20000), 1, 3456)],
+    ids=["2^24 logits of the hidden states' gradient alone", "2^20 beside the weight's gradient"],
+)
+def test_its_own_chunks(sizes, needed, own):
+    """How many classes' logits have memory of their own: a multiple of 128. Nothing else takes as much."""
+    rows, features, classes = sizes
+    hidden, weight, _, target = operands(*sizes, torch.bfloat16)
+    inputs = [t.requires_grad_(i == needed) for i, t in enumerate((hidden, weight))]
     seen = torch.profiler.profile(profile_memory=True)
-    with emulate(checked=False) as run:
-        with seen:
-            loss = linear_cross_entropy(*inputs, target)
+    with emulate(checked=False), seen:
+        loss = linear_cross_entropy(*inputs, target)
         loss.backward()
-    # The CPU's product with a float32 result needs float32 operands, too.
-    assert {event.cpu_memory_usage for event in seen.events()} >= {rows * chunk * 2, rows * chunk * 4}
-    assert max(event.cpu_memory_usage for event in seen.events()) == rows * chunk * 4
-    assert [launch.threadgroups for launch in run.launches] == [rows] * 4
-    for a, e in zip(
-        (loss, *(t.grad for t in inputs)),
-        gradients(lambda h, w: F.cross_entropy(h @ w.T, target), [t.double() for t in inputs]),
-        strict=True,
-    ):
-        assert relative_error(a, e) < TOLERANCE[torch.bfloat16]
+    allocated = {event.cpu_memory_usage for event in seen.events() if event.name.startswith("aten::empty")}
+    # The CPU's product with a float32 result, the hidden states' gradient, needs a float32 operand.
+    largest = rows * own * 4 if needed == 0 else classes * features * 2
+    assert sorted(allocated, reverse=True)[:2] == [largest, rows * own * 2]
+    exact = F.cross_entropy(hidden.double() @ weight.double().T, target)
+    assert relative_error(loss, exact) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize(
-    ("shape", "again"),
-    [((20, 16, 700, 128), 2), ((9, 32, 200, 32), 1), ((20, 4, 700, 128), 5), ((20, 16, 700, 1000), 0)],
+    ("shape", "first", "again", "ahead", "back", "of_hidden"),
+    [
+        # From the last class on, 256 (kept), 128 and 128 in the weight's gradient; 128 and 60.
+        ((20, 16, 700, 128, None), 3, 4, 0, 5, 5),
+        ((20, 16, 700, 128, 128), 6, 3, 0, 6, 6),  # three times 128 (kept), and 128; 128 and 60
+        ((9, 32, 200, 32, None), 2, 3, 0, 4, 4),  # 128 (kept); 32, 32 and 8
+        # 768 (kept) and 128, then the other 104 for the hidden states alone; 32, 32, 32 and 8.
+        ((9, 32, 1000, 32, None), 2, 5, 1, 6, 3),
+        # 768 (kept), 512, 256, 128 and 128, then 160 and 48; 6 times 32, and 16.
+        ((40, 32, 2000, 32, None), 3, 11, 2, 12, 7),
+        ((20, 4, 700, 128, None), 6, 5, 0, 6, 6),  # no room
+        ((20, 16, 700, 1000, None), 1, 0, 0, 1, 1),
+    ],
     ids=str,
 )
-def test_logits_computed_again(shape, again):
-    """Those of the last chunk are still there, and those that fit into the weight's gradient; only if any is needed."""
-    *sizes, chunk = shape
+def test_chunks(shape, first, again, ahead, back, of_hidden):
+    """Products and launches of both passes, with the weight's gradient and without."""
+    *sizes, own, lent = shape
     hidden, weight, bias, target = operands(*sizes, torch.bfloat16)
-    chunks = -(-sizes[2] // chunk)
+    alike = -(-sizes[2] // own)
 
-    def products(*needs):
+    def counts(*needs):
         with torch.profiler.profile() as profile, emulate(checked=False) as run:
-            in_chunks(hidden, weight, bias, target, chunk, needs=needs)
-        assert len(run.launches) == chunks * (1 + any(needs))
-        return sum(event.count for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm"))
+            in_chunks(hidden, weight, bias, target, own, lent=lent, needs=needs)
+        products = sum(event.count for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm"))
+        return products, len(run.launches)
 
-    assert products(False, False, False) == chunks
-    assert products(True, False, False) == chunks + (chunks - 1) + chunks
-    assert products(False, True, False) == chunks + again + chunks
-    assert products(True, True, True) == chunks + again + 2 * chunks
+    assert counts(False, False, False) == (alike, alike)
+    assert counts(True, False, False) == (alike + (alike - 1) + alike, alike + alike)
+    assert counts(False, True, False) == (first + again + back, first + back)
+    assert counts(True, True, True) == (first + again + ahead + back + of_hidden, first + back + ahead)
 
 
 def test_only_what_is_needed(backend):
@@ -129,18 +143,17 @@ def test_only_what_is_needed(backend):
 
 
 def test_traffic():
-    """A chunk of logits is read once for the losses; for the gradient it is read and written once."""
-    hidden, weight, bias, target = operands(4, 8, 2000, torch.bfloat16, ignored=0.0)
+    """A chunk of logits is read once for the losses; for the gradient it is read once, and whole packs are written."""
+    hidden, weight, bias, target = operands(4, 8, 2001, torch.bfloat16, ignored=0.0)
     with emulate() as run:
         in_chunks(hidden, weight, bias, target, 1000, **FULL)
-    logits = 4 * 1000 * 2
-    assert [launch.kernel for launch in run.launches] == ["cross_entropy_sums_bf16"] * 2 + [
-        "cross_entropy_gradient_bf16"
-    ] * 2
-    for launch in run.launches[:2]:
+    sums, gradient = "cross_entropy_sums_bf16", "cross_entropy_gradient_bf16"
+    assert [launch.kernel for launch in run.launches] == [sums, sums, gradient, gradient]
+    for launch, classes in zip(run.launches[:2], (721, 1280), strict=True):
+        logits = 4 * classes * 2
         assert launch.buffers[0].written == 0 and logits <= launch.buffers[0].read <= logits + 4 * 2
-    for launch in run.launches[2:]:
-        assert launch.buffers[0].read == launch.buffers[0].written == logits
+    for launch, classes, whole in zip(run.launches[2:], (1280, 721), (1280, 728), strict=True):
+        assert launch.buffers[0].read == 4 * classes * 2 and launch.buffers[0].written == 4 * whole * 2
 
 
 @pytest.mark.parametrize(("schedule", "seed"), [("reversed", 0), ("random", 0), ("random", 1), ("preemptive", 0)])
@@ -220,9 +233,10 @@ def test_layouts(backend):
 
 
 def test_a_chunk_has_a_class():
-    """The error names the argument."""
-    with pytest.raises(RuntimeError, match="linear_cross_entropy: chunk must be a class at least, got 0"):
-        in_chunks(*operands(3, 4, 9, torch.bfloat16), 0)
+    """An error otherwise."""
+    for own, lent in ((0, None), (None, 0)):
+        with pytest.raises(RuntimeError, match="linear_cross_entropy: a chunk must have a class at least, got 0"):
+            in_chunks(*operands(3, 4, 9, torch.bfloat16), own, lent=lent)
 
 
 def test_backward(backend):

@@ -36,12 +36,17 @@ CrossEntropySignature cross_entropy_cpu, cross_entropy_gpu;
 void check_cross_entropy(const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& scale,
                          const CrossEntropyOptions& options);
 
-// A chunk of the classes: its first class, and how many classes all chunks have.
+// x *= factor, one number, in the dtype of the losses; rounded once.
+using ScaleSignature = void(const at::Tensor& x, const at::Tensor& factor);
+ScaleSignature scale_cpu, scale_gpu;
+
+// A chunk of the classes: from `begin` to `end` of all of them.
 struct ClassChunk {
-  int64_t begin, classes;
+  int64_t begin, end, classes;
 };
-// On a GPU, of logits (n, classes of the chunk) of a half type. The first adds a chunk to the rows' `sums` (n, 4) and,
-// with the last chunk, writes their losses; chunks come in order. The second makes gradients of a chunk's logits.
+// On a GPU, of dense logits (n, the chunk's classes and what makes the row a multiple of 16 bytes) of a half type. The
+// first adds a chunk to the rows' `sums` (n, 4) and, with the last chunk, writes their losses; chunks come in order.
+// The second makes gradients of a chunk's logits, and zeros of the rest of the row.
 void cross_entropy_sums_gpu(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& sums,
                             const at::Tensor& losses, ClassChunk chunk, const CrossEntropyOptions& options);
 void cross_entropy_gradient_gpu(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& sums,

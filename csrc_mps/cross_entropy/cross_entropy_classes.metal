@@ -59,7 +59,7 @@ void cross_entropy_sums(device const T* logits [[buffer(0)]], device const long*
     Pack<T, W> packs[N];
     float x[N * W];
 #pragma unroll
-    for (int i = 0; i < N; i++) packs[i].load(in, column + i * step, p.cols, p.aligned, -INFINITY);
+    for (int i = 0; i < N; i++) packs[i].load(in, column + i * step, p.cols, true, -INFINITY);
 #pragma unroll
     for (int i = 0; i < N; i++) packs[i].unpack(x + i * W);
     mine.add<N * W>(x);
@@ -81,7 +81,8 @@ void cross_entropy_sums(device const T* logits [[buffer(0)]], device const long*
   losses[row] = loss_of_row(all.exps, all.of_target, all.total, p.classes, p.smoothing, p.z_loss);
 }
 
-// One threadgroup a row. The logits of a chunk become the gradient of the row's loss times its scale.
+// One threadgroup a row. The logits of a chunk become the gradient of the row's loss times its scale. What is left of
+// the row's last pack becomes 0, as products may read it.
 template <typename T, int W, int N>
 [[kernel, max_total_threads_per_threadgroup(512)]]
 void cross_entropy_gradient(device T* logits [[buffer(0)]], device const long* target [[buffer(1)]],
@@ -98,7 +99,7 @@ void cross_entropy_gradient(device T* logits [[buffer(0)]], device const long* t
 #pragma unroll
     for (int j = 0; j < W; j++) x[j] = 0.0f;
     for (uint column = thread_id * W; column < p.cols; column += step) {
-      store_columns<W>(in, column, p.cols, p.aligned, x);
+      store_columns<W>(in, column, p.stride, true, x);
     }
     return;
   }
@@ -108,14 +109,14 @@ void cross_entropy_gradient(device T* logits [[buffer(0)]], device const long* t
   for (uint column = thread_id * W; column < p.cols; column += N * step) {
     Pack<T, W> packs[N];
 #pragma unroll
-    for (int i = 0; i < N; i++) packs[i].load(in, column + i * step, p.cols, p.aligned);
+    for (int i = 0; i < N; i++) packs[i].load(in, column + i * step, p.cols, true);
 #pragma unroll
     for (int i = 0; i < N; i++) {
       const uint first = column + i * step;
       packs[i].unpack(x);
 #pragma unroll
-      for (int j = 0; j < W; j++) x[j] = gradient.at(x[j], first + j == hit);
-      store_columns<W>(in, first, p.cols, p.aligned, x);
+      for (int j = 0; j < W; j++) x[j] = first + j < p.cols ? gradient.at(x[j], first + j == hit) : 0.0f;
+      store_columns<W>(in, first, p.stride, true, x);
     }
   }
 }

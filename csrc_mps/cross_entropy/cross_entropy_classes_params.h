@@ -5,12 +5,11 @@
 namespace torch_fused {
 
 struct CrossEntropyClassesParams {
-  int64_t stride;        // elements from row to row of the chunk's logits
   int64_t ignore_index;  // a target that has no loss
   uint32_t begin;        // the chunk's first class
   uint32_t cols;         // classes of the chunk
+  uint32_t stride;       // the same, as a multiple of 16 bytes: elements from row to row of its logits
   uint32_t classes;      // of all chunks
-  uint32_t aligned;      // every row of the chunk starts at 16 bytes
   uint32_t per_row;      // whether each row has a scale of its own
   float smoothing;       // the share of the target's weight that all classes get
   float z_loss;          // the factor of the squared log-sum-exp

@@ -40,18 +40,18 @@ namespace {
 // Few threads, of which each loads four packs at once: so the rows of a whole chunk are under way together.
 void launch_chunk(KernelSet& kernels, const Tensor& logits, at::TensorList tensors, bool per_row, ClassChunk chunk,
                   const CrossEntropyOptions& options) {
-  const int64_t rows = logits.size(0), cols = logits.size(1), stride = logits.stride(0);
-  const CrossEntropyClassesParams params{stride,
-                                         options.ignore_index,
+  const int64_t cols = chunk.end - chunk.begin;
+  const CrossEntropyClassesParams params{options.ignore_index,
                                          static_cast<uint32_t>(chunk.begin),
                                          static_cast<uint32_t>(cols),
+                                         static_cast<uint32_t>(logits.size(1)),
                                          kernel_size("linear_cross_entropy", "classes", chunk.classes),
-                                         rows_aligned(logits, stride),
                                          per_row,
                                          static_cast<float>(options.label_smoothing),
                                          static_cast<float>(options.z_loss),
                                          0};
-  launch(kernels(logits), rows, row_shape(cols, logits.element_size(), kMostPacks).threads, tensors, params);
+  const int64_t threads = row_shape(cols, logits.element_size(), kMostPacks).threads;
+  launch(kernels(logits), logits.size(0), threads, tensors, params);
 }
 
 }  // namespace

@@ -4,7 +4,6 @@
 #include <ATen/core/PythonFallbackKernel.h>
 #include <ATen/ops/ones.h>
 
-#include <algorithm>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -20,11 +19,11 @@ TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor? bias=None, *, int ignore_index=-100, "
       "float label_smoothing=0.0, str reduction='mean', float z_loss=0.0) -> Tensor");
   // The loss, and the gradients of hidden, weight and bias that are needed for an incoming `grad`, absent for 1. Where
-  // classes come in chunks, `chunk` is how many; None for as many as are fast.
+  // classes come in chunks, `own` and `lent` are their sizes (ChunkSizes).
   m.def(
       "_linear_cross_entropy_gradients(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? grad, "
       "int ignore_index, float label_smoothing, str reduction, float z_loss, bool need_hidden, bool need_weight, "
-      "bool need_bias, int? chunk=None) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool need_bias, int? own=None, int? lent=None) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 namespace torch_fused {
@@ -72,9 +71,9 @@ bool goes_by_classes(const Tensor& hidden) {
   return (hidden.is_cuda() || (hidden.is_cpu() && emulating())) && hidden.element_size() == 2 && hidden.size(0) > 0;
 }
 
-Gradients losses_of(const HeadLoss& of, bool by_classes, std::optional<int64_t> chunk) {
+Gradients losses_of(const HeadLoss& of, bool by_classes, const ChunkSizes& sizes) {
   try {
-    if (by_classes) return losses_by_classes(of, chunk);
+    if (by_classes) return losses_by_classes(of, sizes);
   } catch (const LibraryUnavailable& error) {
     note_fallback(kOp, error.what());
   }
@@ -83,9 +82,11 @@ Gradients losses_of(const HeadLoss& of, bool by_classes, std::optional<int64_t> 
 
 Gradients gradients(const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
                     const OptionalTensor& grad, const CrossEntropyOptions& options, std::string_view reduction,
-                    Needs needs, std::optional<int64_t> chunk = {}) {
+                    Needs needs, const ChunkSizes& sizes = {}) {
   check(hidden, weight, target, bias, grad, options, reduction);
-  TORCH_CHECK(!chunk || *chunk > 0, kOp, ": chunk must be a class at least, got ", *chunk);
+  for (const auto& size : {sizes.own, sizes.lent}) {
+    TORCH_CHECK(!size || *size > 0, kOp, ": a chunk must have a class at least, got ", *size);
+  }
   if (target.is_cpu() && !emulating()) check_classes(kOp, target, weight.size(0), options.ignore_index);
   const auto wide = hidden.options().dtype(loss_dtype(hidden));
   HeadLoss of{hidden.reshape({target.numel(), hidden.size(-1)}),
@@ -114,7 +115,7 @@ Gradients gradients(const Tensor& hidden, const Tensor& weight, const Tensor& ta
     }
     of.scale = scale ? *scale : at::ones({}, wide);
   }
-  auto [losses, grad_hidden, grad_weight, grad_bias] = losses_of(of, by_classes, chunk);
+  auto [losses, grad_hidden, grad_weight, grad_bias] = losses_of(of, by_classes, sizes);
   Tensor loss = reduction == "none" ? losses.view(target.sizes()) : losses.sum();
   if (count.defined()) loss = loss / count;
   return {loss, needs.hidden ? grad_hidden.view(hidden.sizes()) : grad_hidden, grad_weight, grad_bias};
@@ -125,10 +126,10 @@ Gradients gradients(const Tensor& hidden, const Tensor& weight, const Tensor& ta
 Gradients linear_cross_entropy_gradients(const Tensor& hidden, const Tensor& weight, const Tensor& target,
                                          const OptionalTensor& bias, const OptionalTensor& grad, int64_t ignore_index,
                                          double label_smoothing, std::string_view reduction, double z_loss,
-                                         bool need_hidden, bool need_weight, bool need_bias,
-                                         std::optional<int64_t> chunk) {
+                                         bool need_hidden, bool need_weight, bool need_bias, std::optional<int64_t> own,
+                                         std::optional<int64_t> lent) {
   return gradients(hidden, weight, target, bias, grad, {ignore_index, label_smoothing, z_loss}, reduction,
-                   {need_hidden, need_weight, need_bias}, chunk);
+                   {need_hidden, need_weight, need_bias}, {own, lent});
 }
 
 Tensor linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& target,
@@ -156,19 +157,11 @@ bool is_one(const Tensor& number) {
   return number.item<double>() == 1;
 }
 
-// The gradient times the factor, in place. Torch rounds a factor on a GPU to the dtype of what it multiplies, if it has
-// no dimensions. With one, CUDA's kernel multiplies in float32; elsewhere that is done in blocks.
+// The gradient times the factor, in place.
 void scale_by(const Tensor& gradient, const Tensor& factor) {
-  constexpr int64_t kBlock = 1 << 24;  // elements
-  if (gradient.is_cpu() || gradient.is_cuda() || gradient.element_size() > 2) {
-    gradient.mul_(gradient.is_cuda() ? factor.view({1}) : factor);
-    return;
-  }
-  const Tensor flat = gradient.view({-1});
-  for (int64_t begin = 0; begin < flat.numel(); begin += kBlock) {
-    const Tensor block = flat.narrow(0, begin, std::min(kBlock, flat.numel() - begin));
-    block.copy_(block.to(at::kFloat).mul_(factor));
-  }
+  static const auto op = find_op<decltype(scale_cpu)>("torch_fused::_scale_");
+  at::AutoDispatchBelowADInplaceOrView below;
+  op.call(gradient, factor);
 }
 
 struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropyFunction> {
@@ -235,7 +228,7 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     return gradients_op.call(hidden, weight, target, bias, grad, data["ignore_index"].toInt(),
                              data["label_smoothing"].toDouble(), data["reduction"].toStringView(),
                              data["z_loss"].toDouble(), data["need_hidden"].toBool(), data["need_weight"].toBool(),
-                             data["need_bias"].toBool(), std::nullopt);
+                             data["need_bias"].toBool(), std::nullopt, std::nullopt);
   }
 };
 

@@ -1,5 +1,5 @@
-// What linear_cross_entropy.cpp and its two ways through the logits share. Either way the logits of one chunk are all
-// there ever are, and become their gradient in place.
+// What linear_cross_entropy.cpp and its two ways through the logits share. Either way logits come in chunks and become
+// their gradient in place.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -33,9 +33,15 @@ struct HeadLoss {
 // whole weight.
 Gradients losses_by_rows(const HeadLoss& of);
 
+// Classes of a chunk whose logits have memory of their own, and at most of one whose logits are in the memory of the
+// weight's gradient; absent for as many as are fast.
+struct ChunkSizes {
+  std::optional<int64_t> own, lent;
+};
+
 // In chunks of classes, each with its rows of the weight's gradient, for a row at least of a half type on a GPU. No
-// chunk has a row's loss, so that most logits are computed twice; but a chunk may be so small that it stays in the
-// GPU's cache. `chunk` is how many, absent for as many as are fast. Throws LibraryUnavailable.
-Gradients losses_by_classes(const HeadLoss& of, std::optional<int64_t> chunk);
+// chunk has a row's loss, so that most logits are computed twice; but the weight's gradient needs no sum, and until it
+// is written, its memory holds the logits. Throws LibraryUnavailable.
+Gradients losses_by_classes(const HeadLoss& of, const ChunkSizes& sizes);
 
 }  // namespace torch_fused

@@ -50,9 +50,12 @@ void ProductSum::add(const Tensor& left, const Tensor& right, double scale) {
   }
 }
 
-Tensor ProductSum::result() {
+Tensor ProductSum::result(const Tensor& memory) {
   if (empty_) sum_.zero_();
-  return sum_.to(dtype_);
+  if (!memory.defined()) return sum_.to(dtype_);
+  const Tensor rounded = memory.narrow(0, 0, sum_.numel()).view(sum_.sizes()).copy_(sum_);
+  sum_.reset();
+  return rounded.clone();
 }
 
 }  // namespace torch_fused

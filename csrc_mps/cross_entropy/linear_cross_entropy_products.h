@@ -21,7 +21,8 @@ class ProductSum {
   ProductSum(at::IntArrayRef sizes, const at::TensorOptions& options, bool one_chunk);
 
   void add(const at::Tensor& left, const at::Tensor& right, double scale = 1);
-  at::Tensor result();
+  // `memory`, if there is any, holds it until the sum's own is free. Nothing may be added afterwards.
+  at::Tensor result(const at::Tensor& memory = {});
 
  private:
   at::ScalarType dtype_;

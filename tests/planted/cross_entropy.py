@@ -22,7 +22,7 @@ def losses(classes: int = 300, start: int = 0, per_row: bool = False) -> Callabl
     return run
 
 
-def chunks(classes: int = 2500, chunk: int = 1248, per_row: bool = False) -> Callable[[], object]:
+def chunks(classes: int = 2496, chunk: int = 1248, per_row: bool = False) -> Callable[[], object]:
     """The loss of three rows, one of them ignored, and its gradients, in chunks of classes."""
 
     def run() -> tuple[torch.Tensor, ...]:
@@ -32,6 +32,17 @@ def chunks(classes: int = 2500, chunk: int = 1248, per_row: bool = False) -> Cal
         return torch.ops.torch_fused._linear_cross_entropy_gradients(
             hidden, weight, target, None, grad, -100, 0.1, "none" if per_row else "sum", 0.01, True, True, False, chunk
         )
+
+    return run
+
+
+def scale(start: int = 0) -> Callable[[], object]:
+    """Numbers from offset `start` on, multiplied in place by several threadgroups."""
+
+    def run() -> torch.Tensor:
+        x = make(20000 + start, dtype=torch.bfloat16)[start:]
+        torch.ops.torch_fused._scale_(x, torch.tensor(0.3))
+        return x
 
     return run
 
@@ -118,20 +129,10 @@ BUGS = [
         "all.of_target = float(in[hit]);",
     ),
     Bug(
-        "packs for misaligned rows of a chunk",
-        "cross_entropy_classes",
-        "packs[i].load(in, column + i * step, p.cols, p.aligned, -INFINITY);",
-        "packs[i].load(in, column + i * step, p.cols, true, -INFINITY);",
-        chunks(chunk=1250),
-        "misaligned read of 16 bytes",
-        "common/pack.metal.h",
-        "const uint4 raw = from[i];",
-    ),
-    Bug(
         "a chunk's gradient goes to the next pack",
         "cross_entropy_classes",
-        "store_columns<W>(in, first, p.cols, p.aligned, x);",
-        "store_columns<W>(in, first + W, p.cols, p.aligned, x);",
+        "store_columns<W>(in, first, p.stride, true, x);",
+        "store_columns<W>(in, first + W, p.stride, true, x);",
         chunks(),
         r"data race on buffer 0 \(",
         "common/pack.metal.h",
@@ -146,6 +147,26 @@ BUGS = [
         "out-of-bounds.*read of 4 bytes",
         "cross_entropy/cross_entropy_classes.metal",
         "scale[p.per_row ? row : 0]",
+    ),
+    Bug(
+        "every threadgroup scales the first numbers",
+        "scale",
+        "long(group) * chunk",
+        "long(0 * group) * chunk",
+        scale(),
+        r"data race on buffer 0 \(",
+        "common/pack.metal.h",
+        "",
+    ),
+    Bug(
+        "packs for misaligned numbers",
+        "scale",
+        "count, p.aligned);",
+        "count, true);",
+        scale(start=1),
+        "misaligned read of 16 bytes",
+        "common/pack.metal.h",
+        "const uint4 raw = from[i];",
     ),
 ]
 
@@ -168,7 +189,7 @@ ONLY_NUMBERS = [
     ("the target's class as the chunk's column", "cross_entropy_classes", "uint(index - long(p.begin))", "uint(index)",
      chunks()),
     ("the chunk's tail counts in the sum of the logits", "cross_entropy_classes",
-     "column + i * step + j < p.cols ? x[i * W + j] : 0.0f", "x[i * W + j]", chunks(chunk=1251)),
+     "column + i * step + j < p.cols ? x[i * W + j] : 0.0f", "x[i * W + j]", chunks(2500)),
     ("a thread's own sum of the chunk's logits", "cross_entropy_classes",
      "if (p.smoothing > 0.0f) total = threadgroup_sum(total, scratch_total, place);", "", chunks()),
     ("the last chunk's sum of the logits", "cross_entropy_classes", "all.total += total", "all.total = total",
@@ -182,4 +203,6 @@ ONLY_NUMBERS = [
      chunks(classes=5000, chunk=4992)),
     ("the gradient of the largest logit's square", "cross_entropy_classes", "2.0f * z_loss * lse",
      "2.0f * z_loss * exps.largest", chunks()),
+    ("a pack multiplied twice", "scale", "packs[i].unpack(values);\n",
+     "packs[i].unpack(values);\n    if (i == 1) values[0] *= by;\n", scale()),
 ]  # fmt: skip

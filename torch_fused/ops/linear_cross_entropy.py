@@ -40,7 +40,8 @@ def _gradients_reference(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-    chunk: int | None = None,
+    own: int | None = None,
+    lent: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss and its gradients, multiplied by `grad`, in plain torch."""
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
@@ -96,7 +97,8 @@ def _gradients_fake(
     need_hidden,
     need_weight,
     need_bias,
-    chunk=None,
+    own=None,
+    lent=None,
 ):
     return (
         _linear_cross_entropy_fake(hidden, weight, target, reduction=reduction),
@@ -106,6 +108,12 @@ def _gradients_fake(
     )
 
 
+def _scale_reference(x: Tensor, factor: Tensor) -> None:
+    """A gradient times the incoming one, in place: in float32, or float64 for float64, and rounded once."""
+    x.copy_(x.to(factor.dtype) * factor)
+
+
+register("_scale_", reference=_scale_reference, fake=lambda x, factor: None)
 register("linear_cross_entropy", reference=linear_cross_entropy_reference, fake=_linear_cross_entropy_fake)
 register("_linear_cross_entropy_gradients", reference=_gradients_reference, fake=_gradients_fake)
 
@@ -149,10 +157,12 @@ def linear_cross_entropy(
     the incoming gradient. With ``reduction="none"`` and in float16, the backward pass computes the logits again
     instead; in float16, small gradients would become 0 without the scale of the loss.
 
-    On NVIDIA GPUs, in float16 and bfloat16, a chunk is the logits of all rows for some classes: 2^24 logits (34 MB) of
-    up to 4096 rows, 4096 classes of more. A row's loss is known after the last chunk only, so the logits are then
-    computed again for the gradients, except for those that the memory of the weight's gradient can hold until it is
-    written.
+    On NVIDIA GPUs, in float16 and bfloat16, a chunk is the logits of all rows for some classes. The weight's gradient
+    is written from the last class to the first, and until then its memory holds the logits: 2^27 (268 MB) at most. Only
+    for the first classes do they have memory of their own, 2^20 logits (2 MB) or as many as ``hidden`` has numbers.
+    Without that gradient all have: 2^24 logits (34 MB) of up to 4096 rows, 4096 classes of more. A row's loss is known
+    after the last chunk only, so the logits are then computed again for the gradients, except for those that are still
+    in memory.
 
     On other devices and in float32, a chunk is the logits of some rows: an eighth of them, at least 128 (256 of up to
     65,536 classes; on a GPU 512, and 1024 of 4096 rows or more). On the CPU, ignored rows are skipped.
