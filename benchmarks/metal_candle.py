@@ -4,9 +4,9 @@ As published, a call is waited for only if a value is read back. The honest work
 the shapes of real Qwen2.5 models, and waits for every call. metal_candle.yaml has the rows.
 """
 
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from cases import Case
 from models import adapted, config, made
 from ops import CALLS, DRAWS, OPTIMIZERS, Contenders, fill, logits, normed, optimizer_step, parameters
 from peers import kernels
-from timing import Call, Columns, interleave, quartiles
+from timing import Call, Columns, interleave
 from torch import Tensor, nn
 from train import trained
 from transformers import DynamicCache
@@ -36,21 +36,20 @@ Work = tuple[Contenders, Callable[[], Sequence[Any]], Callable[..., Call]]
 
 
 def runs(case: Case, device: str) -> dict[str, Columns]:
-    def waited(call: Call) -> Call:
-        return lambda: (call(), synchronize(device))
-
-    waits = case.kind == HONEST and device != "cpu"
-    calls = {name: [waited(call) if waits else call] for name, call in case.calls(device).items()}
-    found = interleave(calls, device, rounds=RUNS * SAMPLES, target=0.002, wall=True)
+    calls = case.calls(device)
+    if case.kind == HONEST and device != "cpu":
+        calls = {name: lambda call=call: (call(), synchronize(device)) for name, call in calls.items()}
+    rings = {name: [call] for name, call in calls.items()}
+    found = interleave(rings, device, rounds=RUNS * SAMPLES, target=0.002, wall=True)
     return {name: columns(samples) for name, samples in found.items()}
 
 
 def columns(samples: Sequence[float]) -> Columns:
     """The median, how much the runs' medians vary, and the samples beyond 1.5 times the quartiles' distance."""
     medians = np.median(np.split(np.array(samples), RUNS), axis=1)
-    low, median, high = quartiles(samples)
+    low, median, high = np.percentile(samples, [25, 50, 75])
     outliers = sum(max(low - sample, sample - high) > 1.5 * (high - low) for sample in samples)
-    variation = statistics.stdev(medians) / statistics.mean(medians)
+    variation = medians.std(ddof=1) / medians.mean()
     return {"ms": median * 1e3, "variation": variation, "outliers": str(outliers), "samples": str(len(samples))}
 
 
@@ -193,14 +192,9 @@ def adamw(shapes: Sequence[Sequence[int]]) -> Work:
     return OPTIMIZERS, partial(parameters, shapes), optimizer_step
 
 
-def workload(row: str, kind: str, workload: str, **arguments: Any) -> Case:
-    arguments = PAGE["workloads"][workload] | arguments
-    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
-    make, text = globals()[arguments.pop("make")], arguments.pop("text")
-    return Case(row, text.format(**arguments), "f32", kind, *make(**arguments), measure=runs)
-
-
 def rows() -> Iterator[Case]:
-    for name, row in PAGE["rows"].items():
-        for kind in (PUBLISHED, HONEST):
-            yield workload(name, kind, **row[kind])
+    for (name, row), kind in product(PAGE["rows"].items(), (PUBLISHED, HONEST)):
+        arguments = PAGE["workloads"][row[kind]["workload"]] | row[kind]
+        make, text, _ = (arguments.pop(key) for key in ("make", "text", "workload"))
+        arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+        yield Case(name, text.format(**arguments), "f32", kind, *globals()[make](**arguments), measure=runs)
