@@ -9,8 +9,9 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
-from cases import Case
+from cases import LISTS, Case
 from decode import step
 from models import config, made
 from ops import adamw, by_rows, draws, rope
@@ -27,8 +28,7 @@ LAUNCH_SECONDS = (2e-6, 12e-6)
 SHARE_REACHED = (1.0, 0.7)
 TOKEN = "a greedy token"
 CONTEXT, PART = 128, 1024  # tokens; those in a part of a vocabulary
-Counts = tuple[int, int]
-"""Launches, and the bytes that they move."""
+Counts = np.ndarray  # launches, and the bytes that they move
 
 
 def counted(call: Call) -> Counts:
@@ -36,7 +36,7 @@ def counted(call: Call) -> Counts:
     with torch.no_grad(), emulate() as run:
         call()
     moved = sum(buffer.distinct_read + buffer.distinct_written for launch in run.launches for buffer in launch.buffers)
-    return len(run.launches), moved
+    return np.array([len(run.launches), moved])
 
 
 def predicted(nbytes: float, launches: float, gb_s: float) -> list[float]:
@@ -52,40 +52,33 @@ def token(name: str, bits: int) -> Counts:
         model = made(name, torch.bfloat16, "cpu", bits, num_hidden_layers=layers, vocab_size=vocabulary)
         return counted(step(model, (1, 1, CONTEXT)))
 
-    whole = config(name)
-    greedy = counted(partial(sampling.greedy, torch.zeros(1, whole.vocab_size)))
-    launches, moved = (
-        one + (whole.num_hidden_layers - 1) * (two - one) + (whole.vocab_size - PART) * (wide - one) // PART + rest
-        for one, two, wide, rest in zip(part(1, PART), part(2, PART), part(1, 2 * PART), greedy, strict=True)
-    )
-    return launches, moved
+    layers, vocabulary = config(name).num_hidden_layers, config(name).vocab_size
+    one, two, wide = part(1, PART), part(2, PART), part(1, 2 * PART)
+    sampler = counted(partial(sampling.greedy, torch.zeros(1, vocabulary)))
+    return one + (layers - 1) * (two - one) + (vocabulary - PART) * (wide - one) // PART + sampler
 
 
 def columns(case: Case, device: str) -> dict[str, Columns]:
-    counts = case.calls()["torch_fused"]()
-    return {"torch_fused": dict(zip(("launches", "bytes"), map(str, counts), strict=True))}
+    launches, moved = case.calls()["torch_fused"]()
+    return {"torch_fused": {"launches": str(launches), "bytes": str(moved)}}
 
 
 def ours(case: Case, op: str) -> Case:
     """A case of which ours is counted."""
+    contenders = {"torch_fused": case.contenders["torch_fused"]}
 
     def prepare(*operands: Any) -> Call:
         return partial(counted, case.prepare(*operands))
 
-    contenders = {"torch_fused": case.contenders["torch_fused"]}
     return replace(case, op=op, kind="", contenders=contenders, prepare=prepare, measure=columns)
 
 
 def counts() -> list[Case]:
-    def states() -> list[torch.Tensor]:
-        return [torch.zeros(1, 2, tokens, 64, dtype=torch.bfloat16) for tokens in (4096, 4096, 1, 1)]
-
     append = {"torch_fused": lambda *states: kv_append_(*states, 1024)}
-    wide = {"rms_norm": 896, "add_rms_norm": 896, "layer_norm": 896, "silu_mul": 4864}
-    shapes = [(op, [(1, cols), (1024, cols)]) for op, cols in wide.items()] + [("softmax", [(1024, 1024)])]
+    states = partial(map, lambda tokens: torch.zeros(1, 2, tokens, 64, dtype=torch.bfloat16), (4096, 4096, 1, 1))
     names = {"greedy": "greedy", "top-k 50": "sample, top-k 50", "top-p 0.9": "sample, top-p 0.9"}
     cases = [
-        *(case for op, sizes in shapes for case in by_rows(op, shapes=sizes, dtypes=[torch.bfloat16])),
+        *(case for op, sizes in LISTS["apple"].items() for case in by_rows(op, shapes=sizes, dtypes=[torch.bfloat16])),
         [*rope()][1],
         Case("kv_append_", "one token, one layer", "bf16", "", append, states),
         *(case for case in draws() if case.op in names and (case.shape, case.kind) == ("(1, 151936)", "normal")),

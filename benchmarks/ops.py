@@ -101,16 +101,12 @@ def top_k_multinomial(x: Tensor) -> Tensor:
     return ids.gather(-1, torch.multinomial(values.softmax(-1), 1))
 
 
-FILTERS = {
-    "top-k 50": {"top_k": 50}, "top-k 50, top-p 0.9": {"top_k": 50, "top_p": 0.9},
-    "top-p 0.9": {"top_p": 0.9}, "top-p 0.95": {"top_p": 0.95},
-}  # fmt: skip
 sample = partial(sampling.sample, seed=1)
 DRAWS: dict[str, Contenders] = {
     "greedy": {"torch_fused": sampling.greedy, "torch.argmax": partial(torch.argmax, dim=-1)},
     "whole vocabulary": {"torch_fused": sample, "softmax, multinomial": hugging_face},
 }
-for op, options in FILTERS.items():
+for op, options in LISTS["sampling"]["filters"].items():
     DRAWS[op] = {"torch_fused": partial(sample, **options), "HF chain": partial(hugging_face, **options)}
 DRAWS["top-k 50"]["torch.topk, multinomial"] = top_k_multinomial
 OPTIMIZERS = {
