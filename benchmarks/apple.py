@@ -23,12 +23,11 @@ from torch_fused.ops.kv_cache import kv_append_
 
 BANDWIDTH = {"M1": 68.25, "M2 Pro": 200, "M3 Pro": 150, "M4": 120, "M4 Pro": 273, "M4 Max": 546}
 """GB/s, from Apple's technical specifications; of the M4 Max with 40 GPU cores."""
-LAUNCH_SECONDS = (2e-6, 12e-6)
-"""From kernels that follow each other in one command buffer, to the host's time for a launch through torch."""
+LAUNCH_SECONDS = (2e-6, 12e-6)  # between kernels of one command buffer; the host's time for a launch through torch
 SHARE_REACHED = (1.0, 0.7)
 TOKEN = "a greedy token"
 CONTEXT, PART = 128, 1024  # tokens; those in a part of a vocabulary
-Counts = np.ndarray  # launches, and the bytes that they move
+Counts = tuple[int, int]  # launches, and the bytes that they move
 
 
 def counted(call: Call) -> Counts:
@@ -36,7 +35,7 @@ def counted(call: Call) -> Counts:
     with torch.no_grad(), emulate() as run:
         call()
     moved = sum(buffer.distinct_read + buffer.distinct_written for launch in run.launches for buffer in launch.buffers)
-    return np.array([len(run.launches), moved])
+    return len(run.launches), moved
 
 
 def predicted(nbytes: float, launches: float, gb_s: float) -> list[float]:
@@ -53,9 +52,9 @@ def token(name: str, bits: int) -> Counts:
         return counted(step(model, (1, 1, CONTEXT)))
 
     layers, vocabulary = config(name).num_hidden_layers, config(name).vocab_size
-    one, two, wide = part(1, PART), part(2, PART), part(1, 2 * PART)
     sampler = counted(partial(sampling.greedy, torch.zeros(1, vocabulary)))
-    return one + (layers - 1) * (two - one) + (vocabulary - PART) * (wide - one) // PART + sampler
+    one, two, wide, rest = map(np.array, (part(1, PART), part(2, PART), part(1, 2 * PART), sampler))
+    return tuple(one + (layers - 1) * (two - one) + (vocabulary - PART) * (wide - one) // PART + rest)
 
 
 def columns(case: Case, device: str) -> dict[str, Columns]:
