@@ -23,8 +23,7 @@ from torch_fused.opcount import ops_per_token
 ROUNDS = 3
 SMOLLM2, LORA, EXPERTS = "SmolLM2-135M", "SmolLM2-135M with LoRA", "8 layers of 64 experts"
 COMPILED = (SMOLLM2, "Qwen2.5-0.5B shape", "Qwen3-0.6B shape")  # dense: it takes half a minute each
-Contender = tuple[Run, Any]
-"""What generates, and the model if it is torch that runs."""
+Contender = tuple[Run, Any]  # what generates, and the model if it is torch that runs
 
 
 @lru_cache(maxsize=2)

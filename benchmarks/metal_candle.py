@@ -31,8 +31,7 @@ PAGE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 PUBLISHED, HONEST = "as published", "honest"
 RUNS, SAMPLES = 5, 15  # samples of a run
 QWEN = "Qwen2.5-0.5B"
-Work = tuple[Contenders, Callable[[], Sequence[Any]], Callable[..., Call]]
-"""Of a case: its contenders, their operands, and what makes the calls."""
+Work = tuple[Contenders, Callable[[], Sequence[Any]], Callable[..., Call]]  # contenders, operands, prepare: see Case
 
 
 def runs(case: Case, device: str) -> dict[str, Columns]:
@@ -88,14 +87,10 @@ def appended(layers: int, heads: int, held: int, of: int | None = None) -> Work:
     """The last of so many tokens, taken away and appended again, in some layers."""
     settings = config(QWEN, num_hidden_layers=of or layers)
 
-    def update(cache: Any, token: Tensor) -> None:
-        cache.crop(-1)
-        fill(cache, token, layers)
-
     def prepare(new: Callable[[Tensor], Any], prompt: Tensor, token: Tensor) -> Call:
         cache = new(token)
         fill(cache, prompt, settings.num_hidden_layers)
-        return partial(update, cache, token)
+        return lambda: (cache.crop(-1), fill(cache, token, layers))
 
     new = caches(settings, held, expected_len=held)
     return new, lambda: [torch.randn(1, heads, tokens, 64) for tokens in (held, 1)], prepare
@@ -106,22 +101,15 @@ def stored(layers: int) -> Work:
 
     def store(prompt: Tensor, token: Tensor) -> Call:
         held: dict[int, tuple[Tensor, Tensor]] = {}
-
-        def insert() -> None:
-            held.clear()
-            held.update((layer, (token, token)) for layer in range(layers))
-
-        return insert
+        return lambda: (held.clear(), held.update((layer, (token, token)) for layer in range(layers)))
 
     rest = {name: partial(prepare, found[name]) for name in ("DynamicCache", "torch_fused")}
     return {"a dict, no copy": store} | rest, states, lambda make, *operands: make(*operands)
 
 
-def written(
-    capacity: int, times: int = 1, tokens: int = 1, heads: int = 2, model: str = QWEN, layers: int = 24
-) -> Work:
+def written(model: str, layers: int, capacity: int, times: int = 1, tokens: int = 1, heads: int = 2) -> Work:
     """A new cache of this capacity, to which some tokens are appended several times."""
-    settings = config(model, num_hidden_layers=layers)
+    settings = config(model)
 
     def write(new: Callable[[Tensor], Any], states: Tensor) -> None:
         cache = new(states)
@@ -141,16 +129,13 @@ def constructed(model: str) -> Work:
 # ---- sampling and ops -----------------------------------------------------------------------------------------------
 
 
-def drawn(op: str, vocabulary: int) -> Work:
-    """An id that is read back."""
-    return DRAWS[op], partial(logits, (1, vocabulary)), lambda call, x: lambda: int(call(x))
-
-
-def drawn_on_host(op: str, vocabulary: int) -> Work:
-    """The host does the rest of the work too, as fast as torch can."""
-    calls, *rest = drawn(op, vocabulary)
-    *_, fastest = calls.values()
-    return {"torch on the host": lambda x: fastest(x.cpu()), "torch_fused": calls["torch_fused"]}, *rest
+def drawn(op: str, vocabulary: int, on_host: bool = False) -> Work:
+    """An id that is read back. On the host torch does all of the work there, as fast as it can."""
+    calls = DRAWS[op]
+    if on_host:
+        *_, fastest = calls.values()
+        calls = {"torch on the host": lambda x: fastest(x.cpu()), "torch_fused": calls["torch_fused"]}
+    return calls, partial(logits, (1, vocabulary)), lambda call, x: lambda: int(call(x))
 
 
 def softmax(shape: Sequence[int]) -> Work:

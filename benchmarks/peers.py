@@ -14,8 +14,7 @@ import torch
 from torch_fused import demo
 from torch_fused.cache import kept
 
-Run = Callable[[torch.Tensor, int], object]
-"""Given ids (batch, tokens) and a number of new ones, generates them."""
+Run = Callable[[torch.Tensor, int], object]  # given ids (batch, tokens) and a number of new ones, generates them
 
 
 def has(library: str) -> bool:

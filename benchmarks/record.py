@@ -23,8 +23,7 @@ STAMP = ("device", "threads", "torch", "transformers", "torch_fused", "date")
 DISTURBED = 0.02
 """A case is measured again by the next run if its threads waited for a core for more than this share of the time."""
 Row = dict[str, str]
-Results = dict[str, list[Row]]
-"""Rows by file."""
+Results = dict[str, list[Row]]  # by benchmark
 
 
 def slug(name: str) -> str:

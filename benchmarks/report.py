@@ -122,8 +122,7 @@ def headline(found: Results, op: str, shape: str) -> str:
 
 PLOTTED = ("rms_norm", "layer_norm", "softmax", "swiglu", "rope", "adamw")
 COLOURS = {"torch_fused": "#0b6e4f", "transformers": "#c44536", "llama-cpp-python": "#e09f3e"}
-Series = dict[str, dict[str, float]]
-"""The bars of each contender: their lengths, by name."""
+Series = dict[str, dict[str, float]]  # of each contender, the lengths of its bars by name
 
 
 def plots(machine: str, found: Results) -> Iterator[tuple[str, str, str, Series]]:
