@@ -76,13 +76,6 @@ def given(rows: Iterable[Row]) -> set[str]:
     return {column for row in rows for column, value in row.items() if value}
 
 
-def marked(row: Row) -> str:
-    """With a dagger or two where runs vary."""
-    variation = float(row["variation"])
-    time = duration(row) if is_ours(row) else named(row)
-    return time + (" ‡" if variation > 0.1 else " †" if variation > 0.05 else "")
-
-
 def slower(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
     """Every row of ours that is slower than torch's best, and that one."""
     pairs = (split(each)[:2] for each in cases(rows))
@@ -96,14 +89,6 @@ def reason(ours: Row, best: Row) -> str:
         return "within the spread of both"
     copy = float(ours.get("copy_share") or 0)
     return f"bound by memory, at {copy:.2f} of a copy's bandwidth" if copy >= 0.8 else ""
-
-
-def bounds(row: Row) -> Iterator[str]:
-    """Of the time that a counted op should take on each of Apple's chips, or of a token's speed."""
-    for gb_s in apple.BANDWIDTH.values():
-        low, high = (1e3 * bound for bound in apple.predicted(int(row["bytes"]), int(row["launches"]), gb_s))
-        token = row["op"] == apple.TOKEN
-        yield f"{1e3 / high:.0f} - {1e3 / low:.0f} per second" if token else f"{in_units(low)} - {in_units(high)}"
 
 
 def headline(found: Results, op: str, shape: str) -> str:
@@ -175,7 +160,7 @@ def pages(folder: Path = RESULTS) -> dict[Path, str]:
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     templates.globals |= globals() | {"machines": measured, "counted": counted, "metal_candle": metal_candle}
-    templates.filters |= {"named": named, "marked": marked}
+    templates.filters["named"] = named
     templates.tests["ours"] = is_ours
     table = BEGIN + templates.get_template("readme.md.jinja").render() + END
     readme = re.sub(f"{BEGIN}.*?{END}", table, README.read_text(), flags=re.DOTALL)
