@@ -4,10 +4,10 @@ A prediction for an Apple GPU takes these bytes at its published memory bandwidt
 launch and for the share of the bandwidth that is reached. On a Mac the other benchmarks measure these ops.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any
 
 import numpy as np
 import torch
@@ -58,21 +58,12 @@ def token(name: str, bits: int) -> Counts:
 
 
 def columns(case: Case, device: str) -> dict[str, Columns]:
-    launches, moved = case.calls()["torch_fused"]()
+    call = case.calls()["torch_fused"]
+    launches, moved = call() if case.op == TOKEN else counted(call)
     return {"torch_fused": {"launches": str(launches), "bytes": str(moved)}}
 
 
-def ours(case: Case, op: str) -> Case:
-    """A case of which ours is counted."""
-    contenders = {"torch_fused": case.contenders["torch_fused"]}
-
-    def prepare(*operands: Any) -> Call:
-        return partial(counted, case.prepare(*operands))
-
-    return replace(case, op=op, kind="", contenders=contenders, prepare=prepare, measure=columns)
-
-
-def counts() -> list[Case]:
+def counts() -> Iterator[Case]:
     append = {"torch_fused": lambda *states: kv_append_(*states, 1024)}
     states = partial(map, lambda tokens: torch.zeros(1, 2, tokens, 64, dtype=torch.bfloat16), (4096, 4096, 1, 1))
     names = {"greedy": "greedy", "top-k 50": "sample, top-k 50", "top-p 0.9": "sample, top-p 0.9"}
@@ -83,8 +74,9 @@ def counts() -> list[Case]:
         *(case for case in draws() if case.op in names and (case.shape, case.kind) == ("(1, 151936)", "normal")),
         next(adamw("cpu")),
     ]
-    counted = [ours(case, names.get(case.op, case.op)) for case in cases]
+    for case in cases:
+        ours = {"torch_fused": case.contenders["torch_fused"]}
+        yield replace(case, op=names.get(case.op, case.op), kind="", contenders=ours, measure=columns)
     for name, bits in product(("Qwen2.5-0.5B", "Llama-3.2-1B"), (0, 4)):
         kind, contenders = f"{bits} bits" if bits else "", {"torch_fused": partial(token, name, bits)}
-        counted.append(Case(TOKEN, f"{name} after {CONTEXT}", "bf16", kind, contenders, measure=columns))
-    return counted
+        yield Case(TOKEN, f"{name} after {CONTEXT}", "bf16", kind, contenders, measure=columns)

@@ -83,8 +83,8 @@ def texts(case: Case, device: str, batch: int, prompt: int, new: int) -> dict[st
     ids = torch.randint(made["transformers"][1].config.vocab_size, (batch, prompt)).to(device)
     with torch.no_grad():
         # Counting ops keeps torch.compile from what it compiles.
-        counted = {name: each for name, each in made.items() if each[1] is not None and "compile" not in name}
-        memory = {name: counts(*each, ids, new) for name, each in counted.items()}
+        counted = (name for name, (_, model) in made.items() if model is not None and "compile" not in name)
+        memory = {name: counts(*made[name], ids, new) for name in counted}
         calls = {(name, n): [partial(run, ids, n)] for name, (run, _) in made.items() for n in (1, new)}
         samples = interleave(calls, device, rounds=ROUNDS, calls=1, wall=True)
         ring, copied = copies(1 << 30, device)

@@ -72,9 +72,6 @@ def losses(device: str) -> Iterator[Case]:
         yield loss_case(*shape, dtype, device)
 
 
-# ---- steps of a model -----------------------------------------------------------------------------------------------
-
-
 def trained(model: Any, optimizer_of: Callable[..., Any], loss: Callable[[Any], Tensor]) -> Callable[[], Tensor]:
     """A step, which returns the loss and keeps no gradients."""
     optimizer = optimizer_of([param for param in model.parameters() if param.requires_grad])
