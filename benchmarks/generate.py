@@ -31,14 +31,12 @@ def weights(name: str, device: str, bits: int = 0) -> Any:
     """In bfloat16 for 0 bits. In 4 bits the demo's own weights, else packed anew."""
     if name == SMOLLM2 and bits == 4:
         return load_gguf(_demo_file(), dtype=torch.bfloat16)[0].to(device).eval()
+    if name not in (SMOLLM2, LORA):
+        return made(name.removesuffix(" shape"), torch.bfloat16, device, bits)
+    model = load_demo_model(torch.bfloat16, device)[0]
     if bits:
-        model = copy.deepcopy(weights(name, device))
         quantize_(model, bits=bits)
-        return model
-    if name in (SMOLLM2, LORA):
-        model = load_demo_model(torch.bfloat16, device)[0]
-        return adapted(model).eval() if name == LORA else model
-    return made(name.removesuffix(" shape"), torch.bfloat16, device)
+    return adapted(model).eval() if name == LORA else model
 
 
 def contender(load: Callable[[], Any], patched: bool, **options: Any) -> Contender:

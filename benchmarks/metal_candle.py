@@ -52,9 +52,6 @@ def columns(samples: Sequence[float]) -> Columns:
     return {"ms": median * 1e3, "variation": variation, "outliers": str(outliers), "samples": str(len(samples))}
 
 
-# ---- the cache ------------------------------------------------------------------------------------------------------
-
-
 class Buffers:
     """The least that torch can do: two tensors per layer, written in place."""
 
@@ -126,9 +123,6 @@ def constructed(model: str) -> Work:
     return {"a dict, nothing allocated": dict} | new, list, partial
 
 
-# ---- sampling and ops -----------------------------------------------------------------------------------------------
-
-
 def drawn(op: str, vocabulary: int, on_host: bool = False) -> Work:
     """An id that is read back. On the host torch does all of the work there, as fast as it can."""
     calls = DRAWS[op]
@@ -147,9 +141,6 @@ def norm(op: str, shape: Sequence[int], weights: int = 0) -> Work:
     found = {name: calls[name] for name in ("torch composed", f"F.{op}", "torch_fused")}
     sizes = [shape] + weights * [shape[-1:]]
     return found | (kernels(op) if weights else {}), lambda: [torch.randn(size) for size in sizes], partial
-
-
-# ---- training -------------------------------------------------------------------------------------------------------
 
 
 def train_linear() -> Work:

@@ -20,8 +20,7 @@ from torch_fused.devices import device_name
 RESULTS = ROOT / "benchmarks/results"
 KEYS = ("op", "shape", "dtype", "kind", "contender")
 STAMP = ("device", "threads", "torch", "transformers", "torch_fused", "date")
-DISTURBED = 0.02
-"""A case is measured again by the next run if its threads waited for a core for more than this share of the time."""
+DISTURBED = 0.02  # share of the time for which threads waited for a core: the next run measures the case again
 Row = dict[str, str]
 Results = dict[str, list[Row]]  # by benchmark
 

@@ -21,6 +21,9 @@ REPORT, README = DOCS / "benchmarks.md", ROOT / "README.md"
 BEGIN, END = "<!-- written by python benchmarks/report.py -->\n", "<!-- end -->"
 READ = "a plain read"
 NO_RIVALS = {"Liger-Kernel", READ, "a dict, no copy", "a dict, nothing allocated"}
+PLOTTED = ("rms_norm", "layer_norm", "softmax", "swiglu", "rope", "adamw")
+COLOURS = {"torch_fused": "#0b6e4f", "transformers": "#c44536", "llama-cpp-python": "#e09f3e"}
+Series = dict[str, dict[str, float]]  # of each contender, the lengths of its bars by name
 CHIPS = [f"{chip}, {gb_s:g} GB/s" for chip, gb_s in apple.BANDWIDTH.items()]
 
 
@@ -103,13 +106,6 @@ def headline(found: Results, op: str, shape: str) -> str:
     return " / ".join(ratio(*split(each)[:2]) for each in chosen)
 
 
-# ---- plots ----------------------------------------------------------------------------------------------------------
-
-PLOTTED = ("rms_norm", "layer_norm", "softmax", "swiglu", "rope", "adamw")
-COLOURS = {"torch_fused": "#0b6e4f", "transformers": "#c44536", "llama-cpp-python": "#e09f3e"}
-Series = dict[str, dict[str, float]]  # of each contender, the lengths of its bars by name
-
-
 def plots(machine: str, found: Results) -> Iterator[tuple[str, str, str, Series]]:
     """The file, title, label and bars of each of a machine's plots.
 
@@ -145,9 +141,6 @@ def draw(path: Path, title: str, label: str, series: Series) -> None:
     figure.suptitle(title)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
-
-
-# ---- pages ----------------------------------------------------------------------------------------------------------
 
 
 def pages(folder: Path = RESULTS) -> dict[Path, str]:
