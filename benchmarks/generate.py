@@ -4,11 +4,11 @@ Programs that are installed run the same weights for one sequence. A model with 
 """
 
 import copy
-import statistics
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from cases import Case, listed
 from models import adapted, made
@@ -87,19 +87,15 @@ def texts(case: Case, device: str, batch: int, prompt: int, new: int) -> dict[st
         samples = interleave(calls, device, rounds=ROUNDS, calls=1, wall=True)
         ring, copied = copies(1 << 30, device)
         copy_ms = columns(interleave({"a copy": ring}, device)["a copy"])["ms"]
-    found = {}
-    for name in made:
-        first, whole = samples[name, 1], samples[name, new]
-        rest = statistics.median(every - one for one, every in zip(first, whole, strict=True))
-        found[name] = columns(whole) | {
-            "tokens_s": batch * new / statistics.median(whole),
-            "ms_token": rest / (new - 1) * 1e3,
-            "ttft_ms": statistics.median(first) * 1e3,
-            **memory.get(name, {}),
-        }
+    found = {name: columns(samples[name, new]) for name in made}
+    for name, row in found.items():
+        rest = np.median(np.subtract(samples[name, new], samples[name, 1]))
+        row["tokens_s"] = batch * new / row["ms"] * 1e3
+        row["ms_token"] = rest / (new - 1) * 1e3
+        row["ttft_ms"] = columns(samples[name, 1])["ms"]
+        row |= memory.get(name, {})
         if name in memory and EXPERTS not in case.op:  # of which a token reads some
-            copied_ms = memory[name]["weights_mb"] * 1e6 / copied * copy_ms
-            found[name]["copy_share"] = copied_ms / found[name]["ms_token"]
+            row["copy_share"] = row["weights_mb"] * 1e6 / copied * copy_ms / row["ms_token"]
     return found
 
 

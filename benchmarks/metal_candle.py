@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import yaml
 from cases import Case
 from models import adapted, config, made
-from ops import CALLS, DRAWS, OPTIMIZERS, Contenders, fill, logits, normed, optimizer_step, parameters
+from ops import CALLS, DRAWS, OPTIMIZERS, Contenders, fill, normed, parameters
 from peers import kernels
 from timing import Call, Columns, interleave
 from torch import Tensor, nn
@@ -129,7 +129,7 @@ def drawn(op: str, vocabulary: int, on_host: bool = False) -> Work:
     if on_host:
         *_, fastest = calls.values()
         calls = {"torch on the host": lambda x: fastest(x.cpu()), "torch_fused": calls["torch_fused"]}
-    return calls, partial(logits, (1, vocabulary)), lambda call, x: lambda: int(call(x))
+    return calls, lambda: [torch.randn(1, vocabulary) * 2], lambda call, x: lambda: int(call(x))
 
 
 def softmax(shape: Sequence[int]) -> Work:
@@ -165,7 +165,7 @@ def train_layer() -> Work:
 
 
 def adamw(shapes: Sequence[Sequence[int]]) -> Work:
-    return OPTIMIZERS, partial(parameters, shapes), optimizer_step
+    return OPTIMIZERS, partial(parameters, shapes), lambda make, *params: make(params).step
 
 
 def rows() -> Iterator[Case]:
