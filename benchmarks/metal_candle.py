@@ -98,7 +98,12 @@ def stored(layers: int) -> Work:
 
     def store(prompt: Tensor, token: Tensor) -> Call:
         held: dict[int, tuple[Tensor, Tensor]] = {}
-        return lambda: (held.clear(), held.update((layer, (token, token)) for layer in range(layers)))
+
+        def insert() -> None:
+            held.clear()
+            held.update((layer, (token, token)) for layer in range(layers))
+
+        return insert
 
     rest = {name: partial(prepare, found[name]) for name in ("DynamicCache", "torch_fused")}
     return {"a dict, no copy": store} | rest, states, lambda make, *operands: make(*operands)
