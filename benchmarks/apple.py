@@ -4,13 +4,14 @@ A prediction for an Apple GPU takes these bytes at its published memory bandwidt
 launch and for the share of the bandwidth that is reached. On a Mac the other benchmarks measure these ops.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any
 
+import numpy as np
 import torch
-from cases import Case
+from cases import LISTS, Case
 from decode import step
 from models import config, made
 from ops import adamw, by_rows, draws, rope
@@ -22,13 +23,11 @@ from torch_fused.ops.kv_cache import kv_append_
 
 BANDWIDTH = {"M1": 68.25, "M2 Pro": 200, "M3 Pro": 150, "M4": 120, "M4 Pro": 273, "M4 Max": 546}
 """GB/s, from Apple's technical specifications; of the M4 Max with 40 GPU cores."""
-LAUNCH_SECONDS = (2e-6, 12e-6)
-"""From kernels that follow each other in one command buffer, to the host's time for a launch through torch."""
+LAUNCH_SECONDS = (2e-6, 12e-6)  # between kernels of one command buffer; the host's time for a launch through torch
 SHARE_REACHED = (1.0, 0.7)
 TOKEN = "a greedy token"
 CONTEXT, PART = 128, 1024  # tokens; those in a part of a vocabulary
-Counts = tuple[int, int]
-"""Launches, and the bytes that they move."""
+Counts = tuple[int, int]  # launches, and the bytes that they move
 
 
 def counted(call: Call) -> Counts:
@@ -52,47 +51,32 @@ def token(name: str, bits: int) -> Counts:
         model = made(name, torch.bfloat16, "cpu", bits, num_hidden_layers=layers, vocab_size=vocabulary)
         return counted(step(model, (1, 1, CONTEXT)))
 
-    whole = config(name)
-    greedy = counted(partial(sampling.greedy, torch.zeros(1, whole.vocab_size)))
-    launches, moved = (
-        one + (whole.num_hidden_layers - 1) * (two - one) + (whole.vocab_size - PART) * (wide - one) // PART + rest
-        for one, two, wide, rest in zip(part(1, PART), part(2, PART), part(1, 2 * PART), greedy, strict=True)
-    )
-    return launches, moved
+    layers, vocabulary = config(name).num_hidden_layers, config(name).vocab_size
+    sampler = counted(partial(sampling.greedy, torch.zeros(1, vocabulary)))
+    one, two, wide, rest = map(np.array, (part(1, PART), part(2, PART), part(1, 2 * PART), sampler))
+    return tuple(one + (layers - 1) * (two - one) + (vocabulary - PART) * (wide - one) // PART + rest)
 
 
 def columns(case: Case, device: str) -> dict[str, Columns]:
-    counts = case.calls()["torch_fused"]()
-    return {"torch_fused": dict(zip(("launches", "bytes"), map(str, counts), strict=True))}
+    call = case.calls()["torch_fused"]
+    launches, moved = call() if case.op == TOKEN else counted(call)
+    return {"torch_fused": {"launches": str(launches), "bytes": str(moved)}}
 
 
-def ours(case: Case, op: str) -> Case:
-    """A case of which ours is counted."""
-
-    def prepare(*operands: Any) -> Call:
-        return partial(counted, case.prepare(*operands))
-
-    contenders = {"torch_fused": case.contenders["torch_fused"]}
-    return replace(case, op=op, kind="", contenders=contenders, prepare=prepare, measure=columns)
-
-
-def counts() -> list[Case]:
-    def states() -> list[torch.Tensor]:
-        return [torch.zeros(1, 2, tokens, 64, dtype=torch.bfloat16) for tokens in (4096, 4096, 1, 1)]
-
+def counts() -> Iterator[Case]:
     append = {"torch_fused": lambda *states: kv_append_(*states, 1024)}
-    wide = {"rms_norm": 896, "add_rms_norm": 896, "layer_norm": 896, "silu_mul": 4864}
-    shapes = [(op, [(1, cols), (1024, cols)]) for op, cols in wide.items()] + [("softmax", [(1024, 1024)])]
+    states = partial(map, lambda tokens: torch.zeros(1, 2, tokens, 64, dtype=torch.bfloat16), (4096, 4096, 1, 1))
     names = {"greedy": "greedy", "top-k 50": "sample, top-k 50", "top-p 0.9": "sample, top-p 0.9"}
     cases = [
-        *(case for op, sizes in shapes for case in by_rows(op, shapes=sizes, dtypes=[torch.bfloat16])),
+        *(case for op, sizes in LISTS["apple"].items() for case in by_rows(op, shapes=sizes, dtypes=[torch.bfloat16])),
         [*rope()][1],
         Case("kv_append_", "one token, one layer", "bf16", "", append, states),
         *(case for case in draws() if case.op in names and (case.shape, case.kind) == ("(1, 151936)", "normal")),
         next(adamw("cpu")),
     ]
-    counted = [ours(case, names.get(case.op, case.op)) for case in cases]
+    for case in cases:
+        ours = {"torch_fused": case.contenders["torch_fused"]}
+        yield replace(case, op=names.get(case.op, case.op), kind="", contenders=ours, measure=columns)
     for name, bits in product(("Qwen2.5-0.5B", "Llama-3.2-1B"), (0, 4)):
         kind, contenders = f"{bits} bits" if bits else "", {"torch_fused": partial(token, name, bits)}
-        counted.append(Case(TOKEN, f"{name} after {CONTEXT}", "bf16", kind, contenders, measure=columns))
-    return counted
+        yield Case(TOKEN, f"{name} after {CONTEXT}", "bf16", kind, contenders, measure=columns)

@@ -13,7 +13,6 @@ import torch
 import yaml
 from timing import Call, Columns, columns, copies, interleave, peak_megabytes, sets
 
-COPY = "copy"
 LISTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 
 
@@ -25,10 +24,10 @@ def bandwidth(case: "Case", device: str) -> dict[str, Columns]:
     """Time, and the bandwidth of the case's bytes."""
     rings = [case.calls(device) for _ in range(sets(case.nbytes, device))]
     calls = {name: [ring[name] for ring in rings] for name in case.contenders}
-    calls[COPY], copied = copies(case.nbytes, device)
+    calls["copy"], copied = copies(case.nbytes, device)
     with torch.no_grad():
         found = {name: columns(samples) for name, samples in interleave(calls, device).items()}
-    copy = copied / found.pop(COPY)["ms"]
+    copy = copied / found.pop("copy")["ms"]
     for each in found.values():
         rate = case.nbytes / each["ms"]
         each |= {"gb_s": rate / 1e6, "copy_share": rate / copy}

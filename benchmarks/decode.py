@@ -17,11 +17,10 @@ from torch_fused.hf import plan
 from torch_fused.ops.decode import decode_
 from torch_fused.testing import NAMES
 
-Shape = Sequence[int]
 kept, shapes = lru_cache(maxsize=1)(made), cache(partial(made, device="meta"))
 
 
-def nbytes(name: str, bits: int, shape: Shape, dtype: torch.dtype) -> int:
+def nbytes(name: str, bits: int, shape: Sequence[int], dtype: torch.dtype) -> int:
     """Of the weights, each read once, and the cache, the new tokens included."""
     model, (batch, steps, length) = shapes(name, dtype), shape
     per_weight = bits / 8 + 2 * dtype.itemsize / GROUP_SIZE if bits else dtype.itemsize
@@ -30,7 +29,7 @@ def nbytes(name: str, bits: int, shape: Shape, dtype: torch.dtype) -> int:
     return int(sum(sizes)) + model.config.num_hidden_layers * states * dtype.itemsize
 
 
-def step(model: Any, shape: Shape, int8_products: bool = True) -> Call:
+def step(model: Any, shape: Sequence[int], int8_products: bool = True) -> Call:
     (batch, steps, length), config = shape, model.config
     read = plan.read(model, int8_products)
     assert isinstance(read, plan.Plan), read
@@ -42,13 +41,9 @@ def step(model: Any, shape: Shape, int8_products: bool = True) -> Call:
     return partial(decode_, read.decoder, ids, ids, None, angles, angles, keys, values, length, logits_to_keep=1)
 
 
-def plain_read(model: Any, shape: Shape, moved: int) -> Call:
-    return torch.ones(moved // 4, device=model.device).sum
-
-
-def decode_case(device: str, name: str, bits: int, shape: Shape, dtype: torch.dtype) -> Case:
+def decode_case(device: str, name: str, bits: int, shape: Sequence[int], dtype: torch.dtype) -> Case:
     moved = nbytes(name, bits, shape, dtype)
-    calls = {"torch_fused": step, "a plain read": partial(plain_read, moved=moved)}
+    calls = {"torch_fused": step, "a plain read": lambda *_: torch.ones(moved // 4, device=device).sum}
     if bits and device == "cpu":
         calls["torch_fused, products of floats"] = partial(step, int8_products=False)
     return Case(

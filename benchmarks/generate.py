@@ -4,11 +4,11 @@ Programs that are installed run the same weights for one sequence. A model with 
 """
 
 import copy
-import statistics
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from cases import Case, listed
 from models import adapted, made
@@ -23,8 +23,7 @@ from torch_fused.opcount import ops_per_token
 ROUNDS = 3
 SMOLLM2, LORA, EXPERTS = "SmolLM2-135M", "SmolLM2-135M with LoRA", "8 layers of 64 experts"
 COMPILED = (SMOLLM2, "Qwen2.5-0.5B shape", "Qwen3-0.6B shape")  # dense: it takes half a minute each
-Contender = tuple[Run, Any]
-"""What generates, and the model if it is torch that runs."""
+Contender = tuple[Run, Any]  # what generates, and the model if it is torch that runs
 
 
 @lru_cache(maxsize=2)
@@ -32,14 +31,12 @@ def weights(name: str, device: str, bits: int = 0) -> Any:
     """In bfloat16 for 0 bits. In 4 bits the demo's own weights, else packed anew."""
     if name == SMOLLM2 and bits == 4:
         return load_gguf(_demo_file(), dtype=torch.bfloat16)[0].to(device).eval()
+    if name not in (SMOLLM2, LORA):
+        return made(name.removesuffix(" shape"), torch.bfloat16, device, bits)
+    model = load_demo_model(torch.bfloat16, device)[0]
     if bits:
-        model = copy.deepcopy(weights(name, device))
         quantize_(model, bits=bits)
-        return model
-    if name in (SMOLLM2, LORA):
-        model = load_demo_model(torch.bfloat16, device)[0]
-        return adapted(model).eval() if name == LORA else model
-    return made(name.removesuffix(" shape"), torch.bfloat16, device)
+    return adapted(model).eval() if name == LORA else model
 
 
 def contender(load: Callable[[], Any], patched: bool, **options: Any) -> Contender:
@@ -84,25 +81,21 @@ def texts(case: Case, device: str, batch: int, prompt: int, new: int) -> dict[st
     ids = torch.randint(made["transformers"][1].config.vocab_size, (batch, prompt)).to(device)
     with torch.no_grad():
         # Counting ops keeps torch.compile from what it compiles.
-        counted = {name: each for name, each in made.items() if each[1] is not None and "compile" not in name}
-        memory = {name: counts(*each, ids, new) for name, each in counted.items()}
+        counted = (name for name, (_, model) in made.items() if model is not None and "compile" not in name)
+        memory = {name: counts(*made[name], ids, new) for name in counted}
         calls = {(name, n): [partial(run, ids, n)] for name, (run, _) in made.items() for n in (1, new)}
         samples = interleave(calls, device, rounds=ROUNDS, calls=1, wall=True)
         ring, copied = copies(1 << 30, device)
         copy_ms = columns(interleave({"a copy": ring}, device)["a copy"])["ms"]
-    found = {}
-    for name in made:
-        first, whole = samples[name, 1], samples[name, new]
-        rest = statistics.median(every - one for one, every in zip(first, whole, strict=True))
-        found[name] = columns(whole) | {
-            "tokens_s": batch * new / statistics.median(whole),
-            "ms_token": rest / (new - 1) * 1e3,
-            "ttft_ms": statistics.median(first) * 1e3,
-            **memory.get(name, {}),
-        }
+    found = {name: columns(samples[name, new]) for name in made}
+    for name, row in found.items():
+        rest = np.median(np.subtract(samples[name, new], samples[name, 1]))
+        row["tokens_s"] = batch * new / row["ms"] * 1e3
+        row["ms_token"] = rest / (new - 1) * 1e3
+        row["ttft_ms"] = columns(samples[name, 1])["ms"]
+        row |= memory.get(name, {})
         if name in memory and EXPERTS not in case.op:  # of which a token reads some
-            copied_ms = memory[name]["weights_mb"] * 1e6 / copied * copy_ms
-            found[name]["copy_share"] = copied_ms / found[name]["ms_token"]
+            row["copy_share"] = row["weights_mb"] * 1e6 / copied * copy_ms / row["ms_token"]
     return found
 
 

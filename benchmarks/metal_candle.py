@@ -4,9 +4,9 @@ As published, a call is waited for only if a value is read back. The honest work
 the shapes of real Qwen2.5 models, and waits for every call. metal_candle.yaml has the rows.
 """
 
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 import yaml
 from cases import Case
 from models import adapted, config, made
-from ops import CALLS, DRAWS, OPTIMIZERS, Contenders, fill, logits, normed, optimizer_step, parameters
+from ops import CALLS, DRAWS, OPTIMIZERS, Contenders, fill, normed, parameters
 from peers import kernels
-from timing import Call, Columns, interleave, quartiles
+from timing import Call, Columns, interleave
 from torch import Tensor, nn
 from train import trained
 from transformers import DynamicCache
@@ -31,30 +31,25 @@ PAGE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 PUBLISHED, HONEST = "as published", "honest"
 RUNS, SAMPLES = 5, 15  # samples of a run
 QWEN = "Qwen2.5-0.5B"
-Work = tuple[Contenders, Callable[[], Sequence[Any]], Callable[..., Call]]
-"""Of a case: its contenders, their operands, and what makes the calls."""
+Work = tuple[Contenders, Callable[[], Sequence[Any]], Callable[..., Call]]  # contenders, operands, prepare: see Case
 
 
 def runs(case: Case, device: str) -> dict[str, Columns]:
-    def waited(call: Call) -> Call:
-        return lambda: (call(), synchronize(device))
-
-    waits = case.kind == HONEST and device != "cpu"
-    calls = {name: [waited(call) if waits else call] for name, call in case.calls(device).items()}
-    found = interleave(calls, device, rounds=RUNS * SAMPLES, target=0.002, wall=True)
+    calls = case.calls(device)
+    if case.kind == HONEST and device != "cpu":
+        calls = {name: lambda call=call: (call(), synchronize(device)) for name, call in calls.items()}
+    rings = {name: [call] for name, call in calls.items()}
+    found = interleave(rings, device, rounds=RUNS * SAMPLES, target=0.002, wall=True)
     return {name: columns(samples) for name, samples in found.items()}
 
 
 def columns(samples: Sequence[float]) -> Columns:
     """The median, how much the runs' medians vary, and the samples beyond 1.5 times the quartiles' distance."""
     medians = np.median(np.split(np.array(samples), RUNS), axis=1)
-    low, median, high = quartiles(samples)
+    low, median, high = np.percentile(samples, [25, 50, 75])
     outliers = sum(max(low - sample, sample - high) > 1.5 * (high - low) for sample in samples)
-    variation = statistics.stdev(medians) / statistics.mean(medians)
+    variation = medians.std(ddof=1) / medians.mean()
     return {"ms": median * 1e3, "variation": variation, "outliers": str(outliers), "samples": str(len(samples))}
-
-
-# ---- the cache ------------------------------------------------------------------------------------------------------
 
 
 class Buffers:
@@ -89,14 +84,10 @@ def appended(layers: int, heads: int, held: int, of: int | None = None) -> Work:
     """The last of so many tokens, taken away and appended again, in some layers."""
     settings = config(QWEN, num_hidden_layers=of or layers)
 
-    def update(cache: Any, token: Tensor) -> None:
-        cache.crop(-1)
-        fill(cache, token, layers)
-
     def prepare(new: Callable[[Tensor], Any], prompt: Tensor, token: Tensor) -> Call:
         cache = new(token)
         fill(cache, prompt, settings.num_hidden_layers)
-        return partial(update, cache, token)
+        return lambda: (cache.crop(-1), fill(cache, token, layers))
 
     new = caches(settings, held, expected_len=held)
     return new, lambda: [torch.randn(1, heads, tokens, 64) for tokens in (held, 1)], prepare
@@ -118,11 +109,9 @@ def stored(layers: int) -> Work:
     return {"a dict, no copy": store} | rest, states, lambda make, *operands: make(*operands)
 
 
-def written(
-    capacity: int, times: int = 1, tokens: int = 1, heads: int = 2, model: str = QWEN, layers: int = 24
-) -> Work:
+def written(model: str, layers: int, capacity: int, times: int = 1, tokens: int = 1, heads: int = 2) -> Work:
     """A new cache of this capacity, to which some tokens are appended several times."""
-    settings = config(model, num_hidden_layers=layers)
+    settings = config(model)
 
     def write(new: Callable[[Tensor], Any], states: Tensor) -> None:
         cache = new(states)
@@ -139,19 +128,13 @@ def constructed(model: str) -> Work:
     return {"a dict, nothing allocated": dict} | new, list, partial
 
 
-# ---- sampling and ops -----------------------------------------------------------------------------------------------
-
-
-def drawn(op: str, vocabulary: int) -> Work:
-    """An id that is read back."""
-    return DRAWS[op], partial(logits, (1, vocabulary)), lambda call, x: lambda: int(call(x))
-
-
-def drawn_on_host(op: str, vocabulary: int) -> Work:
-    """The host does the rest of the work too, as fast as torch can."""
-    calls, *rest = drawn(op, vocabulary)
-    *_, fastest = calls.values()
-    return {"torch on the host": lambda x: fastest(x.cpu()), "torch_fused": calls["torch_fused"]}, *rest
+def drawn(op: str, vocabulary: int, on_host: bool = False) -> Work:
+    """An id that is read back. On the host torch does all of the work there, as fast as it can."""
+    calls = DRAWS[op]
+    if on_host:
+        *_, fastest = calls.values()
+        calls = {"torch on the host": lambda x: fastest(x.cpu()), "torch_fused": calls["torch_fused"]}
+    return calls, lambda: [torch.randn(1, vocabulary) * 2], lambda call, x: lambda: int(call(x))
 
 
 def softmax(shape: Sequence[int]) -> Work:
@@ -163,9 +146,6 @@ def norm(op: str, shape: Sequence[int], weights: int = 0) -> Work:
     found = {name: calls[name] for name in ("torch composed", f"F.{op}", "torch_fused")}
     sizes = [shape] + weights * [shape[-1:]]
     return found | (kernels(op) if weights else {}), lambda: [torch.randn(size) for size in sizes], partial
-
-
-# ---- training -------------------------------------------------------------------------------------------------------
 
 
 def train_linear() -> Work:
@@ -190,17 +170,12 @@ def train_layer() -> Work:
 
 
 def adamw(shapes: Sequence[Sequence[int]]) -> Work:
-    return OPTIMIZERS, partial(parameters, shapes), optimizer_step
-
-
-def workload(row: str, kind: str, workload: str, **arguments: Any) -> Case:
-    arguments = PAGE["workloads"][workload] | arguments
-    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
-    make, text = globals()[arguments.pop("make")], arguments.pop("text")
-    return Case(row, text.format(**arguments), "f32", kind, *make(**arguments), measure=runs)
+    return OPTIMIZERS, partial(parameters, shapes), lambda make, *params: make(params).step
 
 
 def rows() -> Iterator[Case]:
-    for name, row in PAGE["rows"].items():
-        for kind in (PUBLISHED, HONEST):
-            yield workload(name, kind, **row[kind])
+    for (name, row), kind in product(PAGE["rows"].items(), (PUBLISHED, HONEST)):
+        arguments = PAGE["workloads"][row[kind]["workload"]] | row[kind]
+        make, text, _ = (arguments.pop(key) for key in ("make", "text", "workload"))
+        arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+        yield Case(name, text.format(**arguments), "f32", kind, *globals()[make](**arguments), measure=runs)

@@ -101,16 +101,12 @@ def top_k_multinomial(x: Tensor) -> Tensor:
     return ids.gather(-1, torch.multinomial(values.softmax(-1), 1))
 
 
-FILTERS = {
-    "top-k 50": {"top_k": 50}, "top-k 50, top-p 0.9": {"top_k": 50, "top_p": 0.9},
-    "top-p 0.9": {"top_p": 0.9}, "top-p 0.95": {"top_p": 0.95},
-}  # fmt: skip
 sample = partial(sampling.sample, seed=1)
 DRAWS: dict[str, Contenders] = {
     "greedy": {"torch_fused": sampling.greedy, "torch.argmax": partial(torch.argmax, dim=-1)},
     "whole vocabulary": {"torch_fused": sample, "softmax, multinomial": hugging_face},
 }
-for op, options in FILTERS.items():
+for op, options in LISTS["sampling"]["filters"].items():
     DRAWS[op] = {"torch_fused": partial(sample, **options), "HF chain": partial(hugging_face, **options)}
 DRAWS["top-k 50"]["torch.topk, multinomial"] = top_k_multinomial
 OPTIMIZERS = {
@@ -178,17 +174,13 @@ def parameters(shapes: Iterable[Iterable[int]], dtype: torch.dtype = torch.float
     return params
 
 
-def optimizer_step(make: Callable[..., torch.optim.Optimizer], *params: torch.nn.Parameter) -> Call:
-    return make(params).step
-
-
 def adamw(device: str) -> Iterator[Case]:
     for name, dtype in product(listed("adamw", device), DTYPES):
         shapes = [weight.shape for weight in made(name, dtype, "meta").parameters()]
         elements = sum(shape.numel() for shape in shapes)
         yield Case(
             "adamw", f"{elements / 1e6:.0f} million in {len(shapes)} tensors", NAMES[dtype], "",
-            OPTIMIZERS, partial(parameters, shapes, dtype), optimizer_step,
+            OPTIMIZERS, partial(parameters, shapes, dtype), lambda make, *params: make(params).step,
             7 * elements * dtype.itemsize,  # four operands are read, three written
         )  # fmt: skip
 
@@ -219,15 +211,11 @@ def kv_cache() -> Iterator[Case]:
         yield Case("kv append", f"{length} tokens", "bf16", "", CACHES, operands, filled, measure=single_calls)
 
 
-def logits(shape: Shape, scale: float = 2.0) -> list[Tensor]:
-    return [torch.randn(shape) * scale]
-
-
 def draws() -> Iterator[Case]:
     listed = LISTS["sampling"]
     for shape, (kind, scale), op in product(listed["shapes"], listed["kinds"].items(), DRAWS):
-        operands = partial(logits, shape, scale)
-        yield Case(op, str(tuple(shape)), "f32", kind, DRAWS[op], operands, nbytes=4 * shape[0] * shape[1])
+        logits = partial(lambda shape, scale: [torch.randn(shape) * scale], shape, scale)
+        yield Case(op, str(tuple(shape)), "f32", kind, DRAWS[op], logits, nbytes=4 * shape[0] * shape[1])
 
 
 PRODUCTS: Contenders = {  # of vectors and a matrix, dense and packed

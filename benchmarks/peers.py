@@ -14,8 +14,7 @@ import torch
 from torch_fused import demo
 from torch_fused.cache import kept
 
-Run = Callable[[torch.Tensor, int], object]
-"""Given ids (batch, tokens) and a number of new ones, generates them."""
+Run = Callable[[torch.Tensor, int], object]  # given ids (batch, tokens) and a number of new ones, generates them
 
 
 def has(library: str) -> bool:
@@ -96,11 +95,7 @@ def mlx_lm(weights: str, room: int, sampled: bool) -> Run:
     model, _ = load(str(demo.demo_model_folder()))
     model.set_dtype(mx.bfloat16)
     sampler = make_sampler(temp=1.0, top_p=0.9, top_k=50) if sampled else make_sampler(temp=0.0)
-
-    def run(ids: torch.Tensor, count: int) -> None:
-        list(generate_step(mx.array(ids[0].tolist()), model, max_tokens=count, sampler=sampler))
-
-    return run
+    return lambda ids, count: list(generate_step(mx.array(ids[0].tolist()), model, max_tokens=count, sampler=sampler))
 
 
 def programs(device: str, bits: int, prompt: int) -> dict[str, Callable[[str, int, bool], Run]]:

@@ -20,11 +20,9 @@ from torch_fused.devices import device_name
 RESULTS = ROOT / "benchmarks/results"
 KEYS = ("op", "shape", "dtype", "kind", "contender")
 STAMP = ("device", "threads", "torch", "transformers", "torch_fused", "date")
-DISTURBED = 0.02
-"""A case is measured again by the next run if its threads waited for a core for more than this share of the time."""
+DISTURBED = 0.02  # share of the time for which threads waited for a core: the next run measures the case again
 Row = dict[str, str]
-Results = dict[str, list[Row]]
-"""Rows by file."""
+Results = dict[str, list[Row]]  # by benchmark
 
 
 def slug(name: str) -> str:
@@ -59,8 +57,7 @@ def is_current(row: Row | None, device: str) -> bool:
     """Whether there is a row that is up to date and was not disturbed."""
     if row is None or datetime.fromisoformat(row["date"]) < changed() or float(row["waited"] or 0) > DISTURBED:
         return False
-    now = stamp(device)
-    return all(row[name] == now[name] for name in STAMP[:-1])
+    return {**stamp(device), "date": row["date"]}.items() <= row.items()
 
 
 def rows_of(case: Case, path: Path, device: str, again: bool = False) -> list[Row]:
@@ -108,10 +105,8 @@ def read(path: Path) -> list[Row]:
 
 def results(folder: Path = RESULTS) -> dict[str, Results]:
     """Of each machine."""
-    found: dict[str, Results] = {}
-    for path in sorted(folder.glob("*/*.csv")):
-        found.setdefault(path.parent.name, {})[path.stem] = read(path)
-    return found
+    machines = sorted(folder.iterdir())
+    return {machine.name: {path.stem: read(path) for path in sorted(machine.glob("*.csv"))} for machine in machines}
 
 
 def groups(rows: Iterable[Row], *keys: str) -> dict[tuple[str, ...], list[Row]]:

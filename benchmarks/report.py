@@ -4,6 +4,7 @@ python benchmarks/report.py
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -11,8 +12,7 @@ from pathlib import Path
 import apple
 import jinja2
 import metal_candle
-from cases import Case
-from plots import draw
+from matplotlib.figure import Figure
 from record import KEYS, RESULTS, Results, Row, groups, results
 from timing import ROOT
 
@@ -21,6 +21,9 @@ REPORT, README = DOCS / "benchmarks.md", ROOT / "README.md"
 BEGIN, END = "<!-- written by python benchmarks/report.py -->\n", "<!-- end -->"
 READ = "a plain read"
 NO_RIVALS = {"Liger-Kernel", READ, "a dict, no copy", "a dict, nothing allocated"}
+PLOTTED = ("rms_norm", "layer_norm", "softmax", "swiglu", "rope", "adamw")
+COLOURS = {"torch_fused": "#0b6e4f", "transformers": "#c44536", "llama-cpp-python": "#e09f3e"}
+Series = dict[str, dict[str, float]]  # of each contender, the lengths of its bars by name
 CHIPS = [f"{chip}, {gb_s:g} GB/s" for chip, gb_s in apple.BANDWIDTH.items()]
 
 
@@ -35,10 +38,6 @@ def case_of(row: Row) -> str:
 
 def is_ours(row: Row) -> bool:
     return row["contender"].startswith(("torch_fused", "FusedKVCache"))
-
-
-def first_rival(rows: list[Row]) -> Row | None:
-    return next((row for row in rows if not is_ours(row)), None)
 
 
 def split(rows: list[Row]) -> tuple[Row | None, Row | None, list[Row]]:
@@ -80,19 +79,6 @@ def given(rows: Iterable[Row]) -> set[str]:
     return {column for row in rows for column, value in row.items() if value}
 
 
-def marked(row: Row) -> str:
-    """With a dagger or two where runs vary."""
-    variation = float(row["variation"])
-    time = duration(row) if is_ours(row) else named(row)
-    return time + (" ‡" if variation > 0.1 else " †" if variation > 0.05 else "")
-
-
-def of_workload(workload: Case, rows: Iterable[Row]) -> list[str]:
-    """Our times and the others'."""
-    found = groups(rows, "op", "kind").get((workload.op, workload.kind), [])
-    return ["; ".join(marked(row) for row in found if is_ours(row) == which) for which in (True, False)]
-
-
 def slower(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
     """Every row of ours that is slower than torch's best, and that one."""
     pairs = (split(each)[:2] for each in cases(rows))
@@ -101,22 +87,11 @@ def slower(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
 
 def reason(ours: Row, best: Row) -> str:
     """Why ours is slower, if the rows show it."""
-
-    def bound(row: Row, sign: int) -> float:
-        return float(row["ms"]) * (1 + sign * float(row.get("spread") or row["variation"]))
-
-    if bound(ours, -1) <= bound(best, 1):
+    spreads = sum(float(row["ms"]) * float(row.get("spread") or row["variation"]) for row in (ours, best))
+    if float(ours["ms"]) - float(best["ms"]) <= spreads:
         return "within the spread of both"
     copy = float(ours.get("copy_share") or 0)
     return f"bound by memory, at {copy:.2f} of a copy's bandwidth" if copy >= 0.8 else ""
-
-
-def bounds(row: Row) -> Iterator[str]:
-    """Of the time that a counted op should take on each of Apple's chips, or of a token's speed."""
-    for gb_s in apple.BANDWIDTH.values():
-        low, high = (1e3 * bound for bound in apple.predicted(int(row["bytes"]), int(row["launches"]), gb_s))
-        token = row["op"] == apple.TOKEN
-        yield f"{1e3 / high:.0f} - {1e3 / low:.0f} per second" if token else f"{in_units(low)} - {in_units(high)}"
 
 
 def headline(found: Results, op: str, shape: str) -> str:
@@ -131,41 +106,41 @@ def headline(found: Results, op: str, shape: str) -> str:
     return " / ".join(ratio(*split(each)[:2]) for each in chosen)
 
 
-# ---- plots ----------------------------------------------------------------------------------------------------------
+def plots(machine: str, found: Results) -> Iterator[tuple[str, str, str, Series]]:
+    """The file, title, label and bars of each of a machine's plots.
 
-Series = dict[str, dict[str, float]]
-"""The bars of each contender, by name."""
-PLOTTED = ("rms_norm", "layer_norm", "softmax", "swiglu", "rope", "adamw")
-
-
-def bandwidth(found: Results) -> Series:
-    """Ours and torch's best, at the largest shape of each op."""
-    series: Series = {}
+    Of each op the largest shape, ours and torch's best; of generation the first model.
+    """
+    shares: Series = defaultdict(dict)
     for (op, _), rows in groups(chain(*(found.get(bench, []) for bench in PLOTTED)), "op", "dtype").items():
         largest = max(cases(rows), key=lambda each: float(each[0]["gb_s"]) * float(each[0]["ms"]))
         for name, row in zip(("torch_fused", "torch's best"), split(largest)[:2], strict=True):
             if row:
-                series.setdefault(name, {})[f"{op} {case_of(row)}"] = float(row["copy_share"])
-    return series
-
-
-def tokens(found: Results) -> Series:
-    """Of the first model."""
-    series: Series = {}
+                shares[name][f"{op} {case_of(row)}"] = float(row["copy_share"])
+    if shares:
+        yield f"plots/bandwidth-{machine}.png", "Bandwidth", "share of a copy of the same bytes", shares
+    speeds: Series = defaultdict(dict)
     for row in next(iter(groups(found.get("generate", []), "op").values()), []):
-        series.setdefault(row["contender"], {})[case_of(row)] = float(row["tokens_s"])
-    return series
+        speeds[row["contender"]][case_of(row)] = float(row["tokens_s"])
+    if speeds:
+        yield f"plots/tokens-{machine}.png", "Tokens per second", "tokens per second, prompt included", speeds
 
 
-def plots(machine: str, found: Results) -> Iterator[tuple[str, str, str, Series]]:
-    """The file, title, label and bars of each of a machine's plots."""
-    if series := bandwidth(found):
-        yield f"plots/bandwidth-{machine}.png", "Bandwidth", "share of a copy of the same bytes", series
-    if series := tokens(found):
-        yield f"plots/tokens-{machine}.png", "Tokens per second", "tokens per second, prompt included", series
-
-
-# ---- pages ----------------------------------------------------------------------------------------------------------
+def draw(path: Path, title: str, label: str, series: Series) -> None:
+    """Groups of horizontal bars, one bar per contender."""
+    names, height = list(dict.fromkeys(chain(*series.values()))), 0.8 / len(series)
+    figure = Figure(layout="constrained", figsize=(8, 1 + len(names) * len(series) * 0.13))
+    axes = figure.subplots()
+    for i, (contender, lengths) in enumerate(series.items()):
+        places, values = [row + i * height for row in range(len(names))], [lengths.get(name, 0) for name in names]
+        axes.barh(places, values, height, label=contender, color=COLOURS.get(contender))
+    axes.set_yticks([row + 0.4 - height / 2 for row in range(len(names))], names, fontsize=7)
+    axes.invert_yaxis()
+    axes.legend(fontsize=8)
+    axes.set(xlabel=label)
+    figure.suptitle(title)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def pages(folder: Path = RESULTS) -> dict[Path, str]:
@@ -179,6 +154,7 @@ def pages(folder: Path = RESULTS) -> dict[Path, str]:
     )  # fmt: skip
     templates.globals |= globals() | {"machines": measured, "counted": counted, "metal_candle": metal_candle}
     templates.filters["named"] = named
+    templates.tests["ours"] = is_ours
     table = BEGIN + templates.get_template("readme.md.jinja").render() + END
     readme = re.sub(f"{BEGIN}.*?{END}", table, README.read_text(), flags=re.DOTALL)
     return {REPORT: templates.get_template("page.md.jinja").render(), README: readme}

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from torch_fused.devices import best_device, device_name
 
-BENCHES: dict[str, Callable[[str], Iterable[Case]]] = {
+BENCHES: dict[str, Callable[[str], Iterable[Case]]] = {  # the cases of each file of results, for a device
     "adamw": ops.adamw, "apple": lambda _: counts(), "decode": decode, "generate": requests,
     "kv_cache": lambda _: ops.kv_cache(),
     "layer_norm": lambda _: ops.by_rows("layer_norm"), "linear_cross_entropy": losses, "metal_candle": lambda _: rows(),
@@ -30,7 +30,6 @@ BENCHES: dict[str, Callable[[str], Iterable[Case]]] = {
     "rope": lambda _: ops.rope(), "sampling": lambda _: ops.draws(), "softmax": lambda _: ops.by_rows("softmax"),
     "swiglu": lambda _: ops.by_rows("silu_mul", "gelu_mul"), "train": training,
 }  # fmt: skip
-"""The cases of each file of results, for a device."""
 
 
 def main() -> int:

@@ -3,14 +3,13 @@
 import ctypes
 import gc
 import re
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,17 +32,19 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-quartiles = partial(statistics.quantiles, n=4, method="inclusive")
-
-
 def columns(samples: Sequence[float]) -> Columns:
     """Their median, and the distance between their quartiles over it."""
-    low, median, high = quartiles(samples)
+    low, median, high = np.percentile(samples, [25, 50, 75])
     return {"ms": median * 1e3, "spread": (high - low) / median}
 
 
-def seconds(run: Call, device: str, wall: bool) -> float:
-    """Wall time, or a CUDA device's own: while it pauses, the host queues what is timed."""
+def seconds(ring: Sequence[Call], calls: int, device: str, wall: bool) -> float:
+    """Per call: wall time, or a CUDA device's own. While that pauses, the host queues what is timed."""
+
+    def run() -> None:
+        for call in islice(cycle(ring), calls):
+            call()
+
     if device.startswith("cuda") and not wall:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(PAUSE_CYCLES)
@@ -51,12 +52,12 @@ def seconds(run: Call, device: str, wall: bool) -> float:
         run()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return begin.elapsed_time(end) / 1e3 / calls
     synchronize(device)
     start = time.perf_counter()
     run()
     synchronize(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / calls
 
 
 def interleave(
@@ -68,20 +69,12 @@ def interleave(
     A contender is a list of calls that do the same on buffers of their own, used in rotation. There are 5 to 15 rounds,
     as time allows, and as many calls per sample as fill `target` seconds of wall time, or one on CUDA.
     """
-
-    def sample(ring: Sequence[Call], count: int) -> float:
-        def run() -> None:
-            for call in islice(cycle(ring), count):
-                call()
-
-        return seconds(run, device, wall) / count
-
-    once = {name: max([sample(ring, 1) for _ in range(2)][1], 1e-8) for name, ring in contenders.items()}
+    once = {name: max([seconds(ring, 1, device, wall) for _ in range(2)][1], 1e-8) for name, ring in contenders.items()}
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     calls = calls or int(device.startswith("cuda") and not wall)
     for _ in range(rounds or max(5, min(15, int(len(once) / sum(once.values()))))):
         for name, ring in contenders.items():
-            samples[name].append(sample(ring, calls or max(1, int(target / once[name]))))
+            samples[name].append(seconds(ring, calls or max(1, int(target / once[name])), device, wall))
     return samples
 
 

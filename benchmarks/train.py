@@ -12,7 +12,7 @@ from models import adapted, made
 from ops import DTYPES, OPTIMIZERS
 from peers import has, kernels, patched_by_liger
 from timing import Call
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from torch_fused.demo import load_demo_model
@@ -38,28 +38,20 @@ def in_chunks(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return torch.stack(losses).sum() / target.numel()
 
 
-def chunked(hidden: Tensor, weight: Tensor, target: Tensor, **options: int | None) -> Tensor:
-    """Torch's own, since 2.13, with chunks as it chooses them or of so many rows."""
-    return F.linear_cross_entropy(hidden, weight, target, options=torch.nn.LinearCrossEntropyOptions(**options))
-
-
 def loss_step(loss: Loss, hidden: Tensor, weight: Tensor, target: Tensor) -> Call:
-    def step() -> None:
-        loss(hidden, weight, target).backward()
-        hidden.grad = weight.grad = None
-
-    return step
+    return lambda: torch.autograd.grad(loss(hidden, weight, target), (hidden, weight))
 
 
 def loss_case(tokens: int, features: int, dtype: torch.dtype, device: str) -> Case:
     found: dict[str, Loss] = {"torch_fused": linear_cross_entropy, "torch": composed}
     if dtype != torch.float32:
         found["transformers"] = partial(composed, as_transformers=True)
-    if hasattr(F, "linear_cross_entropy"):
-        # As many rows as ours have here.
-        found["F.linear_cross_entropy, 128 rows"] = partial(chunked, batch_chunk_size=128, chunking_method=None)
+    if hasattr(F, "linear_cross_entropy"):  # since torch 2.13, in chunks of as many rows as ours or of its own choice
+        rows = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=128, chunking_method=None)
+        found["F.linear_cross_entropy, 128 rows"] = partial(F.linear_cross_entropy, options=rows)
         if device != "cpu":  # there its own choice is two rows, which take minutes
-            found["F.linear_cross_entropy, chunked"] = chunked
+            own = torch.nn.LinearCrossEntropyOptions()
+            found["F.linear_cross_entropy, chunked"] = partial(F.linear_cross_entropy, options=own)
     elif device != "cpu":
         found["torch, in chunks"] = in_chunks
     if device.startswith("cuda"):
@@ -80,12 +72,6 @@ def losses(device: str) -> Iterator[Case]:
         yield loss_case(*shape, dtype, device)
 
 
-# ---- steps of a model -----------------------------------------------------------------------------------------------
-
-Contender = tuple[Callable[[Any], object], Callable[..., torch.optim.Optimizer]]
-"""What patches a model, and its optimizer."""
-
-
 def trained(model: Any, optimizer_of: Callable[..., Any], loss: Callable[[Any], Tensor]) -> Callable[[], Tensor]:
     """A step, which returns the loss and keeps no gradients."""
     optimizer = optimizer_of([param for param in model.parameters() if param.requires_grad])
@@ -101,23 +87,23 @@ def trained(model: Any, optimizer_of: Callable[..., Any], loss: Callable[[Any], 
 
 
 def model_case(name: str, dtype: str, kind: str, load: Callable[[], Any], batch: int, tokens: int, device: str) -> Case:
-    stock = OPTIMIZERS["torch fused=True"]
-    found: dict[str, Contender] = {
-        "transformers": (lambda model: model, stock), "torch_fused": (apply_torch_fused, OPTIMIZERS["torch_fused"]),
-    }  # fmt: skip
-    if device.startswith("cuda") and has("liger_kernel"):
-        found["Liger-Kernel"] = patched_by_liger, stock
-
-    def step(contender: Contender) -> Call:
-        patch, optimizer_of = contender
+    def step(patch: Callable[[Any], object], optimizer_of: Callable[..., torch.optim.Optimizer]) -> Call:
         model = load().train()
         patch(model)
         torch.manual_seed(0)
         ids = torch.randint(model.config.vocab_size, (batch, tokens)).to(device)
         return trained(model, optimizer_of, lambda model: model(input_ids=ids, labels=ids, use_cache=False).loss)
 
+    stock = OPTIMIZERS["torch fused=True"]
+    found = {
+        "transformers": partial(step, nn.Identity(), stock),
+        "torch_fused": partial(step, apply_torch_fused, OPTIMIZERS["torch_fused"]),
+    }
+    if device.startswith("cuda") and has("liger_kernel"):
+        found["Liger-Kernel"] = partial(step, patched_by_liger, stock)
     measure = partial(steps, more=lambda row: {"tokens_s": batch * tokens / row["ms"] * 1e3})
-    return Case(f"train, {name}", f"{batch} x {tokens}", dtype, kind, found, prepare=step, measure=measure)
+    shape = f"{batch} x {tokens}"
+    return Case(f"train, {name}", shape, dtype, kind, found, prepare=lambda make: make(), measure=measure)
 
 
 def training(device: str) -> Iterator[Case]:
