@@ -18,7 +18,7 @@ sys.path.append(str(ROOT))  # torch_fused need not be installed
 from torch_fused.devices import synchronize  # noqa: E402
 
 CACHE_BYTES = 256 << 20  # buffers rotate through this much memory on a GPU, more than any cache holds
-PAUSE_CYCLES = 4_000_000  # how long a GPU waits before a sample: 2 ms
+PAUSE_CYCLES = 20_000_000  # how long a GPU waits before a sample: 10 ms, in which the host queues what is timed
 Call = Callable[[], object]
 Columns = dict[str, float | str | None]
 

@@ -34,7 +34,7 @@ struct HeadLoss {
 Gradients losses_by_rows(const HeadLoss& of);
 
 // Classes of a chunk whose logits have memory of their own, and at most of one whose logits are in the memory of the
-// weight's gradient; absent for as many as are fast.
+// weight's gradient; absent for as many as are fast, or as fit.
 struct ChunkSizes {
   std::optional<int64_t> own, lent;
 };

@@ -17,8 +17,8 @@ using at::Tensor;
 
 // Classes of a chunk are multiples of kTile, as products are made of tiles; rows of its logits are whole packs.
 constexpr int64_t kTile = 128, kPack = 8;
-// Logits of a chunk in the memory of the weight's gradient, and in memory of their own beside that gradient.
-constexpr int64_t kLentLogits = int64_t{1} << 27, kFewLogits = int64_t{1} << 20;
+// Logits of a chunk in memory of its own, beside the weight's gradient.
+constexpr int64_t kFewLogits = int64_t{1} << 20;
 // Where there is no such gradient: few enough logits to stay in a GPU's cache from one step to the next, and enough
 // classes for their products to take longer than the launches do.
 constexpr int64_t kOwnLogits = int64_t{1} << 24, kOwnClasses = 4096;
@@ -41,7 +41,7 @@ class ByClasses {
   ByClasses(const HeadLoss& of, const ChunkSizes& sizes)
       : of_(of),
         own_(std::min(sizes.own.value_or(own_classes(rows_, features_, of.needs.weight)), classes_)),
-        most_lent_(std::max(sizes.lent.value_or(kLentLogits / rows_), own_)),
+        most_lent_(std::max(sizes.lent.value_or(classes_), own_)),
         losses_(empty({rows_}, of.hidden.options().dtype(at::kFloat))),
         sums_(empty({rows_, 4}, losses_.options())),
         grad_weight_(empty({of.needs.weight ? classes_ : 0, features_}, of.weight.options())),

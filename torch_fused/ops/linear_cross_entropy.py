@@ -158,11 +158,10 @@ def linear_cross_entropy(
     instead; in float16, small gradients would become 0 without the scale of the loss.
 
     On NVIDIA GPUs, in float16 and bfloat16, a chunk is the logits of all rows for some classes. The weight's gradient
-    is written from the last class to the first, and until then its memory holds the logits: 2^27 (268 MB) at most. Only
-    for the first classes do they have memory of their own, 2^20 logits (2 MB) or as many as ``hidden`` has numbers.
-    Without that gradient all have: 2^24 logits (34 MB) of up to 4096 rows, 4096 classes of more. A row's loss is known
-    after the last chunk only, so the logits are then computed again for the gradients, except for those that are still
-    in memory.
+    is written from the last class to the first, and until then its memory holds the logits. Only those of the first
+    classes have memory of their own: 2^20 logits (2 MB), or as many as ``hidden`` has numbers. Without that gradient
+    all have: 2^24 logits (34 MB) of up to 4096 rows, 4096 classes of more. A row's loss is known after the last chunk
+    only, so the logits are then computed again for the gradients, except for those that are still in memory.
 
     On other devices and in float32, a chunk is the logits of some rows: an eighth of them, at least 128 (256 of up to
     65,536 classes; on a GPU 512, and 1024 of 4096 rows or more). On the CPU, ignored rows are skipped.
