@@ -27,8 +27,8 @@ inline uint column_of(long index, constant CrossEntropyClassesParams& p) {
   return is_here ? uint(index - long(p.begin)) : p.cols;
 }
 
-// One threadgroup a row, of which each thread loads N packs at once. Adds a chunk to the row's sums, which the first one
-// begins; the last one gives the loss.
+// One threadgroup a row, of which each thread loads N packs at once. Adds a chunk to the row's sums, which the first
+// chunk begins; the last one gives the loss.
 template <typename T, int W, int N>
 [[kernel, max_total_threads_per_threadgroup(512)]]
 void cross_entropy_sums(device const T* logits [[buffer(0)]], device const long* target [[buffer(1)]],

@@ -83,8 +83,8 @@ BUGS = [
     Bug(
         "a chunk's last keys are not held back by its end",
         "decode_attention",
-        "min(base + u * KEYS + key_group, end - 1)",
-        "base + u * KEYS + key_group + 700",
+        "min(first + u * KEYS + lane_group, end - 1)",
+        "first + u * KEYS + lane_group + 700",
         step(),
         "out-of-bounds",
         VECTORS,

@@ -31,7 +31,7 @@ def tiled(group_size: int = 64, columns: int = 192, rows: int = 8200) -> Callabl
     return lambda: quantized_linear(x, *packed, bias, bits=4, group_size=group_size)
 
 
-TILES = "quantized/packed_tiles.metal"
+TILES, VECTORS = "quantized/packed_tiles.metal", "decode/vectors.metal.h"
 PARTS = "        parts[simdgroup * 32 + lane] = float2(values[0], values[1]);\n"
 
 BUGS = [
@@ -82,7 +82,7 @@ BUGS = [
         "first + span.words",
         tiled(rows=8208),
         OUTSIDE,
-        "decode/vectors.metal.h",
+        VECTORS,
         "return *from",
     ),
     Bug(
@@ -122,8 +122,8 @@ BUGS = [
         "true, groups, packs[r][u]);",
         multiplied(),
         OUTSIDE,
-        "quantized/packed.metal.h",
-        "",
+        VECTORS,
+        "return *from",
     ),
     Bug(
         "the last rows are not held back",
@@ -132,8 +132,8 @@ BUGS = [
         "first + r",
         multiplied(rows=6),
         OUTSIDE,
-        "quantized/packed.metal.h",
-        "",
+        VECTORS,
+        "return *from",
     ),
     Bug(
         "results of rows that are not there",
@@ -182,8 +182,8 @@ BUGS = [
         "load_pack<T, true>(x",
         multiplied(start=1),
         "misaligned read of 16 bytes",
-        "decode/vectors.metal.h",
-        "const uint4 raw = column < cols ? from[i] : uint4(0u);",
+        VECTORS,
+        ": from[i];",
     ),
     Bug(
         "every threadgroup unpacks the first row",
@@ -230,6 +230,12 @@ ONLY_NUMBERS = [
         "s < 1; s++)",
         tiled(),
     ),
-    ("the second round has the first one's rows", "packed_tiles", "first += GATED ? 8 : 16;", ";", tiled(rows=42253)),
+    (
+        "the second round has the first one's rows",
+        "packed_tiles",
+        "source.first += GATED ? 8 : 16;",
+        ";",
+        tiled(rows=42253),
+    ),
     ("unpacked without the bias", "quantized", "+ pack.bias;", "+ 0.0f;", unpacked()),
 ]
