@@ -7,8 +7,8 @@ using namespace metal;
 using namespace torch_fused;
 
 // The launches of a step follow each other so closely that on NVIDIA a kernel may begin before those ahead of it are
-// done: cuda.h has the overload for uint, which waits. A kernel reads the model's own tensors before it calls this, and
-// anything that an earlier launch of the step has written, or reads, after it.
+// done: cuda.h has the overload for uint, which waits. Before it calls this, a kernel reads the model's own tensors and
+// what was in the cache before the step; after it, anything that an earlier launch of the step has written, or reads.
 template <typename Lane>
 inline void previous_launch_done(Lane) {}
 
