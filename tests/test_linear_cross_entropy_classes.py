@@ -10,29 +10,28 @@ from torch_fused.metal import emulate
 from torch_fused.testing import make, relative_error
 
 HALVES = (torch.bfloat16, torch.float16)
-# (rows, features, classes, own, lent: see ChunkSizes): one chunk, with room to spare; two, the first one of a class; of
-# no whole packs; several packs a thread, and more than threads take at once; logits in the weight's gradient, of one
-# chunk, of some, of several kept at once; the hidden states' gradient finished first, in one chunk and in two.
+# (rows, features, classes, classes of a chunk in memory of its own): one chunk, with room to spare; two, the first one
+# of a class; of no whole packs; several packs a thread, and more than threads take at once; logits in the weight's
+# gradient, of one chunk and of some; the hidden states' gradient finished first, in one chunk and in two.
 SHAPES = [
-    (5, 8, 33, 128, None),
-    (7, 4, 129, 128, None),
-    (6, 4, 100, 33, None),
-    (3, 4, 4999, 2500, None),
-    (2, 4, 40000, 20000, None),
-    (9, 32, 200, 32, None),
-    (20, 16, 700, 128, None),
-    (20, 16, 700, 128, 128),
-    (9, 32, 1000, 32, None),
-    (40, 32, 2000, 32, None),
+    (5, 8, 33, 128),
+    (7, 4, 129, 128),
+    (6, 4, 100, 33),
+    (3, 4, 4999, 2500),
+    (2, 4, 40000, 20000),
+    (9, 32, 200, 32),
+    (20, 16, 700, 128),
+    (9, 32, 1000, 32),
+    (40, 32, 2000, 32),
 ]
 FULL = {"label_smoothing": 0.1, "z_loss": 1e-2}
 
 
-def in_chunks(hidden, weight, bias, target, own, grad=None, needs=(True, True, True), lent=None, **options):
-    """The loss and the gradients of hidden, weight and bias, with `own` and `lent` classes in a chunk (ChunkSizes)."""
+def in_chunks(hidden, weight, bias, target, own, grad=None, needs=(True, True, True), **options):
+    """The loss and the gradients of hidden, weight and bias, `own` classes in a chunk with memory of its own."""
     options = {"ignore_index": -100, "label_smoothing": 0.0, "reduction": "mean", "z_loss": 0.0} | options
     return torch.ops.torch_fused._linear_cross_entropy_gradients(
-        hidden, weight, target, bias, grad, *options.values(), *needs, own, lent
+        hidden, weight, target, bias, grad, *options.values(), *needs, own
     )
 
 
@@ -40,7 +39,7 @@ def in_chunks(hidden, weight, bias, target, own, grad=None, needs=(True, True, T
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_float64(backend, shape, options):
     """The loss and every gradient, with and without a bias, for an incoming gradient."""
-    *sizes, own, lent = shape
+    *sizes, own = shape
     for dtype in HALVES:
         *tensors, target = operands(*sizes, dtype, ignore_index=options.get("ignore_index", -100))
         moved = [t.to(backend.device) for t in (*tensors, target)]
@@ -50,7 +49,7 @@ def test_matches_float64(backend, shape, options):
             if not biased:
                 exact_inputs[2], moved[2] = torch.zeros(sizes[2], dtype=torch.double), None
             exact = gradients(torchs(target, **options), exact_inputs, grad.double())
-            actual = in_chunks(*moved, own, grad.to(backend.device), lent=lent, **options)
+            actual = in_chunks(*moved, own, grad.to(backend.device), **options)
             for name, a, e in zip(("loss", "hidden", "weight", "bias"), actual, exact, strict=True):
                 assert relative_error(a, e) < TOLERANCE[dtype], f"{name}, {dtype}, {biased=}"
 
@@ -102,27 +101,26 @@ def test_its_own_chunks(sizes, needed, own):
     ("shape", "first", "again", "ahead", "back", "of_hidden"),
     [
         # From the last class on, 256 (kept), 128 and 128 in the weight's gradient; 128 and 60.
-        ((20, 16, 700, 128, None), 3, 4, 0, 5, 5),
-        ((20, 16, 700, 128, 128), 6, 3, 0, 6, 6),  # three times 128 (kept), and 128; 128 and 60
-        ((9, 32, 200, 32, None), 2, 3, 0, 4, 4),  # 128 (kept); 32, 32 and 8
+        ((20, 16, 700, 128), 3, 4, 0, 5, 5),
+        ((9, 32, 200, 32), 2, 3, 0, 4, 4),  # 128 (kept); 32, 32 and 8
         # 768 (kept) and 128, then the other 104 for the hidden states alone; 32, 32, 32 and 8.
-        ((9, 32, 1000, 32, None), 2, 5, 1, 6, 3),
+        ((9, 32, 1000, 32), 2, 5, 1, 6, 3),
         # 768 (kept), 512, 256, 128 and 128, then 160 and 48; 6 times 32, and 16.
-        ((40, 32, 2000, 32, None), 3, 11, 2, 12, 7),
-        ((20, 4, 700, 128, None), 6, 5, 0, 6, 6),  # no room
-        ((20, 16, 700, 1000, None), 1, 0, 0, 1, 1),
+        ((40, 32, 2000, 32), 3, 11, 2, 12, 7),
+        ((20, 4, 700, 128), 6, 5, 0, 6, 6),  # no room
+        ((20, 16, 700, 1000), 1, 0, 0, 1, 1),
     ],
     ids=str,
 )
 def test_chunks(shape, first, again, ahead, back, of_hidden):
     """Products and launches of both passes, with the weight's gradient and without."""
-    *sizes, own, lent = shape
+    *sizes, own = shape
     hidden, weight, bias, target = operands(*sizes, torch.bfloat16)
     alike = -(-sizes[2] // own)
 
     def counts(*needs):
         with torch.profiler.profile() as profile, emulate(checked=False) as run:
-            in_chunks(hidden, weight, bias, target, own, lent=lent, needs=needs)
+            in_chunks(hidden, weight, bias, target, own, needs=needs)
         products = sum(event.count for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm"))
         return products, len(run.launches)
 
@@ -234,9 +232,8 @@ def test_layouts(backend):
 
 def test_a_chunk_has_a_class():
     """An error otherwise."""
-    for own, lent in ((0, None), (None, 0)):
-        with pytest.raises(RuntimeError, match="linear_cross_entropy: a chunk must have a class at least, got 0"):
-            in_chunks(*operands(3, 4, 9, torch.bfloat16), own, lent=lent)
+    with pytest.raises(RuntimeError, match="linear_cross_entropy: a chunk must have a class at least, got 0"):
+        in_chunks(*operands(3, 4, 9, torch.bfloat16), 0)
 
 
 def test_backward(backend):

@@ -227,14 +227,18 @@ def test_many_rows(backend, group_size, columns, dtype):
         assert relative_error(actual, exact) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("columns", [32, 64, 192])
+@pytest.mark.parametrize("columns", [32, 64, 96, 192])
 def test_so_many_rows_that_a_simdgroup_takes_several_tiles(backend, columns):
-    """Of a row with one tile it takes one only."""
+    """Of a row with one tile it takes one only. Results that are no numbers are computed again, each with its row."""
     packed = matrix(42240 + 13, columns, 4, 32, torch.bfloat16, backend.device)
     x = make(columns, dtype=torch.bfloat16, device=backend.device, seed=1)
     bias = make(42240 + 13, dtype=torch.bfloat16, device=backend.device, seed=2)
     actual = quantized_linear(x, *packed, bias, bits=4, group_size=32)
     assert relative_error(actual, exact_product(x, packed, bias, group_size=32)) < TOLERANCE[torch.bfloat16]
+    x[7] = torch.inf
+    actual = quantized_linear(x, *packed, bits=4, group_size=32)
+    weights = dequantize(*packed, bits=4, group_size=32)[:, 7]
+    assert torch.equal(actual.nan_to_num(0), (weights * x[7]).nan_to_num(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

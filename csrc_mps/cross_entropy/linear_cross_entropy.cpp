@@ -19,11 +19,11 @@ TORCH_LIBRARY_FRAGMENT(torch_fused, m) {
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor? bias=None, *, int ignore_index=-100, "
       "float label_smoothing=0.0, str reduction='mean', float z_loss=0.0) -> Tensor");
   // The loss, and the gradients of hidden, weight and bias that are needed for an incoming `grad`, absent for 1. Where
-  // classes come in chunks, `own` and `lent` are their sizes (ChunkSizes).
+  // classes come in chunks, `own` is how many one has whose logits have memory of their own.
   m.def(
       "_linear_cross_entropy_gradients(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? grad, "
       "int ignore_index, float label_smoothing, str reduction, float z_loss, bool need_hidden, bool need_weight, "
-      "bool need_bias, int? own=None, int? lent=None) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool need_bias, int? own=None) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 namespace torch_fused {
@@ -71,9 +71,9 @@ bool goes_by_classes(const Tensor& hidden) {
   return (hidden.is_cuda() || (hidden.is_cpu() && emulating())) && hidden.element_size() == 2 && hidden.size(0) > 0;
 }
 
-Gradients losses_of(const HeadLoss& of, bool by_classes, const ChunkSizes& sizes) {
+Gradients losses_of(const HeadLoss& of, bool by_classes, std::optional<int64_t> own) {
   try {
-    if (by_classes) return losses_by_classes(of, sizes);
+    if (by_classes) return losses_by_classes(of, own);
   } catch (const LibraryUnavailable& error) {
     note_fallback(kOp, error.what());
   }
@@ -82,11 +82,9 @@ Gradients losses_of(const HeadLoss& of, bool by_classes, const ChunkSizes& sizes
 
 Gradients gradients(const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
                     const OptionalTensor& grad, const CrossEntropyOptions& options, std::string_view reduction,
-                    Needs needs, const ChunkSizes& sizes = {}) {
+                    Needs needs, std::optional<int64_t> own = {}) {
   check(hidden, weight, target, bias, grad, options, reduction);
-  for (const auto& size : {sizes.own, sizes.lent}) {
-    TORCH_CHECK(!size || *size > 0, kOp, ": a chunk must have a class at least, got ", *size);
-  }
+  TORCH_CHECK(!own || *own > 0, kOp, ": a chunk must have a class at least, got ", *own);
   if (target.is_cpu() && !emulating()) check_classes(kOp, target, weight.size(0), options.ignore_index);
   const auto wide = hidden.options().dtype(loss_dtype(hidden));
   HeadLoss of{hidden.reshape({target.numel(), hidden.size(-1)}),
@@ -115,7 +113,7 @@ Gradients gradients(const Tensor& hidden, const Tensor& weight, const Tensor& ta
     }
     of.scale = scale ? *scale : at::ones({}, wide);
   }
-  auto [losses, grad_hidden, grad_weight, grad_bias] = losses_of(of, by_classes, sizes);
+  auto [losses, grad_hidden, grad_weight, grad_bias] = losses_of(of, by_classes, own);
   Tensor loss = reduction == "none" ? losses.view(target.sizes()) : losses.sum();
   if (count.defined()) loss = loss / count;
   return {loss, needs.hidden ? grad_hidden.view(hidden.sizes()) : grad_hidden, grad_weight, grad_bias};
@@ -126,10 +124,10 @@ Gradients gradients(const Tensor& hidden, const Tensor& weight, const Tensor& ta
 Gradients linear_cross_entropy_gradients(const Tensor& hidden, const Tensor& weight, const Tensor& target,
                                          const OptionalTensor& bias, const OptionalTensor& grad, int64_t ignore_index,
                                          double label_smoothing, std::string_view reduction, double z_loss,
-                                         bool need_hidden, bool need_weight, bool need_bias, std::optional<int64_t> own,
-                                         std::optional<int64_t> lent) {
+                                         bool need_hidden, bool need_weight, bool need_bias,
+                                         std::optional<int64_t> own) {
   return gradients(hidden, weight, target, bias, grad, {ignore_index, label_smoothing, z_loss}, reduction,
-                   {need_hidden, need_weight, need_bias}, {own, lent});
+                   {need_hidden, need_weight, need_bias}, own);
 }
 
 Tensor linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& target,
@@ -228,7 +226,7 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     return gradients_op.call(hidden, weight, target, bias, grad, data["ignore_index"].toInt(),
                              data["label_smoothing"].toDouble(), data["reduction"].toStringView(),
                              data["z_loss"].toDouble(), data["need_hidden"].toBool(), data["need_weight"].toBool(),
-                             data["need_bias"].toBool(), std::nullopt, std::nullopt);
+                             data["need_bias"].toBool(), std::nullopt);
   }
 };
 

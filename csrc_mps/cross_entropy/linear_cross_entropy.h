@@ -33,15 +33,10 @@ struct HeadLoss {
 // whole weight.
 Gradients losses_by_rows(const HeadLoss& of);
 
-// Classes of a chunk whose logits have memory of their own, and at most of one whose logits are in the memory of the
-// weight's gradient; absent for as many as are fast, or as fit.
-struct ChunkSizes {
-  std::optional<int64_t> own, lent;
-};
-
 // In chunks of classes, each with its rows of the weight's gradient, for a row at least of a half type on a GPU. No
 // chunk has a row's loss, so that most logits are computed twice; but the weight's gradient needs no sum, and until it
-// is written, its memory holds the logits. Throws LibraryUnavailable.
-Gradients losses_by_classes(const HeadLoss& of, const ChunkSizes& sizes);
+// is written, its memory holds the logits. `own` is how many classes a chunk has whose logits have memory of their own,
+// absent for as many as are fast. Throws LibraryUnavailable.
+Gradients losses_by_classes(const HeadLoss& of, std::optional<int64_t> own);
 
 }  // namespace torch_fused

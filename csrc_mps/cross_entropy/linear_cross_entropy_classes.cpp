@@ -2,8 +2,8 @@
 //
 // The weight's gradient is written from the last class down. Until then its memory holds logits: those of a chunk that
 // begins at a class may take the gradients of all classes before it. So chunks become smaller from the last to the
-// first; where they would become too small, their logits have memory of their own. Logits of the first pass that are
-// still there in the second one are not computed again.
+// first; where they would become too small, their logits have memory of their own. Those of the last chunk, which are
+// still there after the first pass, are not computed again.
 #include <algorithm>
 
 #include "../common/torch_functions.h"
@@ -38,10 +38,9 @@ int64_t own_classes(int64_t rows, int64_t features, bool beside_gradient) {
 
 class ByClasses {
  public:
-  ByClasses(const HeadLoss& of, const ChunkSizes& sizes)
+  ByClasses(const HeadLoss& of, std::optional<int64_t> own)
       : of_(of),
-        own_(std::min(sizes.own.value_or(own_classes(rows_, features_, of.needs.weight)), classes_)),
-        most_lent_(std::max(sizes.lent.value_or(classes_), own_)),
+        own_(std::min(own.value_or(own_classes(rows_, features_, of.needs.weight)), classes_)),
         losses_(empty({rows_}, of.hidden.options().dtype(at::kFloat))),
         sums_(empty({rows_, 4}, losses_.options())),
         grad_weight_(empty({of.needs.weight ? classes_ : 0, features_}, of.weight.options())),
@@ -56,9 +55,7 @@ class ByClasses {
  private:
   // Classes of the chunk that ends at `end`, if its logits are in the weight's gradient: rows * classes elements of
   // them have to fit into features * (end - classes).
-  int64_t fitting(int64_t end) const {
-    return std::min(features_ * end / (features_ + rows_), most_lent_) / kTile * kTile;
-  }
+  int64_t fitting(int64_t end) const { return features_ * end / (features_ + rows_) / kTile * kTile; }
   bool fits(int64_t end) const { return of_.needs.weight && fitting(end) >= own_; }
   int64_t begin_of(int64_t end) const { return std::max<int64_t>(end - (fits(end) ? fitting(end) : own_), 0); }
 
@@ -68,14 +65,9 @@ class ByClasses {
     return buffer_;
   }
 
-  // Chunks that are kept lie one after another.
-  Tensor place_of(int64_t begin, int64_t end, const Tensor& memory) const {
-    const int64_t stride = whole(end - begin, kPack), before = std::max<int64_t>(begin - first_kept_, 0);
-    return memory.narrow(0, rows_ * before, rows_ * stride).view({rows_, stride});
-  }
-
   void compute_logits(int64_t begin, int64_t end, const Tensor& memory) {
-    logits_ = place_of(begin, end, memory);
+    const int64_t stride = whole(end - begin, kPack);
+    logits_ = memory.narrow(0, 0, rows_ * stride).view({rows_, stride});
     const std::optional<Tensor> bias = of_.bias ? of_.bias->narrow(0, begin, end - begin) : of_.bias;
     multiply_logits(logits_.narrow(1, 0, end - begin), of_.hidden, of_.weight.narrow(0, begin, end - begin), bias);
   }
@@ -86,21 +78,9 @@ class ByClasses {
     return logits_.narrow(1, 0, end - begin);
   }
 
-  // How many of the last chunks, all of so many classes, can be kept: each has to end before its own gradient begins.
-  // If the first and the last one do, all between do.
-  int64_t kept_chunks(int64_t chunk) const {
-    const auto ends_before = [&](int64_t chunks, int64_t after) {
-      return rows_ * chunk * chunks <= features_ * (classes_ - chunk * after);
-    };
-    int64_t kept = 1;
-    while (fits(classes_) && ends_before(kept + 1, 1) && ends_before(1, kept + 1)) ++kept;
-    return kept;
-  }
-
   // All chunks as long as the last one, except for the first.
   void sum_all() {
     const int64_t chunk = classes_ - begin_of(classes_);
-    first_kept_ = std::max<int64_t>(classes_ - chunk * kept_chunks(chunk), 0);
     for (int64_t begin = 0, end = (classes_ - 1) % chunk + 1; begin < classes_; begin = end, end += chunk) {
       compute_logits(begin, end, memory_for(classes_));
       cross_entropy_sums_gpu(logits_, of_.target, sums_, losses_, {begin, end, classes_}, of_.options);
@@ -113,9 +93,7 @@ class ByClasses {
     Tensor grad_hidden;
     for (int64_t end = classes_, begin = 0; of_.needs.any() && end > 0; end = begin) {
       begin = begin_of(end);
-      if (end > first_kept_) {
-        logits_ = place_of(begin, end, memory_for(end));
-      } else {
+      if (end < classes_) {  // those of the last chunk are there
         const bool starts_own = !fits(end) && !buffer_.defined();
         if (starts_own && of_.needs.hidden) grad_hidden = finish_hidden(sum, end);
         compute_logits(begin, end, memory_for(end));
@@ -147,16 +125,15 @@ class ByClasses {
 
   const HeadLoss& of_;
   const int64_t rows_ = of_.hidden.size(0), features_ = of_.hidden.size(1), classes_ = of_.weight.size(0);
-  const int64_t own_, most_lent_;  // classes of a chunk
-  int64_t first_kept_ = 0;         // the first class whose logits are kept for the pass back
+  const int64_t own_;  // classes of a chunk in memory of its own
   const Tensor losses_, sums_, grad_weight_, grad_bias_;
   Tensor buffer_, logits_;
 };
 
 }  // namespace
 
-Gradients losses_by_classes(const HeadLoss& of, const ChunkSizes& sizes) {
-  return ByClasses(of, sizes).run();
+Gradients losses_by_classes(const HeadLoss& of, std::optional<int64_t> own) {
+  return ByClasses(of, own).run();
 }
 
 }  // namespace torch_fused

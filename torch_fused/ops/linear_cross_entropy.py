@@ -41,7 +41,6 @@ def _gradients_reference(
     need_weight: bool,
     need_bias: bool,
     own: int | None = None,
-    lent: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss and its gradients, multiplied by `grad`, in plain torch."""
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
@@ -98,7 +97,6 @@ def _gradients_fake(
     need_weight,
     need_bias,
     own=None,
-    lent=None,
 ):
     return (
         _linear_cross_entropy_fake(hidden, weight, target, reduction=reduction),
@@ -161,7 +159,7 @@ def linear_cross_entropy(
     is written from the last class to the first, and until then its memory holds the logits. Only those of the first
     classes have memory of their own: 2^20 logits (2 MB), or as many as ``hidden`` has numbers. Without that gradient
     all have: 2^24 logits (34 MB) of up to 4096 rows, 4096 classes of more. A row's loss is known after the last chunk
-    only, so the logits are then computed again for the gradients, except for those that are still in memory.
+    only, so the logits are then computed again for the gradients, except for those of the last chunk.
 
     On other devices and in float32, a chunk is the logits of some rows: an eighth of them, at least 128 (256 of up to
     65,536 classes; on a GPU 512, and 1024 of 4096 rows or more). On the CPU, ignored rows are skipped.
