@@ -20,7 +20,7 @@ from torch_fused.demo import _demo_file, _weight_bytes, load_demo_model
 from torch_fused.hf import apply_torch_fused, load_gguf, quantize_
 from torch_fused.opcount import ops_per_token
 
-ROUNDS = 3
+ROUNDS = 5
 SMOLLM2, LORA, EXPERTS = "SmolLM2-135M", "SmolLM2-135M with LoRA", "8 layers of 64 experts"
 COMPILED = (SMOLLM2, "Qwen2.5-0.5B shape", "Qwen3-0.6B shape")  # dense: it takes half a minute each
 Contender = tuple[Run, Any]  # what generates, and the model if it is torch that runs

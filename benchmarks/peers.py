@@ -39,8 +39,9 @@ def liger_kernels() -> dict[str, Callable[..., Any]]:
     }
 
 
-def kernels(op: str) -> dict[str, Callable[..., Any]]:
-    return {"Liger-Kernel": liger_kernels()[op]} if op in liger_kernels() else {}
+def kernels(op: str, columns: int = 0) -> dict[str, Callable[..., Any]]:
+    """Those for rows of so many columns: Liger-Kernel's rows have at most 65,536, but for cross entropy."""
+    return {"Liger-Kernel": liger_kernels()[op]} if op in liger_kernels() and columns <= 65536 else {}
 
 
 def patched_by_liger(model: Any) -> None:
