@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -74,6 +75,10 @@ struct Wide<c10::Half> {
 
 template <class T>
 using wide_t = typename Wide<T>::type;
+
+// Whether results of that arithmetic are rounded to T.
+template <class T>
+constexpr bool kRounds = !std::is_same_v<T, wide_t<T>>;
 
 template <class T>
 TORCH_FUSED_INLINE wide_t<T> widen(T value) {

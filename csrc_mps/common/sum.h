@@ -87,16 +87,24 @@ TORCH_FUSED_INLINE void cascade_sum(int64_t vectors, const Source& terms, T* lan
   }
 }
 
+// As cascade_sum<1>, of fewer terms than fill a block of it.
+template <class T, class Source>
+TORCH_FUSED_INLINE T short_sum(int64_t n, const Source& terms) {
+  constexpr int64_t kStreams = 4;
+  T streams[kStreams] = {};
+  for (int64_t i = 0; i < n / kStreams * kStreams; ++i) streams[i % kStreams] += terms.one(i);
+  T sum = streams[0];
+  for (int64_t i = n / kStreams * kStreams; i < n; ++i) sum += terms.one(i);
+  for (int64_t stream = 1; stream < kStreams; ++stream) sum += streams[stream];
+  return sum;
+}
+
 // The sum of terms 0 .. n - 1. `terms.one(i)` makes term i and, if it comes in pairs, `terms.pair(i)` terms i and i +
 // 1; each is made once.
 template <class T, class Source>
 TORCH_FUSED_INLINE T row_sum(int64_t n, const Source& terms) {
   constexpr int64_t lanes = kSumLanes<T>;
-  if (n < lanes) {
-    T sum;
-    cascade_sum<1>(n, terms, &sum);
-    return sum;
-  }
+  if (n < lanes) return short_sum<T>(n, terms);
   T partial[lanes];
   cascade_sum<lanes>(n / lanes, terms, partial);
   T sum = 0;

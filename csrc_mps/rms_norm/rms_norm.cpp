@@ -238,30 +238,31 @@ template <class T>
 TORCH_FUSED_INLINE void backward_blocks(const Backward<T>& a, int64_t begin, int64_t end) {
   const int64_t n = a.norm.cols;
   const wide_t<T>* w = effective_weight(a.weight, a.norm);
+  wide_t<T>*const grad_room = row_room<T, 0>(n), *const x_room = row_room<T, 1>(n), *const room = row_room<T, 2>(n);
   for (int64_t block = begin; block < end; ++block) {
     wide_t<T>* partial = a.partial ? a.partial + block * n : nullptr;
     const int64_t last = std::min((block + 1) * a.rows_per_block, a.norm.rows);
     for (int64_t row = block * a.rows_per_block; row < last; ++row) {
-      const T* dy = a.grad + row * a.grad_stride;
-      const T* x = a.x + row * a.x_stride;
+      const auto* dy = readable(a.grad + row * a.grad_stride, n, grad_room);
+      const auto* x = readable(a.x + row * a.x_stride, n, x_room);
       T* dx = a.grad_x + row * n;
-      const wide_t<T> scale = inverse_rms<T>(row_sum<wide_t<T>>(n, Squares<T>{x}), a.norm);
+      const auto squares = row_sum<wide_t<T>>(n, Squares<std::decay_t<decltype(*x)>>{x});
+      const wide_t<T> scale = inverse_rms<T>(squares, a.norm);
       const auto dot = row_sum<wide_t<T>>(n, Terms{[=](int64_t i) { return widen(dy[i]) * w[i] * widen(x[i]); }});
       wide_t<T> slope = scale * scale * dot / static_cast<wide_t<T>>(n);
       if (!std::isfinite(dot)) {  // the sum of g * x overflows where that of g * normed need not
         const auto term = [=](int64_t i) { return widen(dy[i]) * w[i] * (widen(x[i]) * scale); };
         slope = scale * row_sum<wide_t<T>>(n, Terms{term}) / static_cast<wide_t<T>>(n);
       }
-      if (a.grad_sum) {
-        const T* extra = a.grad_sum + row * a.grad_sum_stride;
-        for (int64_t i = 0; i < n; ++i) {
-          dx[i] = narrow<T>(widen(extra[i]) + scale * (widen(dy[i]) * w[i] - widen(x[i]) * slope));
-        }
-      } else {
-        for (int64_t i = 0; i < n; ++i) dx[i] = narrow<T>(scale * (widen(dy[i]) * w[i] - widen(x[i]) * slope));
-      }
       if (partial) {
         for (int64_t i = 0; i < n; ++i) partial[i] += widen(dy[i]) * (widen(x[i]) * scale);
+      }
+      const auto slanted = [=](int64_t i) { return scale * (widen(dy[i]) * w[i] - widen(x[i]) * slope); };
+      if (a.grad_sum) {
+        const auto* extra = readable(a.grad_sum + row * a.grad_sum_stride, n, room);
+        write_run(dx, n, room, [=](int64_t i) { return widen(extra[i]) + slanted(i); });
+      } else {
+        write_run(dx, n, room, slanted);
       }
     }
   }
@@ -269,7 +270,10 @@ TORCH_FUSED_INLINE void backward_blocks(const Backward<T>& a, int64_t begin, int
 
 template <class T>
 TORCH_FUSED_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t end) {
-  a.norm.llama ? forward_rows<true>(a, begin, end) : forward_rows<false>(a, begin, end);
+  if constexpr (kRounds<T>) {
+    if (a.norm.llama) return forward_rows<true>(a, begin, end);
+  }
+  forward_rows<false>(a, begin, end);
 }
 
 TORCH_FUSED_LOOPS(Forward, forward_rows)

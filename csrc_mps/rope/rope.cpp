@@ -203,13 +203,11 @@ TORCH_FUSED_INLINE void rotate_tokens(const Call<T>& a, int64_t begin, int64_t e
 
 template <class T>
 TORCH_FUSED_INLINE void rotate_all(const Call<T>& a, int64_t begin, int64_t end) {
-  if (a.transposed) {
-    rotate_tokens<true, false>(a, begin, end);
-  } else if (a.rope.llama) {
-    rotate_tokens<false, true>(a, begin, end);
-  } else {
-    rotate_tokens<false, false>(a, begin, end);
+  if (a.transposed) return rotate_tokens<true, false>(a, begin, end);
+  if constexpr (kRounds<T>) {
+    if (a.rope.llama) return rotate_tokens<false, true>(a, begin, end);
   }
+  rotate_tokens<false, false>(a, begin, end);
 }
 
 TORCH_FUSED_LOOPS(Call, rotate_all)

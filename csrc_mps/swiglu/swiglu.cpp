@@ -107,7 +107,10 @@ TORCH_FUSED_INLINE void run_row(const Forward<T>& a, int64_t row, int64_t column
   const T* gate = a.gate + row * a.gate_stride + column;
   const T* up = a.up + row * a.up_stride + column;
   T* output = a.output + row * a.cols + column;
-  a.llama ? forward_row<activation, true>(gate, up, output, n) : forward_row<activation, false>(gate, up, output, n);
+  if constexpr (kRounds<T>) {
+    if (a.llama) return forward_row<activation, true>(gate, up, output, n);
+  }
+  forward_row<activation, false>(gate, up, output, n);
 }
 
 template <class T>
