@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Builds on a machine with an NVIDIA GPU, runs the tests on CUDA tensors, then every kernel under compute-sanitizer, and
-# prints one table. Needs Python with torch, transformers and pytest, a C++ compiler and the CUDA toolkit's
-# compute-sanitizer; no network. The exit status is 0 if all tests pass and no tool reports an error.
+# Builds on a machine with an NVIDIA GPU, runs the tests on CUDA tensors, then every kernel and whole generations under
+# compute-sanitizer, and prints one table. Needs Python with torch, transformers and pytest, a C++ compiler and the CUDA
+# toolkit's compute-sanitizer; no network. The exit status is 0 if all tests pass and no tool reports an error.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -32,9 +32,11 @@ check tests '([0-9]+ failed, )?[0-9]+ passed' "$python" -m pytest -q tests -k cu
 
 # Small cases that still reach every kernel, with torch's caching allocator off so that each tensor has its own bounds.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-for tool in memcheck racecheck synccheck initcheck; do
-  check "$tool" '[0-9]+ errors?' \
-    compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 "$python" tools/gpu_kernels.py
+for script in kernels generate; do
+  for tool in memcheck racecheck synccheck initcheck; do
+    check "$script, $tool" '[0-9]+ errors?' \
+      compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 "$python" "tools/gpu_$script.py"
+  done
 done
 
 echo
