@@ -138,11 +138,11 @@ def gradients(of: int, call: Callable[..., Any], *operands: Tensor) -> Call:
 def op_case(op: str, shape: Shape, sizes: Sequence[Shape], moved: int, dtype: torch.dtype, of: int = 0) -> Case:
     """An op with operands of these sizes, which moves so many elements; or the gradients of its first `of` operands."""
     name, prepare = (f"{op} backward", partial(gradients, of)) if of else (op, partial)
-    contenders, operands = (
-        {**CALLS[op], **kernels(name, sizes[0][-1])},
-        lambda: (randn(*size, dtype=dtype) for size in sizes),
-    )
-    return Case(name, str(tuple(shape)), NAMES[dtype], "", contenders, operands, prepare, moved * dtype.itemsize)
+    contenders = {**CALLS[op], **kernels(name, sizes[0][-1])}
+    return Case(
+        name, str(tuple(shape)), NAMES[dtype], "", contenders, lambda: (randn(*size, dtype=dtype) for size in sizes),
+        prepare, moved * dtype.itemsize,
+    )  # fmt: skip
 
 
 def by_rows(*ops: str, shapes: Iterable[Shape] = (), dtypes: Iterable[torch.dtype] = DTYPES) -> Iterator[Case]:

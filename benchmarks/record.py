@@ -1,9 +1,7 @@
 """What is measured, a case at a time, and its rows: one small CSV file for each benchmark and machine."""
 
-import contextlib
 import csv
 import re
-import time
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from functools import cache
@@ -20,7 +18,6 @@ from torch_fused.devices import device_name
 RESULTS = ROOT / "benchmarks/results"
 KEYS = ("op", "shape", "dtype", "kind", "contender")
 STAMP = ("device", "threads", "torch", "transformers", "torch_fused", "date")
-DISTURBED = 0.02  # share of the time for which threads waited for a core: the next run measures the case again
 Row = dict[str, str]
 Results = dict[str, list[Row]]  # by benchmark
 
@@ -44,20 +41,10 @@ def changed() -> datetime:
     return datetime.fromtimestamp(newest, timezone.utc)
 
 
-def waited() -> float:
-    """Seconds for which this process's threads waited for a core; 0 where the system does not count them."""
-    delays = []
-    for path in Path("/proc/self/task").glob("*/schedstat"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended meanwhile
-            delays.append(int(path.read_text().split()[1]))
-    return sum(delays) / 1e9
-
-
 def is_current(row: Row | None, device: str) -> bool:
-    """Whether there is a row that is up to date and was not disturbed."""
-    if row is None or datetime.fromisoformat(row["date"]) < changed() or float(row["waited"] or 0) > DISTURBED:
-        return False
-    return {**stamp(device), "date": row["date"]}.items() <= row.items()
+    """Whether there is a row that is up to date."""
+    recent = row is not None and datetime.fromisoformat(row["date"]) >= changed()
+    return recent and {**stamp(device), "date": row["date"]}.items() <= row.items()
 
 
 def rows_of(case: Case, path: Path, device: str, again: bool = False) -> list[Row]:
@@ -68,11 +55,8 @@ def rows_of(case: Case, path: Path, device: str, again: bool = False) -> list[Ro
     rows = {tuple(row[key] for key in KEYS): row for row in read(path)}
     keys = {name: (case.op, case.shape, case.dtype, case.kind, name) for name in case.contenders}
     if again or not all(is_current(rows.get(key), device) for key in keys.values()):
-        start, before = time.perf_counter(), waited()
         torch.manual_seed(0)
-        columns = case.measure(case, device)
-        share = max(0.0, waited() - before) / (torch.get_num_threads() * (time.perf_counter() - start))
-        last = {"waited": f"{share:.3f}" if device == "cpu" else "", **stamp(device)}
+        columns, last = case.measure(case, device), stamp(device)
         for name, key in keys.items():
             texts = {column: text(value) for column, value in columns[name].items()}
             rows[key] = dict(zip(KEYS, key, strict=True)) | texts | last

@@ -66,7 +66,7 @@ def test_rows_are_kept(rows_of, tmp_path):
     rows_of(Some("a", "b", ms=1.23456))
     (path,) = tmp_path.glob("*/some.csv")
     with path.open() as file:
-        assert next(csv.reader(file)) == [*record.KEYS, "ms", "waited", *record.STAMP]
+        assert next(csv.reader(file)) == [*record.KEYS, "ms", *record.STAMP]
     assert [(row["contender"], row["ms"]) for row in record.read(path)] == [("a", "1.235"), ("b", "1.235")]
     assert not list(tmp_path.glob("*/*.part"))
 
@@ -75,31 +75,12 @@ def test_a_count_of_zero_is_not_a_missing_one():
     assert [record.text(value) for value in (0, 0.0, None, 1.23456)] == ["0", "0", "", "1.235"]
 
 
-def test_an_interrupted_run_goes_on(rows_of, monkeypatch):
-    monkeypatch.setattr(record, "waited", lambda: 0.0)  # whatever else this machine does
+def test_an_interrupted_run_goes_on(rows_of):
     rows_of(Some("a", ms=1.0))
     assert rows_of(Some("a"))[0]["ms"] == "1"
     assert len(rows_of(Some("a", "b", ms=1.0))) == 2  # "b" is missing, so both are measured
     with pytest.raises(AssertionError, match="measured again"):
         rows_of(Some("a"), again=True)
-
-
-def test_disturbed_rows_are_measured_again(rows_of, monkeypatch):
-    waits = itertools.count(0, 10**9)
-    monkeypatch.setattr(record, "waited", lambda: next(waits))
-    (row,) = rows_of(Some("a", ms=1.0))
-    assert float(row["waited"]) > record.DISTURBED
-    with pytest.raises(AssertionError, match="measured again"):
-        rows_of(Some("a"))
-
-
-@pytest.mark.parametrize("error", [FileNotFoundError, ProcessLookupError])
-def test_a_thread_that_ends_while_waits_are_counted(monkeypatch, error):
-    def ended(path):
-        raise error
-
-    monkeypatch.setattr(Path, "read_text", ended)
-    assert record.waited() == 0
 
 
 @pytest.mark.parametrize("change", ["torch", "threads", "date"])
@@ -137,7 +118,7 @@ def test_every_committed_row_is_still_a_case(bench, device):
         if machine.startswith("nvidia") == (device == "cuda"):
             for row in results.get(bench, []):
                 assert record.slug(row["device"]) == machine
-                assert {*record.KEYS, *record.STAMP, "waited"} <= row.keys()
+                assert {*record.KEYS, *record.STAMP} <= row.keys()
                 case = known[tuple(row[key] for key in record.KEYS[:4])]
                 absent = "Liger-Kernel", "llama-cpp-python", "mlx-lm", "torch, in chunks"  # here, or with this torch
                 assert row["contender"] in (*case.contenders, *absent), row
