@@ -9,7 +9,7 @@ export MACOSX_DEPLOYMENT_TARGET ?= 14.0
 export PIP_ROOT_USER_ACTION := ignore
 
 # Python compiles a module when it is first imported: most of these never are.
-PIP = $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
+PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 # Builds the extension while pip installs what it does not need.
 SETUP = @$(MAKE) -s -j2 build
 

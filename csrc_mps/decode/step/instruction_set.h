@@ -5,6 +5,8 @@
 // Fused multiply-adds where the machine has them.
 #pragma GCC optimize("fp-contract=fast")
 #pragma STDC FP_CONTRACT ON
+// As fast as with O3, and compiled in less time.
+#pragma GCC optimize("O2", "tree-vectorize", "vect-cost-model=dynamic")
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
