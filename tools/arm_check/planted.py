@@ -45,8 +45,8 @@ BUGS = [
     Bug(
         "the rest of a row is left out",
         "common/sum.h",
-        "i < n; ++i) sum += terms",
-        "i < 0; ++i) sum += terms",
+        "n / lanes * lanes; i < n;",
+        "n / lanes * lanes; i < 0;",
         "conversions",
     ),
     Bug(
