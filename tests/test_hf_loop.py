@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_hf_generate import FAMILIES, ONE_FAMILY, make_model, one_thread, prompt  # noqa: F401 (a fixture)
 from transformers import GenerationMixin, GPT2Config, GPT2LMHeadModel, StoppingCriteria, StoppingCriteriaList
-from transformers.generation import EosTokenCriteria
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import torch_fused.hf.decode
@@ -20,11 +20,13 @@ SAMPLED = {"do_sample": True, "temperature": 1.5}
 
 
 class Kept(BaseStreamer):
+    """Keeps the tensors that it gets: they must not change afterwards."""
+
     def __init__(self):
         self.tokens, self.ended = [], 0
 
     def put(self, value):
-        self.tokens.append(value.tolist())
+        self.tokens.append(value)
 
     def end(self):
         self.ended += 1
@@ -49,7 +51,7 @@ def outcome(model, rows, **options):
     result = model.generate(prompt(rows, 7), return_dict_in_generate=True, **given)
     cache = next(value for value in result.values() if hasattr(value, "layers"))
     states = [states.clone() for layer in cache.layers for states in (layer.keys, layer.values)]
-    streamed = (streamer.tokens, streamer.ended) if streamer else None
+    streamed = ([tokens.tolist() for tokens in streamer.tokens], streamer.ended) if streamer else None
     return result.sequences.tolist(), streamed, states, torch.get_rng_state()
 
 
@@ -101,6 +103,31 @@ def test_a_single_sequence_is_looked_at_meanwhile(rows, monkeypatch):
     model.generate(prompt(rows, 7), max_new_tokens=4, do_sample=False, eos_token_id=127, pad_token_id=0)
     order = ["step", "look"] if rows == 1 else ["look", "step"]
     assert events == order * 3 + ["look"] * (rows > 1)  # after the last token there is no step, and its length ends it
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_shortest_length_ends_it(rows, ahead, monkeypatch):
+    model, lengths = make_model(), StoppingCriteriaList([MaxLengthCriteria(30), MaxLengthCriteria(12)])
+    options = {"max_new_tokens": 40, "pad_token_id": 0, "stopping_criteria": lengths, **GREEDY}
+    expected = model.generate(prompt(rows, 7), **options)
+    monkeypatch.setattr(torch_fused.hf.loop, "runs_ahead", lambda device: ahead)
+    apply_torch_fused(model)
+    assert torch.equal(model.generate(prompt(rows, 7), **options), expected)
+    assert expected.shape == (rows, 12)
+
+
+@pytest.mark.parametrize(("positions", "asked"), [(20, 13), (1024, 0), (None, 0)])
+def test_a_length_is_asked_only_if_it_may_warn(positions, asked, monkeypatch):
+    """The host waits for no token if only a length ends the generation; past the model's positions it warns."""
+    model, calls = make_model("qwen2"), []
+    apply_torch_fused(model)
+    own = MaxLengthCriteria.__call__
+    monkeypatch.setattr(MaxLengthCriteria, "__call__", lambda *a, **k: (calls.append(1), own(*a, **k))[1])
+    lengths = StoppingCriteriaList([MaxLengthCriteria(21, positions)])
+    model.config.max_position_embeddings = 1024
+    out = model.generate(prompt(1, 7), max_new_tokens=40, stopping_criteria=lengths, pad_token_id=0, **GREEDY)
+    assert (out.shape[1], len(calls)) == (21, asked)
 
 
 def test_a_users_criteria_run_in_time(monkeypatch):

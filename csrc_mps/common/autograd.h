@@ -6,6 +6,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
@@ -31,6 +32,11 @@ inline bool needs_gradient(const at::Tensor& tensor) {
 // makes its own of that.
 inline bool has_tangent(const at::Tensor& tensor) {
   return tensor._fw_grad(/*level=*/0).defined();
+}
+
+// Whether any tensor can need a gradient or have a tangent.
+inline bool may_differentiate() {
+  return at::GradMode::is_enabled() || torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
 }
 
 // Whether a transform of torch.func is running.

@@ -169,13 +169,15 @@ namespace {
 Tensor decode_autograd(const DecoderPtr& model, const Tensor& token_ids, const Tensor& positions,
                        const OptionalTensor& starts, const Tensor& cos, const Tensor& sin, TensorList keys,
                        TensorList values, int64_t length, int64_t logits_to_keep, at::IntArrayRef dropped) {
-  for (const Decoder::Taken& part : model->taken) {
-    check_not_differentiated("decode_", part.name.c_str(), part.original);
-  }
-  check_not_differentiated("decode_", "cos", cos);
-  check_not_differentiated("decode_", "sin", sin);
-  for (const auto& [name, buffers] : {std::pair("keys", keys), std::pair("values", values)}) {
-    for (const Tensor& buffer : buffers) check_not_differentiated("decode_", name, buffer);
+  if (may_differentiate()) {  // there are hundreds of tensors to ask
+    for (const Decoder::Taken& part : model->taken) {
+      check_not_differentiated("decode_", part.name.c_str(), part.original);
+    }
+    check_not_differentiated("decode_", "cos", cos);
+    check_not_differentiated("decode_", "sin", sin);
+    for (const auto& [name, buffers] : {std::pair("keys", keys), std::pair("values", values)}) {
+      for (const Tensor& buffer : buffers) check_not_differentiated("decode_", name, buffer);
+    }
   }
   static const auto op = find_op<decltype(decode_cpu)>("torch_fused::decode_");
   return change({keys, values}, [&] {

@@ -29,8 +29,8 @@ inline TiledGrid tiled_grid(int64_t results, int64_t outputs, int64_t cols, int6
   const int64_t words = group_size > 32 ? 4 : 2, tiles = ceiling(results, outputs);
   const bool several = cols > 32 * words;  // tiles of a row
   const int64_t splits = tiles < kEnough && several ? 2 : 1;
-  // A vector that is staged whole serves all rounds.
-  const int64_t rounds = splits == 1 && several && cols <= kStagedWords * 8 ? ceiling(tiles, kResident) : 1;
+  // A vector that is staged whole serves both rounds. More of them would leave too few threadgroups to share evenly.
+  const int64_t rounds = splits == 1 && several && cols <= kStagedWords * 8 && tiles > kResident ? 2 : 1;
   return {words, static_cast<uint32_t>(splits), static_cast<uint32_t>(rounds), ceiling(tiles, kSlots * rounds),
           32 * kSlots * splits};
 }

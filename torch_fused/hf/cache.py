@@ -244,11 +244,14 @@ class FusedLayer(DynamicLayer):
         self._take_back()
         return self._held is None or (self.is_initialized and self._prepare(self._held, 0))
 
-    def room_for(self, tokens: int) -> Pair:
-        """The two buffers, with room for this many new tokens. `advance` then counts the tokens written."""
-        if self._length + tokens > self._room or not self._may_write():
+    def has_room(self, tokens: int) -> bool:
+        """Whether this many new tokens fit in the buffers, if nobody else holds a view of them."""
+        return self._length + tokens <= self._room
+
+    def make_room(self, tokens: int) -> None:
+        """Makes sure that this many new tokens can be written to the buffers. `advance` then counts them."""
+        if not self.has_room(tokens) or not self._may_write():
             self._prepare((self._keys, self._values), tokens)
-        return self._keys, self._values
 
     def advance(self, tokens: int) -> None:
         self._length += tokens
@@ -566,11 +569,17 @@ class FusedKVCache(DynamicCache):
             for layer in layers
         )
 
-    def room_for(self, tokens: int) -> tuple[list[Tensor], list[Tensor]]:
-        """The key and value buffers of all layers, with room for this many new tokens."""
+    def room_for(self, tokens: int, *, undisturbed: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+        """The key and value buffers of all layers, with room for this many new tokens.
+
+        Args:
+            undisturbed: nobody can have got hold of the buffers since the last call.
+        """
         layers: list[Any] = self.layers
-        buffers = [layer.room_for(tokens) for layer in layers]
-        return [keys for keys, _ in buffers], [values for _, values in buffers]
+        if not (undisturbed and all(layer.has_room(tokens) for layer in layers)):
+            for layer in layers:
+                layer.make_room(tokens)
+        return [layer._keys for layer in layers], [layer._values for layer in layers]
 
     def advance(self, tokens: int) -> None:
         """Counts this many tokens, which were written to the buffers from `room_for`."""

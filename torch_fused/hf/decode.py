@@ -73,27 +73,24 @@ class Decoder:
         with self._lock:
             self.calls[reason] += 1
 
-    def plan(self, *, undisturbed: bool = False) -> Plan:
-        """The plan for the model as it is now; raises `Left`.
-
-        Args:
-            undisturbed: no foreign code has run in this thread since the last call. Changes by other threads are then
-                noticed within `LOOK_AGAIN` seconds.
-        """
+    def plan(self) -> Plan:
+        """The plan for the model as it is now; raises `Left`."""
         found, now = self._read, time.monotonic()
-        known = undisturbed and self._has_just_looked()
-        if found is None or not (known or found[0].holds()) or not (isinstance(found[1], Left) or found[1].is_current):
+        if found is None or not found[0].holds() or not (isinstance(found[1], Left) or found[1].is_current):
             found = self._read = None  # frees tensors that may no longer be in the model
             found = self._read = Watch(self.model), read(self.model, self.int8_products)
-        if not known:
-            self._looked = now
+        self._looked = now
         plan = found[1]
         if isinstance(plan, Left):
             raise Left(*plan.args)
         return plan
 
-    def _has_just_looked(self) -> bool:
-        return time.monotonic() - self._looked < LOOK_AGAIN
+    def _recent_plan(self) -> Plan | None:
+        """The plan of the last call, if the model was checked not long ago and still has its tensors."""
+        found = self._read
+        if found is None or isinstance(found[1], Left) or time.monotonic() - self._looked >= LOOK_AGAIN:
+            return None
+        return found[1] if found[1].is_current else None
 
     def why_not(self) -> str:
         """Why the model as it is now is left to transformers; empty if it has a decode step."""
@@ -139,6 +136,8 @@ class Decoder:
         starts: Tensor | None,
         rows: int,
         cache: FusedKVCache,
+        *,
+        undisturbed: bool = False,
         **more: Any,
     ) -> Tensor:
         """Calls the op `run` for new tokens after those in the cache, with the plan from `check`.
@@ -146,7 +145,7 @@ class Decoder:
         All positions are below `rows`.
         """
         cos, sin = plan.cos_and_sin(rows)
-        keys, values = cache.room_for(input_ids.shape[1])
+        keys, values = cache.room_for(input_ids.shape[1], undisturbed=undisturbed)
         length = cache.get_seq_length()
         layers: list[Any] = cache.layers
         dropped = [layer.dropped for layer in layers]
@@ -171,15 +170,15 @@ class Decoder:
         """The plan, if the op supports this call; raises `Left` otherwise.
 
         Args:
-            undisturbed: as for `plan`, and the last call had this cache and as many token ids.
+            undisturbed: no foreign code has run in this thread since the last call, which had this cache and as many
+                token ids. Changes by other threads are then noticed within `LOOK_AGAIN` seconds.
         """
-        if undisturbed and self._has_just_looked():
-            before, plan = self._read, self.plan(undisturbed=True)
-            if self._read is before:
-                self._check_room(cache, input_ids.shape[1])
-                return plan
+        recent = self._recent_plan() if undisturbed else None
+        if recent is not None:
+            self._check_room(cache, input_ids.shape[1])
+            return recent
         self._check_cache(input_ids, cache)
-        plan = self.plan(undisturbed=undisturbed)
+        plan = self.plan()
         if [layer.window for layer in cache.layers] != plan.windows:
             raise Left("the cache has a different number of layers, or different windows")
         if input_ids.device != plan.device:

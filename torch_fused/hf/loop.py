@@ -27,7 +27,7 @@ from ..ops.decode import decode_token_
 from ..ops.sampling import next_token
 from . import transformers_private as private
 from .decode import DECODER, Decoder, left_padding, rows_of
-from .ending import EndingOfAll, EndingOfOne, OnItsWay
+from .ending import EndingOfAll, EndingOfOne, Sequences, ToHost, max_length
 from .origin import innermost
 from .plan import Left, Plan
 from .sampling import split_processors
@@ -39,6 +39,8 @@ ASK_FOR_ANOTHER = ("assistant_tokenizer", "assistant_model", "synced_gpus", "cus
 
 LOOK_AT_TOKENS_ALONE = {MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria, StopStringCriteria}
 """Stopping criteria that depend only on the tokens, so that the next step may start first. Custom ones may not."""
+
+STEPS_AHEAD = 64  # whose positions are computed at once
 
 HAND_TOKENS_ON = {type(None), TextStreamer, TextIteratorStreamer, AsyncTextIteratorStreamer}
 """Streamers that do not touch the model. Custom ones may."""
@@ -115,36 +117,37 @@ def token_loop(
     plain = set(map(type, stopping_criteria)) <= LOOK_AT_TOKENS_ALONE
     ending: EndingOfAll | EndingOfOne
     if plain and len(input_ids) == 1:
-        ending = EndingOfOne(stopping_criteria, OnItsWay(input_ids))
+        ending = EndingOfOne(stopping_criteria, input_ids)
     else:
         ends = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
         padding = private.pad_token(generation_config, input_ids.device) if ends else None
         ending = EndingOfAll(stopping_criteria, padding, input_ids)
+    sequences, streamed, end = Sequences(input_ids), ToHost(), max_length(stopping_criteria)
     tokens = loop.prefill(input_ids)
     loop.undisturbed = plain and type(streamer) in HAND_TOKENS_ON
     ahead = loop.runs_ahead(input_ids) and plain
     with private.optimized_for_decode(model):
         while True:
             tokens = ending.padded(tokens)
-            input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-            ending.look_at(input_ids, tokens)
-            streamed = None if streamer is None else OnItsWay(tokens)
-            full = stopping_criteria.max_length is not None and input_ids.shape[1] >= stopping_criteria.max_length
-            following = loop.early_step(input_ids) if ahead and not full else None
-            if streamed is not None:
+            sequences.append(tokens)
+            ending.look_at(sequences)
+            if streamer is not None:
+                streamed.send(tokens)
+            full = end is not None and sequences.length >= end
+            following = loop.early_step(sequences) if ahead and not full else None
+            if streamer is not None:
                 streamer.put(streamed.get())
             if full or ending.has_come():
                 if following is not None:
                     loop.take_back()
                 break
-            tokens = loop.step(input_ids) if following is None else following
+            tokens = loop.step(sequences) if following is None else following
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
-        return input_ids
-    sequences: Any = input_ids
+        return sequences.ids()
     outputs: dict[str, Any] = {name: tuple(values) for name, values in loop.outputs.items()}
-    return GenerateDecoderOnlyOutput(sequences=sequences, **outputs, **{CACHE: loop.cache})
+    return GenerateDecoderOnlyOutput(sequences=sequences.ids(), **outputs, **{CACHE: loop.cache})  # type: ignore[arg-type]
 
 
 def runs_ahead(device: torch.device) -> bool:
@@ -158,8 +161,18 @@ class Place:
 
     length: int  # number of cache slots in use
     starts: Tensor | None  # the first slot that each sequence attends to
-    positions: Tensor  # of the tokens, (batch, 1)
+    positions: tuple[Tensor, ...]  # of the tokens, (batch, 1), and of those after them
     rows: int  # larger than all positions
+
+    def next(self) -> "Place":
+        return Place(
+            self.length + 1, self.starts, self.positions[1:] or positions_from(self.positions[0] + 1), self.rows + 1
+        )
+
+
+def positions_from(positions: Tensor) -> tuple[Tensor, ...]:
+    """These positions and those after them, from one launch instead of one for each step."""
+    return (positions + torch.arange(STEPS_AHEAD, device=positions.device)[:, None, None]).unbind()
 
 
 class _Loop:
@@ -210,17 +223,17 @@ class _Loop:
         )
         return runs_ahead(input_ids.device) and (self.decoder is not None or self._forward_may_be_early)
 
-    def early_step(self, input_ids: Tensor) -> Tensor | None:
+    def early_step(self, sequences: Sequences) -> Tensor | None:
         """The next tokens, from a step that `take_back` can undo; None if it could not."""
         if self.do_sample:
             self._random_state = torch.get_rng_state()  # the sampler draws from the CPU's generator, on any device
-        following = self.decode(input_ids[:, -1:])
-        return self.forward(input_ids) if following is None and self._forward_may_be_early else following
+        following = self.decode(sequences.last)
+        return self.forward(sequences.ids()) if following is None and self._forward_may_be_early else following
 
-    def step(self, input_ids: Tensor) -> Tensor:
+    def step(self, sequences: Sequences) -> Tensor:
         """The next tokens."""
-        following = self.decode(input_ids[:, -1:])
-        return self.forward(input_ids) if following is None else following
+        following = self.decode(sequences.last)
+        return self.forward(sequences.ids()) if following is None else following
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """The next tokens, from the model's forward."""
@@ -248,10 +261,11 @@ class _Loop:
         decoder = self.decoder
         if decoder is None or decoder.is_wrapped():
             return None
+        cache, place = self.cache, self._place
+        undisturbed = self.undisturbed and place is not None
         try:
-            place = self._place
-            plan = decoder.check(last, self.cache, undisturbed=self.undisturbed and place is not None)
-            if place is None or place.length != self.cache.get_seq_length():
+            plan = decoder.check(last, cache, undisturbed=undisturbed)
+            if place is None or place.length != cache.get_seq_length():
                 place = self._find_place(last, plan)
             plan.check_positions(place.rows)
         except Left:
@@ -260,14 +274,15 @@ class _Loop:
             plan,
             decode_token_,
             last,
-            place.positions,
+            place.positions[0],
             place.starts,
             place.rows,
-            self.cache,
+            cache,
+            undisturbed=undisturbed,
             do_sample=self.do_sample,
             **self.filters,
         )
-        self._place = Place(place.length + 1, place.starts, place.positions + 1, place.rows + 1)
+        self._place = place.next()
         self.pending += 1
         return following
 
@@ -287,6 +302,6 @@ class _Loop:
         if positions is None and plan.family.tables == "sections":
             raise Left("no position_ids were passed; this model computes its own")
         if positions is None:
-            return Place(length, starts, torch.full(last.shape, length, device=last.device), length + 1)
+            return Place(length, starts, positions_from(torch.full(last.shape, length, device=last.device)), length + 1)
         positions = rows_of(positions[..., -1:] + self.pending, last)
-        return Place(length, starts, positions, int(positions.max()) + 1)
+        return Place(length, starts, positions_from(positions), int(positions.max()) + 1)

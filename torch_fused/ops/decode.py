@@ -189,7 +189,7 @@ def decode_(
         IndexError: on the CPU, a token id, position or start is out of range. On a GPU they are not checked: a token id
             outside the vocabulary gives NaN, and positions and starts are clamped to their range.
     """
-    return _decode(model, token_ids, positions, starts, cos, sin, keys, values, length, logits_to_keep, dropped)
+    return _call(_decode, model, token_ids, positions, starts, cos, sin, keys, values, length, logits_to_keep, dropped)
 
 
 _decode = torch.ops.torch_fused.decode_.default
@@ -227,7 +227,8 @@ def decode_token_(
         The same errors as :func:`decode_` and ``next_token``. If logits are NaN or have nothing to draw, the new keys
             and values have already been written after ``length``.
     """
-    return _decode_token(
+    return _call(
+        _decode_token,
         model,
         token_ids,
         positions,
@@ -247,3 +248,9 @@ def decode_token_(
 
 
 _decode_token = torch.ops.torch_fused.decode_token_.default
+
+
+def _call(op: Any, model: Any, *args: Any) -> Tensor:
+    # Torch looks for a fake decoder in all arguments and lists of arguments. That takes as long as several launches.
+    is_real = not torch.compiler.is_compiling() and isinstance(model, torch.ScriptObject)
+    return (op._op if is_real else op)(model, *args)
