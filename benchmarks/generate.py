@@ -42,7 +42,8 @@ def weights(name: str, device: str, bits: int = 0) -> Any:
 def contender(load: Callable[[], Any], patched: bool, **options: Any) -> Contender:
     """Ours is a patched copy that shares the weights."""
     model = load()
-    model.generation_config = GenerationConfig(pad_token_id=0)  # no end of sequence: as many tokens as asked for
+    # As in use, the host looks for an end after each token; it never comes.
+    model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=model.config.vocab_size)
     if patched:
         model = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
         apply_torch_fused(model)

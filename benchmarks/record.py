@@ -4,7 +4,6 @@ import csv
 import re
 from collections.abc import Iterable
 from datetime import datetime, timezone
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -33,33 +32,15 @@ def stamp(device: str) -> Row:
     return dict(zip(STAMP, (device_name(device), str(torch.get_num_threads()), *versions, date), strict=True))
 
 
-@cache
-def changed() -> datetime:
-    """When the installed torch_fused last changed: its newest file."""
-    folder = Path(torch_fused.__file__).parent
-    newest = max(path.stat().st_mtime for kind in ("*.py", "*.so") for path in folder.rglob(kind))
-    return datetime.fromtimestamp(newest, timezone.utc)
-
-
-def is_current(row: Row | None, device: str) -> bool:
-    """Whether there is a row that is up to date."""
-    recent = row is not None and datetime.fromisoformat(row["date"]) >= changed()
-    return recent and {**stamp(device), "date": row["date"]}.items() <= row.items()
-
-
-def rows_of(case: Case, path: Path, device: str, again: bool = False) -> list[Row]:
-    """A case's rows. If one is not current, the case is measured and the file rewritten: an interrupted run goes on.
-
-    `again` measures current ones too.
-    """
+def rows_of(case: Case, path: Path, device: str, missing: bool = False) -> list[Row]:
+    """A case's rows, which are measured and written to the file; with `missing`, only if the file lacks one of them."""
     rows = {tuple(row[key] for key in KEYS): row for row in read(path)}
     keys = {name: (case.op, case.shape, case.dtype, case.kind, name) for name in case.contenders}
-    if again or not all(is_current(rows.get(key), device) for key in keys.values()):
+    if not missing or not rows.keys() >= set(keys.values()):
         torch.manual_seed(0)
-        columns, last = case.measure(case, device), stamp(device)
+        found, last = case.measure(case, device), stamp(device)
         for name, key in keys.items():
-            texts = {column: text(value) for column, value in columns[name].items()}
-            rows[key] = dict(zip(KEYS, key, strict=True)) | texts | last
+            rows[key] = dict(zip(KEYS, key, strict=True)) | {name: text(x) for name, x in found[name].items()} | last
         write(path, list(rows.values()))
     return [rows[key] for key in keys.values()]
 

@@ -1,6 +1,6 @@
 """Runs the benchmarks of this machine, all or the ones named, and records their rows under benchmarks/results.
 
-An interrupted run goes on where it stopped. benchmarks/report.py then writes docs/benchmarks.md from the rows.
+benchmarks/report.py then writes docs/benchmarks.md from the rows.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("benches", nargs="*", choices=[*BENCHES, []], metavar="bench", help=names)
     parser.add_argument("--device", default=best_device(), help="cpu, cuda or mps (default: the best there is)")
     parser.add_argument("--only", default="", help="only cases with this in their names")
-    parser.add_argument("--again", action="store_true", help="measure rows that are up to date again")
+    parser.add_argument("--missing", action="store_true", help="only cases without rows, as after an interrupted run")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     args = parser.parse_args()
     if len(args.benches) != 1:  # each in a process of its own
@@ -54,7 +54,7 @@ def main() -> int:
     for case in BENCHES[bench](device):
         if args.only in case.name:
             print(case.name, flush=True)
-            for row in rows_of(case, path, device, args.again):
+            for row in rows_of(case, path, device, args.missing):
                 columns = (f"{name} {value}" for name, value in row.items() if name not in (*KEYS, *STAMP) and value)
                 print(f"  {row['contender']:32s}", *columns, sep="  ", flush=True)
     return 0
