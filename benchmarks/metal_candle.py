@@ -29,18 +29,18 @@ from torch_fused.ops.rms_norm import rms_norm_reference
 
 PAGE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 PUBLISHED, HONEST = "as published", "honest"
-RUNS, SAMPLES = 5, 15  # samples of a run
+RUNS, SAMPLES = 5, 15  # samples of a run, where metal_candle.yaml does not say another number
 QWEN = "Qwen2.5-0.5B"
 Work = tuple[Contenders, Callable[[], Sequence[Any]], Callable[..., Call]]  # contenders, operands, prepare: see Case
 
 
-def runs(case: Case, device: str) -> dict[str, Columns]:
+def runs(case: Case, device: str, samples: int) -> dict[str, Columns]:
     calls = case.calls(device)
     if case.kind == HONEST and device != "cpu":
         calls = {name: lambda call=call: (call(), synchronize(device)) for name, call in calls.items()}
     rings = {name: [call] for name, call in calls.items()}
-    found = interleave(rings, device, rounds=RUNS * SAMPLES, target=0.002, wall=True)
-    return {name: columns(samples) for name, samples in found.items()}
+    found = interleave(rings, device, rounds=RUNS * samples, target=0.002, wall=True)
+    return {name: columns(times) for name, times in found.items()}
 
 
 def columns(samples: Sequence[float]) -> Columns:
@@ -177,5 +177,6 @@ def rows() -> Iterator[Case]:
     for (name, row), kind in product(PAGE["rows"].items(), (PUBLISHED, HONEST)):
         arguments = PAGE["workloads"][row[kind]["workload"]] | row[kind]
         make, text, _ = (arguments.pop(key) for key in ("make", "text", "workload"))
+        measure = partial(runs, samples=arguments.pop("samples", SAMPLES))
         arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
-        yield Case(name, text.format(**arguments), "f32", kind, *globals()[make](**arguments), measure=runs)
+        yield Case(name, text.format(**arguments), "f32", kind, *globals()[make](**arguments), measure=measure)
