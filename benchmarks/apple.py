@@ -1,7 +1,6 @@
 """What the emulator counts of the ops, and of whole tokens: the launches, and the bytes that each moves.
 
-A prediction for an Apple GPU takes these bytes at its published memory bandwidth, and two bounds for the cost of a
-launch and for the share of the bandwidth that is reached. On a Mac the other benchmarks measure these ops.
+A prediction for an Apple GPU takes these bytes at its published memory bandwidth. A Mac runs the other benchmarks.
 """
 
 from collections.abc import Iterator
@@ -12,8 +11,7 @@ from itertools import product
 import numpy as np
 import torch
 from cases import LISTS, Case
-from decode import step
-from models import config, made
+from models import config, made, step
 from ops import adamw, by_rows, draws, rope
 from timing import Call, Columns
 
@@ -25,8 +23,7 @@ BANDWIDTH = {"M1": 68.25, "M2 Pro": 200, "M3 Pro": 150, "M4": 120, "M4 Pro": 273
 """GB/s, from Apple's technical specifications; of the M4 Max with 40 GPU cores."""
 LAUNCH_SECONDS = (2e-6, 12e-6)  # between kernels of one command buffer; the host's time for a launch through torch
 SHARE_REACHED = (1.0, 0.7)
-TOKEN = "a greedy token"
-CONTEXT, PART = 128, 1024  # tokens; those in a part of a vocabulary
+TOKEN, CONTEXT, PART = "a greedy token", 128, 1024  # tokens of a context, and in a part of a vocabulary
 Counts = tuple[int, int]  # launches, and the bytes that they move
 
 
@@ -39,7 +36,7 @@ def counted(call: Call) -> Counts:
 
 
 def predicted(nbytes: float, launches: float, gb_s: float) -> list[float]:
-    """The least and the most seconds that these bytes and launches should take."""
+    """The least and the most seconds that these should take, for the bounds of the two constants."""
     bounds = zip(SHARE_REACHED, LAUNCH_SECONDS, strict=True)
     return [nbytes / (gb_s * 1e9 * share) + launches * launch for share, launch in bounds]
 

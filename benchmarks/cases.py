@@ -1,7 +1,4 @@
-"""What is measured: contenders that get the same operands, timed next to a copy of as many bytes, or with their memory.
-
-Other measures are where their cases are: generate.py, metal_candle.py and apple.py.
-"""
+"""What is measured: contenders that get the same operands, timed next to a copy of as many bytes."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,25 +17,19 @@ def listed(bench: str, device: str) -> list[Any]:
     return LISTS[bench]["cpu" if device == "cpu" else "gpu"]
 
 
-def bandwidth(case: "Case", device: str) -> dict[str, Columns]:
-    """Time, and the bandwidth of the case's bytes."""
+def bandwidth(case: "Case", device: str, **timing: int) -> dict[str, Columns]:
+    """Time, and the bandwidth of the case's bytes if it has their number."""
     rings = [case.calls(device) for _ in range(sets(case.nbytes, device))]
     calls = {name: [ring[name] for ring in rings] for name in case.contenders}
-    calls["copy"], copied = copies(case.nbytes, device)
+    if case.nbytes:
+        calls["copy"], copied = copies(case.nbytes, device)
     with torch.no_grad():
-        found = {name: columns(samples) for name, samples in interleave(calls, device).items()}
-    copy = copied / found.pop("copy")["ms"]
-    for each in found.values():
+        found = {name: columns(samples) for name, samples in interleave(calls, device, **timing).items()}
+    copy = case.nbytes and copied / found.pop("copy")["ms"]
+    for each in found.values() if case.nbytes else ():
         rate = case.nbytes / each["ms"]
         each |= {"gb_s": rate / 1e6, "copy_share": rate / copy}
     return found
-
-
-def single_calls(case: "Case", device: str) -> dict[str, Columns]:
-    """Time, where a call changes what the next one does."""
-    with torch.no_grad():
-        samples = interleave({name: [call] for name, call in case.calls(device).items()}, device, rounds=40, calls=1)
-    return {name: columns(each) for name, each in samples.items()}
 
 
 def steps(case: "Case", device: str, more: Callable[[Columns], Columns]) -> dict[str, Columns]:
@@ -63,7 +54,7 @@ class Case:
     contenders: Mapping[str, Callable[..., Any]]
     operands: Callable[[], Iterable[Any]] = tuple  # makes them on torch's default device
     prepare: Callable[..., Call] = partial  # makes what is timed from a contender and the operands
-    nbytes: int = 0  # every operand and every result, each once
+    nbytes: int = 0  # every operand and every result, each once; 0: no bandwidth
     measure: Callable[["Case", str], dict[str, Columns]] = bandwidth  # the columns of each contender, on a device
 
     @property

@@ -1,7 +1,4 @@
-"""Generation of whole texts: tokens per second, time to the first token, memory, ops and launches per token.
-
-Programs that are installed run the same weights for one sequence. A model with adapters also runs with them merged.
-"""
+"""Generation of whole texts: tokens per second, time to the first token, memory, ops and launches per token."""
 
 import copy
 from collections.abc import Callable, Iterator

@@ -1,7 +1,4 @@
-"""The ops next to torch's, transformers' and other libraries', and to a copy of the same bytes.
-
-"llama" makes the roundings of Hugging Face's code, which is what it must be compared with.
-"""
+"""The ops next to torch's, transformers' and other libraries'. "llama" makes the roundings of Hugging Face's code."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -10,13 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import LISTS, Case, listed, single_calls
+from cases import LISTS, Case, bandwidth, listed
 from models import GROUP_SIZE, config, made
 from peers import kernels
 from timing import Call
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
-from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+from transformers import DynamicCache, StaticCache, TopKLogitsWarper, TopPLogitsWarper
 from transformers.models.llama import modeling_llama
 
 from torch_fused import functional, optim, sampling
@@ -27,9 +23,6 @@ from torch_fused.testing import NAMES
 
 ROPE, DTYPES = "apply_rotary_pos_emb", (torch.float32, torch.bfloat16)
 Contenders, Shape = Mapping[str, Callable[..., Any]], tuple[int, ...]
-
-
-# ---- contenders -----------------------------------------------------------------------------------------------------
 
 
 def normed(norm: Callable[..., Tensor], **options: str) -> Callable[..., Tensor]:
@@ -116,9 +109,6 @@ OPTIMIZERS = {
 }
 
 
-# ---- norms, softmax, gated activations, rotary embedding ------------------------------------------------------------
-
-
 def randn(*shape: int, dtype: torch.dtype) -> Tensor:
     """Four dimensions are as attention passes them: heads and tokens of a projection's output, transposed."""
     x = torch.randn(shape).to(dtype)
@@ -166,9 +156,6 @@ def rope() -> Iterator[Case]:
             yield op_case(ROPE, shape, sizes, moved, dtype, of)
 
 
-# ---- optimizer, cache, sampling, packed weights ---------------------------------------------------------------------
-
-
 def parameters(shapes: Iterable[Iterable[int]], dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
     """With gradients."""
     params = [torch.nn.Parameter(randn(*shape, dtype=dtype)) for shape in shapes]
@@ -188,30 +175,29 @@ def adamw(device: str) -> Iterator[Case]:
         )  # fmt: skip
 
 
-CACHES = {
-    "FusedKVCache": lambda config, length: FusedKVCache(config, expected_len=length),
-    "DynamicCache": lambda config, length: DynamicCache(config=config),
-    "StaticCache": lambda config, length: StaticCache(config=config, max_cache_len=length),
-}
-
-
 def fill(cache: Any, states: Tensor, layers: int) -> None:
     for layer in range(layers):
         cache.update(states, states, layer)
 
 
-def filled(make: Callable[[Any, int], Any], prompt: Tensor, token: Tensor) -> Call:
-    """Appends a token to a cache that has room for more."""
-    settings = config("Qwen2.5-0.5B")
-    cache = make(settings, prompt.shape[2] + 64)
-    fill(cache, prompt, settings.num_hidden_layers)
-    return partial(fill, cache, token, settings.num_hidden_layers)
-
-
 def kv_cache() -> Iterator[Case]:
+    """A token is appended to a cache that has room for more."""
+    settings = config("Qwen2.5-0.5B")
+    layers, once = settings.num_hidden_layers, partial(bandwidth, rounds=40, calls=1)  # each call changes the next one
+
+    def prepare(make: Callable[[], Any], prompt: Tensor, token: Tensor) -> Call:
+        cache = make()
+        fill(cache, prompt, layers)
+        return partial(fill, cache, token, layers)
+
     for length in LISTS["kv_cache"]:
         operands = partial(map, lambda tokens: randn(1, tokens, 2, 64, dtype=torch.bfloat16), (length, 1))
-        yield Case("kv append", f"{length} tokens", "bf16", "", CACHES, operands, filled, measure=single_calls)
+        caches = {
+            "FusedKVCache": partial(FusedKVCache, settings, expected_len=length + 64),
+            "DynamicCache": partial(DynamicCache, config=settings),
+            "StaticCache": partial(StaticCache, config=settings, max_cache_len=length + 64),
+        }
+        yield Case("kv append", f"{length} tokens", "bf16", "", caches, operands, prepare, measure=once)
 
 
 def draws() -> Iterator[Case]:
@@ -221,12 +207,11 @@ def draws() -> Iterator[Case]:
         yield Case(op, str(tuple(shape)), "f32", kind, DRAWS[op], logits, nbytes=4 * shape[0] * shape[1])
 
 
+int8_linear = torch.ops.torch_fused._quantized_linear_int8
 PRODUCTS: Contenders = {  # of vectors and a matrix, dense and packed
     "torch_fused": lambda x, dense, packed, options: functional.quantized_linear(x, *packed, **options),
     "F.linear, not packed": lambda x, dense, packed, options: F.linear(x, dense),
-    "torch_fused int8": lambda x, dense, packed, options: torch.ops.torch_fused._quantized_linear_int8(
-        x, *packed, **options
-    ),
+    "torch_fused int8": lambda x, dense, packed, options: int8_linear(x, *packed, **options),
     "dequantize, F.linear": lambda x, dense, packed, options: F.linear(x, functional.dequantize(*packed, **options)),
 }
 

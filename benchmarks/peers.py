@@ -3,7 +3,7 @@
 import importlib.util
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -77,13 +77,9 @@ def llama_cpp(weights: str, room: int, sampled: bool) -> Run:
 
     file, threads = str(llama_file(weights)), torch.get_num_threads()
     model = Llama(file, n_ctx=room, n_threads=threads, n_threads_batch=threads, n_gpu_layers=0, verbose=False)
-    options = {"top_k": 50, "top_p": 0.9, "temp": 1.0} if sampled else {"temp": 0.0}
-
-    def run(ids: torch.Tensor, count: int) -> None:
-        model.reset()
-        list(islice(model.generate(ids[0].tolist(), min_p=0.0, repeat_penalty=1.0, **options), count))
-
-    return run
+    options: dict[str, Any] = {"top_k": 50, "top_p": 0.9, "temp": 1.0} if sampled else {"temp": 0.0}
+    generate = partial(model.generate, min_p=0.0, repeat_penalty=1.0, **options)
+    return lambda ids, count: (model.reset(), list(islice(generate(ids[0].tolist()), count)))
 
 
 def mlx_lm(weights: str, room: int, sampled: bool) -> Run:
@@ -101,10 +97,7 @@ def mlx_lm(weights: str, room: int, sampled: bool) -> Run:
 
 def programs(device: str, bits: int, prompt: int) -> dict[str, Callable[[str, int, bool], Run]]:
     """The programs that are installed and run weights of `bits` bits (0: dense) on `device`."""
-    found: dict[str, Callable[[str, int, bool], Run]] = {}
-    if device == "cpu" and has("llama_cpp"):
-        found["llama-cpp-python"] = llama_cpp
-    if not bits and device == {"darwin": "mps", "linux": "cpu"}.get(sys.platform) and has("mlx_lm"):
-        if device == "mps" or prompt <= 128:  # on the CPU it takes minutes for a longer one
-            found["mlx-lm"] = mlx_lm
-    return found
+    of_mlx = {"darwin": "mps", "linux": "cpu"}.get(sys.platform)
+    short = device == "mps" or prompt <= 128  # on the CPU mlx-lm takes minutes for a longer one
+    llama = {"llama-cpp-python": llama_cpp} if device == "cpu" and has("llama_cpp") else {}
+    return llama | ({"mlx-lm": mlx_lm} if not bits and device == of_mlx and short and has("mlx_lm") else {})

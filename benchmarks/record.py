@@ -11,8 +11,7 @@ import torch
 from cases import Case
 from timing import ROOT
 
-import torch_fused
-from torch_fused.devices import device_name
+from torch_fused import __version__, devices
 
 RESULTS = ROOT / "benchmarks/results"
 KEYS = ("op", "shape", "dtype", "kind", "contender")
@@ -28,8 +27,8 @@ def slug(name: str) -> str:
 def stamp(device: str) -> Row:
     """What a row was measured on and with, and when: the columns of `STAMP`."""
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    versions = torch.__version__, metadata.version("transformers"), torch_fused.__version__
-    return dict(zip(STAMP, (device_name(device), str(torch.get_num_threads()), *versions, date), strict=True))
+    versions = torch.__version__, metadata.version("transformers"), __version__
+    return dict(zip(STAMP, (devices.device_name(device), str(torch.get_num_threads()), *versions, date), strict=True))
 
 
 def rows_of(case: Case, path: Path, device: str, missing: bool = False) -> list[Row]:
@@ -40,7 +39,7 @@ def rows_of(case: Case, path: Path, device: str, missing: bool = False) -> list[
         torch.manual_seed(0)
         found, last = case.measure(case, device), stamp(device)
         for name, key in keys.items():
-            rows[key] = dict(zip(KEYS, key, strict=True)) | {name: text(x) for name, x in found[name].items()} | last
+            rows[key] = dict(zip(KEYS, key, strict=True)) | {k: text(x) for k, x in found[name].items()} | last
         write(path, list(rows.values()))
     return [rows[key] for key in keys.values()]
 
@@ -62,10 +61,7 @@ def write(path: Path, rows: list[Row]) -> None:
 
 def read(path: Path) -> list[Row]:
     """The rows of a file of results; none if there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
 def results(folder: Path = RESULTS) -> dict[str, Results]:

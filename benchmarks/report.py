@@ -1,7 +1,4 @@
-"""Writes docs/benchmarks.md, README.md's numbers and the plots from the CSV files under benchmarks/results.
-
-python benchmarks/report.py
-"""
+"""Writes docs/benchmarks.md, README.md's numbers and the plots from the CSV files under benchmarks/results."""
 
 import re
 from collections import defaultdict
@@ -48,14 +45,12 @@ def split(rows: list[Row]) -> tuple[Row | None, Row | None, list[Row]]:
     return ours, best, [row for row in rows if row is not ours and row is not best]
 
 
-def in_units(ms: float) -> str:
-    units = (("s", 1e-3), ("ms", 1.0), ("us", 1e3), ("ns", 1e6))
+def duration(row: Row | None) -> str:
+    if not row:
+        return ""
+    ms, units = float(row["ms"]), (("s", 1e-3), ("ms", 1.0), ("us", 1e3), ("ns", 1e6))
     unit, factor = next((each for each in units if ms * each[1] >= 1), units[-1])
     return f"{ms * factor:{'.3g' if ms * factor < 999.5 else '.0f'}} {unit}"
-
-
-def duration(row: Row | None) -> str:
-    return in_units(float(row["ms"])) if row else ""
 
 
 def named(row: Row | None) -> str:
@@ -107,10 +102,7 @@ def headline(found: Results, op: str, shape: str) -> str:
 
 
 def plots(machine: str, found: Results) -> Iterator[tuple[str, str, str, Series]]:
-    """The file, title, label and bars of each of a machine's plots.
-
-    Of each op the largest shape, ours and torch's best; of generation the first model.
-    """
+    """The file, title, label and bars of each: ours and torch's best for each op's largest shape; the first model."""
     shares: Series = defaultdict(dict)
     for (op, _), rows in groups(chain(*(found.get(bench, []) for bench in PLOTTED)), "op", "dtype").items():
         largest = max(cases(rows), key=lambda each: float(each[0]["gb_s"]) * float(each[0]["ms"]))
@@ -137,9 +129,7 @@ def draw(path: Path, title: str, label: str, series: Series) -> None:
     axes.set_yticks([row + 0.4 - height / 2 for row in range(len(names))], names, fontsize=7)
     axes.invert_yaxis()
     axes.legend(fontsize=8)
-    axes.set(xlabel=label)
-    figure.suptitle(title)
-    path.parent.mkdir(exist_ok=True)
+    axes.set(xlabel=label, title=title)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 

@@ -1,7 +1,4 @@
-"""Runs the benchmarks of this machine, all or the ones named, and records their rows under benchmarks/results.
-
-benchmarks/report.py then writes docs/benchmarks.md from the rows.
-"""
+"""Runs benchmarks, records their rows under benchmarks/results, from which benchmarks/report.py writes the pages."""
 
 import argparse
 import subprocess
@@ -12,9 +9,9 @@ from pathlib import Path
 import ops
 from apple import counts
 from cases import Case
-from decode import decode
 from generate import requests
 from metal_candle import rows
+from models import decode
 from record import KEYS, RESULTS, STAMP, rows_of, slug
 from timing import ROOT, keep_freed_memory
 from train import losses, training

@@ -2,7 +2,7 @@
 
 import ctypes
 import gc
-import re
+import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +26,8 @@ Columns = dict[str, float | str | None]
 def keep_freed_memory() -> None:
     """Makes glibc keep freed memory. Otherwise results above 32 MB are new memory, and its first touch is timed."""
     if sys.platform == "linux":
-        trim_threshold, mmap_max = -1, -4
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(-4, 0)  # the most mmaps
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # the threshold of trimming
 
 
 def columns(samples: Sequence[float]) -> Columns:
@@ -80,7 +78,7 @@ def interleave(
 
 def sets(nbytes: int, device: str) -> int:
     """How many sets of buffers exceed a GPU's caches. On the CPU one: caches are part of what is measured."""
-    return 1 if device == "cpu" else max(1, min(64, -(-CACHE_BYTES // max(nbytes, 1))))
+    return max(1, min(64, -(-CACHE_BYTES // nbytes))) if nbytes and device != "cpu" else 1
 
 
 def copies(nbytes: int, device: str) -> tuple[list[Call], int]:
@@ -99,17 +97,14 @@ def peak_megabytes(call: Call, device: str) -> float | None:
     """The most that a call takes in addition: of a GPU's memory, or on Linux of this process's; else None."""
     gc.collect()
     if device.startswith("cuda"):
-        peak = torch.cuda.max_memory_allocated
         torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
-
-        def peak() -> int:
-            return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is in use now
-    else:
+        before = torch.cuda.max_memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    if sys.platform != "linux":
         return None
-    before = peak()
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is in use now
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     call()
-    return (peak() - before) / 1e6
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6

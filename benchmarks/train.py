@@ -20,8 +20,7 @@ from torch_fused.functional import linear_cross_entropy
 from torch_fused.hf import apply_torch_fused
 from torch_fused.testing import NAMES
 
-CLASSES = 151936
-CHUNK = 512  # rows
+CLASSES, CHUNK = 151936, 512  # CHUNK: rows
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -36,10 +35,6 @@ def in_chunks(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     parts = zip(hidden.split(CHUNK), target.split(CHUNK), strict=True)
     losses = [checkpoint(total, some, weight, classes, use_reentrant=False) for some, classes in parts]
     return torch.stack(losses).sum() / target.numel()
-
-
-def loss_step(loss: Loss, hidden: Tensor, weight: Tensor, target: Tensor) -> Call:
-    return lambda: torch.autograd.grad(loss(hidden, weight, target), (hidden, weight))
 
 
 def loss_case(tokens: int, features: int, dtype: torch.dtype, device: str) -> Case:
@@ -62,9 +57,12 @@ def loss_case(tokens: int, features: int, dtype: torch.dtype, device: str) -> Ca
         yield (torch.randn(CLASSES, features) * 0.02).to(dtype).requires_grad_()
         yield torch.randint(CLASSES, (tokens,))
 
+    def step(loss: Loss, hidden: Tensor, weight: Tensor, target: Tensor) -> Call:
+        return lambda: torch.autograd.grad(loss(hidden, weight, target), (hidden, weight))
+
     measure = partial(steps, more=lambda _: {"weight_grad_mb": CLASSES * features * dtype.itemsize / 1e6})
     shape = str((tokens, features, CLASSES))
-    return Case("linear_cross_entropy", shape, NAMES[dtype], "", found, operands, loss_step, measure=measure)
+    return Case("linear_cross_entropy", shape, NAMES[dtype], "", found, operands, step, measure=measure)
 
 
 def losses(device: str) -> Iterator[Case]:

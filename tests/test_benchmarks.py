@@ -20,7 +20,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import apple  # noqa: E402
 import cases  # noqa: E402
-import decode  # noqa: E402
 import generate  # noqa: E402
 import metal_candle  # noqa: E402
 import models  # noqa: E402
@@ -408,6 +407,6 @@ def test_what_is_counted_for_a_token(bits, monkeypatch):
     greedy = apple.counted(partial(sampling.greedy, torch.zeros(1, 3 * apple.PART)))[0]
     assert launches == 5 * SMALL["num_hidden_layers"] + 2 + greedy
     shape = (1, 1, apple.CONTEXT)
-    step = decode.step(models.made("small", torch.bfloat16, bits=bits), shape)
+    step = models.step(models.made("small", torch.bfloat16, bits=bits), shape)
     assert (launches, moved) == apple.counted(partial(decode_token_, *step.args))
-    assert decode.nbytes("small", bits, shape, torch.bfloat16) < moved
+    assert models.nbytes("small", bits, shape, torch.bfloat16) < moved
