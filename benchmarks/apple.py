@@ -1,6 +1,7 @@
 """What the emulator counts of the ops, and of whole tokens: the launches, and the bytes that each moves.
 
-A prediction for an Apple GPU takes these bytes at its published memory bandwidth. A Mac runs the other benchmarks.
+A prediction for an Apple GPU takes these bytes at its published memory bandwidth, and two bounds each for the cost of
+a launch and the share of the bandwidth that is reached. On a Mac the other benchmarks measure these ops.
 """
 
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ def counted(call: Call) -> Counts:
 
 
 def predicted(nbytes: float, launches: float, gb_s: float) -> list[float]:
-    """The least and the most seconds that these should take, for the bounds of the two constants."""
+    """The least and the most seconds that these bytes and launches should take."""
     bounds = zip(SHARE_REACHED, LAUNCH_SECONDS, strict=True)
     return [nbytes / (gb_s * 1e9 * share) + launches * launch for share, launch in bounds]
 

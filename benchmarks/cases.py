@@ -25,8 +25,10 @@ def bandwidth(case: "Case", device: str, **timing: int) -> dict[str, Columns]:
         calls["copy"], copied = copies(case.nbytes, device)
     with torch.no_grad():
         found = {name: columns(samples) for name, samples in interleave(calls, device, **timing).items()}
-    copy = case.nbytes and copied / found.pop("copy")["ms"]
-    for each in found.values() if case.nbytes else ():
+    if not case.nbytes:
+        return found
+    copy = copied / found.pop("copy")["ms"]
+    for each in found.values():
         rate = case.nbytes / each["ms"]
         each |= {"gb_s": rate / 1e6, "copy_share": rate / copy}
     return found

@@ -1,7 +1,7 @@
 """Every row of metal-candle v1.2.0's published benchmark page, as published and as an honest workload, in float32.
 
-As published, a call is waited for only if a value is read back. The honest workload waits for every call, and has the
-shapes of real Qwen2.5 models. metal_candle.yaml has the rows.
+As published, a call is waited for only if a value is read back. The honest workload allocates and writes real bytes in
+the shapes of real Qwen2.5 models, and waits for every call. metal_candle.yaml has the rows.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Runs benchmarks, records their rows under benchmarks/results, from which benchmarks/report.py writes the pages."""
+"""Runs benchmarks and records their rows under benchmarks/results. benchmarks/report.py writes the pages from them."""
 
 import argparse
 import subprocess

@@ -20,7 +20,7 @@ from torch_fused.functional import linear_cross_entropy
 from torch_fused.hf import apply_torch_fused
 from torch_fused.testing import NAMES
 
-CLASSES, CHUNK = 151936, 512  # CHUNK: rows
+CLASSES, CHUNK = 151936, 512  # of the head; rows
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -92,16 +92,12 @@ def model_case(name: str, dtype: str, kind: str, load: Callable[[], Any], batch:
         ids = torch.randint(model.config.vocab_size, (batch, tokens)).to(device)
         return trained(model, optimizer_of, lambda model: model(input_ids=ids, labels=ids, use_cache=False).loss)
 
-    stock = OPTIMIZERS["torch fused=True"]
-    found = {
-        "transformers": partial(step, nn.Identity(), stock),
-        "torch_fused": partial(step, apply_torch_fused, OPTIMIZERS["torch_fused"]),
-    }
+    ours, stock = OPTIMIZERS["torch_fused"], OPTIMIZERS["torch fused=True"]
+    found = {"transformers": partial(step, nn.Identity(), stock), "torch_fused": partial(step, apply_torch_fused, ours)}
     if device.startswith("cuda") and has("liger_kernel"):
         found["Liger-Kernel"] = partial(step, patched_by_liger, stock)
     measure = partial(steps, more=lambda row: {"tokens_s": batch * tokens / row["ms"] * 1e3})
-    shape = f"{batch} x {tokens}"
-    return Case(f"train, {name}", shape, dtype, kind, found, prepare=lambda make: make(), measure=measure)
+    return Case(f"train, {name}", f"{batch} x {tokens}", dtype, kind, found, prepare=lambda f: f(), measure=measure)
 
 
 def training(device: str) -> Iterator[Case]:
